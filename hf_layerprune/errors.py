@@ -1,0 +1,13 @@
+"""The one error a user's mistake raises: what was given, why it cannot work, what to do."""
+
+from __future__ import annotations
+
+
+class LayerPruneError(ValueError):
+    """A request that cannot work as given. The command line prints its message as one line and exits with status 2."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what another library's error says."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
