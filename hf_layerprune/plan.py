@@ -1,0 +1,135 @@
+"""The layer plan: which teacher layers a student keeps, and which of them it runs in parallel.
+
+Every decision of the library is a `LayerPlan`. Layer indices are 0-based TEACHER indices everywhere; a position in
+the student is called a block.
+
+    ((0,), (1,), (2,), (4, 5), (6, 7), (9,))      # 3 and 8 removed; 4|5 and 6|7 run in parallel
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import LayerPruneError
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Which teacher layers a student consists of.
+
+    Args:
+        blocks (`tuple[tuple[int, ...], ...]`):
+            One tuple of teacher layer indices per student block. Indices ascend over the whole plan and appear once;
+            a block of more than one layer runs them in parallel.
+        num_teacher_layers (`int`, *optional*):
+            Depth of the teacher. Defaults to the highest index in `blocks` plus one.
+
+    Raises:
+        [`LayerPruneError`]: if `blocks` is empty, an index is no layer of the teacher, or the order is wrong.
+    """
+
+    blocks: tuple[tuple[int, ...], ...]
+    num_teacher_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            blocks = tuple(tuple(block) for block in self.blocks)
+        except TypeError:
+            raise LayerPruneError(
+                f"layer plan blocks={self.blocks!r} is not a list of lists of layer indices"
+            ) from None
+        layers = [layer for block in blocks for layer in block]
+        if not blocks or not all(blocks):
+            raise LayerPruneError("layer plan has no blocks or an empty block; a model needs at least one layer")
+        if any(type(layer) is not int or layer < 0 for layer in layers):
+            raise LayerPruneError(f"layer plan holds {layers}; layer indices are integers from 0")
+        if any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+            raise LayerPruneError(f"layer plan holds {layers}; layer indices must ascend without repeats")
+        depth = layers[-1] + 1 if self.num_teacher_layers is None else self.num_teacher_layers
+        if type(depth) is not int or depth <= layers[-1]:
+            raise LayerPruneError(f"layer plan uses layer {layers[-1]} of a teacher of {depth!r} layers")
+        object.__setattr__(self, "blocks", blocks)
+        object.__setattr__(self, "num_teacher_layers", depth)
+
+    @classmethod
+    def identity(cls, num_layers: int) -> LayerPlan:
+        """The plan of an untouched model of `num_layers` layers."""
+        return cls(tuple((layer,) for layer in range(num_layers)), num_layers)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks: the student's `num_hidden_layers`."""
+        return len(self.blocks)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Teacher layers the student keeps, in order."""
+        return tuple(layer for block in self.blocks for layer in block)
+
+    @property
+    def removed_layers(self) -> tuple[int, ...]:
+        """Teacher layers the student lacks, in order."""
+        return tuple(sorted(set(range(self.num_teacher_layers)) - set(self.layers)))
+
+    @property
+    def parallel_pairs(self) -> tuple[tuple[int, ...], ...]:
+        """Blocks of more than one layer."""
+        return tuple(block for block in self.blocks if len(block) > 1)
+
+    def block_of(self, layer: int) -> int:
+        """Position of the student block that holds teacher layer `layer`."""
+        for position, block in enumerate(self.blocks):
+            if layer in block:
+                return position
+        raise LayerPruneError(f"layer {layer} is not in the plan; it holds layers {list(self.layers)}")
+
+    def remove(self, layer: int) -> LayerPlan:
+        """The plan without teacher layer `layer`."""
+        position = self.block_of(layer)
+        rest = tuple(other for other in self.blocks[position] if other != layer)
+        blocks = self.blocks[:position] + ((rest,) if rest else ()) + self.blocks[position + 1 :]
+        if not blocks:
+            raise LayerPruneError(f"layer {layer} is the last one left; a model needs at least one layer")
+        return LayerPlan(blocks, self.num_teacher_layers)
+
+    def parallelize(self, first: int, second: int) -> LayerPlan:
+        """The plan with the neighbouring blocks of teacher layers `first` and `second` merged into one."""
+        a, b = self.block_of(first), self.block_of(second)
+        if b != a + 1:
+            raise LayerPruneError(
+                f"layers {first} and {second} are not in neighbouring blocks; only neighbours pair up"
+            )
+        merged = self.blocks[a] + self.blocks[b]
+        return LayerPlan((*self.blocks[:a], merged, *self.blocks[b + 1 :]), self.num_teacher_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form written to `config.json` and `plan.json`."""
+        return {"num_teacher_layers": self.num_teacher_layers, "blocks": [list(block) for block in self.blocks]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> LayerPlan:
+        """Read what `to_dict` wrote; treats it as outside input."""
+        if not isinstance(data, Mapping) or set(data) != {"num_teacher_layers", "blocks"}:
+            raise LayerPruneError('a layer plan is an object with exactly the keys "num_teacher_layers" and "blocks"')
+        if not isinstance(data["blocks"], (list, tuple)) or type(data["num_teacher_layers"]) is not int:
+            raise LayerPruneError('a layer plan needs a list "blocks" and an integer "num_teacher_layers"')
+        return cls(data["blocks"], data["num_teacher_layers"])
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerPlan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            [`LayerPruneError`]: if `text` is not JSON or not a valid plan.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise LayerPruneError(f"layer plan is not JSON: {error}") from None
+        return cls.from_dict(data)

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+
+from hf_layerprune import LayerPlan, LayerPruneError
+
+
+def test_everything_follows_from_the_blocks():
+    plan = LayerPlan(((0,), (1,), (2,), (4, 5), (6, 7), (9,)), 11)
+    assert plan.depth == 6
+    assert plan.layers == (0, 1, 2, 4, 5, 6, 7, 9)
+    assert plan.removed_layers == (3, 8, 10)
+    assert plan.parallel_pairs == ((4, 5), (6, 7))
+    assert [plan.block_of(layer) for layer in plan.layers] == [0, 1, 2, 3, 3, 4, 4, 5]
+
+
+def test_json_round_trip():
+    plan = LayerPlan(((0,), (2, 3), (5,)), 7)
+    assert LayerPlan.from_json(plan.to_json()) == plan
+    assert json.loads(plan.to_json()) == {"num_teacher_layers": 7, "blocks": [[0], [2, 3], [5]]}
+
+
+def test_lists_become_tuples_and_depth_defaults_to_the_last_layer():
+    plan = LayerPlan([[0], [2]])
+    assert plan.blocks == ((0,), (2,))
+    assert plan.num_teacher_layers == 3
+    assert hash(plan) == hash(LayerPlan(((0,), (2,)), 3))
+
+
+def test_edits_make_new_plans():
+    plan = LayerPlan.identity(5)
+    edited = plan.remove(1).parallelize(2, 3)
+    assert edited.blocks == ((0,), (2, 3), (4,))
+    assert plan == LayerPlan.identity(5)
+    assert edited.remove(2).blocks == ((0,), (3,), (4,))
+    assert edited.parallelize(2, 4).blocks == ((0,), (2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "blocks, depth",
+    [
+        ((), 3),
+        (((),), 3),
+        (((0,), (0,)), 3),
+        (((1,), (0,)), 3),
+        (((0,), (3,)), 3),
+        (((-1,),), 3),
+        (((True,),), 3),
+        ((("0",),), 3),
+        (((0.0,),), 3),
+        ((0, 1), 3),
+        (((0,),), "3"),
+        (((0,),), True),
+    ],
+)
+def test_bad_blocks_are_refused(blocks, depth):
+    with pytest.raises(LayerPruneError):
+        LayerPlan(blocks, depth)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        '{"blocks": [[0]]}',
+        '{"blocks": "01", "num_teacher_layers": 2}',
+        '{"blocks": [[0]], "num_teacher_layers": 1, "path": "/etc/passwd"}',
+        '{"blocks": [[0]], "num_teacher_layers": 1.5}',
+        '{"blocks": [["a"]], "num_teacher_layers": 1}',
+    ],
+)
+def test_bad_json_is_refused(text):
+    with pytest.raises(LayerPruneError):
+        LayerPlan.from_json(text)
+
+
+def test_bad_edits_are_refused():
+    plan = LayerPlan.identity(3)
+    for edit in (
+        lambda: plan.remove(3),
+        lambda: plan.remove(1).remove(1),
+        lambda: plan.parallelize(0, 2),
+        lambda: plan.parallelize(1, 0),
+        lambda: LayerPlan.identity(1).remove(0),
+    ):
+        with pytest.raises(LayerPruneError):
+            edit()

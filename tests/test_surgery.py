@@ -1,0 +1,140 @@
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import random_batches, tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+
+from hf_layerprune import LayerPlan, LayerPruneError, PrunedQwen2ForCausalLM, prune
+from hf_layerprune.surgery import plan_of, to_pruned_qwen2, to_qwen2, unshare_parameters
+
+
+def naive_without(model, layer):
+    """The model with one layer skipped in place: the slow, literal reference."""
+    skipped = copy.deepcopy(model)
+    skipped.model.layers[layer].forward = lambda hidden_states, *_, **__: hidden_states
+    return skipped
+
+
+@pytest.mark.parametrize("layers", [[0], [2], [4], [1, 3]])
+def test_logits_equal_the_model_with_layers_skipped(model, batches, layers):
+    expected = model
+    for layer in layers:
+        expected = naive_without(expected, layer)
+    student = prune(model, layers)
+    assert torch.equal(student(**batches[0]).logits, expected(**batches[0], use_cache=False).logits)
+
+
+def test_teacher_is_untouched(model, batches):
+    before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    student = prune(model, [1])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert model.config.to_dict() == config
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3, 4]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_config_is_consistent(model):
+    model.generation_config.top_k = 7
+    student = prune(model, [1, 4])
+    config = student.config
+    assert config.num_hidden_layers == 3 == len(config.layer_types) == config.max_window_layers
+    assert plan_of(student) == LayerPlan(((0,), (2,), (3,)), 5)
+    assert [layer.self_attn.layer_idx for layer in student.model.layers] == [0, 1, 2]
+    assert student.generation_config.top_k == 7
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    assert not student.training
+
+
+def test_indices_stay_the_teachers(model):
+    student = prune(prune(model, [1]), [3])
+    assert plan_of(student).layers == (0, 2, 4)
+    direct = prune(model, [1, 3])
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), direct.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_student_loads_in_stock_transformers(tmp_path, tie, dtype):
+    teacher = tiny_model(tie_word_embeddings=tie)
+    for parameter in teacher.parameters():  # `.to` would round the rotary frequencies too; loading does not
+        parameter.data = parameter.data.to(dtype)
+    student = prune(teacher, [1, 2])
+    student.save_pretrained(tmp_path)
+    ids = random_batches(1, padded=False)[0]["input_ids"]
+    generated = student.generate(ids, max_new_tokens=8, do_sample=False)
+    torch.save((ids, student(ids).logits.detach(), generated), tmp_path / "expected.pt")
+    script = f"""
+import sys
+sys.modules["hf_layerprune"] = None
+import torch
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+ids, logits, generated = torch.load({str(tmp_path / "expected.pt")!r})
+model, info = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, output_loading_info=True)
+assert type(model) is Qwen2ForCausalLM
+assert not any(info.values()), info
+assert torch.equal(model(ids).logits, logits)
+for use_cache in (True, False) if model.dtype == torch.float32 else ():  # bfloat16 rounds differently
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=use_cache), generated)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL)
+    assert json.loads((tmp_path / "config.json").read_text())["layer_plan"]["blocks"] == [[0], [3], [4]]
+
+
+def test_shared_weights_share_memory_until_unshared(model):
+    student = prune(model, [2], share_weights=True)
+    assert student.model.layers[0].mlp.up_proj.weight.data_ptr() == model.model.layers[0].mlp.up_proj.weight.data_ptr()
+    assert student.model.layers[0].mlp.up_proj.weight is not model.model.layers[0].mlp.up_proj.weight
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    layer = student.model.layers[0]
+    unshare_parameters(layer.parameters())
+    with torch.no_grad():
+        layer.mlp.up_proj.weight.zero_()
+    assert model.model.layers[0].mlp.up_proj.weight.any()
+
+
+def test_pruned_qwen2_without_pairs_is_bit_identical_and_converts_back(model, batches):
+    student = prune(model, [3])
+    pruned = to_pruned_qwen2(student)
+    assert type(pruned) is PrunedQwen2ForCausalLM
+    assert torch.equal(pruned(**batches[0]).logits, student(**batches[0]).logits)
+    back = to_qwen2(pruned)
+    assert type(back) is Qwen2ForCausalLM and back.config.model_type == "qwen2"
+    assert torch.equal(back(**batches[0]).logits, student(**batches[0]).logits)
+    assert plan_of(back) == plan_of(student) == plan_of(pruned)
+
+
+def test_pruned_qwen2_can_be_pruned(model, batches):
+    a, b = prune(to_pruned_qwen2(model), [1]), prune(model, [1])
+    assert type(a) is PrunedQwen2ForCausalLM
+    assert torch.equal(a(**batches[0]).logits, b(**batches[0]).logits)
+
+
+def test_bad_requests_are_refused(model, tmp_path):
+    for layers in ([5], [-1], [1, 1], [0, 1, 2, 3, 4]):
+        with pytest.raises(LayerPruneError):
+            prune(model, layers)
+    with pytest.raises(LayerPruneError, match="not in the plan"):
+        prune(prune(model, [2]), [2])
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                                         num_attention_heads=2))  # fmt: skip
+    with pytest.raises(LayerPruneError, match="llama.*not supported"):
+        prune(llama, [0])
+    sliding = tiny_model(use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    with pytest.raises(LayerPruneError, match="sliding"):
+        prune(sliding, [0])
+    model.config.layer_plan = {"num_teacher_layers": 9, "blocks": [[0], [1]]}
+    with pytest.raises(LayerPruneError, match="2 blocks"):
+        plan_of(model)
+
+
+def test_reloaded_student_continues_from_its_plan(model, tmp_path):
+    prune(model, [1]).save_pretrained(tmp_path)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plan_of(prune(student, [3])).layers == (0, 2, 4)
