@@ -1,0 +1,102 @@
+"""One forward-KL step (value and gradients) three ways, side by side: full logits, TRL's chunked kernel, ours.
+
+    python benchmarks/kl.py --output benchmarks/results/kl.json
+
+Forms take turns within each repetition; the median of each and its ratio to full logits are reported, with the peak of
+memory above the inputs where a GPU can tell it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_layerprune.losses import ForwardKL, chunked_divergence
+from hf_layerprune.report import environment
+
+SHAPES = {"embedded teacher": (4096, 192, 4096), "Qwen2.5 vocabulary": (512, 256, 151_936)}  # N, H, V
+
+
+def full_logits(student: Tensor, student_head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:
+    log_p = F.log_softmax(teacher_head(teacher).float(), -1)
+    log_q = F.log_softmax(student_head(student).float(), -1)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def trl(student: Tensor, student_head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:
+    return chunked_divergence(student, student_head, teacher, teacher_head).sum()
+
+
+def ours(student: Tensor, student_head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:
+    return ForwardKL.apply(student, student_head.weight, teacher, teacher_head.weight, 1.0)
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {"full logits": full_logits, "TRL chunked": trl, "ours": ours}
+
+
+def measure(shape: tuple[int, int, int], train_head: bool, dtype: torch.dtype, repeats: int) -> dict[str, dict]:
+    n, h, v = shape
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    student, teacher = torch.randn(n, h, device=device, requires_grad=True), torch.randn(n, h, device=device)
+    student_head, teacher_head = (nn.Linear(h, v, bias=False, device=device) for _ in range(2))
+    student_head.weight.requires_grad_(train_head)
+    teacher_head.weight.requires_grad_(False)
+    seconds: dict[str, list[float]] = {name: [] for name in FORMS}
+    gradients: dict[str, Tensor] = {}
+    for repeat in range(repeats + 1):
+        for name, form in FORMS.items():
+            student.grad = student_head.weight.grad = None
+            start = time.perf_counter()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), torch.no_grad():
+                fixed = teacher.clone()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                value = form(student, student_head, fixed, teacher_head)
+            value.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+            gradients[name] = student.grad.clone()
+    reference = gradients["full logits"]
+    return {
+        name: {
+            "seconds": statistics.median(times),
+            "ratio_to_full_logits": statistics.median(times) / statistics.median(seconds["full logits"]),
+            "gradient_difference": ((gradients[name] - reference).norm() / reference.norm()).item(),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=None)
+    args = parser.parse_args()
+    results = {}
+    for name, shape in SHAPES.items():
+        for train_head in (True, False):
+            for dtype in (torch.float32, torch.bfloat16):
+                key = f"{name} {shape}, head {'trained' if train_head else 'frozen'}, {str(dtype)[6:]}"
+                results[key] = measure(shape, train_head, dtype, args.repeats)
+                print(key)
+                for form, row in results[key].items():
+                    print(f"  {form:12} {row['seconds']:8.3f} s  {row['ratio_to_full_logits']:5.2f}x  "
+                          f"gradient {row['gradient_difference']:.1e}")  # fmt: skip
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        report = {"command": "python benchmarks/kl.py", "environment": environment(), "results": results}
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Batches of token ids, the text that comes with the package, and text of the user's own.
+
+A batch is a dict of tensors: `input_ids` `(B, T)`, optionally `attention_mask` `(B, T)` (0 is padding) and `labels`
+`(B, T)` (-100 is not scored). Position `t` predicts token `t + 1`.
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from .errors import LayerPruneError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+ASSETS = Path(str(files("hf_layerprune"))) / "assets"
+EMBEDDED_MODEL = str(ASSETS / "teacher")
+"""Folder of the small real teacher that comes with the package: 16 layers, 7.1M parameters, English books."""
+
+EMBEDDED_TEXTS = ("calibration", "healing", "held_out")
+
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+Batch = Mapping[str, Tensor]
+
+
+def valid_next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which positions count, and what follows them: a boolean mask `(B, T)` and the labels `(N,)` of its true places.
+
+    A position counts where it and the next one are no padding and the next one is to be scored.
+    """
+    ids = batch["input_ids"]
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    target = ids[:, 1:] if labels is None else labels[:, 1:]
+    counts = target != -100
+    if mask is not None:
+        counts = counts & mask[:, :-1].bool() & mask[:, 1:].bool()
+    valid = torch.nn.functional.pad(counts, (0, 1))
+    return valid, target[counts]
+
+
+def check_batches(batches: Iterable[Batch], vocab_size: int, what: str = "batches") -> list[Batch]:
+    """The batches as a list, once they are known to hold something to score.
+
+    Raises:
+        [`LayerPruneError`]: if there is no batch, no position to score, or a token id outside the vocabulary.
+    """
+    batches = list(batches)
+    if not any(valid_next_tokens(batch)[0].any() for batch in batches):
+        raise LayerPruneError(f"{what}: no token to score; give at least one batch with two unpadded tokens in a row")
+    for number, batch in enumerate(batches):
+        low, high = int(batch["input_ids"].min()), int(batch["input_ids"].max())
+        if low < 0 or high >= vocab_size:
+            raise LayerPruneError(
+                f"{what}: batch {number} holds token id {high if low >= 0 else low}, but the model's vocabulary has "
+                f"{vocab_size} entries; was the text tokenized with another tokenizer?"
+            )
+    return batches
+
+
+@cache
+def embedded_text(name: str) -> tuple[str, ...]:
+    """The passages of one of the embedded texts: `"calibration"`, `"healing"` or `"held_out"`."""
+    if name not in EMBEDDED_TEXTS:
+        raise LayerPruneError(f"no embedded text {name!r}; choose one of {', '.join(EMBEDDED_TEXTS)}")
+    return tuple(lzma.decompress((ASSETS / "text" / f"{name}.txt.xz").read_bytes()).decode().split("\n\n"))
+
+
+def embedded_dataset(name: str) -> Dataset:
+    """An embedded text as a [`~datasets.Dataset`] with one column, `text`."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"text": list(embedded_text(name))})
+
+
+def load_text_dataset(source: str, split: str = "train", config_name: str | None = None) -> Dataset:
+    """A [`~datasets.Dataset`] from what a user names: an embedded text, a local file or folder, or a Hub id.
+
+    Args:
+        source (`str`):
+            `"embedded:calibration"`, `"embedded:healing"`, `"embedded:held_out"`; the path of a `.txt` (one text a
+            line), `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder `datasets.load_dataset` understands; or the
+            id of a data set on the Hub.
+        split (`str`, *optional*, defaults to `"train"`): split of a folder or Hub data set.
+        config_name (`str`, *optional*): configuration of a Hub data set.
+
+    Raises:
+        [`LayerPruneError`]: if there is nothing there, it cannot be read, or it is empty.
+    """
+    if source.startswith("embedded:"):
+        return embedded_dataset(source.removeprefix("embedded:"))
+    from datasets import load_dataset
+
+    path = Path(source)
+    try:
+        if path.is_file():
+            if path.suffix not in FILE_BUILDERS:
+                raise LayerPruneError(
+                    f"dataset {source}: file type {path.suffix!r} is none of {', '.join(FILE_BUILDERS)}"
+                )
+            dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
+        else:
+            dataset = load_dataset(source, config_name, split=split)
+    except LayerPruneError:
+        raise
+    except Exception as error:  # datasets raises many types, for a missing file as for a broken row
+        raise LayerPruneError(f"dataset {source} cannot be loaded: {first_line(error)}") from error
+    if path.is_file() and path.suffix == ".txt":
+        dataset = dataset.filter(lambda row: bool(row["text"].strip()))
+    if len(dataset) == 0:
+        raise LayerPruneError(f"dataset {source} is empty")
+    return dataset
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    return dataset.column_names or list(next(iter(dataset)))
+
+
+def collated_batches(
+    rows: Dataset | IterableDataset, collator: Callable[[list[Any]], Batch], batch_size: int, limit: int | None = None
+) -> Iterable[Batch]:
+    """Batches of tokenized rows, the first `limit` of them, as a trainer's collator makes them."""
+    from datasets import IterableDataset
+
+    rows = rows.select_columns([name for name in ("input_ids", "labels", "seq_lengths") if name in column_names(rows)])
+    if limit is not None:
+        rows = rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
+    return DataLoader(rows, batch_size=batch_size, collate_fn=collator)
+
+
+def tokenized_batches(
+    dataset: Iterable[Mapping[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str = "text",
+    max_length: int = 512,
+    num_rows: int = 64,
+    batch_size: int = 8,
+) -> list[dict[str, Tensor]]:
+    """Pack texts end to end into full rows: up to `num_rows` rows of `max_length` tokens, in batches.
+
+    Args:
+        dataset (`Iterable[dict]`): rows with a text in `text_field`; read only as far as needed.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): an end token goes behind each text.
+        max_length (`int`, *optional*, defaults to `512`): T, tokens per row.
+        num_rows (`int`, *optional*, defaults to `64`): rows in all.
+        batch_size (`int`, *optional*, defaults to `8`): B, rows per batch.
+
+    Raises:
+        [`LayerPruneError`]: if there is no such column, or not enough text for one row.
+    """
+    if min(num_rows, batch_size) < 1 or max_length < 2:
+        raise LayerPruneError(f"rows={num_rows} of {max_length} tokens, {batch_size} at a time: all must be positive")
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for row in dataset:
+        if not isinstance(row.get(text_field), str):
+            raise LayerPruneError(f"the data has no text in column {text_field!r}; its columns are {sorted(row)}")
+        ids += tokenizer(row[text_field])["input_ids"] + end
+        if len(ids) >= num_rows * max_length:
+            break
+    count = min(num_rows, len(ids) // max_length)
+    if count == 0:
+        raise LayerPruneError(f"the data has {len(ids)} tokens, less than one row of {max_length}; give more text")
+    rows = torch.tensor(ids[: count * max_length]).view(count, max_length)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(batch_size)]

@@ -1,0 +1,85 @@
+"""Quality of a model: perplexity and, against a teacher, KL and top-1 agreement, all weighted by tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .data import Batch, check_batches, valid_next_tokens
+from .forward import check_same_vocabulary, final_states, measuring, to_device
+from .losses import token_statistics
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """
+    Attributes:
+        loss (`float`): mean next-token loss, nats per token.
+        perplexity (`float`): `exp(loss)`.
+        kl (`float`, *optional*): mean KL(teacher || model), nats per token.
+        agreement (`float`, *optional*): share of positions where both models rank the same token first.
+        num_tokens (`int`): positions that were scored.
+    """
+
+    loss: float
+    perplexity: float
+    kl: float | None
+    agreement: float | None
+    num_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    teacher: PreTrainedModel | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> EvaluationReport:
+    """Measure a causal language model on token batches; padding never counts.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): any causal language model with an output head `lm_head`.
+        batches (`Iterable[dict[str, Tensor]]`): `input_ids` `(B, T)`, *optional* `attention_mask` and `labels`.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): model to compare the next-token distributions with.
+        on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
+
+    Raises:
+        [`LayerPruneError`]: for data without a token to score, or a teacher with another vocabulary.
+    """
+    models = [model] if teacher is None else [model, teacher]
+    if teacher is not None:
+        check_same_vocabulary(model, teacher)
+    batches = check_batches(batches, model.config.vocab_size, "evaluation data")
+    nll = kl = agreement = 0.0
+    num_tokens = 0
+    with measuring(*models):
+        for batch in batches:
+            batch = to_device(batch, model.device)
+            valid, labels = valid_next_tokens(batch)
+            if not len(labels):
+                continue
+            hidden, *reference = (final_states(m, batch)[valid] for m in models)
+            heads = [m.lm_head for m in models]
+            (statistics,) = token_statistics(
+                [hidden], heads[0], labels, *reference, *heads[1:], with_agreement=teacher is not None
+            )
+            num_tokens += len(labels)
+            nll += statistics.nll.double().sum().item()
+            if teacher is not None:
+                kl += statistics.kl.double().sum().item()
+                agreement += statistics.agreement.double().sum().item()
+            on_batch()
+    loss = nll / num_tokens
+    return EvaluationReport(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        kl=None if teacher is None else kl / num_tokens,
+        agreement=None if teacher is None else agreement / num_tokens,
+        num_tokens=num_tokens,
+    )

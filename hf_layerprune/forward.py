@@ -1,0 +1,46 @@
+"""Running a causal language model up to its head, for measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .data import Batch
+from .errors import LayerPruneError
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def final_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Hidden states behind the final norm: `(B, T, H)`."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+@contextmanager
+def measuring(*models: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; each model's own mode comes back afterwards."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def check_same_vocabulary(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise [`LayerPruneError`] unless both models predict over the same number of tokens."""
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise LayerPruneError(
+            f"the teacher's vocabulary has {teacher.config.vocab_size} entries and the student's "
+            f"{model.config.vocab_size}; they must be the same: use a teacher of the same model family"
+        )

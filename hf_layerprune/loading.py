@@ -1,0 +1,100 @@
+"""Load models and tokenizers a user names; every mistake is one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .data import EMBEDDED_MODEL
+from .errors import LayerPruneError, first_line
+from .surgery import check_supported, plan_of
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+EMBEDDED = "embedded"
+"""Name of the model that comes with the package, wherever a model is named."""
+
+
+def resolve(name_or_path: str) -> str:
+    """Where a named model lies: the package's own folder for `"embedded"`, else the name itself."""
+    return EMBEDDED_MODEL if name_or_path == EMBEDDED else name_or_path
+
+
+def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
+    """The config of a model that is supported.
+
+    Raises:
+        [`LayerPruneError`]: if there is none, or its architecture is not supported.
+    """
+    folder = Path(resolve(name_or_path))
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise LayerPruneError(f"{name_or_path} is no model: it has no config.json; give a model folder or a Hub id")
+    try:
+        config = AutoConfig.from_pretrained(resolve(name_or_path), **kwargs)
+        check_supported(config)
+        plan_of(config)
+    except LayerPruneError as error:
+        raise LayerPruneError(f"{name_or_path}: {error}") from None
+    except LOADING_ERRORS as error:
+        raise LayerPruneError(f"{name_or_path} cannot be loaded as a model: {first_line(error)}") from error
+    return config
+
+
+def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+    """Load a Qwen2-family causal language model from a folder or the Hub, safetensors only.
+
+    Args:
+        name_or_path (`str`): local folder or Hub id.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights in memory; `"auto"` is
+            the checkpoint's own.
+        kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        [`LayerPruneError`]: if there is no model, its architecture is not supported, or its weights do not fit its
+            config (no tensor is ever left random).
+    """
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise LayerPruneError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
+    kwargs.setdefault("trust_remote_code", False)
+    load_config(name_or_path, **{key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs})
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            resolve(name_or_path), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except LOADING_ERRORS as error:
+        raise LayerPruneError(f"{name_or_path} cannot be loaded as a model: {first_line(error)}") from error
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if wrong:
+        raise LayerPruneError(f"{name_or_path}: weights do not fit the config: {', '.join(wrong[:5])}")
+    return model
+
+
+def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Raises:
+        [`LayerPruneError`]: if there is none.
+    """
+    folder = Path(resolve(name_or_path))
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make an empty tokenizer without a word
+        raise LayerPruneError(
+            f"{name_or_path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one beside the model"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(resolve(name_or_path), **kwargs)
+    except LOADING_ERRORS as error:
+        raise LayerPruneError(
+            f"{name_or_path} has no tokenizer that can be loaded; save one beside the model or name another"
+        ) from error

@@ -1,0 +1,212 @@
+"""What a student loses against its teacher: pure tensor functions.
+
+Shapes: N valid positions, H hidden size, V vocabulary. No function holds an `(N, V)` tensor for all positions at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+# Logits held at a time: 4 MiB of float32 on a CPU, about what a core keeps in its caches; 512 MiB on a GPU.
+MAX_LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**27}
+MIN_ROWS_PER_CHUNK = 64  # fewer make the matrix products slow, whatever the vocabulary
+
+
+def forward_kl(
+    student_hidden: Tensor,
+    student_head: nn.Linear,
+    teacher_hidden: Tensor,
+    teacher_head: nn.Linear,
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL(teacher || student) of the next-token distributions, summed over positions: `(N, H), (N, H) -> ()`, nats.
+
+    Gradients reach the student's hidden states and, where it is trained, its head. As in
+    [Hinton et al.](https://huggingface.co/papers/1503.02531) the value is scaled by `temperature` squared, so that the
+    size of the gradients does not depend on it.
+
+    On a GPU this is TRL's chunked divergence with its Triton kernels; elsewhere [`ForwardKL`], which was measured 1.5
+    to 7 times faster than that on a CPU (`benchmarks/kl.py`).
+    """
+    heads = (student_head.bias, teacher_head.bias)
+    if student_hidden.is_cuda or heads != (None, None):
+        return chunked_divergence(student_hidden, student_head, teacher_hidden, teacher_head, temperature).sum()
+    return ForwardKL.apply(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight, temperature)
+
+
+def chunked_divergence(
+    student_hidden: Tensor,
+    student_head: nn.Linear,
+    teacher_hidden: Tensor,
+    teacher_head: nn.Linear,
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL(teacher || student) per position by TRL's kernel: `(N, H), (N, H) -> (N,)`, nats, times `temperature`^2."""
+    divergence, _ = ChunkedDivergenceFunction.apply(
+        student_hidden,
+        student_head.weight,
+        student_head.bias,
+        teacher_hidden,
+        teacher_head.weight,
+        teacher_head.bias,
+        0.0,  # beta: forward KL
+        temperature,
+    )
+    return divergence * temperature**2
+
+
+class ForwardKL(torch.autograd.Function):
+    """Sum of KL(teacher || student) over positions, with its gradient computed in the forward pass.
+
+    A chunk of positions at a time is projected, compared, and turned into gradients; since the result is one number,
+    the backward pass only scales them. No logits are kept, and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,  # (N, H)
+        student_weight: Tensor,  # (V, H)
+        teacher_hidden: Tensor,  # (N, H)
+        teacher_weight: Tensor,  # (V, H)
+        temperature: float,
+    ) -> Tensor:
+        device = student_hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_hidden.dtype
+        with torch.autocast(device, enabled=False):
+            weight, reference_weight = student_weight.to(dtype), teacher_weight.to(dtype)
+            total = student_hidden.new_zeros((), dtype=torch.float32)
+            grad_hidden = torch.empty_like(student_hidden)
+            grad_weight = None
+            if ctx.needs_input_grad[1]:
+                grad_weight = torch.zeros_like(student_weight, dtype=torch.float32)
+            for rows in _chunks(student_hidden, len(weight)):
+                hidden = student_hidden[rows].to(dtype)
+                student = (hidden @ weight.T).float() / temperature
+                teacher = (teacher_hidden[rows].to(dtype) @ reference_weight.T).float() / temperature
+                student -= student.logsumexp(-1, keepdim=True)
+                teacher -= teacher.logsumexp(-1, keepdim=True)
+                probabilities = teacher.exp()
+                total += torch.einsum("nv,nv->", probabilities, teacher - student)
+                grad_logits = student.exp_().sub_(probabilities).to(dtype)
+                grad_hidden[rows] = (grad_logits @ weight).to(grad_hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += grad_logits.T @ hidden
+        ctx.temperature, ctx.weight_dtype = temperature, student_weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total * temperature**2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_output * ctx.temperature
+        grad_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden * scale, grad_weight, None, None, None
+
+
+def hidden_state_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference over the hidden dimension per position, in float32: `(N, H), (N, H) -> (N,)`."""
+    return (student.float() - teacher.float()).pow(2).mean(-1)
+
+
+def relative_hidden_state_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """`hidden_state_mse` over the teacher's own mean square: 0 is equal, 1 as far off as the zero vector, `(N,)`.
+
+    The hidden states of one model differ in scale by orders of magnitude from layer to layer; dividing gives every
+    layer and every model the same unit.
+    """
+    return hidden_state_mse(student, teacher) / teacher.float().pow(2).mean(-1).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
+
+
+def next_token_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of `labels`, in nats, per position, with gradients: `(N, H), (N,) -> (N,)`.
+
+    The logits of one chunk of positions at a time are made, in the forward and again in the backward pass.
+    """
+
+    def chunk_loss(states: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), target, reduction="none")
+
+    rows = _chunks(labels, head.out_features)
+    return torch.cat([checkpoint(chunk_loss, hidden[r], labels[r], use_reentrant=False) for r in rows])
+
+
+@dataclass
+class TokenStatistics:
+    """Per-position measurements of one model: next-token loss and, where a teacher was given, what divides them.
+
+    Attributes:
+        nll (`Tensor` of shape `(N,)`): next-token negative log-likelihood, nats.
+        kl (`Tensor` of shape `(N,)`, *optional*): KL(teacher || model), nats.
+        agreement (`Tensor` of shape `(N,)`, *optional*): whether both models rank the same token first.
+    """
+
+    nll: Tensor
+    kl: Tensor | None = None
+    agreement: Tensor | None = None
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: list[Tensor],
+    head: nn.Linear,
+    labels: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: nn.Linear | None = None,
+    with_agreement: bool = False,
+) -> list[TokenStatistics]:
+    """Measure several final hidden states of the same positions at once; the teacher is projected once for all.
+
+    Args:
+        hidden (`list[Tensor]`): one `(N, H)` per candidate, behind the final norm.
+        head (`nn.Linear`): the candidates' output head, H to V.
+        labels (`Tensor` of shape `(N,)`): the token that follows each position.
+        teacher_hidden (`Tensor` of shape `(N, H)`, *optional*): the teacher's states at the same positions.
+        teacher_head (`nn.Linear`, *optional*): the teacher's head.
+        with_agreement (`bool`, *optional*, defaults to `False`): whether to compare the most likely tokens as well.
+    """
+    parts: list[list[TokenStatistics]] = [[] for _ in hidden]
+    for rows in _chunks(labels, head.out_features):
+        target = labels[rows].unsqueeze(-1)
+        if teacher_hidden is not None:
+            reference = F.log_softmax(teacher_head(teacher_hidden[rows]).float(), -1)
+            favourite = reference.argmax(-1) if with_agreement else None
+            probabilities = reference.exp()
+            negative_entropy = reference.mul_(probabilities).sum(-1)
+        for states, collected in zip(hidden, parts, strict=True):
+            logits = head(states[rows]).float()
+            log_z = logits.logsumexp(-1)
+            statistics = TokenStatistics(nll=log_z - logits.gather(-1, target).squeeze(-1))
+            if teacher_hidden is not None:
+                expected = torch.einsum("nv,nv->n", probabilities, logits)
+                statistics.kl = negative_entropy - expected + log_z
+                if with_agreement:
+                    statistics.agreement = logits.argmax(-1) == favourite
+            collected.append(statistics)
+    return [_concatenate(collected) for collected in parts]
+
+
+def _chunks(rows: Tensor, vocabulary: int) -> Iterator[slice]:
+    limit = MAX_LOGITS_PER_CHUNK.get(rows.device.type, MAX_LOGITS_PER_CHUNK["cuda"])
+    step = max(MIN_ROWS_PER_CHUNK, limit // vocabulary)
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
+def _concatenate(parts: list[TokenStatistics]) -> TokenStatistics:
+    def join(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    return TokenStatistics(join("nll"), join("kl"), join("agreement"))

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_layerprune import LayerPruneError, embedded_dataset
+from hf_layerprune.data import check_batches, load_text_dataset, tokenized_batches, valid_next_tokens
+
+
+def test_valid_next_tokens_needs_both_sides_and_a_label():
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]]),
+        "labels": torch.tensor([[5, 6, 7, -100], [-100, 6, 7, 8], [-100, -100, 7, -100]]),
+    }
+    valid, labels = valid_next_tokens(batch)
+    assert valid.int().tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0]]
+    assert labels.tolist() == [6, 7, 7, 8, 7]
+    valid, labels = valid_next_tokens({"input_ids": batch["input_ids"][:1]})
+    assert valid.int().tolist() == [[1, 1, 1, 0]] and labels.tolist() == [6, 7, 8]
+
+
+def test_batches_without_a_token_or_from_another_tokenizer_are_refused():
+    with pytest.raises(LayerPruneError, match="no token to score"):
+        check_batches([], 10)
+    with pytest.raises(LayerPruneError, match="no token to score"):
+        check_batches([{"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 0]])}], 10)
+    with pytest.raises(LayerPruneError, match="token id 10.* 10 entries"):
+        check_batches([{"input_ids": torch.tensor([[1, 10]])}], 10)
+
+
+def test_embedded_texts():
+    held_out, healing = embedded_dataset("held_out"), embedded_dataset("healing")
+    assert len(held_out) > 500 and len(healing) > 3000
+    assert not set(held_out["text"]) & set(healing["text"])
+    with pytest.raises(LayerPruneError, match="no embedded text"):
+        embedded_dataset("train")
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json", "jsonl", "csv", "parquet"])
+def test_local_files(tmp_path, suffix):
+    texts = ["It was the best of times.", "It was the worst of times."]
+    path = tmp_path / f"texts.{suffix}"
+    if suffix == "txt":
+        path.write_text("\n\n".join(texts))
+    elif suffix in ("json", "jsonl"):
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    elif suffix == "csv":
+        path.write_text("text\n" + "\n".join(texts))
+    else:
+        Dataset.from_dict({"text": texts}).to_parquet(path)
+    assert load_text_dataset(str(path))["text"] == texts
+
+
+@pytest.mark.parametrize(
+    "name, content", [("a.pdf", "x"), ("a.txt", ""), ("a.txt", "\n\n"), ("a.jsonl", "{broken"), ("missing.txt", None)]
+)
+def test_what_is_no_data_set_is_refused_in_one_line(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(LayerPruneError) as error:
+        load_text_dataset(str(tmp_path / name))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tokenized_batches_are_full_rows(tokenizer):
+    rows = [{"text": "abc"}, {"text": "defgh"}] * 20
+    batches = tokenized_batches(rows, tokenizer, max_length=16, num_rows=5, batch_size=2)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 16), (2, 16), (1, 16)]
+    assert tokenizer.decode(batches[0]["input_ids"][0], skip_special_tokens=True) == "abcdefghabcde"
+    with pytest.raises(LayerPruneError, match="less than one row"):
+        tokenized_batches(rows, tokenizer, max_length=1000)
+    with pytest.raises(LayerPruneError, match="column 'content'"):
+        tokenized_batches(rows, tokenizer, text_field="content")
+    with pytest.raises(LayerPruneError, match="must be positive"):
+        tokenized_batches(rows, tokenizer, num_rows=0)

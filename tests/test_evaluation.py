@@ -1,0 +1,48 @@
+import math
+
+import pytest
+import torch
+from conftest import random_batches, tiny_model
+
+from hf_layerprune import LayerPruneError, evaluate_model
+
+
+def test_perplexity_is_weighted_by_tokens(model):
+    batches = random_batches(1, rows=2, length=20, padded=False) + random_batches(1, rows=1, length=4, padded=False)
+    total, count = 0.0, 0
+    for batch in batches:
+        tokens = len(batch["input_ids"]) * (batch["input_ids"].shape[1] - 1)
+        total += model(**batch, labels=batch["input_ids"]).loss.item() * tokens
+        count += tokens
+    report = evaluate_model(model, batches)
+    assert report.loss == pytest.approx(total / count, abs=1e-5)
+    assert report.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert report.num_tokens == count
+    assert report.kl is None and report.agreement is None
+
+
+def test_against_a_teacher(model, batches):
+    same = evaluate_model(model, batches, model)
+    assert same.kl == pytest.approx(0, abs=1e-6) and same.agreement == 1
+    other = evaluate_model(model, batches, tiny_model(seed=5))
+    assert other.kl > 0.01 and 0 <= other.agreement < 1
+
+
+def test_the_result_does_not_depend_on_the_batch_split(model):
+    whole = random_batches(1, rows=4, length=10, padded=True)
+    rows = [{key: value[i : i + 1] for key, value in whole[0].items()} for i in range(4)]
+    teacher = tiny_model(seed=5)
+    a, b = evaluate_model(model, whole, teacher), evaluate_model(model, rows, teacher)
+    assert a.to_dict() == pytest.approx(b.to_dict(), abs=1e-5)
+
+
+def test_modes_come_back_even_after_an_error(model):
+    model.train()
+    with pytest.raises(IndexError):
+        evaluate_model(model, [{"input_ids": torch.tensor([[1, 2, 3]]), "position_ids": torch.ones(1, 2)}])
+    assert model.training
+
+
+def test_other_vocabularies_are_refused(model, batches):
+    with pytest.raises(LayerPruneError, match="300 entries"):
+        evaluate_model(model, batches, tiny_model(vocab_size=300))

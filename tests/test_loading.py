@@ -1,0 +1,72 @@
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from hf_layerprune import LayerPruneError, prune
+from hf_layerprune.loading import load_config, load_model, load_tokenizer
+from hf_layerprune.surgery import plan_of
+
+
+def test_loads_a_folder_with_its_plan(model, tmp_path):
+    prune(model, [1]).save_pretrained(tmp_path)
+    assert plan_of(load_model(str(tmp_path))).removed_layers == (1,)
+    assert load_model(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_folder_that_is_no_model(tmp_path):
+    with pytest.raises(LayerPruneError, match=r"no config\.json"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(LayerPruneError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+
+
+def test_architecture_that_is_not_supported(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(LayerPruneError, match="llama.*not supported"):
+        load_config(str(tmp_path))
+
+
+def test_name_that_is_nowhere():
+    with pytest.raises(LayerPruneError, match="nobody/nothing") as error:
+        load_model("nobody/nothing")
+    assert "\n" not in str(error.value)
+
+
+def test_no_tensor_is_left_random(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    removed = weights.pop("model.layers.3.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LayerPruneError, match=r"layers\.3\.mlp\.up_proj"):
+        load_model(str(tmp_path))
+    save_file(weights | {"model.layers.3.mlp.up_proj.weight": removed, "extra": removed.clone()},
+              tmp_path / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(LayerPruneError, match="extra"):
+        load_model(str(tmp_path))
+
+
+def test_plan_that_does_not_fit(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for plan in ({"num_teacher_layers": 5, "blocks": [[0], [1]]}, {"blocks": []}, "../../etc"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"layer_plan": plan}))
+        with pytest.raises(LayerPruneError):
+            load_model(str(tmp_path))
+
+
+def test_weights_are_broken(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(LayerPruneError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+
+
+def test_tokenizer_missing(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(LayerPruneError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path))

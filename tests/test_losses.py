@@ -1,0 +1,97 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_layerprune import losses
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    n, h, v = 37, 16, 91
+    student = torch.randn(n, h, requires_grad=True)
+    teacher, labels = torch.randn(n, h), torch.randint(v, (n,))
+    return student, nn.Linear(h, v, bias=False), teacher, nn.Linear(h, v, bias=False), labels
+
+
+def dense_kl(student, student_head, teacher, teacher_head, temperature=1.0):
+    p = F.log_softmax(teacher_head(teacher) / temperature, -1).detach()
+    q = F.log_softmax(student_head(student) / temperature, -1)
+    return (p.exp() * (p - q)).sum(-1) * temperature**2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chunk", [91 * 5, 10**9])
+def test_forward_kl_equals_the_plain_formula_with_gradients(problem, temperature, chunk, monkeypatch):
+    monkeypatch.setitem(losses.MAX_LOGITS_PER_CHUNK, "cpu", chunk)
+    monkeypatch.setattr(losses, "MIN_ROWS_PER_CHUNK", 1)
+    student, student_head, teacher, teacher_head, _ = problem
+    results = []
+    for function in (losses.forward_kl, losses.chunked_divergence, dense_kl):
+        student.grad = student_head.weight.grad = None
+        value = function(student, student_head, teacher, teacher_head, temperature)
+        value.sum().backward()
+        results.append((value.detach().sum(), student.grad.clone(), student_head.weight.grad.clone()))
+    for ours in results[:2]:
+        torch.testing.assert_close(ours, results[2], rtol=1e-4, atol=1e-5)
+    assert teacher_head.weight.grad is None
+
+
+def test_forward_kl_scales_its_gradients_and_leaves_a_frozen_head_alone(problem):
+    student, student_head, teacher, teacher_head, _ = problem
+    (0.25 * losses.forward_kl(student, student_head, teacher, teacher_head)).backward()
+    quarter, student.grad = student.grad.clone(), None
+    student_head.weight.grad = None
+    student_head.weight.requires_grad_(False)
+    losses.forward_kl(student, student_head, teacher, teacher_head).backward()
+    torch.testing.assert_close(4 * quarter, student.grad)
+    assert student_head.weight.grad is None
+
+
+def test_forward_kl_under_autocast_is_close(problem):
+    student, student_head, teacher, teacher_head, _ = problem
+    exact = dense_kl(student, student_head, teacher, teacher_head).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = losses.forward_kl(student, student_head, teacher, teacher_head)
+    value.backward()
+    assert value.item() == pytest.approx(exact.item(), rel=0.02)
+    assert student.grad.dtype == torch.float32
+
+
+def test_hidden_state_distances():
+    teacher = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    student = torch.tensor([[3.0, 2.0], [1.0, 1.0]])
+    assert losses.hidden_state_mse(student, teacher).tolist() == [2.0, 1.0]
+    assert losses.relative_hidden_state_mse(student, teacher)[0].item() == pytest.approx(2 / 12.5)
+    assert losses.relative_hidden_state_mse(teacher[:1], teacher[:1]).item() == 0
+    assert losses.relative_hidden_state_mse(torch.zeros(1, 2), teacher[:1]).item() == 1
+
+
+def test_next_token_loss_equals_cross_entropy_with_gradients(problem, monkeypatch):
+    monkeypatch.setitem(losses.MAX_LOGITS_PER_CHUNK, "cpu", 91 * 5)
+    monkeypatch.setattr(losses, "MIN_ROWS_PER_CHUNK", 1)
+    student, head, _, _, labels = problem
+    losses.next_token_loss(student, head, labels).sum().backward()
+    ours, student.grad = (student.grad.clone(), head.weight.grad.clone()), None
+    head.weight.grad = None
+    F.cross_entropy(head(student), labels, reduction="sum").backward()
+    torch.testing.assert_close(ours, (student.grad, head.weight.grad), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 91 * 5, 10**9])
+def test_token_statistics_equal_the_plain_formulas(problem, monkeypatch, chunk):
+    monkeypatch.setitem(losses.MAX_LOGITS_PER_CHUNK, "cpu", chunk)
+    monkeypatch.setattr(losses, "MIN_ROWS_PER_CHUNK", 1)
+    student, head, teacher, teacher_head, labels = problem
+    student = student.detach()
+    first, second = losses.token_statistics(
+        [student, teacher], head, labels, teacher, teacher_head, with_agreement=True
+    )
+    torch.testing.assert_close(first.nll, F.cross_entropy(head(student), labels, reduction="none"))
+    torch.testing.assert_close(first.kl, dense_kl(student, head, teacher, teacher_head), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(second.kl, dense_kl(teacher, head, teacher, teacher_head), rtol=1e-4, atol=1e-5)
+    assert torch.equal(first.agreement, head(student).argmax(-1) == teacher_head(teacher).argmax(-1))
+    (alone,) = losses.token_statistics([student], head, labels)
+    assert alone.kl is None and alone.agreement is None
+    assert torch.equal(alone.nll, first.nll)
