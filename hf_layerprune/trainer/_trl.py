@@ -1,0 +1,40 @@
+"""Everything the trainers need of TRL and transformers that is not public, in one place.
+
+`tests/test_trl_internals.py` fails loudly when one of these moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+from trl.models.utils import _ForwardRedirection
+
+redirect_forward: Callable[..., Any] = _ForwardRedirection()
+"""`redirect_forward(wrapper, module, method, *args)`: call `method` as if it were `module`'s forward, through the
+wrapper (DDP, FSDP), so that the wrapper's hooks run."""
+
+
+def restore_forward(model: PreTrainedModel) -> None:
+    """Undo the patches of `model.forward` that `SFTTrainer.__init__` (its fused head) and accelerate (mixed precision)
+    leave on a model: this library computes its loss from hidden states, and a patched model neither copies nor
+    pickles."""
+    model.__dict__.pop("forward", None)
+
+
+def swap_model(trainer: SFTTrainer, model: nn.Module) -> None:
+    """Give a trainer another model to train. A `Trainer` does not expect its model to change, so everything prepared
+    for the old one (wrappers, optimizer, scheduler) goes."""
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = model
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.model = model
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+
+
+def log_metric(trainer: SFTTrainer, name: str, value: float) -> None:
+    """Add to a training metric that `SFTTrainer.log` averages between two log lines."""
+    trainer._metrics["train"][name].append(value)

@@ -1,0 +1,45 @@
+"""Events of a run of several rounds, beside those every `Trainer` has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class LayerDistillCallback(TrainerCallback):
+    """Base class for callbacks that follow the rounds. Override what you need.
+
+    The usual [`~transformers.TrainerCallback`] events (`on_step_end`, `on_log`, ...) come within each healing.
+    """
+
+    def on_round_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        number: int,
+        depth: int,
+        **_: Any,
+    ) -> None:
+        """Round `number` (from 1) starts on a student of `depth` layers."""
+
+    def on_phase_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, phase: str, **_: Any
+    ) -> None:
+        """`phase` starts: `"evaluating teacher"`, `"scoring"`, `"evaluating"`, `"healing"` or `"measuring speed"`."""
+
+    def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One batch of a scoring or an evaluation is done."""
+
+    def on_round_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        record: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        """A round is done and on disk; `record` is its entry in `report.json`."""

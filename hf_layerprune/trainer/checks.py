@@ -1,0 +1,82 @@
+"""Does a request fit together? Asked once, before anything is written."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from ..data import column_names
+from ..errors import LayerPruneError, first_line
+from ..forward import check_same_vocabulary
+from ..surgery import check_supported, plan_of
+from .config import IterativeLayerDistillConfig
+from .targets import removable_layers
+
+TEXT_COLUMNS = ("input_ids", "messages", "prompt", "conversations")
+
+
+def check_request(
+    name: str,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    args: IterativeLayerDistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raise [`LayerPruneError`] unless `model` can be compressed against `teacher` as `args` ask."""
+    check_supported(model.config)
+    depth, target = model.config.num_hidden_layers, args.target_num_layers
+    if target is None:
+        raise LayerPruneError(f"target_num_layers is missing; {name} has {depth} layers, choose 1..{depth - 1}")
+    if target >= depth:
+        raise LayerPruneError(f"target_num_layers={target} but {name} has {depth} layers; choose 1..{depth - 1}")
+    check_same_vocabulary(model, teacher)
+    if len(tokenizer) > model.config.vocab_size:
+        raise LayerPruneError(
+            f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's own"
+        )
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, args.lr_scheduler_kwargs or {})
+    except (ValueError, TypeError) as error:
+        raise LayerPruneError(f"lr_scheduler_type={args.lr_scheduler_type.value!r}: {first_line(error)}") from error
+    plan, teacher_plan = plan_of(model), plan_of(teacher)
+    if plan.num_teacher_layers != teacher_plan.num_teacher_layers or not set(plan.layers) <= set(teacher_plan.layers):
+        raise LayerPruneError(
+            f"the student's layers {list(plan.layers)} of {plan.num_teacher_layers} are not all layers of the teacher "
+            f"({list(teacher_plan.layers)} of {teacher_plan.num_teacher_layers}); use the model it was pruned from"
+        )
+    if missing := [layer for layer in args.named_trained_layers() or () if layer not in plan.layers]:
+        raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
+    removable = len(removable_layers(plan, args.protect_first_layers, args.protect_last_layers))
+    if depth - target > removable:
+        raise LayerPruneError(
+            f"target_num_layers={target} removes {depth - target} layers but only {removable} of {depth} are "
+            "unprotected; protect fewer or choose a higher target"
+        )
+
+
+def check_has_text(dataset: Dataset | IterableDataset, text_field: str, name: str) -> None:
+    """Raise [`LayerPruneError`] unless the data set has a column TRL makes text of."""
+    columns = column_names(dataset)
+    if text_field in columns and not isinstance(dataset, IterableDataset):
+        texts = dataset[text_field]
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise LayerPruneError(f"{name}: row {number} has {text!r} in column {text_field!r}, which is no text")
+        if not any(text.strip() for text in texts):
+            raise LayerPruneError(f"{name}: column {text_field!r} holds no text, only blank rows")
+    if text_field not in columns and not set(TEXT_COLUMNS) & set(columns):
+        raise LayerPruneError(
+            f"{name} has columns {columns} but no text; name the text column with dataset_text_field (now "
+            f"{text_field!r}), or bring messages or prompt and completion"
+        )
+
+
+def check_enough_rows(rows: Dataset | IterableDataset, args: IterativeLayerDistillConfig) -> None:
+    """Raise [`LayerPruneError`] unless the tokenized training rows make one batch."""
+    if not isinstance(rows, IterableDataset) and len(rows) < args.train_batch_size:
+        raise LayerPruneError(
+            f"the training data makes {len(rows)} rows of up to {args.max_length} tokens, less than one batch of "
+            f"{args.train_batch_size}; give more text or lower per_device_train_batch_size"
+        )

@@ -1,0 +1,177 @@
+"""Settings of iterative layer-wise distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig
+
+from ..errors import LayerPruneError
+from ..scoring import CRITERIA
+
+
+def has_bf16(use_cpu: bool) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself; emulated they are slower than float32."""
+    if use_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return is_torch_bf16_gpu_available()
+
+
+TRAINED_LAYERS = ("neighbours", "all")
+LOSS_PRESETS = ("paper",)
+
+
+@dataclass
+class IterativeLayerDistillConfig(SFTConfig):
+    r"""
+    Configuration of the [`IterativeLayerDistillTrainer`].
+
+    Text handling, packing, precision, optimizer, logging and the rest are those of [`~trl.SFTConfig`]. `max_steps`,
+    `num_train_epochs` and the learning-rate schedule hold for EACH round of healing.
+
+    Other defaults than there: `learning_rate` 1e-4 (the paper's), no gradient checkpointing, and `bf16` only where the
+    hardware computes in it.
+
+    Parameters:
+        target_num_layers (`int`, *optional*):
+            Depth at which to stop: rounds of score, remove, heal, evaluate go on until the student has this many
+            layers. Must be below the model's depth.
+        layers_per_round (`int`, *optional*, defaults to `1`):
+            Layers removed between two healings. The last round removes fewer if needed.
+        criterion (`str`, *optional*, defaults to `"kl"`):
+            What a layer costs: `"kl"`, `"loss"` or `"block_influence"`; see [`score_layers`].
+        protect_first_layers (`int`, *optional*, defaults to `0`):
+            Number of first teacher layers that are never removed.
+        protect_last_layers (`int`, *optional*, defaults to `0`):
+            Number of last teacher layers that are never removed.
+        num_calibration_samples (`int`, *optional*, defaults to `64`):
+            Rows of calibration data (of `max_length` tokens where packed) that score the layers.
+        num_eval_samples (`int`, *optional*):
+            Rows of `eval_dataset` that measure quality; all by default.
+        trained_layers (`str`, *optional*, defaults to `"neighbours"`):
+            What healing trains: `"neighbours"`, the layers before and behind each layer removed in the round (as in
+            the paper); `"all"` parameters; or named teacher layers, such as `"3,4,10"`.
+        kl_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of KL(teacher || student), nats per token.
+        hidden_weight (`float`, *optional*, defaults to `10.0`):
+            Weight of the hidden-state part: the squared error of the healed layers' outputs and of the final state,
+            over the teacher's mean square, averaged over tokens and over the states compared.
+        lm_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the next-token loss on the data, nats per token.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of both distributions in the KL part.
+        loss_preset (`str`, *optional*):
+            `"paper"`: the loss of [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085) in its
+            authors' own units, KL summed over all tokens of a micro-batch / 100 + MSE of the last healed layer + MSE
+            of the final state. It depends on the batch shape, and replaces `kl_weight` and `hidden_weight`.
+
+        measure_speed (`bool`, *optional*, defaults to `True`):
+            Whether to time the teacher and every depth, side by side, at the end of a run.
+
+    Raises:
+        [`LayerPruneError`]: for a value out of range.
+    """
+
+    target_num_layers: int | None = field(
+        default=None,
+        metadata={"help": "Depth at which to stop: rounds go on until the student has this many layers."},
+    )
+    layers_per_round: int = field(default=1, metadata={"help": "Layers removed between two healings."})
+    criterion: str = field(
+        default="kl", metadata={"help": "What a layer costs: 'kl', 'loss' or 'block_influence'.", "choices": CRITERIA}
+    )
+    protect_first_layers: int = field(
+        default=0, metadata={"help": "Number of first teacher layers that are never removed."}
+    )
+    protect_last_layers: int = field(
+        default=0, metadata={"help": "Number of last teacher layers that are never removed."}
+    )
+    num_calibration_samples: int = field(
+        default=64, metadata={"help": "Rows of calibration data that score the layers."}
+    )
+    num_eval_samples: int | None = field(
+        default=None, metadata={"help": "Rows of the evaluation data that measure quality; all by default."}
+    )
+    trained_layers: str = field(
+        default="neighbours",
+        metadata={
+            "help": "What healing trains: 'neighbours' of the removed layers, 'all' parameters, or named teacher "
+            "layers such as '3,4,10'."
+        },
+    )
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(teacher || student), nats per token."})
+    hidden_weight: float = field(
+        default=10.0,
+        metadata={"help": "Weight of the hidden-state part: squared error over the teacher's mean square."},
+    )
+    lm_weight: float = field(default=0.0, metadata={"help": "Weight of the next-token loss on the data."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions in the KL part."})
+    loss_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE. Replaces "
+            "kl_weight and hidden_weight."
+        },
+    )
+
+    measure_speed: bool = field(
+        default=True, metadata={"help": "Whether to time the teacher and every depth at the end of a run."}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of each healing."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in the backward pass to save memory."}
+    )
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
+        super().__post_init__()
+        self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
+        for name, least in (
+            ("target_num_layers", 1),
+            ("layers_per_round", 1),
+            ("protect_first_layers", 0),
+            ("protect_last_layers", 0),
+            ("num_calibration_samples", 1),
+            ("num_eval_samples", 1),
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("kl_weight", 0),
+            ("hidden_weight", 0),
+            ("lm_weight", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
+        if self.temperature <= 0:
+            raise LayerPruneError(f"temperature={self.temperature} is out of range; it must be above 0")
+        if self.criterion not in CRITERIA:
+            raise LayerPruneError(f"criterion={self.criterion!r} is unknown; choose one of {', '.join(CRITERIA)}")
+        if self.loss_preset not in (None, *LOSS_PRESETS):
+            raise LayerPruneError(
+                f"loss_preset={self.loss_preset!r} is unknown; choose {', '.join(LOSS_PRESETS)} or none"
+            )
+        if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
+            raise LayerPruneError(
+                "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
+            )
+        self.named_trained_layers()
+
+    def named_trained_layers(self) -> tuple[int, ...] | None:
+        """The teacher layers `trained_layers` names, or `None` where it is a word.
+
+        Raises:
+            [`LayerPruneError`]: if it is neither a known word nor a list of integers.
+        """
+        if self.trained_layers in TRAINED_LAYERS:
+            return None
+        try:
+            return tuple(sorted({int(part) for part in self.trained_layers.split(",")}))
+        except ValueError:
+            raise LayerPruneError(
+                f"trained_layers={self.trained_layers!r} is neither one of {', '.join(TRAINED_LAYERS)} nor a list of "
+                "layers such as '3,4,10'"
+            ) from None

@@ -1,0 +1,119 @@
+"""Heal one student: train some of its layers to bring it back to its teacher.
+
+Loss: KL of the next-token distributions + squared error of hidden states (+ next-token loss), each per token with
+padding masked out. https://huggingface.co/papers/2511.05085
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from ..data import Batch, valid_next_tokens
+from ..errors import LayerPruneError
+from ..losses import forward_kl, hidden_state_mse, next_token_loss, relative_hidden_state_mse
+from ._trl import log_metric, redirect_forward
+from .config import IterativeLayerDistillConfig
+from .targets import HiddenStateMap
+
+
+@contextmanager
+def captured_outputs(layers: nn.ModuleList, positions: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs `(B, T, H)` of the layers at `positions` in one forward pass."""
+    outputs: dict[int, Tensor] = {}
+    handles = [
+        layers[position].register_forward_hook(lambda _, __, out, p=position: outputs.__setitem__(p, out))
+        for position in positions
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class LayerHealingTrainer(SFTTrainer):
+    """[`~trl.SFTTrainer`] with the loss of layer-wise distillation from `self.teacher`.
+
+    The teacher is a plain attribute: it is in no state dict, no optimizer and no wrapper.
+    """
+
+    args: IterativeLayerDistillConfig
+    loss_is_scaled_for_ga = True  # the loss is divided by the token count of the whole optimizer step
+
+    teacher: PreTrainedModel
+    hidden_state_map: HiddenStateMap
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        student = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            parts = redirect_forward(model, student, self.loss_parts, student, inputs)
+        num_tokens = parts.pop("num_tokens")
+        if self.args.loss_preset == "paper":
+            loss = parts["kl"] / 100 + (parts["hidden"] + parts["final_hidden"]) / num_tokens
+            loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
+        else:
+            args = self.args
+            total = args.hidden_weight * (parts["hidden"] + parts["final_hidden"]) / 2
+            if args.kl_weight:
+                total = total + args.kl_weight * parts["kl"]
+            if args.lm_weight:
+                total = total + args.lm_weight * parts["lm"]
+            loss = total / (num_tokens if num_items_in_batch is None else num_items_in_batch)
+            if args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # DDP averages the gradients over processes
+        for name, value in parts.items():
+            log_metric(self, f"{name}_loss", (value.detach() / num_tokens).item())
+        return (loss, parts) if return_outputs else loss
+
+    def loss_parts(self, student: PreTrainedModel, inputs: Batch) -> dict[str, Tensor]:
+        """The parts of the loss, each a sum over the valid positions, and the number of these."""
+        student = student.get_base_model() if hasattr(student, "get_base_model") else student
+        valid, labels = valid_next_tokens(inputs)
+        forward_inputs = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
+        states = self.hidden_state_map
+        with captured_outputs(student.base_model.layers, states.student) as student_states:
+            student_final = student.base_model(**forward_inputs).last_hidden_state[valid]
+        with torch.no_grad(), captured_outputs(self.teacher.base_model.layers, states.teacher) as teacher_states:
+            teacher_final = self.teacher.base_model(**forward_inputs).last_hidden_state[valid]
+
+        distance = hidden_state_mse if self.args.loss_preset == "paper" else relative_hidden_state_mse
+        hidden = [
+            distance(student_states[s][valid], teacher_states[t][valid]).sum()
+            for s, t in zip(states.student, states.teacher, strict=True)
+        ]
+        if self.args.loss_preset == "paper":
+            hidden = hidden[-1:]
+        parts = {
+            "hidden": torch.stack(hidden).mean() if hidden else student_final.new_zeros((), dtype=torch.float32),
+            "final_hidden": distance(student_final, teacher_final).sum(),
+        }
+        if self.args.kl_weight or self.args.loss_preset == "paper":
+            parts["kl"] = forward_kl(
+                student_final, student.lm_head, teacher_final, self.teacher.lm_head, self.args.temperature
+            )
+        if self.args.lm_weight:
+            parts["lm"] = next_token_loss(student_final, student.lm_head, labels).sum()
+        return parts | {"num_tokens": torch.tensor(max(1, len(labels)), device=student_final.device)}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise LayerPruneError(
+                f"the healing loss became {loss.item()} at step {self.state.global_step + 1} of "
+                f"{self.state.max_steps}; lower the learning rate (now {self.args.learning_rate:g}) or train in "
+                "higher precision"
+            )
+        return loss

@@ -1,0 +1,400 @@
+"""Iterative layer-wise distillation: score, remove, heal, evaluate, until the student is shallow enough.
+
+https://huggingface.co/papers/2511.05085. Each round scores the CURRENT student against the ORIGINAL teacher, removes
+the layer that costs least, and heals the student against the original teacher.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput, set_seed
+
+from ..data import Batch, check_batches, collated_batches
+from ..errors import LayerPruneError
+from ..evaluation import EvaluationReport, evaluate_model
+from ..files import write_atomically
+from ..hub import TAGS, model_card
+from ..loading import load_config, load_model, load_tokenizer
+from ..plan import LayerPlan
+from ..report import report_of, write_report
+from ..scoring import score_layers
+from ..surgery import plan_of, prune, unshare_parameters
+from ._trl import restore_forward, swap_model
+from .callbacks import LayerDistillCallback
+from .checks import check_enough_rows, check_has_text, check_request
+from .config import IterativeLayerDistillConfig
+from .healing import LayerHealingTrainer
+from .records import add_speed, round_record, teacher_record
+from .run_state import RunState, check_target, decisive_settings, last_whole_checkpoint, open_run
+from .students import publish_student, round_folder, save_student
+from .targets import HiddenStateMap, removable_layers, trained_blocks
+from .trainable import make_plain, make_trainable
+
+
+class IterativeLayerDistillTrainer(LayerHealingTrainer):
+    """Make a language model shallower, one measured and healed layer at a time.
+
+    `train()` runs all rounds and leaves in `args.output_dir`: `rounds/NN/` (the student of each round), `model/` (the
+    last one), `plan.json`, `report.json`, `report.md`, `quality.png`. A student is plain `Qwen2ForCausalLM`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The model to compress, by name or loaded; its weights are never changed, but a loaded model is moved to
+            `args.device`. Loaded by name it is held in float32 and the
+            students are saved in the checkpoint's own dtype; the numbers reported are those of the saved students.
+        args ([`IterativeLayerDistillConfig`]):
+            Settings; `target_num_layers` is required.
+        train_dataset ([`~datasets.Dataset`]):
+            Text to heal on, in any form [`~trl.SFTTrainer`] takes.
+        eval_dataset ([`~datasets.Dataset`], *optional*):
+            Held-out text for every quality number. Without it they are measured on the calibration data.
+        calibration_dataset ([`~datasets.Dataset`], *optional*):
+            Text to score layers on. By default the first rows of `train_dataset`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer; by default the model's own.
+        teacher ([`~transformers.PreTrainedModel`], *optional*):
+            Model to score and heal against, where `model` is a student already. By default `model` itself.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Heal with adapters on the trained layers; they are merged at the end of each round.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Callbacks of any [`~transformers.Trainer`], and [`LayerDistillCallback`]s that follow the rounds.
+        kwargs: passed to [`~trl.SFTTrainer`] (`data_collator`, `formatting_func`, `optimizer_cls_and_kwargs`, ...).
+
+    Raises:
+        [`LayerPruneError`]: where the model, the data and the settings do not fit together.
+    """
+
+    _tag_names = list(TAGS)
+    _name = "Iterative Layer-wise Distillation"
+    _paper = {
+        "title": "Iterative Layer-wise Distillation for Efficient Compression of Large Language Models",
+        "id": "2511.05085",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: IterativeLayerDistillConfig,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | None = None,
+        calibration_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher: PreTrainedModel | None = None,
+        peft_config: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if train_dataset is None:
+            raise LayerPruneError("train_dataset is missing; healing needs text")
+        self.model_name = model if isinstance(model, str) else model.config._name_or_path
+        if isinstance(model, str):
+            init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
+            init |= args.model_init_kwargs or {}
+            model = load_model(model, **init)
+            self.save_dtype = load_config(self.model_name, revision=init.get("revision")).dtype or model.dtype
+        else:
+            self.save_dtype = model.dtype
+        if processing_class is None:
+            processing_class = load_tokenizer(self.model_name)
+        self.teacher = (teacher if teacher is not None else model).to(args.device)
+        self.start = model.to(args.device)  # what the first round starts from
+        check_request(self.model_name, self.start, self.teacher, args, processing_class)
+        if isinstance(eval_dataset, dict):
+            raise LayerPruneError("eval_dataset is a dict; every round is measured on one data set, join them")
+        for dataset, name in ((train_dataset, "train"), (eval_dataset, "eval"), (calibration_dataset, "calibration")):
+            if dataset is not None and "formatting_func" not in kwargs:
+                check_has_text(dataset, args.dataset_text_field, f"{name}_dataset")
+
+        self.run: RunState | None = None  # what train() has done: `run.teacher`, `run.rounds`
+        self._opened = False
+        self._peft_config = peft_config
+        self._round = 0
+        datasets = {} if eval_dataset is None else {"eval": eval_dataset}
+        if calibration_dataset is not None:
+            datasets["calibration"] = calibration_dataset
+        args = copy.copy(args)  # the user's own stays as it is
+        args.model_init_kwargs = None  # they have done their work; SFTTrainer would warn of them
+        super().__init__(
+            model=prune(self.start, [], share_weights=True),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=datasets or None,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        restore_forward(self.model)
+        self.all_train_rows = self.train_dataset
+        datasets = self.eval_dataset or {}
+        calibration = datasets.get("calibration", self.all_train_rows)
+        self.eval_dataset = datasets.get("eval")
+        self.calibration_batches = self._batches(calibration, args.num_calibration_samples, "calibration data")
+        if self.eval_dataset is None:
+            self.eval_batches = self.calibration_batches
+        else:
+            self.eval_batches = self._batches(self.eval_dataset, args.num_eval_samples, "evaluation data")
+        check_enough_rows(self.all_train_rows, args)
+
+    def _batches(self, rows: Dataset | IterableDataset, limit: int | None, what: str) -> list[Batch]:
+        batches = collated_batches(rows, self.data_collator, self.args.per_device_eval_batch_size, limit)
+        return check_batches(batches, self.start.config.vocab_size, what)
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Run the rounds until the student has `target_num_layers` layers.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` (or the output folder) goes on with the run in `args.output_dir`, inside the round it was in.
+
+        Raises:
+            [`LayerPruneError`]: if the output folder holds a run and `resume_from_checkpoint` is not set, or the
+                other way round; if the loss is no number. The rounds finished before stay on disk.
+        """
+        folder = Path(self.args.output_dir)
+        run = self.run if self._opened else self.open_run(resume_from_checkpoint)
+        self._opened = False
+        was_training = self.teacher.training
+        self.teacher.eval()
+        try:
+            return self._run_rounds(run, folder)
+        finally:
+            self.teacher.train(was_training)
+
+    def _run_rounds(self, run: RunState, folder: Path) -> TrainOutput:
+        student = self._student_of(folder, run)
+        if not run.teacher:
+            self._phase("evaluating teacher")
+            report = evaluate_model(self.teacher, self.eval_batches, on_batch=self._phase_step)
+            evaluated_on = "calibration data" if self.eval_dataset is None else "evaluation data"
+            run.teacher = teacher_record(self.model_name, self.teacher, report, evaluated_on)
+            self._save_run(run, folder)
+        output = TrainOutput(0, 0.0, {})
+        while plan_of(student).depth > self.args.target_num_layers:
+            self._round = len(run.rounds) + 1
+            self._event("on_round_begin", number=self._round, depth=plan_of(student).depth)
+            student = self._choose_and_remove(student, run, folder)
+            student, output = self._heal(student, run, folder)
+            self._finish_round(student, run, folder)
+        if self.args.measure_speed and run.rounds and "decode_tokens_per_second" not in run.rounds[-1]:
+            self._phase("measuring speed")
+            if self.args.should_save:
+                add_speed(self.teacher, run.teacher, run.rounds)
+        self._save_run(run, folder)
+        self._publish(folder, run)
+        unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
+        self.accelerator.wait_for_everyone()
+        return output
+
+    def open_run(self, resume_from_checkpoint: str | bool | None = None) -> RunState:
+        """Start a run in `args.output_dir`, or take up the one that is there; `train()` does it if you do not.
+
+        Raises:
+            [`LayerPruneError`]: see `train`; nothing has been written then.
+        """
+        folder = Path(self.args.output_dir)
+        rows = self.all_train_rows
+        texts = {
+            "healing": list(rows.take(8)) if isinstance(rows, IterableDataset) else [len(rows), rows[:8]],
+            "calibration": [tensor for batch in self.calibration_batches for tensor in batch.values()],
+            "evaluation": [tensor for batch in self.eval_batches for tensor in batch.values()],
+        }
+        settings = decisive_settings(self.args, self.start, self.teacher, texts, self._peft_config)
+        settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
+        found = self._agreed(RunState.load(folder))
+        self.run = open_run(folder, found, settings, resume_from_checkpoint)
+        check_target(self.run, self.start.config.num_hidden_layers, self.args.target_num_layers)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_run(self.run, folder)
+        self._opened = True
+        return self.run
+
+    def _agreed(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        return broadcast_object_list([value])[0]
+
+    def _student_of(self, folder: Path, run: RunState) -> PreTrainedModel:
+        """The student the next round starts from."""
+        if not run.rounds:
+            return prune(self.start, [], share_weights=True)
+        return self._load_student(round_folder(folder, len(run.rounds)))
+
+    def _load_student(self, folder: Path) -> PreTrainedModel:
+        return load_model(str(folder), dtype=self.start.dtype).to(self.args.device)
+
+    def _choose_and_remove(self, student: PreTrainedModel, run: RunState, folder: Path) -> PreTrainedModel:
+        """Remove this round's layers, one at a time, each scored on what is left."""
+        depth = plan_of(student).depth
+        wanted = min(self.args.layers_per_round, depth - self.args.target_num_layers)
+        current = run.current or {"wanted": wanted, "removed_layers": [], "scores": [], "seconds_scoring": 0.0}
+        for layer in current["removed_layers"]:
+            student = prune(student, [layer], share_weights=True)
+        while len(current["removed_layers"]) < current["wanted"]:
+            self._phase("scoring", num_layers=plan_of(student).depth)
+            start = time.perf_counter()
+            scores = score_layers(
+                student,
+                self.calibration_batches,
+                self.args.criterion,
+                self.teacher,
+                removable_layers(plan_of(student), self.args.protect_first_layers, self.args.protect_last_layers),
+                on_batch=self._phase_step,
+            )
+            current["seconds_scoring"] += time.perf_counter() - start
+            current["scores"].append(scores.to_dict())
+            layer = self._agreed(scores.safest)
+            current["removed_layers"].append(layer)
+            student = prune(student, [layer], share_weights=True)
+            run.current = current
+            self._save_run(run, folder)
+        if "before_healing" not in current:
+            current["before_healing"] = current["unhealed"] = self._evaluate_phase(student).to_dict()
+            if run.rounds or self.start is not self.teacher:  # else nothing has been healed yet
+                removed = sorted(set(plan_of(self.teacher).layers) - set(plan_of(student).layers))
+                unhealed = prune(self.teacher, removed, share_weights=True)
+                current["unhealed"] = self._evaluate_phase(unhealed).to_dict()
+            self._save_run(run, folder)
+        return student
+
+    def _heal(self, student: PreTrainedModel, run: RunState, folder: Path) -> tuple[PreTrainedModel, TrainOutput]:
+        """Train the student of this round; a checkpoint of an interrupted healing is taken up."""
+        plan, current, target = plan_of(student), run.current, round_folder(folder, self._round)
+        if "train_tokens" in current:  # a run that was interrupted behind its healing: the student is on disk
+            return self._load_student(target), TrainOutput(0, 0.0, {})
+        trained = self.args.named_trained_layers() or self.args.trained_layers
+        blocks = trained_blocks(plan, current["removed_layers"], trained)
+        self.hidden_state_map = HiddenStateMap.of(plan, plan_of(self.teacher), blocks)
+        set_seed(self.args.seed + self._round)  # adapters are drawn at random: the same ones after a resume
+        swap_model(self, make_trainable(student, blocks, self.args.trained_layers == "all", self._peft_config))
+        self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self._round)  # other rows every round
+        self._phase("healing", num_layers=plan.depth)
+        checkpoint = self._agreed(last_whole_checkpoint(target))
+        before = current.get("seconds_healing", 0.0) if checkpoint else 0.0
+        self._healing_started = time.perf_counter() - before
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint)
+            student = make_plain(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False), self.save_dtype)
+        except LayerPruneError:  # the weights are no numbers any more, and so may be those in the checkpoints
+            if self.args.should_save:
+                shutil.rmtree(target, ignore_errors=True)
+            raise
+        current["seconds_healing"] = time.perf_counter() - self._healing_started
+        swap_model(self, student)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            save_student(student, self.processing_class, self.save_dtype, target)
+        self.accelerator.wait_for_everyone()
+        current["train_tokens"] = int(self.state.num_input_tokens_seen)
+        self._save_run(run, folder)
+        return student, output
+
+    def _finish_round(self, student: PreTrainedModel, run: RunState, folder: Path) -> None:
+        after = self._evaluate_phase(student)
+        if not math.isfinite(after.loss):
+            del run.current["train_tokens"]  # this healing does not count
+            self._save_run(run, folder)
+            if self.args.should_save:
+                shutil.rmtree(round_folder(folder, self._round))
+            raise LayerPruneError(
+                f"round {self._round}: the healed student's loss is {after.loss}; lower the learning rate. The rounds "
+                "before it are kept"
+            )
+        record = round_record(self._round, student, self.args.criterion, run.current, after)
+        run.rounds.append(record)
+        run.current = {}
+        self._save_run(run, folder)
+        if self.args.should_save:
+            write_report(folder, run.teacher, run.rounds, run.settings)
+        self._event("on_round_end", record=record)
+
+    def _publish(self, folder: Path, run: RunState) -> None:
+        """Fill in what a user looks for first: the final model and its plan."""
+        if self.args.should_save and run.rounds:
+            write_report(folder, run.teacher, run.rounds, run.settings)
+            self.create_model_card()
+            files = [folder / "README.md", folder / "quality.png"]
+            publish_student(round_folder(folder, len(run.rounds)), folder / "model", files)
+            write_atomically(folder / "plan.json", LayerPlan.from_dict(run.rounds[-1]["plan"]).to_json() + "\n")
+
+    # ------------------------------------------------------------------ measuring and telling
+
+    def _evaluate_phase(self, student: PreTrainedModel) -> EvaluationReport:
+        self._phase("evaluating", num_layers=plan_of(student).depth)
+        return evaluate_model(student, self.eval_batches, self.teacher, on_batch=self._phase_step)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the current student: `eval_loss` (next-token, nats per token), `eval_perplexity`, `eval_kl`,
+        `eval_agreement`, all weighted by tokens."""
+        batches = self.eval_batches
+        if eval_dataset is not None:
+            packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+            prepared = self._prepare_dataset(
+                eval_dataset, self.processing_class, self.args, packing, self._formatting_func, "eval"
+            )
+            batches = self._batches(prepared, None, "evaluation data")
+        student = self.accelerator.unwrap_model(self.model)
+        student = student.get_base_model() if is_peft_model(student) else student
+        report = evaluate_model(student, batches, self.teacher)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in report.to_dict().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_run(self, run: RunState, folder: Path) -> None:
+        if self.args.should_save:
+            run.save(folder)
+
+    def _phase(self, phase: str, **details: Any) -> None:
+        self._event("on_phase_begin", phase=phase, **details)
+
+    def _phase_step(self) -> None:
+        self._event("on_phase_step")
+
+    def _event(self, name: str, **details: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LayerDistillCallback):
+                getattr(callback, name)(self.args, self.state, self.control, **details)
+
+    # ------------------------------------------------------------------ what a Trainer does elsewhere
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.run.current["seconds_healing"] = time.perf_counter() - self._healing_started
+        self._save_run(self.run, Path(self.args.output_dir))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints of a healing lie in the folder of its round."""
+        folder = Path(self.args.output_dir)
+        return str(round_folder(folder, self._round) if self._round else folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md` into the output folder, from what the run has measured so far."""
+        folder = Path(self.args.output_dir)
+        if self.args.should_save and self.run is not None and self.run.rounds:
+            report = report_of(self.run.teacher, self.run.rounds, self.run.settings)
+            tags = [tags] if isinstance(tags, str) else tags or []
+            card = model_card(report, model_name or f"{folder.name}/model", self.model_name, tags)
+            write_atomically(folder / "README.md", str(card))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs | {"round": self._round} if self._round else logs, *args, **kwargs)

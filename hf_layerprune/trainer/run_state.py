@@ -1,0 +1,162 @@
+"""What a run has done so far, on disk: written after every step that cost time, in one atomic move."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import LayerPruneError
+from ..files import write_atomically
+from ..surgery import plan_of
+from .config import IterativeLayerDistillConfig
+from .students import round_folder
+
+STATE_FILE = "run_state.json"
+CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+# What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
+DECISIVE = (
+    "criterion", "layers_per_round", "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight",
+    "hidden_weight", "lm_weight", "temperature", "loss_preset", "weight_decay", "optim", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_length", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss", "seed",
+)  # fmt: skip
+# May change between two healings, so that one that diverged can be tried again.
+PER_HEALING = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+)
+
+
+@dataclass
+class RunState:
+    """Progress of a run in its output folder.
+
+    Attributes:
+        settings (`dict`): what decides the result; a resumed run must have the same.
+        teacher (`dict`): measurements of the teacher.
+        rounds (`list[dict]`): records of the finished rounds.
+        current (`dict`): what is known of the round in progress: scores and removed layers so far.
+    """
+
+    settings: dict[str, Any]
+    teacher: dict[str, Any] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    current: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / STATE_FILE, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> RunState | None:
+        path = folder / STATE_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise LayerPruneError(f"{path} is damaged ({error}); move {folder} away and start again") from error
+
+
+def open_run(folder: Path, found: RunState | None, settings: dict[str, Any], resume: str | bool | None) -> RunState:
+    """The state to go on from: the one `found` in `folder` when resuming, else a new one.
+
+    Raises:
+        [`LayerPruneError`]: if a run is there and is not resumed, or the other way round; if it is another run than
+            `settings` describe.
+    """
+    if resume and found is None:
+        raise LayerPruneError(f"resume_from_checkpoint={resume!r} but {folder} holds no run; start without it")
+    if isinstance(resume, str) and Path(resume).resolve() != folder.resolve():
+        raise LayerPruneError(
+            f"resume_from_checkpoint={resume!r} is not output_dir={folder}; a run resumes in its own folder"
+        )
+    if found is None:
+        return RunState(settings)
+    if not resume:
+        raise LayerPruneError(
+            f"output_dir={folder} holds another run of {len(found.rounds)} rounds; resume it "
+            "(resume_from_checkpoint) or choose another folder"
+        )
+    in_healing = last_whole_checkpoint(round_folder(folder, len(found.rounds) + 1)) is not None
+    for key, value in found.settings.items():
+        if key in PER_HEALING and not in_healing:
+            continue
+        if value != settings.get(key):
+            raise LayerPruneError(
+                f"{folder} holds a run with {key}={value!r}, now it is {settings.get(key)!r}; resume with the same "
+                "settings, model and data, or choose another output_dir"
+            )
+    found.settings = settings
+    return found
+
+
+def check_target(run: RunState, depth: int, target: int) -> None:
+    """Raise [`LayerPruneError`] if a run that started from `depth` layers is shallower than `target` already."""
+    reached = (run.rounds[-1]["num_layers"] if run.rounds else depth) - run.current.get("wanted", 0)
+    if reached < target:
+        raise LayerPruneError(
+            f"target_num_layers={target} but the run is at {reached} layers already; its rounds/ hold the students of "
+            "every depth before"
+        )
+
+
+def decisive_settings(
+    args: IterativeLayerDistillConfig,
+    start: PreTrainedModel,
+    teacher: PreTrainedModel,
+    texts: dict[str, Iterable[Any]],
+    peft_config: Any | None,
+) -> dict[str, Any]:
+    """What must not change within a run: settings, models and data, the last two as short fingerprints."""
+    values = {name: getattr(args, name, None) for name in (*DECISIVE, *PER_HEALING)}
+    values["dtype"] = str(start.dtype)
+    values |= {
+        "plan": plan_of(start).to_dict(),
+        "model": _fingerprint_model(start),
+        "teacher": _fingerprint_model(teacher),
+    }
+    values |= {f"{name}_text": _fingerprint(rows) for name, rows in texts.items()}
+    values["peft"] = None if peft_config is None else json.dumps(peft_config.to_dict(), default=str, sort_keys=True)
+    return json.loads(json.dumps(values, default=str))
+
+
+def _fingerprint(parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(str(part.tolist() if isinstance(part, Tensor) else part).encode())
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint_model(model: PreTrainedModel) -> str:
+    """Of the first weights of every tensor: cheap on any size, different for any two trainings."""
+    return _fingerprint(parameter.detach().flatten()[:8].float().cpu() for parameter in model.parameters())
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest `checkpoint-N` in `folder` to train on from.
+
+    It must have been written to its end (`trainer_state.json` comes last) and have steps left: a `Trainer` that
+    resumes behind the last step takes one more.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text())
+            whole = all((path / name).is_file() for name in CHECKPOINT_FILES) and any(path.glob("*.safetensors"))
+            if whole and state["global_step"] < state["max_steps"]:
+                return str(path)
+        except (OSError, ValueError, KeyError):
+            continue
+    return None

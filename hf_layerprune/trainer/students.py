@@ -1,0 +1,40 @@
+"""Students on disk: `rounds/NN/` of a run's folder, and `model/`, the last of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..files import replace_folder
+from ..surgery import prune
+
+
+def round_folder(folder: Path, number: int) -> Path:
+    """Where the student of round `number` (from 1) lies, and the checkpoints of its healing before that."""
+    return folder / "rounds" / f"{number:02d}"
+
+
+def save_student(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, target: Path
+) -> None:
+    """Write a student in `dtype` so that `target` is either as it was or the whole student."""
+    if dtype != student.dtype:
+        student = prune(student, [], share_weights=True).to(dtype)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    replace_folder(temporary, target)
+
+
+def publish_student(source: Path, target: Path, files: list[Path]) -> None:
+    """Copy a saved student, and `files` beside it, so that `target` is either as it was or the whole copy."""
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    for path in files:
+        shutil.copy(path, temporary)
+    replace_folder(temporary, target)

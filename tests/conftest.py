@@ -1,0 +1,119 @@
+"""Everything offline: random models of a few thousand weights, a byte-level tokenizer, and the embedded text."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES=""
+)
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from hf_layerprune import IterativeLayerDistillConfig, embedded_dataset
+
+END = "<|endoftext|>"
+VOCAB_SIZE = 257  # the bytes and the end token
+
+
+def tiny_model(num_layers: int = 5, seed: int = 0, **changes) -> Qwen2ForCausalLM:
+    """A random Qwen2 whose layers matter: biases and norms away from their initial values."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "eos_token_id": VOCAB_SIZE - 1,
+        "initializer_range": 0.15,
+    }
+    model = Qwen2ForCausalLM(Qwen2Config(**settings | changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def random_batches(count: int = 2, rows: int = 3, length: int = 12, padded: bool = True, seed: int = 1) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(VOCAB_SIZE - 1, (rows, length), generator=generator)
+        mask = torch.ones_like(ids)
+        if padded:
+            mask[0, length // 2 :] = 0
+            mask[1, :3] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+@pytest.fixture
+def model() -> Qwen2ForCausalLM:
+    return tiny_model()
+
+
+@pytest.fixture
+def batches() -> list[dict]:
+    return random_batches()
+
+
+def byte_tokenizer() -> Qwen2Tokenizer:
+    vocab = {character: index for index, character in enumerate(sorted(ByteLevel.alphabet()))} | {END: VOCAB_SIZE - 1}
+    return Qwen2Tokenizer(vocab=vocab, merges=[])
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Qwen2Tokenizer:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tokenizer: Qwen2Tokenizer) -> Path:
+    folder = tmp_path / "tiny-model"
+    tiny_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts() -> Dataset:
+    return embedded_dataset("calibration").select(range(12))
+
+
+def tiny_config(output_dir: Path, **changes) -> IterativeLayerDistillConfig:
+    """Settings of a run of seconds."""
+    settings = {
+        "output_dir": str(output_dir),
+        "target_num_layers": 3,
+        "num_calibration_samples": 4,
+        "num_eval_samples": 4,
+        "trained_layers": "all",
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "max_length": 32,
+        "packing": True,
+        "packing_strategy": "wrapped",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+    }
+    return IterativeLayerDistillConfig(**settings | changes)

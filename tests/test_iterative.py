@@ -1,0 +1,527 @@
+import copy
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_batches, tiny_config, tiny_model
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from hf_layerprune import (
+    IterativeLayerDistillTrainer,
+    LayerDistillCallback,
+    LayerPlan,
+    LayerPruneError,
+    evaluate_model,
+    prune,
+    score_layers,
+)
+from hf_layerprune.surgery import plan_of
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer, texts):
+    """Build a trainer on the embedded text; `folder` names its output folder."""
+
+    def build(teacher=None, folder="run", callbacks=None, peft_config=None, eval_dataset=texts, **changes):
+        return IterativeLayerDistillTrainer(
+            model=tiny_model() if teacher is None else teacher,
+            args=tiny_config(tmp_path / folder, **changes),
+            train_dataset=texts,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
+
+    return build
+
+
+def read_report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_two_rounds_end_to_end(make, tmp_path):
+    teacher = tiny_model()
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = make(teacher)
+    trainer.train()
+    folder = tmp_path / "run"
+    report = read_report(folder)
+
+    assert report["teacher"]["num_layers"] == 5
+    assert [record["num_layers"] for record in report["rounds"]] == [4, 3]
+    for record in report["rounds"]:
+        for key in ("perplexity_unhealed", "perplexity_before_healing", "perplexity", "kl", "num_parameters",
+                    "seconds_scoring", "seconds_healing", "train_tokens", "decode_tokens_per_second"):  # fmt: skip
+            assert record[key] > 0, key
+        scores = {int(layer): cost for layer, cost in record["scores"].items()}
+        assert record["removed_layer"] == min(scores, key=scores.get)
+        assert record["train_tokens"] == 3 * 2 * 32
+    assert report["rounds"][1]["scores"].keys() == report["rounds"][0]["scores"].keys() - {
+        str(report["rounds"][0]["removed_layer"])
+    }
+    # round 1 is the teacher without a layer: before healing and never healed are the same
+    assert report["rounds"][0]["perplexity_before_healing"] == report["rounds"][0]["perplexity_unhealed"]
+
+    # every trainable parameter of both students moved, none of the teacher's
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    plan, student = teacher, None
+    for number, record in enumerate(report["rounds"], start=1):
+        student = load(folder / "rounds" / f"{number:02d}")
+        plan = LayerPlan.from_dict(record["plan"])
+        assert plan_of(student) == plan
+        unhealed = prune(teacher, plan.removed_layers)
+        for (name, healed), original in zip(student.named_parameters(), unhealed.parameters(), strict=True):
+            assert not torch.equal(healed, original), f"round {number}: {name} was not trained"
+
+    # the last round, the final model and the plan agree, and what is on disk is what was measured
+    final = load(folder / "model")
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), final.parameters(), strict=True))
+    assert LayerPlan.from_json((folder / "plan.json").read_text()) == plan
+    measured = evaluate_model(final, trainer.eval_batches, teacher)
+    assert measured.loss == pytest.approx(report["rounds"][-1]["loss"], abs=1e-5)
+    assert measured.kl == pytest.approx(report["rounds"][-1]["kl"], abs=1e-5)
+    assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 3 |" in (folder / "report.md").read_text()
+
+
+def test_the_first_choice_is_the_one_score_layers_makes(make):
+    teacher = tiny_model()
+    trainer = make(teacher, target_num_layers=4)
+    expected = score_layers(teacher, trainer.calibration_batches, "kl")
+    trainer.train()
+    assert trainer.run.rounds[0]["removed_layer"] == expected.safest
+    assert trainer.run.rounds[0]["scores"] == {str(layer): cost for layer, cost in expected.values.items()}
+
+
+def test_mixed_precision_trains_and_leaves_a_plain_student(make, tmp_path):
+    teacher = tiny_model()
+    trainer = make(teacher, bf16=True, max_steps=2)
+    trainer.train()
+    student = load(tmp_path / "run" / "model")
+    assert student.dtype == torch.float32
+    measured = evaluate_model(student, trainer.eval_batches, teacher)
+    assert measured.loss == pytest.approx(trainer.run.rounds[-1]["loss"], abs=1e-5)
+
+
+def test_healing_heals(make):
+    trainer = make(target_num_layers=3, max_steps=40, learning_rate=1e-3, per_device_train_batch_size=8)
+    trainer.train()
+    record = trainer.run.rounds[-1]
+    assert record["kl"] < 0.7 * record["kl_before_healing"]
+
+
+def test_student_loads_where_only_transformers_is(make, tmp_path):
+    make(target_num_layers=4, max_steps=1).train()
+    script = f"""
+import sys
+sys.modules["hf_layerprune"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = {str(tmp_path / "run" / "model")!r}
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = AutoTokenizer.from_pretrained(folder)("Once upon a time", return_tensors="pt")
+a, b = (model.generate(**ids, max_new_tokens=12, do_sample=False, use_cache=flag) for flag in (True, False))
+assert type(model).__name__ == "Qwen2ForCausalLM" and torch.equal(a, b)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL)
+
+
+def test_only_the_neighbours_move(make, tmp_path):
+    teacher = tiny_model()
+    make(teacher, target_num_layers=4, trained_layers="neighbours").train()
+    report = read_report(tmp_path / "run")
+    removed = report["rounds"][0]["removed_layer"]
+    plan = LayerPlan.identity(5).remove(removed)
+    neighbours = {plan.block_of(layer) for layer in (removed - 1, removed + 1) if layer in plan.layers}
+    student, unhealed = load(tmp_path / "run" / "model"), prune(teacher, [removed])
+    for (name, healed), original in zip(student.named_parameters(), unhealed.parameters(), strict=True):
+        moved = "layers" in name and int(name.split(".")[2]) in neighbours
+        assert torch.equal(healed, original) != moved, name
+
+
+def test_named_layers_and_protection(make, tmp_path):
+    trainer = make(trained_layers="0", protect_first_layers=1, protect_last_layers=1)
+    trainer.train()
+    assert all(set(record["scores"]) <= {"1", "2", "3"} for record in trainer.run.rounds)
+    student, teacher = load(tmp_path / "run" / "model"), tiny_model()
+    unhealed = prune(teacher, plan_of(student).removed_layers)
+    for (name, healed), original in zip(student.named_parameters(), unhealed.parameters(), strict=True):
+        assert torch.equal(healed, original) != ("layers.0." in name), name
+
+
+def test_lora_is_merged_into_a_plain_student(make, tmp_path):
+    teacher = tiny_model()
+    before = copy.deepcopy(teacher.state_dict())
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    trainer = make(teacher, target_num_layers=3, trained_layers="neighbours", peft_config=config)
+    trainer.train()
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    student = load(tmp_path / "run" / "model")
+    unhealed = prune(teacher, plan_of(student).removed_layers)
+    assert student.state_dict().keys() == unhealed.state_dict().keys()
+    moved = {name for (name, a), b in zip(student.named_parameters(), unhealed.parameters(), strict=True)
+             if not torch.equal(a, b)}  # fmt: skip
+    assert moved and all("q_proj.weight" in name or "down_proj.weight" in name for name in moved)
+    measured = evaluate_model(student, trainer.eval_batches, teacher)
+    assert measured.loss == pytest.approx(trainer.run.rounds[-1]["loss"], abs=1e-5)
+
+
+def test_several_layers_a_round_are_scored_one_after_the_other(make):
+    teacher = tiny_model()
+    trainer = make(teacher, layers_per_round=2, target_num_layers=2, max_steps=1)
+    trainer.train()
+    first, second = trainer.run.rounds
+    assert (first["num_layers"], second["num_layers"]) == (3, 2)
+    expected = score_layers(prune(teacher, first["removed_layers"][:1]), trainer.calibration_batches, "kl", teacher)
+    assert first["removed_layers"][1] == expected.safest
+    assert len(second["removed_layers"]) == 1
+
+
+def test_two_processes_agree_and_one_writes(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import json, os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import conftest, torch
+from pathlib import Path
+from hf_layerprune import IterativeLayerDistillTrainer
+torch.set_num_threads(1)
+texts = conftest.embedded_dataset("calibration").select(range(12))
+args = conftest.tiny_config(Path({str(tmp_path / "run")!r}), save_strategy="steps", save_steps=2, measure_speed=False)
+trainer = IterativeLayerDistillTrainer(model=conftest.tiny_model(), args=args, train_dataset=texts, eval_dataset=texts,
+                                       processing_class=conftest.byte_tokenizer())
+trainer.train()
+seen = [trainer.accelerator.num_processes, [r["removed_layers"] for r in trainer.run.rounds],
+        [r["perplexity"] for r in trainer.run.rounds], [p.double().sum().item() for p in trainer.model.parameters()]]
+Path({str(tmp_path)!r}, "rank" + os.environ["RANK"]).write_text(json.dumps(seen))
+""")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run(launch, check=True, stdin=subprocess.DEVNULL)
+    first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1))
+    assert first == second and first[0] == 2
+    assert [record["removed_layers"] for record in read_report(tmp_path / "run")["rounds"]] == first[1]
+    assert load(tmp_path / "run" / "model").config.num_hidden_layers == 3
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(LayerDistillCallback):
+    """Raise at the n-th call of one event, as a power cut would."""
+
+    def __init__(self, event, count):
+        self.count = count
+
+        def die(*_, **__):
+            self.count -= 1
+            if self.count == 0:
+                raise Killed
+
+        setattr(self, event, die)
+
+
+@pytest.mark.parametrize(
+    "event, count",
+    [
+        ("on_phase_begin", 2),  # before the first scoring
+        ("on_phase_step", 3),
+        ("on_step_end", 2),  # inside the first healing, before a checkpoint
+        ("on_step_end", 4),  # behind a checkpoint
+        ("on_round_end", 1),
+        ("on_phase_begin", 6),  # healed, not yet evaluated
+        ("on_phase_begin", 7),  # second round
+        ("on_step_end", 9),
+    ],
+)
+def test_resume_continues_where_it_was_and_ends_the_same(make, tmp_path, event, count):
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    make(folder="whole", **settings).train()
+    with pytest.raises(Killed):
+        make(folder="cut", callbacks=[KillAt(event, count)], **settings).train()
+    started = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            started.append(state.global_step)
+
+    resumed = make(folder="cut", callbacks=[Watch()], **settings)
+    resumed.train(resume_from_checkpoint=True)
+    if (event, count) == ("on_step_end", 4):
+        assert started[0] == 3, "the healing did not go on from its checkpoint"
+    whole, cut = read_report(tmp_path / "whole"), read_report(tmp_path / "cut")
+    for a, b in zip(whole["rounds"], cut["rounds"], strict=True):
+        assert a["removed_layers"] == b["removed_layers"]
+        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-5)
+        assert a["train_tokens"] == b["train_tokens"]
+    for a, b in zip(load(tmp_path / "whole" / "model").parameters(), load(tmp_path / "cut" / "model").parameters(),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not list((tmp_path / "cut" / "rounds").glob("*/checkpoint-*"))
+
+
+def test_half_written_checkpoint_is_passed_over(make, tmp_path):
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "target_num_layers": 4}
+    with pytest.raises(Killed):
+        make(callbacks=[KillAt("on_step_end", 5)], **settings).train()
+    (tmp_path / "run" / "rounds" / "01" / "checkpoint-4" / "trainer_state.json").write_text('{"half')
+    make(**settings).train(resume_from_checkpoint=True)
+    assert len(read_report(tmp_path / "run")["rounds"]) == 1
+
+
+def test_a_finished_run_can_go_deeper(make, tmp_path):
+    make(target_num_layers=4).train()
+    make(target_num_layers=3).train(resume_from_checkpoint=True)
+    assert [record["num_layers"] for record in read_report(tmp_path / "run")["rounds"]] == [4, 3]
+    assert load(tmp_path / "run" / "model").config.num_hidden_layers == 3
+
+
+def test_runs_are_not_mixed_up(make, tmp_path):
+    make(target_num_layers=4).train()
+    with pytest.raises(LayerPruneError, match="holds another run"):
+        make(target_num_layers=4).train()
+    with pytest.raises(LayerPruneError, match="trained_layers"):
+        make(target_num_layers=3, trained_layers="neighbours").train(resume_from_checkpoint=True)
+    for changes, message in (
+        ({"num_eval_samples": 2}, "evaluation_text"),
+        ({"num_calibration_samples": 2}, "calibration_text"),
+        ({"weight_decay": 0.3}, "weight_decay"),
+        ({"teacher": tiny_model(seed=9)}, "model="),
+    ):
+        with pytest.raises(LayerPruneError, match=message):
+            make(target_num_layers=3, **{"teacher": None, **changes}).train(resume_from_checkpoint=True)
+    with pytest.raises(LayerPruneError, match="holds no run"):
+        make(folder="other").train(resume_from_checkpoint=True)
+    with pytest.raises(LayerPruneError, match="its own folder"):
+        make(target_num_layers=3).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+    (tmp_path / "run" / "run_state.json").write_text("{")
+    with pytest.raises(LayerPruneError, match="damaged"):
+        make(target_num_layers=3).train(resume_from_checkpoint=True)
+
+
+def test_loss_that_is_no_number_stops_and_keeps_the_last_round(make, tmp_path):
+    class Poison(LayerDistillCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1 and model.config.num_hidden_layers == 3:
+                with torch.no_grad():
+                    next(model.parameters()).fill_(math.nan)
+
+    with pytest.raises(LayerPruneError, match="nan at step 2 of 3"):
+        make(callbacks=[Poison()]).train()
+    assert load(tmp_path / "run" / "rounds" / "01").config.num_hidden_layers == 4
+    assert len(read_report(tmp_path / "run")["rounds"]) == 1
+    make(learning_rate=1e-4).train(resume_from_checkpoint=True)  # as the message says
+    assert len(read_report(tmp_path / "run")["rounds"]) == 2
+
+
+def test_checkpoints_of_a_ruined_healing_go(make, tmp_path):
+    class Poison(LayerDistillCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                with torch.no_grad():
+                    next(model.parameters()).fill_(math.nan)
+
+    settings = {"save_strategy": "steps", "save_steps": 1, "target_num_layers": 4}
+    with pytest.raises(LayerPruneError, match="nan at step 2"):
+        make(callbacks=[Poison()], **settings).train()
+    make(**settings).train(resume_from_checkpoint=True)
+    assert len(read_report(tmp_path / "run")["rounds"]) == 1
+
+
+def test_another_target_within_a_round(make, tmp_path):
+    settings = {"layers_per_round": 2, "max_steps": 2}
+    with pytest.raises(Killed):
+        make(callbacks=[KillAt("on_step_end", 1)], target_num_layers=3, **settings).train()
+    with pytest.raises(LayerPruneError, match="at 3 layers already"):
+        make(target_num_layers=4, **settings).train(resume_from_checkpoint=True)
+    make(target_num_layers=2, **settings).train(resume_from_checkpoint=True)
+    rounds = read_report(tmp_path / "run")["rounds"]
+    assert [len(record["removed_layers"]) for record in rounds] == [2, 1]
+    for record in rounds:
+        plan = LayerPlan.from_dict(record["plan"])
+        assert plan.depth == record["num_layers"] and set(record["removed_layers"]) <= set(plan.removed_layers)
+
+
+def test_the_trained_student_is_independent_of_the_users_model(make):
+    teacher = tiny_model()
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = make(teacher, target_num_layers=4, trained_layers="neighbours")
+    trainer.train()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+def test_weights_ruined_by_the_very_last_step_are_noticed(make, tmp_path):
+    with pytest.raises(LayerPruneError, match="no numbers|became|loss is"):
+        make(target_num_layers=4, max_steps=1, learning_rate=1e38, max_grad_norm=1e38, optim="sgd").train()
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "rounds" / "01" / "config.json").exists()
+
+
+def test_a_target_above_what_is_reached_is_refused(make):
+    make(target_num_layers=3).train()
+    with pytest.raises(LayerPruneError, match="at 3 layers already"):
+        make(target_num_layers=4).train(resume_from_checkpoint=True)
+
+
+def test_adapters_stay_on_the_layers_to_heal(make):
+    with pytest.raises(LayerPruneError, match="outside the layers"):
+        make(
+            target_num_layers=4, trained_layers="neighbours", peft_config=LoraConfig(target_modules=r".*q_proj")
+        ).train()
+    with pytest.raises(LayerPruneError, match="layers_to_transform"):
+        make(
+            folder="other", target_num_layers=4,
+            peft_config=LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]),
+        ).train()  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [4, 6])  # behind a checkpoint; at the start of round 2
+def test_lora_resumes_inside_its_healing(make, tmp_path, count):
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    settings = {
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "peft_config": config,
+    }
+    make(folder="whole", **settings).train()
+    with pytest.raises(Killed):
+        make(callbacks=[KillAt("on_step_end", count)], **settings).train()
+    make(**settings).train(resume_from_checkpoint=True)
+    whole, cut = load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model")
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_speed_is_measured_only_if_asked(make):
+    trainer = make(target_num_layers=4, measure_speed=False)
+    trainer.train()
+    assert "decode_tokens_per_second" not in trainer.run.rounds[0]
+
+
+def test_evaluate_is_the_measurement_of_the_student(make):
+    trainer = make(target_num_layers=4)
+    trainer.train()
+    metrics = trainer.evaluate()
+    record = trainer.run.rounds[-1]
+    assert metrics["eval_loss"] == pytest.approx(record["loss"])
+    assert metrics["eval_perplexity"] == pytest.approx(record["perplexity"])
+    assert metrics["eval_kl"] == pytest.approx(record["kl"])
+    other = trainer.evaluate(Dataset.from_dict({"text": ["Quite another text, and a little longer than before."] * 9}))
+    assert other["eval_loss"] != metrics["eval_loss"]
+
+
+def test_evaluation_while_healing(make):
+    trainer = make(target_num_layers=4, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert sum("eval_kl" in entry for entry in trainer.state.log_history) == 3
+
+
+def test_without_evaluation_data_the_report_says_so(make, tmp_path):
+    make(target_num_layers=4, eval_dataset=None).train()
+    assert read_report(tmp_path / "run")["teacher"]["evaluated_on"] == "calibration data"
+    assert "calibration data" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_by_name_students_keep_the_checkpoints_dtype_and_the_numbers_are_theirs(tmp_path, tokenizer, texts):
+    teacher = tiny_model()
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    args = tiny_config(tmp_path / "run", target_num_layers=4)
+    trainer = IterativeLayerDistillTrainer(
+        model=str(tmp_path / "teacher"), args=args, train_dataset=texts, eval_dataset=texts
+    )
+    assert trainer.teacher.dtype == torch.float32
+    trainer.train()
+    assert load(tmp_path / "run" / "model").dtype == torch.bfloat16
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    measured = evaluate_model(student, trainer.eval_batches, trainer.teacher)
+    assert measured.loss == pytest.approx(trainer.run.rounds[-1]["loss"], abs=1e-6)
+
+
+def test_a_saved_student_is_compressed_further_in_the_same_indices(make, tmp_path, tokenizer, texts):
+    make(target_num_layers=4).train()
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "student")
+    trainer = IterativeLayerDistillTrainer(
+        model=str(tmp_path / "student"),
+        args=tiny_config(tmp_path / "second", target_num_layers=3),
+        train_dataset=texts,
+        teacher=tiny_model(),
+    )
+    trainer.train()
+    plan = plan_of(load(tmp_path / "second" / "model"))
+    assert plan.num_teacher_layers == 5 and len(plan.removed_layers) == 2
+    assert set(plan_of(load(tmp_path / "student")).removed_layers) < set(plan.removed_layers)
+
+
+def test_save_model_and_model_card(make, tmp_path):
+    trainer = make(target_num_layers=4)
+    trainer.train()
+    trainer.create_model_card(model_name="somebody/student", tags="mine")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert (tmp_path / "run" / "model" / "README.md").is_file() and (
+        tmp_path / "run" / "model" / "quality.png"
+    ).is_file()
+    assert card.data.library_name == "transformers" and {"layer-pruning", "mine"} <= set(card.data.tags)
+    assert f"{trainer.run.rounds[0]['perplexity']:.2f}" in card.text and "somebody/student" in card.text
+    assert str(tmp_path) not in card.content
+    trainer.save_model(str(tmp_path / "saved"))
+    saved, final = load(tmp_path / "saved"), load(tmp_path / "run" / "model")
+    ids = random_batches(1, padded=False)[0]["input_ids"]
+    assert torch.equal(saved(ids).logits, final(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"target_num_layers": None}, "target_num_layers is missing"),
+        ({"target_num_layers": 5}, "choose 1..4"),
+        ({"target_num_layers": 9}, "choose 1..4"),
+        ({"trained_layers": "2,7"}, r"names \[7\]"),
+        ({"protect_first_layers": 2, "protect_last_layers": 2, "target_num_layers": 3}, "only 1 of 5"),
+        ({"dataset_text_field": "story"}, "no text"),
+        ({"per_device_train_batch_size": 10_000}, "less than one batch"),
+    ],
+)
+def test_requests_that_cannot_work_are_refused(make, changes, message):
+    with pytest.raises(LayerPruneError, match=message):
+        make(**changes)
+
+
+def test_vocabularies_must_match(tmp_path, tokenizer, texts):
+    with pytest.raises(LayerPruneError, match="vocabulary has 300"):
+        IterativeLayerDistillTrainer(
+            model=tiny_model(), teacher=tiny_model(vocab_size=300), args=tiny_config(tmp_path), train_dataset=texts,
+            processing_class=tokenizer,
+        )  # fmt: skip
+    with pytest.raises(LayerPruneError, match="tokenizer has 257"):
+        IterativeLayerDistillTrainer(
+            model=tiny_model(vocab_size=200, eos_token_id=0), args=tiny_config(tmp_path), train_dataset=texts,
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+
+def test_teacher_must_be_what_the_student_came_from(tmp_path, tokenizer, texts):
+    with pytest.raises(LayerPruneError, match="pruned from"):
+        IterativeLayerDistillTrainer(
+            model=prune(tiny_model(), [1]), teacher=tiny_model(num_layers=8), args=tiny_config(tmp_path),
+            train_dataset=texts, processing_class=tokenizer,
+        )  # fmt: skip

@@ -1,0 +1,85 @@
+import json
+
+import pytest
+
+from hf_layerprune import LayerScores
+from hf_layerprune.hub import model_card
+from hf_layerprune.report import (
+    COLUMNS,
+    environment,
+    plot_scores,
+    recovery,
+    render_markdown,
+    report_of,
+    rich_table,
+    table_rows,
+    write_report,
+)
+
+TEACHER = {
+    "name": "teacher", "num_layers": 4, "num_parameters": 7_089_344, "loss": 4.0, "perplexity": 54.6,
+    "num_tokens": 1000, "evaluated_on": "evaluation data", "decode_tokens_per_second": 100.0,
+}  # fmt: skip
+
+
+def entry(number, layers, removed):
+    return {
+        "round": number, "num_layers": layers, "removed_layer": removed, "removed_layers": [removed],
+        "num_parameters": 6_500_000, "loss_unhealed": 4.4, "perplexity_unhealed": 81.5,
+        "perplexity_before_healing": 70.1, "loss": 4.1, "perplexity": 60.3, "kl": 0.0512, "agreement": 0.834,
+        "scores": {"1": 0.3, "2": 0.1},
+        "decode_tokens_per_second": 125.0,
+    }  # fmt: skip
+
+
+ROUNDS = [entry(1, 3, 2), {**entry(2, 2, 1), "scores": {"1": 0.25}}]
+
+
+def test_recovery_is_the_share_of_the_way_back():
+    assert recovery(TEACHER, ROUNDS[0]) == pytest.approx(0.75)
+    assert recovery(TEACHER, {**ROUNDS[0], "loss_unhealed": 3.9}) is None
+
+
+def test_rows_name_teacher_and_every_round():
+    rows = table_rows(TEACHER, ROUNDS)
+    assert [len(row) for row in rows] == [len(COLUMNS)] * 3
+    assert rows[0][0] == "4" and rows[0][-1] == "100 (1.00x)"
+    assert rows[1] == ["3", "2", "6.50M", "81.50", "70.10", "60.30", "0.0512", "83.4 %", "125 (1.25x)"]
+    assert rich_table(TEACHER, ROUNDS).row_count == 3
+
+
+def test_speed_is_blank_until_it_is_measured():
+    teacher = {key: value for key, value in TEACHER.items() if key != "decode_tokens_per_second"}
+    rounds = [{key: value for key, value in ROUNDS[0].items() if key != "decode_tokens_per_second"}]
+    assert [row[-1] for row in table_rows(teacher, rounds)] == ["", ""]
+
+
+def test_files(tmp_path):
+    write_report(tmp_path, TEACHER, ROUNDS, {"seed": 1})
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["teacher"] == TEACHER and report["rounds"] == ROUNDS and report["settings"] == {"seed": 1}
+    assert report["environment"]["torch"]
+    text = (tmp_path / "report.md").read_text()
+    assert "4 layers to 2" in text and "75 % of the way back" in text and "| 2 | **0.1000** |  |" in text
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_without_rounds_there_is_a_teacher():
+    assert "teacher: 4 layers" in render_markdown(report_of(TEACHER, [], {}))
+
+
+def test_environment_names_no_machine():
+    assert set(environment()) == {"hardware", "python", "hf-layerprune", "torch", "transformers", "trl"}
+
+
+def test_scores_plot_survives_zero_and_nan():
+    figure = plot_scores(LayerScores("kl", {0: 0.0, 1: float("nan"), 2: 0.2}, 0.0, 5), "title")
+    assert len(figure.axes[0].patches) == 3
+
+
+def test_card_names_a_base_model_only_if_it_is_on_the_hub(tmp_path):
+    report = report_of(TEACHER, ROUNDS, {})
+    assert model_card(report, "me/student", "Qwen/Qwen2.5-0.5B").data.base_model == "Qwen/Qwen2.5-0.5B"
+    assert model_card(report, "me/student", str(tmp_path)).data.base_model is None
+    assert model_card(report, "me/student", "embedded").data.base_model is None

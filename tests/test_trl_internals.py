@@ -1,0 +1,81 @@
+"""What `hf_layerprune/trainer/_trl.py` and the trainers take from TRL and transformers without a promise of theirs.
+
+When one of these fails after an upgrade, that is where to look.
+"""
+
+import inspect
+
+import torch
+import transformers
+from conftest import tiny_config, tiny_model
+from datasets import Dataset
+from packaging.version import Version
+from torch import nn
+from transformers import Trainer
+from trl import SFTTrainer
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+from hf_layerprune.trainer._trl import log_metric, redirect_forward, restore_forward, swap_model
+
+
+def test_chunked_divergence_takes_heads_and_beta_and_returns_two_tensors():
+    names = list(inspect.signature(ChunkedDivergenceFunction.forward).parameters)
+    assert names[1:9] == [
+        "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta",
+        "temperature",
+    ]  # fmt: skip
+
+
+def test_sft_trainer_puts_its_head_in_the_instance_and_it_can_be_removed(tmp_path, tokenizer):
+    model = tiny_model()
+    trainer = SFTTrainer(
+        model=model,
+        args=tiny_config(tmp_path),
+        train_dataset=Dataset.from_dict({"text": ["some text"] * 40}),
+        processing_class=tokenizer,
+    )
+    assert "forward" in trainer.model.__dict__, "SFTTrainer no longer patches model.forward: drop restore_forward"
+    restore_forward(trainer.model)
+    assert trainer.model.forward.__func__ is type(model).forward
+
+    log_metric(trainer, "something", 2.0)
+    log_metric(trainer, "something", 4.0)
+    trainer.model.train()
+    trainer.log({})
+    assert trainer.state.log_history[-1]["something"] == 3.0
+
+    other = tiny_model(seed=1)
+    swap_model(trainer, other)
+    assert trainer.model is other and trainer.optimizer is None
+    for name in ("_get_output_dir", "_prepare_dataset"):
+        assert hasattr(trainer, name), name
+
+
+def test_trainer_asks_get_output_dir_where_checkpoints_go():
+    assert "_get_output_dir" in inspect.getsource(Trainer._save_checkpoint)
+    source = inspect.getsource(Trainer)
+    assert "self.current_gradient_accumulation_steps = " in source
+    if Version(transformers.__version__) >= Version("5.19"):  # TRL does the same by other means before
+        assert "self.loss_is_scaled_for_ga" in source
+
+
+def test_torch_tells_whether_the_cpu_computes_in_bfloat16():
+    assert torch.cpu._is_avx512_bf16_supported() in (True, False)
+    assert torch.cpu._is_amx_tile_supported() in (True, False)
+
+
+def test_redirect_forward_goes_through_the_wrapper():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, *args):
+            self.calls += 1
+            return self.module(*args)
+
+    module = nn.Linear(2, 2)
+    wrapper = Wrapper(module)
+    result = redirect_forward(wrapper, module, lambda x: module(x) + 1, torch.zeros(1, 2))
+    assert wrapper.calls == 1
+    assert torch.equal(result, module(torch.zeros(1, 2)) + 1)
