@@ -1,0 +1,59 @@
+"""`hf-layerprune <verb>`: the library on the command line.
+
+Every setting of a verb can stand in a YAML file (`--config`) or on the command line, which wins. A user's mistake is
+one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+
+VERBS = ("compress", "score", "evaluate", "benchmark")
+USAGE = """\
+usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
+
+  compress   remove layers one by one, each chosen by measurement and healed by distillation
+  score      measure and plot the importance of every layer
+  evaluate   measure a checkpoint, alone or against a teacher
+  benchmark  measure speed and memory of one or more checkpoints, side by side
+
+hf-layerprune <verb> --help lists the settings of a verb. Without --model each works on the small English teacher that
+comes with the package.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return 0
+    if argv[0] not in VERBS:
+        sys.stderr.write(f"hf-layerprune: no verb {argv[0]!r}; choose one of {', '.join(VERBS)}\n")
+        return 2
+    from ..errors import LayerPruneError
+    from .compress import compress
+    from .measure import benchmark, evaluate, score
+
+    verbs = dict(zip(VERBS, (compress, score, evaluate, benchmark), strict=True))
+    _quiet()
+    try:
+        verbs[argv[0]](argv[1:])
+    except (LayerPruneError, OSError) as error:  # OSError: a full disk, a folder that is a file, no permission
+        sys.stderr.write(f"hf-layerprune: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        kept = "; what is done is kept, --resume_from_checkpoint true goes on" if argv[0] == "compress" else ""
+        sys.stderr.write(f"hf-layerprune: stopped{kept}\n")
+        return 130
+    return 0
+
+
+def _quiet() -> None:
+    """The table and the bar speak for the run; libraries only where something is wrong."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -1,0 +1,117 @@
+"""What the verbs can be told, and how it is read: YAML and command line, strict about unknown keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from ..errors import LayerPruneError
+
+
+@dataclass
+class DataArguments:
+    """Which model and which text."""
+
+    model: str = field(default="embedded", metadata={"help": "Model folder, Hub id, or 'embedded'."})
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text: a .txt/.json/.jsonl/.csv/.parquet file, a Hub id, or 'embedded:healing', "
+            "'embedded:calibration', 'embedded:held_out'."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a data set on the Hub or in a folder."})
+
+
+@dataclass
+class CompressArguments(DataArguments):
+    """What `compress` works on, beside the settings of the trainer."""
+
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Held-out text for the quality numbers; without it a tenth of --dataset is held out."},
+    )
+    calibration_dataset: str | None = field(
+        default=None, metadata={"help": "Text that scores the layers; without it rows of --dataset."}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "dtype of the weights in memory: float32, bfloat16 or float16."}
+    )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Heal with LoRA adapters of this rank instead of full weights."}
+    )
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapters."})
+
+
+@dataclass
+class MeasureArguments(DataArguments):
+    """How much text `score` and `evaluate` look at."""
+
+    max_length: int = field(default=512, metadata={"help": "Tokens per row."})
+    num_samples: int = field(default=64, metadata={"help": "Rows of text."})
+    batch_size: int = field(default=8, metadata={"help": "Rows at a time."})
+    dataset_text_field: str = field(default="text", metadata={"help": "Column that holds the text."})
+    dtype: str = field(
+        default="float32", metadata={"help": "dtype of the weights: float32, bfloat16, float16 or auto."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder to write the result (and plot) to; score: layerprune-scores."}
+    )
+
+
+@dataclass
+class ScoreArguments(MeasureArguments):
+    """Settings of `score`."""
+
+    criterion: str = field(default="kl", metadata={"help": "'kl', 'loss' or 'block_influence'."})
+
+
+@dataclass
+class EvaluateArguments(MeasureArguments):
+    """Settings of `evaluate`."""
+
+    teacher: str | None = field(default=None, metadata={"help": "Model to compare with: KL and top-1 agreement."})
+
+
+@dataclass
+class BenchmarkArguments:
+    """Settings of `benchmark`."""
+
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights; 'auto' is each checkpoint's own."})
+    models: list[str] = field(
+        default_factory=lambda: ["embedded"], metadata={"help": "Model folders or Hub ids, timed interleaved."}
+    )
+    prompt_tokens: int = field(default=128, metadata={"help": "Tokens of the prompt."})
+    new_tokens: int = field(default=64, metadata={"help": "Tokens to generate."})
+    batch_size: int = field(default=1, metadata={"help": "Prompts at once."})
+    repeats: int = field(default=3, metadata={"help": "Timed runs of each model; the median counts."})
+
+
+def names_option(argument: str, *options: str) -> bool:
+    return any(argument == option or argument.startswith(option + "=") for option in options)
+
+
+def parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
+    """Read YAML and command line into the dataclasses; strict about unknown keys."""
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise LayerPruneError(f"{message}; see --help")
+
+    if argv and argv[-1] == "--config":
+        raise LayerPruneError("--config needs the path of a YAML file")
+    argv = [
+        part
+        for argument in argv
+        for part in (argument.split("=", 1) if names_option(argument, "--config") else [argument])
+    ]
+    try:
+        return tuple(Parser(types).parse_args_and_config(argv))
+    except LayerPruneError:
+        raise
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise LayerPruneError(str(error)) from error

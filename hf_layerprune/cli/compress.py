@@ -1,0 +1,146 @@
+"""`hf-layerprune compress`: the whole loop."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig
+from rich.console import Console
+from transformers.trainer_callback import PrinterCallback
+
+from ..data import ASSETS, load_text_dataset
+from ..errors import LayerPruneError, first_line
+from ..files import write_atomically
+from ..loading import load_config, load_tokenizer
+from ..progress import RunProgress
+from ..report import rich_table
+from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
+from ..trainer.checks import check_has_text
+from ..trainer.run_state import STATE_FILE
+from .arguments import CompressArguments, names_option, parse
+
+NOT_IN_RECIPE = (
+    "resume_from_checkpoint", "hub_token", "disable_tqdm", "include_num_input_tokens_seen", "dataloader_pin_memory",
+)  # fmt: skip
+
+
+def compress(argv: list[str]) -> None:
+    """Rounds of score, remove, heal, evaluate; see [`IterativeLayerDistillTrainer`]."""
+    if not any(names_option(argument, "--model", "--config") for argument in argv):
+        argv = ["--config", str(ASSETS / "recipe.yaml"), *argv]
+    arguments, config = parse((CompressArguments, IterativeLayerDistillConfig), argv)
+    _choose_target(arguments, config)
+    config.disable_tqdm = True
+    init_kwargs = config.model_init_kwargs
+    config.model_init_kwargs = (init_kwargs or {}) | {"dtype": arguments.dtype}
+    resume = {"true": True, "false": None, "none": None}.get(
+        str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
+    )
+    folder = Path(config.output_dir)
+    _check_output_folder(folder, resume)
+    train, held_out, calibration = _compress_datasets(arguments, config.dataset_text_field, config.seed)
+    made_by_us = not folder.exists()
+    try:
+        trainer = IterativeLayerDistillTrainer(
+            model=arguments.model,
+            args=config,
+            train_dataset=train,
+            eval_dataset=held_out,
+            calibration_dataset=calibration,
+            processing_class=load_tokenizer(arguments.model),
+            peft_config=_lora(arguments),
+        )
+        trainer.open_run(resume)
+    except Exception as error:
+        if made_by_us:  # Trainer makes the folder before all checks are done; an empty one helps nobody
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, LayerPruneError):
+            raise LayerPruneError(first_line(error)) from error
+        raise
+    config.model_init_kwargs = init_kwargs
+    if config.should_save:
+        _write_recipe(folder / "recipe.yaml", arguments, config)
+    trainer.remove_callback(PrinterCallback)
+    console = Console(quiet=not trainer.is_world_process_zero())
+    with RunProgress(trainer, console) as progress:
+        trainer.add_callback(progress)
+        trainer.train()
+    console.print(rich_table(trainer.run.teacher, trainer.run.rounds))
+    console.print(f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
+
+
+def _choose_target(arguments: CompressArguments, config: Any) -> None:
+    """Without a target, three quarters of the depth."""
+    depth = load_config(arguments.model).num_hidden_layers
+    if config.target_num_layers is None:
+        config.target_num_layers = max(1, round(0.75 * depth))
+
+
+def _check_output_folder(folder: Path, resume: Any) -> None:
+    if resume and not (folder / STATE_FILE).is_file():
+        raise LayerPruneError(f"output_dir={folder} holds no run to resume; start without --resume_from_checkpoint")
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise LayerPruneError(f"output_dir={folder} is, or lies in, a file; choose a folder")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise LayerPruneError(
+            f"output_dir={folder} is not empty; resume the run in it with --resume_from_checkpoint true, or choose "
+            "another folder"
+        )
+
+
+def _compress_datasets(arguments: CompressArguments, text_field: str, seed: int) -> tuple[Any, Any, Any]:
+    """Healing, held-out and calibration text. `None` for calibration: rows of the healing text."""
+
+    def load(source: str) -> Any:
+        dataset = load_text_dataset(source, arguments.dataset_split, arguments.dataset_config)
+        check_has_text(dataset, text_field, source)
+        return dataset
+
+    if arguments.dataset is None:
+        train, held_out = load("embedded:healing"), load(arguments.eval_dataset or "embedded:held_out")
+        return train, held_out, load(arguments.calibration_dataset or "embedded:calibration")
+    train = load(arguments.dataset)
+    calibration = load(arguments.calibration_dataset) if arguments.calibration_dataset else None
+    if arguments.eval_dataset:
+        return train, load(arguments.eval_dataset), calibration
+    if len(train) < 2:
+        raise LayerPruneError(
+            f"dataset {arguments.dataset} has one row; give --eval_dataset or more rows to hold some out"
+        )
+    split = train.train_test_split(test_size=max(1, min(1000, len(train) // 10)), seed=seed)
+    return split["train"], split["test"], calibration
+
+
+def _lora(arguments: CompressArguments) -> Any:
+    if arguments.lora_r is None:
+        return None
+    if arguments.lora_r < 1:
+        raise LayerPruneError(f"lora_r={arguments.lora_r} is out of range; it must be at least 1")
+    return LoraConfig(
+        r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def _write_recipe(path: Path, arguments: CompressArguments, config: Any) -> None:
+    """Write every setting of ours and every one of the trainer's that was changed: `--config` repeats the run."""
+    plain = (str, int, float, bool, list, dict, type(None))
+    settings = {item.name: getattr(arguments, item.name) for item in fields(arguments)}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        value = value.value if isinstance(value, Enum) else value
+        if item.name == "use_cpu" and not torch.accelerator.is_available():
+            continue  # set because there is no other device here, not because somebody asked for it
+        if "checkpointing" in item.name and not value:
+            continue  # transformers fills in the old and the new name of this one
+        said = item.name in type(config).__annotations__ or (value != item.default and value not in ([], None))
+        if said and isinstance(value, plain) and item.name not in NOT_IN_RECIPE:
+            settings[item.name] = value
+    settings |= {"output_dir": config.output_dir, "report_to": config.report_to or "none"}
+    write_atomically(path, yaml.safe_dump(settings, sort_keys=False))

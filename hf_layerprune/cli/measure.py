@@ -1,0 +1,111 @@
+"""`hf-layerprune score | evaluate | benchmark`: look at a model without changing it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from ..benchmark import benchmark_models
+from ..data import load_text_dataset, tokenized_batches
+from ..evaluation import evaluate_model
+from ..files import to_json, write_atomically
+from ..loading import load_model, load_tokenizer
+from ..report import CRITERION_UNITS, plot_scores, save_plot
+from ..scoring import score_layers
+from .arguments import BenchmarkArguments, EvaluateArguments, MeasureArguments, ScoreArguments, parse
+
+
+def score(argv: list[str]) -> None:
+    """Print and plot what each layer costs."""
+    (arguments,) = parse((ScoreArguments,), argv)
+    folder = Path(arguments.output_dir or "layerprune-scores")
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = _measuring_batches(arguments, "embedded:calibration")
+    scores = score_layers(_load(arguments.model, arguments.dtype), batches, arguments.criterion)
+    table = Table(title=f"{CRITERION_UNITS[scores.criterion]}, {scores.num_tokens:,} tokens")
+    for column in ("layer", "cost", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    for layer, value in sorted(scores.values.items()):
+        mark = "  <- safest" if layer == scores.safest else ""
+        table.add_row(str(layer), f"{value:.5f}", _bar(value, scores.values.values()) + mark)
+    console = Console()
+    console.print(table)
+    write_atomically(folder / "scores.json", to_json(scores.to_dict()))
+    save_plot(plot_scores(scores, f"{Path(arguments.model).name}: importance of its layers"), folder / "scores.png")
+    console.print(f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
+
+
+def _load(name: str, dtype: str) -> PreTrainedModel:
+    """A model on the accelerator, if there is one."""
+    return load_model(name, dtype=dtype).to(torch.accelerator.current_accelerator() or "cpu")
+
+
+def _bar(value: float, values: Iterable[float], width: int = 40) -> str:
+    """A bar on a logarithmic scale: a first layer that costs a hundred times the others would hide them."""
+    logs = [math.log(v) for v in values if v > 0 and math.isfinite(v)]
+    if not (value > 0 and math.isfinite(value)) or max(logs) == min(logs):
+        return ""
+    return "█" * (1 + round((width - 1) * (math.log(value) - min(logs)) / (max(logs) - min(logs))))
+
+
+def evaluate(argv: list[str]) -> None:
+    """Print perplexity and, against a teacher, KL and top-1 agreement."""
+    (arguments,) = parse((EvaluateArguments,), argv)
+    batches = _measuring_batches(arguments, "embedded:held_out")
+    teacher = None if arguments.teacher is None else _load(arguments.teacher, arguments.dtype)
+    report = evaluate_model(_load(arguments.model, arguments.dtype), batches, teacher)
+    console = Console()
+    for name, value in report.to_dict().items():
+        if value is not None:
+            console.print(
+                f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}", highlight=False
+            )
+    if arguments.output_dir is not None:
+        folder = Path(arguments.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "evaluation.json", to_json(report.to_dict()))
+
+
+def benchmark(argv: list[str]) -> None:
+    """Print speed and memory of models, timed interleaved."""
+    (arguments,) = parse((BenchmarkArguments,), argv)
+    models = [_load(name, arguments.dtype) for name in arguments.models]
+    reports = benchmark_models(
+        models, arguments.prompt_tokens, arguments.new_tokens, arguments.batch_size, arguments.repeats
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("model", "layers", "prefill\ntokens/s", "decode\ntokens/s", "memory\nMiB", "KV cache\nB/token"):
+        table.add_column(column, justify="right", no_wrap=column != "model")
+    for name, model, report in zip(arguments.models, models, reports, strict=True):
+        first = reports[0]
+        table.add_row(
+            name,
+            str(model.config.num_hidden_layers),
+            f"{report.prefill_tokens_per_second:.0f} "
+            f"({report.prefill_tokens_per_second / first.prefill_tokens_per_second:.2f}x)",
+            f"{report.decode_tokens_per_second:.0f} "
+            f"({report.decode_tokens_per_second / first.decode_tokens_per_second:.2f}x)",
+            f"{report.peak_memory_bytes / 2**20:.1f}",
+            str(report.kv_bytes_per_token),
+        )
+    Console().print(table)
+
+
+def _measuring_batches(arguments: MeasureArguments, default: str) -> list[Any]:
+    dataset = load_text_dataset(arguments.dataset or default, arguments.dataset_split, arguments.dataset_config)
+    return tokenized_batches(
+        dataset,
+        load_tokenizer(arguments.model),
+        text_field=arguments.dataset_text_field,
+        max_length=arguments.max_length,
+        num_rows=arguments.num_samples,
+        batch_size=arguments.batch_size,
+    )

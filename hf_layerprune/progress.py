@@ -1,0 +1,123 @@
+"""The terminal during a run: a bar with the round, what is happening and the time left; a line per finished round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from .surgery import plan_of
+from .trainer import IterativeLayerDistillTrainer, LayerDistillCallback
+
+HEAD_LAYERS = 2  # projecting to the vocabulary costs about as much as this many layers of a small model
+BACKWARD = 2  # a backward pass costs about two forward passes
+
+
+class RunProgress(LayerDistillCallback):
+    """Follows an [`IterativeLayerDistillTrainer`]. Work is counted in layer passes over one row of data."""
+
+    def __init__(self, trainer: IterativeLayerDistillTrainer, console: Console) -> None:
+        args = trainer.args
+        self.console = console
+        self.rounds = -(-(plan_of(trainer.start).depth - args.target_num_layers) // args.layers_per_round)
+        self.teacher_depth = trainer.teacher.config.num_hidden_layers
+        self.batch_rows = args.per_device_eval_batch_size
+        self.calibration_rows = len(trainer.calibration_batches) * self.batch_rows
+        self.eval_rows = len(trainer.eval_batches) * self.batch_rows
+        self.step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = args.max_steps * self.step_rows if args.max_steps > 0 else args.num_train_epochs * _length(trainer)
+        self.healing_rows = rows
+        self.phase, self.depth, self.number, self.step_cost = "", self.teacher_depth, 0, 0.0
+        self.layers_per_round, self.first_depth = args.layers_per_round, plan_of(trainer.start).depth
+        self.target = args.target_num_layers
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.bar.add_task("starting", total=self._total_cost(self.first_depth))
+
+    def __enter__(self) -> RunProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def _total_cost(self, depth: int) -> float:
+        """Of a run from a student of `depth` layers on."""
+        total = self._evaluation_cost(self.teacher_depth)
+        while depth > self.target:
+            for _ in range(min(self.layers_per_round, depth - self.target)):
+                total += self._scoring_cost(depth)
+                depth -= 1
+            total += 3 * self._evaluation_cost(depth) + self._healing_cost(depth)
+        return total
+
+    def _scoring_cost(self, depth: int) -> float:
+        return self.calibration_rows * (depth * (depth + 1) / 2 + self.teacher_depth + HEAD_LAYERS * (depth + 2))
+
+    def _evaluation_cost(self, depth: int) -> float:
+        return self.eval_rows * (depth + self.teacher_depth + 2 * HEAD_LAYERS)
+
+    def _healing_cost(self, depth: int) -> float:
+        return self.healing_rows * ((1 + BACKWARD) * (depth + HEAD_LAYERS) + self.teacher_depth + HEAD_LAYERS)
+
+    def on_round_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        number: int,
+        depth: int,
+        **_: Any,
+    ) -> None:
+        self.number, self.depth = number, depth
+        self.bar.update(self.task, completed=self._total_cost(self.first_depth) - self._total_cost(depth))
+
+    def on_phase_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, phase: str, **details: Any
+    ) -> None:
+        self.phase = phase
+        self.depth = details.get("num_layers", self.depth)
+        cost = {"scoring": self._scoring_cost, "healing": self._healing_cost}.get(phase, self._evaluation_cost)(
+            self.depth
+        )
+        steps = {"scoring": self.calibration_rows, "healing": self.healing_rows}.get(phase, self.eval_rows)
+        self.step_cost = cost / max(1, steps)
+        where = f"round {self.number}/{self.rounds}, {self.depth} layers: " if self.number else ""
+        self.bar.update(self.task, description=where + phase)
+
+    def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.advance(self.task, self.step_cost * self.batch_rows)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.advance(self.task, self.step_cost * self.step_rows)
+
+    def on_round_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        record: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        removed = ", ".join(map(str, record["removed_layers"]))
+        self.console.print(
+            f"round {record['round']}: removed layer {removed}; {record['num_layers']} layers; perplexity "
+            f"{record['perplexity_before_healing']:.2f} -> {record['perplexity']:.2f} healed; KL {record['kl']:.4f}",
+            highlight=False,
+        )
+
+
+def _length(trainer: IterativeLayerDistillTrainer) -> int:
+    rows = trainer.all_train_rows
+    return len(rows) if hasattr(rows, "__len__") else 0

@@ -1,0 +1,238 @@
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_layerprune import LayerPlan, cli, prune
+
+QUICK = [
+    "--target_num_layers", "4", "--max_steps", "2", "--num_calibration_samples", "2", "--num_eval_samples", "2",
+    "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--max_length", "32",
+    "--packing", "true", "--packing_strategy", "wrapped", "--save_strategy", "no", "--report_to", "none",
+    "--learning_rate", "1e-3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text(
+        "\n".join(f"Once upon a time, {n} times over, there was a small house in a wood." for n in range(60))
+    )
+    return path
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_compress_writes_everything_and_its_recipe_repeats_it(tmp_path, model_folder, text_file, capsys):
+    out = tmp_path / "out"
+    assert run("compress", "--model", model_folder, "--dataset", text_file, "--output_dir", out, *QUICK) == 0
+    printed = capsys.readouterr().out
+    for name in ("model/config.json", "model/model.safetensors", "model/tokenizer.json", "rounds/01/config.json",
+                 "plan.json", "recipe.yaml", "report.json", "report.md", "quality.png"):  # fmt: skip
+        assert (out / name).is_file(), name
+    report = json.loads((out / "report.json").read_text())
+    assert "round 1: removed layer" in printed and f"{report['rounds'][0]['perplexity']:.2f}" in printed
+    assert AutoModelForCausalLM.from_pretrained(out / "model").config.num_hidden_layers == 4
+    plan = LayerPlan.from_json((out / "plan.json").read_text())
+    assert plan.removed_layers == (report["rounds"][0]["removed_layer"],)
+
+    assert run("compress", "--config", out / "recipe.yaml", "--output_dir", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert again["rounds"][0]["scores"] == report["rounds"][0]["scores"]
+    assert again["rounds"][0]["perplexity"] == pytest.approx(report["rounds"][0]["perplexity"], rel=1e-6)
+
+    assert run("compress", "--config", out / "recipe.yaml", "--target_num_layers", 3,
+               "--resume_from_checkpoint", "true") == 0  # fmt: skip
+    assert [r["num_layers"] for r in json.loads((out / "report.json").read_text())["rounds"]] == [4, 3]
+
+
+def test_recipe_holds_the_exact_settings(tmp_path, model_folder, text_file):
+    run("compress", "--model", model_folder, "--dataset", text_file, "--output_dir", tmp_path / "out", *QUICK)
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert recipe["model"] == str(model_folder) and recipe["dataset"] == str(text_file)
+    assert "use_cpu" not in recipe and "model_init_kwargs" not in recipe
+    assert recipe["target_num_layers"] == 4 and recipe["learning_rate"] == 1e-3 and recipe["criterion"] == "kl"
+
+
+def test_without_a_target_three_quarters_are_kept(tmp_path, model_folder, text_file):
+    arguments = [argument for argument in QUICK if argument not in ("--target_num_layers", "4")]
+    assert (
+        run("compress", "--model", model_folder, "--dataset", text_file, "--output_dir", tmp_path / "o", *arguments)
+        == 0
+    )
+    assert len(json.loads((tmp_path / "o" / "report.json").read_text())["rounds"]) == 1  # 5 -> 4
+
+
+def test_lora(tmp_path, model_folder, text_file):
+    arguments = ["--dataset", text_file, "--output_dir", tmp_path / "out", "--lora_r", 4, *QUICK]
+    assert run("compress", "--model", model_folder, *arguments) == 0
+    assert not list((tmp_path / "out" / "model").glob("adapter*"))
+
+
+def test_score(tmp_path, model_folder, text_file, capsys):
+    out = tmp_path / "scores"
+    assert run("score", "--model", model_folder, "--dataset", text_file, "--max_length", 32, "--num_samples", 4,
+               "--output_dir", out) == 0  # fmt: skip
+    scores = json.loads((out / "scores.json").read_text())
+    assert set(scores["values"]) == {"0", "1", "2", "3", "4"}
+    safest = min(scores["values"], key=scores["values"].get)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "safest" in line)
+    assert f" {safest} " in line
+    assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate(tmp_path, model_folder, text_file, capsys):
+    student = tmp_path / "student"
+    prune(tiny_model(), [2]).save_pretrained(student)
+    shutil.copy(model_folder / "tokenizer.json", student)
+    arguments = ["--dataset", text_file, "--max_length", 32, "--num_samples", 4, "--output_dir", tmp_path / "out"]
+    assert run("evaluate", "--model", student, "--teacher", model_folder, *arguments) == 0
+    measured = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert measured["perplexity"] == pytest.approx(math.exp(measured["loss"])) and measured["kl"] > 0
+    assert f"{measured['perplexity']:.5f}" in capsys.readouterr().out
+
+
+def test_benchmark(model_folder, capsys):
+    assert run("benchmark", "--models", model_folder, model_folder, "--prompt_tokens", 8, "--new_tokens", 4,
+               "--repeats", 1) == 0  # fmt: skip
+    assert "decode" in capsys.readouterr().out
+
+
+def test_help_names_every_setting(capsys):
+    assert run() == 0 and "compress" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run("compress", "--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in ("--model", "--dataset", "--target_num_layers", "--criterion", "--trained_layers", "--learning_rate"):
+        assert name in text
+
+
+def bad_requests():
+    """Name, arguments, and what the message must name. `{...}` is filled in from the test's files."""
+    return {
+        "text that is a number": (["--dataset", "{number}"], "number.jsonl: row 0"),
+        "text that is null": (["--dataset", "{null}"], "null.jsonl: row 0"),
+        "text that is blank": (["--dataset", "{blank}"], "only blank rows"),
+        "output folder in a file": (["--output_dir", "{text}/x"], "in, a file"),
+        "batch size of nothing": (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size=0"),
+        "schedule that lacks a setting": (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
+        "adapters of no rank": (["--lora_r", "0"], "lora_r=0"),
+        "tracker that is none": (["--report_to", "foo"], "foo"),
+        "target not below the depth": (["--target_num_layers", "5"], "choose 1..4"),
+        "target of nothing": (["--target_num_layers", "0"], "target_num_layers=0"),
+        "folder that is no model": (["--model", "{empty}"], "no config.json"),
+        "model that is nowhere": (["--model", "nobody/nothing"], "nobody/nothing"),
+        "architecture not supported": (["--model", "{llama}"], "llama"),
+        "data set without text": (["--dataset", "{no_text}"], "no text"),
+        "data set shorter than a batch": (["--dataset", "{short}", "--eval_dataset", "{text}"], "less than one batch"),
+        "data set that is nowhere": (["--dataset", "{empty}/nothing.txt"], "nothing.txt"),
+        "data set of unknown type": (["--dataset", "{llama}/config.toml"], "config.toml"),
+        "unknown key": (["--traget_num_layers", "3"], "traget_num_layers"),
+        "unknown yaml key": (["--config", "{bad_yaml}"], "traget_num_layers"),
+        "yaml that is none": (["--config", "{broken_yaml}"], ""),
+        "config that is nowhere": (["--config", "{empty}/none.yaml"], "none.yaml"),
+        "config without a value": (["--config"], "--config"),
+        "number that is none": (["--target_num_layers", "few"], "few"),
+        "unknown criterion": (["--criterion", "cosine"], "cosine"),
+        "output folder of another run": (["--output_dir", "{used}"], "not empty"),
+        "output folder that is a file": (["--output_dir", "{text}"], "in, a file"),
+        "nothing to resume": (["--resume_from_checkpoint", "true"], "holds no run"),
+        "vocabularies that differ": (["--model", "{other_vocabulary}"], "257 tokens"),
+        "no tokenizer": (["--model", "{no_tokenizer}"], "no tokenizer"),
+        "unknown dtype": (["--dtype", "float7"], "float7"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_requests())
+def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_path, model_folder, text_file, capsys):
+    files = {"text": text_file, "empty": tmp_path / "empty", "llama": tmp_path / "llama", "used": tmp_path / "used",
+             "no_text": tmp_path / "no_text.csv", "short": tmp_path / "short.txt", "bad_yaml": tmp_path / "bad.yaml",
+             "broken_yaml": tmp_path / "broken.yaml", "other_vocabulary": tmp_path / "other",
+             "no_tokenizer": tmp_path / "bare", "number": tmp_path / "number.jsonl", "null": tmp_path / "null.jsonl",
+             "blank": tmp_path / "blank.jsonl"}  # fmt: skip
+    files["number"].write_text('{"text": 5}\n' * 20)
+    files["null"].write_text('{"text": null}\n{"text": "word"}\n' * 20)
+    files["blank"].write_text('{"text": " "}\n' * 400)
+    files["empty"].mkdir()
+    LlamaConfig().save_pretrained(files["llama"])
+    (files["llama"] / "config.toml").write_text("")
+    files["used"].mkdir()
+    (files["used"] / "run_state.json").write_text("{}")
+    files["no_text"].write_text("number\n1\n2\n")
+    files["short"].write_text("Hello.\nWorld.\n")
+    files["bad_yaml"].write_text("traget_num_layers: 3\n")
+    files["broken_yaml"].write_text("a: [1\nb: }")
+    tiny_model(vocab_size=200, eos_token_id=0).save_pretrained(files["other_vocabulary"])
+    shutil.copy(model_folder / "tokenizer.json", files["other_vocabulary"])
+    tiny_model().save_pretrained(files["no_tokenizer"])
+
+    extra, expected = bad_requests()[name]
+    extra = [argument.format(**files) for argument in extra]
+    defaults = {"--model": model_folder, "--dataset": text_file, "--output_dir": tmp_path / "out"}
+    arguments = [part for pair in defaults.items() if pair[0] not in extra for part in pair]
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    capsys.readouterr()
+    status = run("compress", *QUICK, *arguments, *extra)
+    error = capsys.readouterr().err
+    assert status == 2, error
+    assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and expected in error
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_of_the_users_stays(tmp_path, model_folder, text_file):
+    (tmp_path / "mine").mkdir()
+    arguments = ["--model", model_folder, "--dataset", text_file, "--output_dir", tmp_path / "mine", *QUICK]
+    assert run("compress", *arguments, "--per_device_train_batch_size", 10_000) == 2
+    assert (tmp_path / "mine").is_dir() and not list((tmp_path / "mine").iterdir())
+
+
+def test_a_run_killed_in_its_first_second_can_be_resumed(tmp_path, model_folder, text_file, monkeypatch, capsys):
+    import hf_layerprune.trainer.iterative as module
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = ["--model", model_folder, "--dataset", text_file, "--output_dir", tmp_path / "out", *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate_model", die)
+        assert run("compress", *arguments) == 130
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+    assert run("compress", "--config", tmp_path / "out" / "recipe.yaml", "--resume_from_checkpoint", "true") == 0
+
+
+def test_unknown_verb(capsys):
+    assert run("shrink") == 2
+    assert "shrink" in capsys.readouterr().err
+
+
+def test_loss_that_is_no_number_names_the_step_and_keeps_what_is_done(tmp_path, model_folder, text_file, capsys):
+    out = tmp_path / "out"
+    arguments = ["--model", model_folder, "--dataset", text_file, "--output_dir", out, *QUICK]
+    assert run("compress", *arguments) == 0
+    capsys.readouterr()
+    broken = [*arguments, "--learning_rate", "1e30", "--max_grad_norm", "1e30", "--trained_layers", "all",
+              "--max_steps", "5", "--output_dir", tmp_path / "nan"]  # fmt: skip
+    assert run("compress", *broken) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "at step" in error and ("nan" in error or "inf" in error)
+    assert AutoModelForCausalLM.from_pretrained(out / "rounds" / "01").config.num_hidden_layers == 4
+
+
+def test_the_installed_command_runs(tmp_path):
+    command = Path(sys.executable).parent / "hf-layerprune"
+    result = subprocess.run(
+        [command, "compress", "--model", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 2 and "no config.json" in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,38 @@
+import io
+
+from conftest import tiny_config, tiny_model
+from rich.console import Console
+
+from hf_layerprune import IterativeLayerDistillTrainer
+from hf_layerprune.progress import RunProgress
+
+
+def run(tmp_path, tokenizer, texts, **changes):
+    trainer = IterativeLayerDistillTrainer(
+        model=tiny_model(), args=tiny_config(tmp_path, **changes), train_dataset=texts, eval_dataset=texts,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    console = Console(file=io.StringIO(), width=120)
+    seen = []
+    with RunProgress(trainer, console) as progress:
+        trainer.add_callback(progress)
+        update = progress.bar.update
+        progress.bar.update = lambda task, **values: (seen.append(values.get("description")), update(task, **values))
+        trainer.train()
+    return progress, [text for text in seen if text], console.file.getvalue()
+
+
+def test_the_bar_tells_the_round_and_what_is_happening_and_ends_near_its_end(tmp_path, tokenizer, texts):
+    progress, seen, printed = run(tmp_path, tokenizer, texts)
+    assert seen[0] == "evaluating teacher"
+    assert "round 1/2, 5 layers: scoring" in seen and "round 2/2, 3 layers: healing" in seen
+    task = progress.bar.tasks[0]
+    assert 0.9 < task.completed / task.total < 1.1
+    assert printed.count("removed layer") == 2
+
+
+def test_several_layers_a_round(tmp_path, tokenizer, texts):
+    progress, seen, _ = run(tmp_path, tokenizer, texts, layers_per_round=2, target_num_layers=2)
+    assert progress.rounds == 2
+    task = progress.bar.tasks[0]
+    assert 0.9 < task.completed / task.total < 1.1
