@@ -1,0 +1,48 @@
+"""What README.md shows is what the repository does."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_layerprune.cli import VERBS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_word_for_word(tmp_path):
+    code = (ROOT / "examples" / "compress.py").read_text()
+    assert code.split('"""\n\n', 1)[1] in README
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+    assert "eval_perplexity" in result.stdout
+    rounds = json.loads((tmp_path / "embedded-14" / "report.json").read_text())["rounds"]
+    assert [record["num_layers"] for record in rounds] == [15, 14]
+    for record in rounds:
+        assert record["kl"] < record["kl_before_healing"]
+
+
+def test_nothing_is_left_to_fill_in():
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/*.md")):
+        assert "@@" not in path.read_text(), path
+
+
+def test_the_make_targets_and_the_verbs_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^make (\w+)", README, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    assert set(re.findall(r"hf-layerprune (\w+)", README)) == set(VERBS)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/*.md")],
+                         ids=lambda path: path.name)  # fmt: skip
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        if not link.startswith("http"):
+            assert (path.parent / link).exists(), link
