@@ -47,7 +47,9 @@ class RunProgress(LayerDistillCallback):
         self.bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.bar.update(self.task, completed=self.bar.tasks[0].total)
         self.bar.stop()
 
     def _total_cost(self, depth: int) -> float:
@@ -112,7 +114,7 @@ class RunProgress(LayerDistillCallback):
     ) -> None:
         removed = ", ".join(map(str, record["removed_layers"]))
         self.console.print(
-            f"round {record['round']}: removed layer {removed}; {record['num_layers']} layers; perplexity "
+            f"round {record['round']}: removed layer {removed}; {record['num_layers']} left; perplexity "
             f"{record['perplexity_before_healing']:.2f} -> {record['perplexity']:.2f} healed; KL {record['kl']:.4f}",
             highlight=False,
         )
