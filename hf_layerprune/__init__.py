@@ -7,7 +7,7 @@ from .evaluation import EvaluationReport, evaluate_model
 from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM, PrunedQwen2Model
 from .plan import LayerPlan
 from .scoring import LayerScores, score_layers
-from .surgery import prune
+from .surgery import parallelize, prune, unparallelize
 from .trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, LayerDistillCallback
 
 __version__ = "0.1.0"
@@ -28,6 +28,8 @@ __all__ = [
     "benchmark_model",
     "embedded_dataset",
     "evaluate_model",
+    "parallelize",
     "prune",
     "score_layers",
+    "unparallelize",
 ]

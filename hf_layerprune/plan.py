@@ -9,7 +9,7 @@ the student is called a block.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,17 @@ class LayerPlan:
             )
         merged = self.blocks[a] + self.blocks[b]
         return LayerPlan((*self.blocks[:a], merged, *self.blocks[b + 1 :]), self.num_teacher_layers)
+
+    def group(self, layers: Iterable[int]) -> LayerPlan:
+        """The plan with the neighbouring blocks of teacher layers `layers` merged into one."""
+        layers = list(layers)
+        if len(layers) < 2 or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+            raise LayerPruneError(f"{layers} is no group to run in parallel; name two or more layers in ascending order")
+        plan = self
+        for first, second in zip(layers, layers[1:], strict=False):
+            if plan.block_of(first) != plan.block_of(second):
+                plan = plan.parallelize(first, second)
+        return plan
 
     def to_dict(self) -> dict[str, Any]:
         """The form written to `config.json` and `plan.json`."""

@@ -1,4 +1,4 @@
-"""Apply a layer plan to a model: remove layers, and convert between plain Qwen2 and PrunedQwen2.
+"""Apply a layer plan to a model: remove layers, run them in parallel, convert between plain Qwen2 and PrunedQwen2.
 
 A student without parallel blocks stays what it was, a plain `Qwen2ForCausalLM`, so that stock transformers, vLLM,
 SGLang and llama.cpp load it. Its `config.layer_plan` says which teacher layers it holds.
@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from .errors import LayerPruneError
-from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM
+from .models import PrunedQwen2ForCausalLM
+from .models.modeling_pruned_qwen2 import adopt_weights
 from .plan import LayerPlan
 
 SUPPORTED_MODEL_TYPES = ("qwen2", "pruned_qwen2")
@@ -61,11 +62,11 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share_weights: bool 
         layers (`Iterable[int]`):
             Teacher layer indices to remove, 0-based.
         share_weights (`bool`, *optional*, defaults to `False`):
-            Whether the student's parameters share memory with `model`'s instead of copying them. The parameters are
-            distinct objects that do not require gradients; see [`unshare_parameters`].
+            See [`apply_plan`].
 
     Returns:
-        A model of the same class, dtype, device and mode, its `config.layer_plan` set.
+        A model of the same class, dtype, device and mode, its `config.layer_plan` set; plain `Qwen2ForCausalLM` where
+        the last parallel block went.
 
     Raises:
         [`LayerPruneError`]: for an unsupported architecture, a layer the model does not have, or no layer left.
@@ -74,12 +75,100 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share_weights: bool 
     plan, layers = plan_of(model), list(layers)
     if len(set(layers)) != len(layers):
         raise LayerPruneError(f"layers={layers} names a layer twice")
-    wanted = plan
     for layer in layers:
-        wanted = wanted.remove(layer)
-    if any(len(block) > 1 and block not in wanted.blocks for block in plan.blocks):
-        raise LayerPruneError(f"layers={layers} would break up a parallel block; remove whole blocks or none of one")
-    return _keep_blocks(model, plan, wanted, share_weights)
+        plan = plan.remove(layer)
+    return apply_plan(model, plan, share_weights=share_weights)
+
+
+def parallelize(
+    model: PreTrainedModel, pairs: Iterable[Iterable[int]], *, share_weights: bool = False
+) -> PrunedQwen2ForCausalLM:
+    """A new model that runs some consecutive layers in parallel, without training; `model` is left untouched.
+
+    The layers of a pair read the same input and their outputs are added, as in
+    [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790); each pair becomes one layer of twice
+    the width.
+
+    Args:
+        model ([`~transformers.Qwen2ForCausalLM`] or [`PrunedQwen2ForCausalLM`]):
+            The model, possibly pruned or parallelized before.
+        pairs (`Iterable[tuple[int, ...]]`):
+            Teacher layer indices, 0-based. Each pair (or longer group) must be neighbours in `model`.
+        share_weights (`bool`, *optional*, defaults to `False`):
+            See [`apply_plan`].
+
+    Returns:
+        [`PrunedQwen2ForCausalLM`] with `config.layer_plan` set.
+
+    Raises:
+        [`LayerPruneError`]: for an unsupported architecture, or layers that are not neighbours or not in the model.
+    """
+    check_supported(model.config)
+    plan, pairs = plan_of(model), list(pairs)
+    if not pairs or not all(isinstance(pair, (tuple, list)) for pair in pairs):
+        raise LayerPruneError(f"pairs={pairs} is no list of groups of neighbouring layers, such as [(4, 5)]")
+    named = [layer for pair in pairs for layer in pair]
+    if len(set(named)) != len(named):
+        raise LayerPruneError(f"pairs={pairs} names a layer twice; to run three in parallel give one group of three")
+    for pair in pairs:
+        plan = plan.group(pair)
+    return apply_plan(model, plan, share_weights=share_weights)
+
+
+def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None = None) -> PreTrainedModel:
+    """A new model that runs parallel layers one after the other again; `model` is left untouched.
+
+    Args:
+        model ([`PrunedQwen2ForCausalLM`]): the model, possibly healed since it was parallelized.
+        pairs (`Iterable[tuple[int, ...]]`, *optional*): the parallel blocks to take apart; all by default.
+
+    Returns:
+        Plain `Qwen2ForCausalLM` if no parallel block is left. Its layers compute what the original ones do; their
+        norms' gains stay folded into the projections behind them.
+
+    Raises:
+        [`LayerPruneError`]: if a group is no parallel block of the model.
+    """
+    plan = plan_of(model)
+    wanted = set(plan.parallel_pairs if pairs is None else (tuple(pair) for pair in pairs))
+    if unknown := wanted - set(plan.parallel_pairs):
+        raise LayerPruneError(f"{sorted(unknown)} run not in parallel; the model's pairs are {plan.parallel_pairs}")
+    blocks = [part for block in plan.blocks for part in (((i,) for i in block) if block in wanted else (block,))]
+    return apply_plan(model, LayerPlan(tuple(blocks), plan.num_teacher_layers))
+
+
+def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool = False) -> PreTrainedModel:
+    """A new model with the layers of `model` rearranged into `plan`; `model` is left untouched.
+
+    Args:
+        model ([`~transformers.Qwen2ForCausalLM`] or [`PrunedQwen2ForCausalLM`]):
+            Any model that holds the plan's layers, in whatever blocks.
+        plan ([`LayerPlan`]):
+            The wanted blocks, in teacher layer indices.
+        share_weights (`bool`, *optional*, defaults to `False`):
+            Whether what is not rearranged shares memory with `model` instead of being copied. The parameters are
+            distinct objects that do not require gradients; see [`unshare_parameters`].
+
+    Returns:
+        `model`'s class while its parallel blocks stay as they are; otherwise the class the plan asks for: plain
+        `Qwen2ForCausalLM` without parallel blocks, [`PrunedQwen2ForCausalLM`] with them.
+
+    Raises:
+        [`LayerPruneError`]: for an unsupported architecture or a layer `model` does not have.
+    """
+    check_supported(model.config)
+    current = plan_of(model)
+    if set(plan.blocks) <= set(current.blocks) and (plan.parallel_pairs or not current.parallel_pairs):
+        return _keep_blocks(model, current, plan, share_weights)
+    try:
+        student = PrunedQwen2ForCausalLM.from_qwen2(model, plan)
+    except ValueError as error:
+        raise LayerPruneError(str(error)) from None
+    student = student if plan.parallel_pairs else to_qwen2(student)
+    if share_weights:
+        return student.requires_grad_(False)
+    unshare_parameters(student.parameters())
+    return student
 
 
 def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, share_weights: bool) -> PreTrainedModel:
@@ -112,8 +201,7 @@ def unshare_parameters(parameters: Iterable[nn.Parameter]) -> None:
 
 def to_pruned_qwen2(model: Qwen2ForCausalLM) -> PrunedQwen2ForCausalLM:
     """The same model as `PrunedQwen2ForCausalLM` (weights shared): bit-identical logits."""
-    values = model.config.to_dict() | {"layer_plan": plan_of(model).to_dict()}
-    return _rebuild(model, PrunedQwen2ForCausalLM, PrunedQwen2Config, values)
+    return PrunedQwen2ForCausalLM.from_qwen2(model, plan_of(model))
 
 
 def to_qwen2(model: PrunedQwen2ForCausalLM) -> Qwen2ForCausalLM:
@@ -124,19 +212,11 @@ def to_qwen2(model: PrunedQwen2ForCausalLM) -> Qwen2ForCausalLM:
     """
     if pairs := plan_of(model).parallel_pairs:
         raise LayerPruneError(f"the plan runs layers {list(pairs)} in parallel; plain Qwen2 cannot express that")
-    return _rebuild(model, Qwen2ForCausalLM, Qwen2Config, model.config.to_dict())
-
-
-def _rebuild(
-    model: PreTrainedModel, model_class: type[PreTrainedModel], config_class: type[PretrainedConfig], values: dict
-) -> PreTrainedModel:
+    values = model.config.to_dict()
     for key in ("model_type", "architectures", "auto_map"):
         values.pop(key, None)
-    config = config_class(**values, attn_implementation=model.config._attn_implementation)
+    config = Qwen2Config(**values, attn_implementation=model.config._attn_implementation)
     with torch.device("meta"):
-        rebuilt = model_class(config)
-    rebuilt.load_state_dict(model.state_dict(), strict=True, assign=True)
-    rebuilt.tie_weights()
-    rebuilt.base_model.rotary_emb = copy.deepcopy(model.base_model.rotary_emb)  # its buffers are in no state dict
-    rebuilt.generation_config = copy.deepcopy(model.generation_config)
-    return rebuilt.train(model.training)
+        plain = Qwen2ForCausalLM(config)
+    adopt_weights(plain, model, model.state_dict())
+    return plain

@@ -6,10 +6,18 @@ import sys
 import pytest
 import torch
 from conftest import random_batches, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig
 
-from hf_layerprune import PrunedQwen2Config, PrunedQwen2ForCausalLM, PrunedQwen2Model, prune
-from hf_layerprune.surgery import to_pruned_qwen2
+from hf_layerprune import (
+    LayerPlan,
+    PrunedQwen2Config,
+    PrunedQwen2ForCausalLM,
+    PrunedQwen2Model,
+    parallelize,
+    prune,
+)
+from hf_layerprune.surgery import apply_plan, plan_of, to_pruned_qwen2
 
 PAIRED = {
     "vocab_size": 64,
@@ -49,37 +57,135 @@ def test_pairs_survive_saving(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_hidden_layers": 4},
-        {"layer_plan": {"num_teacher_layers": 5, "blocks": [[0], [], [4]]}},
-        {"layer_plan": {"num_teacher_layers": 5}},
-        {"layer_types": ["full_attention"] * 5},
-    ],
-)
+@pytest.mark.parametrize("plan", [
+    [[0], [1, 2], [4]],
+    {"num_teacher_layers": 5, "blocks": [[0], [], [4]]},
+    {"num_teacher_layers": 5, "blocks": []},
+    {"num_teacher_layers": 5},
+    {"num_teacher_layers": 4, "blocks": [[0], [1, 2], [4]]},
+    {"num_teacher_layers": 5, "blocks": [[0], [2, 1], [4]]},
+    {"num_teacher_layers": 5, "blocks": [[-1], [2], [4]]},
+    {"num_teacher_layers": 5, "blocks": [["0"], [2], [4]]},
+    {"num_teacher_layers": 5, "blocks": "abc"},
+], ids=str)  # fmt: skip
+def test_plans_that_are_none_are_refused(plan):
+    with pytest.raises(ValueError, match="layer_plan"):
+        PrunedQwen2Config(**PAIRED | {"layer_plan": plan})
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 4}, {"layer_types": ["full_attention"] * 5}])
 def test_config_that_contradicts_its_plan_is_refused(changes):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="3 blocks"):
         PrunedQwen2Config(**PAIRED | changes)
 
 
-def test_loads_as_remote_code_where_the_package_is_missing(tmp_path):
-    model = to_pruned_qwen2(prune(tiny_model(), [2]))
+# ------------------------------------------------------------------ loading
+
+
+def edit_checkpoint(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_checkpoint_that_does_not_fit_its_plan_is_an_error_that_names_the_tensors(tmp_path, auto):
+    load = AutoModelForCausalLM.from_pretrained if auto else PrunedQwen2ForCausalLM.from_pretrained
+    parallelize(tiny_model(), [(2, 3)]).save_pretrained(tmp_path)
+    load(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+
+    (tmp_path / "config.json").write_text(config.replace("[2, 3]", "[2]").replace("2,\n        3\n", "2\n"))
+    with pytest.raises(ValueError, match=r"layers\.2\.\S+ has shape"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    edit_checkpoint(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+        load(tmp_path)
+    edit_checkpoint(
+        tmp_path,
+        lambda tensors: tensors.update(
+            {
+                "model.layers.1.mlp.up_proj.weight": tensors["model.layers.0.mlp.up_proj.weight"].clone(),
+                "model.layers.7.mlp.up_proj.weight": tensors["model.layers.0.mlp.up_proj.weight"].clone(),
+            }
+        ),
+    )
+    with pytest.raises(ValueError, match=r"layers\.7\.mlp\.up_proj\.weight belongs to no block"):
+        load(tmp_path)
+
+
+def test_plans_are_built_from_a_plain_checkpoint(tmp_path, batches):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "plain")
+    plan = LayerPlan(((0,), (2, 3), (4,)), 5)
+    for wanted in (plan, plan.to_dict()):
+        student, info = PrunedQwen2ForCausalLM.from_pretrained(
+            tmp_path / "plain", layer_plan=wanted, output_loading_info=True
+        )
+        assert type(student) is PrunedQwen2ForCausalLM and plan_of(student) == plan and not info["missing_keys"]
+        assert torch.equal(student(**batches[0]).logits, apply_plan(model, plan)(**batches[0]).logits)
+    half = PrunedQwen2ForCausalLM.from_pretrained(tmp_path / "plain", layer_plan=plan, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    bare = PrunedQwen2Model.from_pretrained(tmp_path / "plain", layer_plan=plan)
+    assert torch.equal(bare(**batches[0]).last_hidden_state, student.model(**batches[0]).last_hidden_state)
+
+    student.save_pretrained(tmp_path / "paired")
+    deeper = LayerPlan(((0,), (2, 3, 4)), 5)
+    again = PrunedQwen2ForCausalLM.from_pretrained(tmp_path / "paired", layer_plan=deeper)
+    expected = apply_plan(model, deeper)(**batches[0]).logits
+    torch.testing.assert_close(again(**batches[0]).logits, expected, atol=1e-5, rtol=1e-5)
+    whole = PrunedQwen2ForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(whole(**batches[0]).logits, model(**batches[0]).logits)
+
+
+def test_plans_that_do_not_fit_a_checkpoint_are_refused(tmp_path):
+    prune(tiny_model(), [1]).save_pretrained(tmp_path / "plain")
+    load = PrunedQwen2ForCausalLM.from_pretrained
+    with pytest.raises(ValueError, match=r"asks for layers \[1\]"):
+        load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (1, 2)), 5))
+    with pytest.raises(ValueError, match="teacher of 9 layers"):
+        load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (2, 3)), 9))
+    with pytest.raises(ValueError, match="exactly the keys"):
+        load(tmp_path / "plain", layer_plan=[(2, 3)])
+    with pytest.raises(ValueError, match="tp_plan do not go together"):
+        load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (2, 3)), 5), tp_plan="auto")
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="llama"):
+        load(tmp_path / "llama", layer_plan=LayerPlan(((0,), (2, 3)), 5))
+    edit_checkpoint(tmp_path / "plain", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+        load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (2, 3)), 5))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_loads_as_remote_code_where_the_package_is_missing(tmp_path, pairs):
+    model = prune(tiny_model(), [2])
+    model = parallelize(model, [(1, 3)]) if pairs else to_pruned_qwen2(model)
     model.save_pretrained(tmp_path / "saved")
     ids = random_batches(1, padded=False)[0]["input_ids"]
-    torch.save((ids, model(ids).logits.detach()), tmp_path / "expected.pt")
+    generated = model.generate(ids, max_new_tokens=6, do_sample=False)
+    torch.save((ids, model(ids).logits.detach(), generated), tmp_path / "expected.pt")
+    tiny_model().save_pretrained(tmp_path / "teacher")
+    blocks = [[0], [1, 3], [4]] if pairs else [[0], [1], [3], [4]]
     script = f"""
 import sys
 sys.modules["hf_layerprune"] = None  # importing it would fail
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 folder = {str(tmp_path / "saved")!r}
-ids, logits = torch.load({str(tmp_path / "expected.pt")!r})
+ids, logits, generated = torch.load({str(tmp_path / "expected.pt")!r})
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__name__ == "PrunedQwen2ForCausalLM", type(model)
 assert torch.equal(model(ids).logits, logits)
+assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), generated)
 assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "PrunedQwen2Model"
-assert AutoConfig.from_pretrained(folder, trust_remote_code=True).layer_plan["blocks"] == [[0], [1], [3], [4]]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+assert config.layer_plan["blocks"] == {blocks}
+direct = type(model).from_pretrained({str(tmp_path / "teacher")!r}, layer_plan=config.layer_plan)
+assert torch.equal(direct(ids).logits, logits)
+model.save_pretrained({str(tmp_path / "again")!r})  # what a stranger saves is whole as well
+assert torch.equal(AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)(ids).logits, logits)
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL, env=environment)

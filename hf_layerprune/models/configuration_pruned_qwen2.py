@@ -14,7 +14,7 @@ class PrunedQwen2Config(Qwen2Config):
     those of ONE teacher layer; a block of `n` layers is `n` times as wide.
 
     Args:
-        layer_plan (`dict`, *optional*):
+        layer_plan (`dict` or `LayerPlan`, *optional*):
             `{"num_teacher_layers": int, "blocks": [[int, ...], ...]}`: the teacher layers of each block. Without it
             every layer is a block of its own. `num_hidden_layers` always equals the number of blocks.
     """
@@ -27,9 +27,8 @@ class PrunedQwen2Config(Qwen2Config):
         if self.layer_plan is None:
             blocks = [[layer] for layer in range(self.num_hidden_layers)]
             self.layer_plan = {"num_teacher_layers": self.num_hidden_layers, "blocks": blocks}
-        blocks = self.layer_plan.get("blocks")
-        if not blocks or not all(isinstance(block, (list, tuple)) and block for block in blocks):
-            raise ValueError(f"layer_plan={self.layer_plan!r} needs a list of non-empty blocks")
+        self.layer_plan = checked_plan(self.layer_plan)
+        blocks = self.layer_plan["blocks"]
         if self.num_hidden_layers != len(blocks):
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers} but layer_plan has {len(blocks)} blocks")
         # `save_pretrained` fills in the class that is saved; the bare decoder has to be named by hand
@@ -49,6 +48,58 @@ class PrunedQwen2Config(Qwen2Config):
         config.num_key_value_heads = width * self.num_key_value_heads
         config.intermediate_size = width * self.intermediate_size
         return config
+
+    @classmethod
+    def from_qwen2(cls, config, layer_plan):
+        """The configuration of a model of `config` with its layers rearranged into `layer_plan`.
+
+        `config` may be a [`Qwen2Config`] or a `PrunedQwen2Config`; the plan it records says which layers there are.
+        """
+        plan = checked_plan(layer_plan)
+        had = cls._plan_in(config)
+        position_of = {layer: position for position, block in enumerate(had["blocks"]) for layer in block}
+        wanted = [layer for block in plan["blocks"] for layer in block]
+        if missing := [layer for layer in wanted if layer not in position_of]:
+            raise ValueError(f"layer_plan asks for layers {missing}; the model has layers {sorted(position_of)}")
+        if plan["num_teacher_layers"] != had["num_teacher_layers"]:
+            raise ValueError(
+                f"layer_plan is for a teacher of {plan['num_teacher_layers']} layers; the model's has "
+                f"{had['num_teacher_layers']}"
+            )
+        first = [position_of[block[0]] for block in plan["blocks"]]
+        values = config.to_dict() | {
+            "layer_plan": plan,
+            "num_hidden_layers": len(plan["blocks"]),
+            "layer_types": [config.layer_types[position] for position in first],
+            "max_window_layers": sum(position < config.max_window_layers for position in first),
+        }
+        for key in ("model_type", "architectures", "auto_map"):
+            values.pop(key, None)
+        return cls(**values, attn_implementation=config._attn_implementation)
+
+    @staticmethod
+    def _plan_in(config):
+        recorded = getattr(config, "layer_plan", None)
+        if recorded is not None:
+            return checked_plan(recorded)
+        blocks = [[layer] for layer in range(config.num_hidden_layers)]
+        return {"num_teacher_layers": config.num_hidden_layers, "blocks": blocks}
+
+
+def checked_plan(plan):
+    """A layer plan as plain lists and integers, or a `ValueError` that says what is wrong with it."""
+    plan = plan.to_dict() if hasattr(plan, "to_dict") else plan
+    if not isinstance(plan, dict) or set(plan) != {"num_teacher_layers", "blocks"}:
+        raise ValueError(f'layer_plan={plan!r} needs exactly the keys "num_teacher_layers" and "blocks"')
+    blocks, depth = plan["blocks"], plan["num_teacher_layers"]
+    if not isinstance(blocks, (list, tuple)) or not all(isinstance(b, (list, tuple)) and b for b in blocks):
+        raise ValueError(f"layer_plan has blocks={blocks!r}; it needs a list of non-empty lists of layers")
+    layers = [layer for block in blocks for layer in block]
+    if not layers or any(type(layer) is not int for layer in (*layers, depth)):
+        raise ValueError(f"layer_plan has layers {layers} of {depth!r}; it needs at least one, all integers")
+    if layers[0] < 0 or layers[-1] >= depth or any(a >= b for a, b in zip(layers, layers[1:])):
+        raise ValueError(f"layer_plan has layers {layers}; they must ascend from 0 to at most {depth - 1}")
+    return {"num_teacher_layers": depth, "blocks": [list(block) for block in blocks]}
 
 
 __all__ = ["PrunedQwen2Config"]

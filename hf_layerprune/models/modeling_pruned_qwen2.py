@@ -1,13 +1,105 @@
 """PrunedQwen2: Qwen2 with one decoder layer per block of a layer plan, as wide as the block has teacher layers.
 
+Layers a and b that run in parallel, each with its own norms N1, N2, attention A and MLP F
+(https://huggingface.co/papers/2502.02790),
+
+    y = x + A_a(N1_a(x)) + A_b(N1_b(x))
+    z = y + F_a(N2_a(y)) + F_b(N2_b(y))
+
+are exactly one Qwen2 layer: both norms of a kind see the same vector, so each gain folds into the projections behind
+it, and what is left is one layer with the heads and the neurons of both.
+
 This file is shipped inside checkpoints: it imports torch, transformers and its configuration, nothing else.
 """
 
+import re
+from copy import deepcopy
+
+import torch
 from torch import nn
 from transformers import Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from .configuration_pruned_qwen2 import PrunedQwen2Config
+from .configuration_pruned_qwen2 import PrunedQwen2Config, checked_plan
+
+# Rows of the first kind of projection are heads or neurons, and read what the norm gives; columns of the second are.
+INPUT_PROJECTIONS = {
+    "input_layernorm.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm.weight": ("mlp.gate_proj", "mlp.up_proj"),
+}
+OUTPUT_PROJECTIONS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def merge_layers(layers):
+    """The tensors of one block that computes `layers` in parallel: `list[dict[str, Tensor]] -> dict[str, Tensor]`.
+
+    Gains are folded in float32. Layers that are blocks of several layers themselves are fine.
+    """
+    if len(layers) == 1:
+        return layers[0]
+    merged = {}
+    for norm, projections in INPUT_PROJECTIONS.items():
+        merged[norm] = torch.ones_like(layers[0][norm])
+        for name in projections:
+            weights = [layer[f"{name}.weight"] for layer in layers]
+            folded = [(w.float() * layer[norm].float()).to(w.dtype) for w, layer in zip(weights, layers)]
+            merged[f"{name}.weight"] = torch.cat(folded)
+            if f"{name}.bias" in layers[0]:
+                merged[f"{name}.bias"] = torch.cat([layer[f"{name}.bias"] for layer in layers])
+    for name in OUTPUT_PROJECTIONS:
+        merged[f"{name}.weight"] = torch.cat([layer[f"{name}.weight"] for layer in layers], dim=1)
+    if unknown := set(layers[0]) - set(merged):
+        raise ValueError(f"tensors {sorted(unknown)} of a layer have no place in a block of several layers")
+    return merged
+
+
+def split_layer(tensors, width):
+    """The layers a block of `width` layers was merged of, `merge_layers` backwards: a list of `dict[str, Tensor]`."""
+    if width == 1:
+        return [tensors]
+    across = {f"{name}.weight" for name in OUTPUT_PROJECTIONS}
+    parts = {
+        name: [tensor.clone() for _ in range(width)]
+        if name in INPUT_PROJECTIONS
+        else [part.clone() for part in tensor.chunk(width, dim=int(name in across))]
+        for name, tensor in tensors.items()
+    }
+    return [{name: pieces[index] for name, pieces in parts.items()} for index in range(width)]
+
+
+def rearrange(state_dict, blocks, wanted):
+    """The tensors of a model with the layers of `blocks` for one with those of `wanted`; what both have is shared."""
+    layers, others = {}, {}
+    for name, tensor in state_dict.items():
+        match = re.fullmatch(r"(.*\blayers\.)(\d+)\.(.+)", name)
+        if match is None:
+            others[name] = tensor
+        else:
+            prefix = match[1]
+            layers.setdefault(int(match[2]), {})[match[3]] = tensor
+    had = {tuple(block): layers[position] for position, block in enumerate(blocks)}
+    parts = {}
+    kept = {tuple(block) for block in wanted}
+    for block, tensors in had.items():
+        if block not in kept:
+            parts |= zip(block, split_layer(tensors, len(block)))
+    result = others
+    for position, block in enumerate(wanted):
+        tensors = had.get(tuple(block)) or merge_layers([parts[layer] for layer in block])
+        result |= {f"{prefix}{position}.{name}": tensor for name, tensor in tensors.items()}
+    return result
+
+
+def adopt_weights(rebuilt, model, tensors):
+    """Fill `rebuilt`, made on the meta device, with `tensors` and with all that `model` has beside its weights."""
+    rebuilt.load_state_dict(tensors, strict=True, assign=True)
+    rebuilt.tie_weights()
+    rebuilt.base_model.rotary_emb = deepcopy(model.base_model.rotary_emb)  # its buffers are in no state dict
+    if model.can_generate():
+        rebuilt.generation_config = deepcopy(model.generation_config)
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        getattr(rebuilt, "activation_checkpointing_enable", rebuilt.gradient_checkpointing_enable)()
+    rebuilt.train(model.training)
 
 
 class PrunedQwen2DecoderLayer(Qwen2DecoderLayer):
@@ -18,8 +110,83 @@ class PrunedQwen2DecoderLayer(Qwen2DecoderLayer):
         self.self_attn.config = config  # one shared object, so that `set_attn_implementation` reaches every block
 
 
-class PrunedQwen2Model(Qwen2Model):
+def checked(load, name, *args, **kwargs):
+    """A model and its loading info, or a `ValueError` that names the tensors that do not fit."""
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are reported here, by name
+    model, info = load(name, *args, **kwargs)
+    wrong = [f"{tensor} is missing" for tensor in sorted(info["missing_keys"])]
+    for tensor, found, expected in sorted(info["mismatched_keys"]):
+        wrong.append(f"{tensor} has shape {tuple(found)} in place of {tuple(expected)}")
+    layers = sorted(tensor for tensor in info["unexpected_keys"] if re.search(r"\blayers\.\d+\.", tensor))
+    wrong += [f"{tensor} belongs to no block" for tensor in layers]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        depth = model.config.num_hidden_layers
+        raise ValueError(f"{name} does not fit its plan of {depth} blocks: {', '.join(wrong[:5])}{more}")
+    return model, info
+
+
+class PrunedQwen2Loading:
+    """`from_pretrained` that leaves no tensor random and can rearrange the layers of the checkpoint it reads."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, layer_plan=None, **kwargs):
+        r"""
+        Load a checkpoint of PrunedQwen2 or of plain Qwen2.
+
+        Args:
+            layer_plan (`dict` or `LayerPlan`, *optional*):
+                Build this plan from the checkpoint's weights: layers it does not name are left out, those of one
+                block run in parallel. By default the plan recorded in the checkpoint.
+
+        Raises:
+            `ValueError`: if tensors of the model are missing in the checkpoint, have another shape there, or the
+                checkpoint has layers the model does not; it names them.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        if layer_plan is None:
+            model, info = checked(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+        else:
+            checked_plan(layer_plan)
+            for name in ("tp_plan", "device_mesh", "quantization_config"):
+                if kwargs.get(name) is not None:
+                    raise ValueError(f"layer_plan and {name} do not go together; save the model with its plan first")
+            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            values, _ = PrunedQwen2Config.get_config_dict(
+                pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+            )
+            loaders = {"qwen2": cls.qwen2_class.from_pretrained, "pruned_qwen2": super().from_pretrained}
+            if values.get("model_type") not in loaders:
+                raise ValueError(f"model_type={values.get('model_type')!r}; layer_plan works on {', '.join(loaders)}")
+            source, info = checked(loaders[values["model_type"]], pretrained_model_name_or_path, **kwargs)
+            model = cls.from_qwen2(source, layer_plan)
+        return (model, info) if with_info else model
+
+    @classmethod
+    def from_qwen2(cls, model, layer_plan):
+        """`model` (Qwen2 or PrunedQwen2) with its layers rearranged into `layer_plan`.
+
+        Tensors that stay as they are share memory with `model`'s; those of new blocks are new.
+
+        Raises:
+            `ValueError`: if the plan is none, or names a layer `model` does not have.
+        """
+        config = PrunedQwen2Config.from_qwen2(model.config, layer_plan)
+        if len(devices := {parameter.device for parameter in model.parameters()}) > 1:
+            raise ValueError(f"the model lies on {len(devices)} devices or is offloaded; load it on one")
+        if "sliding_attention" in config.layer_types:
+            raise ValueError("layers with sliding-window attention cannot run in parallel")
+        with torch.device("meta"):
+            rebuilt = cls(config)
+        blocks = PrunedQwen2Config._plan_in(model.config)["blocks"]
+        tensors = rearrange(model.state_dict(), blocks, config.layer_plan["blocks"])
+        adopt_weights(rebuilt, model, tensors)
+        return rebuilt
+
+
+class PrunedQwen2Model(PrunedQwen2Loading, Qwen2Model):
     config_class = PrunedQwen2Config
+    qwen2_class = Qwen2Model
     _no_split_modules = ["PrunedQwen2DecoderLayer"]
 
     def __init__(self, config: PrunedQwen2Config):
@@ -28,8 +195,9 @@ class PrunedQwen2Model(Qwen2Model):
         self.post_init()
 
 
-class PrunedQwen2ForCausalLM(Qwen2ForCausalLM):
+class PrunedQwen2ForCausalLM(PrunedQwen2Loading, Qwen2ForCausalLM):
     config_class = PrunedQwen2Config
+    qwen2_class = Qwen2ForCausalLM
     _no_split_modules = ["PrunedQwen2DecoderLayer"]
 
     def __init__(self, config: PrunedQwen2Config):
