@@ -109,7 +109,7 @@ class LayerPlan:
         """The plan with the neighbouring blocks of teacher layers `layers` merged into one."""
         layers = list(layers)
         if len(layers) < 2 or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
-            raise LayerPruneError(f"{layers} is no group to run in parallel; name two or more layers in ascending order")
+            raise LayerPruneError(f"{layers} cannot run in parallel; name two or more layers in ascending order")
         plan = self
         for first, second in zip(layers, layers[1:], strict=False):
             if plan.block_of(first) != plan.block_of(second):

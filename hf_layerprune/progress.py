@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from .edits import Edit
 from .surgery import plan_of
 from .trainer import IterativeLayerDistillTrainer, LayerDistillCallback
 
@@ -21,7 +22,10 @@ class RunProgress(LayerDistillCallback):
     def __init__(self, trainer: IterativeLayerDistillTrainer, console: Console) -> None:
         args = trainer.args
         self.console = console
-        self.rounds = -(-(plan_of(trainer.start).depth - args.target_num_layers) // args.layers_per_round)
+        self.target = _expected_depth(trainer)
+        rounds = -(-(plan_of(trainer.start).depth - self.target) // args.layers_per_round)
+        self.rounds = f"/{rounds}" if args.budget().unit == "depth" else ""  # else it shows on the way
+        self.kinds = len(args.edit_space().kinds)
         self.teacher_depth = trainer.teacher.config.num_hidden_layers
         self.batch_rows = args.per_device_eval_batch_size
         self.calibration_rows = len(trainer.calibration_batches) * self.batch_rows
@@ -31,7 +35,6 @@ class RunProgress(LayerDistillCallback):
         self.healing_rows = rows
         self.phase, self.depth, self.number, self.step_cost = "", self.teacher_depth, 0, 0.0
         self.layers_per_round, self.first_depth = args.layers_per_round, plan_of(trainer.start).depth
-        self.target = args.target_num_layers
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -63,7 +66,10 @@ class RunProgress(LayerDistillCallback):
         return total
 
     def _scoring_cost(self, depth: int) -> float:
-        return self.calibration_rows * (depth * (depth + 1) / 2 + self.teacher_depth + HEAD_LAYERS * (depth + 2))
+        candidates = self.kinds * depth
+        return self.calibration_rows * (
+            (candidates + 1) * depth / 2 + self.teacher_depth + HEAD_LAYERS * (candidates + 2)
+        )
 
     def _evaluation_cost(self, depth: int) -> float:
         return self.eval_rows * (depth + self.teacher_depth + 2 * HEAD_LAYERS)
@@ -94,7 +100,7 @@ class RunProgress(LayerDistillCallback):
         )
         steps = {"scoring": self.calibration_rows, "healing": self.healing_rows}.get(phase, self.eval_rows)
         self.step_cost = cost / max(1, steps)
-        where = f"round {self.number}/{self.rounds}, {self.depth} layers: " if self.number else ""
+        where = f"round {self.number}{self.rounds}, {self.depth} layers: " if self.number else ""
         self.bar.update(self.task, description=where + phase)
 
     def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -112,12 +118,19 @@ class RunProgress(LayerDistillCallback):
         record: dict[str, Any],
         **_: Any,
     ) -> None:
-        removed = ", ".join(map(str, record["removed_layers"]))
+        edits = ", ".join(str(Edit.from_label(label)) for label in record["edits"])
         self.console.print(
-            f"round {record['round']}: removed layer {removed}; {record['num_layers']} left; perplexity "
+            f"round {record['round']}: {edits}; {record['num_layers']} layers; perplexity "
             f"{record['perplexity_before_healing']:.2f} -> {record['perplexity']:.2f} healed; KL {record['kl']:.4f}",
             highlight=False,
         )
+
+
+def _expected_depth(trainer: IterativeLayerDistillTrainer) -> int:
+    """Depth at which the run will end: known for a target of depth, else guessed from the share that is to stay."""
+    budget, depth = trainer.args.budget(), trainer.teacher.config.num_hidden_layers
+    whole = {"depth": depth, "latency": 1, "parameters": trainer.teacher.num_parameters()}[budget.unit]
+    return min(plan_of(trainer.start).depth - 1, max(1, round(depth * budget.target / whole)))
 
 
 def _length(trainer: IterativeLayerDistillTrainer) -> int:

@@ -15,13 +15,16 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
+from .edits import Edit
 from .files import to_json, write_atomically
 from .scoring import LayerScores
 
 COLUMNS = (
-    "layers", "removed", "parameters", "ppl never healed", "ppl before healing", "ppl healed", "KL", "agreement",
+    "layers", "edit", "parameters", "ppl never healed", "ppl before healing", "ppl healed", "KL", "agreement",
     "decode tokens/s",
 )  # fmt: skip
+EDIT_BAR = "&#124;"  # `|` inside a cell of a Markdown table
+EDITS_EXPLAINED = "Edit 7 removed layer 7; edit 4|5 runs layers 4 and 5 in parallel, as one layer."
 CRITERION_UNITS = {
     "kl": "KL to the teacher without the layer (nats per token)",
     "loss": "next-token loss without the layer (nats per token)",
@@ -76,11 +79,9 @@ def table_rows(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> lis
         rows.append(
             [
                 str(record["num_layers"]),
-                ", ".join(map(str, record["removed_layers"])),
+                ", ".join(record["edits"]),
                 _millions(record["num_parameters"]),
-                f"{record['perplexity_unhealed']:.2f}",
-                f"{record['perplexity_before_healing']:.2f}",
-                f"{record['perplexity']:.2f}",
+                *_perplexities(record),
                 f"{record['kl']:.4f}",
                 f"{100 * record['agreement']:.1f} %",
                 speed(record),
@@ -89,17 +90,36 @@ def table_rows(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> lis
     return rows
 
 
+def _perplexities(record: dict[str, Any]) -> list[str]:
+    """Never healed, just before healing, healed; a plan that was only searched for has the first alone."""
+    if not was_healed(record):
+        return [f"{record['perplexity']:.2f}", "", ""]
+    return [f"{record[key]:.2f}" for key in ("perplexity_unhealed", "perplexity_before_healing", "perplexity")]
+
+
+def was_healed(record: dict[str, Any]) -> bool:
+    return "loss_unhealed" in record
+
+
 def _millions(count: int) -> str:
     return f"{count / 1e6:.2f}M" if count < 1e9 else f"{count / 1e9:.2f}B"
 
 
 def rich_table(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> Table:
     """The result as a table that fits a terminal of 80 columns."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="perplexity never healed, before healing, healed")
-    for column in ("layers", "removed", "params", "never", "before", "healed", "KL", "top-1", "tokens/s"):
-        table.add_column(column, justify="right", no_wrap=True)
+    healed = any(was_healed(record) for record in rounds)
+    title = "perplexity never healed, before healing, healed" if healed else "perplexity without training"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
+    columns = ("layers", "edit", "params", "never" if healed else "ppl", "before", "healed", "KL", "top-1", "tokens/s")
+    unused = () if healed else ("before", "healed")
+    for column in columns:
+        if column not in unused:
+            table.add_column(column, justify="right", no_wrap=column != "edit")
     for row in table_rows(teacher, rounds):
-        table.add_row(*row)
+        cells = dict(zip(columns, row, strict=True))
+        if not healed and not row[1]:
+            cells["ppl"] = row[5]  # the teacher's own
+        table.add_row(*(cell for column, cell in cells.items() if column not in unused))
     return table
 
 
@@ -110,30 +130,26 @@ def render_markdown(report: dict[str, Any]) -> str:
     if rounds:
         last = rounds[-1]
         lines[0] += f" to {last['num_layers']}"
-        back = recovery(teacher, last)
-        lines += [
-            f"Loss per token (nats) {teacher['loss']:.4f} for the teacher, "
-            f"{last['loss_unhealed']:.4f} for the same layers removed and never healed, "
-            f"**{last['loss']:.4f}** healed" + ("." if back is None else f": {100 * back:.0f} % of the way back."),
-            "",
-        ]
+        lines += [_summary(teacher, last), ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---:|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in table_rows(teacher, rounds)]
+    lines += [
+        "| " + " | ".join(cell.replace("|", EDIT_BAR) for cell in row) + " |" for row in table_rows(teacher, rounds)
+    ]
     lines += [
         "",
         f"Quality on {teacher['num_tokens']:,} tokens of {teacher['evaluated_on']}; KL in nats per token against the "
-        "teacher; agreement is the share of positions with the teacher's most likely token.",
+        f"teacher; agreement is the share of positions with the teacher's most likely token. {EDITS_EXPLAINED}",
         "",
     ]
     if rounds:
-        lines += ["![quality against depth](quality.png)", "", "## Scores of the layers", ""]
-        lines += ["Cost of each layer in the round it was chosen or passed over; the layer removed is bold.", ""]
-        layers = sorted({int(layer) for record in rounds for layer in record["scores"]})
-        lines += ["| layer | " + " | ".join(f"round {record['round']}" for record in rounds) + " |"]
+        lines += ["![quality against depth](quality.png)", "", "## Scores", ""]
+        lines += ["What each edit would have cost in its round; the one that was made is bold.", ""]
+        labels = {label: Edit.from_label(label) for record in rounds for label in record["scores"]}
+        lines += ["| edit | " + " | ".join(f"round {record['round']}" for record in rounds) + " |"]
         lines += ["|---:|" + "---:|" * len(rounds)]
-        for layer in layers:
-            cells = [_score_cell(record, layer) for record in rounds]
-            lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+        for label in sorted(labels, key=lambda label: (labels[label].kind != "remove", labels[label].layers)):
+            cells = [_score_cell(record, label) for record in rounds]
+            lines.append(f"| {label.replace('|', EDIT_BAR)} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [
         "Measured on "
@@ -145,23 +161,37 @@ def render_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _score_cell(record: dict[str, Any], layer: int) -> str:
-    value = record["scores"].get(str(layer))
-    if value is None:  # removed earlier, or a score that is no number
+def _summary(teacher: dict[str, Any], last: dict[str, Any]) -> str:
+    if not was_healed(last):
+        return f"Loss per token (nats) {teacher['loss']:.4f} before, **{last['loss']:.4f}** after, without training."
+    back = recovery(teacher, last)
+    return (
+        f"Loss per token (nats) {teacher['loss']:.4f} for the teacher, {last['loss_unhealed']:.4f} for the same edits "
+        f"never healed, **{last['loss']:.4f}** healed"
+        + ("." if back is None else f": {100 * back:.0f} % of the way back.")
+    )
+
+
+def _score_cell(record: dict[str, Any], label: str) -> str:
+    value = record["scores"].get(label)
+    if value is None:  # not possible in this round, or a score that is no number
         return ""
-    return f"**{value:.4f}**" if layer == record["removed_layer"] else f"{value:.4f}"
+    return f"**{value:.4f}**" if label == record["edits"][0] else f"{value:.4f}"
 
 
 def plot_quality(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> Figure:
-    """Perplexity against depth: never healed, just before healing, healed."""
+    """Perplexity against depth: never healed, just before healing, healed; one curve where nothing was healed."""
     depths = [teacher["num_layers"], *(record["num_layers"] for record in rounds)]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for key, label, style in (
-        ("perplexity_unhealed", "removed, never healed", {"color": "#c44e52", "linestyle": ":", "marker": "v"}),
+    curves = (
+        ("perplexity_unhealed", "never healed", {"color": "#c44e52", "linestyle": ":", "marker": "v"}),
         ("perplexity_before_healing", "just before healing", {"color": "#dd8452", "linestyle": "--", "marker": "s"}),
         ("perplexity", "healed", {"color": "#1f6f8b", "linestyle": "-", "marker": "o", "linewidth": 2}),
-    ):
+    )
+    if not any(was_healed(record) for record in rounds):
+        curves = (("perplexity", "without training", curves[-1][-1]),)
+    for key, label, style in curves:
         axes.plot(depths, [teacher["perplexity"], *(record[key] for record in rounds)], label=label, **style)
     axes.axhline(teacher["perplexity"], color="#888888", linewidth=1, label="teacher")
     axes.set_yscale("log")

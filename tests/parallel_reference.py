@@ -1,6 +1,6 @@
 """The two equations of layer parallelism, word for word: what a block of several layers must compute.
 
-    y = x + sum of A_i(N1_i(x));   z = y + sum of F_i(N2_i(y))        (https://huggingface.co/papers/2502.02790)
+y = x + sum of A_i(N1_i(x));   z = y + sum of F_i(N2_i(y))        (https://huggingface.co/papers/2502.02790)
 """
 
 import copy

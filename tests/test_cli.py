@@ -102,12 +102,6 @@ def test_evaluate(tmp_path, model_folder, text_file, capsys):
     assert f"{measured['perplexity']:.5f}" in capsys.readouterr().out
 
 
-def test_benchmark(model_folder, capsys):
-    assert run("benchmark", "--models", model_folder, model_folder, "--prompt_tokens", 8, "--new_tokens", 4,
-               "--repeats", 1) == 0  # fmt: skip
-    assert "decode" in capsys.readouterr().out
-
-
 def test_help_names_every_setting(capsys):
     assert run() == 0 and "compress" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:

@@ -3,9 +3,20 @@ import shutil
 
 import pytest
 
-from hf_layerprune import LayerPruneError
+from conftest import tiny_config, tiny_model
+
+from hf_layerprune import LayerPlan, LayerPruneError, search
 from hf_layerprune.files import replace_folder, to_json, write_atomically
-from hf_layerprune.trainer.run_state import CHECKPOINT_FILES, RunState, check_target, last_whole_checkpoint, open_run
+from hf_layerprune.latency import BlockLatency
+from hf_layerprune.search import Budget, Gauge, ModelSizes
+from hf_layerprune.trainer.run_state import (
+    CHECKPOINT_FILES,
+    RunState,
+    check_target,
+    gauge_of_run,
+    last_whole_checkpoint,
+    open_run,
+)
 
 
 def checkpoint(folder, step, max_steps=10, without=()):
@@ -55,11 +66,34 @@ def test_open_run(tmp_path):
     assert open_run(tmp_path, found, changed, True).settings == changed
 
 
+def gauge(**budget):
+    return Gauge(Budget(**budget), ModelSizes(0, 10, 1), LayerPlan.identity(8), BlockLatency(0.0, (1.0, 1.5)))
+
+
 def test_check_target():
-    run = RunState({}, rounds=[{"num_layers": 5}], current={"wanted": 2})
-    check_target(run, 8, 3)
-    with pytest.raises(LayerPruneError, match="at 3 layers already"):
-        check_target(run, 8, 4)
+    start = LayerPlan.identity(8)
+    plans = [start.remove(3), start.remove(3).parallelize(4, 5)]
+    run = RunState({}, rounds=[{"plan": plan.to_dict()} for plan in plans], current={"wanted": 2})
+    check_target(run, start, gauge(depth=4))
+    with pytest.raises(LayerPruneError, match="target_num_layers=5 but the run is at 4 already"):
+        check_target(run, start, gauge(depth=5))
+    run.current = {}
+    check_target(run, start, gauge(latency=0.85))  # the last round went a little further: 6.5 of 8
+    with pytest.raises(LayerPruneError, match="target_latency=0.9 but the run is at 0.8125 already"):
+        check_target(run, start, gauge(latency=0.9))
+
+
+def test_latencies_are_measured_once_a_run(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(search, "measure_latency", lambda *_: measured.append(1) or BlockLatency(0.5, (1.0, 1.25)))
+    args = tiny_config(tmp_path, target_num_layers=None, target_latency=0.5, edits="remove,parallelize")
+    run = RunState({})
+    first = gauge_of_run(run, args, tiny_model())
+    run.save(tmp_path)
+    again = gauge_of_run(RunState.load(tmp_path), args, tiny_model())
+    assert measured == [1] and again.latency == first.latency == BlockLatency(0.5, (1.0, 1.25))
+    assert again.size(LayerPlan.identity(5)) == 1
+    assert again.size(LayerPlan.identity(5).parallelize(2, 3)) == pytest.approx((0.5 + 3 + 1.25) / 5.5)
 
 
 def test_json_is_json():

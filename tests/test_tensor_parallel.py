@@ -1,4 +1,4 @@
-"""Two processes share a model by transformers' own tensor-parallel plan: same logits, half the all-reduces in pairs."""
+"""Two processes share a model by transformers' own tensor-parallel plan: pairs need half the all-reduces."""
 
 import json
 import subprocess

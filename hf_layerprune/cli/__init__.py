@@ -32,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"hf-layerprune: no verb {argv[0]!r}; choose one of {', '.join(VERBS)}\n")
         return 2
     from ..errors import LayerPruneError
+    from .benchmark import benchmark
     from .compress import compress
-    from .measure import benchmark, evaluate, score
+    from .measure import evaluate, score
 
     verbs = dict(zip(VERBS, (compress, score, evaluate, benchmark), strict=True))
     _quiet()

@@ -81,14 +81,52 @@ class EvaluateArguments(MeasureArguments):
 class BenchmarkArguments:
     """Settings of `benchmark`."""
 
-    dtype: str = field(default="auto", metadata={"help": "dtype of the weights; 'auto' is each checkpoint's own."})
     models: list[str] = field(
-        default_factory=lambda: ["embedded"], metadata={"help": "Model folders or Hub ids, timed interleaved."}
+        default_factory=list,
+        metadata={
+            "help": "Model folders or Hub ids, timed interleaved; they can also stand on their own, without "
+            "the option. The first is what the others are compared with. Default: embedded."
+        },
+    )
+    shape: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of models: random weights of this shape, such as Qwen2.5-3B, or of a config.json. "
+            "--config means the same, unless it names a YAML file."
+        },
+    )
+    layers: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Depths to time of the shape: N layers, or N/B for N layers in B blocks, some of them pairs that "
+            "run in parallel. Default: all layers."
+        },
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "dtype of the weights; 'auto' is each checkpoint's or shape's own."}
     )
     prompt_tokens: int = field(default=128, metadata={"help": "Tokens of the prompt."})
     new_tokens: int = field(default=64, metadata={"help": "Tokens to generate."})
-    batch_size: int = field(default=1, metadata={"help": "Prompts at once."})
+    batch_size: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "Prompts at once; several numbers are measured in turn."}
+    )
     repeats: int = field(default=3, metadata={"help": "Timed runs of each model; the median counts."})
+    cache_implementation: str | None = field(
+        default=None, metadata={"help": "KV cache: 'dynamic' (default) or 'static'."}
+    )
+    compile: bool = field(
+        default=False, metadata={"help": "Decode with torch.compile; needs --cache_implementation static."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder to write benchmark.json to."})
+
+    def __post_init__(self) -> None:
+        # in YAML a list of one may stand without brackets, and a depth is a number
+        self.models, self.layers, self.batch_size = map(_as_list, (self.models, self.layers, self.batch_size))
+        self.models, self.layers = list(map(str, self.models)), list(map(str, self.layers))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def names_option(argument: str, *options: str) -> bool:

@@ -79,7 +79,7 @@ def compress(argv: list[str]) -> None:
 def _choose_target(arguments: CompressArguments, config: Any) -> None:
     """Without a target, three quarters of the depth."""
     depth = load_config(arguments.model).num_hidden_layers
-    if config.target_num_layers is None:
+    if config.budget() is None:
         config.target_num_layers = max(1, round(0.75 * depth))
 
 

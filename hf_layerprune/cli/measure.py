@@ -1,4 +1,4 @@
-"""`hf-layerprune score | evaluate | benchmark`: look at a model without changing it."""
+"""`hf-layerprune score | evaluate`: look at a model without changing it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from ..benchmark import benchmark_models
 from ..data import load_text_dataset, tokenized_batches
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..loading import load_model, load_tokenizer
 from ..report import CRITERION_UNITS, plot_scores, save_plot
 from ..scoring import score_layers
-from .arguments import BenchmarkArguments, EvaluateArguments, MeasureArguments, ScoreArguments, parse
+from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments, parse
 
 
 def score(argv: list[str]) -> None:
@@ -72,31 +70,6 @@ def evaluate(argv: list[str]) -> None:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "evaluation.json", to_json(report.to_dict()))
-
-
-def benchmark(argv: list[str]) -> None:
-    """Print speed and memory of models, timed interleaved."""
-    (arguments,) = parse((BenchmarkArguments,), argv)
-    models = [_load(name, arguments.dtype) for name in arguments.models]
-    reports = benchmark_models(
-        models, arguments.prompt_tokens, arguments.new_tokens, arguments.batch_size, arguments.repeats
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("model", "layers", "prefill\ntokens/s", "decode\ntokens/s", "memory\nMiB", "KV cache\nB/token"):
-        table.add_column(column, justify="right", no_wrap=column != "model")
-    for name, model, report in zip(arguments.models, models, reports, strict=True):
-        first = reports[0]
-        table.add_row(
-            name,
-            str(model.config.num_hidden_layers),
-            f"{report.prefill_tokens_per_second:.0f} "
-            f"({report.prefill_tokens_per_second / first.prefill_tokens_per_second:.2f}x)",
-            f"{report.decode_tokens_per_second:.0f} "
-            f"({report.decode_tokens_per_second / first.decode_tokens_per_second:.2f}x)",
-            f"{report.peak_memory_bytes / 2**20:.1f}",
-            str(report.kv_bytes_per_token),
-        )
-    Console().print(table)
 
 
 def _measuring_batches(arguments: MeasureArguments, default: str) -> list[Any]:

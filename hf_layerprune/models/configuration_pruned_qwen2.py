@@ -97,7 +97,7 @@ def checked_plan(plan):
     layers = [layer for block in blocks for layer in block]
     if not layers or any(type(layer) is not int for layer in (*layers, depth)):
         raise ValueError(f"layer_plan has layers {layers} of {depth!r}; it needs at least one, all integers")
-    if layers[0] < 0 or layers[-1] >= depth or any(a >= b for a, b in zip(layers, layers[1:])):
+    if layers[0] < 0 or layers[-1] >= depth or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
         raise ValueError(f"layer_plan has layers {layers}; they must ascend from 0 to at most {depth - 1}")
     return {"num_teacher_layers": depth, "blocks": [list(block) for block in blocks]}
 

@@ -42,7 +42,7 @@ def merge_layers(layers):
         merged[norm] = torch.ones_like(layers[0][norm])
         for name in projections:
             weights = [layer[f"{name}.weight"] for layer in layers]
-            folded = [(w.float() * layer[norm].float()).to(w.dtype) for w, layer in zip(weights, layers)]
+            folded = [(w.float() * layer[norm].float()).to(w.dtype) for w, layer in zip(weights, layers, strict=True)]
             merged[f"{name}.weight"] = torch.cat(folded)
             if f"{name}.bias" in layers[0]:
                 merged[f"{name}.bias"] = torch.cat([layer[f"{name}.bias"] for layer in layers])
@@ -82,7 +82,7 @@ def rearrange(state_dict, blocks, wanted):
     kept = {tuple(block) for block in wanted}
     for block, tensors in had.items():
         if block not in kept:
-            parts |= zip(block, split_layer(tensors, len(block)))
+            parts |= zip(block, split_layer(tensors, len(block)), strict=True)
     result = others
     for position, block in enumerate(wanted):
         tensors = had.get(tuple(block)) or merge_layers([parts[layer] for layer in block])

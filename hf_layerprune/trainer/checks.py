@@ -9,9 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from ..data import column_names
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary
+from ..plan import LayerPlan
+from ..search import Gauge
 from ..surgery import check_supported, plan_of
-from .config import IterativeLayerDistillConfig
-from .targets import removable_layers
+from .config import TARGETS, IterativeLayerDistillConfig
 
 TEXT_COLUMNS = ("input_ids", "messages", "prompt", "conversations")
 
@@ -25,11 +26,9 @@ def check_request(
 ) -> None:
     """Raise [`LayerPruneError`] unless `model` can be compressed against `teacher` as `args` ask."""
     check_supported(model.config)
-    depth, target = model.config.num_hidden_layers, args.target_num_layers
-    if target is None:
+    depth = model.config.num_hidden_layers
+    if args.budget() is None:
         raise LayerPruneError(f"target_num_layers is missing; {name} has {depth} layers, choose 1..{depth - 1}")
-    if target >= depth:
-        raise LayerPruneError(f"target_num_layers={target} but {name} has {depth} layers; choose 1..{depth - 1}")
     check_same_vocabulary(model, teacher)
     if len(tokenizer) > model.config.vocab_size:
         raise LayerPruneError(
@@ -48,12 +47,18 @@ def check_request(
         )
     if missing := [layer for layer in args.named_trained_layers() or () if layer not in plan.layers]:
         raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
-    removable = len(removable_layers(plan, args.protect_first_layers, args.protect_last_layers))
-    if depth - target > removable:
-        raise LayerPruneError(
-            f"target_num_layers={target} removes {depth - target} layers but only {removable} of {depth} are "
-            "unprotected; protect fewer or choose a higher target"
-        )
+    if args.budget().unit != "latency":  # which is measured when the run is opened
+        check_budget(name, Gauge.of(args.budget(), model, teacher_plan, args.max_group_size), plan, args)
+
+
+def check_budget(name: str, gauge: Gauge, plan: LayerPlan, args: IterativeLayerDistillConfig) -> None:
+    """Raise [`LayerPruneError`] unless the edits `args` allow lead from `plan` to the target, not met yet."""
+    setting, size = TARGETS[gauge.budget.unit], gauge.size(plan)
+    if gauge.met(plan):
+        what = f"{size:,} {gauge.budget.unit}" if gauge.budget.unit != "depth" else f"{plan.depth} layers"
+        least = f"1..{plan.depth - 1}" if gauge.budget.unit == "depth" else f"less than {size:.6g}"
+        raise LayerPruneError(f"{setting}={gauge.budget.target:g} but {name} has {what}; choose {least}")
+    gauge.check_reachable(plan, args.edit_space(), setting)
 
 
 def check_has_text(dataset: Dataset | IterableDataset, text_field: str, name: str) -> None:

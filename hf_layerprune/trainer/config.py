@@ -8,8 +8,10 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from ..edits import EditSpace
 from ..errors import LayerPruneError
 from ..scoring import CRITERIA
+from ..search import Budget
 
 
 def has_bf16(use_cpu: bool) -> bool:
@@ -21,6 +23,8 @@ def has_bf16(use_cpu: bool) -> bool:
 
 TRAINED_LAYERS = ("neighbours", "all")
 LOSS_PRESETS = ("paper",)
+TARGETS = {"depth": "target_num_layers", "latency": "target_latency", "parameters": "target_num_parameters"}
+"""Unit of a budget to the setting that gives it."""
 
 
 @dataclass
@@ -37,22 +41,34 @@ class IterativeLayerDistillConfig(SFTConfig):
     Parameters:
         target_num_layers (`int`, *optional*):
             Depth at which to stop: rounds of score, remove, heal, evaluate go on until the student has this many
-            layers. Must be below the model's depth.
+            layers (parallel ones count as one). Must be below the model's depth.
+        target_latency (`float`, *optional*):
+            In place of `target_num_layers`: time per generated token to reach, as a share of the teacher's, measured
+            on this machine. Edits are then weighed by what they save of it.
+        target_num_parameters (`int`, *optional*):
+            In place of `target_num_layers`: number of parameters to reach. Only removing saves any.
+        edits (`str`, *optional*, defaults to `"remove"`):
+            What a round may do: `"remove"` a layer, `"parallelize"` two neighbours
+            ([Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790)), or
+            `"remove,parallelize"`, whichever costs less for what it saves.
+        max_group_size (`int`, *optional*, defaults to `2`):
+            Most layers that run in parallel in one block.
         layers_per_round (`int`, *optional*, defaults to `1`):
-            Layers removed between two healings. The last round removes fewer if needed.
+            Layers removed (edits made) between two healings. The last round makes fewer if needed.
         criterion (`str`, *optional*, defaults to `"kl"`):
             What a layer costs: `"kl"`, `"loss"` or `"block_influence"`; see [`score_layers`].
         protect_first_layers (`int`, *optional*, defaults to `0`):
-            Number of first teacher layers that are never removed.
+            Number of first teacher layers that no edit touches.
         protect_last_layers (`int`, *optional*, defaults to `0`):
-            Number of last teacher layers that are never removed.
+            Number of last teacher layers that no edit touches.
         num_calibration_samples (`int`, *optional*, defaults to `64`):
             Rows of calibration data (of `max_length` tokens where packed) that score the layers.
         num_eval_samples (`int`, *optional*):
             Rows of `eval_dataset` that measure quality; all by default.
         trained_layers (`str`, *optional*, defaults to `"neighbours"`):
             What healing trains: `"neighbours"`, the layers before and behind each layer removed in the round (as in
-            the paper); `"all"` parameters; or named teacher layers, such as `"3,4,10"`.
+            the paper) and the blocks put together in it; `"all"` parameters; or named teacher layers, such as
+            `"3,4,10"`.
         kl_weight (`float`, *optional*, defaults to `1.0`):
             Weight of KL(teacher || student), nats per token.
         hidden_weight (`float`, *optional*, defaults to `10.0`):
@@ -78,15 +94,27 @@ class IterativeLayerDistillConfig(SFTConfig):
         default=None,
         metadata={"help": "Depth at which to stop: rounds go on until the student has this many layers."},
     )
-    layers_per_round: int = field(default=1, metadata={"help": "Layers removed between two healings."})
+    target_latency: float | None = field(
+        default=None,
+        metadata={"help": "Instead: time per generated token to reach, as a share of the teacher's, measured here."},
+    )
+    target_num_parameters: int | None = field(
+        default=None, metadata={"help": "Instead: number of parameters to reach."}
+    )
+    edits: str = field(
+        default="remove",
+        metadata={"help": "What a round may do: 'remove', 'parallelize' or 'remove,parallelize'."},
+    )
+    max_group_size: int = field(default=2, metadata={"help": "Most layers that run in parallel in one block."})
+    layers_per_round: int = field(default=1, metadata={"help": "Layers removed (edits made) between two healings."})
     criterion: str = field(
         default="kl", metadata={"help": "What a layer costs: 'kl', 'loss' or 'block_influence'.", "choices": CRITERIA}
     )
     protect_first_layers: int = field(
-        default=0, metadata={"help": "Number of first teacher layers that are never removed."}
+        default=0, metadata={"help": "Number of first teacher layers that no edit touches."}
     )
     protect_last_layers: int = field(
-        default=0, metadata={"help": "Number of last teacher layers that are never removed."}
+        default=0, metadata={"help": "Number of last teacher layers that no edit touches."}
     )
     num_calibration_samples: int = field(
         default=64, metadata={"help": "Rows of calibration data that score the layers."}
@@ -132,6 +160,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
         for name, least in (
             ("target_num_layers", 1),
+            ("target_num_parameters", 1),
             ("layers_per_round", 1),
             ("protect_first_layers", 0),
             ("protect_last_layers", 0),
@@ -159,6 +188,24 @@ class IterativeLayerDistillConfig(SFTConfig):
                 "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
             )
         self.named_trained_layers()
+        self.edit_space()
+        self.budget()
+
+    def edit_space(self) -> EditSpace:
+        """The edits a round may make."""
+        kinds = tuple(kind.strip() for kind in self.edits.split(","))
+        return EditSpace(kinds, self.max_group_size, self.protect_first_layers, self.protect_last_layers)
+
+    def budget(self) -> Budget | None:
+        """What the rounds lead to; `None` where no target is set.
+
+        Raises:
+            [`LayerPruneError`]: if more than one target is set, or one is out of range.
+        """
+        targets = {unit: getattr(self, name) for unit, name in TARGETS.items() if getattr(self, name) is not None}
+        if len(targets) > 1:
+            raise LayerPruneError(f"{' and '.join(TARGETS[unit] for unit in targets)} are both set; choose one target")
+        return Budget(**targets) if targets else None
 
     def named_trained_layers(self) -> tuple[int, ...] | None:
         """The teacher layers `trained_layers` names, or `None` where it is a word.

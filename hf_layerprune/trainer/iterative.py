@@ -1,7 +1,7 @@
 """Iterative layer-wise distillation: score, remove, heal, evaluate, until the student is shallow enough.
 
 https://huggingface.co/papers/2511.05085. Each round scores the CURRENT student against the ORIGINAL teacher, removes
-the layer that costs least, and heals the student against the original teacher.
+the layer that costs least (or runs it beside its neighbour), and heals the student against the original teacher.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput, set_seed
 
 from ..data import Batch, check_batches, collated_batches
+from ..edits import Edit
 from ..errors import LayerPruneError
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import write_atomically
@@ -27,17 +28,17 @@ from ..hub import TAGS, model_card
 from ..loading import load_config, load_model, load_tokenizer
 from ..plan import LayerPlan
 from ..report import report_of, write_report
-from ..scoring import score_layers
-from ..surgery import plan_of, prune, unshare_parameters
+from ..search import Gauge, next_step
+from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
-from .checks import check_enough_rows, check_has_text, check_request
+from .checks import check_budget, check_enough_rows, check_has_text, check_request
 from .config import IterativeLayerDistillConfig
 from .healing import LayerHealingTrainer
 from .records import add_speed, round_record, teacher_record
-from .run_state import RunState, check_target, decisive_settings, last_whole_checkpoint, open_run
+from .run_state import RunState, check_target, decisive_settings, gauge_of_run, last_whole_checkpoint, open_run
 from .students import publish_student, round_folder, save_student
-from .targets import HiddenStateMap, removable_layers, trained_blocks
+from .targets import HiddenStateMap, trained_blocks
 from .trainable import make_plain, make_trainable
 
 
@@ -45,7 +46,8 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
     """Make a language model shallower, one measured and healed layer at a time.
 
     `train()` runs all rounds and leaves in `args.output_dir`: `rounds/NN/` (the student of each round), `model/` (the
-    last one), `plan.json`, `report.json`, `report.md`, `quality.png`. A student is plain `Qwen2ForCausalLM`.
+    last one), `plan.json`, `report.json`, `report.md`, `quality.png`. A student is plain `Qwen2ForCausalLM`, or
+    [`PrunedQwen2ForCausalLM`] once layers run in parallel.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -53,7 +55,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
             `args.device`. Loaded by name it is held in float32 and the
             students are saved in the checkpoint's own dtype; the numbers reported are those of the saved students.
         args ([`IterativeLayerDistillConfig`]):
-            Settings; `target_num_layers` is required.
+            Settings; a target, such as `target_num_layers`, is required.
         train_dataset ([`~datasets.Dataset`]):
             Text to heal on, in any form [`~trl.SFTTrainer`] takes.
         eval_dataset ([`~datasets.Dataset`], *optional*):
@@ -108,6 +110,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
             processing_class = load_tokenizer(self.model_name)
         self.teacher = (teacher if teacher is not None else model).to(args.device)
         self.start = model.to(args.device)  # what the first round starts from
+        self.gauge: Gauge | None = None  # what students are measured by; made when the run is opened
         check_request(self.model_name, self.start, self.teacher, args, processing_class)
         if isinstance(eval_dataset, dict):
             raise LayerPruneError("eval_dataset is a dict; every round is measured on one data set, join them")
@@ -186,10 +189,10 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
             run.teacher = teacher_record(self.model_name, self.teacher, report, evaluated_on)
             self._save_run(run, folder)
         output = TrainOutput(0, 0.0, {})
-        while plan_of(student).depth > self.args.target_num_layers:
+        while not self.gauge.met(plan_of(student)):
             self._round = len(run.rounds) + 1
             self._event("on_round_begin", number=self._round, depth=plan_of(student).depth)
-            student = self._choose_and_remove(student, run, folder)
+            student = self._choose_and_edit(student, run, folder)
             student, output = self._heal(student, run, folder)
             self._finish_round(student, run, folder)
         if self.args.measure_speed and run.rounds and "decode_tokens_per_second" not in run.rounds[-1]:
@@ -209,17 +212,14 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
             [`LayerPruneError`]: see `train`; nothing has been written then.
         """
         folder = Path(self.args.output_dir)
-        rows = self.all_train_rows
-        texts = {
-            "healing": list(rows.take(8)) if isinstance(rows, IterableDataset) else [len(rows), rows[:8]],
-            "calibration": [tensor for batch in self.calibration_batches for tensor in batch.values()],
-            "evaluation": [tensor for batch in self.eval_batches for tensor in batch.values()],
-        }
-        settings = decisive_settings(self.args, self.start, self.teacher, texts, self._peft_config)
+        data = (self.all_train_rows, self.calibration_batches, self.eval_batches)
+        settings = decisive_settings(self.args, self.start, self.teacher, data, self._peft_config)
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
         found = self._agreed(RunState.load(folder))
         self.run = open_run(folder, found, settings, resume_from_checkpoint)
-        check_target(self.run, self.start.config.num_hidden_layers, self.args.target_num_layers)
+        self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
+        check_budget(self.model_name, self.gauge, plan_of(self.start), self.args)
+        check_target(self.run, plan_of(self.start), self.gauge)
         folder.mkdir(parents=True, exist_ok=True)
         self._save_run(self.run, folder)
         self._opened = True
@@ -238,36 +238,33 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
     def _load_student(self, folder: Path) -> PreTrainedModel:
         return load_model(str(folder), dtype=self.start.dtype).to(self.args.device)
 
-    def _choose_and_remove(self, student: PreTrainedModel, run: RunState, folder: Path) -> PreTrainedModel:
-        """Remove this round's layers, one at a time, each scored on what is left."""
-        depth = plan_of(student).depth
-        wanted = min(self.args.layers_per_round, depth - self.args.target_num_layers)
-        current = run.current or {"wanted": wanted, "removed_layers": [], "scores": [], "seconds_scoring": 0.0}
-        for layer in current["removed_layers"]:
-            student = prune(student, [layer], share_weights=True)
-        while len(current["removed_layers"]) < current["wanted"]:
-            self._phase("scoring", num_layers=plan_of(student).depth)
+    def _choose_and_edit(self, student: PreTrainedModel, run: RunState, folder: Path) -> PreTrainedModel:
+        """Make this round's edits, one at a time, each scored on what is left."""
+        wanted = self.args.layers_per_round
+        if self.gauge.budget.unit == "depth":
+            wanted = min(wanted, plan_of(student).depth - self.gauge.budget.target)
+        current = run.current or {"wanted": wanted, "edits": [], "scores": [], "seconds_scoring": 0.0}
+        plan = plan_of(student)
+        for label in current["edits"]:
+            plan = Edit.from_label(label).apply(plan)
+        student = apply_plan(student, plan, share_weights=True)
+        while len(current["edits"]) < current["wanted"] and not self.gauge.met(plan):
+            self._phase("scoring", num_layers=plan.depth)
             start = time.perf_counter()
-            scores = score_layers(
-                student,
-                self.calibration_batches,
-                self.args.criterion,
-                self.teacher,
-                removable_layers(plan_of(student), self.args.protect_first_layers, self.args.protect_last_layers),
-                on_batch=self._phase_step,
-            )
+            how = (self.gauge, self.args.edit_space(), self.args.criterion, self.teacher)
+            step = next_step(student, self.calibration_batches, *how, self._phase_step)
             current["seconds_scoring"] += time.perf_counter() - start
-            current["scores"].append(scores.to_dict())
-            layer = self._agreed(scores.safest)
-            current["removed_layers"].append(layer)
-            student = prune(student, [layer], share_weights=True)
+            current["scores"].append(step.scores.to_dict())
+            edit = self._agreed(step.edit)
+            current["edits"].append(edit.label)
+            plan = edit.apply(plan)
+            student = apply_plan(student, plan, share_weights=True)
             run.current = current
             self._save_run(run, folder)
         if "before_healing" not in current:
             current["before_healing"] = current["unhealed"] = self._evaluate_phase(student).to_dict()
             if run.rounds or self.start is not self.teacher:  # else nothing has been healed yet
-                removed = sorted(set(plan_of(self.teacher).layers) - set(plan_of(student).layers))
-                unhealed = prune(self.teacher, removed, share_weights=True)
+                unhealed = apply_plan(self.teacher, plan, share_weights=True)
                 current["unhealed"] = self._evaluate_phase(unhealed).to_dict()
             self._save_run(run, folder)
         return student
@@ -278,7 +275,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         if "train_tokens" in current:  # a run that was interrupted behind its healing: the student is on disk
             return self._load_student(target), TrainOutput(0, 0.0, {})
         trained = self.args.named_trained_layers() or self.args.trained_layers
-        blocks = trained_blocks(plan, current["removed_layers"], trained)
+        blocks = trained_blocks(plan, [Edit.from_label(label) for label in current["edits"]], trained)
         self.hidden_state_map = HiddenStateMap.of(plan, plan_of(self.teacher), blocks)
         set_seed(self.args.seed + self._round)  # adapters are drawn at random: the same ones after a resume
         swap_model(self, make_trainable(student, blocks, self.args.trained_layers == "all", self._peft_config))

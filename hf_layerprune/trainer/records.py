@@ -8,9 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..benchmark import benchmark_models
+from ..edits import Edit
 from ..evaluation import EvaluationReport
 from ..plan import LayerPlan
-from ..surgery import plan_of, prune
+from ..surgery import apply_plan, plan_of
 
 
 def teacher_record(name: str, teacher: PreTrainedModel, report: EvaluationReport, evaluated_on: str) -> dict[str, Any]:
@@ -31,11 +32,14 @@ def round_record(
 ) -> dict[str, Any]:
     """One finished round; `current` is what [`RunState`] knew of it, `after` the healed student's quality."""
     before, unhealed = current["before_healing"], current["unhealed"]
+    edits = [Edit.from_label(label) for label in current["edits"]]
+    removed = [edit.layers[0] for edit in edits if edit.kind == "remove"]
     return {
         "round": number,
         "num_layers": student.config.num_hidden_layers,
-        "removed_layer": current["removed_layers"][0],
-        "removed_layers": current["removed_layers"],
+        "edits": current["edits"],
+        "removed_layer": removed[0] if removed else None,
+        "removed_layers": removed,
         "criterion": criterion,
         "scores": current["scores"][0]["values"],
         "all_scores": current["scores"],
@@ -55,9 +59,9 @@ def round_record(
 
 def add_speed(teacher: PreTrainedModel, teacher_entry: dict[str, Any], rounds: list[dict[str, Any]]) -> None:
     """Time every depth side by side and add it to the records. Speed depends on shapes only: no student is loaded."""
-    kept = set(plan_of(teacher).layers)
-    plans = [LayerPlan.from_dict(record["plan"]) for record in rounds]
-    students = [prune(teacher, sorted(kept - set(plan.layers)), share_weights=True) for plan in plans]
-    reports = benchmark_models([teacher, *students])
+    models = [teacher]
+    for record in rounds:  # each made of the one before, so that blocks they have in common are one in memory
+        models.append(apply_plan(models[-1], LayerPlan.from_dict(record["plan"]), share_weights=True))
+    reports = benchmark_models(models)
     for record, report in zip([teacher_entry, *rounds], reports, strict=True):
         record |= report.to_dict()

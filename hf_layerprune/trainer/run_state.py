@@ -9,20 +9,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..data import Batch
 from ..errors import LayerPruneError
 from ..files import write_atomically
+from ..latency import BlockLatency
+from ..plan import LayerPlan
+from ..search import Gauge
 from ..surgery import plan_of
-from .config import IterativeLayerDistillConfig
+from .config import TARGETS, IterativeLayerDistillConfig
 from .students import round_folder
 
 STATE_FILE = "run_state.json"
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 # What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
 DECISIVE = (
-    "criterion", "layers_per_round", "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight",
+    "edits", "max_group_size", "criterion", "layers_per_round",
+    "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight",
     "hidden_weight", "lm_weight", "temperature", "loss_preset", "weight_decay", "optim", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_length", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss", "seed",
@@ -47,13 +53,15 @@ class RunState:
         settings (`dict`): what decides the result; a resumed run must have the same.
         teacher (`dict`): measurements of the teacher.
         rounds (`list[dict]`): records of the finished rounds.
-        current (`dict`): what is known of the round in progress: scores and removed layers so far.
+        current (`dict`): what is known of the round in progress: scores and edits so far.
+        latency (`dict`, *optional*): what a block costs in time, where the target is one of latency.
     """
 
     settings: dict[str, Any]
     teacher: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     current: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / STATE_FILE, json.dumps(asdict(self), indent=1))
@@ -102,32 +110,56 @@ def open_run(folder: Path, found: RunState | None, settings: dict[str, Any], res
     return found
 
 
-def check_target(run: RunState, depth: int, target: int) -> None:
-    """Raise [`LayerPruneError`] if a run that started from `depth` layers is shallower than `target` already."""
-    reached = (run.rounds[-1]["num_layers"] if run.rounds else depth) - run.current.get("wanted", 0)
-    if reached < target:
+def check_target(run: RunState, start: LayerPlan, gauge: Gauge) -> None:
+    """Raise [`LayerPruneError`] if a run that started from `start` went further than its target already."""
+    plans = [start, *(LayerPlan.from_dict(record["plan"]) for record in run.rounds)]
+    size = gauge.size(plans[-1])
+    if gauge.budget.unit == "depth":
+        size -= run.current.get("wanted", 0)  # the round in progress is finished first
+        too_far = size < gauge.budget.target
+    else:  # the last round may overshoot, but only the last
+        too_far = bool(run.rounds) and gauge.met(plans[-2])
+    if too_far:
         raise LayerPruneError(
-            f"target_num_layers={target} but the run is at {reached} layers already; its rounds/ hold the students of "
-            "every depth before"
+            f"{TARGETS[gauge.budget.unit]}={gauge.budget.target:g} but the run is at {size:.6g} already; its rounds/ "
+            "hold the students before"
         )
+
+
+def gauge_of_run(run: RunState, args: IterativeLayerDistillConfig, teacher: PreTrainedModel) -> Gauge:
+    """What measures the students of a run; latencies are measured once and kept in `run`."""
+    known = None if run.latency is None else BlockLatency(**run.latency)
+    gauge = Gauge.of(args.budget(), teacher, plan_of(teacher), args.max_group_size, known)
+    run.latency = None if gauge.latency is None else asdict(gauge.latency)
+    return gauge
 
 
 def decisive_settings(
     args: IterativeLayerDistillConfig,
     start: PreTrainedModel,
     teacher: PreTrainedModel,
-    texts: dict[str, Iterable[Any]],
+    data: tuple[Dataset | IterableDataset, list[Batch], list[Batch]],
     peft_config: Any | None,
 ) -> dict[str, Any]:
-    """What must not change within a run: settings, models and data, the last two as short fingerprints."""
+    """What must not change within a run: settings, models and data, the last two as short fingerprints.
+
+    `data` are the rows to heal on and the calibration and evaluation batches.
+    """
+    rows, calibration, evaluation = data
     values = {name: getattr(args, name, None) for name in (*DECISIVE, *PER_HEALING)}
+    values["target"] = args.budget().unit
     values["dtype"] = str(start.dtype)
     values |= {
         "plan": plan_of(start).to_dict(),
         "model": _fingerprint_model(start),
         "teacher": _fingerprint_model(teacher),
     }
-    values |= {f"{name}_text": _fingerprint(rows) for name, rows in texts.items()}
+    texts = {
+        "healing": list(rows.take(8)) if isinstance(rows, IterableDataset) else [len(rows), rows[:8]],
+        "calibration": [tensor for batch in calibration for tensor in batch.values()],
+        "evaluation": [tensor for batch in evaluation for tensor in batch.values()],
+    }
+    values |= {f"{name}_text": _fingerprint(parts) for name, parts in texts.items()}
     values["peft"] = None if peft_config is None else json.dumps(peft_config.to_dict(), default=str, sort_keys=True)
     return json.loads(json.dumps(values, default=str))
 

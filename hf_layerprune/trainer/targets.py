@@ -1,43 +1,41 @@
-"""What a round may remove, what its healing trains, which hidden states it compares: functions of the plan."""
+"""What the healing of a round trains, and which hidden states it compares: functions of the plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..edits import Edit
 from ..errors import LayerPruneError
 from ..plan import LayerPlan
 
 
-def removable_layers(plan: LayerPlan, protect_first: int, protect_last: int) -> list[int]:
-    """Teacher layers a round may remove: single, and neither among the first nor the last protected ones."""
-    last = plan.num_teacher_layers - protect_last
-    single = (block[0] for block in plan.blocks if len(block) == 1)
-    return [layer for layer in single if protect_first <= layer < last]
-
-
-def neighbour_blocks(plan: LayerPlan, removed: list[int]) -> list[int]:
-    """Positions of the blocks before and behind the gap each layer of `removed` left."""
+def touched_blocks(plan: LayerPlan, edits: list[Edit]) -> list[int]:
+    """Positions of the blocks beside the gap each removal left, and of those that were put together."""
     chosen: set[int] = set()
-    for layer in removed:
-        before = [position for position, block in enumerate(plan.blocks) if block[-1] < layer]
-        behind = [position for position, block in enumerate(plan.blocks) if block[0] > layer]
-        chosen |= set(before[-1:]) | set(behind[:1])
+    for edit in edits:
+        if edit.kind == "parallelize":
+            chosen |= {plan.block_of(layer) for layer in edit.layers if layer in plan.layers}
+        else:
+            (layer,) = edit.layers
+            before = [position for position, block in enumerate(plan.blocks) if block[0] < layer]
+            behind = [position for position, block in enumerate(plan.blocks) if block[-1] > layer]
+            chosen |= set(before[-1:]) | set(behind[:1])
     return sorted(chosen)
 
 
-def trained_blocks(plan: LayerPlan, removed: list[int], trained_layers: str | tuple[int, ...]) -> list[int]:
+def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tuple[int, ...]) -> list[int]:
     """Positions of the blocks whose weights healing changes.
 
     Args:
         plan ([`LayerPlan`]): the student's.
-        removed (`list[int]`): teacher layers removed in this round.
+        edits (`list[Edit]`): what this round did.
         trained_layers (`str` or `tuple[int, ...]`): `"neighbours"`, `"all"`, or named teacher layers.
 
     Raises:
         [`LayerPruneError`]: if none of the named layers is left.
     """
     if trained_layers == "neighbours":
-        return neighbour_blocks(plan, removed)
+        return touched_blocks(plan, edits)
     if trained_layers == "all":
         return list(range(plan.depth))
     blocks = sorted({plan.block_of(layer) for layer in trained_layers if layer in plan.layers})
@@ -51,7 +49,7 @@ class HiddenStateMap:
     """Which hidden states are compared: what a student block hands on against what the teacher hands to that place.
 
     Behind a gap that is the teacher's state AFTER the removed layers, since the student's block before the gap now has
-    to do their work too.
+    to do their work too; behind a pair it is the state after the pair's second layer.
 
     Attributes:
         student (`tuple[int, ...]`): student block positions.

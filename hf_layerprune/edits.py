@@ -1,0 +1,113 @@
+"""Edits: the single changes of a plan, and which of them a search may make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import LayerPruneError
+from .plan import LayerPlan
+
+EDIT_KINDS = ("remove", "parallelize")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change of a plan: leave out a layer, or merge neighbouring blocks into one that runs in parallel.
+
+    Args:
+        kind (`str`): `"remove"` or `"parallelize"`.
+        layers (`tuple[int, ...]`): the teacher layer to remove; or all layers of the block that comes to be.
+    """
+
+    kind: str
+    layers: tuple[int, ...]
+
+    @classmethod
+    def remove(cls, layer: int) -> Edit:
+        return cls("remove", (layer,))
+
+    @classmethod
+    def parallelize(cls, *layers: int) -> Edit:
+        return cls("parallelize", layers)
+
+    def apply(self, plan: LayerPlan) -> LayerPlan:
+        """The plan after this edit.
+
+        Raises:
+            [`LayerPruneError`]: if the plan lacks one of the layers, or they are not in neighbouring blocks.
+        """
+        return plan.remove(*self.layers) if self.kind == "remove" else plan.group(self.layers)
+
+    @property
+    def label(self) -> str:
+        """Short and unique: `"7"` for removing layer 7, `"4|5"` for running 4 and 5 in parallel."""
+        return "|".join(map(str, self.layers))
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.label}"
+
+    @classmethod
+    def from_label(cls, label: str) -> Edit:
+        """Read what `label` gave."""
+        layers = tuple(int(layer) for layer in label.split("|"))
+        return cls("remove" if len(layers) == 1 else "parallelize", layers)
+
+
+@dataclass(frozen=True)
+class EditSpace:
+    """Which edits of a plan are allowed.
+
+    Args:
+        kinds (`tuple[str, ...]`, *optional*): `"remove"`, `"parallelize"` or both.
+        max_group_size (`int`, *optional*, defaults to `2`): most layers in one parallel block.
+        protect_first (`int`, *optional*, defaults to `0`): number of first teacher layers that no edit touches.
+        protect_last (`int`, *optional*, defaults to `0`): number of last teacher layers that no edit touches.
+
+    Raises:
+        [`LayerPruneError`]: for an unknown kind, or a group that is none.
+    """
+
+    kinds: tuple[str, ...] = EDIT_KINDS
+    max_group_size: int = 2
+    protect_first: int = 0
+    protect_last: int = 0
+
+    def __post_init__(self) -> None:
+        kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
+        if not kinds or not set(kinds) <= set(EDIT_KINDS):
+            raise LayerPruneError(f"edits={','.join(map(str, kinds))!r}: choose {' or '.join(EDIT_KINDS)}, or both")
+        if self.max_group_size < 2 and "parallelize" in kinds:
+            raise LayerPruneError(
+                f"max_group_size={self.max_group_size} is out of range; a group has at least 2 layers"
+            )
+        object.__setattr__(self, "kinds", kinds)
+
+    def edits(self, plan: LayerPlan) -> list[Edit]:
+        """Every allowed edit of `plan`."""
+        edits = []
+        if "remove" in self.kinds and len(plan.layers) > 1:
+            edits += [Edit.remove(layer) for layer in plan.layers if self._free((layer,), plan)]
+        if "parallelize" in self.kinds:
+            merged = (a + b for a, b in zip(plan.blocks, plan.blocks[1:], strict=False))
+            edits += [Edit.parallelize(*layers) for layers in merged if self._mergeable(layers, plan)]
+        return edits
+
+    def smallest(self, plan: LayerPlan) -> LayerPlan:
+        """The shallowest plan that edits can lead to."""
+        blocks = list(plan.blocks)
+        if "remove" in self.kinds:
+            kept = (tuple(layer for layer in block if not self._free((layer,), plan)) for block in blocks)
+            return LayerPlan(tuple(block for block in kept if block) or ((plan.layers[-1],),), plan.num_teacher_layers)
+        merged = blocks[:1]
+        for block in blocks[1:]:
+            if self._mergeable(merged[-1] + block, plan):
+                merged[-1] += block
+            else:
+                merged.append(block)
+        return LayerPlan(tuple(merged), plan.num_teacher_layers)
+
+    def _free(self, layers: tuple[int, ...], plan: LayerPlan) -> bool:
+        return self.protect_first <= layers[0] and layers[-1] < plan.num_teacher_layers - self.protect_last
+
+    def _mergeable(self, layers: tuple[int, ...], plan: LayerPlan) -> bool:
+        return len(layers) <= self.max_group_size and self._free(layers, plan)
