@@ -18,11 +18,22 @@ from rich.table import Table
 from .edits import Edit
 from .files import to_json, write_atomically
 from .scoring import LayerScores
+from .search import ParallelRange
 
-COLUMNS = (
-    "layers", "edit", "parameters", "ppl never healed", "ppl before healing", "ppl healed", "KL", "agreement",
-    "decode tokens/s",
-)  # fmt: skip
+COLUMNS = {
+    "layers": "layers",
+    "edit": "edit",
+    "parameters": "params",
+    "ppl never healed": "never",
+    "ppl before healing": "before",
+    "ppl healed": "healed",
+    "ppl": "ppl",
+    "KL": "KL",
+    "agreement": "top-1",
+    "decode tokens/s": "tokens/s",
+}
+"""Columns of the result, and their names in a narrow terminal."""
+OF_HEALED = ("ppl never healed", "ppl before healing", "ppl healed")
 EDIT_BAR = "&#124;"  # `|` inside a cell of a Markdown table
 EDITS_EXPLAINED = "Edit 7 removed layer 7; edit 4|5 runs layers 4 and 5 in parallel, as one layer."
 CRITERION_UNITS = {
@@ -64,41 +75,39 @@ def recovery(teacher: dict[str, Any], record: dict[str, Any]) -> float | None:
     return (record["loss_unhealed"] - record["loss"]) / lost if lost > 0 else None
 
 
-def table_rows(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The result as text cells in the order of `COLUMNS`, the teacher first."""
-
-    def speed(record: dict[str, Any]) -> str:
-        value = record.get("decode_tokens_per_second")
-        return "" if value is None else f"{value:.0f} ({value / teacher['decode_tokens_per_second']:.2f}x)"
-
-    rows = [
-        [str(teacher["num_layers"]), "", _millions(teacher["num_parameters"]), "", "", f"{teacher['perplexity']:.2f}",
-         "0", "100.0 %", speed(teacher)]
-    ]  # fmt: skip
-    for record in rounds:
-        rows.append(
-            [
-                str(record["num_layers"]),
-                ", ".join(record["edits"]),
-                _millions(record["num_parameters"]),
-                *_perplexities(record),
-                f"{record['kl']:.4f}",
-                f"{100 * record['agreement']:.1f} %",
-                speed(record),
-            ]
-        )
-    return rows
-
-
-def _perplexities(record: dict[str, Any]) -> list[str]:
-    """Never healed, just before healing, healed; a plan that was only searched for has the first alone."""
-    if not was_healed(record):
-        return [f"{record['perplexity']:.2f}", "", ""]
-    return [f"{record[key]:.2f}" for key in ("perplexity_unhealed", "perplexity_before_healing", "perplexity")]
-
-
 def was_healed(record: dict[str, Any]) -> bool:
+    """Whether a record is of a round with healing, or of a plan that was only searched for."""
     return "loss_unhealed" in record
+
+
+def columns(rounds: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The columns a result needs: one perplexity where nothing was healed, three where something was."""
+    healed = any(was_healed(record) for record in rounds) or not rounds
+    return tuple(name for name in COLUMNS if name != "ppl" and healed or name not in OF_HEALED and not healed)
+
+
+def table_rows(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The result as text cells in the order of `columns`, the teacher first."""
+
+    def cells(record: dict[str, Any]) -> dict[str, str]:
+        speed = record.get("decode_tokens_per_second")
+        row = {
+            "layers": str(record["num_layers"]),
+            "edit": ", ".join(record.get("edits", [])),
+            "parameters": _millions(record["num_parameters"]),
+            "ppl": f"{record['perplexity']:.2f}",
+            "ppl healed": f"{record['perplexity']:.2f}",
+            "KL": f"{record.get('kl', 0):.4f}" if record is not teacher else "0",
+            "agreement": f"{100 * record.get('agreement', 1):.1f} %",
+        }
+        if speed is not None:
+            row["decode tokens/s"] = f"{speed:.0f} ({speed / teacher['decode_tokens_per_second']:.2f}x)"
+        if was_healed(record):
+            row["ppl never healed"] = f"{record['perplexity_unhealed']:.2f}"
+            row["ppl before healing"] = f"{record['perplexity_before_healing']:.2f}"
+        return row
+
+    return [[cells(record).get(name, "") for name in columns(rounds)] for record in (teacher, *rounds)]
 
 
 def _millions(count: int) -> str:
@@ -107,19 +116,13 @@ def _millions(count: int) -> str:
 
 def rich_table(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> Table:
     """The result as a table that fits a terminal of 80 columns."""
-    healed = any(was_healed(record) for record in rounds)
-    title = "perplexity never healed, before healing, healed" if healed else "perplexity without training"
+    names = columns(rounds)
+    title = "perplexity without training" if "ppl" in names else "perplexity never healed, before healing, healed"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
-    columns = ("layers", "edit", "params", "never" if healed else "ppl", "before", "healed", "KL", "top-1", "tokens/s")
-    unused = () if healed else ("before", "healed")
-    for column in columns:
-        if column not in unused:
-            table.add_column(column, justify="right", no_wrap=column != "edit")
+    for name in names:
+        table.add_column(COLUMNS[name], justify="right", no_wrap=name != "edit")
     for row in table_rows(teacher, rounds):
-        cells = dict(zip(columns, row, strict=True))
-        if not healed and not row[1]:
-            cells["ppl"] = row[5]  # the teacher's own
-        table.add_row(*(cell for column, cell in cells.items() if column not in unused))
+        table.add_row(*row)
     return table
 
 
@@ -131,7 +134,8 @@ def render_markdown(report: dict[str, Any]) -> str:
         last = rounds[-1]
         lines[0] += f" to {last['num_layers']}"
         lines += [_summary(teacher, last), ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---:|" * len(COLUMNS)]
+    names = columns(rounds)
+    lines += ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
     lines += [
         "| " + " | ".join(cell.replace("|", EDIT_BAR) for cell in row) + " |" for row in table_rows(teacher, rounds)
     ]
@@ -142,7 +146,9 @@ def render_markdown(report: dict[str, Any]) -> str:
         "",
     ]
     if rounds:
-        lines += ["![quality against depth](quality.png)", "", "## Scores", ""]
+        lines += ["![quality against depth](quality.png)", ""]
+    if any(record["scores"] for record in rounds):
+        lines += ["## Scores", ""]
         lines += ["What each edit would have cost in its round; the one that was made is bold.", ""]
         labels = {label: Edit.from_label(label) for record in rounds for label in record["scores"]}
         lines += ["| edit | " + " | ".join(f"round {record['round']}" for record in rounds) + " |"]
@@ -204,6 +210,26 @@ def plot_quality(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> F
     axes.set_title(f"{teacher.get('name', 'model')}: quality against depth")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
+    return figure
+
+
+def plot_range(found: ParallelRange) -> Figure:
+    """Perplexity of every run of pairs against its first layer, a line per number of blocks."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for depth in sorted({plan.depth for plan in found.perplexities}, reverse=True):
+        runs = [
+            (plan.parallel_pairs[0][0], value) for plan, value in found.perplexities.items() if plan.depth == depth
+        ]
+        axes.plot(*zip(*sorted(runs), strict=True), marker="o", label=f"{depth} layers")
+    axes.axhline(found.original, color="#888888", linewidth=1, label="original")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("first layer of the run of parallel pairs")
+    axes.set_ylabel("perplexity")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from .errors import LayerPruneError, first_line
 from .loading import LOADING_ERRORS
 from .models import PrunedQwen2Config
 from .plan import LayerPlan
-from .surgery import check_supported, plan_of
+from .surgery import apply_plan, check_supported, plan_of
 
 CONFIGS = ASSETS / "configs"
 
@@ -116,6 +117,19 @@ def random_model(
     model.tie_weights()
     _fill(model)
     return model.eval()
+
+
+def random_models(
+    config: PretrainedConfig,
+    sizes: Sequence[tuple[int, int | None]],
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+) -> list[PreTrainedModel]:
+    """One model per `(num_layers, num_blocks)`; what they have in common is one in memory. See [`random_model`]."""
+    plans = [shape_plan(config, *size) for size in sizes]
+    depth = max(len(plan.layers) for plan in plans)
+    whole = random_model(config, depth, depth, dtype, device)
+    return [apply_plan(whole, LayerPlan(plan.blocks, depth), share_weights=True) for plan in plans]
 
 
 def _fill(model: PreTrainedModel) -> None:

@@ -26,7 +26,7 @@ class LiteralBlock(nn.Module):
 
 
 def literal(model, blocks):
-    """A copy of plain `model` that computes `blocks` by the equations. It has no KV cache of its own: use_cache=False."""
+    """A copy of plain `model` that computes `blocks` by the equations, for use_cache=False."""
     parallel = copy.deepcopy(model)
     layers = parallel.model.layers
     parallel.model.layers = nn.ModuleList(LiteralBlock([layers[i] for i in block]) for block in blocks)

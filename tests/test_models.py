@@ -185,7 +185,8 @@ assert config.layer_plan["blocks"] == {blocks}
 direct = type(model).from_pretrained({str(tmp_path / "teacher")!r}, layer_plan=config.layer_plan)
 assert torch.equal(direct(ids).logits, logits)
 model.save_pretrained({str(tmp_path / "again")!r})  # what a stranger saves is whole as well
-assert torch.equal(AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)(ids).logits, logits)
+again = AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+assert torch.equal(again(ids).logits, logits)
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL, env=environment)

@@ -5,7 +5,7 @@ import pytest
 from hf_layerprune import LayerScores
 from hf_layerprune.hub import model_card
 from hf_layerprune.report import (
-    COLUMNS,
+    columns,
     environment,
     plot_scores,
     recovery,
@@ -28,6 +28,7 @@ def entry(number, layers, removed):
         "num_parameters": 6_500_000, "loss_unhealed": 4.4, "perplexity_unhealed": 81.5,
         "perplexity_before_healing": 70.1, "loss": 4.1, "perplexity": 60.3, "kl": 0.0512, "agreement": 0.834,
         "scores": {"1": 0.3, "2": 0.1},
+        "plan": {"num_teacher_layers": 4, "blocks": [[n] for n in range(layers)]},
         "decode_tokens_per_second": 125.0,
     }  # fmt: skip
 
@@ -42,7 +43,7 @@ def test_recovery_is_the_share_of_the_way_back():
 
 def test_rows_name_teacher_and_every_round():
     rows = table_rows(TEACHER, ROUNDS)
-    assert [len(row) for row in rows] == [len(COLUMNS)] * 3
+    assert [len(row) for row in rows] == [len(columns(ROUNDS))] * 3
     assert rows[0][0] == "4" and rows[0][-1] == "100 (1.00x)"
     assert rows[1] == ["3", "2", "6.50M", "81.50", "70.10", "60.30", "0.0512", "83.4 %", "125 (1.25x)"]
     assert rich_table(TEACHER, ROUNDS).row_count == 3
@@ -65,6 +66,19 @@ def test_files(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_what_was_never_healed_has_one_perplexity_and_a_bar_is_no_column(tmp_path):
+    record = {**ROUNDS[0], "edits": ["1|2"], "scores": {"1|2": 0.2, "0": 3.0}}
+    record = {key: value for key, value in record.items() if "unhealed" not in key and "before" not in key}
+    assert table_rows(TEACHER, [record])[1] == ["3", "1|2", "6.50M", "60.30", "0.0512", "83.4 %", "125 (1.25x)"]
+    assert table_rows(TEACHER, [record])[0][3] == "54.60"
+    write_report(tmp_path, TEACHER, [record], {})
+    text = (tmp_path / "report.md").read_text()
+    assert "without training" in text and "never" not in text.split("## Scores")[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows[:4]}) == 1 and "1&#124;2 | **0.2000**" in text
+    assert "## Scores" not in render_markdown(report_of(TEACHER, [{**record, "scores": {}}], {}))
+
+
 def test_without_rounds_there_is_a_teacher():
     assert "teacher: 4 layers" in render_markdown(report_of(TEACHER, [], {}))
 
@@ -76,6 +90,15 @@ def test_environment_names_no_machine():
 def test_scores_plot_survives_zero_and_nan():
     figure = plot_scores(LayerScores("kl", {0: 0.0, 1: float("nan"), 2: 0.2}, 0.0, 5), "title")
     assert len(figure.axes[0].patches) == 3
+
+
+def test_card_of_parallel_layers_says_how_to_load_them():
+    record = {**ROUNDS[0], "plan": {"num_teacher_layers": 4, "blocks": [[0], [1, 2], [3]]}}
+    parallel = model_card(report_of(TEACHER, [record], {}), "me/student", "embedded")
+    plain = model_card(report_of(TEACHER, ROUNDS, {}), "me/student", "embedded")
+    assert "trust_remote_code=True" in parallel.text and "2502.02790" in parallel.text
+    assert "layer-parallelism" in parallel.data.tags
+    assert "trust_remote_code" not in plain.text and "layer-parallelism" not in plain.data.tags
 
 
 def test_card_names_a_base_model_only_if_it_is_on_the_hub(tmp_path):

@@ -2,7 +2,6 @@ import json
 import shutil
 
 import pytest
-
 from conftest import tiny_config, tiny_model
 
 from hf_layerprune import LayerPlan, LayerPruneError, search

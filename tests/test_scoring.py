@@ -4,9 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_batches, tiny_model
+from parallel_reference import literal
 
-from hf_layerprune import LayerPruneError, LayerScores, evaluate_model, prune, score_layers
-from hf_layerprune.scoring import CRITERIA
+from hf_layerprune import LayerPlan, LayerPruneError, LayerScores, evaluate_model, parallelize, prune, score_layers
+from hf_layerprune.edits import Edit, EditSpace
+from hf_layerprune.scoring import CRITERIA, score_edits, score_plans
+from hf_layerprune.surgery import apply_plan, plan_of
+
+STUDENTS = {  # of a teacher of six layers
+    "plain": ((0,), (1,), (2,), (3,), (4,), (5,)),
+    "pruned": ((0,), (2,), (3,), (5,)),
+    "parallelized": ((0,), (1, 2), (3,), (4, 5)),
+    "both": ((0, 1), (3, 4, 5)),
+}
 
 
 def naive_scores(model, batches, teacher, criterion):
@@ -131,3 +141,232 @@ def test_bad_requests_are_refused(model, batches):
         score_layers(model, batches, teacher=tiny_model(vocab_size=300))
     with pytest.raises(LayerPruneError, match="no token to score"):
         score_layers(model, [])
+
+
+def naive_measure(model, batches, teacher, criterion):
+    """The mean over all tokens by the plain formulas, from whole runs of two models without a KV cache."""
+    total, count = 0.0, 0
+    for batch in batches:
+        with torch.no_grad():
+            q = F.log_softmax(model(**batch, use_cache=False).logits.double(), -1)[:, :-1]
+            p = F.log_softmax(teacher(**batch, use_cache=False).logits.double(), -1)[:, :-1]
+        mask, targets = batch["attention_mask"].bool(), batch["input_ids"][:, 1:]
+        valid = mask[:, :-1] & mask[:, 1:]
+        kl = (p.exp() * (p - q)).sum(-1)
+        loss = -q.gather(-1, targets[..., None])[..., 0]
+        total += (kl if criterion == "kl" else loss)[valid].sum().item()
+        count += int(valid.sum())
+    return total / count
+
+
+def student_of(model, name):
+    return apply_plan(model, LayerPlan(STUDENTS[name], 6))
+
+
+@pytest.mark.parametrize("criterion", ["kl", "loss"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_edits_cost_what_the_literal_equations_of_the_whole_model_give(batches, name, criterion):
+    model = tiny_model(6)
+    student, plan = student_of(model, name), LayerPlan(STUDENTS[name], 6)
+    edits = EditSpace(max_group_size=4).edits(plan)
+    assert {edit.kind for edit in edits} == ({"remove"} if name == "both" else {"remove", "parallelize"})
+    scores = score_edits(student, batches, edits, criterion, teacher=model)
+    expected = {
+        edit: naive_measure(literal(model, edit.apply(plan).blocks), batches, model, criterion) for edit in edits
+    }
+    assert scores.values == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 5) for value in expected.values()}) == len(edits)  # or a mix-up would not show
+    whole = naive_measure(literal(model, plan.blocks), batches, model, criterion)
+    assert scores.baseline == pytest.approx(whole, abs=1e-5)
+    assert (scores.criterion, scores.num_tokens) == (criterion, 48)
+
+
+def test_another_teacher_than_the_original_can_judge_edits(batches):
+    model, teacher = tiny_model(6), tiny_model(3, seed=3)
+    student, plan = student_of(model, "parallelized"), LayerPlan(STUDENTS["parallelized"], 6)
+    edits = [Edit.parallelize(1, 2, 3), Edit.remove(4), Edit.remove(3)]
+    expected = [naive_measure(literal(model, edit.apply(plan).blocks), batches, teacher, "kl") for edit in edits]
+    scores = score_edits(student, batches, edits, teacher=teacher)
+    assert list(scores.values) == edits
+    assert list(scores.values.values()) == pytest.approx(expected, abs=1e-5)
+    own = score_edits(student, batches, edits)
+    expected = [naive_measure(literal(model, edit.apply(plan).blocks), batches, student, "kl") for edit in edits]
+    assert list(own.values.values()) == pytest.approx(expected, abs=1e-5)
+    assert own.baseline == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["kl", "loss"])
+def test_removing_one_layer_of_a_pair_scores_the_model_that_is_built_so(model, batches, criterion):
+    student = parallelize(model, [(1, 2), (3, 4)])
+    with torch.no_grad():  # healed since: its blocks are no longer those of the teacher
+        for parameter in student.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)), alpha=0.05)
+    scores = score_layers(student, batches, criterion, teacher=model)
+    assert list(scores.values) == [0, 1, 2, 3, 4]
+    for layer, value in scores.values.items():
+        report = evaluate_model(prune(student, [layer]), batches, model)
+        assert value == pytest.approx(report.kl if criterion == "kl" else report.loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_parts_of_parallel_blocks_use_the_attention_implementation_of_the_model(batches, attention):
+    model = tiny_model(6)
+    student = student_of(model, "parallelized")
+    student.set_attn_implementation(attention)
+    edits = EditSpace(max_group_size=3).edits(plan_of(student))
+    expected = [
+        naive_measure(literal(model, edit.apply(plan_of(student)).blocks), batches, model, "kl") for edit in edits
+    ]
+    scores = score_edits(student, batches, edits, teacher=model)
+    assert list(scores.values.values()) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["kl", "loss"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_any_plan_scores_as_the_model_that_is_built_by_it(batches, name, criterion):
+    model = tiny_model(6)
+    student, plan = student_of(model, name), LayerPlan(STUDENTS[name], 6)
+    layers = plan.layers
+    plans = [
+        plan,  # nothing changed
+        LayerPlan(tuple((layer,) for layer in layers), 6),  # pairs run one after the other
+        LayerPlan((layers,), 6),  # all at once
+        LayerPlan((layers[:1],), 6),
+        LayerPlan((layers[-1:],), 6),
+        LayerPlan((layers[:2], layers[3:]), 6),
+        LayerPlan(((layers[0], layers[2]), (layers[3],)), 6),  # parts of several blocks in one
+        LayerPlan(plan.blocks[:-1], 6),  # the end left out
+        LayerPlan(plan.blocks[1:], 6),
+    ]
+    scores = score_plans(student, batches, plans, criterion, teacher=model)
+    for candidate in plans:
+        report = evaluate_model(apply_plan(student, candidate), batches, model)
+        expected = report.kl if criterion == "kl" else report.loss
+        assert scores.values[candidate] == pytest.approx(expected, abs=1e-5), candidate
+    assert scores.values[plan] == scores.baseline
+
+
+def test_plans_of_layers_the_model_lacks_are_refused(model, batches):
+    student = prune(model, [2])
+    with pytest.raises(LayerPruneError, match="2"):
+        score_plans(student, batches, [LayerPlan(((0,), (1, 2), (3,)), 5)])
+    with pytest.raises(LayerPruneError, match="not in neighbouring blocks"):
+        score_edits(student, batches, [Edit.parallelize(0, 3)])
+    with pytest.raises(LayerPruneError, match="no edit to score"):
+        score_edits(model, batches, [])
+    with pytest.raises(LayerPruneError, match="criterion='block_influence' cannot judge plans"):
+        score_plans(model, batches, [plan_of(student)], "block_influence")
+
+
+def count_calls(modules):
+    calls = []
+    handles = [module.register_forward_hook(lambda *_: calls.append(1)) for module in modules]
+    return calls, handles
+
+
+@pytest.mark.parametrize("depth", [2, 5, 8])
+def test_candidates_share_the_layers_before_their_first_change(depth):
+    model, batches = tiny_model(depth), random_batches(2)
+    removals = [Edit.remove(layer) for layer in range(depth)]
+    pairs = [Edit.parallelize(layer, layer + 1) for layer in range(depth - 1)]
+    for edits, passes in (
+        (removals, depth * (depth - 1) // 2),
+        (pairs, sum(depth - first for first in range(depth - 1))),
+        (removals + pairs, depth * (depth - 1) // 2 + sum(depth - first for first in range(depth - 1))),
+        (removals[-1:], 0),
+        (removals[:1], depth - 1),
+    ):
+        calls, handles = count_calls([layer.self_attn for layer in model.model.layers])
+        score_edits(model, batches, edits)
+        assert len(calls) == len(batches) * (depth + passes)
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("criterion", ["kl", "loss"])
+def test_padding_never_counts_for_edits_of_either_kind(criterion):
+    student = parallelize(tiny_model(6), [(3, 4)])
+    edits = EditSpace(max_group_size=3).edits(plan_of(student))
+    short = random_batches(1, rows=2, length=6, padded=False)
+    ids = torch.cat([short[0]["input_ids"], torch.full((2, 5), 9)], dim=1)
+    mask = torch.cat([torch.ones(2, 6), torch.zeros(2, 5)], dim=1).long()
+    expected = score_edits(student, short, edits, criterion)
+    padded = score_edits(student, [{"input_ids": ids, "attention_mask": mask}], edits, criterion)
+    assert padded.values == pytest.approx(expected.values, abs=1e-5)
+    assert padded.num_tokens == expected.num_tokens == 10
+
+
+def test_dropout_is_off_in_copies_of_parts_too(batches):
+    student = parallelize(tiny_model(attention_dropout=0.5), [(1, 2), (3, 4)])
+    edits = EditSpace(max_group_size=4).edits(plan_of(student))
+    expected = score_edits(student.eval(), batches, edits).values
+    assert score_edits(student.train(), batches, edits).values == expected
+    assert student.training
+
+
+def hooks_of(model):
+    return [key for module in model.modules() for key in (*module._forward_hooks, *module._forward_pre_hooks)]
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_scoring_edits_leaves_the_model_and_its_teacher_as_they_were(batches, name):
+    model = tiny_model(6)
+    student, edits = student_of(model, name).train(), EditSpace(max_group_size=4).edits(LayerPlan(STUDENTS[name], 6))
+    before = [[tensor.clone() for tensor in m.state_dict().values()] for m in (model, student)]
+    configs = [m.config.to_dict() for m in (model, student)]
+    score_edits(student, batches, edits, teacher=model)
+    assert student.training and not model.training
+    for m, tensors, config in zip((model, student), before, configs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), tensors, strict=True))
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in m.parameters())
+        assert [layer.self_attn.layer_idx for layer in m.model.layers] == list(range(len(m.model.layers)))
+        assert m.config.to_dict() == config and not hooks_of(m)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_no_hook_stays_behind_when_the_model_fails(monkeypatch, model, batches, criterion):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.model.norm, "forward", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        score_layers(model, batches, criterion)
+    assert not hooks_of(model)
+
+
+def test_block_influence_judges_only_removals_of_layers_that_run_alone(model, batches):
+    with pytest.raises(LayerPruneError, match="tells nothing about 'parallelize 1\\|2'.* one of kl, loss"):
+        score_edits(model, batches, [Edit.remove(1), Edit.parallelize(1, 2)], "block_influence")
+    student = parallelize(model, [(1, 2)])
+    with pytest.raises(LayerPruneError, match="tells nothing about 'remove 2'"):
+        score_layers(student, batches, "block_influence", layers=[0, 2])
+    alone = score_edits(student, batches, [Edit.remove(0), Edit.remove(4)], "block_influence")
+    first = score_layers(model, batches, "block_influence").values[0]
+    assert alone.values[Edit.remove(0)] == pytest.approx(first, abs=1e-6)
+    assert (alone.baseline, len(alone.values)) == (0, 2)
+
+
+def test_equal_costs_of_edits_go_to_the_deeper_first_layer(batches):
+    model = tiny_model(6)
+    for layer in (2, 4):
+        torch.nn.init.zeros_(model.model.layers[layer].self_attn.o_proj.weight)
+        torch.nn.init.zeros_(model.model.layers[layer].mlp.down_proj.weight)
+    scores = score_edits(model, batches, EditSpace().edits(LayerPlan.identity(6)))
+    free = [edit for edit in scores.ranking if scores.values[edit] < 1e-6]
+    assert {edit.label for edit in free} == {"2", "4", "1|2", "2|3", "3|4", "4|5"}
+    assert scores.safest == free[0] and scores.safest.layers[0] == 4
+
+
+def test_scores_of_edits_are_written_by_label(model, batches):
+    edits = [Edit.remove(3), Edit.parallelize(0, 1)]
+    scores = score_edits(model, batches, edits, "loss")
+    written = scores.to_dict()
+    assert set(written["values"]) == {"3", "0|1"}
+    assert {Edit.from_label(label): value for label, value in written["values"].items()} == scores.values
+    assert (written["criterion"], written["baseline"], written["num_tokens"]) == ("loss", scores.baseline, 48)
+
+
+def test_every_batch_is_reported_once(model, batches):
+    done = []
+    score_edits(model, batches, [Edit.remove(1), Edit.parallelize(1, 2)], on_batch=lambda: done.append(1))
+    assert len(done) == len(batches)

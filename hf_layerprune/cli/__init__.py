@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import sys
 
-VERBS = ("compress", "score", "evaluate", "benchmark")
+VERBS = ("compress", "parallelize", "score", "evaluate", "benchmark")
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
-  compress   remove layers one by one, each chosen by measurement and healed by distillation
-  score      measure and plot the importance of every layer
-  evaluate   measure a checkpoint, alone or against a teacher
-  benchmark  measure speed and memory of one or more checkpoints, side by side
+  compress     remove layers one by one, each chosen by measurement and healed by distillation
+  parallelize  run layers in parallel (or leave some out) without training
+  score        measure and plot the importance of every layer
+  evaluate     measure a checkpoint, alone or against a teacher
+  benchmark    measure speed and memory of one or more checkpoints, side by side
 
 hf-layerprune <verb> --help lists the settings of a verb. Without --model each works on the small English teacher that
 comes with the package.
@@ -35,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     from .benchmark import benchmark
     from .compress import compress
     from .measure import evaluate, score
+    from .parallelize import parallelize
 
-    verbs = dict(zip(VERBS, (compress, score, evaluate, benchmark), strict=True))
+    verbs = dict(zip(VERBS, (compress, parallelize, score, evaluate, benchmark), strict=True))
     _quiet()
     try:
         verbs[argv[0]](argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -71,6 +72,48 @@ class ScoreArguments(MeasureArguments):
 
 
 @dataclass
+class ParallelizeArguments(MeasureArguments):
+    """Settings of `parallelize`: which layers, or how to find them."""
+
+    pairs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Layers to run in parallel, such as '4,5 6,7'. Without it they are searched for."},
+    )
+    plan: str | None = field(default=None, metadata={"help": "Instead: the plan.json of a run or a search."})
+    search: str = field(
+        default="greedy",
+        metadata={"help": "'greedy': the cheapest edit at a time; 'range': the best contiguous run of pairs."},
+    )
+    edits: str = field(
+        default="parallelize", metadata={"help": "What the search may do: 'parallelize' or 'remove,parallelize'."}
+    )
+    target_num_layers: int | None = field(
+        default=None, metadata={"help": "Depth to reach; by default three quarters of the model's."}
+    )
+    target_latency: float | None = field(
+        default=None, metadata={"help": "Instead: share of the time per generated token to reach, measured here."}
+    )
+    target_num_parameters: int | None = field(default=None, metadata={"help": "Instead: parameters to reach."})
+    max_group_size: int = field(default=2, metadata={"help": "Most layers that run in parallel in one block."})
+    criterion: str = field(default="kl", metadata={"help": "What an edit costs: 'kl' or 'loss'."})
+    protect_first_layers: int = field(default=0, metadata={"help": "Number of first layers that stay as they are."})
+    protect_last_layers: int = field(default=0, metadata={"help": "Number of last layers that stay as they are."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "dtype of the weights, as they are measured and saved; 'auto' is the model's."},
+    )
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Text for the quality numbers; without it rows of --dataset behind the others."},
+    )
+    num_eval_samples: int = field(default=32, metadata={"help": "Rows of text for the quality numbers."})
+    measure_speed: bool = field(default=True, metadata={"help": "Whether to time the model before and after."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for model, plan and report; default: layerprune-parallel."}
+    )
+
+
+@dataclass
 class EvaluateArguments(MeasureArguments):
     """Settings of `evaluate`."""
 
@@ -127,6 +170,14 @@ class BenchmarkArguments:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def check_new_folder(folder: Path, instead: str = "") -> None:
+    """Raise [`LayerPruneError`] unless `folder` can be made, or is there and empty; `instead` says what else to do."""
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise LayerPruneError(f"output_dir={folder} is, or lies in, a file; choose a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise LayerPruneError(f"output_dir={folder} is not empty; {instead}choose another folder")
 
 
 def names_option(argument: str, *options: str) -> bool:

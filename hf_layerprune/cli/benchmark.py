@@ -20,7 +20,7 @@ from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import EMBEDDED, load_model
 from ..report import environment
-from ..shapes import load_shape, random_model, shape_plan
+from ..shapes import load_shape, random_model, random_models
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments, names_option, parse
 
@@ -111,12 +111,12 @@ def _checkpoints(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedMod
 
 def _random_models(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedModel]]:
     config = load_shape(arguments.shape)
-    sizes = [_layers_and_blocks(text) for text in arguments.layers] or [(None, None)]
-    for size in sizes:
-        shape_plan(config, *size)  # all are checked before the first is made
+    sizes = [_layers_and_blocks(text) for text in arguments.layers]
     dtype = getattr(torch, arguments.dtype) if arguments.dtype != "auto" else config.dtype or torch.float32
     name = arguments.shape.removeprefix("Qwen/")
-    return [(name, random_model(config, *size, dtype=dtype, device=_device())) for size in sizes]
+    if not sizes:
+        return [(name, random_model(config, dtype=dtype, device=_device()))]
+    return [(name, model) for model in random_models(config, sizes, dtype, _device())]
 
 
 def _layers_and_blocks(text: str) -> tuple[int, int | None]:

@@ -23,7 +23,7 @@ from ..report import rich_table
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.checks import check_has_text
 from ..trainer.run_state import STATE_FILE
-from .arguments import CompressArguments, names_option, parse
+from .arguments import CompressArguments, check_new_folder, names_option, parse
 
 NOT_IN_RECIPE = (
     "resume_from_checkpoint", "hub_token", "disable_tqdm", "include_num_input_tokens_seen", "dataloader_pin_memory",
@@ -86,13 +86,8 @@ def _choose_target(arguments: CompressArguments, config: Any) -> None:
 def _check_output_folder(folder: Path, resume: Any) -> None:
     if resume and not (folder / STATE_FILE).is_file():
         raise LayerPruneError(f"output_dir={folder} holds no run to resume; start without --resume_from_checkpoint")
-    if any(path.is_file() for path in (folder, *folder.parents)):
-        raise LayerPruneError(f"output_dir={folder} is, or lies in, a file; choose a folder")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise LayerPruneError(
-            f"output_dir={folder} is not empty; resume the run in it with --resume_from_checkpoint true, or choose "
-            "another folder"
-        )
+    if not resume:
+        check_new_folder(folder, "resume the run in it with --resume_from_checkpoint true, or ")
 
 
 def _compress_datasets(arguments: CompressArguments, text_field: str, seed: int) -> tuple[Any, Any, Any]:

@@ -27,7 +27,7 @@ def score(argv: list[str]) -> None:
     folder = Path(arguments.output_dir or "layerprune-scores")
     folder.mkdir(parents=True, exist_ok=True)
     batches = _measuring_batches(arguments, "embedded:calibration")
-    scores = score_layers(_load(arguments.model, arguments.dtype), batches, arguments.criterion)
+    scores = score_layers(load_on_device(arguments.model, arguments.dtype), batches, arguments.criterion)
     table = Table(title=f"{CRITERION_UNITS[scores.criterion]}, {scores.num_tokens:,} tokens")
     for column in ("layer", "cost", ""):
         table.add_column(column, justify="left" if not column else "right")
@@ -41,9 +41,9 @@ def score(argv: list[str]) -> None:
     console.print(f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
 
 
-def _load(name: str, dtype: str) -> PreTrainedModel:
+def load_on_device(name: str, dtype: str) -> PreTrainedModel:
     """A model on the accelerator, if there is one."""
-    return load_model(name, dtype=dtype).to(torch.accelerator.current_accelerator() or "cpu")
+    return load_model(name, dtype=dtype).to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def _bar(value: float, values: Iterable[float], width: int = 40) -> str:
@@ -58,8 +58,8 @@ def evaluate(argv: list[str]) -> None:
     """Print perplexity and, against a teacher, KL and top-1 agreement."""
     (arguments,) = parse((EvaluateArguments,), argv)
     batches = _measuring_batches(arguments, "embedded:held_out")
-    teacher = None if arguments.teacher is None else _load(arguments.teacher, arguments.dtype)
-    report = evaluate_model(_load(arguments.model, arguments.dtype), batches, teacher)
+    teacher = None if arguments.teacher is None else load_on_device(arguments.teacher, arguments.dtype)
+    report = evaluate_model(load_on_device(arguments.model, arguments.dtype), batches, teacher)
     console = Console()
     for name, value in report.to_dict().items():
         if value is not None:

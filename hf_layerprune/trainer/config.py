@@ -188,8 +188,11 @@ class IterativeLayerDistillConfig(SFTConfig):
                 "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
             )
         self.named_trained_layers()
-        self.edit_space()
         self.budget()
+        if "parallelize" in self.edit_space().kinds and self.criterion == "block_influence":
+            raise LayerPruneError(
+                "criterion='block_influence' tells nothing about running layers in parallel; choose 'kl' or 'loss'"
+            )
 
     def edit_space(self) -> EditSpace:
         """The edits a round may make."""

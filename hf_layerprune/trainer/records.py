@@ -27,33 +27,47 @@ def teacher_record(name: str, teacher: PreTrainedModel, report: EvaluationReport
     }
 
 
+def student_record(
+    number: int,
+    student: PreTrainedModel,
+    edits: list[str],
+    criterion: str,
+    scores: list[dict[str, Any]],
+    report: EvaluationReport,
+) -> dict[str, Any]:
+    """What a student is, which edits (labels) led to it by which scores, and its quality."""
+    made = [Edit.from_label(label) for label in edits]
+    removed = [edit.layers[0] for edit in made if edit.kind == "remove"]
+    return {
+        "round": number,
+        "num_layers": student.config.num_hidden_layers,
+        "edits": edits,
+        "removed_layer": removed[0] if removed else None,
+        "removed_layers": removed,
+        "criterion": criterion,
+        "scores": scores[0]["values"] if scores else {},
+        "all_scores": scores,
+        **report.to_dict(),
+        "num_parameters": student.num_parameters(),
+        "plan": plan_of(student).to_dict(),
+    }
+
+
 def round_record(
     number: int, student: PreTrainedModel, criterion: str, current: dict[str, Any], after: EvaluationReport
 ) -> dict[str, Any]:
     """One finished round; `current` is what [`RunState`] knew of it, `after` the healed student's quality."""
     before, unhealed = current["before_healing"], current["unhealed"]
-    edits = [Edit.from_label(label) for label in current["edits"]]
-    removed = [edit.layers[0] for edit in edits if edit.kind == "remove"]
-    return {
-        "round": number,
-        "num_layers": student.config.num_hidden_layers,
-        "edits": current["edits"],
-        "removed_layer": removed[0] if removed else None,
-        "removed_layers": removed,
-        "criterion": criterion,
-        "scores": current["scores"][0]["values"],
-        "all_scores": current["scores"],
+    return student_record(number, student, current["edits"], criterion, current["scores"], after) | {
         "perplexity_unhealed": unhealed["perplexity"],
         "loss_unhealed": unhealed["loss"],
+        "kl_unhealed": unhealed["kl"],
         "perplexity_before_healing": before["perplexity"],
         "loss_before_healing": before["loss"],
         "kl_before_healing": before["kl"],
-        **after.to_dict(),
-        "num_parameters": student.num_parameters(),
         "seconds_scoring": current["seconds_scoring"],
         "seconds_healing": current["seconds_healing"],
         "train_tokens": current["train_tokens"],
-        "plan": plan_of(student).to_dict(),
     }
 
 

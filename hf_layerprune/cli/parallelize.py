@@ -1,0 +1,175 @@
+"""`hf-layerprune parallelize`: run layers in parallel (or leave some out) without training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import Batch, load_text_dataset, tokenized_batches
+from ..edits import Edit
+from ..errors import LayerPruneError
+from ..evaluation import evaluate_model
+from ..files import to_json, write_atomically
+from ..hub import model_card
+from ..loading import load_tokenizer
+from ..plan import LayerPlan
+from ..report import plot_range, report_of, rich_table, save_plot, write_report
+from ..search import Budget, ParallelRange, SearchStep, find_parallel_range, search_plan
+from ..surgery import apply_plan, plan_of
+from ..trainer.config import TARGETS
+from ..trainer.records import add_speed, student_record, teacher_record
+from ..trainer.students import publish_student, save_student
+from .arguments import ParallelizeArguments, check_new_folder, parse
+from .measure import load_on_device
+
+SEARCHES = ("greedy", "range")
+
+
+def parallelize(argv: list[str]) -> None:
+    """Find or take a plan, build it, measure it, and write model, plan and report."""
+    (arguments,) = parse((ParallelizeArguments,), argv)
+    _check(arguments)
+    folder = Path(arguments.output_dir or "layerprune-parallel")
+    check_new_folder(folder)
+    tokenizer = load_tokenizer(arguments.model)
+    calibration, evaluation = _batches(arguments, tokenizer)
+    model = load_on_device(arguments.model, arguments.dtype)
+    console = Console()
+    steps, found = _steps(arguments, model, calibration, console)
+    teacher = teacher_record(arguments.model, model, evaluate_model(model, evaluation), "evaluation data")
+    rounds = []
+    for number, (edits, scores, plan) in enumerate(steps, 1):
+        student = apply_plan(model, plan, share_weights=True)
+        report = evaluate_model(student, evaluation, model)
+        rounds.append(student_record(number, student, edits, arguments.criterion, scores, report))
+    if arguments.measure_speed:
+        add_speed(model, teacher, rounds)
+    folder.mkdir(parents=True, exist_ok=True)
+    if found is not None:
+        write_atomically(folder / "range.json", to_json(_content(found)))
+        save_plot(plot_range(found), folder / "range.png")
+    save_student(student, tokenizer, student.dtype, folder / "model")
+    settings = asdict(arguments) | {"model": teacher["name"], "output_dir": None}
+    write_report(folder, teacher, rounds, settings)
+    card = model_card(report_of(teacher, rounds, settings), f"{folder.name}/model", arguments.model)
+    write_atomically(folder / "README.md", str(card))
+    publish_student(folder / "model", folder / "model", [folder / "README.md", folder / "quality.png"])
+    write_atomically(folder / "plan.json", plan_of(student).to_json() + "\n")
+    console.print(rich_table(teacher, rounds))
+    console.print(f"model: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
+
+
+def _check(arguments: ParallelizeArguments) -> None:
+    if arguments.pairs and arguments.plan:
+        raise LayerPruneError("--pairs and --plan are both given; choose one")
+    if arguments.search not in SEARCHES:
+        raise LayerPruneError(f"search={arguments.search!r} is unknown; choose one of {', '.join(SEARCHES)}")
+    targets = [name for name in TARGETS.values() if getattr(arguments, name) is not None]
+    if targets and (arguments.pairs or arguments.plan):
+        raise LayerPruneError(f"{targets[0]} is for a search; --pairs and --plan say where it ends")
+    if len(targets) > 1:
+        raise LayerPruneError(f"{' and '.join(targets)} are both set; choose one target")
+    if arguments.search == "range" and (
+        arguments.edits != "parallelize" or targets[:1] not in ([], ["target_num_layers"])
+    ):
+        raise LayerPruneError("search=range knows only pairs and target_num_layers; choose search=greedy")
+
+
+def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Batch], list[Batch]]:
+    """Calibration and evaluation text."""
+
+    def read(source: str, rows: int) -> list[Batch]:
+        dataset = load_text_dataset(source, arguments.dataset_split, arguments.dataset_config)
+        text = (arguments.dataset_text_field, arguments.max_length)
+        return tokenized_batches(dataset, tokenizer, *text, num_rows=rows, batch_size=arguments.batch_size)
+
+    if arguments.dataset is None:
+        calibration = read("embedded:calibration", arguments.num_samples)
+        return calibration, read(arguments.eval_dataset or "embedded:held_out", arguments.num_eval_samples)
+    if arguments.eval_dataset is not None:
+        calibration = read(arguments.dataset, arguments.num_samples)
+        return calibration, read(arguments.eval_dataset, arguments.num_eval_samples)
+    batches = read(arguments.dataset, arguments.num_samples + arguments.num_eval_samples)
+    split = -(-arguments.num_samples // arguments.batch_size)
+    if len(batches) <= split:
+        raise LayerPruneError(
+            f"dataset {arguments.dataset} is used up by {arguments.num_samples} calibration rows of "
+            f"{arguments.max_length} tokens; lower num_samples or give --eval_dataset"
+        )
+    return batches[:split], batches[split:]
+
+
+Step = tuple[list[str], list[dict[str, Any]], LayerPlan]
+"""Labels of edits, the scores they were chosen by, and the plan they led to."""
+
+
+def _steps(
+    arguments: ParallelizeArguments, model: PreTrainedModel, batches: list[Batch], console: Console
+) -> tuple[list[Step], ParallelRange | None]:
+    """The steps to the plan that was named or searched for, and all runs of pairs if those were tried."""
+    plan = plan_of(model)
+    if arguments.pairs:
+        for pair in (pairs := [_pair(text) for text in arguments.pairs]):
+            plan = plan.group(pair)
+        return [([Edit.parallelize(*pair).label for pair in pairs], [], plan)], None
+    if arguments.plan:
+        wanted = _read_plan(arguments.plan)
+        return [(_edits_between(plan, wanted), [], wanted)], None
+    depth = plan.depth
+    targets = {unit: getattr(arguments, name) for unit, name in TARGETS.items()}
+    if not any(targets.values()):
+        targets["depth"] = max(1, round(0.75 * depth))
+    if arguments.search == "range":
+        found = find_parallel_range(model, batches, targets["depth"])
+        return [(_edits_between(plan, found.plan), [], found.plan)], found
+    tell: Callable[[SearchStep], None] = lambda step: console.print(  # noqa: E731
+        f"{step.edit}: {step.plan.depth} layers, {arguments.criterion} {step.cost:.4f}", highlight=False
+    )
+    result = search_plan(
+        model,
+        batches,
+        Budget(**targets),
+        [kind.strip() for kind in arguments.edits.split(",")],
+        arguments.max_group_size,
+        arguments.criterion,
+        protect_first_layers=arguments.protect_first_layers,
+        protect_last_layers=arguments.protect_last_layers,
+        on_step=tell,
+    )
+    return [([step.edit.label], [step.scores.to_dict()], step.plan) for step in result.steps], None
+
+
+def _content(found: ParallelRange) -> dict[str, Any]:
+    """`range.json`: the perplexity of every run of pairs."""
+    runs = [
+        {"pairs": [list(pair) for pair in plan.parallel_pairs], "perplexity": perplexity}
+        for plan, perplexity in found.perplexities.items()
+    ]
+    return {"original": found.original, "runs": runs}
+
+
+def _pair(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+([,|]\d+)+", text):
+        raise LayerPruneError(f"--pairs {text!r} is no group of layers; write it as 4,5")
+    return [int(layer) for layer in re.split(r"[,|]", text)]
+
+
+def _read_plan(path: str) -> LayerPlan:
+    try:
+        return LayerPlan.from_json(Path(path).read_text())
+    except LayerPruneError as error:
+        raise LayerPruneError(f"{path}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LayerPruneError(f"plan {path} cannot be read: {error}") from error
+
+
+def _edits_between(before: LayerPlan, after: LayerPlan) -> list[str]:
+    removed = [Edit.remove(layer) for layer in before.layers if layer not in after.layers]
+    merged = [Edit.parallelize(*block) for block in after.parallel_pairs if block not in before.blocks]
+    return [edit.label for edit in (*removed, *merged)]

@@ -1,0 +1,129 @@
+"""`hf-layerprune parallelize`, and what it leaves on disk."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import LayerPlan, PrunedQwen2ForCausalLM, cli, parallelize, prune
+from hf_layerprune.surgery import plan_of
+
+QUICK = ["--max_length", "32", "--num_samples", "4", "--num_eval_samples", "4", "--batch_size", "2"]
+
+
+@pytest.fixture
+def run(tmp_path, model_folder, capsys):
+    """Run the verb on the tiny model; the exit status and what it wrote to stderr."""
+
+    def call(*extra, model=model_folder, folder="out"):
+        arguments = ["--model", model, "--output_dir", tmp_path / folder, *QUICK, *extra]
+        status = cli.main(["parallelize", *map(str, arguments)])
+        return status, capsys.readouterr().err
+
+    return call
+
+
+def test_a_search_leaves_model_plan_report_and_plot(run, tmp_path, model_folder):
+    assert run("--target_num_layers", 3) == (0, "")
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "README.md", "model", "plan.json", "quality.png", "report.json", "report.md",
+    }  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    assert [record["num_layers"] for record in report["rounds"]] == [4, 3]
+    assert report["teacher"]["name"] == "tiny-model" and str(tmp_path) not in json.dumps(report)
+    for record in report["rounds"]:
+        assert record["edits"][0] == min(record["scores"], key=record["scores"].get)
+        assert record["decode_tokens_per_second"] > 0 and record["kl"] > 0
+    student = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert type(student) is PrunedQwen2ForCausalLM
+    assert plan_of(student) == LayerPlan.from_json((out / "plan.json").read_text())
+    expected = parallelize(AutoModelForCausalLM.from_pretrained(model_folder), plan_of(student).parallel_pairs)
+    for a, b in zip(student.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (out / "model" / "modeling_pruned_qwen2.py").is_file() and (out / "model" / "tokenizer.json").is_file()
+
+
+def test_named_pairs_and_a_plan_of_an_earlier_run_give_the_same(run, tmp_path):
+    assert run("--pairs", "1,2", "3|4", "--measure_speed", "false") == (0, "")
+    assert run("--plan", tmp_path / "out" / "plan.json", "--measure_speed", "false", folder="again") == (0, "")
+    first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("out", "again"))
+    assert first["rounds"][0]["edits"] == second["rounds"][0]["edits"] == ["1|2", "3|4"]
+    assert first["rounds"][0]["loss"] == second["rounds"][0]["loss"]
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["blocks"] == [[0], [1, 2], [3, 4]]
+
+
+def test_the_search_for_a_range(run, tmp_path):
+    assert run("--search", "range", "--target_num_layers", 4, "--measure_speed", "false") == (0, "")
+    found = json.loads((tmp_path / "out" / "range.json").read_text())
+    best = min(found["runs"], key=lambda one: one["perplexity"])
+    assert [one["pairs"] for one in found["runs"]] == [[[1, 2]], [[2, 3]]]
+    plan = LayerPlan.from_json((tmp_path / "out" / "plan.json").read_text())
+    assert [list(pair) for pair in plan.parallel_pairs] == best["pairs"]
+    assert (tmp_path / "out" / "range.png").stat().st_size > 5_000
+
+
+def test_both_kinds_of_edit_on_a_pruned_checkpoint_in_its_own_dtype(run, tmp_path, tokenizer):
+    prune(tiny_model(num_layers=7).bfloat16(), [2]).save_pretrained(tmp_path / "pruned")
+    tokenizer.save_pretrained(tmp_path / "pruned")
+    extra = ["--edits", "remove,parallelize", "--target_num_layers", 4, "--max_group_size", 3]
+    assert run(*extra, "--measure_speed", "false", model=tmp_path / "pruned") == (0, "")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert student.dtype == torch.bfloat16
+    plan = plan_of(student)
+    assert plan.depth == 4 and plan.num_teacher_layers == 7 and 2 in plan.removed_layers
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--pairs", "1,3"], "layers 1 and 3 are not in neighbouring blocks"),
+        (["--pairs", "1-2"], "--pairs '1-2' is no group"),
+        (["--pairs", "1,9"], "layer 9 is not in the plan"),
+        (["--pairs", "1,2", "--plan", "plan.json"], "choose one"),
+        (["--pairs", "1,2", "--target_num_layers", "3"], "target_num_layers is for a search"),
+        (["--plan", "nowhere.json"], "nowhere.json"),
+        (["--plan", "{broken}"], "not JSON"),
+        (["--plan", "{other}"], "teacher of 9 layers"),
+        (["--search", "random"], "search='random'"),
+        (["--search", "range", "--edits", "remove,parallelize"], "knows only pairs"),
+        (["--search", "range", "--target_num_layers", "2"], "lead to 4..4 blocks"),
+        (["--target_num_layers", "2"], "out of reach"),
+        (["--target_num_layers", "5"], "meets depth=5 already"),
+        (["--target_latency", "1.5"], "latency=1.5"),
+        (["--target_latency", "0.5", "--target_num_layers", "3"], "both set"),
+        (["--edits", "swap"], "choose remove or parallelize"),
+        (["--max_group_size", "1"], "max_group_size=1"),
+        (["--criterion", "taste"], "criterion='taste'"),
+        (["--dataset", "{text}"], "used up by 4 calibration rows"),
+        (["--output_dir", "{used}"], "not empty"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(run, tmp_path, extra, message):
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "other.json").write_text(LayerPlan(((0,), (1, 2), (3,), (4,)), 9).to_json())
+    (tmp_path / "text.txt").write_text("a few words, again and again\n" * 5)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    files = {"broken": tmp_path / "broken.json", "other": tmp_path / "other.json", "text": tmp_path / "text.txt",
+             "used": tmp_path / "used"}  # fmt: skip
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    status, error = run(*(argument.format(**files) for argument in extra))
+    assert status == 2, error
+    assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and message in error
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_compress_exposes_the_edits(tmp_path, model_folder, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"Line {n} of a text that is read again and again." for n in range(200)))
+    arguments = ["--model", model_folder, "--dataset", text, "--output_dir", tmp_path / "out", "--edits",
+                 "remove,parallelize", "--max_group_size", 3, "--target_num_layers", 3, "--max_steps", 1,
+                 "--max_length", 32, "--num_calibration_samples", 4, "--num_eval_samples", 4, "--measure_speed",
+                 "false", "--report_to", "none", "--per_device_train_batch_size", 2]  # fmt: skip
+    assert cli.main(["compress", *map(str, arguments)]) == 0, capsys.readouterr().err
+    plan = LayerPlan.from_json((tmp_path / "out" / "plan.json").read_text())
+    assert plan.depth == 3
+    assert "edits: remove,parallelize" in (tmp_path / "out" / "recipe.yaml").read_text()

@@ -1,0 +1,540 @@
+"""`find_parallel_range` and `search_plan`, against naive searches that build every model they judge."""
+
+import math
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import random_batches, tiny_model
+from parallel_reference import literal
+
+import hf_layerprune.search as module
+from hf_layerprune import LayerPlan, LayerPruneError, evaluate_model, parallelize, prune
+from hf_layerprune.edits import EDIT_KINDS, Edit, EditSpace
+from hf_layerprune.latency import BlockLatency
+from hf_layerprune.scoring import EditScores
+from hf_layerprune.search import Budget, Gauge, ModelSizes, ParallelRange, find_parallel_range, search_plan
+from hf_layerprune.surgery import apply_plan, plan_of
+
+BOTH = EDIT_KINDS
+KINDS = (("remove",), ("parallelize",), BOTH)
+HALF = BlockLatency(2.0, (1.0, 1.5, 2.0))  # a pair saves half of what leaving a layer out saves
+EQUAL = BlockLatency(0.0, (1.0, 1.0, 1.0))  # a block costs the same, whatever its width
+
+
+@pytest.fixture
+def few():
+    return random_batches(1, rows=2, length=8)
+
+
+def planted(model, layers, factor=0.0):
+    """`model` with the outputs of some layers scaled down: they matter little, and not at all for 0."""
+    with torch.no_grad():
+        for layer in layers:
+            model.model.layers[layer].self_attn.o_proj.weight.mul_(factor)
+            model.model.layers[layer].mlp.down_proj.weight.mul_(factor)
+    return model
+
+
+def snapshot(model):
+    tensors = [tensor.clone() for tensor in model.state_dict().values()]
+    flags = [(p.requires_grad, p.data_ptr()) for p in model.parameters()]
+    return tensors, flags, model.config.to_dict(), model.training
+
+
+def assert_unchanged(model, before):
+    tensors, *others = snapshot(model)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before[0], strict=True))
+    assert others == list(before[1:])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# --- find_parallel_range ---------------------------------------------------------------------------------------------
+
+
+def naive_range(model, layers, batches):
+    """Perplexity by blocks of every run of pairs, each of them built by the equations and run whole."""
+    found = {}
+    for start in range(len(layers)):
+        for end in range(start + 2, len(layers) + 1, 2):  # blocks start..end-1 pair up
+            if start == 0 or end == len(layers):
+                continue
+            pairs = [tuple(layers[n : n + 2]) for n in range(start, end, 2)]
+            blocks = (*((n,) for n in layers[:start]), *pairs, *((n,) for n in layers[end:]))
+            found[blocks] = evaluate_model(literal(model, blocks), batches).perplexity
+    return found
+
+
+@pytest.mark.parametrize("depth", [4, 7, 8])
+def test_every_run_of_pairs_gets_its_perplexity(batches, depth):
+    model = tiny_model(depth)
+    before = snapshot(model)
+    found = find_parallel_range(model, batches)
+    expected = naive_range(model, tuple(range(depth)), batches)
+    assert {plan.blocks: value for plan, value in found.perplexities.items()} == pytest.approx(expected, rel=1e-4)
+    assert {plan.num_teacher_layers for plan in found.perplexities} == {depth}
+    assert found.original == pytest.approx(evaluate_model(model, batches).perplexity, rel=1e-4)
+    assert_unchanged(model, before)
+
+
+def test_first_and_last_block_stay_sequential(batches):
+    for depth in (4, 5, 8, 9):
+        plans = find_parallel_range(tiny_model(depth), batches).perplexities
+        assert {len(plan.blocks[0]) for plan in plans} == {len(plan.blocks[-1]) for plan in plans} == {1}
+        assert {plan.depth for plan in plans} == set(range(depth - (depth - 2) // 2, depth))
+
+
+def test_on_a_pruned_student_the_indices_are_the_teachers(batches):
+    model = tiny_model(9)
+    student = prune(model, [2, 5])
+    found = find_parallel_range(student, batches)
+    expected = naive_range(model, (0, 1, 3, 4, 6, 7, 8), batches)
+    assert {plan.blocks: value for plan, value in found.perplexities.items()} == pytest.approx(expected, rel=1e-4)
+    plan = found.best(4 + 1)
+    assert plan.removed_layers == (2, 5) and plan.num_teacher_layers == 9
+    built = evaluate_model(apply_plan(student, plan), batches).perplexity
+    assert built == pytest.approx(found.perplexities[plan], rel=1e-4)
+
+
+@pytest.mark.parametrize("target", [5, 6, 7])
+def test_only_runs_of_the_target_depth_are_tried_and_the_best_is_the_plan(batches, target):
+    model = tiny_model(8)
+    expected = {
+        blocks: v for blocks, v in naive_range(model, tuple(range(8)), batches).items() if len(blocks) == target
+    }
+    found = find_parallel_range(model, batches, target)
+    assert {plan.blocks: value for plan, value in found.perplexities.items()} == pytest.approx(expected, rel=1e-4)
+    assert found.plan.blocks == min(expected, key=expected.get)
+    assert found.plan == find_parallel_range(model, batches).best(target)
+
+
+def test_the_best_plan_of_a_depth_has_the_lowest_perplexity_and_of_equal_ones_the_later_run():
+    runs = [LayerPlan.identity(7).parallelize(start, start + 1) for start in range(1, 5)]
+    deeper = runs[0].parallelize(3, 4)
+    found = ParallelRange(dict(zip((*runs, deeper), (3.0, 2.0, 2.0, math.inf, 1.0), strict=True)), 1.5, 5)
+    assert found.best(6) == runs[2]
+    assert found.best(5) == found.plan == deeper
+    with pytest.raises(LayerPruneError, match="depth=4: tried were \\[5, 6\\]"):
+        found.best(4)
+    with pytest.raises(LayerPruneError, match="no target_depth was given"):
+        _ = ParallelRange(found.perplexities, 1.5).plan
+
+
+def test_runs_share_the_model_before_their_start(batches):
+    model = tiny_model(8)
+    calls = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    find_parallel_range(model, batches[:1])
+    passes = sum(8 - start for count in (1, 2, 3) for start in range(1, 8 - 2 * count))
+    assert len(calls) == 8 + passes
+
+
+@pytest.mark.parametrize("target", [-1, 0, 4, 8, 9, 4.5, 6.5, "6"])
+def test_depths_that_no_run_of_pairs_leads_to_are_refused(few, target):
+    with pytest.raises(LayerPruneError, match=r"target_depth=.* lead to 5\.\.7 blocks|target_depth="):
+        find_parallel_range(tiny_model(8), few, target)
+
+
+def test_models_that_have_no_run_of_pairs_are_refused(model, few):
+    with pytest.raises(LayerPruneError, match=r"layers \[\(1, 2\)\] in parallel already"):
+        find_parallel_range(parallelize(model, [(1, 2)]), few)
+    for depth in (1, 2, 3):
+        with pytest.raises(LayerPruneError, match=f"{depth} layers has no pair"):
+            find_parallel_range(tiny_model(depth), few)
+        with pytest.raises(LayerPruneError, match="target_depth=2"):
+            find_parallel_range(tiny_model(depth), few, 2)
+    with pytest.raises(LayerPruneError, match="no token to score"):
+        find_parallel_range(model, [])
+
+
+# --- search_plan -----------------------------------------------------------------------------------------------------
+
+
+def every_edit(plan, kinds, most):
+    """Every edit of a plan with nothing protected, and the plan behind it."""
+    if "remove" in kinds and len(plan.layers) > 1:
+        for layer in plan.layers:
+            yield Edit("remove", (layer,)), plan.remove(layer)
+    if "parallelize" in kinds:
+        for a, b in zip(plan.blocks, plan.blocks[1:], strict=False):
+            if len(a + b) <= most:
+                yield Edit("parallelize", a + b), plan.parallelize(a[0], b[0])
+
+
+def naive_reach(kinds, most, met):
+    """A function that says whether any sequence of edits leads from a plan to one that is `met`."""
+
+    @cache
+    def reaches(plan):
+        return met(plan) or any(reaches(after) for _, after in every_edit(plan, kinds, most))
+
+    return reaches
+
+
+def assert_every_step_is_the_best(found, model, batches, teacher, size, target, kinds, most, criterion="kl"):
+    """Recompute the search step by step: build every model, weigh its cost by what it saves."""
+    plan = plan_of(model)
+    reaches = naive_reach(kinds, most, lambda plan: size(plan) <= target)
+
+    def measure(plan):
+        report = evaluate_model(apply_plan(model, plan), batches, teacher)
+        return report.kl if criterion == "kl" else report.loss
+
+    for step in found.steps:
+        assert size(plan) > target
+        useful = {
+            e: after for e, after in every_edit(plan, kinds, most) if size(after) < size(plan) and reaches(after)
+        }
+        costs = {edit: measure(after) for edit, after in useful.items()}
+        assert step.scores.values == pytest.approx(costs, abs=1e-5)
+        before = measure(plan)
+        assert step.scores.baseline == pytest.approx(before, abs=1e-5)
+        prices = {e: (costs[e] - before) / (size(plan) - max(size(after), target)) for e, after in useful.items()}
+        assert prices[step.edit] == pytest.approx(min(prices.values()), rel=1e-3, abs=1e-6)
+        assert step.cost == step.scores.values[step.edit]
+        plan = step.edit.apply(plan)
+        assert step.plan == plan
+        assert step.size == pytest.approx(size(plan))
+    assert found.plan == plan and size(plan) <= target
+
+
+STARTS = {
+    "plain": LayerPlan.identity(6),
+    "pruned": LayerPlan(((0,), (1,), (2,), (4,), (5,)), 6),
+    "parallelized": LayerPlan(((0,), (1, 2), (3,), (4,), (5,)), 6),
+}
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+@pytest.mark.parametrize("name", STARTS)
+def test_every_step_costs_least_per_block_saved(few, name, kinds):
+    model = tiny_model(6)
+    student = apply_plan(model, STARTS[name])
+    target = 4 if kinds == ("parallelize",) and name == "parallelized" else 3  # 1|2 leaves 0 alone
+    found = search_plan(student, few, {"depth": target}, kinds, teacher=model)
+    assert len(found.steps) == student.config.num_hidden_layers - target and found.plan.depth == target
+    assert_every_step_is_the_best(found, student, few, model, lambda plan: plan.depth, target, kinds, 2)
+
+
+@pytest.mark.parametrize("criterion", ["kl", "loss"])
+@pytest.mark.parametrize("most", [2, 3])
+@pytest.mark.parametrize("name", STARTS)
+def test_every_step_costs_least_per_second_saved(few, name, most, criterion):
+    model = tiny_model(6)
+    student = apply_plan(model, STARTS[name])
+    found = search_plan(
+        *(student, few, {"latency": 0.7}), max_group_size=most, criterion=criterion, teacher=model, latency=HALF
+    )
+
+    def size(plan):  # a share of the teacher's time, not of the student's
+        return (2 + sum((1, 1.5, 2)[len(block) - 1] for block in plan.blocks)) / 8
+
+    assert found.latency is HALF and found.budget == Budget(latency=0.7)
+    assert_every_step_is_the_best(found, student, few, model, size, 0.7, BOTH, most, criterion)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_every_step_costs_least_per_parameter_saved(few, name):
+    model = tiny_model(6)
+    student, target = apply_plan(model, STARTS[name]), prune(model, [1, 2, 3]).num_parameters() + 100
+    found = search_plan(student, few, {"parameters": target}, teacher=model)
+
+    def size(plan):
+        return apply_plan(model, plan).num_parameters()
+
+    assert_every_step_is_the_best(found, student, few, model, size, target, ("remove",), 2)
+    assert apply_plan(student, found.plan).num_parameters() == found.steps[-1].size
+    assert size(found.plan) <= target < size(found.steps[-2].plan)
+
+
+def test_the_costs_are_those_against_the_teacher_that_is_given(few):
+    model, teacher = tiny_model(5), tiny_model(5, seed=4)
+    found = search_plan(model, few, {"depth": 3}, teacher=teacher)
+    assert_every_step_is_the_best(found, model, few, teacher, lambda plan: plan.depth, 3, BOTH, 2)
+
+
+def test_steps_are_told_as_they_are_made_and_the_model_is_left_as_it_was(few):
+    model, seen = tiny_model(6).train(), []
+    before = snapshot(model)
+    found = search_plan(model, few, Budget(depth=4), on_step=seen.append)
+    assert seen == found.steps and len(seen) == 2
+    assert found.plan == seen[-1].plan and found.latency is None
+    assert_unchanged(model, before)
+
+
+def test_budgets_may_be_objects_or_names(few):
+    model = tiny_model(4)
+    assert search_plan(model, few, Budget(depth=2)) == search_plan(model, few, {"depth": 2})
+    assert Budget.of({"latency": 0.5}) == Budget(latency=0.5)
+    assert (Budget(parameters=7).unit, Budget(parameters=7).target) == ("parameters", 7)
+    assert (Budget(latency=0.5).unit, Budget(latency=0.5).target) == ("latency", 0.5)
+
+
+def test_layers_that_do_nothing_go_first(few):
+    model = planted(tiny_model(8), (2, 5))
+    for kinds in KINDS:
+        found = search_plan(model, few, {"depth": 6}, kinds)
+        assert all({2, 5} & set(step.edit.layers) for step in found.steps)
+        assert found.steps[-1].cost == pytest.approx(0, abs=1e-6)
+    assert search_plan(model, few, {"depth": 6}, ("remove",)).plan.removed_layers == (2, 5)
+    parameters = search_plan(model, few, {"parameters": prune(model, [0, 1]).num_parameters()})
+    assert parameters.plan.removed_layers == (2, 5)
+
+
+# --- budgets of parameters
+
+
+PLANS = {
+    "whole": ((0,), (1,), (2,), (3,), (4,), (5,)),
+    "pruned": ((0,), (4,)),
+    "pairs": ((0, 1), (2,), (3, 4), (5,)),
+    "groups": ((0,), (1, 2, 4, 5)),
+    "one layer": ((3,),),
+}
+
+
+@pytest.mark.parametrize("start", ["whole", "pairs"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_parameters_are_counted_as_the_built_model_has_them(tied, start):
+    model = tiny_model(6, tie_word_embeddings=tied)
+    student = apply_plan(model, LayerPlan(PLANS[start], 6))
+    gauge = Gauge.of(Budget(parameters=1), student, plan_of(model), 2)
+    for blocks in PLANS.values():
+        plan = LayerPlan(blocks, 6)
+        built = apply_plan(model, plan)
+        assert gauge.size(plan) == built.num_parameters() == sum(p.numel() for p in built.parameters())
+        assert ModelSizes.of(built).of_plan(plan) == built.num_parameters()
+
+
+def test_a_budget_of_parameters_never_parallelizes(few):
+    model = planted(tiny_model(6), (2, 3), 1e-2)  # side by side they cost far less than leaving one out does
+    assert search_plan(model, few, {"depth": 5}).steps[0].edit == Edit.parallelize(2, 3)
+    found = search_plan(model, few, {"parameters": prune(model, [0, 1]).num_parameters()})
+    assert [step.edit.kind for step in found.steps] == ["remove", "remove"]
+    assert set(found.plan.removed_layers) == {2, 3}
+    assert {edit.kind for step in found.steps for edit in step.scores.values} == {"remove"}
+    with pytest.raises(LayerPruneError, match="parameters=.* out of reach"):
+        search_plan(model, few, {"parameters": model.num_parameters() - 1}, ("parallelize",))
+
+
+# --- budgets of latency
+
+
+def test_what_a_pair_takes_decides_between_pairs_and_removals(few):
+    model = planted(tiny_model(6), range(6), 0.3)
+    for pair, kind in ((1.0, "parallelize"), (1.99, "remove"), (2.0, "remove"), (2.5, "remove")):
+        found = search_plan(model, few, {"latency": 0.7}, latency=BlockLatency(0.0, (1.0, pair)))
+        assert {step.edit.kind for step in found.steps} == {kind}, pair
+
+
+def test_a_share_of_latency_is_one_of_the_teachers_time(few):
+    model = tiny_model(6)
+    student = prune(model, [2])
+    latency = BlockLatency(4.0, (1.0, 1.25))  # 10 s whole, 9 s pruned
+    found = search_plan(student, few, {"latency": 0.8}, ("remove",), teacher=model, latency=latency)
+    assert [step.size for step in found.steps] == pytest.approx([0.8])
+    with pytest.raises(LayerPruneError, match="meets latency=0.9 already: it has 0.9"):
+        search_plan(student, few, {"latency": 0.9}, ("remove",), teacher=model, latency=latency)
+
+
+@pytest.mark.parametrize("most, widest", [(2, 3), (4, 4)])
+def test_latency_is_measured_once_for_every_width_that_can_come(monkeypatch, few, most, widest):
+    asked = []
+    monkeypatch.setattr(module, "measure_latency", lambda *args: asked.append(args) or BlockLatency(1, (1, 1, 1, 1)))
+    model = parallelize(tiny_model(6), [(1, 2, 3)])
+    found = search_plan(model, few, {"latency": 0.7}, max_group_size=most)
+    assert [(args[0] is model, *args[1:]) for args in asked] == [(True, widest)]
+    assert found.latency == BlockLatency(1, (1, 1, 1, 1))
+    search_plan(model, few, {"latency": 0.7}, latency=EQUAL)
+    search_plan(model, few, {"depth": 3})
+    assert len(asked) == 1
+
+
+def gauge_of_four(latency, target):
+    return Gauge(Budget(latency=target), ModelSizes(0, 1, 1), LayerPlan.identity(4), latency)
+
+
+def test_what_an_edit_saves_beyond_the_budget_does_not_count():
+    latency, remove, pair = BlockLatency(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
+    scores = EditScores("kl", {remove: 0.02, pair: 0.015}, 0.0, 1)
+    plan = LayerPlan.identity(4)
+    assert gauge_of_four(latency, 0.5).best(scores, plan) == remove  # 0.02 / 0.25 against 0.015 / 0.125
+    assert gauge_of_four(latency, 0.9).best(scores, plan) == pair  # 0.02 / 0.1 against 0.015 / 0.1
+
+
+def test_only_what_an_edit_adds_to_the_measure_is_its_cost():
+    latency, remove, pair = BlockLatency(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
+    scores = EditScores("loss", {remove: 3.10, pair: 3.04}, 3.0, 1)
+    assert gauge_of_four(latency, 0.5).best(scores, LayerPlan.identity(4)) == pair  # 0.4 against 0.32 per unit
+    improved = EditScores("loss", {remove: 2.9, pair: 3.0}, 3.0, 1)
+    assert gauge_of_four(latency, 0.5).best(improved, LayerPlan.identity(4)) == remove
+
+
+def test_costs_that_are_no_numbers_are_never_chosen():
+    remove, pair = Edit.remove(1), Edit.parallelize(2, 3)
+    for broken in (math.nan, math.inf):
+        scores = EditScores("loss", {remove: broken, pair: 99.0}, 3.0, 1)
+        assert gauge_of_four(EQUAL, 0.5).best(scores, LayerPlan.identity(4)) == pair
+        scores = EditScores("loss", {remove: broken, pair: math.nan}, 3.0, 1)
+        with pytest.raises(LayerPruneError, match="broken"):
+            gauge_of_four(EQUAL, 0.5).best(scores, LayerPlan.identity(4))
+
+
+# --- what can be reached is reached
+
+
+@pytest.mark.parametrize("most, expected", [(2, 4), (3, 3), (4, 2)])
+def test_groups_grow_up_to_the_largest_size_and_no_further(few, most, expected):
+    model = planted(tiny_model(8), (3, 4, 5), 1e-3)  # cheapest to run together, all three and more
+    found = search_plan(model, few, {"depth": expected}, ("parallelize",), max_group_size=most)
+    assert found.plan.depth == expected
+    assert max(len(block) for block in found.plan.blocks) == most
+    assert found.plan.layers == tuple(range(8))
+    with pytest.raises(LayerPruneError, match=f"larger groups \\(max_group_size, now {most}\\)"):
+        search_plan(model, few, {"depth": expected - 1}, ("parallelize",), max_group_size=most)
+
+
+def test_cheap_pairs_that_would_leave_odd_layers_over_are_passed_by(few):
+    model = planted(tiny_model(6), (1, 2, 3, 4), 1e-2)
+    near = search_plan(model, few, {"depth": 4}, ("parallelize",))
+    assert near.plan.blocks == ((0,), (1, 2), (3, 4), (5,))  # which leads to no pair for 0 and none for 5
+    found = search_plan(model, few, {"depth": 3}, ("parallelize",))
+    assert found.plan.blocks == ((0, 1), (2, 3), (4, 5))
+    tried = {edit.label for step in found.steps for edit in step.scores.values}
+    assert tried == {"0|1", "2|3", "4|5"}
+
+
+@pytest.mark.parametrize("start", ["whole", "odd pair", "full pairs"])
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+@pytest.mark.parametrize("most, first, last", [(2, 0, 0), (3, 0, 0), (2, 1, 1)])
+def test_every_depth_within_reach_is_reached_exactly(few, start, kinds, most, first, last):
+    model = planted(tiny_model(6), (1, 2, 3), 0.1)
+    blocks = {"odd pair": ((0,), (1, 2), (3,), (4,), (5,)), "full pairs": ((0, 1), (2, 3), (4, 5))}
+    plan = LayerPlan(blocks.get(start, LayerPlan.identity(6).blocks), 6)
+    smallest = EditSpace(kinds, most, first, last).smallest(plan)
+    student = apply_plan(model, plan)
+    for depth in range(1, plan.depth):
+        request = {"protect_first_layers": first, "protect_last_layers": last, "teacher": model}
+        if depth < smallest.depth:
+            with pytest.raises(LayerPruneError, match=f"depth={depth} is out of reach"):
+                search_plan(student, few, {"depth": depth}, kinds, most, **request)
+        else:
+            found = search_plan(student, few, {"depth": depth}, kinds, most, **request)
+            assert found.plan.depth == depth
+            assert all(max(map(len, step.plan.blocks)) <= most for step in found.steps)
+
+
+LATENCIES = {
+    "equal": EQUAL,
+    "half": HALF,
+    "wider is no faster": BlockLatency(1.0, (1.0, 2.0, 3.0)),
+    "triples slower than pairs": BlockLatency(0.0, (1.0, 1.5, 4.0)),
+    "only triples save": BlockLatency(0.0, (1.0, 2.0, 2.0)),
+}
+
+
+@pytest.mark.parametrize("latency", LATENCIES.values(), ids=LATENCIES)
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+def test_every_latency_within_reach_is_reached(few, kinds, latency):
+    model = tiny_model(6)
+    original = LayerPlan.identity(6)
+    for share in (0.95, 0.8, 0.7, 0.55, 0.4):
+        reaches = naive_reach(kinds, 3, lambda plan, share=share: latency.of(plan) <= share * latency.of(original))
+        if reaches(original):
+            found = search_plan(model, few, {"latency": share}, kinds, 3, latency=latency)
+            assert latency.of(found.plan) <= share * latency.of(original)
+        else:
+            with pytest.raises(LayerPruneError, match=f"latency={share} is out of reach"):
+                search_plan(model, few, {"latency": share}, kinds, 3, latency=latency)
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+@pytest.mark.parametrize("name", ["plain", "pruned"])
+def test_protected_layers_are_untouched(few, name, kinds):
+    model = planted(tiny_model(8), (0, 1, 6, 7))  # nothing is cheaper than to touch these
+    student = model if name == "plain" else prune(model, [6])
+    depth = student.config.num_hidden_layers - 2
+    found = search_plan(
+        *(student, few, {"depth": depth}, kinds), protect_first_layers=2, protect_last_layers=2, teacher=model
+    )
+    edits = {edit for step in found.steps for edit in step.scores.values}
+    assert not {0, 1, 6, 7} & {layer for edit in edits for layer in edit.layers}
+    assert {(0,), (1,), (7,)} <= set(found.plan.blocks)
+    assert ((6,) in found.plan.blocks) == (name == "plain")
+
+
+# --- what makes no sense is refused
+
+
+@pytest.mark.parametrize(
+    "budget, message",
+    [
+        ({}, "empty"),
+        ({"depth": 3, "latency": 0.5}, "exactly one"),
+        ({"depth": 3, "parameters": 10}, "exactly one"),
+        ({"depth": None}, "empty"),
+        ({"depth": 0}, "depth=0"),
+        ({"depth": -1}, "depth=-1"),
+        ({"depth": 1.5}, "depth=1.5"),
+        ({"depth": True}, "depth=True"),
+        ({"depth": "3"}, "depth='3'"),
+        ({"latency": 0}, "latency=0"),
+        ({"latency": 1}, "latency=1"),
+        ({"latency": 1.5}, "latency=1.5"),
+        ({"latency": math.nan}, "latency=nan"),
+        ({"latency": "0.5"}, "latency='?0.5"),
+        ({"parameters": 0}, "parameters=0"),
+        ({"parameters": 1.5}, "parameters=1.5"),
+        ({"parameters": "7B"}, "parameters='7B'"),
+        ({"layers": 3}, "give one of depth, latency, parameters"),
+        ("depth", "give one of depth, latency, parameters"),
+        (3, "give one of depth, latency, parameters"),
+        (None, "give one of depth, latency, parameters"),
+    ],
+    ids=str,
+)
+def test_budgets_that_are_none_are_refused(model, few, budget, message):
+    with pytest.raises(LayerPruneError, match=message):
+        search_plan(model, few, budget)
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        ({"budget": {"depth": 5}}, "meets depth=5 already: it has 5"),
+        ({"budget": {"depth": 9}}, "meets depth=9 already"),
+        ({"budget": {"parameters": 10**9}}, "meets parameters=1e\\+09 already"),
+        ({"budget": {"depth": 2}, "edits": ["parallelize"]}, "depth=2 is out of reach: .* from 5 to 3"),
+        ({"budget": {"parameters": 100}}, "parameters=100 is out of reach"),
+        ({"budget": {"latency": 0.3}, "latency": HALF}, "latency=0.3 is out of reach: .* from 1 to 0.4286"),
+        ({"budget": {"depth": 1}, "protect_first_layers": 1, "protect_last_layers": 1}, "protect fewer layers"),
+        ({"budget": {"depth": 4}, "protect_first_layers": 3, "protect_last_layers": 2}, "protect fewer layers"),
+        ({"budget": {"depth": 4}, "edits": ["prune"]}, "choose remove or parallelize"),
+        ({"budget": {"depth": 4}, "edits": []}, "choose remove or parallelize"),
+        ({"budget": {"depth": 4}, "max_group_size": 1}, "max_group_size=1"),
+        ({"budget": {"depth": 4}, "criterion": "cosine"}, "criterion='cosine'"),
+        ({"budget": {"depth": 4}, "criterion": "block_influence"}, "tells nothing about 'parallelize"),
+        ({"budget": {"depth": 4}, "batches": []}, "no token to score"),
+        ({"budget": {"depth": 4}, "teacher": SimpleNamespace()}, "vocabulary"),
+        ({"budget": {"latency": 0.9}, "latency": BlockLatency(1.0, (1.0,))}, "latency.* 1 "),
+    ],
+    ids=str,
+)
+def test_requests_that_make_no_sense_are_refused(model, few, request_, message):
+    if "teacher" in request_:
+        request_ = request_ | {"teacher": tiny_model(vocab_size=300)}
+    with pytest.raises(LayerPruneError, match=message):
+        search_plan(model, **{"batches": few} | request_)
+
+
+def test_one_kind_of_edit_may_be_given_as_a_word(few):
+    model = tiny_model(4)
+    assert search_plan(model, few, {"depth": 3}, "remove") == search_plan(model, few, {"depth": 3}, ["remove"])
+
+
+def test_removals_can_be_chosen_by_block_influence(few):
+    model = planted(tiny_model(6), (1, 3))
+    found = search_plan(model, few, {"depth": 4}, ["remove"], criterion="block_influence")
+    assert found.plan.removed_layers == (1, 3)
