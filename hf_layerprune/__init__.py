@@ -1,13 +1,16 @@
 """Make Qwen2-family language models shallower: measure, remove, heal, share."""
 
 from .benchmark import BenchmarkReport, benchmark_model
+from .budget import Budget
 from .data import EMBEDDED_MODEL, embedded_dataset
+from .edits import Edit
 from .errors import LayerPruneError
 from .evaluation import EvaluationReport, evaluate_model
 from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM, PrunedQwen2Model
 from .plan import LayerPlan
-from .scoring import LayerScores, score_layers
-from .surgery import parallelize, prune, unparallelize
+from .scoring import LayerScores, score_edits, score_layers
+from .search import PlanSearch, find_parallel_range, search_plan
+from .surgery import apply_plan, parallelize, prune, unparallelize
 from .trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, LayerDistillCallback
 
 __version__ = "0.1.0"
@@ -15,6 +18,8 @@ __version__ = "0.1.0"
 __all__ = [
     "EMBEDDED_MODEL",
     "BenchmarkReport",
+    "Budget",
+    "Edit",
     "EvaluationReport",
     "IterativeLayerDistillConfig",
     "IterativeLayerDistillTrainer",
@@ -22,14 +27,19 @@ __all__ = [
     "LayerPlan",
     "LayerPruneError",
     "LayerScores",
+    "PlanSearch",
     "PrunedQwen2Config",
     "PrunedQwen2ForCausalLM",
     "PrunedQwen2Model",
+    "apply_plan",
     "benchmark_model",
     "embedded_dataset",
     "evaluate_model",
+    "find_parallel_range",
     "parallelize",
     "prune",
+    "score_edits",
     "score_layers",
+    "search_plan",
     "unparallelize",
 ]

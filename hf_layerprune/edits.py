@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .errors import LayerPruneError
@@ -58,7 +59,7 @@ class EditSpace:
     """Which edits of a plan are allowed.
 
     Args:
-        kinds (`tuple[str, ...]`, *optional*): `"remove"`, `"parallelize"` or both.
+        kinds (`Iterable[str]` or `str`, *optional*): `"remove"`, `"parallelize"` or both; a string is split at commas.
         max_group_size (`int`, *optional*, defaults to `2`): most layers in one parallel block.
         protect_first (`int`, *optional*, defaults to `0`): number of first teacher layers that no edit touches.
         protect_last (`int`, *optional*, defaults to `0`): number of last teacher layers that no edit touches.
@@ -67,19 +68,23 @@ class EditSpace:
         [`LayerPruneError`]: for an unknown kind, or a group that is none.
     """
 
-    kinds: tuple[str, ...] = EDIT_KINDS
+    kinds: Iterable[str] | str = EDIT_KINDS
     max_group_size: int = 2
     protect_first: int = 0
     protect_last: int = 0
 
     def __post_init__(self) -> None:
-        kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
+        kinds = self.kinds.split(",") if isinstance(self.kinds, str) else self.kinds
+        kinds = tuple(kind.strip() if isinstance(kind, str) else kind for kind in kinds)
         if not kinds or not set(kinds) <= set(EDIT_KINDS):
             raise LayerPruneError(f"edits={','.join(map(str, kinds))!r}: choose {' or '.join(EDIT_KINDS)}, or both")
-        if self.max_group_size < 2 and "parallelize" in kinds:
-            raise LayerPruneError(
-                f"max_group_size={self.max_group_size} is out of range; a group has at least 2 layers"
-            )
+        for name, least in (("max_group_size", 2), ("protect_first", 0), ("protect_last", 0)):
+            value = getattr(self, name)
+            matters = name != "max_group_size" or "parallelize" in kinds
+            if type(value) is not int or (value < least and matters):
+                raise LayerPruneError(
+                    f"{name}={value!r} is out of range; it must be a whole number of at least {least}"
+                )
         object.__setattr__(self, "kinds", kinds)
 
     def edits(self, plan: LayerPlan) -> list[Edit]:
@@ -92,19 +97,24 @@ class EditSpace:
             edits += [Edit.parallelize(*layers) for layers in merged if self._mergeable(layers, plan)]
         return edits
 
-    def smallest(self, plan: LayerPlan) -> LayerPlan:
-        """The shallowest plan that edits can lead to."""
-        blocks = list(plan.blocks)
+    def smallest(self, plan: LayerPlan, cost: Callable[[int], float] = lambda width: 1.0) -> LayerPlan:
+        """The cheapest plan that edits can lead to, where a block of `width` layers costs `cost(width)`.
+
+        By default every block costs the same: the shallowest plan.
+        """
         if "remove" in self.kinds:
-            kept = (tuple(layer for layer in block if not self._free((layer,), plan)) for block in blocks)
-            return LayerPlan(tuple(block for block in kept if block) or ((plan.layers[-1],),), plan.num_teacher_layers)
-        merged = blocks[:1]
-        for block in blocks[1:]:
-            if self._mergeable(merged[-1] + block, plan):
-                merged[-1] += block
-            else:
-                merged.append(block)
-        return LayerPlan(tuple(merged), plan.num_teacher_layers)
+            kept = (tuple(layer for layer in block if not self._free((layer,), plan)) for block in plan.blocks)
+            blocks = tuple(block for block in kept if block) or ((plan.layers[-1],),)
+            return LayerPlan(blocks, plan.num_teacher_layers)
+        best: list[tuple[float, tuple[tuple[int, ...], ...]]] = [(0.0, ())]  # of the first n blocks
+        for end in range(1, plan.depth + 1):
+            options = []
+            for start in range(end):
+                merged = sum(plan.blocks[start:end], ())
+                if start == end - 1 or self._mergeable(merged, plan):
+                    options.append((best[start][0] + cost(len(merged)), (*best[start][1], merged)))
+            best.append(min(options))
+        return LayerPlan(best[-1][1], plan.num_teacher_layers)
 
     def _free(self, layers: tuple[int, ...], plan: LayerPlan) -> bool:
         return self.protect_first <= layers[0] and layers[-1] < plan.num_teacher_layers - self.protect_last

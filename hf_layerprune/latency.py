@@ -43,8 +43,8 @@ def measure_latency(
 ) -> BlockLatency:
     """Time greedy `generate` of `model` whole, by half, and with blocks of each width; solve for the parts.
 
-    All forms take turns, as in [`benchmark_models`]; medians count. Wider blocks are copies: of up to
-    8 blocks per width at a time.
+    Forms take turns, as in [`benchmark_models`], and medians count. Wider blocks are copies of layers, of up to 8
+    blocks of one width at a time.
 
     Args:
         model ([`~transformers.Qwen2ForCausalLM`]): on the device and in the dtype that count.
@@ -52,22 +52,22 @@ def measure_latency(
         batch_size, prompt_tokens, new_tokens, repeats (`int`, *optional*): see [`benchmark_models`].
     """
     layers, depth = plan_of(model).layers, plan_of(model).num_teacher_layers
-    widths = range(1, min(max_group_size, len(layers)) + 1)
-    counts = {width: min(len(layers) // width, MOST_BLOCKS) if width > 1 else len(layers) for width in widths}
-    half = max(1, len(layers) // 2)
+    settings = (prompt_tokens, new_tokens, batch_size, repeats)
 
     def form(width: int, count: int) -> PreTrainedModel:
         blocks = tuple(tuple(layers[width * n : width * (n + 1)]) for n in range(count))
         return apply_plan(model, LayerPlan(blocks, depth), share_weights=True)
 
-    forms = [form(1, half), *(form(width, count) for width, count in counts.items())]
-    reports = benchmark_models(forms, prompt_tokens, new_tokens, batch_size, repeats)
-    seconds = [batch_size / report.decode_tokens_per_second for report in reports]
-    by_half, whole, *wider = seconds
-    single = (whole - by_half) / (len(layers) - half) if len(layers) > half else whole
-    single = max(single, whole / len(layers) / 100)  # where the clock is too coarse to tell
-    fixed = max(0.0, whole - len(layers) * single)
+    half = max(1, len(layers) // 2)
+    whole = form(1, len(layers))
+    reports = benchmark_models([form(1, half), whole], *settings)
+    by_half, total = (batch_size / report.decode_tokens_per_second for report in reports)
+    single = (total - by_half) / (len(layers) - half) if len(layers) > half else total
+    single = max(single, total / len(layers) / 100)  # where the clock is too coarse to tell
+    fixed = max(0.0, total - len(layers) * single)
     blocks = [single]
-    for count, total in zip(list(counts.values())[1:], wider, strict=True):
-        blocks.append(max((total - fixed) / count, blocks[-1] / 100))
+    for width in range(2, min(max_group_size, len(layers)) + 1):
+        count = min(len(layers) // width, MOST_BLOCKS)
+        ratio = benchmark_models([whole, form(width, count)], *settings)[1].decode_ratio
+        blocks.append(max((total / ratio - fixed) / count, blocks[-1] / 100))
     return BlockLatency(fixed, tuple(blocks))

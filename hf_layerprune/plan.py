@@ -105,8 +105,28 @@ class LayerPlan:
         merged = self.blocks[a] + self.blocks[b]
         return LayerPlan((*self.blocks[:a], merged, *self.blocks[b + 1 :]), self.num_teacher_layers)
 
+    def with_pairs(self, pairs: Iterable[Iterable[int]]) -> LayerPlan:
+        """The plan with each of `pairs` (or longer groups) merged into one block.
+
+        Raises:
+            [`LayerPruneError`]: if a layer is named twice, or a group is not made of whole neighbouring blocks.
+        """
+        pairs = list(pairs)
+        if not pairs or not all(isinstance(pair, Iterable) for pair in pairs):
+            raise LayerPruneError(f"pairs={pairs} is no list of groups of neighbouring layers, such as [(4, 5)]")
+        pairs = [list(pair) for pair in pairs]
+        named = [layer for pair in pairs for layer in pair]
+        if len(set(named)) != len(named):
+            raise LayerPruneError(
+                f"pairs={pairs} names a layer twice; to run three in parallel give one group of three"
+            )
+        plan = self
+        for pair in pairs:
+            plan = plan.group(pair)
+        return plan
+
     def group(self, layers: Iterable[int]) -> LayerPlan:
-        """The plan with the neighbouring blocks of teacher layers `layers` merged into one."""
+        """The plan with the neighbouring blocks that teacher layers `layers` make up merged into one."""
         layers = list(layers)
         if len(layers) < 2 or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
             raise LayerPruneError(f"{layers} cannot run in parallel; name two or more layers in ascending order")
@@ -114,6 +134,8 @@ class LayerPlan:
         for first, second in zip(layers, layers[1:], strict=False):
             if plan.block_of(first) != plan.block_of(second):
                 plan = plan.parallelize(first, second)
+        if tuple(layers) != (block := plan.blocks[plan.block_of(layers[0])]):
+            raise LayerPruneError(f"{layers} is part of a parallel block; name all of {list(block)}")
         return plan
 
     def to_dict(self) -> dict[str, Any]:

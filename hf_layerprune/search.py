@@ -13,153 +13,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .budget import Budget, Gauge
 from .data import Batch, check_batches
 from .edits import EDIT_KINDS, Edit, EditSpace
 from .errors import LayerPruneError
-from .latency import BlockLatency, measure_latency
+from .latency import BlockLatency
 from .plan import LayerPlan
 from .scoring import EditScores, score_edits, score_plans
 from .surgery import apply_plan, check_supported, plan_of
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Where a search stops; exactly one of the three.
-
-    Args:
-        depth (`int`, *optional*): number of blocks.
-        latency (`float`, *optional*): measured time per generated token over that of the original, between 0 and 1.
-        parameters (`int`, *optional*): number of parameters, embeddings included.
-
-    Raises:
-        [`LayerPruneError`]: if not exactly one is given, or it is out of range.
-    """
-
-    depth: int | None = None
-    latency: float | None = None
-    parameters: int | None = None
-
-    def __post_init__(self) -> None:
-        given = {unit: value for unit, value in vars(self).items() if value is not None}
-        if len(given) != 1:
-            raise LayerPruneError(f"the budget is {given or 'empty'}; give exactly one of depth, latency, parameters")
-        if self.latency is not None and not 0 < self.latency < 1:
-            raise LayerPruneError(f"latency={self.latency} is out of range; it is a share of the original's, 0..1")
-        for unit in ("depth", "parameters"):
-            if (value := given.get(unit)) is not None and (type(value) is not int or value < 1):
-                raise LayerPruneError(f"{unit}={value!r} is out of range; it must be a whole number of at least 1")
-
-    @classmethod
-    def of(cls, budget: Budget | Mapping[str, float]) -> Budget:
-        """A budget from `{"depth": 12}` and the like."""
-        if isinstance(budget, Budget):
-            return budget
-        if not isinstance(budget, Mapping) or not set(budget) <= {"depth", "latency", "parameters"}:
-            raise LayerPruneError(f"budget={budget!r}: give one of depth, latency, parameters, as {{'depth': 12}}")
-        return cls(**budget)
-
-    @property
-    def unit(self) -> str:
-        return next(unit for unit, value in vars(self).items() if value is not None)
-
-    @property
-    def target(self) -> float:
-        return getattr(self, self.unit)
-
-
-@dataclass(frozen=True)
-class Gauge:
-    """A budget with what is needed to measure plans against it.
-
-    Attributes:
-        budget ([`Budget`]): what is allowed.
-        sizes ([`ModelSizes`]): parameters of the model's parts.
-        original ([`LayerPlan`]): the plan a share of latency refers to.
-        latency ([`BlockLatency`], *optional*): needed for a budget of latency.
-    """
-
-    budget: Budget
-    sizes: ModelSizes
-    original: LayerPlan
-    latency: BlockLatency | None = None
-
-    @classmethod
-    def of(
-        cls,
-        budget: Budget,
-        model: PreTrainedModel,
-        original: LayerPlan,
-        max_group_size: int,
-        latency: BlockLatency | None = None,
-    ) -> Gauge:
-        """Measures block latencies on `model` if the budget needs them and they are not given."""
-        if budget.unit == "latency" and latency is None:
-            widest = max(max_group_size, *(len(block) for block in (*original.blocks, *plan_of(model).blocks)))
-            latency = measure_latency(model, widest)
-        return cls(budget, ModelSizes.of(model), original, latency)
-
-    def size(self, plan: LayerPlan) -> float:
-        """The plan in the budget's unit."""
-        if self.budget.unit == "depth":
-            return plan.depth
-        if self.budget.unit == "parameters":
-            return self.sizes.of_plan(plan)
-        return self.latency.of(plan) / self.latency.of(self.original)
-
-    def met(self, plan: LayerPlan) -> bool:
-        return self.size(plan) <= self.budget.target
-
-    def useful_edits(self, plan: LayerPlan, space: EditSpace) -> list[Edit]:
-        """Allowed edits that save something and leave the budget within reach."""
-        size = self.size(plan)
-        edits = ((edit, edit.apply(plan)) for edit in space.edits(plan))
-        return [e for e, after in edits if self.size(after) < size and self.met(space.smallest(after))]
-
-    def check_reachable(self, plan: LayerPlan, space: EditSpace, setting: str | None = None) -> None:
-        """Raise [`LayerPruneError`] unless `space` can lead from `plan` into the budget; `setting` names it."""
-        setting, target, smallest = setting or self.budget.unit, self.budget.target, space.smallest(plan)
-        if not self.met(smallest):
-            raise LayerPruneError(
-                f"{setting}={target:g} is out of reach: {' and '.join(space.kinds)} can go from {self.size(plan):.4g} "
-                f"to {self.size(smallest):.4g}; allow another kind of edit, larger groups (max_group_size, now "
-                f"{space.max_group_size}) or protect fewer layers"
-            )
-
-    def best(self, scores: EditScores, plan: LayerPlan) -> Edit:
-        """The edit that costs least per unit saved. What it saves beyond the budget does not count.
-
-        Raises:
-            [`LayerPruneError`]: if no score is a finite number.
-        """
-        _ = scores.safest  # raises where no cost is a number
-        size = self.size(plan)
-
-        def price(edit: Edit) -> float:
-            saved = size - max(self.size(edit.apply(plan)), self.budget.target)
-            cost = scores.values[edit] - scores.baseline
-            return cost / saved if math.isfinite(cost) else math.inf
-
-        return min(scores.ranking, key=price)
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """Parameters of a model's parts, so that any plan of its layers can be counted."""
-
-    outside: int
-    layer: int  # without norms
-    norms: int  # of one block, whatever its width
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> ModelSizes:
-        blocks = model.base_model.layers
-        norms = sum(p.numel() for name, p in blocks[0].named_parameters() if "layernorm" in name)
-        inside = sum(p.numel() for p in blocks.parameters())
-        layer = (inside - len(blocks) * norms) // len(plan_of(model).layers)
-        return cls(model.num_parameters() - inside, layer, norms)
-
-    def of_plan(self, plan: LayerPlan) -> int:
-        return self.outside + self.layer * len(plan.layers) + self.norms * plan.depth
 
 
 @dataclass(frozen=True)
@@ -198,7 +59,7 @@ def search_plan(
     model: PreTrainedModel,
     batches: Iterable[Batch],
     budget: Budget | Mapping[str, float],
-    edits: Iterable[str] = EDIT_KINDS,
+    edits: Iterable[str] | str = EDIT_KINDS,
     max_group_size: int = 2,
     criterion: str = "kl",
     teacher: PreTrainedModel | None = None,
@@ -230,35 +91,33 @@ def search_plan(
     """
     check_supported(model.config)
     budget, plan, teacher = Budget.of(budget), plan_of(model), model if teacher is None else teacher
-    space = EditSpace(tuple(edits), max_group_size, protect_first_layers, protect_last_layers)
+    space = EditSpace(edits, max_group_size, protect_first_layers, protect_last_layers)
     batches = check_batches(batches, model.config.vocab_size, "calibration data")
-    gauge = Gauge.of(budget, model, plan_of(teacher), max_group_size, latency)
+    gauge = Gauge.of(budget, space, model, plan_of(teacher), latency)
     if gauge.met(plan):
         raise LayerPruneError(
             f"the model meets {budget.unit}={budget.target:g} already: it has {gauge.size(plan):.4g}"
         )
-    gauge.check_reachable(plan, space)
-    steps: list[SearchStep] = []
-    while not gauge.met(plan):
-        student = apply_plan(model, plan, share_weights=True)
-        steps.append(next_step(student, batches, gauge, space, criterion, teacher))
-        plan = steps[-1].plan
+    gauge.check_reachable(plan)
+    student, steps = model, []
+    while not gauge.met(plan_of(student)):
+        steps.append(next_step(student, batches, gauge, criterion, teacher))
+        student = apply_plan(student, steps[-1].plan, share_weights=True)
         on_step(steps[-1])
-    return PlanSearch(plan, steps, budget, gauge.latency)
+    return PlanSearch(plan_of(student), steps, budget, gauge.latency)
 
 
 def next_step(
     student: PreTrainedModel,
     batches: Iterable[Batch],
     gauge: Gauge,
-    space: EditSpace,
     criterion: str,
     teacher: PreTrainedModel,
     on_batch: Callable[[], None] = lambda: None,
 ) -> SearchStep:
     """Score every useful edit of `student` and take the best; arguments as in [`search_plan`]."""
     plan = plan_of(student)
-    scores = score_edits(student, batches, gauge.useful_edits(plan, space), criterion, teacher, on_batch)
+    scores = score_edits(student, batches, gauge.useful_edits(plan), criterion, teacher, on_batch)
     edit = gauge.best(scores, plan)
     return SearchStep(edit, scores, edit.apply(plan), gauge.size(edit.apply(plan)))
 
@@ -286,7 +145,7 @@ class ParallelRange:
         plans = [plan for plan in self.perplexities if plan.depth == depth]
         if not plans:
             raise LayerPruneError(f"depth={depth}: tried were {sorted({plan.depth for plan in self.perplexities})}")
-        return min(plans, key=lambda plan: (self.perplexities[plan], -plan.parallel_pairs[0][0]))
+        return min(plans, key=lambda plan: (_nan_last(self.perplexities[plan]), -plan.parallel_pairs[0][0]))
 
     @property
     def plan(self) -> LayerPlan:
@@ -323,17 +182,18 @@ def find_parallel_range(
     if plan.parallel_pairs:
         raise LayerPruneError(f"the model runs layers {list(plan.parallel_pairs)} in parallel already")
     most = (plan.depth - 2) // 2
+    if most < 1:
+        raise LayerPruneError(f"no run of pairs lies between the first and the last of {plan.depth} layers")
     shallowest = plan.depth - most
-    if target_depth is not None and not shallowest <= target_depth < plan.depth:
+    if target_depth is not None and not (type(target_depth) is int and shallowest <= target_depth < plan.depth):
         raise LayerPruneError(
-            f"target_depth={target_depth}: pairs between the first and the last of {plan.depth} layers lead to "
+            f"target_depth={target_depth!r}: pairs between the first and the last of {plan.depth} layers lead to "
             f"{shallowest}..{plan.depth - 1} blocks"
         )
     counts = range(1, most + 1) if target_depth is None else [plan.depth - target_depth]
     plans = [_run_of_pairs(plan, start, count) for count in counts for start in range(1, plan.depth - 2 * count)]
-    if not plans:
-        raise LayerPruneError(f"a model of {plan.depth} layers has no pair between its first and its last layer")
     scores = score_plans(model, batches, plans, "loss", on_batch=on_batch)
+    _ = scores.safest  # raises where no loss is a number
     perplexities = {plan: _exp(loss) for plan, loss in scores.values.items()}
     return ParallelRange(perplexities, _exp(scores.baseline), target_depth)
 
@@ -347,4 +207,8 @@ def _run_of_pairs(plan: LayerPlan, start: int, count: int) -> LayerPlan:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
+
+
+def _nan_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value

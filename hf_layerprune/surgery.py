@@ -93,7 +93,8 @@ def parallelize(
         model ([`~transformers.Qwen2ForCausalLM`] or [`PrunedQwen2ForCausalLM`]):
             The model, possibly pruned or parallelized before.
         pairs (`Iterable[tuple[int, ...]]`):
-            Teacher layer indices, 0-based. Each pair (or longer group) must be neighbours in `model`.
+            Teacher layer indices, 0-based. Each pair (or longer group) must be neighbours in `model`, and name all
+            layers of a block that runs in parallel already.
         share_weights (`bool`, *optional*, defaults to `False`):
             See [`apply_plan`].
 
@@ -104,15 +105,7 @@ def parallelize(
         [`LayerPruneError`]: for an unsupported architecture, or layers that are not neighbours or not in the model.
     """
     check_supported(model.config)
-    plan, pairs = plan_of(model), list(pairs)
-    if not pairs or not all(isinstance(pair, (tuple, list)) for pair in pairs):
-        raise LayerPruneError(f"pairs={pairs} is no list of groups of neighbouring layers, such as [(4, 5)]")
-    named = [layer for pair in pairs for layer in pair]
-    if len(set(named)) != len(named):
-        raise LayerPruneError(f"pairs={pairs} names a layer twice; to run three in parallel give one group of three")
-    for pair in pairs:
-        plan = plan.group(pair)
-    return apply_plan(model, plan, share_weights=share_weights)
+    return apply_plan(model, plan_of(model).with_pairs(pairs), share_weights=share_weights)
 
 
 def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None = None) -> PreTrainedModel:
@@ -130,11 +123,17 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
         [`LayerPruneError`]: if a group is no parallel block of the model.
     """
     plan = plan_of(model)
-    wanted = set(plan.parallel_pairs if pairs is None else (tuple(pair) for pair in pairs))
-    if unknown := wanted - set(plan.parallel_pairs):
-        raise LayerPruneError(f"{sorted(unknown)} run not in parallel; the model's pairs are {plan.parallel_pairs}")
-    blocks = [part for block in plan.blocks for part in (((i,) for i in block) if block in wanted else (block,))]
-    return apply_plan(model, LayerPlan(tuple(blocks), plan.num_teacher_layers))
+    wanted = list(plan.parallel_pairs if pairs is None else pairs)
+    if unknown := [
+        pair for pair in wanted if not isinstance(pair, Iterable) or tuple(pair) not in plan.parallel_pairs
+    ]:
+        raise LayerPruneError(f"{unknown} run not in parallel; the model's pairs are {list(plan.parallel_pairs)}")
+    apart = {tuple(pair) for pair in wanted}
+    blocks = [part for block in plan.blocks for part in (((i,) for i in block) if block in apart else (block,))]
+    separate = apply_plan(model, LayerPlan(tuple(blocks), plan.num_teacher_layers))
+    if isinstance(separate, PrunedQwen2ForCausalLM) and not plan_of(separate).parallel_pairs:
+        return to_qwen2(separate)
+    return separate
 
 
 def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool = False) -> PreTrainedModel:
@@ -158,8 +157,14 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     """
     check_supported(model.config)
     current = plan_of(model)
+    if plan.num_teacher_layers != current.num_teacher_layers:
+        raise LayerPruneError(
+            f"the plan is for a teacher of {plan.num_teacher_layers} layers; the model's has "
+            f"{current.num_teacher_layers}"
+        )
     if set(plan.blocks) <= set(current.blocks) and (plan.parallel_pairs or not current.parallel_pairs):
         return _keep_blocks(model, current, plan, share_weights)
+    _check_rearrangeable(model)
     try:
         student = PrunedQwen2ForCausalLM.from_qwen2(model, plan)
     except ValueError as error:
@@ -167,8 +172,22 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     student = student if plan.parallel_pairs else to_qwen2(student)
     if share_weights:
         return student.requires_grad_(False)
-    unshare_parameters(student.parameters())
-    return student
+    memory = {parameter.data_ptr() for parameter in model.parameters()}
+    unshare_parameters(parameter for parameter in student.parameters() if parameter.data_ptr() in memory)
+    return student.requires_grad_(any(parameter.requires_grad for parameter in model.parameters()))
+
+
+def _check_rearrangeable(model: PreTrainedModel) -> None:
+    """Raise [`LayerPruneError`] unless blocks of `model` can be merged and split."""
+    if not isinstance(model, Qwen2ForCausalLM):
+        raise LayerPruneError(
+            f"{type(model).__name__} cannot be rearranged, only a Qwen2 causal language model; unwrap it, or merge "
+            "its adapters into it"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise LayerPruneError("the model carries adapters; merge them into it first")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise LayerPruneError("the model is quantized; rearrange the original and quantize the result")
 
 
 def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, share_weights: bool) -> PreTrainedModel:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_layerprune"
 # A module may import only from those before it.
 ORDER = (
     "errors", "files", "plan", "edits", "models", "surgery", "losses", "data", "loading", "forward", "scoring",
-    "evaluation", "shapes", "benchmark", "latency", "search", "report", "hub", "trainer", "progress", "cli",
+    "evaluation", "shapes", "benchmark", "latency", "budget", "search", "report", "hub", "trainer", "progress", "cli",
     "__init__",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -116,14 +116,34 @@ def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(run, tmp_pat
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
-def test_compress_exposes_the_edits(tmp_path, model_folder, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"Line {n} of a text that is read again and again." for n in range(200)))
-    arguments = ["--model", model_folder, "--dataset", text, "--output_dir", tmp_path / "out", "--edits",
-                 "remove,parallelize", "--max_group_size", 3, "--target_num_layers", 3, "--max_steps", 1,
-                 "--max_length", 32, "--num_calibration_samples", 4, "--num_eval_samples", 4, "--measure_speed",
-                 "false", "--report_to", "none", "--per_device_train_batch_size", 2]  # fmt: skip
+COMPRESS = ["--max_steps", "1", "--max_length", "32", "--num_calibration_samples", "4", "--num_eval_samples", "4",
+            "--measure_speed", "false", "--report_to", "none", "--per_device_train_batch_size", "2"]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"Line {n} of a text that is read again and again." for n in range(200)))
+    return path
+
+
+def test_compress_exposes_the_edits(tmp_path, model_folder, text, capsys):
+    arguments = ["--model", model_folder, "--dataset", text, "--output_dir", tmp_path / "out", *COMPRESS, "--edits",
+                 "remove,parallelize", "--max_group_size", 3, "--target_num_layers", 3]  # fmt: skip
     assert cli.main(["compress", *map(str, arguments)]) == 0, capsys.readouterr().err
     plan = LayerPlan.from_json((tmp_path / "out" / "plan.json").read_text())
     assert plan.depth == 3
     assert "edits: remove,parallelize" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def test_a_target_on_the_command_line_replaces_that_of_the_recipe(tmp_path, model_folder, text, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {model_folder}\ndataset: {text}\ntarget_num_layers: 2\n")
+    target = prune(tiny_model(), [0]).num_parameters()
+    arguments = ["--config", recipe, "--output_dir", tmp_path / "out", *COMPRESS, "--target_num_parameters", target]
+    assert cli.main(["compress", *map(str, arguments)]) == 0, capsys.readouterr().err
+    assert LayerPlan.from_json((tmp_path / "out" / "plan.json").read_text()).depth == 4
+    recipe.write_text(recipe.read_text() + "target_latency: 0.5\n")
+    arguments = ["--config", recipe, "--output_dir", tmp_path / "again", *COMPRESS]
+    assert cli.main(["compress", *map(str, arguments)]) == 2
+    assert "target_num_layers and target_latency are both set" in capsys.readouterr().err

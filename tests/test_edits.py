@@ -92,6 +92,7 @@ def test_every_edit_of_a_plan_has_a_label_of_its_own():
         ("remove", ["0", "1", "2", "3"]),
         (["parallelize"], ["0|1", "1|2", "2|3"]),
         (BOTH, ["0", "1", "2", "3", "0|1", "1|2", "2|3"]),
+        ("remove, parallelize", ["0", "1", "2", "3", "0|1", "1|2", "2|3"]),
         (("parallelize", "remove"), ["0", "1", "2", "3", "0|1", "1|2", "2|3"]),
     ],
 )
@@ -179,8 +180,8 @@ def test_no_sequence_of_edits_gets_shallower_than_the_smallest_plan(kinds, size)
         (EditSpace("remove"), ((7,),)),
         (EditSpace("remove", protect_first=1, protect_last=2), ((0,), (6,), (7,))),
         (EditSpace("parallelize"), ((0, 1), (2, 3), (4, 5), (6, 7))),
-        (EditSpace("parallelize", 3), ((0, 1, 2), (3, 4, 5), (6, 7))),
-        (EditSpace("parallelize", 2, 1, 2), ((0,), (1, 2), (3, 4), (5,), (6,), (7,))),
+        (EditSpace("parallelize", 3, 1, 1), ((0,), (1, 2, 3), (4, 5, 6), (7,))),
+        (EditSpace("parallelize", 2, 2, 0), ((0,), (1,), (2, 3), (4, 5), (6, 7))),
         (EditSpace(BOTH, 3, 1, 1), ((0,), (7,))),
     ],
 )
@@ -188,7 +189,24 @@ def test_the_smallest_plan_of_eight_layers(space, blocks):
     assert space.smallest(LayerPlan.identity(8)) == LayerPlan(blocks, 8)
 
 
-@pytest.mark.parametrize("kinds", [(), "", "prune", ("remove", "merge"), ("remove,parallelize",), (None,)])
+@pytest.mark.parametrize("widths", [{1: 1, 2: 1.5, 3: 4}, {1: 1, 2: 2, 3: 2}, {1: 1, 2: 0.5, 3: 1.2}], ids=str)
+def test_no_sequence_of_merges_gets_cheaper_than_the_smallest_plan_by_any_cost_of_blocks(widths):
+    for first, last in PROTECTED:
+        space = EditSpace("parallelize", 3, first, last)
+
+        def cost(plan):
+            return sum(widths[len(block)] for block in plan.blocks)
+
+        @cache
+        def least(plan, space=space):
+            return min([cost(plan), *(least(edit.apply(plan)) for edit in space.edits(plan))])
+
+        for plan in every_plan(5):
+            if max(map(len, plan.blocks)) <= 3:
+                assert cost(space.smallest(plan, widths.get)) == pytest.approx(least(plan)), (plan, space)
+
+
+@pytest.mark.parametrize("kinds", [(), "", "prune", ("remove", "merge"), "remove,", (None,)])
 def test_unknown_kinds_are_refused(kinds):
     with pytest.raises(LayerPruneError, match="choose remove or parallelize"):
         EditSpace(kinds)

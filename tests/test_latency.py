@@ -21,25 +21,32 @@ def widths_of(model):
     return [layer.mlp.up_proj.out_features // 48 for layer in model.model.layers]
 
 
+def reports_of(seconds, batch_size):
+    """What `benchmark_models` would report of models whose decoding steps take `seconds`."""
+    speeds = [batch_size / s for s in seconds]
+    return [SimpleNamespace(decode_tokens_per_second=s, decode_ratio=s / speeds[0]) for s in speeds]
+
+
 @pytest.fixture
 def timed(monkeypatch):
-    """Let every model take exactly as long as its blocks say; gives the widths of the models that were timed."""
-    seen = []
+    """Let every model take exactly as long as its blocks say; gives the runs that were timed."""
+    runs = []
 
     def fake(models, prompt_tokens=128, new_tokens=64, batch_size=1, repeats=3):
-        seen.append(SimpleNamespace(widths=[widths_of(m) for m in models], settings=(prompt_tokens, new_tokens)))
-        assert batch_size == 1 or (batch_size, repeats) == (3, 2)
-        seconds = [FIXED + sum(PER_WIDTH[width - 1] for width in widths_of(m)) for m in models]
-        return [SimpleNamespace(decode_tokens_per_second=batch_size / s) for s in seconds]
+        settings = (prompt_tokens, new_tokens, batch_size, repeats)
+        runs.append(SimpleNamespace(widths=[widths_of(m) for m in models], settings=settings))
+        drift = 1.07 ** (len(runs) - 1)  # the machine grows slower: only models of one run can be compared
+        seconds = [drift * (FIXED + sum(PER_WIDTH[width - 1] for width in widths_of(m))) for m in models]
+        return reports_of(seconds, batch_size)
 
     monkeypatch.setattr(module, "benchmark_models", fake)
-    return seen
+    return runs
 
 
 MODELS = {
     "plain": lambda: tiny_model(9),
     "two layers": lambda: tiny_model(2),
-    "deep": lambda: tiny_model(19),
+    "deep": lambda: tiny_model(12),
     "pruned": lambda: prune(tiny_model(9), [0, 3, 4]),
     "parallelized": lambda: parallelize(tiny_model(9), [(1, 2), (4, 5, 6)]),
     "all in one block": lambda: parallelize(tiny_model(4), [(0, 1, 2, 3)]),
@@ -47,7 +54,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 4])
+@pytest.mark.parametrize("most", [1, 2, 4])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_the_costs_of_the_parts_are_found(timed, make, most):
     model = make()
@@ -61,7 +68,7 @@ def test_the_size_of_the_batch_does_not_change_the_time_of_a_step(timed):
     latency = measure_latency(tiny_model(5), 2, batch_size=3, prompt_tokens=10, new_tokens=7, repeats=2)
     assert latency.fixed == pytest.approx(FIXED)
     assert latency.blocks == pytest.approx(PER_WIDTH[:2])
-    assert [run.settings for run in timed] == [(10, 7)]
+    assert {run.settings for run in timed} == {(10, 7, 3, 2)}
 
 
 def test_a_model_of_one_layer_is_one_part(timed):
@@ -71,12 +78,12 @@ def test_a_model_of_one_layer_is_one_part(timed):
     assert latency.of(LayerPlan(((1,),), 3)) == pytest.approx(FIXED + PER_WIDTH[0])
 
 
-def test_all_forms_are_timed_side_by_side_and_copies_are_few(timed):
+def test_wide_blocks_are_few_at_a_time_and_timed_beside_the_whole_model(timed):
     measure_latency(tiny_model(27), 3)
-    (run,) = timed
-    by_half, whole, *wider = run.widths
-    assert (by_half, whole) == ([1] * 13, [1] * 27)
-    assert wider == [[2] * MOST_BLOCKS, [3] * MOST_BLOCKS]
+    assert timed[0].widths == [[1] * 13, [1] * 27]
+    wide = [[widths for widths in run.widths if set(widths) != {1}] for run in timed]
+    assert sorted(widths for forms in wide for widths in forms) == [[2] * MOST_BLOCKS, [3] * MOST_BLOCKS]
+    assert all(len(forms) <= 1 and [1] * 27 in run.widths for run, forms in zip(timed, wide, strict=True))
 
 
 def test_a_step_takes_the_fixed_part_and_every_block():
@@ -98,8 +105,10 @@ def test_what_was_measured_foretells_any_plan(timed):
     ids=["no difference", "half is slower", "pairs are free", "more than all", "all the same"],
 )
 def test_a_clock_that_is_too_coarse_gives_no_part_of_nothing_or_less(monkeypatch, by_half, whole, pairs):
-    reports = [SimpleNamespace(decode_tokens_per_second=1 / seconds) for seconds in (by_half, whole, pairs)]
-    monkeypatch.setattr(module, "benchmark_models", lambda *_, **__: reports)
+    seconds = {(1, 1): by_half, (1, 1, 1, 1): whole, (2, 2): pairs}
+    monkeypatch.setattr(
+        module, "benchmark_models", lambda models, *_: reports_of([seconds[tuple(widths_of(m))] for m in models], 1)
+    )
     latency = measure_latency(tiny_model(4), 2)
     assert latency.fixed >= 0 and min(latency.blocks) > 0
     assert latency.of(LayerPlan.identity(4)) > latency.of(LayerPlan.identity(3))

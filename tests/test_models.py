@@ -139,6 +139,26 @@ def test_plans_are_built_from_a_plain_checkpoint(tmp_path, batches):
     assert torch.equal(whole(**batches[0]).logits, model(**batches[0]).logits)
 
 
+def test_auto_classes_take_the_plan_as_well(tmp_path, batches):
+    model = tiny_model()
+    student = parallelize(model, [(1, 2)])
+    student.save_pretrained(tmp_path)
+    other = LayerPlan(((0,), (1,), (2, 3), (4,)), 5)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, layer_plan=other.to_dict())
+    assert plan_of(loaded) == other
+    expected = apply_plan(model, other)(**batches[0]).logits
+    torch.testing.assert_close(loaded(**batches[0]).logits, expected, atol=1e-5, rtol=1e-5)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert plan_of(AutoModelForCausalLM.from_pretrained(tmp_path, config=config)) == plan_of(student)
+    with pytest.raises(ValueError, match="teacher of 9 layers"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, layer_plan={**other.to_dict(), "num_teacher_layers": 9})
+
+
+def test_parallel_layers_with_sliding_windows_are_refused():
+    with pytest.raises(ValueError, match="sliding-window"):
+        PrunedQwen2Config(**PAIRED, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+
+
 def test_plans_that_do_not_fit_a_checkpoint_are_refused(tmp_path):
     prune(tiny_model(), [1]).save_pretrained(tmp_path / "plain")
     load = PrunedQwen2ForCausalLM.from_pretrained

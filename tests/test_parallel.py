@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import random_batches, tiny_model
 from parallel_reference import literal
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen2ForCausalLM, StaticCache
 
 from hf_layerprune import LayerPlan, LayerPruneError, PrunedQwen2ForCausalLM, parallelize, prune, unparallelize
-from hf_layerprune.surgery import apply_plan, plan_of
+from hf_layerprune.surgery import apply_plan, plan_of, to_pruned_qwen2
 
 SHAPES = {
     "grouped-query attention": {},
@@ -187,7 +188,7 @@ def test_edits_in_any_order_give_the_same_model():
     assert plan_of(a) == plan_of(b) == plan_of(c)
     for student in (a, b):
         torch.testing.assert_close(student(**batch).logits, c(**batch).logits, atol=1e-5, rtol=1e-5)
-    grown = parallelize(parallelize(model, [(2, 3), (4, 5)]), [(3, 4)])
+    grown = parallelize(parallelize(model, [(2, 3), (4, 5)]), [(2, 3, 4, 5)])
     assert plan_of(grown).blocks == ((0,), (1,), (2, 3, 4, 5), (6,))
     expected = parallelize(model, [(2, 3, 4, 5)])(**batch).logits
     torch.testing.assert_close(grown(**batch).logits, expected, atol=1e-5, rtol=1e-5)
@@ -209,6 +210,38 @@ def test_edits_in_any_order_give_the_same_model():
 def test_bad_pairs_are_refused(pairs, message):
     with pytest.raises(LayerPruneError, match=message):
         parallelize(model_of(), pairs)
+
+
+def test_what_cannot_be_rearranged_is_refused():
+    with pytest.raises(LayerPruneError, match="name all of \\[2, 3, 4\\]"):
+        parallelize(parallelize(model_of(), [(2, 3)]), [(3, 4)])
+    with pytest.raises(LayerPruneError, match="teacher of 24 layers; the model's has 7"):
+        apply_plan(model_of(), LayerPlan(((0,), (1,)), 24))
+    with pytest.raises(LayerPruneError, match="not in parallel"):
+        unparallelize(parallelize(model_of(), [(2, 3)]), (2, 3))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(LayerPruneError, match="PeftModelForCausalLM cannot be rearranged"):
+        parallelize(get_peft_model(model_of(), lora), [(2, 3)])
+    adapted = model_of()
+    adapted.add_adapter(lora)
+    with pytest.raises(LayerPruneError, match="carries adapters"):
+        parallelize(adapted, [(2, 3)])
+    quantized = model_of()
+    quantized.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(LayerPruneError, match="quantized"):
+        parallelize(quantized, [(2, 3)])
+
+
+def test_frozen_models_stay_frozen_and_checkpointing_stays_as_it_was_set():
+    model = model_of().requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in parallelize(model, [(2, 3)]).parameters())
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    layer = parallelize(model, [(2, 3)]).model.layers[2]
+    assert layer._gradient_checkpointing_func.keywords["use_reentrant"] is True
+
+
+def test_unparallelize_of_single_layers_is_plain():
+    assert type(unparallelize(to_pruned_qwen2(model_of()))) is Qwen2ForCausalLM
 
 
 def test_sliding_windows_are_refused():

@@ -4,10 +4,11 @@ import shutil
 import pytest
 from conftest import tiny_config, tiny_model
 
-from hf_layerprune import LayerPlan, LayerPruneError, search
+from hf_layerprune import LayerPlan, LayerPruneError, budget
+from hf_layerprune.budget import Budget, Gauge, ModelSizes
+from hf_layerprune.edits import EditSpace
 from hf_layerprune.files import replace_folder, to_json, write_atomically
 from hf_layerprune.latency import BlockLatency
-from hf_layerprune.search import Budget, Gauge, ModelSizes
 from hf_layerprune.trainer.run_state import (
     CHECKPOINT_FILES,
     RunState,
@@ -65,8 +66,10 @@ def test_open_run(tmp_path):
     assert open_run(tmp_path, found, changed, True).settings == changed
 
 
-def gauge(**budget):
-    return Gauge(Budget(**budget), ModelSizes(0, 10, 1), LayerPlan.identity(8), BlockLatency(0.0, (1.0, 1.5)))
+def gauge(**target):
+    return Gauge(
+        Budget(**target), EditSpace(), ModelSizes(0, 10, 1), LayerPlan.identity(8), BlockLatency(0.0, (1.0, 1.5))
+    )
 
 
 def test_check_target():
@@ -84,7 +87,7 @@ def test_check_target():
 
 def test_latencies_are_measured_once_a_run(tmp_path, monkeypatch):
     measured = []
-    monkeypatch.setattr(search, "measure_latency", lambda *_: measured.append(1) or BlockLatency(0.5, (1.0, 1.25)))
+    monkeypatch.setattr(budget, "measure_latency", lambda *_: measured.append(1) or BlockLatency(0.5, (1.0, 1.25)))
     args = tiny_config(tmp_path, target_num_layers=None, target_latency=0.5, edits="remove,parallelize")
     run = RunState({})
     first = gauge_of_run(run, args, tiny_model())

@@ -110,6 +110,7 @@ def test_students_are_scored_in_teacher_indices_against_the_original_teacher(mod
 
 def test_protected_layers_are_left_out(model, batches):
     assert list(score_layers(model, batches, layers=[1, 2]).values) == [1, 2]
+    assert list(score_layers(model, batches, layers=[2, 1, 2]).values) == [2, 1]
     with pytest.raises(LayerPruneError, match="all are protected"):
         score_layers(model, batches, layers=[])
 
@@ -221,9 +222,8 @@ def test_parts_of_parallel_blocks_use_the_attention_implementation_of_the_model(
     assert list(scores.values.values()) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("criterion", ["kl", "loss"])
 @pytest.mark.parametrize("name", STUDENTS)
-def test_any_plan_scores_as_the_model_that_is_built_by_it(batches, name, criterion):
+def test_any_plan_scores_as_the_model_that_is_built_by_it(batches, name):
     model = tiny_model(6)
     student, plan = student_of(model, name), LayerPlan(STUDENTS[name], 6)
     layers = plan.layers
@@ -238,17 +238,17 @@ def test_any_plan_scores_as_the_model_that_is_built_by_it(batches, name, criteri
         LayerPlan(plan.blocks[:-1], 6),  # the end left out
         LayerPlan(plan.blocks[1:], 6),
     ]
-    scores = score_plans(student, batches, plans, criterion, teacher=model)
+    kl, loss = (score_plans(student, batches, plans, criterion, teacher=model) for criterion in ("kl", "loss"))
     for candidate in plans:
         report = evaluate_model(apply_plan(student, candidate), batches, model)
-        expected = report.kl if criterion == "kl" else report.loss
-        assert scores.values[candidate] == pytest.approx(expected, abs=1e-5), candidate
-    assert scores.values[plan] == scores.baseline
+        assert kl.values[candidate] == pytest.approx(report.kl, abs=1e-5), candidate
+        assert loss.values[candidate] == pytest.approx(report.loss, abs=1e-5), candidate
+    assert kl.values[plan] == kl.baseline and loss.values[plan] == loss.baseline
 
 
 def test_plans_of_layers_the_model_lacks_are_refused(model, batches):
     student = prune(model, [2])
-    with pytest.raises(LayerPruneError, match="2"):
+    with pytest.raises(LayerPruneError, match=r"layers \[2\] are not in the model; it has \[0, 1, 3, 4\]"):
         score_plans(student, batches, [LayerPlan(((0,), (1, 2), (3,)), 5)])
     with pytest.raises(LayerPruneError, match="not in neighbouring blocks"):
         score_edits(student, batches, [Edit.parallelize(0, 3)])
@@ -354,7 +354,9 @@ def test_equal_costs_of_edits_go_to_the_deeper_first_layer(batches):
     scores = score_edits(model, batches, EditSpace().edits(LayerPlan.identity(6)))
     free = [edit for edit in scores.ranking if scores.values[edit] < 1e-6]
     assert {edit.label for edit in free} == {"2", "4", "1|2", "2|3", "3|4", "4|5"}
-    assert scores.safest == free[0] and scores.safest.layers[0] == 4
+    equal = [edit for edit in free if scores.values[edit] == scores.values[free[0]]]
+    assert len(equal) > 1
+    assert scores.safest == free[0] and free[0].layers[0] == max(edit.layers[0] for edit in equal)
 
 
 def test_scores_of_edits_are_written_by_label(model, batches):

@@ -44,6 +44,12 @@ def test_the_output_of_a_pair_is_compared_with_that_of_its_second_layer():
     assert dict(zip(states.student, states.teacher, strict=True)) == {0: 0, 1: 1, 2: 2, 3: 4, 4: 6}
 
 
+def test_a_teacher_that_runs_layers_in_parallel_has_no_state_between_them():
+    teacher = TEACHER.parallelize(0, 1).parallelize(4, 5)
+    states = HiddenStateMap.of(TEACHER, teacher, list(range(8)))
+    assert dict(zip(states.student, states.teacher, strict=True)) == {1: 0, 2: 1, 3: 2, 5: 3, 6: 4}
+
+
 def test_hidden_states_are_compared_where_the_next_layer_reads_them():
     plan = TEACHER.remove(3).remove(4)
     states = HiddenStateMap.of(plan, TEACHER, list(range(plan.depth)))

@@ -22,6 +22,7 @@ from ..progress import RunProgress
 from ..report import rich_table
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.checks import check_has_text
+from ..trainer.config import TARGETS
 from ..trainer.run_state import STATE_FILE
 from .arguments import CompressArguments, check_new_folder, names_option, parse
 
@@ -35,7 +36,7 @@ def compress(argv: list[str]) -> None:
     if not any(names_option(argument, "--model", "--config") for argument in argv):
         argv = ["--config", str(ASSETS / "recipe.yaml"), *argv]
     arguments, config = parse((CompressArguments, IterativeLayerDistillConfig), argv)
-    _choose_target(arguments, config)
+    _choose_target(arguments, config, argv)
     config.disable_tqdm = True
     init_kwargs = config.model_init_kwargs
     config.model_init_kwargs = (init_kwargs or {}) | {"dtype": arguments.dtype}
@@ -76,8 +77,11 @@ def compress(argv: list[str]) -> None:
     console.print(f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
 
-def _choose_target(arguments: CompressArguments, config: Any) -> None:
-    """Without a target, three quarters of the depth."""
+def _choose_target(arguments: CompressArguments, config: Any, argv: list[str]) -> None:
+    """The target named on the command line, else that of the recipe, else three quarters of the depth."""
+    if named := [name for name in TARGETS.values() if any(names_option(argument, f"--{name}") for argument in argv)]:
+        for name in set(TARGETS.values()) - set(named):
+            setattr(config, name, None)
     depth = load_config(arguments.model).num_hidden_layers
     if config.budget() is None:
         config.target_num_layers = max(1, round(0.75 * depth))

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..budget import Budget
 from ..data import Batch, load_text_dataset, tokenized_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
@@ -20,7 +21,7 @@ from ..hub import model_card
 from ..loading import load_tokenizer
 from ..plan import LayerPlan
 from ..report import plot_range, report_of, rich_table, save_plot, write_report
-from ..search import Budget, ParallelRange, SearchStep, find_parallel_range, search_plan
+from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of
 from ..trainer.config import TARGETS
 from ..trainer.records import add_speed, student_record, teacher_record
@@ -115,9 +116,8 @@ def _steps(
     """The steps to the plan that was named or searched for, and all runs of pairs if those were tried."""
     plan = plan_of(model)
     if arguments.pairs:
-        for pair in (pairs := [_pair(text) for text in arguments.pairs]):
-            plan = plan.group(pair)
-        return [([Edit.parallelize(*pair).label for pair in pairs], [], plan)], None
+        wanted = plan.with_pairs([_pair(text) for text in arguments.pairs])
+        return [(_edits_between(plan, wanted), [], wanted)], None
     if arguments.plan:
         wanted = _read_plan(arguments.plan)
         return [(_edits_between(plan, wanted), [], wanted)], None
@@ -135,7 +135,7 @@ def _steps(
         model,
         batches,
         Budget(**targets),
-        [kind.strip() for kind in arguments.edits.split(",")],
+        arguments.edits,
         arguments.max_group_size,
         arguments.criterion,
         protect_first_layers=arguments.protect_first_layers,

@@ -38,6 +38,8 @@ class PrunedQwen2Config(Qwen2Config):
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries but layer_plan has {len(blocks)} blocks"
             )
+        if "sliding_attention" in self.layer_types and any(len(block) > 1 for block in blocks):
+            raise ValueError("layer_plan runs layers in parallel, which sliding-window attention does not support")
 
     def block_config(self, position):
         """The configuration of block `position` alone: this one, as many times wider as the block has layers."""

@@ -97,8 +97,12 @@ def adopt_weights(rebuilt, model, tensors):
     rebuilt.base_model.rotary_emb = deepcopy(model.base_model.rotary_emb)  # its buffers are in no state dict
     if model.can_generate():
         rebuilt.generation_config = deepcopy(model.generation_config)
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        getattr(rebuilt, "activation_checkpointing_enable", rebuilt.gradient_checkpointing_enable)()
+    functions = [
+        m._gradient_checkpointing_func for m in model.modules() if getattr(m, "gradient_checkpointing", False)
+    ]
+    for module in rebuilt.modules():
+        if functions and hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing, module._gradient_checkpointing_func = True, functions[0]
     rebuilt.train(model.training)
 
 
@@ -144,6 +148,14 @@ class PrunedQwen2Loading:
                 checkpoint has layers the model does not; it names them.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        values, _ = PrunedQwen2Config.get_config_dict(
+            pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+        )
+        given = getattr(kwargs.get("config"), "layer_plan", None)
+        if layer_plan is None and "layer_plan" in values and given not in (None, values["layer_plan"]):
+            layer_plan = given  # Auto classes put the argument into the config, whatever the weights are
+            del kwargs["config"]
         if layer_plan is None:
             model, info = checked(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
         else:
@@ -151,10 +163,6 @@ class PrunedQwen2Loading:
             for name in ("tp_plan", "device_mesh", "quantization_config"):
                 if kwargs.get(name) is not None:
                     raise ValueError(f"layer_plan and {name} do not go together; save the model with its plan first")
-            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            values, _ = PrunedQwen2Config.get_config_dict(
-                pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
-            )
             loaders = {"qwen2": cls.qwen2_class.from_pretrained, "pruned_qwen2": super().from_pretrained}
             if values.get("model_type") not in loaders:
                 raise ValueError(f"model_type={values.get('model_type')!r}; layer_plan works on {', '.join(loaders)}")
@@ -174,8 +182,6 @@ class PrunedQwen2Loading:
         config = PrunedQwen2Config.from_qwen2(model.config, layer_plan)
         if len(devices := {parameter.device for parameter in model.parameters()}) > 1:
             raise ValueError(f"the model lies on {len(devices)} devices or is offloaded; load it on one")
-        if "sliding_attention" in config.layer_types:
-            raise ValueError("layers with sliding-window attention cannot run in parallel")
         with torch.device("meta"):
             rebuilt = cls(config)
         blocks = PrunedQwen2Config._plan_in(model.config)["blocks"]

@@ -66,7 +66,7 @@ def score_layers(
         [`LayerPruneError`]: for an unknown criterion or layer, an unsupported model, or data without a token to score.
     """
     check_supported(model.config)
-    layers = list(plan_of(model).layers if layers is None else layers)
+    layers = list(dict.fromkeys(plan_of(model).layers if layers is None else layers))
     if not layers:
         raise LayerPruneError("no layer to score: all are protected")
     scores = score_edits(model, batches, [Edit.remove(layer) for layer in layers], criterion, teacher, on_batch)
@@ -133,6 +133,9 @@ def score_plans(
     check_supported(model.config)
     plans, teacher = list(plans), model if teacher is None else teacher
     check_same_vocabulary(model, teacher)
+    layers = plan_of(model).layers
+    if missing := {layer for plan in plans for layer in plan.layers} - set(layers):
+        raise LayerPruneError(f"layers {sorted(missing)} are not in the model; it has {list(layers)}")
     batches = check_batches(batches, model.config.vocab_size, "calibration data")
     totals, num_tokens = [0.0] * (1 + len(plans)), 0
     with measuring(model, teacher):

@@ -7,9 +7,10 @@ every layer in turn takes L(L-1)/2 + L layer passes instead of L(L-1) + L, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,21 +61,18 @@ class Candidate:
     blocks: list[list[nn.Module]]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, plan: LayerPlan) -> Candidate:
-        """`model` by `plan`. Its own layers are used where they can be; only part of a parallel block is a copy."""
+    def of(cls, model: PreTrainedModel, plan: LayerPlan, apart: Callable[[], Mapping[int, nn.Module]]) -> Candidate:
+        """`model` by `plan`, made of its own layers; `apart` gives those inside its parallel blocks, one by one."""
         current, layers = plan_of(model).blocks, model.base_model.layers
         start = 0
         while start < min(len(current), plan.depth) and current[start] == plan.blocks[start]:
             start += 1
-        rebuilt: nn.ModuleList | None = None
         blocks = []
-        for position, block in enumerate(plan.blocks[start:], start):
+        for block in plan.blocks[start:]:
             inside = [index for index, other in enumerate(current) if set(other) <= set(block)]
-            if sum(len(current[index]) for index in inside) < len(block):  # one of the layers is in a larger block
-                rebuilt = rebuilt or apply_plan(model, plan, share_weights=True).base_model.layers
-                blocks.append([rebuilt[position]])
-            else:
-                blocks.append([layers[index] for index in inside])
+            whole = [layer for index in inside for layer in current[index]]
+            parts = [apart()[layer] for layer in block if layer not in whole]  # of a larger block that loses layers
+            blocks.append([layers[index] for index in inside] + parts)
         return cls(start, blocks)
 
     def final_states(self, decoder: nn.Module, calls: LayerCalls, whole: Tensor) -> Tensor:
@@ -85,6 +83,13 @@ class Candidate:
         for layers in self.blocks:
             state = run_parallel(layers, state, kwargs)
         return decoder.norm(state)
+
+
+def separate_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Every teacher layer of `model` on its own; those inside parallel blocks are copies."""
+    plan = plan_of(model)
+    singles = LayerPlan(tuple((layer,) for layer in plan.layers), plan.num_teacher_layers)
+    return dict(zip(plan.layers, apply_plan(model, singles, share_weights=True).base_model.layers, strict=True))
 
 
 def run_parallel(layers: list[nn.Module], state: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -118,7 +123,8 @@ def measure_candidates(
 
     Runs inside [`~forward.measuring`].
     """
-    candidates = [Candidate.of(model, plan) for plan in plans]
+    apart = cache(lambda: separate_layers(model))  # made once for all candidates, and only if one needs it
+    candidates = [Candidate.of(model, plan, apart) for plan in plans]
     for batch in batches:
         batch = to_device(batch, model.device)
         valid, labels = valid_next_tokens(batch)

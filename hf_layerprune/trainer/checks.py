@@ -6,11 +6,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from ..budget import Gauge
 from ..data import column_names
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary
 from ..plan import LayerPlan
-from ..search import Gauge
 from ..surgery import check_supported, plan_of
 from .config import TARGETS, IterativeLayerDistillConfig
 
@@ -48,17 +48,17 @@ def check_request(
     if missing := [layer for layer in args.named_trained_layers() or () if layer not in plan.layers]:
         raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
     if args.budget().unit != "latency":  # which is measured when the run is opened
-        check_budget(name, Gauge.of(args.budget(), model, teacher_plan, args.max_group_size), plan, args)
+        check_budget(name, Gauge.of(args.budget(), args.edit_space(), model, teacher_plan), plan)
 
 
-def check_budget(name: str, gauge: Gauge, plan: LayerPlan, args: IterativeLayerDistillConfig) -> None:
-    """Raise [`LayerPruneError`] unless the edits `args` allow lead from `plan` to the target, not met yet."""
+def check_budget(name: str, gauge: Gauge, plan: LayerPlan) -> None:
+    """Raise [`LayerPruneError`] unless the allowed edits lead from `plan` to the target, not met yet."""
     setting, size = TARGETS[gauge.budget.unit], gauge.size(plan)
     if gauge.met(plan):
         what = f"{size:,} {gauge.budget.unit}" if gauge.budget.unit != "depth" else f"{plan.depth} layers"
         least = f"1..{plan.depth - 1}" if gauge.budget.unit == "depth" else f"less than {size:.6g}"
         raise LayerPruneError(f"{setting}={gauge.budget.target:g} but {name} has {what}; choose {least}")
-    gauge.check_reachable(plan, args.edit_space(), setting)
+    gauge.check_reachable(plan, setting)
 
 
 def check_has_text(dataset: Dataset | IterableDataset, text_field: str, name: str) -> None:

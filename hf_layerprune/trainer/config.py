@@ -8,10 +8,10 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from ..budget import Budget
 from ..edits import EditSpace
 from ..errors import LayerPruneError
 from ..scoring import CRITERIA
-from ..search import Budget
 
 
 def has_bf16(use_cpu: bool) -> bool:
@@ -44,9 +44,10 @@ class IterativeLayerDistillConfig(SFTConfig):
             layers (parallel ones count as one). Must be below the model's depth.
         target_latency (`float`, *optional*):
             In place of `target_num_layers`: time per generated token to reach, as a share of the teacher's, measured
-            on this machine. Edits are then weighed by what they save of it.
+            on this machine in the dtype in memory. Edits are then weighed by what they save of it.
         target_num_parameters (`int`, *optional*):
-            In place of `target_num_layers`: number of parameters to reach. Only removing saves any.
+            In place of `target_num_layers`: number of parameters to reach. Running layers in parallel saves none to
+            speak of.
         edits (`str`, *optional*, defaults to `"remove"`):
             What a round may do: `"remove"` a layer, `"parallelize"` two neighbours
             ([Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790)), or
@@ -188,7 +189,6 @@ class IterativeLayerDistillConfig(SFTConfig):
                 "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
             )
         self.named_trained_layers()
-        self.budget()
         if "parallelize" in self.edit_space().kinds and self.criterion == "block_influence":
             raise LayerPruneError(
                 "criterion='block_influence' tells nothing about running layers in parallel; choose 'kl' or 'loss'"
@@ -196,8 +196,7 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     def edit_space(self) -> EditSpace:
         """The edits a round may make."""
-        kinds = tuple(kind.strip() for kind in self.edits.split(","))
-        return EditSpace(kinds, self.max_group_size, self.protect_first_layers, self.protect_last_layers)
+        return EditSpace(self.edits, self.max_group_size, self.protect_first_layers, self.protect_last_layers)
 
     def budget(self) -> Budget | None:
         """What the rounds lead to; `None` where no target is set.

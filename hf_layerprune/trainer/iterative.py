@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput, set_seed
 
+from ..budget import Gauge
 from ..data import Batch, check_batches, collated_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
@@ -28,7 +29,7 @@ from ..hub import TAGS, model_card
 from ..loading import load_config, load_model, load_tokenizer
 from ..plan import LayerPlan
 from ..report import report_of, write_report
-from ..search import Gauge, next_step
+from ..search import next_step
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
@@ -218,7 +219,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         found = self._agreed(RunState.load(folder))
         self.run = open_run(folder, found, settings, resume_from_checkpoint)
         self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
-        check_budget(self.model_name, self.gauge, plan_of(self.start), self.args)
+        check_budget(self.model_name, self.gauge, plan_of(self.start))
         check_target(self.run, plan_of(self.start), self.gauge)
         folder.mkdir(parents=True, exist_ok=True)
         self._save_run(self.run, folder)
@@ -251,8 +252,8 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         while len(current["edits"]) < current["wanted"] and not self.gauge.met(plan):
             self._phase("scoring", num_layers=plan.depth)
             start = time.perf_counter()
-            how = (self.gauge, self.args.edit_space(), self.args.criterion, self.teacher)
-            step = next_step(student, self.calibration_batches, *how, self._phase_step)
+            how = (self.gauge, self.args.criterion, self.teacher, self._phase_step)
+            step = next_step(student, self.calibration_batches, *how)
             current["seconds_scoring"] += time.perf_counter() - start
             current["scores"].append(step.scores.to_dict())
             edit = self._agreed(step.edit)

@@ -13,12 +13,12 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..budget import Gauge
 from ..data import Batch
 from ..errors import LayerPruneError
 from ..files import write_atomically
 from ..latency import BlockLatency
 from ..plan import LayerPlan
-from ..search import Gauge
 from ..surgery import plan_of
 from .config import TARGETS, IterativeLayerDistillConfig
 from .students import round_folder
@@ -98,6 +98,8 @@ def open_run(folder: Path, found: RunState | None, settings: dict[str, Any], res
             "(resume_from_checkpoint) or choose another folder"
         )
     in_healing = last_whole_checkpoint(round_folder(folder, len(found.rounds) + 1)) is not None
+    if set(found.settings) != set(settings):
+        raise LayerPruneError(f"{folder} holds a run of another version of hf_layerprune; choose another output_dir")
     for key, value in found.settings.items():
         if key in PER_HEALING and not in_healing:
             continue
@@ -129,7 +131,7 @@ def check_target(run: RunState, start: LayerPlan, gauge: Gauge) -> None:
 def gauge_of_run(run: RunState, args: IterativeLayerDistillConfig, teacher: PreTrainedModel) -> Gauge:
     """What measures the students of a run; latencies are measured once and kept in `run`."""
     known = None if run.latency is None else BlockLatency(**run.latency)
-    gauge = Gauge.of(args.budget(), teacher, plan_of(teacher), args.max_group_size, known)
+    gauge = Gauge.of(args.budget(), args.edit_space(), teacher, plan_of(teacher), known)
     run.latency = None if gauge.latency is None else asdict(gauge.latency)
     return gauge
 

@@ -62,5 +62,10 @@ class HiddenStateMap:
     @classmethod
     def of(cls, plan: LayerPlan, teacher_plan: LayerPlan, blocks: list[int]) -> HiddenStateMap:
         """Compare the outputs of `blocks` (positions in `plan`), but not the last one's: that is the final state."""
-        inner = tuple(position for position in blocks if position < plan.depth - 1)
-        return cls(inner, tuple(teacher_plan.block_of(plan.blocks[position + 1][0]) - 1 for position in inner))
+        pairs = []
+        for position in blocks:
+            if position < plan.depth - 1:
+                own, behind = plan.blocks[position][-1], plan.blocks[position + 1][0]
+                if teacher_plan.block_of(own) != teacher_plan.block_of(behind):  # else it has no state between them
+                    pairs.append((position, teacher_plan.block_of(behind) - 1))
+        return cls(tuple(position for position, _ in pairs), tuple(position for _, position in pairs))
