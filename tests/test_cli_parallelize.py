@@ -53,6 +53,7 @@ def test_named_pairs_and_a_plan_of_an_earlier_run_give_the_same(run, tmp_path):
     assert first["rounds"][0]["edits"] == second["rounds"][0]["edits"] == ["1|2", "3|4"]
     assert first["rounds"][0]["loss"] == second["rounds"][0]["loss"]
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["blocks"] == [[0], [1, 2], [3, 4]]
+    assert second["settings"]["plan"] == "plan.json" and str(tmp_path) not in json.dumps(second)
 
 
 def test_the_search_for_a_range(run, tmp_path):

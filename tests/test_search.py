@@ -9,12 +9,13 @@ import torch
 from conftest import random_batches, tiny_model
 from parallel_reference import literal
 
-import hf_layerprune.search as module
+import hf_layerprune.budget as module
 from hf_layerprune import LayerPlan, LayerPruneError, evaluate_model, parallelize, prune
+from hf_layerprune.budget import Budget, Gauge, ModelSizes
 from hf_layerprune.edits import EDIT_KINDS, Edit, EditSpace
 from hf_layerprune.latency import BlockLatency
 from hf_layerprune.scoring import EditScores
-from hf_layerprune.search import Budget, Gauge, ModelSizes, ParallelRange, find_parallel_range, search_plan
+from hf_layerprune.search import ParallelRange, find_parallel_range, search_plan
 from hf_layerprune.surgery import apply_plan, plan_of
 
 BOTH = EDIT_KINDS
@@ -141,9 +142,9 @@ def test_models_that_have_no_run_of_pairs_are_refused(model, few):
     with pytest.raises(LayerPruneError, match=r"layers \[\(1, 2\)\] in parallel already"):
         find_parallel_range(parallelize(model, [(1, 2)]), few)
     for depth in (1, 2, 3):
-        with pytest.raises(LayerPruneError, match=f"{depth} layers has no pair"):
+        with pytest.raises(LayerPruneError, match=f"between .* of {depth} layers"):
             find_parallel_range(tiny_model(depth), few)
-        with pytest.raises(LayerPruneError, match=f"{depth} layers has no pair"):
+        with pytest.raises(LayerPruneError, match=f"between .* of {depth} layers"):
             find_parallel_range(tiny_model(depth), few, 2)
     with pytest.raises(LayerPruneError, match="no token to score"):
         find_parallel_range(model, [])
@@ -308,7 +309,7 @@ PLANS = {
 def test_parameters_are_counted_as_the_built_model_has_them(tied, start):
     model = tiny_model(6, tie_word_embeddings=tied)
     student = apply_plan(model, LayerPlan(PLANS[start], 6))
-    gauge = Gauge.of(Budget(parameters=1), student, plan_of(model), EditSpace())
+    gauge = Gauge.of(Budget(parameters=1), EditSpace(), student, plan_of(model))
     for blocks in PLANS.values():
         plan = LayerPlan(blocks, 6)
         built = apply_plan(model, plan)
@@ -361,7 +362,7 @@ def test_latency_is_measured_once_for_every_width_that_can_come(monkeypatch, few
 
 
 def gauge_of_four(latency, target):
-    return Gauge(Budget(latency=target), ModelSizes(0, 1, 1), LayerPlan.identity(4), latency)
+    return Gauge(Budget(latency=target), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(4), latency)
 
 
 def test_what_an_edit_saves_beyond_the_budget_does_not_count():
@@ -449,6 +450,19 @@ def test_every_depth_within_reach_is_reached_exactly(few, name, kinds, most, fir
             found = search_plan(student, few, {"depth": depth}, kinds, most, **request)
             assert found.plan.depth == depth
             assert all(max(map(len, step.plan.blocks)) <= most for step in found.steps)
+
+
+def test_edits_that_save_nothing_are_tried_only_where_none_saves():
+    def useful(blocks, depth=1):
+        gauge = Gauge(Budget(depth=depth), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(5))
+        return [edit.label for edit in gauge.useful_edits(LayerPlan(blocks, 5))]
+
+    assert useful(((0, 1), (2, 3))) == ["0", "1", "2", "3"]  # two of them save one block
+    assert useful(((0, 1), (2, 3), (4,))) == ["4"]
+    assert useful(((0, 1), (2,), (3,))) == ["2", "3", "2|3"]
+    gauge = Gauge(Budget(depth=1), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(4))
+    scores = EditScores("kl", {Edit.remove(0): 0.3, Edit.remove(2): 0.1, Edit.remove(3): math.nan}, 0.0, 1)
+    assert gauge.best(scores, LayerPlan(((0, 1), (2, 3)), 4)) == Edit.remove(2)
 
 
 LATENCIES = {
@@ -543,7 +557,7 @@ def test_budgets_that_are_none_are_refused(model, few, budget, message):
         ({"budget": {"depth": 4}, "criterion": "block_influence"}, "tells nothing about 'parallelize"),
         ({"budget": {"depth": 4}, "batches": []}, "no token to score"),
         ({"budget": {"depth": 4}, "teacher": SimpleNamespace()}, "vocabulary"),
-        ({"budget": {"latency": 0.9}, "latency": BlockLatency(1.0, (1.0,))}, "latency is of blocks of up to 1 "),
+        ({"budget": {"latency": 0.9}, "latency": BlockLatency(1.0, (1.0,))}, "latency knows blocks of up to 1 "),
     ],
     ids=str,
 )

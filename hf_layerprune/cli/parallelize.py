@@ -56,7 +56,7 @@ def parallelize(argv: list[str]) -> None:
         write_atomically(folder / "range.json", to_json(_content(found)))
         save_plot(plot_range(found), folder / "range.png")
     save_student(student, tokenizer, student.dtype, folder / "model")
-    settings = asdict(arguments) | {"model": teacher["name"], "output_dir": None}
+    settings = {key: _without_place(value) for key, value in asdict(arguments).items() if key != "output_dir"}
     write_report(folder, teacher, rounds, settings)
     card = model_card(report_of(teacher, rounds, settings), f"{folder.name}/model", arguments.model)
     write_atomically(folder / "README.md", str(card))
@@ -64,6 +64,11 @@ def parallelize(argv: list[str]) -> None:
     write_atomically(folder / "plan.json", plan_of(student).to_json() + "\n")
     console.print(rich_table(teacher, rounds))
     console.print(f"model: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
+
+
+def _without_place(value: Any) -> Any:
+    """A setting as the report tells it: of local files and folders the name, not where they lie."""
+    return Path(value).name if isinstance(value, str) and Path(value).exists() else value
 
 
 def _check(arguments: ParallelizeArguments) -> None:
