@@ -1,10 +1,11 @@
-"""What removing layers and running them in parallel buy: four ways to make the embedded teacher shallower.
+"""What removing layers and running them in parallel buy: ways to make the embedded teacher shallower.
 
     python benchmarks/edits.py --output_dir runs/edits --results benchmarks/results
 
 Each way is a whole run of `hf-layerprune compress` (a finished one in the output folder is used again): every round
-makes the best edit of the kinds it may make and heals. Then all students are timed side by side, in turns, and put
-into one table: at equal depth, at equal measured time per token, at equal number of parameters.
+makes the best edit of the kinds it may make and heals the blocks it touched, the same way for all; one more run heals
+all weights after each removal, as the package's recipe does. Then all different students are timed side by side, in
+turns, and put into tables: at equal depth, at equal measured time per token, at equal number of parameters.
 """
 
 from __future__ import annotations
@@ -19,46 +20,61 @@ from matplotlib.figure import Figure
 
 from hf_layerprune import LayerPlan, cli
 from hf_layerprune.benchmark import benchmark_models
+from hf_layerprune.data import ASSETS
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model
 from hf_layerprune.report import environment, save_plot
 from hf_layerprune.surgery import apply_plan
 
-PARALLEL = ["--trained_layers", "neighbours", "--learning_rate", "1e-3"]  # heals the blocks an edit touches
+TOUCHED = {"trained_layers": "neighbours", "learning_rate": 1e-3}  # heals the blocks an edit touches
 STRATEGIES = {
-    "removal": ["--target_num_layers", "8"],
-    "pairs": ["--edits", "parallelize", "--target_num_layers", "9", *PARALLEL],
-    "groups of up to 4": ["--edits", "parallelize", "--max_group_size", "4", "--target_num_layers", "6", *PARALLEL],
-    "mixed": ["--edits", "remove,parallelize", "--max_group_size", "4", "--target_latency", "0.6", *PARALLEL],
+    "removal": {"target_num_layers": 8, **TOUCHED},
+    "removal, all weights healed": {"target_num_layers": 8},
+    "pairs": {"edits": "parallelize", "target_num_layers": 9, **TOUCHED},
+    "groups of up to 4": {"edits": "parallelize", "max_group_size": 4, "target_num_layers": 6, **TOUCHED},
+    "mixed, by latency": {"edits": "remove,parallelize", "max_group_size": 4, "target_latency": 0.6, **TOUCHED},
 }
-RECIPE = Path(cli.__file__).parent.parent / "assets" / "recipe.yaml"
 DEPTHS = (14, 12, 10, 9, 8, 7, 6)
 LATENCIES = (0.9, 0.8, 0.7, 0.6)
 PARAMETERS = (0.95, 0.85, 0.75, 0.65)
 
 
+HEAD = """Made by `python benchmarks/edits.py --output_dir runs/edits --results benchmarks/results`; all numbers and the
+settings of every run in edits.json.
+
+Cells: held-out perplexity of the same plan never healed / **healed** / KL of the healed student to the teacher in nats
+per token. "Equal" time and parameters: the first student of each way that is within the limit; blank where none is."""
+
+
 def folder_of(name: str, parent: Path) -> Path:
-    return parent / name.replace(" ", "-")
+    return parent / name.replace(",", "").replace(" ", "-")
 
 
 def run(name: str, parent: Path) -> list[dict[str, Any]]:
     """The rounds of one way, from disk if it is finished."""
     folder = folder_of(name, parent)
     if not (folder / "model").is_dir():
-        arguments = ["compress", "--config", str(RECIPE), "--output_dir", str(folder), "--measure_speed", "false"]
+        arguments = ["compress", "--config", str(ASSETS / "recipe.yaml"), "--measure_speed", "false"]
+        settings = [str(part) for key, value in STRATEGIES[name].items() for part in (f"--{key}", value)]
         resume = ["--resume_from_checkpoint", "true"] if (folder / "run_state.json").is_file() else []
-        if status := cli.main([*arguments, *STRATEGIES[name], *resume]):
+        if status := cli.main([*arguments, "--output_dir", str(folder), *settings, *resume]):
             raise SystemExit(status)
-    return json.loads((folder / "report.json").read_text())["rounds"]
+    report = json.loads((folder / "report.json").read_text())
+    for key, value in STRATEGIES[name].items():
+        if not key.startswith("target") and report["settings"][key] != value:
+            raise SystemExit(f"{folder} holds a run with {key}={report['settings'][key]!r}; move it away")
+    return report["rounds"]
 
 
 def time_all(rounds: dict[str, list[dict[str, Any]]], repeats: int) -> None:
-    """Add each student's time per token, as a share of the teacher's, to its record."""
+    """Add each student's time per token, as a share of the teacher's, to its record; equal plans are timed once."""
     teacher = load_model("embedded", dtype=torch.float32).eval()
     records = [record for of_one in rounds.values() for record in of_one]
-    plans = [LayerPlan.from_dict(record["plan"]) for record in records]
+    plans = list(dict.fromkeys(LayerPlan.from_dict(record["plan"]) for record in records))
     students = [apply_plan(teacher, plan, share_weights=True) for plan in plans]
-    for record, report in zip(records, benchmark_models([teacher, *students], repeats=repeats)[1:], strict=True):
+    reports = dict(zip(plans, benchmark_models([teacher, *students], repeats=repeats)[1:], strict=True))
+    for record in records:
+        report = reports[LayerPlan.from_dict(record["plan"])]
         record["latency"] = 1 / report.decode_ratio
         record["prefill"] = 1 / report.prefill_ratio
 
@@ -69,7 +85,7 @@ def first_within(records: list[dict[str, Any]], key: str, limit: float) -> dict[
 
 def tables(rounds: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> str:
     """The comparison as Markdown."""
-    lines = []
+    lines = ["# Removing layers and running them in parallel, on the embedded teacher", "", HEAD, ""]
     size = teacher["num_parameters"]
     for title, key, limits, show in (
         ("equal depth", "num_layers", DEPTHS, lambda limit: f"{limit} layers"),
@@ -84,7 +100,11 @@ def tables(rounds: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> 
         lines.append("")
     lines += ["## Every round", ""]
     for name, of_one in rounds.items():
-        lines += [f"### {name}", "", "| layers | edit | parameters | time per token | never healed: loss, KL | healed |"]
+        lines += [
+            f"### {name}",
+            "",
+            "| layers | edit | parameters | time per token | never healed: loss, KL | healed |",
+        ]
         lines += ["|---:|---|---:|---:|---:|---:|"]
         for r in of_one:
             edit = ", ".join(r["edits"]).replace("|", "&#124;")
@@ -113,7 +133,8 @@ def plot(rounds: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> Fi
         strict=True,
     ):  # fmt: skip
         start = {"num_layers": teacher["num_layers"], "latency": 1.0, "num_parameters": teacher["num_parameters"]}[key]
-        for (name, of_one), color in zip(rounds.items(), ("#c44e52", "#1f6f8b", "#55a868", "#8172b2"), strict=True):
+        colors = ("#c44e52", "#dd8452", "#1f6f8b", "#55a868", "#8172b2")
+        for (name, of_one), color in zip(rounds.items(), colors, strict=True):
             where = [start, *(record[key] for record in of_one)]
             for field, style in (("loss", "o-"), ("loss_unhealed", "v:")):
                 losses = [0.0, *(record[field] - teacher["loss"] for record in of_one)]
@@ -132,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/edits"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     rounds = {name: run(name, arguments.output_dir) for name in STRATEGIES}
     teacher = json.loads((folder_of("removal", arguments.output_dir) / "report.json").read_text())["teacher"]

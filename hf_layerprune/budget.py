@@ -114,9 +114,9 @@ class Gauge:
             [`LayerPruneError`]: if the latencies that are given are not of all blocks there can be.
         """
         if budget.unit == "latency":
-            grown = [space.max_group_size] if "parallelize" in space.kinds else []
-            widest = max(*grown, *(len(block) for block in (*original.blocks, *plan_of(model).blocks)))
-            widest = min(widest, len(original.layers))
+            plan = plan_of(model)
+            grown = min(space.max_group_size, len(plan.layers)) if "parallelize" in space.kinds else 1
+            widest = max(grown, *(len(block) for block in (*original.blocks, *plan.blocks)))
             latency = measure_latency(model, widest) if latency is None else latency
             if len(latency.blocks) < widest:
                 raise LayerPruneError(f"latency knows blocks of up to {len(latency.blocks)} layers, not of {widest}")
@@ -166,7 +166,7 @@ class Gauge:
     def best(self, scores: EditScores, plan: LayerPlan) -> Edit:
         """The edit that costs least per unit saved. What it saves beyond the budget does not count.
 
-        An edit that costs nothing, or less, comes before all that do; the more it saves the better.
+        An edit that costs nothing, or less, comes before all that do.
 
         Raises:
             [`LayerPruneError`]: if no score is a finite number.

@@ -43,7 +43,7 @@ class PlanSearch:
     """What a search found.
 
     Attributes:
-        plan ([`LayerPlan`]): meets the budget.
+        plan ([`LayerPlan`]): meets the budget; one of latency by the estimate of [`measure_latency`].
         steps (`list[SearchStep]`): the edits in order; the plan of each is the search's answer to a larger budget.
         budget ([`Budget`]): what was asked for.
         latency ([`BlockLatency`], *optional*): what was measured for a budget of latency.
@@ -85,6 +85,9 @@ def search_plan(
             Number of first and last teacher layers that no edit touches.
         latency ([`BlockLatency`], *optional*): measured before; saves the time to measure it.
         on_step (`Callable[[SearchStep], None]`, *optional*): called after every step.
+
+    Returns:
+        [`PlanSearch`]: the plan and the steps to it; [`apply_plan`] builds it.
 
     Raises:
         [`LayerPruneError`]: if the budget is out of reach, met already, or the request makes no sense.
@@ -144,7 +147,8 @@ class ParallelRange:
         """
         plans = [plan for plan in self.perplexities if plan.depth == depth]
         if not plans:
-            raise LayerPruneError(f"depth={depth}: tried were {sorted({plan.depth for plan in self.perplexities})}")
+            depths = sorted({plan.depth for plan in self.perplexities})
+            raise LayerPruneError(f"no run of pairs leads to depth={depth}; tried were {depths}")
         return min(plans, key=lambda plan: (_nan_last(self.perplexities[plan]), -plan.parallel_pairs[0][0]))
 
     @property
@@ -173,6 +177,9 @@ def find_parallel_range(
             Number of blocks. Only runs of that depth are tried; by default all starts and ends are, and
             [`ParallelRange.best`] gives the best plan of each depth.
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
+
+    Returns:
+        [`ParallelRange`]: the perplexity of every run that was tried.
 
     Raises:
         [`LayerPruneError`]: if no run of pairs leads to `target_depth`, or the model has parallel blocks.

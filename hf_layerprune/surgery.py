@@ -116,8 +116,8 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
         pairs (`Iterable[tuple[int, ...]]`, *optional*): the parallel blocks to take apart; all by default.
 
     Returns:
-        Plain `Qwen2ForCausalLM` if no parallel block is left. Its layers compute what the original ones do; their
-        norms' gains stay folded into the projections behind them.
+        Plain `Qwen2ForCausalLM` if no parallel block is left. Its layers compute what those put into the blocks did
+        (and what healing made of them); their norms' gains stay folded into the projections behind them.
 
     Raises:
         [`LayerPruneError`]: if a group is no parallel block of the model.
@@ -164,7 +164,11 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
         )
     if set(plan.blocks) <= set(current.blocks) and (plan.parallel_pairs or not current.parallel_pairs):
         return _keep_blocks(model, current, plan, share_weights)
-    _check_rearrangeable(model)
+    if not isinstance(model, Qwen2ForCausalLM):
+        raise LayerPruneError(
+            f"{type(model).__name__} cannot be rearranged, only a Qwen2 causal language model; unwrap it, or merge "
+            "its adapters into it"
+        )
     try:
         student = PrunedQwen2ForCausalLM.from_qwen2(model, plan)
     except ValueError as error:
@@ -172,22 +176,13 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     student = student if plan.parallel_pairs else to_qwen2(student)
     if share_weights:
         return student.requires_grad_(False)
-    memory = {parameter.data_ptr() for parameter in model.parameters()}
-    unshare_parameters(parameter for parameter in student.parameters() if parameter.data_ptr() in memory)
-    return student.requires_grad_(any(parameter.requires_grad for parameter in model.parameters()))
-
-
-def _check_rearrangeable(model: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless blocks of `model` can be merged and split."""
-    if not isinstance(model, Qwen2ForCausalLM):
-        raise LayerPruneError(
-            f"{type(model).__name__} cannot be rearranged, only a Qwen2 causal language model; unwrap it, or merge "
-            "its adapters into it"
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise LayerPruneError("the model carries adapters; merge them into it first")
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise LayerPruneError("the model is quantized; rearrange the original and quantize the result")
+    trained = {parameter.data_ptr(): parameter.requires_grad for parameter in model.parameters()}
+    any_layer = any(parameter.requires_grad for parameter in model.base_model.layers.parameters())
+    shared = [parameter for parameter in student.parameters() if parameter.data_ptr() in trained]
+    for parameter in student.parameters():
+        parameter.requires_grad_(trained.get(parameter.data_ptr(), any_layer))
+    unshare_parameters(shared)
+    return student
 
 
 def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, share_weights: bool) -> PreTrainedModel:

@@ -80,7 +80,7 @@ def test_a_model_of_one_layer_is_one_part(timed):
 
 def test_wide_blocks_are_few_at_a_time_and_timed_beside_the_whole_model(timed):
     measure_latency(tiny_model(27), 3)
-    assert timed[0].widths == [[1] * 13, [1] * 27]
+    assert sorted(timed[0].widths) == [[1] * 13, [1] * 27]
     wide = [[widths for widths in run.widths if set(widths) != {1}] for run in timed]
     assert sorted(widths for forms in wide for widths in forms) == [[2] * MOST_BLOCKS, [3] * MOST_BLOCKS]
     assert all(len(forms) <= 1 and [1] * 27 in run.widths for run, forms in zip(timed, wide, strict=True))

@@ -116,7 +116,7 @@ def test_the_best_plan_of_a_depth_has_the_lowest_perplexity_and_of_equal_ones_th
     found = ParallelRange(dict(zip((*runs, deeper), (3.0, 2.0, 2.0, math.inf, 1.0), strict=True)), 1.5, 5)
     assert found.best(6) == runs[2]
     assert found.best(5) == found.plan == deeper
-    with pytest.raises(LayerPruneError, match="depth=4: tried were \\[5, 6\\]"):
+    with pytest.raises(LayerPruneError, match="depth=4.* tried were \\[5, 6\\]"):
         found.best(4)
     with pytest.raises(LayerPruneError, match="no target_depth was given"):
         _ = ParallelRange(found.perplexities, 1.5).plan

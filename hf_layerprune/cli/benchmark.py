@@ -18,13 +18,16 @@ from transformers import PreTrainedModel
 from ..benchmark import benchmark_models, check_settings
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
-from ..loading import EMBEDDED, load_model
+from ..loading import EMBEDDED
 from ..report import environment
 from ..shapes import load_shape, random_model, random_models
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments, names_option, parse
+from .measure import device, load_on_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+FLAGS = ("--compile",)
+"""Options that may stand without a word behind them."""
 LISTS = ("--models", "--layers", "--batch_size", "--batch-size")
 """Options that take any number of words."""
 
@@ -60,6 +63,9 @@ def _spelled_out(argv: list[str]) -> list[str]:
         elif argument.startswith("-"):
             rest.append(argument)
             room = 0 if "=" in argument else math.inf if argument in LISTS else 1
+        elif rest and rest[-1] in FLAGS and argument.lower() not in ("true", "false"):
+            words.append(argument)
+            room = 0
         elif room:
             rest.append(argument)
             room -= 1
@@ -100,13 +106,9 @@ def _check(arguments: BenchmarkArguments) -> None:
         )
 
 
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def _checkpoints(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedModel]]:
     names = arguments.models or [EMBEDDED]
-    return [(name, load_model(name, dtype=arguments.dtype).to(_device())) for name in names]
+    return [(name, load_on_device(name, arguments.dtype)) for name in names]
 
 
 def _random_models(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedModel]]:
@@ -115,8 +117,8 @@ def _random_models(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedM
     dtype = getattr(torch, arguments.dtype) if arguments.dtype != "auto" else config.dtype or torch.float32
     name = arguments.shape.removeprefix("Qwen/")
     if not sizes:
-        return [(name, random_model(config, dtype=dtype, device=_device()))]
-    return [(name, model) for model in random_models(config, sizes, dtype, _device())]
+        return [(name, random_model(config, dtype=dtype, device=device()))]
+    return [(name, model) for model in random_models(config, sizes, dtype, device())]
 
 
 def _layers_and_blocks(text: str) -> tuple[int, int | None]:

@@ -41,9 +41,14 @@ def score(argv: list[str]) -> None:
     console.print(f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
 
 
+def device() -> torch.device:
+    """The accelerator, if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def load_on_device(name: str, dtype: str) -> PreTrainedModel:
-    """A model on the accelerator, if there is one."""
-    return load_model(name, dtype=dtype).to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    """A model on that device."""
+    return load_model(name, dtype=dtype).to(device())
 
 
 def _bar(value: float, values: Iterable[float], width: int = 40) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,11 +26,18 @@ from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of
 from ..trainer.config import TARGETS
 from ..trainer.records import add_speed, student_record, teacher_record
-from ..trainer.students import publish_student, save_student
+from ..trainer.students import save_student
 from .arguments import ParallelizeArguments, check_new_folder, parse
 from .measure import load_on_device
 
 SEARCHES = ("greedy", "range")
+NOT_FOR_RANGE = (
+    "edits", "max_group_size", "criterion", "protect_first_layers", "protect_last_layers", "target_latency",
+    "target_num_parameters",
+)  # fmt: skip
+FOR_A_SEARCH = ("search", "target_num_layers", *NOT_FOR_RANGE)
+Step = tuple[list[str], list[dict[str, Any]], LayerPlan]
+"""Labels of edits, the scores they were chosen by, and the plan they led to."""
 
 
 def parallelize(argv: list[str]) -> None:
@@ -43,27 +51,34 @@ def parallelize(argv: list[str]) -> None:
     model = load_on_device(arguments.model, arguments.dtype)
     console = Console()
     steps, found = _steps(arguments, model, calibration, console)
-    teacher = teacher_record(arguments.model, model, evaluate_model(model, evaluation), "evaluation data")
-    rounds = []
-    for number, (edits, scores, plan) in enumerate(steps, 1):
-        student = apply_plan(model, plan, share_weights=True)
-        report = evaluate_model(student, evaluation, model)
-        rounds.append(student_record(number, student, edits, arguments.criterion, scores, report))
-    if arguments.measure_speed:
-        add_speed(model, teacher, rounds)
-    folder.mkdir(parents=True, exist_ok=True)
+    student = apply_plan(model, steps[-1][-1], share_weights=True)
+    save_student(student, tokenizer, student.dtype, folder / "model")  # first of all: the rest only measures it
+    write_atomically(folder / "plan.json", plan_of(student).to_json() + "\n")
     if found is not None:
         write_atomically(folder / "range.json", to_json(_content(found)))
         save_plot(plot_range(found), folder / "range.png")
-    save_student(student, tokenizer, student.dtype, folder / "model")
+    teacher = teacher_record(arguments.model, model, evaluate_model(model, evaluation), "evaluation data")
+    rounds = [_record(arguments, number, model, step, evaluation) for number, step in enumerate(steps, 1)]
+    if arguments.measure_speed:
+        add_speed(model, teacher, rounds)
     settings = {key: _without_place(value) for key, value in asdict(arguments).items() if key != "output_dir"}
     write_report(folder, teacher, rounds, settings)
     card = model_card(report_of(teacher, rounds, settings), f"{folder.name}/model", arguments.model)
-    write_atomically(folder / "README.md", str(card))
-    publish_student(folder / "model", folder / "model", [folder / "README.md", folder / "quality.png"])
-    write_atomically(folder / "plan.json", plan_of(student).to_json() + "\n")
+    for target in (folder, folder / "model"):
+        write_atomically(target / "README.md", str(card))
+    write_atomically(folder / "model" / "quality.png", (folder / "quality.png").read_bytes())
     console.print(rich_table(teacher, rounds))
     console.print(f"model: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
+
+
+def _record(
+    arguments: ParallelizeArguments, number: int, model: PreTrainedModel, step: Step, evaluation: list[Batch]
+) -> dict[str, Any]:
+    edits, scores, plan = step
+    student = apply_plan(model, plan, share_weights=True)
+    return student_record(
+        number, student, edits, arguments.criterion, scores, evaluate_model(student, evaluation, model)
+    )
 
 
 def _without_place(value: Any) -> Any:
@@ -72,19 +87,19 @@ def _without_place(value: Any) -> Any:
 
 
 def _check(arguments: ParallelizeArguments) -> None:
+    """Everything that can be said before anything is loaded."""
     if arguments.pairs and arguments.plan:
         raise LayerPruneError("--pairs and --plan are both given; choose one")
     if arguments.search not in SEARCHES:
         raise LayerPruneError(f"search={arguments.search!r} is unknown; choose one of {', '.join(SEARCHES)}")
-    targets = [name for name in TARGETS.values() if getattr(arguments, name) is not None]
-    if targets and (arguments.pairs or arguments.plan):
-        raise LayerPruneError(f"{targets[0]} is for a search; --pairs and --plan say where it ends")
-    if len(targets) > 1:
+    named = "--pairs" if arguments.pairs else "--plan" if arguments.plan else None
+    unused = FOR_A_SEARCH if named else NOT_FOR_RANGE if arguments.search == "range" else ()
+    defaults = {item.name: item.default for item in fields(arguments)}
+    for name in unused:
+        if getattr(arguments, name) != defaults[name]:
+            raise LayerPruneError(f"--{name} has no meaning with {named or '--search range'}; leave it out")
+    if len(targets := [name for name in TARGETS.values() if getattr(arguments, name) is not None]) > 1:
         raise LayerPruneError(f"{' and '.join(targets)} are both set; choose one target")
-    if arguments.search == "range" and (
-        arguments.edits != "parallelize" or targets[:1] not in ([], ["target_num_layers"])
-    ):
-        raise LayerPruneError("search=range knows only pairs and target_num_layers; choose search=greedy")
 
 
 def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Batch], list[Batch]]:
@@ -93,26 +108,25 @@ def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase
     def read(source: str, rows: int) -> list[Batch]:
         dataset = load_text_dataset(source, arguments.dataset_split, arguments.dataset_config)
         text = (arguments.dataset_text_field, arguments.max_length)
-        return tokenized_batches(dataset, tokenizer, *text, num_rows=rows, batch_size=arguments.batch_size)
+        return tokenized_batches(dataset, tokenizer, *text, num_rows=rows, batch_size=1)
 
-    if arguments.dataset is None:
-        calibration = read("embedded:calibration", arguments.num_samples)
-        return calibration, read(arguments.eval_dataset or "embedded:held_out", arguments.num_eval_samples)
-    if arguments.eval_dataset is not None:
-        calibration = read(arguments.dataset, arguments.num_samples)
-        return calibration, read(arguments.eval_dataset, arguments.num_eval_samples)
-    batches = read(arguments.dataset, arguments.num_samples + arguments.num_eval_samples)
-    split = -(-arguments.num_samples // arguments.batch_size)
-    if len(batches) <= split:
+    def stacked(rows: list[Batch]) -> list[Batch]:
+        parts = [rows[n : n + arguments.batch_size] for n in range(0, len(rows), arguments.batch_size)]
+        return [{key: torch.cat([row[key] for row in part]) for key in part[0]} for part in parts]
+
+    if min(arguments.num_samples, arguments.num_eval_samples, arguments.batch_size) < 1:
+        raise LayerPruneError("num_samples, num_eval_samples and batch_size must be at least 1")
+    source = arguments.dataset or "embedded:calibration"
+    separate = arguments.eval_dataset or (None if arguments.dataset else "embedded:held_out")
+    if separate is not None:
+        return stacked(read(source, arguments.num_samples)), stacked(read(separate, arguments.num_eval_samples))
+    rows = read(source, arguments.num_samples + arguments.num_eval_samples)
+    if len(rows) <= arguments.num_samples:
         raise LayerPruneError(
             f"dataset {arguments.dataset} is used up by {arguments.num_samples} calibration rows of "
             f"{arguments.max_length} tokens; lower num_samples or give --eval_dataset"
         )
-    return batches[:split], batches[split:]
-
-
-Step = tuple[list[str], list[dict[str, Any]], LayerPlan]
-"""Labels of edits, the scores they were chosen by, and the plan they led to."""
+    return stacked(rows[: arguments.num_samples]), stacked(rows[arguments.num_samples :])
 
 
 def _steps(
@@ -128,11 +142,13 @@ def _steps(
         return [(_edits_between(plan, wanted), [], wanted)], None
     depth = plan.depth
     targets = {unit: getattr(arguments, name) for unit, name in TARGETS.items()}
-    if not any(targets.values()):
+    if all(target is None for target in targets.values()):
         targets["depth"] = max(1, round(0.75 * depth))
     if arguments.search == "range":
-        found = find_parallel_range(model, batches, targets["depth"])
-        return [(_edits_between(plan, found.plan), [], found.plan)], found
+        arguments.criterion = "loss"
+        found = find_parallel_range(model, batches)
+        wanted = found.best(targets["depth"])
+        return [(_edits_between(plan, wanted), [], wanted)], found
     tell: Callable[[SearchStep], None] = lambda step: console.print(  # noqa: E731
         f"{step.edit}: {step.plan.depth} layers, {arguments.criterion} {step.cost:.4f}", highlight=False
     )

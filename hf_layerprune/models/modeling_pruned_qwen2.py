@@ -13,7 +13,7 @@ This file is shipped inside checkpoints: it imports torch, transformers and its 
 """
 
 import re
-from copy import deepcopy
+from copy import copy, deepcopy
 
 import torch
 from torch import nn
@@ -33,7 +33,9 @@ OUTPUT_PROJECTIONS = ("self_attn.o_proj", "mlp.down_proj")
 def merge_layers(layers):
     """The tensors of one block that computes `layers` in parallel: `list[dict[str, Tensor]] -> dict[str, Tensor]`.
 
-    Gains are folded in float32. Layers that are blocks of several layers themselves are fine.
+    With H the hidden size: input projections `(rows_i, H)`, gains folded in in float32, become `(sum of rows_i, H)`
+    and their biases `(sum of rows_i,)`; output projections `(H, columns_i)` become `(H, sum of columns_i)`; the gains
+    `(H,)` of the block are ones. Layers may be blocks of several layers themselves.
     """
     if len(layers) == 1:
         return layers[0]
@@ -54,7 +56,11 @@ def merge_layers(layers):
 
 
 def split_layer(tensors, width):
-    """The layers a block of `width` layers was merged of, `merge_layers` backwards: a list of `dict[str, Tensor]`."""
+    """The layers a block of `width` layers was merged of, `merge_layers` backwards: a list of `dict[str, Tensor]`.
+
+    Each gets an equal share of the rows of the input projections and of the columns of the output projections, and the
+    gains of the block.
+    """
     if width == 1:
         return [tensors]
     across = {f"{name}.weight" for name in OUTPUT_PROJECTIONS}
@@ -68,7 +74,10 @@ def split_layer(tensors, width):
 
 
 def rearrange(state_dict, blocks, wanted):
-    """The tensors of a model with the layers of `blocks` for one with those of `wanted`; what both have is shared."""
+    """The tensors of a model with the layers of `blocks` for one with those of `wanted`; what both have is shared.
+
+    `state_dict` names tensors as `[model.]layers.<block>.<name>`; both plans are lists of lists of layers.
+    """
     layers, others = {}, {}
     for name, tensor in state_dict.items():
         match = re.fullmatch(r"(.*\blayers\.)(\d+)\.(.+)", name)
@@ -145,17 +154,22 @@ class PrunedQwen2Loading:
 
         Raises:
             `ValueError`: if tensors of the model are missing in the checkpoint, have another shape there, or the
-                checkpoint has layers the model does not; it names them.
+                checkpoint has layers the model does not; it names them. If `layer_plan` is none, or asks for layers
+                the checkpoint lacks.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        values, _ = PrunedQwen2Config.get_config_dict(
-            pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
-        )
         given = getattr(kwargs.get("config"), "layer_plan", None)
-        if layer_plan is None and "layer_plan" in values and given not in (None, values["layer_plan"]):
+        recorded = {}
+        if pretrained_model_name_or_path is not None and (layer_plan is not None or given is not None):
+            hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            recorded, _ = PrunedQwen2Config.get_config_dict(
+                pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
+            )
+        if layer_plan is None and "layer_plan" in recorded and given != recorded["layer_plan"]:
             layer_plan = given  # Auto classes put the argument into the config, whatever the weights are
-            del kwargs["config"]
+            kwargs["config"] = config = copy(kwargs["config"])
+            for name in ("layer_plan", "num_hidden_layers", "layer_types", "max_window_layers"):
+                setattr(config, name, recorded[name])
         if layer_plan is None:
             model, info = checked(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
         else:
@@ -164,22 +178,32 @@ class PrunedQwen2Loading:
                 if kwargs.get(name) is not None:
                     raise ValueError(f"layer_plan and {name} do not go together; save the model with its plan first")
             loaders = {"qwen2": cls.qwen2_class.from_pretrained, "pruned_qwen2": super().from_pretrained}
-            if values.get("model_type") not in loaders:
-                raise ValueError(f"model_type={values.get('model_type')!r}; layer_plan works on {', '.join(loaders)}")
-            source, info = checked(loaders[values["model_type"]], pretrained_model_name_or_path, **kwargs)
+            kind = recorded.get("model_type")
+            if kind not in loaders:
+                raise ValueError(f"model_type={kind!r}; layer_plan works on {', '.join(loaders)}")
+            source, info = checked(loaders[kind], pretrained_model_name_or_path, *model_args, **kwargs)
             model = cls.from_qwen2(source, layer_plan)
         return (model, info) if with_info else model
 
     @classmethod
     def from_qwen2(cls, model, layer_plan):
-        """`model` (Qwen2 or PrunedQwen2) with its layers rearranged into `layer_plan`.
+        """`model` with its layers rearranged into `layer_plan`.
 
         Tensors that stay as they are share memory with `model`'s; those of new blocks are new.
 
+        Args:
+            model ([`Qwen2ForCausalLM`] or `PrunedQwen2ForCausalLM`): whole, on one device; stays as it is.
+            layer_plan (`dict` or `LayerPlan`): the wanted blocks, of layers that `model` has.
+
         Raises:
-            `ValueError`: if the plan is none, or names a layer `model` does not have.
+            `ValueError`: if the plan is none, or names a layer `model` does not have; if `model` is quantized, carries
+                adapters, or lies on several devices.
         """
         config = PrunedQwen2Config.from_qwen2(model.config, layer_plan)
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ValueError("the model is quantized; rearrange the original and quantize the result")
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError("the model carries adapters; merge them into it first")
         if len(devices := {parameter.device for parameter in model.parameters()}) > 1:
             raise ValueError(f"the model lies on {len(devices)} devices or is offloaded; load it on one")
         with torch.device("meta"):
@@ -196,7 +220,7 @@ class PrunedQwen2Model(PrunedQwen2Loading, Qwen2Model):
     _no_split_modules = ["PrunedQwen2DecoderLayer"]
 
     def __init__(self, config: PrunedQwen2Config):
-        super().__init__(config)
+        super().__init__(config)  # its layers are thrown away; repeating what else it does would tie us to one version
         self.layers = nn.ModuleList(PrunedQwen2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.post_init()
 

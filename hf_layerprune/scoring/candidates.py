@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from ..forward import final_states, to_device
 from ..losses import TokenStatistics, token_statistics
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of
+
+MAX_STATE_BYTES = 2**30  # of candidates' final states held at a time
 
 
 @dataclass
@@ -130,10 +133,14 @@ def measure_candidates(
         valid, labels = valid_next_tokens(batch)
         if not len(labels):
             continue
-        hidden = [states[valid] for states in candidate_states(model, batch, candidates)]
-        if teacher is None:
-            yield token_statistics(hidden, model.lm_head, labels)
-        else:
-            reference = hidden[0] if teacher is model else final_states(teacher, batch)[valid]
-            yield token_statistics(hidden, model.lm_head, labels, reference, teacher.lm_head)
+        hidden = (states[valid] for states in candidate_states(model, batch, candidates))
+        first = next(hidden)
+        reference: tuple[Any, ...] = ()
+        if teacher is not None:
+            reference = (first if teacher is model else final_states(teacher, batch)[valid], teacher.lm_head)
+        at_once = max(1, MAX_STATE_BYTES // max(1, first.numel() * first.element_size()))
+        statistics, hidden = [], chain([first], hidden)
+        while some := list(islice(hidden, at_once)):  # the teacher is projected once for each of these parts
+            statistics += token_statistics(some, model.lm_head, labels, *reference)
+        yield statistics
         on_batch()

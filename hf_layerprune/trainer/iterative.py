@@ -53,8 +53,8 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
             The model to compress, by name or loaded; its weights are never changed, but a loaded model is moved to
-            `args.device`. Loaded by name it is held in float32 and the
-            students are saved in the checkpoint's own dtype; the numbers reported are those of the saved students.
+            `args.device`. Loaded by name it is held in float32 and the students are saved in the checkpoint's own
+            dtype; the numbers reported are those of the saved students.
         args ([`IterativeLayerDistillConfig`]):
             Settings; a target, such as `target_num_layers`, is required.
         train_dataset ([`~datasets.Dataset`]):
@@ -161,7 +161,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Run the rounds until the student has `target_num_layers` layers.
+        """Run the rounds until the student meets its target.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
