@@ -39,8 +39,8 @@ LATENCIES = (0.9, 0.8, 0.7, 0.6)
 PARAMETERS = (0.95, 0.85, 0.75, 0.65)
 
 
-HEAD = """Made by `python benchmarks/edits.py --output_dir runs/edits --results benchmarks/results`; all numbers and the
-settings of every run in edits.json.
+HEAD = """Made by `python benchmarks/edits.py --output_dir runs/edits --results benchmarks/results`; all numbers and
+the settings of every run in edits.json.
 
 Cells: held-out perplexity of the same plan never healed / **healed** / KL of the healed student to the teacher in nats
 per token. "Equal" time and parameters: the first student of each way that is within the limit; blank where none is."""
