@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -20,7 +21,7 @@ from .data import EMBEDDED_MODEL
 from .errors import LayerPruneError, first_line
 from .surgery import check_supported, plan_of
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 EMBEDDED = "embedded"
 """Name of the model that comes with the package, wherever a model is named."""

@@ -101,7 +101,7 @@ def table_rows(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> lis
             "agreement": f"{100 * record.get('agreement', 1):.1f} %",
         }
         if speed is not None:
-            row["decode tokens/s"] = f"{speed:.0f} ({speed / teacher['decode_tokens_per_second']:.2f}x)"
+            row["decode tokens/s"] = f"{speed:.0f} ({record['decode_ratio']:.2f}x)"
         if was_healed(record):
             row["ppl never healed"] = f"{record['perplexity_unhealed']:.2f}"
             row["ppl before healing"] = f"{record['perplexity_before_healing']:.2f}"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from .data import ASSETS
@@ -43,7 +42,7 @@ def load_shape(name_or_path: str) -> PretrainedConfig:
         plan_of(config)
     except LayerPruneError as error:
         raise LayerPruneError(f"{name_or_path}: {error}") from None
-    except (*LOADING_ERRORS, StrictDataclassError) as error:
+    except LOADING_ERRORS as error:
         raise LayerPruneError(f"{name_or_path} cannot be read as a config.json: {first_line(error)}") from error
     return config
 

@@ -31,6 +31,13 @@ def test_architecture_that_is_not_supported(tmp_path):
         load_config(str(tmp_path))
 
 
+def test_config_field_of_the_wrong_type(model, tmp_path):
+    fields = json.loads(model.config.to_json_string()) | {"hidden_size": "wide"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(LayerPruneError, match="cannot be loaded as a model.*hidden_size"):
+        load_config(str(tmp_path))
+
+
 def test_name_that_is_nowhere():
     with pytest.raises(LayerPruneError, match="nobody/nothing") as error:
         load_model("nobody/nothing")

@@ -19,6 +19,7 @@ from hf_layerprune.report import (
 TEACHER = {
     "name": "teacher", "num_layers": 4, "num_parameters": 7_089_344, "loss": 4.0, "perplexity": 54.6,
     "num_tokens": 1000, "evaluated_on": "evaluation data", "decode_tokens_per_second": 100.0,
+    "decode_ratio": 1.0,
 }  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def entry(number, layers, removed):
         "perplexity_before_healing": 70.1, "loss": 4.1, "perplexity": 60.3, "kl": 0.0512, "agreement": 0.834,
         "scores": {"1": 0.3, "2": 0.1},
         "plan": {"num_teacher_layers": 4, "blocks": [[n] for n in range(layers)]},
-        "decode_tokens_per_second": 125.0,
+        "decode_tokens_per_second": 125.0, "decode_ratio": 1.24,
     }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def test_rows_name_teacher_and_every_round():
     rows = table_rows(TEACHER, ROUNDS)
     assert [len(row) for row in rows] == [len(columns(ROUNDS))] * 3
     assert rows[0][0] == "4" and rows[0][-1] == "100 (1.00x)"
-    assert rows[1] == ["3", "2", "6.50M", "81.50", "70.10", "60.30", "0.0512", "83.4 %", "125 (1.25x)"]
+    assert rows[1] == ["3", "2", "6.50M", "81.50", "70.10", "60.30", "0.0512", "83.4 %", "125 (1.24x)"]
     assert rich_table(TEACHER, ROUNDS).row_count == 3
 
 
@@ -69,7 +70,7 @@ def test_files(tmp_path):
 def test_what_was_never_healed_has_one_perplexity_and_a_bar_is_no_column(tmp_path):
     record = {**ROUNDS[0], "edits": ["1|2"], "scores": {"1|2": 0.2, "0": 3.0}}
     record = {key: value for key, value in record.items() if "unhealed" not in key and "before" not in key}
-    assert table_rows(TEACHER, [record])[1] == ["3", "1|2", "6.50M", "60.30", "0.0512", "83.4 %", "125 (1.25x)"]
+    assert table_rows(TEACHER, [record])[1] == ["3", "1|2", "6.50M", "60.30", "0.0512", "83.4 %", "125 (1.24x)"]
     assert table_rows(TEACHER, [record])[0][3] == "54.60"
     write_report(tmp_path, TEACHER, [record], {})
     text = (tmp_path / "report.md").read_text()

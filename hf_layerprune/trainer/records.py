@@ -76,6 +76,6 @@ def add_speed(teacher: PreTrainedModel, teacher_entry: dict[str, Any], rounds: l
     models = [teacher]
     for record in rounds:  # each made of the one before, so that blocks they have in common are one in memory
         models.append(apply_plan(models[-1], LayerPlan.from_dict(record["plan"]), share_weights=True))
-    reports = benchmark_models(models)
+    reports = benchmark_models(models, repeats=5)
     for record, report in zip([teacher_entry, *rounds], reports, strict=True):
         record |= report.to_dict()
