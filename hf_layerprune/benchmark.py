@@ -121,7 +121,7 @@ def benchmark_models(
     check_settings(prompt_tokens, new_tokens, batch_size, repeats, cache_implementation, compile)
     length = prompt_tokens + new_tokens
     seconds: list[list[tuple[float, float]]] = [[] for _ in models]
-    with measuring(*models), _compiling(models) if compile else nullcontext():
+    with measuring(*models), _as_loaded(models), _compiling(models) if compile else nullcontext():
         caches = [_static_cache(model, length) if cache_implementation == "static" else None for model in models]
         for repeat in range(-2 if compile else -1, repeats):  # a CUDA graph is recorded in the second run
             for index, model in enumerate(models):
@@ -167,6 +167,23 @@ def check_settings(
         )
     if compile and cache_implementation != "static":
         raise LayerPruneError('compile=True needs a cache of fixed size; set cache_implementation="static" too')
+
+
+@contextmanager
+def _as_loaded(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+    """Every parameter wants gradients, as `from_pretrained` leaves it; afterwards what was frozen is frozen again.
+
+    On a CPU torch multiplies part of a batch by a frozen matrix in a way that copies the matrix: each prompt would pay
+    for a copy of the head.
+    """
+    frozen = [p for model in models for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager

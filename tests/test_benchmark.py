@@ -56,6 +56,18 @@ def test_measures_speed_and_memory(model):
     assert model.generation_config.max_new_tokens is None
 
 
+def test_frozen_parameters_are_timed_as_loaded_and_stay_frozen(model):
+    frozen = prune(model, [1]).requires_grad_(False)
+    seen = []
+    frozen.register_forward_pre_hook(lambda *_: seen.append(all(p.requires_grad for p in frozen.parameters())))
+    model.lm_head.weight.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    benchmark_models([model, frozen], **QUICK)
+    assert seen and all(seen)
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_kv_cache_is_two_vectors_per_head_and_layer(dtype, size):
     model = tiny_model().to(dtype)
