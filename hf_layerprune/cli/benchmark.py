@@ -115,10 +115,18 @@ def _random_models(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedM
     config = load_shape(arguments.shape)
     sizes = [_layers_and_blocks(text) for text in arguments.layers]
     dtype = getattr(torch, arguments.dtype) if arguments.dtype != "auto" else config.dtype or torch.float32
-    name = arguments.shape.removeprefix("Qwen/")
+    name = _label(arguments.shape)
     if not sizes:
         return [(name, random_model(config, dtype=dtype, device=device()))]
     return [(name, model) for model in random_models(config, sizes, dtype, device())]
+
+
+def _label(shape: str) -> str:
+    """Short name of a shape, for the table: that of its file, or of the folder a `config.json` lies in."""
+    if not shape.endswith(".json"):
+        return shape.removeprefix("Qwen/")
+    path = Path(shape).absolute()
+    return path.parent.name if path.name == "config.json" else path.stem
 
 
 def _layers_and_blocks(text: str) -> tuple[int, int | None]:
