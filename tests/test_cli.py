@@ -41,7 +41,7 @@ def test_compress_writes_everything_and_its_recipe_repeats_it(tmp_path, model_fo
                  "plan.json", "recipe.yaml", "report.json", "report.md", "quality.png"):  # fmt: skip
         assert (out / name).is_file(), name
     report = json.loads((out / "report.json").read_text())
-    assert "round 1: removed layer" in printed and f"{report['rounds'][0]['perplexity']:.2f}" in printed
+    assert "round 1: remove " in printed and f"{report['rounds'][0]['perplexity']:.2f}" in printed
     assert AutoModelForCausalLM.from_pretrained(out / "model").config.num_hidden_layers == 4
     plan = LayerPlan.from_json((out / "plan.json").read_text())
     assert plan.removed_layers == (report["rounds"][0]["removed_layer"],)

@@ -418,7 +418,7 @@ def test_groups_grow_up_to_the_largest_size_and_no_further(few, most, expected):
 
 
 def test_cheap_pairs_that_would_leave_odd_layers_over_are_passed_by(few):
-    model = planted(tiny_model(6), (1, 2, 3, 4), 1e-2)
+    model = planted(planted(tiny_model(6), (1, 2), 0.05), (3, 4), 0.1)
     near = search_plan(model, few, {"depth": 4}, ("parallelize",))
     assert near.plan.blocks == ((0,), (1, 2), (3, 4), (5,))  # which leads to no pair for 0 and none for 5
     found = search_plan(model, few, {"depth": 3}, ("parallelize",))
