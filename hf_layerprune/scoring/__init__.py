@@ -19,6 +19,7 @@ from .candidates import CandidateRuns
 from .measures import TOKEN_MEASURES, TextMeasure
 from .race import Race, collect
 from .scores import EditScores, LayerScores, PlanScores, Scores, scores_of
+from .sweep import is_offloaded, sweep
 from .taylor import taylor
 
 MEASURED = tuple(TOKEN_MEASURES)
@@ -222,6 +223,13 @@ def _measure(
     if missing := {layer for plan in plans for layer in plan.layers} - set(layers):
         raise LayerPruneError(f"layers {sorted(missing)} are not in the model; it has {list(layers)}")
     batches = check_batches(batches, model.config.vocab_size, "calibration data")
+    if is_offloaded(model):
+        if race is not None:
+            raise LayerPruneError(
+                "a model on disk or in CPU memory is read once, by all data at a time; leave out race"
+            )
+        with measuring(model, teacher):
+            return sweep(model, batches, plans, criterion, teacher, on_batch), {}
     rows = None if race is None else max(1, sum(len(batch["input_ids"]) for batch in batches) // CHUNKS_OF_A_RACE)
     with measuring(model, teacher):
         text = TextMeasure(batches, criterion, teacher, rows)
