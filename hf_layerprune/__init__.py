@@ -2,13 +2,14 @@
 
 from .benchmark import BenchmarkReport, benchmark_model
 from .budget import Budget
+from .compensation import compensate
 from .data import EMBEDDED_MODEL, embedded_dataset
 from .edits import Edit
 from .errors import LayerPruneError
 from .evaluation import EvaluationReport, evaluate_model
 from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM, PrunedQwen2Model
 from .plan import LayerPlan
-from .scoring import LayerScores, score_edits, score_layers
+from .scoring import LayerScores, Race, contiguous_block, score_edits, score_layers
 from .search import PlanSearch, find_parallel_range, search_plan
 from .surgery import apply_plan, parallelize, prune, unparallelize
 from .trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, LayerDistillCallback
@@ -31,8 +32,11 @@ __all__ = [
     "PrunedQwen2Config",
     "PrunedQwen2ForCausalLM",
     "PrunedQwen2Model",
+    "Race",
     "apply_plan",
     "benchmark_model",
+    "compensate",
+    "contiguous_block",
     "embedded_dataset",
     "evaluate_model",
     "find_parallel_range",

@@ -143,6 +143,8 @@ def compensate(
     gaps: Iterable[int] | None = None,
     ridge: float = DEFAULT_RIDGE,
     on_batch: Callable[[], None] = lambda: None,
+    *,
+    share_weights: bool = False,
 ) -> PreTrainedModel:
     """A new model: `student` with its gaps repaired, from the bottom up, so that each repair sees those below it.
 
@@ -156,6 +158,8 @@ def compensate(
             gap. If a gap lies within a parallel block, `"least_squares"` refits that block, `"rescale"` does nothing.
         ridge (`float`, *optional*): see [`find_repairs`].
         on_batch (`Callable[[], None]`, *optional*): called after every batch of every gap.
+        share_weights (`bool`, *optional*, defaults to `False`): whether what is not changed shares memory with
+            `student`; see [`apply_plan`].
 
     Raises:
         [`LayerPruneError`]: as [`find_repairs`]; if `gaps` names a layer that `student` has.
@@ -166,7 +170,7 @@ def compensate(
         raise LayerPruneError(f"gaps={layers}: layers {wrong} are not missing; {list(plan.removed_layers)} are")
     _check(student, teacher, method, ridge, layers)
     batches = check_batches(batches, student.config.vocab_size, "calibration data")
-    repaired = apply_plan(student, plan)
+    repaired = apply_plan(student, plan, share_weights=share_weights)
     todo = [_Gap.of(stretch, plan, plan_of(teacher)) for stretch in _stretches(layers)]
     rounds = [[gap] for gap in todo] if method == "least_squares" else [todo]  # the teacher alone tells the scales
     for gaps_at_once in rounds:

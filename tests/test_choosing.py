@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from conftest import tiny_config, tiny_model
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPlan, LayerPruneError, evaluate_model, prune, score_layers
+from hf_layerprune.compensation import compensate
 from hf_layerprune.loading import load_model
 from hf_layerprune.scoring import CRITERIA, contiguous_block
 
@@ -130,3 +132,41 @@ def test_a_run_of_one_scoring_goes_on_in_the_same_order(make, tmp_path):
 def test_settings_that_do_not_fit_are_refused(tmp_path, settings, message):
     with pytest.raises(LayerPruneError, match=message):
         tiny_config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("method", ["rescale", "least_squares"])
+def test_scores_after_repair_are_those_of_repaired_students(make, method):
+    batches = make().calibration_batches
+    teacher = tiny_model(6)
+    student = prune(teacher, [2])
+    scores = score_layers(student, batches, teacher=teacher, compensation=method)
+    plain = score_layers(student, batches, teacher=teacher)
+    for layer in student.config.layer_plan["blocks"]:
+        after = compensate(prune(student, layer), batches, method, teacher, gaps=layer)
+        assert scores.values[layer[0]] == pytest.approx(evaluate_model(after, batches, teacher).kl, rel=1e-3)
+    assert scores.values != plain.values
+
+
+@pytest.mark.parametrize("method", ["rescale", "least_squares"])
+def test_rounds_repair_what_they_removed(make, tmp_path, method):
+    trainer = make(compensation=method, target_num_layers=4)
+    trainer.train()
+    teacher, student = tiny_model(6), tiny_model(6)
+    for number, layer in enumerate(removed(trainer), 1):
+        scores = score_layers(student, trainer.calibration_batches, teacher=teacher, compensation=method)
+        assert scores.safest == layer
+        student = compensate(prune(student, [layer]), trainer.calibration_batches, method, teacher, [layer])
+        saved = load_model(str(tmp_path / "run" / "rounds" / f"{number:02d}"))
+        for a, b in zip(saved.parameters(), student.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert all((a == b).all() for a, b in zip(trainer.teacher.parameters(), teacher.parameters(), strict=True))
+
+
+def test_repair_then_heal(make):
+    settings = {"target_num_layers": 5, "num_calibration_samples": 8, "learning_rate": 3e-4, "max_steps": 6}
+    trainer = make(compensation="least_squares", heal=True, **settings)
+    trainer.train()
+    (record,) = trainer.run.rounds
+    assert record["kl"] < record["kl_before_healing"]
+    with pytest.raises(LayerPruneError, match="hidden_weight=0"):
+        make("other", compensation="rescale", heal=True)

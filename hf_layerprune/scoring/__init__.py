@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..compensation import Repair, find_repairs
 from ..data import Batch, check_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
@@ -51,6 +52,7 @@ def score_layers(
     on_batch: Callable[[], None] = lambda: None,
     race: Race | None = None,
     seed: int = 0,
+    compensation: str = "none",
 ) -> LayerScores:
     """Score every layer of a model by what leaving it out costs.
 
@@ -86,6 +88,8 @@ def score_layers(
             same choice in a fraction of the time.
         seed (`int`, *optional*, defaults to `0`):
             Of `"random"`.
+        compensation (`str`, *optional*, defaults to `"none"`):
+            Measure each candidate after its repair in closed form; see [`compensate`].
 
     Returns:
         [`LayerScores`]: `values` maps teacher layer index to cost; lower is safer to remove.
@@ -98,7 +102,9 @@ def score_layers(
     if not layers:
         raise LayerPruneError("no layer to score: all are protected")
     edits = [Edit.remove(layer) for layer in layers]
-    scores = score_edits(model, batches, edits, criterion, teacher, on_batch, race, seed=seed)
+    scores = score_edits(
+        model, batches, edits, criterion, teacher, on_batch, race, seed=seed, compensation=compensation
+    )
     by_edit = {name: value for name, value in vars(scores).items() if isinstance(value, dict)}
     by_layer = {name: {edit.layers[0]: v for edit, v in values.items()} for name, values in by_edit.items()}
     return LayerScores(**vars(scores) | by_layer)
@@ -114,6 +120,7 @@ def score_edits(
     race: Race | None = None,
     savings: Sequence[float] | None = None,
     seed: int = 0,
+    compensation: str = "none",
 ) -> EditScores:
     """Score edits of a model's plan by what each one alone costs; arguments as in [`score_layers`].
 
@@ -136,7 +143,13 @@ def score_edits(
         raise LayerPruneError("no edit to score: all layers are protected")
     plans = [edit.apply(plan) for edit in edits]
     if criterion in MEASURED:
-        found = _measure(model, batches, plans, criterion, teacher, on_batch, race, savings)
+        repairs = None
+        if compensation != "none":
+            batches = list(batches)
+            layers = [edit.layers[0] for edit in edits if edit.kind == "remove"]
+            found = find_repairs(model, batches, layers, compensation, teacher)
+            repairs = {plan.remove(layer): repair for layer, repair in found.items() if not repair.nothing}
+        found = _measure(model, batches, plans, criterion, teacher, on_batch, race, savings, repairs)
         return EditScores(criterion, **scores_of(*found, edits, savings))
     if race is not None:
         raise LayerPruneError(f"criterion={criterion!r} sees all data at once; a race is for {', '.join(MEASURED)}")
@@ -216,6 +229,7 @@ def _measure(
     on_batch: Callable[[], None],
     race: Race | None = None,
     savings: Sequence[float] | None = None,
+    repairs: Mapping[LayerPlan, Repair] | None = None,
 ) -> Any:
     teacher = model if teacher is None else teacher
     check_same_vocabulary(model, teacher)
@@ -234,7 +248,7 @@ def _measure(
     with measuring(model, teacher):
         text = TextMeasure(batches, criterion, teacher, rows)
         on_chunk = _as_often(on_batch, len(batches), text.num_chunks)
-        return collect([text], CandidateRuns(model, plans), race, savings, on_chunk)
+        return collect([text], CandidateRuns(model, plans, repairs), race, savings, on_chunk)
 
 
 def _as_often(call: Callable[[], None], times: int, of: int) -> Callable[[], None]:

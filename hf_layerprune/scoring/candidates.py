@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from ..compensation import Repair
 from ..data import Batch
 from ..forward import final_states
 from ..plan import LayerPlan
@@ -54,10 +56,12 @@ class Candidate:
     Attributes:
         start (`int`): position of the first block that differs.
         blocks (`list[list[nn.Module]]`): what runs from there on; the layers of one entry run in parallel.
+        repair ([`Repair`], *optional*): what makes up for the layer left out at `start`.
     """
 
     start: int
     blocks: list[list[nn.Module]]
+    repair: Repair | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, plan: LayerPlan, apart: Callable[[], Mapping[int, nn.Module]]) -> Candidate:
@@ -76,9 +80,16 @@ class Candidate:
 
     def final_states(self, decoder: nn.Module, calls: LayerCalls, whole: Tensor) -> Tensor:
         """Hidden states behind the final norm, `(B, T, H)`; `whole` are those of the model itself."""
-        if self.start == len(calls.states):
+        if self.repair is not None and self.repair.weight is not None:  # the block before the gap is another one
+            position = self.repair.position
+            changed = {"mlp.down_proj.weight": self.repair.weight}
+            args, kwargs = (calls.states[position],), calls.kwargs[position]
+            state = functional_call(decoder.layers[position], changed, args, kwargs)
+        elif self.start == len(calls.states):
             return whole
-        state, kwargs = calls.states[self.start], calls.kwargs[self.start]
+        else:
+            state, kwargs = calls.states[self.start], calls.kwargs[self.start]
+            state = state if self.repair is None else state * self.repair.scale
         for layers in self.blocks:
             state = run_parallel(layers, state, kwargs)
         return decoder.norm(state)
@@ -108,10 +119,14 @@ class CandidateRuns:
     Layers inside parallel blocks are taken apart once for all candidates, and only if one needs it.
     """
 
-    def __init__(self, model: PreTrainedModel, plans: Iterable[LayerPlan]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, plans: Iterable[LayerPlan], repairs: Mapping[LayerPlan, Repair] | None = None
+    ) -> None:
         apart = cache(lambda: separate_layers(model))
         self.model = model
-        self.candidates = [Candidate.of(model, plan, apart) for plan in plans]
+        self.candidates = [
+            replace(Candidate.of(model, plan, apart), repair=(repairs or {}).get(plan)) for plan in plans
+        ]
 
     def final_states(self, batch: Batch, which: Iterable[int]) -> Iterator[Tensor]:
         """Final hidden states `(B, T, H)` of the model as it is, then of each candidate in turn."""

@@ -1,20 +1,23 @@
-"""How a round finds its next edit: scored on the student as it is, or taken from an order that was fixed before."""
+"""How a round finds its next edit, scored on the student as it is or taken from an order, and repairs what it left."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..budget import Gauge
+from ..compensation import compensate
 from ..data import Batch
 from ..edits import Edit
-from ..scoring import EditScores, Race, contiguous_block, score_edits
+from ..scoring import MEASURED, EditScores, Race, contiguous_block, score_edits
 from ..search import next_step
 from ..surgery import plan_of
 from .config import IterativeLayerDistillConfig
 from .run_state import RunState
+from .trainable import round_weights
 
 
 def next_edit(
@@ -30,7 +33,10 @@ def next_edit(
     seed = args.seed + plan_of(student).depth  # of "random": another draw in every round
     if not args.one_shot and args.criterion != "angular_distance":
         race = None if args.race_confidence is None else Race(args.race_confidence, args.seed)
-        step = next_step(student, batches, gauge, args.criterion, teacher, on_batch, race, seed=seed)
+        options: dict[str, Any] = {"seed": seed}
+        if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
+            options["compensation"] = args.compensation
+        step = next_step(student, batches, gauge, args.criterion, teacher, on_batch, race, **options)
         return step.edit.label, step.scores
     made = len(run.current["edits"])
     order, scores = (run.order if args.one_shot else run.current.setdefault("order", [])), None
@@ -63,3 +69,20 @@ def fixed_order(
         return list(scores.ranking), scores
     layers = contiguous_block(model, batches, size, [edit.layers[0] for edit in edits])
     return [Edit.remove(layer) for layer in reversed(layers)], scores
+
+
+def repaired(
+    student: PreTrainedModel,
+    edits: list[Edit],
+    batches: list[Batch],
+    teacher: PreTrainedModel,
+    method: str,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """`student` with the gaps of these edits repaired in closed form, in weights that `dtype` can hold."""
+    removed = [edit.layers[0] for edit in edits if edit.kind == "remove"]
+    if method == "none" or not removed:
+        return student
+    student = compensate(student, batches, method, teacher, removed, share_weights=True)
+    round_weights(student, dtype)
+    return student

@@ -9,6 +9,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from ..budget import Budget
+from ..compensation import COMPENSATIONS
 from ..edits import EditSpace
 from ..errors import LayerPruneError
 from ..scoring import CRITERIA, MEASURED, Race
@@ -73,6 +74,9 @@ class IterativeLayerDistillConfig(SFTConfig):
             Rows of calibration data (of `max_length` tokens where packed) that score the layers.
         num_eval_samples (`int`, *optional*):
             Rows of `eval_dataset` that measure quality; all by default.
+        compensation (`str`, *optional*, defaults to `"none"`):
+            Repair the student in closed form after each removal, before it is healed: `"rescale"` or
+            `"least_squares"`, see [`compensate`]. Scores that are measured are taken after it.
         heal (`bool`, *optional*, defaults to `True`):
             Whether rounds heal the student; without it layers are only chosen and removed.
         trained_layers (`str`, *optional*, defaults to `"neighbours"`):
@@ -138,6 +142,13 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
     num_eval_samples: int | None = field(
         default=None, metadata={"help": "Rows of the evaluation data that measure quality; all by default."}
+    )
+    compensation: str = field(
+        default="none",
+        metadata={
+            "help": "Repair in closed form behind every removal: 'none', 'rescale' or 'least_squares'.",
+            "choices": COMPENSATIONS,
+        },
     )
     heal: bool = field(
         default=True, metadata={"help": "Whether rounds heal; without it layers are only chosen and removed."}
@@ -227,6 +238,15 @@ class IterativeLayerDistillConfig(SFTConfig):
                     "every round scored for one choice; leave out one_shot"
                 )
             Race(self.race_confidence)
+        if self.compensation not in COMPENSATIONS:
+            raise LayerPruneError(
+                f"compensation={self.compensation!r} is unknown; choose one of {', '.join(COMPENSATIONS)}"
+            )
+        if self.compensation == "rescale" and self.heal and (self.hidden_weight or self.loss_preset):
+            raise LayerPruneError(
+                "compensation='rescale' changes the scale of hidden states, which the hidden-state loss compares with "
+                "the teacher's; set hidden_weight=0 or choose 'least_squares'"
+            )
         if self.one_shot and self.criterion == "angular_distance" and self.target_num_layers is None:
             raise LayerPruneError("one_shot=True with criterion='angular_distance' needs target_num_layers")
 

@@ -33,7 +33,7 @@ from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
 from .checks import check_budget, check_enough_rows, check_has_text, check_request
-from .choosing import next_edit
+from .choosing import next_edit, repaired
 from .config import IterativeLayerDistillConfig
 from .healing import LayerHealingTrainer
 from .records import add_speed, round_record, teacher_record
@@ -258,6 +258,8 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
             plan = Edit.from_label(label).apply(plan)
             student = apply_plan(student, plan, share_weights=True)
             self._save_run(run, folder)
+        how = (self.calibration_batches, self.teacher, self.args.compensation, self.save_dtype)
+        student = repaired(student, [Edit.from_label(label) for label in current["edits"]], *how)
         if "before_healing" not in current and self.args.heal:
             current["before_healing"] = current["unhealed"] = self._evaluate_phase(student).to_dict()
             if run.rounds or self.start is not self.teacher:  # else nothing has been healed yet

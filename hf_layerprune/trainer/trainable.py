@@ -65,6 +65,14 @@ def _add_adapters(student: PreTrainedModel, blocks: list[int], peft_config: Any)
     return adapted
 
 
+def round_weights(student: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round weights to the dtype they will be saved in, where they lose by it, in memory of their own."""
+    for parameter in student.parameters():
+        rounded = parameter.data.to(dtype).to(parameter.dtype)
+        if not torch.equal(rounded, parameter.data):
+            parameter.data = rounded
+
+
 def make_plain(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     """The healed student as a plain model without gradients, its trained weights rounded to `dtype`.
 
