@@ -262,7 +262,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         student = repaired(student, [Edit.from_label(label) for label in current["edits"]], *how)
         if "before_healing" not in current and self.args.heal:
             current["before_healing"] = current["unhealed"] = self._evaluate_phase(student).to_dict()
-            if run.rounds or self.start is not self.teacher:  # else nothing has been healed yet
+            if run.rounds or self.start is not self.teacher or self.args.compensation != "none":  # else it is the same
                 unhealed = apply_plan(self.teacher, plan, share_weights=True)
                 current["unhealed"] = self._evaluate_phase(unhealed).to_dict()
             self._save_run(run, folder)
