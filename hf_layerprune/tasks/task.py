@@ -85,7 +85,7 @@ class Task(ABC):
 
     def template(self, setting: str) -> Template:
         """A setting of this task as a template."""
-        return Template(getattr(self, setting), f"{self.title}: {setting}")
+        return Template(getattr(self, setting), self.title, setting)
 
 
 def default_name(dataset: str) -> str:
@@ -103,7 +103,7 @@ def check_types(task: Any) -> None:
             setattr(task, item.name, value)
         if not _fits(value, hint):
             shown = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-            shown = shown.replace("typing.", "").replace("NoneType", "none")
+            shown = shown.replace("typing.", "").replace("None", "nothing")
             raise LayerPruneError(f"{task.title}: {item.name}={value!r} must be {shown}")
 
 
@@ -196,7 +196,11 @@ class PromptedTask(Task):
         return result
 
     def _group(self, row: Row) -> str:
-        return "" if self.few_shot_group is None else as_text(row.values, self.few_shot_group, row.where)
+        return (
+            ""
+            if self.few_shot_group is None
+            else as_text(row.values, self.few_shot_group, f"{self.title}: {row.where}")
+        )
 
     def _opening(self, row: Row) -> str:
         return self.template("description").render(row.values, row.where)

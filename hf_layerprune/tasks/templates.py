@@ -18,14 +18,16 @@ class Template:
 
     Args:
         text (`str`): the template.
-        what (`str`): what it is called in errors, e.g. `"task mmlu: prompt"`.
+        task (`str`): what errors call the task it belongs to, e.g. `"task mmlu"`.
+        setting (`str`): the task's setting that holds it, e.g. `"prompt"`.
 
     Raises:
         [`LayerPruneError`]: if braces do not match, or a field is more than a column name.
     """
 
-    def __init__(self, text: str, what: str) -> None:
-        self.what = what
+    def __init__(self, text: str, task: str, setting: str) -> None:
+        self.task, self.setting = task, setting
+        what = f"{task}: {setting}"
         self.parts: list[tuple[str, str | None]] = []
         try:
             parsed = list(string.Formatter().parse(text))
@@ -46,9 +48,9 @@ class Template:
         Raises:
             [`LayerPruneError`]: if a column is missing, empty (null), or holds neither text nor a number.
         """
+        where = f"{self.task}: {where}: {self.setting}"
         return "".join(
-            literal + ("" if field is None else as_text(values, field, f"{where}: {self.what}"))
-            for literal, field in self.parts
+            literal + ("" if field is None else as_text(values, field, where)) for literal, field in self.parts
         )
 
 
