@@ -24,14 +24,29 @@ from hf_layerprune.tasks.evaluation import generated, row_sums, standard_error
 from hf_layerprune.tasks.templates import Template
 
 BLIMP = [
-    {"sentence_good": "Who should Derek hug after shocking Richard?", "sentence_bad": "Who should Derek hug Richard after shocking?"},
-    {"sentence_good": "Who has Colleen aggravated before kissing Judy?", "sentence_bad": "Who has Colleen aggravated Judy before kissing?"},
-    {"sentence_good": "Who does John leave while alarming Beverly?", "sentence_bad": "Who does John leave Beverly while alarming?"},
-]  # fmt: skip
+    {"sentence_good": good, "sentence_bad": bad}
+    for good, bad in [
+        ("Who should Derek hug after shocking Richard?", "Who should Derek hug Richard after shocking?"),
+        ("Who has Colleen aggravated before kissing Judy?", "Who has Colleen aggravated Judy before kissing?"),
+        ("Who does John leave while alarming Beverly?", "Who does John leave Beverly while alarming?"),
+    ]
+]
 AGIEVAL = [
-    {"passage": "The park lies north of the shop.", "question": "Which can be derived?", "options": ["(A)The shop is south", "(B)The shop is north", "(C)None"], "label": "A", "answer": None},
-    {"passage": "Two of three are salespersons.", "question": "How many are not?", "options": ["(A)Two", "(B)One", "(C)None"], "label": "B", "answer": None},
-]  # fmt: skip
+    {
+        "passage": "The company sent three young staff members to the South for business trip.",
+        "question": "So what are the three young people on business?",
+        "options": ["(A)20-year-old accountant", "(B)24-year-old salesperson", "(C)20-year-old salesperson"],
+        "label": "A",
+        "answer": None,
+    },
+    {
+        "passage": "These four communities are cultural area, leisure area, commercial area and service area.",
+        "question": "Based on the above statement, which of the following can be derived?",
+        "options": ["(A)Civic Park is north", "(B)The leisure area is southwest of the cultural area"],
+        "label": "B",
+        "answer": None,
+    },
+]
 COMMONSENSE = {
     "question": "Where would you find a ferret that is not a pet?",
     "choices": {"label": ["A", "B", "C"], "text": ["own home", "north carolina", "great britain"]},
@@ -110,7 +125,7 @@ def test_multiple_choice_by_hand(model, tokenizer, normalize):
         Dataset.from_list(AGIEVAL), prompt=template, choices="options", answer="label", normalize=normalize, name="agi"
     )
     chunk = task.prepare(tokenizer, batch_size=2).chunks[1]
-    assert chunk.sizes == (3,) and chunk.answers == (1,)
+    assert chunk.sizes == (2,) and chunk.answers == (1,)
     row = AGIEVAL[1]
     expected = [nll(model, tokenizer, template.format(**row), " " + text) for text in row["options"]]
     sums, counts = row_sums(model, chunk, "nll")
@@ -170,10 +185,7 @@ def test_the_limit_takes_rows_from_everywhere(tokenizer):
 def test_long_prompts_lose_their_beginning(tokenizer):
     task = MultipleChoiceTask(Dataset.from_list(MMLU[:1]))
     prepared = task.prepare(tokenizer, max_length=8)
-    assert (
-        prompts(prepared, tokenizer) == [" + 1?"[-6:] if False else "s 1 + 1?"[-6:]] * 4
-        and prepared.num_truncated == 4
-    )
+    assert prompts(prepared, tokenizer) == ["1 + 1?"] * 4 and prepared.num_truncated == 4
 
 
 def test_perplexity_and_kl_by_hand(model, tokenizer, write):
@@ -275,15 +287,15 @@ def test_the_standard_error_is_that_of_the_mean():
 @pytest.mark.parametrize("text", ["{a.b}", "{a[0]}", "{a!r}", "{a:>99999999}", "{}", "{a:{b}}", "{a", "a}"])
 def test_templates_hold_columns_alone(text):
     with pytest.raises(LayerPruneError, match="task t: prompt"):
-        Template(text, "task t: prompt")
+        Template(text, "task t", "prompt")
 
 
 def test_templates_render_columns():
     row = {"a": "x", "n": 3, "l": ["p", "q"], "none": None, "d": {"b": 1}}
-    assert Template("{{{a}}} {n} {l}", "t").render(row, "line 1") == "{x} 3 p q"
+    assert Template("{{{a}}} {n} {l}", "t", "prompt").render(row, "line 1") == "{x} 3 p q"
     for field, message in [("z", "no column 'z'; the columns are a, n"), ("none", "is empty"), ("d", "holds a dict")]:
-        with pytest.raises(LayerPruneError, match=f"file, line 4: t.*{message}"):
-            Template(f"{{{field}}}", "t").render(row, "file, line 4")
+        with pytest.raises(LayerPruneError, match=f"t: file, line 4: prompt: .*{message}"):
+            Template(f"{{{field}}}", "t", "prompt").render(row, "file, line 4")
 
 
 @pytest.mark.parametrize(
@@ -342,7 +354,7 @@ def test_other_mistakes_in_the_data(tokenizer, write):
     "task, settings, message",
     [
         (PerplexityTask, {"limit": 0}, "limit=0"),
-        (PerplexityTask, {"limit": "ten"}, "limit='ten' must be int | none"),
+        (PerplexityTask, {"limit": "ten"}, "limit='ten' must be int | nothing"),
         (PerplexityTask, {"weight": 0}, "weight=0 must be positive"),
         (PerplexityTask, {"weight": True}, "weight=True must be float"),
         (PerplexityTask, {"text": "{a.b}"}, "field {a.b} is not allowed"),
@@ -406,10 +418,8 @@ def test_the_paper_tasks_from_a_folder(write, tmp_path, tokenizer):
     assert all(task.num_few_shot == 5 for task in tasks)
     with pytest.raises(LayerPruneError, match=r"enMMLU.jsonl is missing; put the rows of RefalMachine/darumeru there"):
         load_tasks("paper", folder=tmp_path)
-    mmlu = [
-        {"subject": "anatomy", "question_en": "q", "choices_en": list("wxyz"), "question_ru": "в", "choices_ru": list("wxyz"), "answer": n % 4}
-        for n in range(7)
-    ]  # fmt: skip
+    columns = {"question_en": "q", "choices_en": list("wxyz"), "question_ru": "в", "choices_ru": list("wxyz")}
+    mmlu = [{"subject": "anatomy", "answer": number % 4} | columns for number in range(7)]
     rows = {
         "enMMLU": mmlu,
         "ruMMLU": mmlu,
