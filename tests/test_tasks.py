@@ -21,6 +21,7 @@ from hf_layerprune.tasks import (
     load_tasks,
 )
 from hf_layerprune.tasks.evaluation import generated, row_sums, standard_error
+from hf_layerprune.tasks.lm_eval_task import costs_of_samples
 from hf_layerprune.tasks.templates import Template
 
 BLIMP = [
@@ -450,3 +451,25 @@ def test_lm_eval_is_an_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(LayerPruneError, match=r"pip install 'hf-layerprune\[lm-eval\]'"):
         load_tasks("lm_eval:arc_easy")
+
+
+def test_costs_of_what_lm_eval_logged():
+    rows = [{"metrics": ["acc", "acc_norm"], "acc": 1.0, "acc_norm": 0.0}, {"metrics": ["acc"], "acc": 0.0}]
+    costs, weights = costs_of_samples({"a": rows, "b": rows[:1]}, "t")
+    assert costs.tolist() == [0, 1, 0] and weights.tolist() == [1, 1, 1]
+    with pytest.raises(LayerPruneError, match=r"task t: its first metric, ppl, is no number in \[0, 1\]"):
+        costs_of_samples({"a": [{"metrics": ["ppl"], "ppl": 31.0}]}, "t")
+
+
+def test_lm_eval_runs_a_task_of_its_own_format(model, tokenizer, write, tmp_path):
+    pytest.importorskip("lm_eval")
+    data = write("rows.jsonl", AGIEVAL)
+    settings = {
+        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}}, "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{options}}",
+        "doc_to_target": "{{['A', 'B', 'C'].index(label)}}", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    tasks = load_tasks(write("theirs.yaml", yaml.safe_dump(settings)))
+    own = MultipleChoiceTask(data, name="own", choices="options", answer="label")
+    report = evaluate_tasks(model, [*tasks, own], tokenizer)
+    assert report.results["theirs"].quality == report.results["own"].quality

@@ -43,7 +43,7 @@ def choice_task(
     return PreparedTask(task.name, task.weight, "nll", "accuracy", chunks, truncated)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class MultipleChoiceTask(PromptedTask):
     """Which of several continuations is the likeliest; the cost of an example is 1 where it is not the right one.
 
@@ -160,7 +160,7 @@ class MultipleChoiceTask(PromptedTask):
         return inside.pop()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class MinimalPairsTask(Task):
     """Which of two sentences is the likelier one, by the sum over their tokens, as in
     [BLiMP](https://huggingface.co/papers/1912.00582); the cost of a pair is 1 where the bad one is as likely.

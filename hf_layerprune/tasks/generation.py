@@ -14,7 +14,7 @@ from .sources import Row
 from .task import PromptedTask
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class GenerationTask(PromptedTask):
     """What a model writes behind a prompt, greedily, judged by a metric; the cost of an example is 1 - score.
 
@@ -113,15 +113,18 @@ class GenerationTask(PromptedTask):
         return len(tokenizer(reference, add_special_tokens=False)["input_ids"]) + 2
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class CopyTask(GenerationTask):
     """Repeating a text word for word, as the paper's `cp_doc` and `cp_para` sets ask for.
 
     A model that follows instructions is asked to (`prompt="Repeat this text word for word.\\n\\n{text}\\n\\nThe text
     again:\\n"`). A base model is shown the text, a separator and the first words of the text, and goes on:
-    `prompt="{text}\\n\\n"`, `start_words=5`. A small model that seldom copies a whole text still finds the second copy
-    likelier than the first: `judged_by="likelihood"` scores that, the nats per token of the second copy, which is how
-    the default tasks ask the embedded teacher.
+    `prompt="{text}\\n\\n"`, `start_words=5`.
+
+    A small model may copy nothing (the embedded teacher writes 1 % of a 30-word text before its first mistake) and yet
+    find a text likelier after it has seen it: `judged_by="likelihood"` scores the nats per token of the copy instead.
+    That is how the default tasks ask the embedded teacher, with ten words seen three times: 2.91 nats per token, 3.19
+    where another ten words stand in their place.
 
     Args:
         text (`str`, *optional*, defaults to `"{text}"`): template of the text over the row's columns.

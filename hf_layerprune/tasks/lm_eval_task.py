@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,7 +45,7 @@ class PreparedLmEvalTask(PreparedTask):
         try:
             if path.is_file():
                 manager = TaskManager(include_path=str(path.resolve().parent), include_defaults=False)
-                name = yaml.safe_load(path.read_text(encoding="utf-8"))["task"]
+                name = yaml_task_name(path) or path.stem
             else:
                 manager, name = TaskManager(), self.source
             output = lm_eval.simple_evaluate(
@@ -55,11 +55,25 @@ class PreparedLmEvalTask(PreparedTask):
                 task_manager=manager,
                 log_samples=True,
                 bootstrap_iters=0,
+                random_seed=None,  # the seeds belong to the run around this
+                numpy_random_seed=None,
+                torch_random_seed=None,
                 verbosity="ERROR",
             )
         except Exception as error:  # lm-eval raises many types, for a missing task as for a broken row
             raise LayerPruneError(f"task {self.name}: lm-eval cannot run it: {first_line(error)}") from error
         return costs_of_samples(output["samples"], self.name)
+
+
+def yaml_task_name(path: Path) -> str | None:
+    """The name a YAML file in lm-eval's format gives its task; none if it is no such file.
+
+    The file may hold tags only lm-eval understands, so it is not parsed here.
+    """
+    found = re.search(
+        r"""^task:[ \t]*["']?([\w.\-]+)""", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+    )
+    return found and found[1]
 
 
 def costs_of_samples(samples: dict[str, list[dict[str, Any]]], name: str) -> tuple[Tensor, Tensor]:
@@ -80,11 +94,12 @@ def costs_of_samples(samples: dict[str, list[dict[str, Any]]], name: str) -> tup
     return 1 - torch.tensor(scores, dtype=torch.float64), torch.ones(len(scores), dtype=torch.float64)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class LmEvalTask(Task):
     """A task of lm-eval by its name (`"arc_easy"`) or by a YAML file in its format (`dataset` here).
 
     It is judged by the task's first metric, and run by lm-eval itself on the model in memory, one model at a time.
+    Such a YAML file can name Python functions, which lm-eval runs: use only files you trust.
 
     Raises:
         [`LayerPruneError`]: if lm-eval is not installed.

@@ -14,7 +14,7 @@ from ..errors import LayerPruneError, first_line
 from .choices import MinimalPairsTask, MultipleChoiceTask
 from .evaluation import check_names
 from .generation import CopyTask, GenerationTask
-from .lm_eval_task import LmEvalTask
+from .lm_eval_task import LmEvalTask, yaml_task_name
 from .task import Task
 from .text import KLTask, PerplexityTask
 
@@ -45,7 +45,8 @@ def load_tasks(spec: str, folder: str | Path | None = None) -> list[Task]:
         [`LayerPruneError`]: if there is no such preset or file, a setting is unknown or wrong, or two tasks have one
             name.
     """
-    tasks = [task for part in spec.split(",") if part.strip() for task in _load(part.strip(), folder)]
+    parts = [spec] if Path(spec).is_file() else [part.strip() for part in spec.split(",") if part.strip()]
+    tasks = [task for part in parts for task in _load(part, folder)]
     check_names(tasks)
     return tasks
 
@@ -58,12 +59,12 @@ def _load(spec: str, folder: str | Path | None) -> list[Task]:
         raise LayerPruneError(
             f"tasks {spec!r}: no preset ({', '.join(PRESETS)}), no YAML file and no {LM_EVAL}NAME; name one of these"
         )
+    if yaml_task_name(path):
+        return [LmEvalTask(str(path))]
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LayerPruneError(f"tasks {path} is no YAML: {first_line(error)}") from error
-    if isinstance(content, dict) and "task" in content:  # lm-eval's own format
-        return [LmEvalTask(str(path))]
     if not isinstance(content, list) or not content:
         raise LayerPruneError(f"tasks {path} must be a list of tasks, each with `kind:` and `dataset:`")
     return [

@@ -127,7 +127,7 @@ def spread(rows: Sequence[Row], limit: int | None) -> Sequence[Row]:
     return [rows[number * len(rows) // limit] for number in range(limit)]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class PromptedTask(Task):
     """A task whose every row makes a prompt and what should follow it.
 

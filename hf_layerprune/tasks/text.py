@@ -13,7 +13,7 @@ from .encoding import Encoded, length_limit, pad_id, right_padded
 from .task import Task
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class PerplexityTask(Task):
     """Nats per token of text; an example is one window of `max_length` tokens, its weight the tokens scored in it.
 
@@ -61,7 +61,7 @@ class PerplexityTask(Task):
         return PreparedTask(self.name, self.weight, self.statistic, measure, chunks)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class KLTask(PerplexityTask):
     """KL(teacher || model) of the next-token distributions over text, nats per token; settings as in
     [`PerplexityTask`]."""
