@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -163,8 +163,13 @@ class Gauge:
                 f"(max_group_size, now {self.space.max_group_size}) or protect fewer layers"
             )
 
+    def savings(self, edits: Iterable[Edit], plan: LayerPlan) -> list[float]:
+        """What each edit saves, in the budget's unit. What it saves beyond the budget does not count."""
+        size = self.size(plan)
+        return [size - max(self.size(edit.apply(plan)), self.budget.target) for edit in edits]
+
     def best(self, scores: EditScores, plan: LayerPlan) -> Edit:
-        """The edit that costs least per unit saved. What it saves beyond the budget does not count.
+        """The edit that costs least per unit saved, of those that left no race.
 
         An edit that costs nothing, or less, comes before all that do.
 
@@ -172,10 +177,11 @@ class Gauge:
             [`LayerPruneError`]: if no score is a finite number.
         """
         _ = scores.safest  # raises where no cost is a number
-        size = self.size(plan)
+        edits = [edit for edit in scores.ranking if edit not in scores.left]
+        savings = dict(zip(edits, self.savings(edits, plan), strict=True))
 
         def price(edit: Edit) -> tuple[int, float]:
-            saved = size - max(self.size(edit.apply(plan)), self.budget.target)
+            saved = savings[edit]
             cost = scores.values[edit] - scores.baseline
             if not math.isfinite(cost):
                 return 3, 0.0
@@ -183,4 +189,4 @@ class Gauge:
                 return 2, cost
             return (1, cost / saved) if cost > 0 else (0, cost * saved)
 
-        return min(scores.ranking, key=price)
+        return min(edits, key=price)

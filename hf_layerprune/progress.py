@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .edits import Edit
+from .report import was_healed
+from .scoring.scores import CLEAR_MARGIN
 from .surgery import plan_of
 from .trainer import IterativeLayerDistillTrainer, LayerDistillCallback
 
@@ -119,11 +121,17 @@ class RunProgress(LayerDistillCallback):
         **_: Any,
     ) -> None:
         edits = ", ".join(str(Edit.from_label(label)) for label in record["edits"])
+        perplexity = f"{record['perplexity']:.2f}"
+        if was_healed(record):
+            perplexity = f"{record['perplexity_before_healing']:.2f} -> {perplexity} healed"
         self.console.print(
-            f"round {record['round']}: {edits}; {record['num_layers']} layers; perplexity "
-            f"{record['perplexity_before_healing']:.2f} -> {record['perplexity']:.2f} healed; KL {record['kl']:.4f}",
+            f"round {record['round']}: {edits}; {record['num_layers']} layers; perplexity {perplexity}; "
+            f"KL {record['kl']:.4f}",
             highlight=False,
         )
+        for scores in record["all_scores"]:
+            if scores["margin"] is not None and scores["margin"] < CLEAR_MARGIN:
+                self.console.print(f"  {scores['certainty']}", highlight=False)
 
 
 def _expected_depth(trainer: IterativeLayerDistillTrainer) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -40,6 +41,10 @@ CRITERION_UNITS = {
     "kl": "KL to the teacher without the layer (nats per token)",
     "loss": "next-token loss without the layer (nats per token)",
     "block_influence": "block influence, 1 - cos(input, output)",
+    "angular_distance": "angle between input and output, over pi",
+    "taylor": "sum of |weight x gradient of the loss|",
+    "tail": "the last layer first",
+    "random": "at random",
 }
 
 
@@ -149,7 +154,8 @@ def render_markdown(report: dict[str, Any]) -> str:
         lines += ["![quality against depth](quality.png)", ""]
     if any(record["scores"] for record in rounds):
         lines += ["## Scores", ""]
-        lines += ["What each edit would have cost in its round; the one that was made is bold.", ""]
+        spread = " ± is one standard error." if any(_standard_errors(record) for record in rounds) else ""
+        lines += [f"What each edit would have cost in its round; the one that was made is bold.{spread}", ""]
         labels = {label: Edit.from_label(label) for record in rounds for label in record["scores"]}
         lines += ["| edit | " + " | ".join(f"round {record['round']}" for record in rounds) + " |"]
         lines += ["|---:|" + "---:|" * len(rounds)]
@@ -157,6 +163,8 @@ def render_markdown(report: dict[str, Any]) -> str:
             cells = [_score_cell(record, label) for record in rounds]
             lines.append(f"| {label.replace('|', EDIT_BAR)} | " + " | ".join(cells) + " |")
         lines.append("")
+        lines += [f"* Round {number}: {text}." for number, text in _certainties(rounds)]
+        lines += [""] * bool(_certainties(rounds))
     lines += [
         "Measured on "
         + env["hardware"]
@@ -179,10 +187,25 @@ def _summary(teacher: dict[str, Any], last: dict[str, Any]) -> str:
 
 
 def _score_cell(record: dict[str, Any], label: str) -> str:
-    value = record["scores"].get(label)
+    value, error = record["scores"].get(label), _standard_errors(record).get(label)
     if value is None:  # not possible in this round, or a score that is no number
         return ""
-    return f"**{value:.4f}**" if label == record["edits"][0] else f"{value:.4f}"
+    cell = f"**{value:.4f}**" if label == record["edits"][0] else f"{value:.4f}"
+    return cell if error is None or math.isnan(error) else f"{cell} ± {error:.4f}"
+
+
+def _standard_errors(record: dict[str, Any]) -> dict[str, float | None]:
+    """Of the scores of a round's first choice."""
+    scores = record.get("all_scores") or [{}]
+    return scores[0].get("standard_errors", {})
+
+
+def _certainties(rounds: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
+    """Round and how sure its choice was, for every choice that was measured."""
+    texts = [
+        (record["round"], scores.get("certainty")) for record in rounds for scores in record.get("all_scores", [])
+    ]
+    return [(number, text.replace("|", EDIT_BAR)) for number, text in texts if text]
 
 
 def plot_quality(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> Figure:

@@ -19,7 +19,7 @@ from .edits import EDIT_KINDS, Edit, EditSpace
 from .errors import LayerPruneError
 from .latency import BlockLatency
 from .plan import LayerPlan
-from .scoring import EditScores, score_edits, score_plans
+from .scoring import EditScores, Race, score_edits, score_plans
 from .surgery import apply_plan, check_supported, plan_of
 
 
@@ -66,6 +66,7 @@ def search_plan(
     protect_first_layers: int = 0,
     protect_last_layers: int = 0,
     latency: BlockLatency | None = None,
+    race: Race | None = None,
     on_step: Callable[[SearchStep], None] = lambda step: None,
 ) -> PlanSearch:
     """Greedy search over edits: each step takes the edit with the least quality lost per unit saved.
@@ -84,6 +85,7 @@ def search_plan(
         protect_first_layers, protect_last_layers (`int`, *optional*, defaults to `0`):
             Number of first and last teacher layers that no edit touches.
         latency ([`BlockLatency`], *optional*): measured before; saves the time to measure it.
+        race ([`Race`], *optional*): drop edits early that are worse beyond doubt; see [`score_layers`].
         on_step (`Callable[[SearchStep], None]`, *optional*): called after every step.
 
     Returns:
@@ -104,7 +106,7 @@ def search_plan(
     gauge.check_reachable(plan)
     student, steps = model, []
     while not gauge.met(plan_of(student)):
-        steps.append(next_step(student, batches, gauge, criterion, teacher))
+        steps.append(next_step(student, batches, gauge, criterion, teacher, race=race))
         student = apply_plan(student, steps[-1].plan, share_weights=True)
         on_step(steps[-1])
     return PlanSearch(plan_of(student), steps, budget, gauge.latency)
@@ -117,10 +119,19 @@ def next_step(
     criterion: str,
     teacher: PreTrainedModel,
     on_batch: Callable[[], None] = lambda: None,
+    race: Race | None = None,
+    **options: Any,
 ) -> SearchStep:
-    """Score every useful edit of `student` and take the best; arguments as in [`search_plan`]."""
+    """Score every useful edit of `student` and take the best; arguments as in [`search_plan`].
+
+    `options` go to [`score_edits`]. There is no race between edits that save nothing.
+    """
     plan = plan_of(student)
-    scores = score_edits(student, batches, gauge.useful_edits(plan), criterion, teacher, on_batch)
+    edits = gauge.useful_edits(plan)
+    savings: list[float] | None = gauge.savings(edits, plan)
+    if not all(saving > 0 for saving in savings):
+        race = savings = None
+    scores = score_edits(student, batches, edits, criterion, teacher, on_batch, race, savings, **options)
     edit = gauge.best(scores, plan)
     return SearchStep(edit, scores, edit.apply(plan), gauge.size(edit.apply(plan)))
 

@@ -68,7 +68,21 @@ class MeasureArguments(DataArguments):
 class ScoreArguments(MeasureArguments):
     """Settings of `score`."""
 
-    criterion: str = field(default="kl", metadata={"help": "'kl', 'loss' or 'block_influence'."})
+    criterion: str = field(
+        default="kl",
+        metadata={
+            "help": "Measured: 'kl' or 'loss'; guessed: 'block_influence', 'angular_distance', 'taylor', 'tail' or "
+            "'random'."
+        },
+    )
+    race_confidence: float | None = field(
+        default=None,
+        metadata={"help": "Drop layers early that are worse beyond doubt; confidence of the choice, such as 0.95."},
+    )
+    offload: bool = field(
+        default=False,
+        metadata={"help": "Leave the layers on disk and read each once, for all candidates: for models too large."},
+    )
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from transformers import PreTrainedModel
 from ..data import load_text_dataset, tokenized_batches
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
-from ..loading import load_model, load_tokenizer
+from ..loading import load_config, load_model, load_tokenizer
 from ..report import CRITERION_UNITS, plot_scores, save_plot
-from ..scoring import score_layers
+from ..scoring import Race, score_layers
 from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments, parse
 
 
@@ -27,15 +28,26 @@ def score(argv: list[str]) -> None:
     folder = Path(arguments.output_dir or "layerprune-scores")
     folder.mkdir(parents=True, exist_ok=True)
     batches = _measuring_batches(arguments, "embedded:calibration")
-    scores = score_layers(load_on_device(arguments.model, arguments.dtype), batches, arguments.criterion)
+    race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
+    with TemporaryDirectory() as offload_folder:
+        where = device_map(arguments.model, device()) if arguments.offload else None
+        more = {"device_map": where, "offload_folder": offload_folder} if where else {}
+        model = load_on_device(arguments.model, arguments.dtype, **more)
+        scores = score_layers(model, batches, arguments.criterion, race=race)
     table = Table(title=f"{CRITERION_UNITS[scores.criterion]}, {scores.num_tokens:,} tokens")
-    for column in ("layer", "cost", ""):
+    for column in ("layer", "cost", "error", ""):
         table.add_column(column, justify="left" if not column else "right")
     for layer, value in sorted(scores.values.items()):
         mark = "  <- safest" if layer == scores.safest else ""
-        table.add_row(str(layer), f"{value:.5f}", _bar(value, scores.values.values()) + mark)
+        if layer in scores.left:
+            mark = f"  left at {scores.left[layer]:.0%}"
+        error = scores.standard_errors.get(layer, math.nan)
+        spread = "" if math.isnan(error) else f"± {error:.5f}"
+        table.add_row(str(layer), f"{value:.5f}", spread, _bar(value, scores.values.values()) + mark)
     console = Console()
     console.print(table)
+    if scores.certainty:
+        console.print(scores.certainty, highlight=False)
     write_atomically(folder / "scores.json", to_json(scores.to_dict()))
     save_plot(plot_scores(scores, f"{Path(arguments.model).name}: importance of its layers"), folder / "scores.png")
     console.print(f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
@@ -46,9 +58,17 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_on_device(name: str, dtype: str) -> PreTrainedModel:
-    """A model on that device."""
-    return load_model(name, dtype=dtype).to(device())
+def load_on_device(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
+    """A model on that device, or where a `device_map` says."""
+    model = load_model(name, dtype=dtype, **kwargs)
+    return model if kwargs.get("device_map") else model.to(device())
+
+
+def device_map(name: str, where: torch.device) -> dict[str, str]:
+    """Layers on disk, read when they are called, the rest on a device."""
+    depth = load_config(name).num_hidden_layers
+    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    return dict.fromkeys(rest, str(where)) | {f"model.layers.{n}": "disk" for n in range(depth)}
 
 
 def _bar(value: float, values: Iterable[float], width: int = 40) -> str:

@@ -11,19 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data import Batch, valid_next_tokens
-from ..forward import final_states, to_device
-from ..losses import TokenStatistics, token_statistics
+from ..data import Batch
+from ..forward import final_states
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of
-
-MAX_STATE_BYTES = 2**30  # of candidates' final states held at a time
 
 
 @dataclass
@@ -106,41 +102,21 @@ def run_parallel(layers: list[nn.Module], state: Tensor, kwargs: dict[str, Any])
     return state + sum(layer.mlp(layer.post_attention_layernorm(state)) for layer in layers)
 
 
-def candidate_states(model: PreTrainedModel, batch: Batch, candidates: Iterable[Candidate]) -> Iterator[Tensor]:
-    """Final hidden states `(B, T, H)` of the model as it is, then of each candidate in turn."""
-    with recorded_layer_calls(model.base_model) as calls:
-        whole = final_states(model, batch)
-    yield whole
-    for candidate in candidates:
-        yield candidate.final_states(model.base_model, calls, whole)
+class CandidateRuns:
+    """Runs a model as it is and by other plans made of its layers; index 0 is the model itself, 1, 2, ... the plans.
 
-
-def measure_candidates(
-    model: PreTrainedModel,
-    batches: list[Batch],
-    plans: Iterable[LayerPlan],
-    teacher: PreTrainedModel | None,
-    on_batch: Callable[[], None] = lambda: None,
-) -> Iterator[list[TokenStatistics]]:
-    """Per batch: the statistics of the model as it is (against `teacher`, if any), then by each of `plans`.
-
-    Runs inside [`~forward.measuring`].
+    Layers inside parallel blocks are taken apart once for all candidates, and only if one needs it.
     """
-    apart = cache(lambda: separate_layers(model))  # made once for all candidates, and only if one needs it
-    candidates = [Candidate.of(model, plan, apart) for plan in plans]
-    for batch in batches:
-        batch = to_device(batch, model.device)
-        valid, labels = valid_next_tokens(batch)
-        if not len(labels):
-            continue
-        hidden = (states[valid] for states in candidate_states(model, batch, candidates))
-        first = next(hidden)
-        reference: tuple[Any, ...] = ()
-        if teacher is not None:
-            reference = (first if teacher is model else final_states(teacher, batch)[valid], teacher.lm_head)
-        at_once = max(1, MAX_STATE_BYTES // max(1, first.numel() * first.element_size()))
-        statistics, hidden = [], chain([first], hidden)
-        while some := list(islice(hidden, at_once)):  # the teacher is projected once for each of these parts
-            statistics += token_statistics(some, model.lm_head, labels, *reference)
-        yield statistics
-        on_batch()
+
+    def __init__(self, model: PreTrainedModel, plans: Iterable[LayerPlan]) -> None:
+        apart = cache(lambda: separate_layers(model))
+        self.model = model
+        self.candidates = [Candidate.of(model, plan, apart) for plan in plans]
+
+    def final_states(self, batch: Batch, which: Iterable[int]) -> Iterator[Tensor]:
+        """Final hidden states `(B, T, H)` of the model as it is, then of each candidate in turn."""
+        with recorded_layer_calls(self.model.base_model) as calls:
+            whole = final_states(self.model, batch)
+        yield whole
+        for index in which:
+            yield self.candidates[index - 1].final_states(self.model.base_model, calls, whole)

@@ -1,16 +1,19 @@
-"""What scoring gives: one cost per layer, edit or plan."""
+"""What scoring gives: one cost per layer, edit or plan, and how sure the choice is."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..plan import LayerPlan
+from .evidence import Evidence, difference_errors
 
 Key = TypeVar("Key")
+CLEAR_MARGIN = 2.0  # standard errors between the best two
 
 
 @dataclass(frozen=True)
@@ -21,20 +24,55 @@ class Scores(Generic[Key]):
         criterion (`str`): what was measured.
         values (`dict[Key, float]`): candidate to cost, in the criterion's unit.
         baseline (`float`): the same measure with nothing changed.
-        num_tokens (`int`): positions that were scored.
+        num_tokens (`int`): positions that were scored; of several data sets, rows.
+        standard_errors (`dict[Key, float]`): of each value, over rows of data; `nan` with one row. Empty for a
+            criterion that is no measurement.
+        left (`dict[Key, float]`): candidates that a race dropped, and the share of the data they had seen by then;
+            their values are over that data only.
+        half_agreement (`float`, *optional*): how often two random halves of the data choose the same.
+        margin (`float`, *optional*): how far the best is ahead of the second, in standard errors of their paired
+            difference; `None` where nothing was left to compare.
     """
 
     criterion: str
     values: dict[Key, float]
     baseline: float
     num_tokens: int
+    standard_errors: dict[Key, float] = field(default_factory=dict)
+    left: dict[Key, float] = field(default_factory=dict)
+    half_agreement: float | None = None
+    margin: float | None = None
 
     @property
     def ranking(self) -> tuple[Key, ...]:
-        """Candidates, cheapest first. Equal costs go to the deeper layer; a cost that is no number comes last."""
-        return tuple(
-            sorted(self.values, key=lambda key: (math.isnan(self.values[key]), self.values[key], -_depth_of(key)))
-        )
+        """Candidates, cheapest first; those that left a race come after those that did not, the later the better.
+
+        Equal costs go to the deeper layer; a cost that is no number comes last.
+        """
+
+        def order(key: Key) -> tuple[Any, ...]:
+            value = self.values[key]
+            return (math.isnan(value), -self.left.get(key, 1.0), value, -_depth_of(key))
+
+        return tuple(sorted(self.values, key=order))
+
+    @property
+    def certainty(self) -> str:
+        """One sentence on how sure the choice is; empty for a criterion that is no measurement."""
+        if len(self.values) < 2 or not self.standard_errors:
+            return ""
+        best, second = self.ranking[:2]
+        if self.margin is None:
+            if second in self.left:
+                return (
+                    f"{_label(best)} won the race against {_label(second)} after {self.left[second]:.0%} of the data"
+                )
+            return ""
+        halves = "" if self.half_agreement is None else f"; two halves of the data agree {self.half_agreement:.0%}"
+        if self.margin < CLEAR_MARGIN:
+            apart = f"cannot be told apart ({self.margin:.1f} standard errors{halves})"
+            return f"{_label(best)} and {_label(second)} {apart}; more calibration data would tell"
+        return f"{_label(best)} is ahead of {_label(second)} by {self.margin:.1f} standard errors{halves}"
 
     @property
     def safest(self) -> Key:
@@ -51,7 +89,12 @@ class Scores(Generic[Key]):
         return key
 
     def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"values": {_label(key): value for key, value in self.values.items()}}
+        by_key = {name: value for name, value in vars(self).items() if isinstance(value, dict)}
+        return (
+            vars(self)
+            | {"certainty": self.certainty}
+            | {name: {_label(key): value for key, value in values.items()} for name, values in by_key.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +103,9 @@ class LayerScores(Scores[int]):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerScores:
-        return cls(**data | {"values": {int(layer): value for layer, value in data["values"].items()}})
+        data = {name: value for name, value in data.items() if name != "certainty"}
+        by_layer = {name: value for name, value in data.items() if isinstance(value, dict)}
+        return cls(**data | {name: {int(k): v for k, v in values.items()} for name, values in by_layer.items()})
 
 
 class EditScores(Scores[Edit]):
@@ -69,6 +114,34 @@ class EditScores(Scores[Edit]):
 
 class PlanScores(Scores[LayerPlan]):
     """The cost of each of several plans."""
+
+
+def scores_of(
+    evidence: Evidence, left: dict[int, float], keys: Sequence[Key], savings: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """The fields of [`Scores`] from what was measured of the model (index 0) and its candidates (1, 2, ...)."""
+    savings = [1.0] * len(keys) if savings is None else savings
+    scales = dict(enumerate([1.0, *savings]))
+    base = evidence.value(0)
+    survivors = [index for index in range(1, len(keys) + 1) if index not in left]
+    prices = {index: (evidence.value(index) - base) / scales[index] for index in survivors}
+    ranked = sorted((index for index in survivors if math.isfinite(prices[index])), key=prices.__getitem__)
+    margin = agreement = None
+    if len(ranked) > 1:
+        best, second = ranked[:2]
+        error = float(difference_errors(evidence, best, [second], scales)[0])
+        margin = (prices[second] - prices[best]) / error if error > 0 else None
+        if not left and margin is not None:
+            agreement = evidence.half_agreement(survivors, [scales[index] for index in survivors])
+    return {
+        "values": {key: evidence.value(index) for index, key in enumerate(keys, 1)},
+        "baseline": base,
+        "num_tokens": evidence.count() if len(evidence.parts) == 1 else evidence.num_rows,
+        "standard_errors": {key: evidence.standard_error(index) for index, key in enumerate(keys, 1)},
+        "left": {keys[index - 1]: share for index, share in left.items()},
+        "half_agreement": agreement,
+        "margin": margin,
+    }
 
 
 def _depth_of(key: Any) -> int:

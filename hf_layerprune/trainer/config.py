@@ -11,7 +11,7 @@ from trl import SFTConfig
 from ..budget import Budget
 from ..edits import EditSpace
 from ..errors import LayerPruneError
-from ..scoring import CRITERIA
+from ..scoring import CRITERIA, MEASURED, Race
 
 
 def has_bf16(use_cpu: bool) -> bool:
@@ -57,7 +57,14 @@ class IterativeLayerDistillConfig(SFTConfig):
         layers_per_round (`int`, *optional*, defaults to `1`):
             Layers removed (edits made) between two healings. The last round makes fewer if needed.
         criterion (`str`, *optional*, defaults to `"kl"`):
-            What a layer costs: `"kl"`, `"loss"` or `"block_influence"`; see [`score_layers`].
+            What a layer costs: `"kl"`, `"loss"`, or a guess to compare them with, such as `"block_influence"`; see
+            [`score_layers`]. `"angular_distance"` removes the layers of a round as one contiguous stretch.
+        one_shot (`bool`, *optional*, defaults to `False`):
+            Score once, on the model the run starts from, and remove in that order; by default every round scores the
+            healed student again.
+        race_confidence (`float`, *optional*):
+            Let layers race: those worse than the best beyond doubt see the first part of the calibration data only.
+            The probability to choose the same layer as all data would, such as 0.95. By default all see all data.
         protect_first_layers (`int`, *optional*, defaults to `0`):
             Number of first teacher layers that no edit touches.
         protect_last_layers (`int`, *optional*, defaults to `0`):
@@ -66,6 +73,8 @@ class IterativeLayerDistillConfig(SFTConfig):
             Rows of calibration data (of `max_length` tokens where packed) that score the layers.
         num_eval_samples (`int`, *optional*):
             Rows of `eval_dataset` that measure quality; all by default.
+        heal (`bool`, *optional*, defaults to `True`):
+            Whether rounds heal the student; without it layers are only chosen and removed.
         trained_layers (`str`, *optional*, defaults to `"neighbours"`):
             What healing trains: `"neighbours"`, the layers before and behind each layer removed in the round (as in
             the paper) and the blocks put together in it; `"all"` parameters; or named teacher layers, such as
@@ -109,7 +118,14 @@ class IterativeLayerDistillConfig(SFTConfig):
     max_group_size: int = field(default=2, metadata={"help": "Most layers that run in parallel in one block."})
     layers_per_round: int = field(default=1, metadata={"help": "Layers removed (edits made) between two healings."})
     criterion: str = field(
-        default="kl", metadata={"help": "What a layer costs: 'kl', 'loss' or 'block_influence'.", "choices": CRITERIA}
+        default="kl", metadata={"help": "What a layer costs, measured ('kl', 'loss') or guessed.", "choices": CRITERIA}
+    )
+    one_shot: bool = field(
+        default=False, metadata={"help": "Score once and remove in that order, instead of scoring in every round."}
+    )
+    race_confidence: float | None = field(
+        default=None,
+        metadata={"help": "Drop layers early that are worse beyond doubt; confidence of the choice, such as 0.95."},
     )
     protect_first_layers: int = field(
         default=0, metadata={"help": "Number of first teacher layers that no edit touches."}
@@ -122,6 +138,9 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
     num_eval_samples: int | None = field(
         default=None, metadata={"help": "Rows of the evaluation data that measure quality; all by default."}
+    )
+    heal: bool = field(
+        default=True, metadata={"help": "Whether rounds heal; without it layers are only chosen and removed."}
     )
     trained_layers: str = field(
         default="neighbours",
@@ -189,10 +208,27 @@ class IterativeLayerDistillConfig(SFTConfig):
                 "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
             )
         self.named_trained_layers()
-        if "parallelize" in self.edit_space().kinds and self.criterion == "block_influence":
-            raise LayerPruneError(
-                "criterion='block_influence' tells nothing about running layers in parallel; choose 'kl' or 'loss'"
-            )
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        """Do the settings that choose layers fit together?"""
+        measured = " or ".join(repr(name) for name in MEASURED)
+        if "parallelize" in self.edit_space().kinds:
+            if self.criterion not in MEASURED:
+                raise LayerPruneError(
+                    f"criterion={self.criterion!r} tells nothing about running layers in parallel; choose {measured}"
+                )
+            if self.one_shot:
+                raise LayerPruneError("one_shot=True removes layers in a fixed order; it cannot run them in parallel")
+        if self.race_confidence is not None:
+            if self.criterion not in MEASURED or self.one_shot:
+                raise LayerPruneError(
+                    f"race_confidence={self.race_confidence} needs a criterion that is measured ({measured}) and "
+                    "every round scored for one choice; leave out one_shot"
+                )
+            Race(self.race_confidence)
+        if self.one_shot and self.criterion == "angular_distance" and self.target_num_layers is None:
+            raise LayerPruneError("one_shot=True with criterion='angular_distance' needs target_num_layers")
 
     def edit_space(self) -> EditSpace:
         """The edits a round may make."""

@@ -29,11 +29,11 @@ from ..hub import TAGS, model_card
 from ..loading import load_config, load_model, load_tokenizer
 from ..plan import LayerPlan
 from ..report import report_of, write_report
-from ..search import next_step
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
 from .checks import check_budget, check_enough_rows, check_has_text, check_request
+from .choosing import next_edit
 from .config import IterativeLayerDistillConfig
 from .healing import LayerHealingTrainer
 from .records import add_speed, round_record, teacher_record
@@ -153,8 +153,6 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         batches = collated_batches(rows, self.data_collator, self.args.per_device_eval_batch_size, limit)
         return check_batches(batches, self.start.config.vocab_size, what)
 
-    # ------------------------------------------------------------------ the loop
-
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -216,8 +214,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         data = (self.all_train_rows, self.calibration_batches, self.eval_batches)
         settings = decisive_settings(self.args, self.start, self.teacher, data, self._peft_config)
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
-        found = self._agreed(RunState.load(folder))
-        self.run = open_run(folder, found, settings, resume_from_checkpoint)
+        self.run = open_run(folder, self._agreed(RunState.load(folder)), settings, resume_from_checkpoint)
         self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
         check_budget(self.model_name, self.gauge, plan_of(self.start))
         check_target(self.run, plan_of(self.start), self.gauge)
@@ -244,7 +241,8 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         wanted = self.args.layers_per_round
         if self.gauge.budget.unit == "depth":
             wanted = min(wanted, plan_of(student).depth - self.gauge.budget.target)
-        current = run.current or {"wanted": wanted, "edits": [], "scores": [], "seconds_scoring": 0.0}
+        run.current = run.current or {"wanted": wanted, "edits": [], "scores": [], "seconds_scoring": 0.0}
+        current = run.current
         plan = plan_of(student)
         for label in current["edits"]:
             plan = Edit.from_label(label).apply(plan)
@@ -252,17 +250,15 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         while len(current["edits"]) < current["wanted"] and not self.gauge.met(plan):
             self._phase("scoring", num_layers=plan.depth)
             start = time.perf_counter()
-            how = (self.gauge, self.args.criterion, self.teacher, self._phase_step)
-            step = next_step(student, self.calibration_batches, *how)
+            how = (self.gauge, self.teacher, self.args, run, self._phase_step)
+            label, scores = self._agreed(next_edit(student, self.calibration_batches, *how))
             current["seconds_scoring"] += time.perf_counter() - start
-            current["scores"].append(step.scores.to_dict())
-            edit = self._agreed(step.edit)
-            current["edits"].append(edit.label)
-            plan = edit.apply(plan)
+            current["scores"] += [] if scores is None else [scores.to_dict()]
+            current["edits"].append(label)
+            plan = Edit.from_label(label).apply(plan)
             student = apply_plan(student, plan, share_weights=True)
-            run.current = current
             self._save_run(run, folder)
-        if "before_healing" not in current:
+        if "before_healing" not in current and self.args.heal:
             current["before_healing"] = current["unhealed"] = self._evaluate_phase(student).to_dict()
             if run.rounds or self.start is not self.teacher:  # else nothing has been healed yet
                 unhealed = apply_plan(self.teacher, plan, share_weights=True)
@@ -273,8 +269,11 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
     def _heal(self, student: PreTrainedModel, run: RunState, folder: Path) -> tuple[PreTrainedModel, TrainOutput]:
         """Train the student of this round; a checkpoint of an interrupted healing is taken up."""
         plan, current, target = plan_of(student), run.current, round_folder(folder, self._round)
+        output = TrainOutput(0, 0.0, {})
         if "train_tokens" in current:  # a run that was interrupted behind its healing: the student is on disk
-            return self._load_student(target), TrainOutput(0, 0.0, {})
+            return self._load_student(target), output
+        if not self.args.heal:
+            return self._keep(student, run, folder), output
         trained = self.args.named_trained_layers() or self.args.trained_layers
         blocks = trained_blocks(plan, [Edit.from_label(label) for label in current["edits"]], trained)
         self.hidden_state_map = HiddenStateMap.of(plan, plan_of(self.teacher), blocks)
@@ -292,15 +291,20 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
             if self.args.should_save:
                 shutil.rmtree(target, ignore_errors=True)
             raise
-        current["seconds_healing"] = time.perf_counter() - self._healing_started
+        seconds = time.perf_counter() - self._healing_started
+        return self._keep(student, run, folder, int(self.state.num_input_tokens_seen), seconds), output
+
+    def _keep(self, student: Any, run: RunState, folder: Path, tokens: int = 0, seconds: float = 0.0) -> Any:
+        """Save the student of this round, which took so many tokens and seconds to heal."""
+        run.current["seconds_healing"] = seconds
         swap_model(self, student)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            save_student(student, self.processing_class, self.save_dtype, target)
+            save_student(student, self.processing_class, self.save_dtype, round_folder(folder, self._round))
         self.accelerator.wait_for_everyone()
-        current["train_tokens"] = int(self.state.num_input_tokens_seen)
+        run.current["train_tokens"] = tokens
         self._save_run(run, folder)
-        return student, output
+        return student
 
     def _finish_round(self, student: PreTrainedModel, run: RunState, folder: Path) -> None:
         after = self._evaluate_phase(student)
@@ -329,8 +333,6 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
             files = [folder / "README.md", folder / "quality.png"]
             publish_student(round_folder(folder, len(run.rounds)), folder / "model", files)
             write_atomically(folder / "plan.json", LayerPlan.from_dict(run.rounds[-1]["plan"]).to_json() + "\n")
-
-    # ------------------------------------------------------------------ measuring and telling
 
     def _evaluate_phase(self, student: PreTrainedModel) -> EvaluationReport:
         self._phase("evaluating", num_layers=plan_of(student).depth)
@@ -370,8 +372,6 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, LayerDistillCallback):
                 getattr(callback, name)(self.args, self.state, self.control, **details)
-
-    # ------------------------------------------------------------------ what a Trainer does elsewhere
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

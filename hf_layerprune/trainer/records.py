@@ -57,15 +57,18 @@ def round_record(
     number: int, student: PreTrainedModel, criterion: str, current: dict[str, Any], after: EvaluationReport
 ) -> dict[str, Any]:
     """One finished round; `current` is what [`RunState`] knew of it, `after` the healed student's quality."""
+    record = student_record(number, student, current["edits"], criterion, current["scores"], after)
+    record["seconds_scoring"] = current["seconds_scoring"]
+    if "before_healing" not in current:  # a run that does not heal
+        return record
     before, unhealed = current["before_healing"], current["unhealed"]
-    return student_record(number, student, current["edits"], criterion, current["scores"], after) | {
+    return record | {
         "perplexity_unhealed": unhealed["perplexity"],
         "loss_unhealed": unhealed["loss"],
         "kl_unhealed": unhealed["kl"],
         "perplexity_before_healing": before["perplexity"],
         "loss_before_healing": before["loss"],
         "kl_before_healing": before["kl"],
-        "seconds_scoring": current["seconds_scoring"],
         "seconds_healing": current["seconds_healing"],
         "train_tokens": current["train_tokens"],
     }

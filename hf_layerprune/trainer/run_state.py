@@ -27,7 +27,7 @@ STATE_FILE = "run_state.json"
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 # What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
 DECISIVE = (
-    "edits", "max_group_size", "criterion", "layers_per_round",
+    "edits", "max_group_size", "criterion", "one_shot", "race_confidence", "layers_per_round", "heal",
     "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight",
     "hidden_weight", "lm_weight", "temperature", "loss_preset", "weight_decay", "optim", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -54,6 +54,7 @@ class RunState:
         teacher (`dict`): measurements of the teacher.
         rounds (`list[dict]`): records of the finished rounds.
         current (`dict`): what is known of the round in progress: scores and edits so far.
+        order (`list[str]`): of a run that scores once: the edits in the order they are made.
         latency (`dict`, *optional*): what a block costs in time, where the target is one of latency.
     """
 
@@ -61,6 +62,7 @@ class RunState:
     teacher: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     current: dict[str, Any] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
     latency: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:

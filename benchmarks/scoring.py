@@ -1,0 +1,210 @@
+"""What scoring costs: the naive loop, the shared prefix, races; block influence as others measure it and by hooks.
+
+    python benchmarks/scoring.py --output benchmarks/results/scoring.json
+
+Ways take turns in one run; times are medians of ratios to the naive loop of the same turn. The naive loop leaves out
+one layer after the other, runs the whole model, and compares with the teacher, which runs once per batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from hf_layerprune import embedded_dataset, prune, score_layers
+from hf_layerprune.data import Batch, tokenized_batches, valid_next_tokens
+from hf_layerprune.files import to_json, write_atomically
+from hf_layerprune.forward import final_states, measuring
+from hf_layerprune.loading import load_model, load_tokenizer
+from hf_layerprune.losses import token_statistics
+from hf_layerprune.report import environment
+from hf_layerprune.scoring import Race
+
+RANDOM = {
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that live at once, made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owners: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        torch.utils._pytree.tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        self.owners[key] = self.owners.get(key, 0) + 1
+        if self.owners[key] == 1:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self._let_go, key, size)
+
+    def _let_go(self, key: int, size: int) -> None:
+        self.owners[key] -= 1
+        if not self.owners[key]:
+            del self.owners[key]
+            self.now -= size
+
+
+def naive(model: PreTrainedModel, batches: list[Batch]) -> dict[int, float]:
+    """KL without each layer, every candidate run from the embedding to the head."""
+    depth = model.config.num_hidden_layers
+    students = [prune(model, [layer], share_weights=True) for layer in range(depth)]
+    totals, tokens = [0.0] * depth, 0
+    with measuring(model):
+        for batch in batches:
+            valid, labels = valid_next_tokens(batch)
+            reference = final_states(model, batch)[valid]
+            for layer, student in enumerate(students):
+                hidden = final_states(student, batch)[valid]
+                (found,) = token_statistics([hidden], student.lm_head, labels, reference, model.lm_head)
+                totals[layer] += found.kl.double().sum().item()
+            tokens += len(labels)
+    return {layer: total / tokens for layer, total in enumerate(totals)}
+
+
+def influence_elsewhere(model: PreTrainedModel, batches: list[Batch]) -> list[float]:
+    """Block influence from the hidden states of a full forward pass, head and all."""
+    totals, tokens = [0.0] * model.config.num_hidden_layers, 0
+    with torch.no_grad():
+        for batch in batches:
+            states = model(**batch, output_hidden_states=True).hidden_states
+            for layer, (before, behind) in enumerate(zip(states, states[1:], strict=False)):
+                totals[layer] += float((1 - torch.cosine_similarity(before, behind, dim=-1)).sum())
+            tokens += batch["input_ids"].numel()
+    return [total / tokens for total in totals]
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def compare(model: PreTrainedModel, batches: list[Batch], repeats: int) -> dict[str, Any]:
+    """Naive loop, shared prefix, race, and both ways to block influence, in turns."""
+    depth = model.config.num_hidden_layers
+    layer_seconds, head_seconds = cost_of_parts(model, batches)
+    passes = {"naive": depth * (depth - 1) + depth, "shared prefix": depth * (depth - 1) / 2 + depth}
+    heads = {"naive": 2 * depth, "shared prefix": depth + 2}  # the naive loop projects the teacher every time
+    expected = {name: passes[name] * layer_seconds + heads[name] * head_seconds for name in passes}
+    ways: dict[str, Callable[[], Any]] = {
+        "naive": lambda: naive(model, batches),
+        "shared prefix": lambda: score_layers(model, batches),
+        "race": lambda: score_layers(model, batches, race=Race()),
+        "block influence elsewhere": lambda: influence_elsewhere(model, batches),
+        "block influence": lambda: score_layers(model, batches, "block_influence"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, Any] = {}
+    for repeat in range(-1, repeats):
+        for name, way in ways.items():
+            taken, results[name] = timed(way)
+            if repeat >= 0:
+                seconds[name].append(taken)
+    full = results["shared prefix"]
+    ratio = {
+        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["naive"], strict=True)) for name in ways
+    }
+    of_influence = zip(seconds["block influence"], seconds["block influence elsewhere"], strict=True)
+    peaks = {}
+    for name in ("block influence elsewhere", "block influence"):
+        with PeakBytes() as meter:
+            ways[name]()
+        peaks[name] = meter.peak
+    return {
+        "layers": depth,
+        "tokens": sum(batch["input_ids"].numel() for batch in batches),
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "over_naive": ratio,
+        "over_naive_by_counting": expected["shared prefix"] / expected["naive"],
+        "largest_difference": max(abs(full.values[layer] - cost) for layer, cost in results["naive"].items()),
+        "race_left": {str(layer): share for layer, share in results["race"].left.items()},
+        "race_chose_the_same": results["race"].safest == full.safest,
+        "influence_time_over_elsewhere": statistics.median(a / b for a, b in of_influence),
+        "influence_memory_over_elsewhere": peaks["block influence"] / peaks["block influence elsewhere"],
+        "influence_bytes": peaks,
+    }
+
+
+def cost_of_parts(model: PreTrainedModel, batches: list[Batch]) -> tuple[float, float]:
+    """Seconds of one layer and of one head (with KL) over all the data."""
+    with measuring(model):
+        layers, head = [], []
+        for _ in range(3):
+            taken, states = timed(lambda: [final_states(model, batch) for batch in batches])
+            layers.append(taken / model.config.num_hidden_layers)
+            parts = [
+                (state[valid_next_tokens(b)[0]], valid_next_tokens(b)[1])
+                for state, b in zip(states, batches, strict=True)
+            ]
+            both, _ = timed(
+                lambda parts=parts: [token_statistics([h, h], model.lm_head, y, h, model.lm_head) for h, y in parts]
+            )
+            head.append(both / 3)
+    return statistics.median(layers), statistics.median(head)
+
+
+def trials(model: PreTrainedModel, rows: torch.Tensor, number: int, size: int) -> dict[str, Any]:
+    """How often a race over `size` random rows chooses what all of them would; the time it takes, over all data's."""
+    agreed, shares, left = 0, [], []
+    for seed in range(number):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:size]
+        batches = [{"input_ids": part} for part in rows[order].split(8)]
+        whole, full = timed(lambda batches=batches: score_layers(model, batches))
+        short, race = timed(lambda batches=batches, seed=seed: score_layers(model, batches, race=Race(seed=seed)))
+        agreed += full.safest == race.safest
+        shares.append(short / whole)
+        left.append(len(race.left))
+    return {
+        "trials": number, "agreed": agreed, "over_shared_prefix": statistics.median(shares),
+        "over_shared_prefix_mean": statistics.mean(shares), "candidates_that_left": statistics.mean(left),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=100)
+    arguments = parser.parse_args()
+    teacher, tokenizer = load_model("embedded"), load_tokenizer("embedded")
+    text = embedded_dataset("calibration")
+    batches = tokenized_batches(text, tokenizer, max_length=256, num_rows=64, batch_size=8)
+    torch.manual_seed(0)
+    random_model = Qwen2ForCausalLM(Qwen2Config(**RANDOM)).eval()
+    short = [{"input_ids": torch.randint(4096, (8, 64))} for _ in range(2)]
+    results: dict[str, Any] = {
+        "embedded": compare(teacher, batches, arguments.repeats),
+        "random, 24 layers x 512": compare(random_model, short, arguments.repeats),
+    }
+    print(json.dumps(results, indent=1))
+    rows = torch.cat([b["input_ids"] for b in tokenized_batches(text, tokenizer, max_length=64, num_rows=512)])
+    student = prune(teacher, [1, 2])  # the first two choices are clear; from here on they are not
+    for name, model in (("embedded", teacher), ("embedded, two layers removed", student)):
+        results[f"races, {name}"] = trials(model, rows, arguments.trials, 64)
+        print(name, json.dumps(results[f"races, {name}"]))
+    write_atomically(arguments.output, to_json(results | {"environment": environment()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""How far stretches of layers turn their input: block influence and angular distance.
+
+`1 - cos(input, output)` is the block influence of [ShortGPT](https://huggingface.co/papers/2403.03853);
+`arccos(cos) / pi` the angular distance of [The Unreasonable Ineffectiveness of the Deeper
+Layers](https://huggingface.co/papers/2403.17887). No head is run and no state is stored
+beyond the open stretches: hooks add up and forget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data import Batch
+from ..forward import final_states, to_device
+from .evidence import Evidence
+
+ANGLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "block_influence": lambda cosine: 1 - cosine,
+    "angular_distance": lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,
+}
+Stretch = tuple[int, int]  # positions of the first block and behind the last one
+
+
+def measure_angles(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    stretches: Sequence[Stretch],
+    criterion: str,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Evidence:
+    """Mean of `criterion` per stretch over all unpadded tokens; candidate 0, the model as it is, is turned by nothing.
+
+    Runs inside [`~forward.measuring`].
+    """
+    angle, evidence = ANGLES[criterion], Evidence(1 + len(stretches))
+    inputs: dict[int, Tensor] = {}
+    counts = torch.empty(0)
+    sums: Tensor
+
+    def before(position: int) -> Callable[..., None]:
+        def keep(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[position] = args[0].float()
+
+        return keep
+
+    def behind(end: int) -> Callable[..., None]:
+        def add(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            for index, (start, stop) in enumerate(stretches, 1):
+                if stop == end:
+                    cosine = F.cosine_similarity(inputs[start], output.float(), dim=-1)  # (B, T)
+                    sums[index] = (angle(cosine).double() * counts).sum(1).cpu()
+            for start in [s for s in inputs if not any(s == first and stop > end for first, stop in stretches)]:
+                del inputs[start]
+
+        return add
+
+    layers = model.base_model.layers
+    handles = [layers[start].register_forward_pre_hook(before(start)) for start in {s for s, _ in stretches}]
+    handles += [layers[end - 1].register_forward_hook(behind(end)) for end in {e for _, e in stretches}]
+    try:
+        for batch in batches:
+            batch = to_device(batch, model.device)
+            mask = batch.get("attention_mask")
+            counts = torch.ones_like(batch["input_ids"]) if mask is None else mask
+            sums = torch.zeros(1 + len(stretches), len(counts), dtype=torch.float64)
+            final_states(model, batch)
+            evidence.add(0, range(1 + len(stretches)), sums, counts.sum(1))
+            inputs.clear()
+            on_batch()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return evidence

@@ -1,0 +1,186 @@
+"""Score a model whose layers lie on disk or in CPU memory in one sweep through its weights.
+
+While a layer is loaded everything that has to pass it does: the states of the model as it is, and those of each
+candidate that left out a layer before. So each weight is read once, not once per candidate and batch. What is held
+instead are states, of all calibration tokens for each candidate; where that is too much, candidates are split over
+several sweeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data import Batch, valid_next_tokens
+from ..errors import LayerPruneError
+from ..forward import to_device
+from ..losses import token_statistics
+from ..plan import LayerPlan
+from ..surgery import plan_of
+from .evidence import Evidence
+from .measures import TOKEN_MEASURES
+
+MAX_SWEEP_BYTES = 4 * 2**30  # of states held at a time, for all candidates of a sweep
+
+
+def is_offloaded(model: PreTrainedModel) -> bool:
+    """Whether weights of layers are loaded when they are called, by accelerate (`device_map` with disk or CPU)."""
+    return any(getattr(hook, "offload", False) for _, hook in _hooks(model.base_model.layers))
+
+
+def sweep(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    plans: Sequence[LayerPlan],
+    criterion: str,
+    teacher: PreTrainedModel,
+    on_batch: Callable[[], None] = lambda: None,
+    max_state_bytes: int = MAX_SWEEP_BYTES,
+) -> Evidence:
+    """What [`~race.collect`] gives without a race, for plans that leave out blocks of `model`.
+
+    Runs inside [`~forward.measuring`].
+
+    Raises:
+        [`LayerPruneError`]: if a plan does more than to leave out blocks.
+    """
+    current = plan_of(model).blocks
+    for plan in plans:
+        if not set(plan.blocks) <= set(current):
+            raise LayerPruneError(
+                "a model on disk or in CPU memory is scored layer by layer, which tells what removing a layer costs, "
+                "not running layers in parallel; load it into memory as a whole"
+            )
+    removed = [frozenset(n for n, block in enumerate(current) if block not in plan.blocks) for plan in plans]
+    batches = [batch for batch in batches if len(valid_next_tokens(batch)[1])]
+    device = execution_device(model)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    bytes_each = tokens * model.config.hidden_size * model.dtype.itemsize
+    at_once = max(1, max_state_bytes // bytes_each - 1)
+    references = None
+    if criterion == "kl" and teacher is not model:
+        references = next(iter(_final_states(teacher, batches, [frozenset()], execution_device(teacher))))
+    evidence, collected = Evidence(1 + len(plans)), []
+    for start in range(0, max(1, len(plans)), at_once):
+        skips = [frozenset(), *removed[start : start + at_once]]
+        states = _final_states(model, batches, skips, device)
+        collected.append(_sums(model, teacher, batches, states, references, criterion, device))
+        references = states[0] if references is None and criterion == "kl" else references
+    for number, batch in enumerate(batches):
+        of_model = collected[0][number][:1]
+        sums = torch.cat([of_model, *(part[number][1:] for part in collected)])
+        counts = valid_next_tokens(batch)[0].sum(1)
+        evidence.add(0, range(1 + len(plans)), sums[:, counts > 0], counts[counts > 0])
+        on_batch()
+    return evidence
+
+
+def execution_device(model: PreTrainedModel) -> torch.device:
+    """Where the layers of a model compute, wherever their weights lie."""
+    for _, hook in _hooks(model.base_model.layers):
+        if getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return model.base_model.layers[0].self_attn.q_proj.weight.device
+
+
+def _final_states(
+    model: PreTrainedModel, batches: Sequence[Batch], skips: Sequence[frozenset[int]], device: torch.device
+) -> list[list[Tensor]]:
+    """Hidden states behind the final norm, `(B, T, H)` for each candidate (the positions it skips) and batch."""
+    decoder = model.base_model
+    inputs = [_layer_inputs(model, to_device(batch, device)) for batch in batches]
+    shared = [state for state, _ in inputs]  # of the candidates that have skipped nothing yet
+    own: dict[int, list[Tensor]] = {}
+    for position, layer in enumerate(decoder.layers):
+        for index, skipped in enumerate(skips):
+            if position in skipped and index not in own:
+                own[index] = list(shared)
+        with _held(layer):
+            for index, states in own.items():
+                if position not in skips[index]:
+                    own[index] = [layer(state, **kwargs) for state, (_, kwargs) in zip(states, inputs, strict=True)]
+            if len(own) < len(skips):
+                shared = [layer(state, **kwargs) for state, (_, kwargs) in zip(shared, inputs, strict=True)]
+    with _held(decoder.norm):
+        shared = [decoder.norm(state) for state in shared]
+        own = {index: [decoder.norm(state) for state in states] for index, states in own.items()}
+    return [own.get(index, shared) for index in range(len(skips))]
+
+
+def _sums(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Sequence[Batch],
+    states: list[list[Tensor]],
+    references: list[Tensor] | None,
+    criterion: str,
+    device: torch.device,
+) -> list[Tensor]:
+    """Per batch the measure summed over each row's scored tokens: `(candidates, B)`, float64, on the CPU."""
+    found = []
+    with _held(model.lm_head), _held(teacher.lm_head) if teacher is not model else ExitStack():
+        for number, batch in enumerate(batches):
+            valid, labels = valid_next_tokens(to_device(batch, device))
+            reference: tuple[Any, ...] = ()
+            if criterion == "kl":
+                of_teacher = (states[0] if references is None else references)[number].to(device)[valid]
+                reference = (of_teacher, teacher.lm_head)
+            hidden = [of_candidate[number][valid] for of_candidate in states]
+            rows = valid.nonzero()[:, 0].cpu()
+            sums = torch.zeros(len(states), len(valid), dtype=torch.float64)
+            for index, statistics in enumerate(token_statistics(hidden, model.lm_head, labels, *reference)):
+                sums[index].index_add_(0, rows, getattr(statistics, TOKEN_MEASURES[criterion]).double().cpu())
+            found.append(sums)
+    return found
+
+
+class _Caught(Exception):
+    """Thrown at the first layer, with what it was called with."""
+
+
+def _layer_inputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+    """The input state `(B, T, H)` of the first layer, and the keyword arguments of every layer."""
+    caught: list[Any] = []
+
+    def catch(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        caught.append((args[0], kwargs))
+        raise _Caught
+
+    first = model.base_model.layers[0]
+    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        model.base_model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False)
+    except _Caught:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        if isinstance(hook, ModelHook):
+            yield part, hook
+
+
+@contextmanager
+def _held(module: nn.Module) -> Iterator[None]:
+    """Load what accelerate would load at every call, once, and let it go in the end."""
+    hooks = list(_hooks(module))
+    forwards = [part.forward for part, _ in hooks]
+    try:
+        for part, hook in hooks:
+            hook.pre_forward(part)
+            part.forward = part._old_forward
+        yield
+    finally:
+        for (part, hook), forward in zip(hooks, forwards, strict=True):
+            part.forward = forward
+            hook.post_forward(part, None)

@@ -1,0 +1,221 @@
+"""How sure a choice is, and races between candidates."""
+
+import math
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import random_batches, tiny_model
+
+from hf_layerprune import LayerPruneError, prune, score_layers
+from hf_layerprune.data import valid_next_tokens
+from hf_layerprune.edits import Edit
+from hf_layerprune.evaluation import evaluate_model
+from hf_layerprune.scoring import LayerScores, Race, score_edits
+from hf_layerprune.scoring.evidence import Evidence, difference_errors, quantile
+from hf_layerprune.scoring.race import collect
+from hf_layerprune.scoring.scores import scores_of
+
+
+def evidence_of(sums, counts):
+    """Evidence of one part; `sums` hold the model as it is first."""
+    evidence = Evidence(len(sums))
+    evidence.add(0, range(len(sums)), torch.tensor(sums, dtype=torch.float64), torch.tensor(counts))
+    return evidence
+
+
+class Table:
+    """A measure whose results are known beforehand: `values` `(1 + C, R)`, one row a chunk."""
+
+    weight = 1.0
+
+    def __init__(self, values):
+        self.values, self.num_chunks, self.asked = values, values.shape[1], []
+
+    def __call__(self, chunk, runs, which):
+        self.asked.append((chunk, tuple(which)))
+        return self.values[[0, *which], chunk : chunk + 1], torch.ones(1)
+
+
+def table(means, rows=64, noise=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(1, rows, generator=generator, dtype=torch.float64)
+    own = noise * torch.randn(1 + len(means), rows, generator=generator, dtype=torch.float64)
+    own[0] = 0
+    return Table(torch.tensor([0.0, *means], dtype=torch.float64)[:, None] + 10 * shared + own)
+
+
+def contestants(count):
+    return SimpleNamespace(candidates=[None] * count, model=tiny_model(1))
+
+
+# ------------------------------------------------------------------------------------------------ certainty
+
+
+def test_a_value_is_the_mean_over_tokens_and_its_error_that_of_a_ratio():
+    evidence = evidence_of([[0.0, 0.0, 0.0], [2.0, 6.0, 4.0]], [1, 2, 2])
+    assert evidence.value(1) == 12 / 5
+    deviations = [2 - 2.4, 6 - 4.8, 4 - 4.8]
+    expected = math.sqrt(3 / 2 * sum(d * d for d in deviations)) / 5
+    assert evidence.standard_error(1) == pytest.approx(expected)
+    assert math.isnan(evidence_of([[0.0], [1.0]], [4]).standard_error(1))
+
+
+def test_with_rows_of_equal_length_the_error_is_that_of_a_mean():
+    values = [1.0, 2.0, 4.0, 7.0]
+    evidence = evidence_of([[0.0] * 4, [8 * v for v in values]], [8] * 4)
+    assert evidence.standard_error(1) == pytest.approx(statistics.stdev(values) / 2)
+
+
+def test_differences_are_paired_row_by_row():
+    first = [1.0, 5.0, 9.0, 2.0]
+    evidence = evidence_of([[0.0] * 4, first, [v + 0.1 for v in first]], [1] * 4)
+    assert evidence.standard_error(1) > 1
+    assert difference_errors(evidence, 1, [2], {1: 1.0, 2: 1.0})[0] == pytest.approx(0, abs=1e-12)
+    scaled = difference_errors(evidence, 1, [2], {1: 1.0, 2: 2.0})[0]
+    assert scaled == pytest.approx(evidence.standard_error(1) / 2)
+
+
+def test_parts_are_weighed():
+    evidence = Evidence(2, [3.0, 1.0])
+    evidence.add(0, [0, 1], torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.ones(2))
+    evidence.add(1, [0, 1], torch.tensor([[0.0, 0.0], [10.0, 30.0]]), torch.ones(2))
+    assert evidence.value(1) == (3 * 2 + 20) / 4
+    assert evidence.standard_error(1) == pytest.approx(math.sqrt((3 / 4 * 1) ** 2 + (1 / 4 * 10) ** 2))
+    assert evidence.num_rows == 4
+
+
+def test_halves_agree_where_one_is_clearly_best_and_not_where_it_is_a_coin():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 100, generator=generator)
+    clear = torch.stack([torch.zeros(100), noise[0], noise[1] + 5])
+    coin = torch.stack([torch.zeros(100), noise[0], noise[1]])
+    assert evidence_of(clear.tolist(), [1] * 100).half_agreement([1, 2], [1, 1]) == 1
+    coin = coin - coin.mean(1, keepdim=True)  # equal on all rows: what one half gains the other loses
+    assert evidence_of(coin.tolist(), [1] * 100).half_agreement([1, 2], [1, 1]) < 0.1
+
+
+@pytest.mark.parametrize("rows, expected", [(6, 2.571), (11, 2.228), (31, 2.042), (10**6, 1.960)])
+def test_quantiles_are_those_of_student(rows, expected):
+    assert quantile(0.975, rows) == pytest.approx(expected, abs=0.03)
+
+
+def test_scores_say_how_sure_they_are(model, batches):
+    scores = score_layers(model, batches)
+    assert set(scores.standard_errors) == set(scores.values) and not scores.left
+    assert all(error > 0 for error in scores.standard_errors.values())
+    rows = []  # by hand: KL of every row without layer 2
+    student = prune(model, [2])
+    for batch in batches:
+        for n in range(len(batch["input_ids"])):
+            row = {key: value[n : n + 1] for key, value in batch.items()}
+            rows.append((evaluate_model(student, [row], model).kl, int(valid_next_tokens(row)[0].sum())))
+    mean = sum(kl * count for kl, count in rows) / sum(count for _, count in rows)
+    assert scores.values[2] == pytest.approx(mean, rel=1e-4)
+    squares = sum((count * (kl - mean)) ** 2 for kl, count in rows)
+    expected = math.sqrt(squares * len(rows) / (len(rows) - 1)) / sum(count for _, count in rows)
+    assert scores.standard_errors[2] == pytest.approx(expected, rel=1e-3)
+    assert 0 <= scores.half_agreement <= 1 and scores.margin > 0
+    assert LayerScores.from_dict(scores.to_dict()) == scores
+    assert scores.to_dict()["certainty"] == scores.certainty
+
+
+@pytest.mark.parametrize("criterion", ["tail", "random", "taylor"])
+def test_what_is_no_measurement_has_no_error(model, batches, criterion):
+    scores = score_layers(model, batches, criterion)
+    assert scores.standard_errors == {} and scores.certainty == "" and scores.margin is None
+
+
+def test_certainty_in_words():
+    near = evidence_of([[0.0] * 6, [1.0, 2, 3, 4, 5, 6], [2.0, 1, 4, 3, 6, 5.2]], [1] * 6)
+    text = LayerScores("kl", **scores_of(near, {}, [7, 4])).certainty
+    assert text.startswith("7 and 4 cannot be told apart (0.") and "more calibration data" in text
+    clear = evidence_of([[0.0] * 6, [1.0, 1, 2, 1, 1, 2], [9.0, 9, 9, 8, 9, 9]], [1] * 6)
+    assert LayerScores("kl", **scores_of(clear, {}, [7, 4])).certainty.startswith("7 is ahead of 4 by")
+    scores = LayerScores("kl", {7: 1.0, 4: 0.5}, 0.0, 10, {7: 0.1, 4: 0.1}, left={4: 0.25})
+    assert scores.safest == 7  # what left a race is no choice, whatever it had by then
+    assert scores.certainty == "7 won the race against 4 after 25% of the data"
+
+
+# ------------------------------------------------------------------------------------------------ races
+
+
+def test_the_clearly_worse_leave_early_and_are_measured_no_more():
+    measure = table([0.0, 0.3, 5.0, 5.0, 5.0])
+    evidence, left = collect([measure], contestants(5), Race(0.95))
+    assert set(left) >= {3, 4, 5} and max(left[n] for n in (3, 4, 5)) < 0.5
+    assert 1 not in left
+    counts = [len(which) for _, which in measure.asked]
+    assert counts == sorted(counts, reverse=True) and counts[0] == 5
+    last = {n: max(i for i, (_, which) in enumerate(measure.asked, 1) if n in which) for n in range(1, 6)}
+    for index, share in left.items():
+        assert last[index] / measure.num_chunks == pytest.approx(share)
+        rows = [chunk for chunk, which in measure.asked if index in which]
+        assert evidence.value(index) == pytest.approx(float(measure.values[index, rows].mean()))
+
+
+def test_a_race_ends_when_one_is_left():
+    measure = table([0.0, 9.0, 9.0], noise=0.1)
+    _, left = collect([measure], contestants(3), Race())
+    assert set(left) == {2, 3} and len(measure.asked) < 10
+
+
+def test_without_a_race_all_see_everything_in_order():
+    measure = table([0.0, 9.0])
+    _, left = collect([measure], contestants(2))
+    assert not left and measure.asked == [(n, (1, 2)) for n in range(64)]
+
+
+def test_the_race_chooses_what_all_data_would():
+    wrong = 0
+    for seed in range(100):
+        measure = table([0.0, 0.1, 0.2, 1.0, 2.0, 3.0], seed=seed)
+        evidence, left = collect([measure], contestants(6), Race(0.95, seed))
+        scores = LayerScores("kl", **scores_of(evidence, left, list(range(6))))
+        wrong += scores.safest != int(measure.values[1:].mean(1).argmin())
+    assert wrong <= 5
+
+
+def test_the_order_is_drawn_by_the_seed():
+    runs = []
+    for seed in (1, 1, 2):
+        measure = table([0.0, 0.1])
+        collect([measure], contestants(2), Race(seed=seed))
+        runs.append([chunk for chunk, _ in measure.asked])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_race_is_for_the_least_cost_per_unit_saved():
+    measure = table([2.0, 3.0, 8.0], noise=0.1)
+    _, left = collect([measure], contestants(3), Race(), savings=[1.0, 2.0, 2.0])  # prices 2, 1.5 and 4
+    assert set(left) == {1, 3}
+
+
+def test_an_output_that_is_no_number_loses():
+    measure = table([0.0, 0.1, 0.2])
+    measure.values[1] = math.nan
+    _, left = collect([measure], contestants(3), Race())
+    assert 1 in left and len(left) < 3
+
+
+def test_layers_race_on_a_model():
+    model = tiny_model(6)
+    with torch.no_grad():
+        for name, factor in ((2, 0.05), (4, 0.1)):
+            model.model.layers[name].self_attn.o_proj.weight.mul_(factor)
+            model.model.layers[name].mlp.down_proj.weight.mul_(factor)
+    batches = random_batches(6, rows=8)
+    seen = []
+    full = score_layers(model, batches)
+    scores = score_layers(model, batches, race=Race(0.95), on_batch=lambda: seen.append(1))
+    assert scores.safest == full.safest == 2
+    assert scores.left and set(scores.left) <= {0, 1, 3, 4, 5} and len(seen) <= len(batches)
+    assert scores.ranking[0] == 2 and scores.values[2] == pytest.approx(full.values[2], rel=0.5)
+
+
+def test_bad_races_are_refused(model, batches):
+    with pytest.raises(LayerPruneError, match="confidence=1.5"):
+        Race(1.5)
+    with pytest.raises(LayerPruneError, match="a race is for kl, loss"):
+        score_edits(model, batches, [Edit.remove(1)], "block_influence", race=Race())

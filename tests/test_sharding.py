@@ -1,0 +1,58 @@
+"""Several processes share the data of a scoring: all get the scores one process would."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import random_batches, tiny_model
+
+from hf_layerprune import score_layers
+from hf_layerprune.scoring import Race
+
+SCRIPT = """
+import json, sys
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from conftest import random_batches, tiny_model
+from hf_layerprune import score_layers
+from hf_layerprune.scoring import Race
+dist.init_process_group("gloo")
+batches = random_batches(5, rows=4)
+seen = []
+scores = score_layers(tiny_model(), batches, on_batch=lambda: seen.append(1))
+race = score_layers(tiny_model(), batches, race=Race(0.6))
+with open(f"{sys.argv[2]}/{dist.get_rank()}.json", "w") as file:
+    json.dump([scores.to_dict(), race.to_dict(), len(seen)], file)
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--no-python", sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_the_scores_are_those_of_one_process(results):
+    expected = score_layers(tiny_model(), random_batches(5, rows=4))
+    expected = json.loads(json.dumps(expected.to_dict()))
+    for scores, _, _ in results:
+        assert scores == expected
+
+
+def test_each_measures_its_share(results):
+    assert sorted(seen for _, _, seen in results) == [2, 3]
+
+
+def test_races_end_alike_on_all(results):
+    assert results[0][1] == results[1][1]
+    best = min(
+        results[0][1]["values"], key=lambda layer: (layer in results[0][1]["left"], results[0][1]["values"][layer])
+    )
+    assert int(best) == score_layers(tiny_model(), random_batches(5, rows=4), race=Race(0.6)).safest
