@@ -6,6 +6,7 @@ A batch is a dict of tensors: `input_ids` `(B, T)`, optionally `attention_mask` 
 
 from __future__ import annotations
 
+import json
 import lzma
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -28,6 +29,8 @@ EMBEDDED_MODEL = str(ASSETS / "teacher")
 """Folder of the small real teacher that comes with the package: 16 layers, 7.1M parameters, English books."""
 
 EMBEDDED_TEXTS = ("calibration", "healing", "held_out")
+EMBEDDED_PAIRS = "minimal_pairs"
+"""Name of the embedded minimal pairs: some of BLiMP."""
 
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -77,9 +80,13 @@ def embedded_text(name: str) -> tuple[str, ...]:
 
 
 def embedded_dataset(name: str) -> Dataset:
-    """An embedded text as a [`~datasets.Dataset`] with one column, `text`."""
+    """An embedded text as a [`~datasets.Dataset`] with one column, `text`; or `"minimal_pairs"`, with BLiMP's columns
+    `sentence_good`, `sentence_bad`, `linguistics_term` and `UID`."""
     from datasets import Dataset
 
+    if name == EMBEDDED_PAIRS:
+        lines = lzma.decompress((ASSETS / "text" / f"{name}.jsonl.xz").read_bytes()).decode().splitlines()
+        return Dataset.from_list([json.loads(line) for line in lines])
     return Dataset.from_dict({"text": list(embedded_text(name))})
 
 
@@ -88,9 +95,9 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
 
     Args:
         source (`str`):
-            `"embedded:calibration"`, `"embedded:healing"`, `"embedded:held_out"`; the path of a `.txt` (one text a
-            line), `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder `datasets.load_dataset` understands; or the
-            id of a data set on the Hub.
+            `"embedded:calibration"`, `"embedded:healing"`, `"embedded:held_out"`, `"embedded:minimal_pairs"`; the path
+            of a `.txt` (one text a line), `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder
+            `datasets.load_dataset` understands; or the id of a data set on the Hub.
         split (`str`, *optional*, defaults to `"train"`): split of a folder or Hub data set.
         config_name (`str`, *optional*): configuration of a Hub data set.
 

@@ -1,0 +1,185 @@
+"""Quality of a model on tasks, one chunk after the other: the plain form of what scoring does for many candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import valid_next_tokens
+from ..errors import LayerPruneError
+from ..forward import check_same_vocabulary, final_states, measuring, to_device
+from ..losses import token_statistics
+from .chunks import Chunk, GenerationChunk, PreparedTask
+from .encoding import pad_id
+from .task import Task
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """
+    Attributes:
+        measure (`str`): what `quality` is: `"accuracy"`, `"perplexity"`, `"kl"` (nats per token), or a metric's name.
+        quality (`float`): the measure; for a metric its corpus value. Perplexity and KL lower is better.
+        cost (`float`): mean cost, lower is better: 1 - accuracy, 1 - mean score of the samples, or nats per token.
+        standard_error (`float`, *optional*): of the mean cost, over examples; none for a single example.
+        num_examples (`int`): examples that were scored.
+        weight (`float`): weight of the task among the others.
+        num_truncated (`int`): rows whose prompt did not fit and lost its beginning.
+    """
+
+    measure: str
+    quality: float
+    cost: float
+    standard_error: float | None
+    num_examples: int
+    weight: float
+    num_truncated: int
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """
+    Attributes:
+        results (`dict[str, TaskResult]`): one per task, by name.
+    """
+
+    results: dict[str, TaskResult]
+
+    @property
+    def mean_cost(self) -> float:
+        """Mean of the tasks' costs, weighted by the tasks' weights."""
+        total = sum(result.weight for result in self.results.values())
+        return sum(result.weight * result.cost for result in self.results.values()) / total
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"mean_cost": self.mean_cost}
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tasks: Iterable[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel | None = None,
+    batch_size: int = 8,
+) -> TaskReport:
+    """Measure a causal language model on tasks.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): any causal language model with an output head `lm_head`.
+        tasks (`Iterable[Task]`): what to measure it on; names must differ.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): needed for a [`KLTask`].
+        batch_size (`int`, *optional*, defaults to 8): rows at a time.
+
+    Raises:
+        [`LayerPruneError`]: if data does not fit its task, two tasks have one name, or a teacher is missing.
+    """
+    tasks = list(tasks)
+    check_names(tasks)
+    if teacher is not None:
+        check_same_vocabulary(model, teacher)
+    results = {}
+    for task in tasks:
+        prepared = task.prepare(tokenizer, batch_size, getattr(model.config, "max_position_embeddings", None))
+        if prepared.statistic == "kl" and teacher is None:
+            raise LayerPruneError(f"{task.title}: KL needs a teacher to compare with; give one or leave out the task")
+        with measuring(model) if teacher is None else measuring(model, teacher):
+            results[task.name] = measured(model, prepared, tokenizer, teacher)
+    return TaskReport(results)
+
+
+def check_names(tasks: Iterable[Task]) -> None:
+    """Raise [`LayerPruneError`] unless there are tasks and their names differ."""
+    names = [task.name for task in tasks]
+    if not names:
+        raise LayerPruneError("there are no tasks; name at least one")
+    for name in names:
+        if names.count(name) > 1:
+            raise LayerPruneError(f"two tasks are named {name!r}; give one of them another `name`")
+
+
+def measured(
+    model: PreTrainedModel,
+    task: PreparedTask,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel | None = None,
+) -> TaskResult:
+    """One task's result."""
+    costs, weights, written, references = [], [], [], []
+    metric = None
+    if task.statistic == "lm_eval":
+        cost, weight = task.costs(model, tokenizer)
+        costs, weights = [cost], [weight]
+    for chunk in task.chunks:
+        if isinstance(chunk, GenerationChunk):
+            texts = generated(model, chunk, tokenizer)
+            written += chunk.cleaned(texts)
+            references += chunk.references
+            metric = chunk.metric
+            cost, weight = chunk.reduce([texts])
+        else:
+            cost, weight = chunk.reduce(*row_sums(model, chunk, task.statistic, teacher))
+        costs.append(cost[0].cpu())
+        weights.append(weight.cpu())
+    cost, weight = torch.cat(costs), torch.cat(weights)
+    mean = (cost.sum() / weight.sum()).item()
+    return TaskResult(
+        measure=task.measure,
+        quality=metric.compute(predictions=written, references=references)[metric.name]
+        if metric
+        else task.quality(mean),
+        cost=mean,
+        standard_error=standard_error(cost, weight),
+        num_examples=len(cost),
+        weight=task.weight,
+        num_truncated=task.num_truncated,
+    )
+
+
+def row_sums(
+    model: PreTrainedModel, chunk: Chunk, statistic: str, teacher: PreTrainedModel | None = None
+) -> tuple[Tensor, Tensor]:
+    """Summed nll or KL per row, `(1, B)`, nats in float64, and the scored tokens per row, `(B,)`."""
+    batch = to_device(chunk.batch, model.device)
+    valid, labels = valid_next_tokens(batch)
+    compare = statistic == "kl"
+    reference = (final_states(teacher, batch)[valid], teacher.lm_head) if compare else ()
+    (found,) = token_statistics([final_states(model, batch)[valid]], model.lm_head, labels, *reference)
+    rows = valid.nonzero()[:, 0]
+    values = (found.kl if compare else found.nll).double()
+    sums = values.new_zeros(len(valid)).index_add_(0, rows, values)
+    return sums[None], valid.sum(1)
+
+
+def generated(model: PreTrainedModel, chunk: GenerationChunk, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The greedy continuation of each prompt of a chunk, without the prompt."""
+    batch = to_device(chunk.batch, model.device)
+    stop = {"stop_strings": list(chunk.stop_strings), "tokenizer": tokenizer} if chunk.stop_strings else {}
+    # A checkpoint's own habits (sampling, a repetition penalty) would hide what a layer costs.
+    ids = model.generate(
+        **batch,
+        max_new_tokens=chunk.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        pad_token_id=pad_id(tokenizer),
+        **stop,
+    )
+    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def standard_error(costs: Tensor, weights: Tensor) -> float | None:
+    """Of the mean cost sum(costs) / sum(weights) over E examples, `(E,), (E,) -> number`."""
+    count = len(costs)
+    if count < 2:
+        return None
+    deviations = costs - costs.sum() / weights.sum() * weights
+    return ((deviations.pow(2).sum() * count / (count - 1)).sqrt() / weights.sum()).item()
