@@ -88,7 +88,7 @@ def test_what_a_sweep_cannot_do_is_said(model, batches, tmp_path):
     offloaded = on_disk(model, tmp_path)
     with pytest.raises(LayerPruneError, match="not running layers in parallel"):
         score_edits(offloaded, batches, [Edit.parallelize(1, 2)])
-    with pytest.raises(LayerPruneError, match="leave out race"):
+    with pytest.raises(LayerPruneError, match="leave out races"):
         score_layers(offloaded, batches, race=Race())
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, find_repairs
 from ..data import Batch, check_batches
@@ -15,15 +15,17 @@ from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, measuring
 from ..plan import LayerPlan
 from ..surgery import check_supported, plan_of
+from ..tasks import PreparedTask, Task
+from ..tasks.evaluation import check_names
 from .angles import ANGLES, measure_angles
 from .candidates import CandidateRuns
-from .measures import TOKEN_MEASURES, TextMeasure
+from .measures import TOKEN_MEASURES, Measure, TaskMeasure, TextMeasure
 from .race import Race, collect
 from .scores import EditScores, LayerScores, PlanScores, Scores, scores_of
 from .sweep import is_offloaded, sweep
 from .taylor import taylor
 
-MEASURED = tuple(TOKEN_MEASURES)
+MEASURED = (*TOKEN_MEASURES, "tasks")
 PROXIES = (*ANGLES, "taylor", "tail", "random")
 CRITERIA = (*MEASURED, *PROXIES)
 CHUNKS_OF_A_RACE = 32  # at least as many, where there are as many rows
@@ -45,7 +47,7 @@ __all__ = [
 
 def score_layers(
     model: PreTrainedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None,
     criterion: str = "kl",
     teacher: PreTrainedModel | None = None,
     layers: Iterable[int] | None = None,
@@ -53,19 +55,24 @@ def score_layers(
     race: Race | None = None,
     seed: int = 0,
     compensation: str = "none",
+    tasks: Sequence[Task | PreparedTask] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LayerScores:
     """Score every layer of a model by what leaving it out costs.
 
     Args:
         model ([`~transformers.Qwen2ForCausalLM`]):
             The model to score; possibly a student that was pruned or parallelized before.
-        batches (`Iterable[dict[str, Tensor]]`):
+        batches (`Iterable[dict[str, Tensor]]`, *optional*):
             Calibration data: `input_ids` `(B, T)` and, *optional*, `attention_mask` `(B, T)` and `labels` `(B, T)`.
-            Padding never counts. Where `torch.distributed` is initialized every process is given all of it and
-            measures its share; all return the same scores.
+            Padding never counts. `"tasks"` need none, unless for a compensation. Where `torch.distributed` is
+            initialized every process is given all data and measures its share; all return the same scores.
         criterion (`str`, *optional*, defaults to `"kl"`): measured, with everything else left as it is,
             - `"kl"`: KL(teacher || model without the layer) of the next-token distributions, nats per token.
             - `"loss"`: next-token loss of the model without the layer, nats per token.
+            - `"tasks"`: mean cost on `tasks`, weighted, as in
+              [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085): 1 - accuracy or score, or
+              nats per token.
 
             or guessed, for layers that run in no parallel block,
             - `"block_influence"`: 1 - cos(layer input, layer output), as in
@@ -90,6 +97,10 @@ def score_layers(
             Of `"random"`.
         compensation (`str`, *optional*, defaults to `"none"`):
             Measure each candidate after its repair in closed form; see [`compensate`].
+        tasks (`Sequence[Task]`, *optional*):
+            Representative data sets for `"tasks"`, such as `load_tasks("default")`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The model's own, for `"tasks"`.
 
     Returns:
         [`LayerScores`]: `values` maps teacher layer index to cost; lower is safer to remove.
@@ -102,9 +113,8 @@ def score_layers(
     if not layers:
         raise LayerPruneError("no layer to score: all are protected")
     edits = [Edit.remove(layer) for layer in layers]
-    scores = score_edits(
-        model, batches, edits, criterion, teacher, on_batch, race, seed=seed, compensation=compensation
-    )
+    options: Any = {"seed": seed, "compensation": compensation, "tasks": tasks, "tokenizer": tokenizer}
+    scores = score_edits(model, batches, edits, criterion, teacher, on_batch, race, **options)
     by_edit = {name: value for name, value in vars(scores).items() if isinstance(value, dict)}
     by_layer = {name: {edit.layers[0]: v for edit, v in values.items()} for name, values in by_edit.items()}
     return LayerScores(**vars(scores) | by_layer)
@@ -112,7 +122,7 @@ def score_layers(
 
 def score_edits(
     model: PreTrainedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None,
     edits: Iterable[Edit],
     criterion: str = "kl",
     teacher: PreTrainedModel | None = None,
@@ -121,6 +131,8 @@ def score_edits(
     savings: Sequence[float] | None = None,
     seed: int = 0,
     compensation: str = "none",
+    tasks: Sequence[Task | PreparedTask] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> EditScores:
     """Score edits of a model's plan by what each one alone costs; arguments as in [`score_layers`].
 
@@ -144,12 +156,17 @@ def score_edits(
     plans = [edit.apply(plan) for edit in edits]
     if criterion in MEASURED:
         repairs = None
+        batches = [] if batches is None else list(batches)
         if compensation != "none":
-            batches = list(batches)
             layers = [edit.layers[0] for edit in edits if edit.kind == "remove"]
             found = find_repairs(model, batches, layers, compensation, teacher)
             repairs = {plan.remove(layer): repair for layer, repair in found.items() if not repair.nothing}
-        found = _measure(model, batches, plans, criterion, teacher, on_batch, race, savings, repairs)
+        if criterion == "tasks":
+            measures = task_measures(model, tasks, tokenizer, teacher)
+            on_batch = _as_often(on_batch, len(batches), sum(measure.num_chunks for measure in measures))
+        else:
+            measures = None
+        found = _measure(model, batches, plans, criterion, teacher, on_batch, race, savings, repairs, measures)
         return EditScores(criterion, **scores_of(*found, edits, savings))
     if race is not None:
         raise LayerPruneError(f"criterion={criterion!r} sees all data at once; a race is for {', '.join(MEASURED)}")
@@ -174,6 +191,25 @@ def score_edits(
     return EditScores(criterion, **scores_of(evidence, {}, edits))
 
 
+def task_measures(
+    model: PreTrainedModel,
+    tasks: Sequence[Task | PreparedTask],
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher: PreTrainedModel | None,
+) -> list[Measure]:
+    """What `"tasks"` measures; tasks are tokenized unless they are already.
+
+    Raises:
+        [`LayerPruneError`]: if there is no task or no tokenizer, two have one name, or data does not fit its task.
+    """
+    check_names(tasks)
+    if tokenizer is None:
+        raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    prepared = [t if isinstance(t, PreparedTask) else t.prepare(tokenizer, max_length=longest) for t in tasks]
+    return [TaskMeasure(task, tokenizer, model if teacher is None else teacher) for task in prepared]
+
+
 def score_plans(
     model: PreTrainedModel,
     batches: Iterable[Batch],
@@ -186,8 +222,8 @@ def score_plans(
 
     Arguments as in [`score_layers`], `criterion` `"kl"` or `"loss"`; `values` maps each plan to its measure.
     """
-    if criterion not in MEASURED:
-        raise LayerPruneError(f"criterion={criterion!r} cannot judge plans; choose one of {', '.join(MEASURED)}")
+    if criterion not in TOKEN_MEASURES:
+        raise LayerPruneError(f"criterion={criterion!r} cannot judge plans; choose {' or '.join(TOKEN_MEASURES)}")
     check_supported(model.config)
     plans = list(plans)
     return PlanScores(criterion, **scores_of(*_measure(model, batches, plans, criterion, teacher, on_batch), plans))
@@ -230,18 +266,23 @@ def _measure(
     race: Race | None = None,
     savings: Sequence[float] | None = None,
     repairs: Mapping[LayerPlan, Repair] | None = None,
+    measures: Sequence[Measure] | None = None,
 ) -> Any:
     teacher = model if teacher is None else teacher
     check_same_vocabulary(model, teacher)
     layers = plan_of(model).layers
     if missing := {layer for plan in plans for layer in plan.layers} - set(layers):
         raise LayerPruneError(f"layers {sorted(missing)} are not in the model; it has {list(layers)}")
+    if is_offloaded(model) and (race is not None or measures is not None or repairs):
+        raise LayerPruneError(
+            "a model on disk or in CPU memory is read once, for all the text at a time, to measure 'kl' or 'loss'; "
+            "leave out races, tasks and compensation, or load it into memory as a whole"
+        )
+    if measures is not None:
+        with measuring(model, teacher):
+            return collect(measures, CandidateRuns(model, plans, repairs), race, savings, on_batch)
     batches = check_batches(batches, model.config.vocab_size, "calibration data")
     if is_offloaded(model):
-        if race is not None:
-            raise LayerPruneError(
-                "a model on disk or in CPU memory is read once, by all data at a time; leave out race"
-            )
         with measuring(model, teacher):
             return sweep(model, batches, plans, criterion, teacher, on_batch), {}
     rows = None if race is None else max(1, sum(len(batch["input_ids"]) for batch in batches) // CHUNKS_OF_A_RACE)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..compensation import Repair
+from ..compensation import Repair, apply_repair
 from ..data import Batch
 from ..forward import final_states
 from ..plan import LayerPlan
@@ -123,10 +123,27 @@ class CandidateRuns:
         self, model: PreTrainedModel, plans: Iterable[LayerPlan], repairs: Mapping[LayerPlan, Repair] | None = None
     ) -> None:
         apart = cache(lambda: separate_layers(model))
-        self.model = model
+        self.model, self.plans = model, list(plans)
+        self.students: dict[int, PreTrainedModel] = {}
         self.candidates = [
-            replace(Candidate.of(model, plan, apart), repair=(repairs or {}).get(plan)) for plan in plans
+            replace(Candidate.of(model, plan, apart), repair=(repairs or {}).get(plan)) for plan in self.plans
         ]
+
+    def student(self, index: int) -> PreTrainedModel:
+        """A candidate as a model of its own; it shares the weights that are not changed."""
+        if index not in self.students:
+            student = apply_plan(self.model, self.plans[index - 1], share_weights=True).eval()
+            if self.candidates[index - 1].repair is not None:
+                apply_repair(student, self.candidates[index - 1].repair)
+            self.students[index] = student
+        return self.students[index]
+
+    def first_change(self, index: int) -> int:
+        """Position of the first block that a candidate runs otherwise than the model."""
+        candidate = self.candidates[index - 1]
+        if candidate.repair is not None and candidate.repair.weight is not None:
+            return candidate.repair.position
+        return candidate.start
 
     def final_states(self, batch: Batch, which: Iterable[int]) -> Iterator[Tensor]:
         """Final hidden states `(B, T, H)` of the model as it is, then of each candidate in turn."""

@@ -8,12 +8,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, valid_next_tokens
 from ..forward import final_states, to_device
 from ..losses import token_statistics
+from ..tasks import GenerationChunk, PreparedLmEvalTask, PreparedTask
 from .candidates import CandidateRuns
+from .generation import candidate_texts
 
 MAX_STATE_BYTES = 2**30  # of candidates' final states held at a time
 
@@ -58,6 +60,30 @@ class TextMeasure:
     def __call__(self, chunk: int, runs: CandidateRuns, which: Sequence[int]) -> tuple[Tensor, Tensor]:
         sums, counts = row_sums(runs, which, self.batches[chunk], self.statistic, self.teacher)
         return sums[:, counts > 0], counts[counts > 0]
+
+
+class TaskMeasure:
+    """What a task costs: 1 - accuracy or score, or nats per token; lower is better.
+
+    Args:
+        task ([`PreparedTask`]): one with chunks, or of lm-eval, which is one chunk.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own.
+        teacher ([`~transformers.PreTrainedModel`]): what a task of KL compares with.
+    """
+
+    def __init__(self, task: PreparedTask, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> None:
+        self.task, self.tokenizer, self.teacher = task, tokenizer, teacher
+        self.weight, self.num_chunks = task.weight, max(1, len(task.chunks))
+
+    def __call__(self, chunk: int, runs: CandidateRuns, which: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if isinstance(self.task, PreparedLmEvalTask):
+            models = [runs.model, *(runs.student(index) for index in which)]
+            costs, weights = zip(*(self.task.costs(model, self.tokenizer) for model in models), strict=True)
+            return torch.stack(costs), weights[0]
+        part = self.task.chunks[chunk]
+        if isinstance(part, GenerationChunk):
+            return part.reduce(list(candidate_texts(runs, which, part, self.tokenizer)))
+        return part.reduce(*row_sums(runs, which, part.batch, self.task.statistic, self.teacher))
 
 
 def row_sums(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import valid_next_tokens
 from ..errors import LayerPruneError
@@ -156,13 +156,22 @@ def row_sums(
     return sums[None], valid.sum(1)
 
 
-def generated(model: PreTrainedModel, chunk: GenerationChunk, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The greedy continuation of each prompt of a chunk, without the prompt."""
+def generated(
+    model: PreTrainedModel,
+    chunk: GenerationChunk,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_cache: Cache | None = None,
+) -> list[str]:
+    """The greedy continuation of each prompt of a chunk, without the prompt.
+
+    `prompt_cache`, if given, holds the keys and values of all but the prompts' last tokens.
+    """
     batch = to_device(chunk.batch, model.device)
     stop = {"stop_strings": list(chunk.stop_strings), "tokenizer": tokenizer} if chunk.stop_strings else {}
     # A checkpoint's own habits (sampling, a repetition penalty) would hide what a layer costs.
     ids = model.generate(
         **batch,
+        past_key_values=prompt_cache,
         max_new_tokens=chunk.max_new_tokens,
         do_sample=False,
         num_beams=1,

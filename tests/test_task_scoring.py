@@ -1,0 +1,151 @@
+"""Layers scored by tasks: the same costs as running every candidate as a model of its own."""
+
+import copy
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_model
+from datasets import Dataset
+
+from hf_layerprune import LayerPruneError, Race, parallelize, prune, score_edits, score_layers
+from hf_layerprune.compensation import compensate
+from hf_layerprune.edits import Edit
+from hf_layerprune.scoring.candidates import CandidateRuns
+from hf_layerprune.scoring.generation import candidate_texts
+from hf_layerprune.surgery import plan_of
+from hf_layerprune.tasks import (
+    GenerationTask,
+    KLTask,
+    MinimalPairsTask,
+    MultipleChoiceTask,
+    PerplexityTask,
+    evaluate_tasks,
+    load_tasks,
+)
+from hf_layerprune.tasks.evaluation import generated
+
+ROWS = Dataset.from_dict(
+    {
+        "q": ["hello there", "a much longer question than that one, is it not", "x", "why", "who", "no, no, no"] * 2,
+        "a": ["b", "cc", "d", "e", "f", "g"] * 2,
+        "wrong": ["x", "y", "zz", "u", "v", "w"] * 2,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def all_kinds():
+    return [
+        MultipleChoiceTask(ROWS, name="choice", prompt="{q}:", choices=["a", "wrong"], answer="a", weight=2.0),
+        MinimalPairsTask(ROWS, name="pairs", good="a", bad="wrong"),
+        PerplexityTask(ROWS, name="text", text="q", max_length=16, weight=0.5),
+        KLTask(ROWS, name="kl", text="q", max_length=16),
+        GenerationTask(
+            ROWS, name="write", prompt="{q} =>", reference="a", metric="chrf", max_new_tokens=5, weight=3.0
+        ),
+    ]
+
+
+def test_scores_are_the_weighted_mean_costs_of_the_candidates(tokenizer):
+    teacher = tiny_model(5)
+    student = prune(teacher, [1])
+    scores = score_layers(student, None, "tasks", teacher, tasks=all_kinds(), tokenizer=tokenizer)
+    for layer, value in scores.values.items():
+        expected = evaluate_tasks(prune(student, [layer]), all_kinds(), tokenizer, teacher)
+        assert value == pytest.approx(expected.mean_cost, rel=1e-4)
+    whole = evaluate_tasks(student, all_kinds(), tokenizer, teacher)
+    assert scores.baseline == pytest.approx(whole.mean_cost, rel=1e-4)
+    assert scores.num_tokens == sum(result.num_examples for result in whole.results.values())
+    assert all(error > 0 for error in scores.standard_errors.values()) and scores.certainty
+
+
+def test_the_error_of_one_task_is_that_of_its_report(tokenizer):
+    model, task = tiny_model(5), all_kinds()[0]
+    scores = score_layers(model, None, "tasks", tasks=[task], tokenizer=tokenizer)
+    report = evaluate_tasks(prune(model, [2]), [task], tokenizer).results["choice"]
+    assert scores.standard_errors[2] == pytest.approx(report.standard_error)
+
+
+@pytest.mark.parametrize("one_token", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_shared_prompts_change_no_text(tokenizer, one_token, biased):
+    model = tiny_model(5, seed=3)
+    model = parallelize(model, [(3, 4)]) if biased else model
+    task = GenerationTask(
+        Dataset.from_dict({"q": ["a", "b"], "a": ["c", "d"]}) if one_token else ROWS, name="write",
+        prompt="{q}" if one_token else "{q} =>", reference="a", metric="chrf", max_new_tokens=8, stop_strings=["z"],
+    )  # fmt: skip
+    (chunk, *_) = task.prepare(tokenizer, batch_size=6).chunks
+    edits = [Edit.remove(n) for n in range(5)] + [Edit.parallelize(1, 2)]
+    plans = [edit.apply(plan_of(model)) for edit in edits]
+    runs = CandidateRuns(model, plans)
+    with torch.no_grad():
+        texts = list(candidate_texts(runs, range(1, 7), chunk, tokenizer))
+        assert texts[0] == generated(model, chunk, tokenizer)
+        for index, text in enumerate(texts[1:], 1):
+            assert text == generated(copy.deepcopy(runs.student(index)), chunk, tokenizer)
+    assert len({tuple(text) for text in texts}) > 3
+
+
+def test_a_prompt_runs_once_below_the_first_change(tokenizer):
+    model = tiny_model(5)
+    (chunk, *_) = all_kinds()[-1].prepare(tokenizer, batch_size=4).chunks
+    runs = CandidateRuns(model, [Edit.remove(n).apply(plan_of(model)) for n in range(5)])
+    long = []
+    for index in range(6):
+        layers = (runs.student(index) if index else model).model.layers
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda _, args: long.append(args[0].shape[1] > 1))
+    with torch.no_grad():
+        list(candidate_texts(runs, range(1, 6), chunk, tokenizer))
+    assert sum(long) == 5 + (4 + 3 + 2 + 1)  # the model itself, and each candidate above its gap
+
+
+def test_tasks_after_repair(tokenizer, batches):
+    model, tasks = tiny_model(5), [all_kinds()[2], all_kinds()[4]]
+    scores = score_layers(model, batches, "tasks", tasks=tasks, tokenizer=tokenizer, compensation="least_squares")
+    after = compensate(prune(model, [2]), batches, "least_squares", model)
+    assert scores.values[2] == pytest.approx(evaluate_tasks(after, tasks, tokenizer).mean_cost, rel=1e-3)
+
+
+def test_edits_that_run_layers_in_parallel_are_scored_by_tasks_too(tokenizer):
+    model, tasks = tiny_model(5), all_kinds()[:3]
+    edit = Edit.parallelize(2, 3)
+    scores = score_edits(model, None, [edit], "tasks", tasks=tasks, tokenizer=tokenizer)
+    expected = evaluate_tasks(parallelize(model, [(2, 3)]), tasks, tokenizer).mean_cost
+    assert scores.values[edit] == pytest.approx(expected, rel=1e-4)
+
+
+def test_races_over_tasks(tokenizer):
+    model = tiny_model(5)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight.mul_(0)
+        model.model.layers[2].mlp.down_proj.weight.mul_(0)
+    task = KLTask(ROWS, name="kl", text="q", max_length=16)
+    scores = score_layers(model, None, "tasks", tasks=[task, all_kinds()[2]], tokenizer=tokenizer, race=Race(0.6))
+    assert scores.safest == 2
+
+
+def test_what_is_missing_is_said(tokenizer, model):
+    with pytest.raises(LayerPruneError, match="needs the model's tokenizer"):
+        score_layers(model, None, "tasks", tasks=all_kinds())
+    with pytest.raises(LayerPruneError, match="no tasks"):
+        score_layers(model, None, "tasks", tokenizer=tokenizer)
+    with pytest.raises(LayerPruneError, match="two tasks are named 'choice'"):
+        score_layers(model, None, "tasks", tasks=all_kinds()[:1] * 2, tokenizer=tokenizer)
+
+
+def test_the_default_tasks_score_the_embedded_teacher():
+    from hf_layerprune.loading import load_model, load_tokenizer
+
+    tasks = load_tasks("default")
+    for task in tasks:
+        task.limit = 4
+    scores = score_layers(
+        load_model("embedded"), None, "tasks", layers=[0, 5], tasks=tasks, tokenizer=load_tokenizer("embedded")
+    )
+    assert scores.safest == 5 and scores.values[0] > scores.values[5] + 0.5
