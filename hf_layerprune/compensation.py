@@ -86,7 +86,7 @@ def find_repairs(
             if `ridge` tokens of mean energy had found them right. So the less data there is, the less they move.
         max_bytes (`int`, *optional*, defaults to 4 GiB):
             Size of the normal equations held at a time, `4 (I I + I H)` bytes per block; always at least one block's.
-            If they need more, the data is read several times.
+            If they need more, the data is read several times. To solve those of one block takes four times its size.
         on_batch (`Callable[[], None]`, *optional*): called after every batch of the last pass, for progress bars.
 
     Returns:
@@ -317,8 +317,8 @@ def _refitted(
 
 
 class _NormalEquations:
-    """Finds C `(H, I)` with least |E - A C'|^2 + ridge |A|^2 / N |C|^2, for activations A `(N, I)` and what the block's
-    output lacks E `(N, H)`. C is added to `down_proj`, so the penalty holds on to its present weights."""
+    """Finds C `(H, I)` with least |E - A C'|^2 + ridge |A|^2 / N |C|^2, for activations A `(N, I)` and what the
+    block's output lacks E `(N, H)`. C is added to `down_proj`, so the penalty holds on to its present weights."""
 
     def __init__(self, weight: Tensor) -> None:
         self.gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=torch.float32)  # A'A
