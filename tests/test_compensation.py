@@ -7,7 +7,7 @@ import torch
 from conftest import random_batches, tiny_model
 
 from hf_layerprune import LayerPlan, LayerPruneError, evaluate_model, parallelize, prune
-from hf_layerprune.compensation import Repair, apply_repair, compensate, find_repairs
+from hf_layerprune.compensation import DEFAULT_RIDGE, Repair, apply_repair, compensate, find_repairs
 from hf_layerprune.forward import final_states
 from hf_layerprune.surgery import apply_plan
 
@@ -47,7 +47,7 @@ def dense_refit(model, batches, position, target, ridge):
     weight = model.model.layers[position].mlp.down_proj.weight.detach().double()
     a = neurons[position].double()
     wanted = target.double() - entered[position + 1].double() + a @ weight.T  # t - y
-    strength = (ridge * a.pow(2).sum(0).mean()).sqrt()
+    strength = (ridge * a.pow(2).sum() / len(a)).sqrt()
     rows = torch.cat([a, strength * torch.eye(a.shape[1], dtype=torch.float64)])
     return torch.linalg.lstsq(rows, torch.cat([wanted, strength * weight.T])).solution.T.float()
 
@@ -131,11 +131,11 @@ def test_scales_of_several_gaps_multiply_and_neighbours_are_one_gap(batches):
 def test_upper_refits_see_the_lower_ones(batches):
     teacher = tiny_model(num_layers=7)
     targets = stacked(teacher, batches)[0]
-    lower = compensate(prune(teacher, [1, 3, 4]), batches, "least_squares", teacher, gaps=[1])
-    both = compensate(prune(teacher, [1, 3, 4]), batches, "least_squares", teacher)
+    lower = compensate(prune(teacher, [1, 3, 4]), batches, "least_squares", teacher, gaps=[1], ridge=0.02)
+    both = compensate(prune(teacher, [1, 3, 4]), batches, "least_squares", teacher, ridge=0.02)
     torch.testing.assert_close(
         both.model.layers[1].mlp.down_proj.weight,
-        dense_refit(lower, batches, 1, targets[5], 0.01),
+        dense_refit(lower, batches, 1, targets[5], 0.02),
         atol=5e-4,
         rtol=1e-3,
     )
@@ -188,7 +188,7 @@ def test_bfloat16_is_solved_in_float32(model, batches, method):
     if method == "rescale":
         assert repair.scale == pytest.approx(find_repairs(model, batches, [2], method)[2].scale, rel=0.02)
     else:
-        expected = dense_refit(half, batches, 1, stacked(half, batches)[0][3], 0.01)
+        expected = dense_refit(half, batches, 1, stacked(half, batches)[0][3], DEFAULT_RIDGE)
         assert repair.weight.dtype == torch.bfloat16
         torch.testing.assert_close(repair.weight.float(), expected, atol=1e-3, rtol=2**-8)
     repaired = compensate(prune(half, [2]), batches, method, half)
