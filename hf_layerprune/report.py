@@ -40,6 +40,7 @@ EDITS_EXPLAINED = "Edit 7 removed layer 7; edit 4|5 runs layers 4 and 5 in paral
 CRITERION_UNITS = {
     "kl": "KL to the teacher without the layer (nats per token)",
     "loss": "next-token loss without the layer (nats per token)",
+    "tasks": "mean cost on the tasks without the layer",
     "block_influence": "block influence, 1 - cos(input, output)",
     "angular_distance": "angle between input and output, over pi",
     "taylor": "sum of |weight x gradient of the loss|",

@@ -10,6 +10,7 @@ from hf_layerprune import IterativeLayerDistillTrainer, LayerPlan, LayerPruneErr
 from hf_layerprune.compensation import compensate
 from hf_layerprune.loading import load_model
 from hf_layerprune.scoring import CRITERIA, contiguous_block
+from hf_layerprune.tasks import load_tasks
 
 FAST = {"heal": False, "measure_speed": False}
 
@@ -29,7 +30,7 @@ def removed(trainer):
     return [layer for record in trainer.run.rounds for layer in record["removed_layers"]]
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "tasks"])
 def test_every_criterion_drives_a_run(make, criterion):
     trainer = make(criterion=criterion)
     trainer.train()
@@ -170,3 +171,35 @@ def test_repair_then_heal(make):
     assert record["kl_before_healing"] < record["kl_unhealed"]  # neither repaired nor healed
     with pytest.raises(LayerPruneError, match="hidden_weight=0"):
         make("other", compensation="rescale", heal=True)
+
+
+@pytest.fixture
+def tasks_file(tmp_path):
+    rows = [{"q": f"say {word}", "good": word, "bad": word[::-1]} for word in ("one", "two", "four", "seven", "ten")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks.yaml").write_text(
+        "- {kind: minimal_pairs, name: pairs, dataset: rows.jsonl, good: good, bad: bad}\n"
+        "- {kind: perplexity, name: text, dataset: rows.jsonl, text: q, max_length: 16, weight: 2}\n"
+    )
+    return str(tmp_path / "tasks.yaml")
+
+
+def test_rounds_score_by_tasks(make, tasks_file, tokenizer):
+    trainer = make(tasks=tasks_file, target_num_layers=4)
+    assert trainer.args.criterion == "tasks"
+    trainer.train()
+    student = tiny_model(6)
+    for record in trainer.run.rounds:
+        options = {"tasks": load_tasks(tasks_file), "tokenizer": tokenizer}
+        scores = score_layers(student, None, "tasks", tiny_model(6), **options)
+        assert record["removed_layers"] == [scores.safest] and record["criterion"] == "tasks"
+        assert record["scores"] == pytest.approx({str(k): v for k, v in scores.values.items()}, rel=1e-4)
+        student = prune(student, [scores.safest])
+
+
+def test_tasks_and_another_criterion_do_not_go_together(tmp_path, tasks_file):
+    with pytest.raises(LayerPruneError, match="are for criterion='tasks'"):
+        tiny_config(tmp_path, tasks=tasks_file, criterion="loss")
+    assert tiny_config(tmp_path, criterion="tasks").tasks == "default"
+    with pytest.raises(LayerPruneError, match="nothing.yaml"):
+        load_tasks("nothing.yaml")

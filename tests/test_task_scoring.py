@@ -40,7 +40,9 @@ def tokenizer():
 
 def all_kinds():
     return [
-        MultipleChoiceTask(ROWS, name="choice", prompt="{q}:", choices=["a", "wrong"], answer="a", weight=2.0),
+        MultipleChoiceTask(
+            ROWS, name="choice", prompt="{q}:", choices=("a", "wrong"), answer="a", answer_form="text", weight=2.0
+        ),
         MinimalPairsTask(ROWS, name="pairs", good="a", bad="wrong"),
         PerplexityTask(ROWS, name="text", text="q", max_length=16, weight=0.5),
         KLTask(ROWS, name="kl", text="q", max_length=16),
@@ -96,9 +98,12 @@ def test_a_prompt_runs_once_below_the_first_change(tokenizer):
     (chunk, *_) = all_kinds()[-1].prepare(tokenizer, batch_size=4).chunks
     runs = CandidateRuns(model, [Edit.remove(n).apply(plan_of(model)) for n in range(5)])
     long = []
-    for index in range(6):
-        layers = (runs.student(index) if index else model).model.layers
-        for layer in layers:
+    models = [
+        model,
+        *(runs.student(index) for index in range(1, 6)),
+    ]  # all made before the hooks, which are copied too
+    for each in models:
+        for layer in each.model.layers:
             layer.register_forward_pre_hook(lambda _, args: long.append(args[0].shape[1] > 1))
     with torch.no_grad():
         list(candidate_texts(runs, range(1, 6), chunk, tokenizer))

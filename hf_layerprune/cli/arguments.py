@@ -75,6 +75,10 @@ class ScoreArguments(MeasureArguments):
             "'random'."
         },
     )
+    tasks: str | None = field(
+        default=None,
+        metadata={"help": "Score by data sets instead: 'default', 'paper', a YAML file or 'lm_eval:NAME'."},
+    )
     race_confidence: float | None = field(
         default=None,
         metadata={"help": "Drop layers early that are worse beyond doubt; confidence of the choice, such as 0.95."},
@@ -132,6 +136,10 @@ class EvaluateArguments(MeasureArguments):
     """Settings of `evaluate`."""
 
     teacher: str | None = field(default=None, metadata={"help": "Model to compare with: KL and top-1 agreement."})
+    tasks: str | None = field(
+        default=None,
+        metadata={"help": "Data sets to measure on as well: 'default', 'paper', a YAML file or 'lm_eval:NAME'."},
+    )
 
 
 @dataclass

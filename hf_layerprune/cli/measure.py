@@ -19,6 +19,7 @@ from ..files import to_json, write_atomically
 from ..loading import load_config, load_model, load_tokenizer
 from ..report import CRITERION_UNITS, plot_scores, save_plot
 from ..scoring import Race, score_layers
+from ..tasks import KLTask, TaskReport, evaluate_tasks, load_tasks
 from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments, parse
 
 
@@ -27,14 +28,18 @@ def score(argv: list[str]) -> None:
     (arguments,) = parse((ScoreArguments,), argv)
     folder = Path(arguments.output_dir or "layerprune-scores")
     folder.mkdir(parents=True, exist_ok=True)
-    batches = _measuring_batches(arguments, "embedded:calibration")
+    tokenizer = load_tokenizer(arguments.model)
+    batches = None if arguments.tasks else _measuring_batches(arguments, "embedded:calibration")
     race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
     with TemporaryDirectory() as offload_folder:
         where = device_map(arguments.model, device()) if arguments.offload else None
         more = {"device_map": where, "offload_folder": offload_folder} if where else {}
         model = load_on_device(arguments.model, arguments.dtype, **more)
-        scores = score_layers(model, batches, arguments.criterion, race=race)
-    table = Table(title=f"{CRITERION_UNITS[scores.criterion]}, {scores.num_tokens:,} tokens")
+        more = {"tasks": load_tasks(arguments.tasks), "tokenizer": tokenizer} if arguments.tasks else {}
+        criterion = "tasks" if arguments.tasks else arguments.criterion
+        scores = score_layers(model, batches, criterion, race=race, **more)
+    unit = "examples" if arguments.tasks else "tokens"
+    table = Table(title=f"{CRITERION_UNITS[scores.criterion]}, {scores.num_tokens:,} {unit}")
     for column in ("layer", "cost", "error", ""):
         table.add_column(column, justify="left" if not column else "right")
     for layer, value in sorted(scores.values.items()):
@@ -84,8 +89,15 @@ def evaluate(argv: list[str]) -> None:
     (arguments,) = parse((EvaluateArguments,), argv)
     batches = _measuring_batches(arguments, "embedded:held_out")
     teacher = None if arguments.teacher is None else load_on_device(arguments.teacher, arguments.dtype)
-    report = evaluate_model(load_on_device(arguments.model, arguments.dtype), batches, teacher)
+    model = load_on_device(arguments.model, arguments.dtype)
+    report = evaluate_model(model, batches, teacher)
+    results = report.to_dict()
     console = Console()
+    if arguments.tasks:
+        tasks = [task for task in load_tasks(arguments.tasks) if teacher is not None or not isinstance(task, KLTask)]
+        of_tasks = evaluate_tasks(model, tasks, load_tokenizer(arguments.model), teacher, arguments.batch_size)
+        results["tasks"] = of_tasks.to_dict()["results"]
+        console.print(_task_table(of_tasks))
     for name, value in report.to_dict().items():
         if value is not None:
             console.print(
@@ -94,7 +106,16 @@ def evaluate(argv: list[str]) -> None:
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "evaluation.json", to_json(report.to_dict()))
+        write_atomically(folder / "evaluation.json", to_json(results))
+
+
+def _task_table(report: TaskReport) -> Table:
+    table = Table("task", "measure", "quality", "cost", "error", "examples")
+    for name, result in report.results.items():
+        error = "" if result.standard_error is None else f"± {result.standard_error:.4f}"
+        numbers = (f"{result.quality:.4f}", f"{result.cost:.4f}", error, f"{result.num_examples:,}")
+        table.add_row(name, result.measure, *numbers)
+    return table
 
 
 def _measuring_batches(arguments: MeasureArguments, default: str) -> list[Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import Gauge
 from ..compensation import compensate
@@ -15,6 +15,7 @@ from ..edits import Edit
 from ..scoring import MEASURED, EditScores, Race, contiguous_block, score_edits
 from ..search import next_step
 from ..surgery import plan_of
+from ..tasks import PreparedTask, load_tasks
 from .config import IterativeLayerDistillConfig
 from .run_state import RunState
 from .trainable import round_weights
@@ -28,6 +29,8 @@ def next_edit(
     args: IterativeLayerDistillConfig,
     run: RunState,
     on_batch: Callable[[], None],
+    tasks: Sequence[PreparedTask],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[str, EditScores | None]:
     """Label of the edit to make next, and the scores it was chosen by, if any were taken for it."""
     seed = args.seed + plan_of(student).depth  # of "random": another draw in every round
@@ -35,18 +38,28 @@ def next_edit(
         race = None if args.race_confidence is None else Race(args.race_confidence, args.seed)
         options: dict[str, Any] = {"seed": seed}
         if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
-            options["compensation"] = args.compensation
+            options |= {"compensation": args.compensation, "tasks": tasks, "tokenizer": tokenizer}
         step = next_step(student, batches, gauge, args.criterion, teacher, on_batch, race, **options)
         return step.edit.label, step.scores
+    options = {"tasks": tasks, "tokenizer": tokenizer}
     made = len(run.current["edits"])
     order, scores = (run.order if args.one_shot else run.current.setdefault("order", [])), None
     if args.one_shot:
         made += sum(len(record["edits"]) for record in run.rounds)
     if not order:
         size = plan_of(student).depth - int(gauge.budget.target) if args.one_shot else run.current["wanted"]
-        edits, scores = fixed_order(student, batches, gauge, teacher, args.criterion, size, seed, on_batch)
+        edits, scores = fixed_order(student, batches, gauge, teacher, args.criterion, size, seed, on_batch, **options)
         order += [edit.label for edit in edits]
     return order[made], scores
+
+
+def prepared_tasks(
+    args: IterativeLayerDistillConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[PreparedTask]:
+    """The tasks that score layers, tokenized; none where another criterion does."""
+    tasks = load_tasks(args.tasks) if args.tasks else []
+    longest = getattr(model.config, "max_position_embeddings", None)
+    return [task.prepare(tokenizer, args.per_device_eval_batch_size, longest) for task in tasks]
 
 
 def fixed_order(
@@ -58,13 +71,14 @@ def fixed_order(
     size: int,
     seed: int = 0,
     on_batch: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> tuple[list[Edit], EditScores]:
-    """Removals to make one after the other without scoring again, and the scores of all.
+    """Removals to make one after the other without scoring again, and the scores of all; options of `score_edits`.
 
     The cheapest layer first; by `"angular_distance"` the `size` layers of the best stretch, from its top down.
     """
     edits: list[Any] = [edit for edit in gauge.space.edits(plan_of(model)) if edit.kind == "remove"]
-    scores = score_edits(model, batches, edits, criterion, teacher, on_batch, seed=seed)
+    scores = score_edits(model, batches, edits, criterion, teacher, on_batch, seed=seed, **options)
     if criterion != "angular_distance":
         return list(scores.ranking), scores
     layers = contiguous_block(model, batches, size, [edit.layers[0] for edit in edits])

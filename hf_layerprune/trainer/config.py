@@ -58,8 +58,12 @@ class IterativeLayerDistillConfig(SFTConfig):
         layers_per_round (`int`, *optional*, defaults to `1`):
             Layers removed (edits made) between two healings. The last round makes fewer if needed.
         criterion (`str`, *optional*, defaults to `"kl"`):
-            What a layer costs: `"kl"`, `"loss"`, or a guess to compare them with, such as `"block_influence"`; see
-            [`score_layers`]. `"angular_distance"` removes the layers of a round as one contiguous stretch.
+            What a layer costs: `"kl"`, `"loss"`, `"tasks"` as in the paper, or a guess to compare them with, such as
+            `"block_influence"`; see [`score_layers`]. `"angular_distance"` removes the layers of a round as one
+            contiguous stretch.
+        tasks (`str`, *optional*):
+            Representative data sets that score layers, with `criterion="tasks"`, which is implied: `"default"`,
+            `"paper"`, a YAML file, `"lm_eval:NAME"`, or several with commas between; see [`load_tasks`].
         one_shot (`bool`, *optional*, defaults to `False`):
             Score once, on the model the run starts from, and remove in that order; by default every round scores the
             healed student again.
@@ -123,6 +127,10 @@ class IterativeLayerDistillConfig(SFTConfig):
     layers_per_round: int = field(default=1, metadata={"help": "Layers removed (edits made) between two healings."})
     criterion: str = field(
         default="kl", metadata={"help": "What a layer costs, measured ('kl', 'loss') or guessed.", "choices": CRITERIA}
+    )
+    tasks: str | None = field(
+        default=None,
+        metadata={"help": "Data sets that score layers: 'default', 'paper', a YAML file or 'lm_eval:NAME'."},
     )
     one_shot: bool = field(
         default=False, metadata={"help": "Score once and remove in that order, instead of scoring in every round."}
@@ -223,6 +231,12 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     def _check_choice(self) -> None:
         """Do the settings that choose layers fit together?"""
+        if self.criterion == "tasks" and self.tasks is None:
+            self.tasks = "default"
+        if self.tasks is not None and self.criterion != "tasks":
+            if self.criterion != type(self).criterion:
+                raise LayerPruneError(f"tasks={self.tasks!r} are for criterion='tasks', not {self.criterion!r}")
+            self.criterion = "tasks"
         measured = " or ".join(repr(name) for name in MEASURED)
         if "parallelize" in self.edit_space().kinds:
             if self.criterion not in MEASURED:

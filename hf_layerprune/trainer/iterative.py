@@ -33,7 +33,7 @@ from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
 from .checks import check_budget, check_enough_rows, check_has_text, check_request
-from .choosing import next_edit, repaired
+from .choosing import next_edit, prepared_tasks, repaired
 from .config import IterativeLayerDistillConfig
 from .healing import LayerHealingTrainer
 from .records import add_speed, round_record, teacher_record
@@ -123,9 +123,8 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         self._opened = False
         self._peft_config = peft_config
         self._round = 0
-        datasets = {} if eval_dataset is None else {"eval": eval_dataset}
-        if calibration_dataset is not None:
-            datasets["calibration"] = calibration_dataset
+        datasets = {"eval": eval_dataset, "calibration": calibration_dataset}
+        datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
         args = copy.copy(args)  # the user's own stays as it is
         args.model_init_kwargs = None  # they have done their work; SFTTrainer would warn of them
         super().__init__(
@@ -148,6 +147,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         else:
             self.eval_batches = self._batches(self.eval_dataset, args.num_eval_samples, "evaluation data")
         check_enough_rows(self.all_train_rows, args)
+        self.tasks = prepared_tasks(args, self.start, processing_class)
 
     def _batches(self, rows: Dataset | IterableDataset, limit: int | None, what: str) -> list[Batch]:
         batches = collated_batches(rows, self.data_collator, self.args.per_device_eval_batch_size, limit)
@@ -250,8 +250,8 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         while len(current["edits"]) < current["wanted"] and not self.gauge.met(plan):
             self._phase("scoring", num_layers=plan.depth)
             start = time.perf_counter()
-            how = (self.gauge, self.teacher, self.args, run, self._phase_step)
-            label, scores = self._agreed(next_edit(student, self.calibration_batches, *how))
+            how = (self.gauge, self.teacher, self.args, run, self._phase_step, self.tasks)
+            label, scores = self._agreed(next_edit(student, self.calibration_batches, *how, self.processing_class))
             current["seconds_scoring"] += time.perf_counter() - start
             current["scores"] += [] if scores is None else [scores.to_dict()]
             current["edits"].append(label)
@@ -262,7 +262,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         student = repaired(student, [Edit.from_label(label) for label in current["edits"]], *how)
         if "before_healing" not in current and self.args.heal:
             current["before_healing"] = current["unhealed"] = self._evaluate_phase(student).to_dict()
-            if run.rounds or self.start is not self.teacher or self.args.compensation != "none":  # else it is the same
+            if run.rounds or self.start is not self.teacher or self.args.compensation != "none":
                 unhealed = apply_plan(self.teacher, plan, share_weights=True)
                 current["unhealed"] = self._evaluate_phase(unhealed).to_dict()
             self._save_run(run, folder)

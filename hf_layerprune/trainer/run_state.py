@@ -27,7 +27,7 @@ STATE_FILE = "run_state.json"
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 # What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
 DECISIVE = (
-    "edits", "max_group_size", "criterion", "one_shot", "race_confidence", "compensation", "layers_per_round",
+    "edits", "max_group_size", "criterion", "tasks", "one_shot", "race_confidence", "compensation", "layers_per_round",
     "heal",
     "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight",
     "hidden_weight", "lm_weight", "temperature", "loss_preset", "weight_decay", "optim", "adam_beta1", "adam_beta2",
