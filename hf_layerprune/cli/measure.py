@@ -39,7 +39,8 @@ def score(argv: list[str]) -> None:
         criterion = "tasks" if arguments.tasks else arguments.criterion
         scores = score_layers(model, batches, criterion, race=race, **more)
     unit = "examples" if arguments.tasks else "tokens"
-    table = Table(title=f"{CRITERION_UNITS[scores.criterion]}, {scores.num_tokens:,} {unit}")
+    seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
+    table = Table(title=CRITERION_UNITS[scores.criterion] + seen)
     for column in ("layer", "cost", "error", ""):
         table.add_column(column, justify="left" if not column else "right")
     for layer, value in sorted(scores.values.items()):
@@ -76,7 +77,7 @@ def device_map(name: str, where: torch.device) -> dict[str, str]:
     return dict.fromkeys(rest, str(where)) | {f"model.layers.{n}": "disk" for n in range(depth)}
 
 
-def _bar(value: float, values: Iterable[float], width: int = 40) -> str:
+def _bar(value: float, values: Iterable[float], width: int = 30) -> str:
     """A bar on a logarithmic scale: a first layer that costs a hundred times the others would hide them."""
     logs = [math.log(v) for v in values if v > 0 and math.isfinite(v)]
     if not (value > 0 and math.isfinite(value)) or max(logs) == min(logs):

@@ -177,7 +177,7 @@ def score_edits(
                 f"choose one of {', '.join(MEASURED)}"
             )
     if criterion == "tail":
-        return EditScores(criterion, {edit: -float(edit.layers[0]) for edit in edits}, 0.0, 0)
+        return EditScores(criterion, {edit: 0.0 - edit.layers[0] for edit in edits}, 0.0, 0)
     if criterion == "random":
         return EditScores(criterion, dict(zip(edits, _shuffled(len(edits), seed), strict=True)), 0.0, 0)
     positions = [plan.block_of(edit.layers[0]) for edit in edits]
