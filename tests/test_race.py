@@ -12,7 +12,7 @@ from hf_layerprune import LayerPruneError, prune, score_layers
 from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.edits import Edit
 from hf_layerprune.evaluation import evaluate_model
-from hf_layerprune.scoring import LayerScores, Race, score_edits
+from hf_layerprune.scoring import LayerScores, Race, contiguous_block, score_edits
 from hf_layerprune.scoring.evidence import Evidence, difference_errors, quantile
 from hf_layerprune.scoring.race import collect
 from hf_layerprune.scoring.scores import scores_of
@@ -219,3 +219,20 @@ def test_bad_races_are_refused(model, batches):
         Race(1.5)
     with pytest.raises(LayerPruneError, match="a race is for kl, loss"):
         score_edits(model, batches, [Edit.remove(1)], "block_influence", race=Race())
+
+
+# ------------------------------------------------------------------------------------------------ criteria
+
+
+@pytest.mark.parametrize("criterion", ["kl", "block_influence", "angular_distance", "taylor"])
+def test_planted_identity_layers_are_found(criterion):
+    model = tiny_model(8)
+    with torch.no_grad():
+        for layer in (2, 3, 6):
+            model.model.layers[layer].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer].mlp.down_proj.weight.zero_()
+    scores = score_layers(model, random_batches(3), criterion)
+    assert set(scores.ranking[:3]) == {2, 3, 6}
+    assert all(math.isfinite(value) for value in scores.values.values())
+    if criterion == "angular_distance":
+        assert contiguous_block(model, random_batches(3), 2) == (2, 3)
