@@ -34,6 +34,7 @@ RANDOM = {
     "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24,
     "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
+LARGE_HEAD = RANDOM | {"vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 704}  # as ten of its layers
 
 
 class PeakBytes(TorchDispatchMode):
@@ -192,10 +193,12 @@ def main() -> None:
     batches = tokenized_batches(text, tokenizer, max_length=256, num_rows=64, batch_size=8)
     torch.manual_seed(0)
     random_model = Qwen2ForCausalLM(Qwen2Config(**RANDOM)).eval()
-    short = [{"input_ids": torch.randint(4096, (8, 64))} for _ in range(2)]
+    large_head = Qwen2ForCausalLM(Qwen2Config(**LARGE_HEAD)).eval()
+    short = [{"input_ids": torch.randint(4096, (8, 16))} for _ in range(8)]
     results: dict[str, Any] = {
         "embedded": compare(teacher, batches, arguments.repeats),
         "random, 24 layers x 512": compare(random_model, short, arguments.repeats),
+        "random, 24 layers x 256, vocabulary of 32,000": compare(large_head, short, arguments.repeats),
     }
     print(json.dumps(results, indent=1))
     rows = torch.cat([b["input_ids"] for b in tokenized_batches(text, tokenizer, max_length=64, num_rows=512)])
