@@ -28,7 +28,7 @@ from .taylor import taylor
 MEASURED = (*TOKEN_MEASURES, "tasks")
 PROXIES = (*ANGLES, "taylor", "tail", "random")
 CRITERIA = (*MEASURED, *PROXIES)
-CHUNKS_OF_A_RACE = 32  # at least as many, where there are as many rows
+CHUNKS_OF_A_RACE = 16  # at least as many, where there are as many rows
 
 __all__ = [
     "CRITERIA",

@@ -78,8 +78,7 @@ def collect(
             evidence.add(part, [0, *alive], sums, counts)
         done = min(1.0, (start + step) / len(chunks))
         if race is not None and done < 1:
-            checks = (len(chunks) - 1) // step
-            for index in _beaten(evidence, alive, scales, race.confidence, done, checks * (count - 1)):
+            for index in _beaten(evidence, alive, scales, race.confidence, done, count - 1):
                 alive.remove(index)
                 left[index] = done
             if len(alive) == 1:
@@ -100,7 +99,11 @@ def _order(measures: Sequence[Measure], race: Race | None) -> list[tuple[int, in
 def _beaten(
     evidence: Evidence, alive: list[int], scales: dict[int, float], confidence: float, done: float, comparisons: int
 ) -> list[int]:
-    """Which of `alive` are worse than the best of them beyond doubt, with `done` of all data seen."""
+    """Which of `alive` are worse than the best of them beyond doubt, with `done` of all data seen.
+
+    The doubt is shared out over `comparisons` with the best, not over the looks at the data, which depend on each
+    other: `benchmarks/scoring.py` counts how often the choice is another.
+    """
     rows = min(len(part.counts) for part in evidence.parts)
     if len(alive) < 2 or rows < LEAST_ROWS:
         return []
