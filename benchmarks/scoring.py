@@ -34,7 +34,7 @@ RANDOM = {
     "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24,
     "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
-LARGE_HEAD = RANDOM | {"vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 704}  # as ten of its layers
+LARGE_HEAD = RANDOM | {"vocab_size": 151_936}  # Qwen's; as many products per token as 24 of these layers
 
 
 class PeakBytes(TorchDispatchMode):
@@ -101,8 +101,27 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+def in_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of every way in each of the repeats, after one that does not count; last results."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, Any] = {}
+    for repeat in range(-1, repeats):
+        for name, way in ways.items():
+            taken, results[name] = timed(way)
+            if repeat >= 0:
+                seconds[name].append(taken)
+    return seconds, results
+
+
+def ratios(seconds: dict[str, list[float]], over: str) -> dict[str, float]:
+    return {
+        name: statistics.median(a / b for a, b in zip(values, seconds[over], strict=True))
+        for name, values in seconds.items()
+    }
+
+
 def compare(model: PreTrainedModel, batches: list[Batch], repeats: int) -> dict[str, Any]:
-    """Naive loop, shared prefix, race, and both ways to block influence, in turns."""
+    """Naive loop, shared prefix, race, in turns."""
     depth = model.config.num_hidden_layers
     layer_seconds, head_seconds = cost_of_parts(model, batches)
     passes = {"naive": depth * (depth - 1) + depth, "shared prefix": depth * (depth - 1) / 2 + depth}
@@ -112,38 +131,39 @@ def compare(model: PreTrainedModel, batches: list[Batch], repeats: int) -> dict[
         "naive": lambda: naive(model, batches),
         "shared prefix": lambda: score_layers(model, batches),
         "race": lambda: score_layers(model, batches, race=Race()),
-        "block influence elsewhere": lambda: influence_elsewhere(model, batches),
-        "block influence": lambda: score_layers(model, batches, "block_influence"),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    results: dict[str, Any] = {}
-    for repeat in range(-1, repeats):
-        for name, way in ways.items():
-            taken, results[name] = timed(way)
-            if repeat >= 0:
-                seconds[name].append(taken)
+    seconds, results = in_turns(ways, repeats)
     full = results["shared prefix"]
-    ratio = {
-        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["naive"], strict=True)) for name in ways
-    }
-    of_influence = zip(seconds["block influence"], seconds["block influence elsewhere"], strict=True)
-    peaks = {}
-    for name in ("block influence elsewhere", "block influence"):
-        with PeakBytes() as meter:
-            ways[name]()
-        peaks[name] = meter.peak
     return {
         "layers": depth,
         "tokens": sum(batch["input_ids"].numel() for batch in batches),
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "over_naive": ratio,
+        "over_naive": ratios(seconds, "naive"),
         "over_naive_by_counting": expected["shared prefix"] / expected["naive"],
         "largest_difference": max(abs(full.values[layer] - cost) for layer, cost in results["naive"].items()),
         "race_left": {str(layer): share for layer, share in results["race"].left.items()},
         "race_chose_the_same": results["race"].safest == full.safest,
-        "influence_time_over_elsewhere": statistics.median(a / b for a, b in of_influence),
-        "influence_memory_over_elsewhere": peaks["block influence"] / peaks["block influence elsewhere"],
-        "influence_bytes": peaks,
+    }
+
+
+def compare_influence(model: PreTrainedModel, batches: list[Batch], repeats: int) -> dict[str, Any]:
+    """Block influence by the hidden states of a full forward pass, and by hooks: time and memory beside the model."""
+    ways: dict[str, Callable[[], Any]] = {
+        "elsewhere": lambda: influence_elsewhere(model, batches),
+        "hooks": lambda: score_layers(model, batches, "block_influence"),
+    }
+    seconds, _ = in_turns(ways, repeats)
+    peaks = {}
+    for name, way in ways.items():
+        with PeakBytes() as meter:
+            way()
+        peaks[name] = meter.peak
+    return {
+        "tokens": sum(batch["input_ids"].numel() for batch in batches),
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "time_over_elsewhere": ratios(seconds, "elsewhere")["hooks"],
+        "memory_over_elsewhere": peaks["hooks"] / peaks["elsewhere"],
+        "bytes": peaks,
     }
 
 
@@ -198,7 +218,9 @@ def main() -> None:
     results: dict[str, Any] = {
         "embedded": compare(teacher, batches, arguments.repeats),
         "random, 24 layers x 512": compare(random_model, short, arguments.repeats),
-        "random, 24 layers x 256, vocabulary of 32,000": compare(large_head, short, arguments.repeats),
+        "block influence, embedded": compare_influence(teacher, batches, arguments.repeats),
+        "block influence, random": compare_influence(random_model, short, arguments.repeats),
+        "block influence, random, vocabulary of 151,936": compare_influence(large_head, short, arguments.repeats),
     }
     print(json.dumps(results, indent=1))
     rows = torch.cat([b["input_ids"] for b in tokenized_batches(text, tokenizer, max_length=64, num_rows=512)])

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -39,21 +38,22 @@ def measure_angles(
     Runs inside [`~forward.measuring`].
     """
     angle, evidence = ANGLES[criterion], Evidence(1 + len(stretches))
-    inputs: dict[int, Tensor] = {}
+    inputs: dict[int, tuple[Tensor, Tensor]] = {}  # of open stretches: the states and their lengths
     counts = torch.empty(0)
     sums: Tensor
 
     def before(position: int) -> Callable[..., None]:
         def keep(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[position] = args[0].float()
+            inputs[position] = with_lengths(args[0])
 
         return keep
 
     def behind(end: int) -> Callable[..., None]:
         def add(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            states, lengths = with_lengths(output)
             for index, (start, stop) in enumerate(stretches, 1):
                 if stop == end:
-                    cosine = F.cosine_similarity(inputs[start], output.float(), dim=-1)  # (B, T)
+                    cosine = dot(inputs[start][0], states) / (inputs[start][1] * lengths)  # (B, T)
                     sums[index] = (angle(cosine).double() * counts).sum(1).cpu()
             for start in [s for s in inputs if not any(s == first and stop > end for first, stop in stretches)]:
                 del inputs[start]
@@ -77,3 +77,14 @@ def measure_angles(
         for handle in handles:
             handle.remove()
     return evidence
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Products of vectors, `(B, T, D)` to `(B, T)`, without a third tensor of their size."""
+    return torch.matmul(a.unsqueeze(-2), b.unsqueeze(-1))[..., 0, 0]
+
+
+def with_lengths(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32; a state of zeros has a length that divides."""
+    states = states.float()
+    return states, torch.linalg.vector_norm(states, dim=-1).clamp_min(1e-8)
