@@ -153,6 +153,8 @@ def render_markdown(report: dict[str, Any]) -> str:
     ]
     if rounds:
         lines += ["![quality against depth](quality.png)", ""]
+    if "tasks" in teacher:
+        lines += _task_table([teacher, *rounds])
     if any(record["scores"] for record in rounds):
         lines += ["## Scores", ""]
         spread = " ± is one standard error." if any(_standard_errors(record) for record in rounds) else ""
@@ -174,6 +176,19 @@ def render_markdown(report: dict[str, Any]) -> str:
         + "."
     ]
     return "\n".join(lines) + "\n"
+
+
+def _task_table(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Quality on the tasks, a row per depth."""
+    names = {name: result["measure"] for name, result in records[0]["tasks"]["results"].items()}
+    lines = ["## Tasks", "", "Mean cost is what layers were chosen by: 1 - accuracy or score, or nats per token.", ""]
+    lines += ["| layers | mean cost | " + " | ".join(f"{name} ({measure})" for name, measure in names.items()) + " |"]
+    lines += ["|---:|" + "---:|" * (1 + len(names))]
+    for record in records:
+        results = record["tasks"]["results"]
+        cells = [str(record["num_layers"]), f"{record['tasks']['mean_cost']:.4f}"]
+        lines += ["| " + " | ".join(cells + [f"{results[name]['quality']:.4f}" for name in names]) + " |"]
+    return [*lines, ""]
 
 
 def _summary(teacher: dict[str, Any], last: dict[str, Any]) -> str:
