@@ -207,7 +207,9 @@ def _score_cell(record: dict[str, Any], label: str) -> str:
     if value is None:  # not possible in this round, or a score that is no number
         return ""
     cell = f"**{value:.4f}**" if label == record["edits"][0] else f"{value:.4f}"
-    return cell if error is None or math.isnan(error) else f"{cell} ± {error:.4f}"
+    cell = cell if error is None or math.isnan(error) else f"{cell} ± {error:.4f}"
+    left = (record.get("all_scores") or [{}])[0].get("left", {}).get(label)
+    return cell if left is None else f"{cell} (left at {left:.0%})"
 
 
 def _standard_errors(record: dict[str, Any]) -> dict[str, float | None]:
