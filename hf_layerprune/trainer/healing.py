@@ -6,8 +6,6 @@ padding masked out. https://huggingface.co/papers/2511.05085
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,27 +19,14 @@ from ..losses import forward_kl, hidden_state_mse, next_token_loss, relative_hid
 from ._trl import log_metric, redirect_forward
 from .config import IterativeLayerDistillConfig
 from .targets import HiddenStateMap
-
-
-@contextmanager
-def captured_outputs(layers: nn.ModuleList, positions: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs `(B, T, H)` of the layers at `positions` in one forward pass."""
-    outputs: dict[int, Tensor] = {}
-    handles = [
-        layers[position].register_forward_hook(lambda _, __, out, p=position: outputs.__setitem__(p, out))
-        for position in positions
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+from .towers import run_towers
 
 
 class LayerHealingTrainer(SFTTrainer):
     """[`~trl.SFTTrainer`] with the loss of layer-wise distillation from `self.teacher`.
 
-    The teacher is a plain attribute: it is in no state dict, no optimizer and no wrapper.
+    The teacher is a plain attribute: it is in no state dict, no optimizer and no wrapper. `shared_depth` says how many
+    blocks it runs for both; see [`~towers.shared_depth`].
     """
 
     args: IterativeLayerDistillConfig
@@ -49,6 +34,7 @@ class LayerHealingTrainer(SFTTrainer):
 
     teacher: PreTrainedModel
     hidden_state_map: HiddenStateMap
+    shared_depth: int | None = None
 
     def compute_loss(
         self,
@@ -82,18 +68,11 @@ class LayerHealingTrainer(SFTTrainer):
         """The parts of the loss, each a sum over the valid positions, and the number of these."""
         student = student.get_base_model() if hasattr(student, "get_base_model") else student
         valid, labels = valid_next_tokens(inputs)
-        forward_inputs = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
-        states = self.hidden_state_map
-        with captured_outputs(student.base_model.layers, states.student) as student_states:
-            student_final = student.base_model(**forward_inputs).last_hidden_state[valid]
-        with torch.no_grad(), captured_outputs(self.teacher.base_model.layers, states.teacher) as teacher_states:
-            teacher_final = self.teacher.base_model(**forward_inputs).last_hidden_state[valid]
-
+        forward_inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        towers = run_towers(student, self.teacher, forward_inputs, valid, self.hidden_state_map, self.shared_depth)
         distance = hidden_state_mse if self.args.loss_preset == "paper" else relative_hidden_state_mse
-        hidden = [
-            distance(student_states[s][valid], teacher_states[t][valid]).sum()
-            for s, t in zip(states.student, states.teacher, strict=True)
-        ]
+        hidden = [distance(own, its).sum() for own, its in zip(towers.student, towers.teacher, strict=True)]
+        student_final, teacher_final = towers.student_final, towers.teacher_final
         if self.args.loss_preset == "paper":
             hidden = hidden[-1:]
         parts = {

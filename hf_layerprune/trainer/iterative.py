@@ -40,6 +40,7 @@ from .records import add_speed, round_record, task_record, teacher_record
 from .run_state import RunState, check_target, decisive_settings, gauge_of_run, last_whole_checkpoint, open_run
 from .students import publish_student, round_folder, save_student
 from .targets import HiddenStateMap, trained_blocks
+from .towers import share_equal_weights, shared_depth
 from .trainable import make_plain, make_trainable
 
 
@@ -235,7 +236,9 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         return self._load_student(round_folder(folder, len(run.rounds)))
 
     def _load_student(self, folder: Path) -> PreTrainedModel:
-        return load_model(str(folder), dtype=self.start.dtype).to(self.args.device)
+        student = load_model(str(folder), dtype=self.start.dtype).to(self.args.device)
+        share_equal_weights(student, self.teacher)
+        return student
 
     def _choose_and_edit(self, student: PreTrainedModel, run: RunState, folder: Path) -> PreTrainedModel:
         """Make this round's edits, one at a time, each scored on what is left."""
@@ -279,7 +282,9 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         blocks = trained_blocks(plan, [Edit.from_label(label) for label in current["edits"]], trained)
         self.hidden_state_map = HiddenStateMap.of(plan, plan_of(self.teacher), blocks)
         set_seed(self.args.seed + self._round)  # adapters are drawn at random: the same ones after a resume
-        swap_model(self, make_trainable(student, blocks, self.args.trained_layers == "all", self._peft_config))
+        student = make_trainable(student, blocks, self.args.trained_layers == "all", self._peft_config)
+        self.shared_depth = shared_depth(student, self.teacher)
+        swap_model(self, student)
         self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self._round)  # other rows every round
         self._phase("healing", num_layers=plan.depth)
         checkpoint = self._agreed(last_whole_checkpoint(target))

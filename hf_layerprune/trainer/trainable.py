@@ -53,7 +53,10 @@ def _add_adapters(student: PreTrainedModel, blocks: list[int], peft_config: Any)
         raise LayerPruneError(f"{type(peft_config).__name__} cannot be limited to layers; use LoRA")
     config = copy.deepcopy(peft_config)
     config.layers_to_transform = blocks
-    unshare_parameters(student.parameters())  # merging the adapters changes weights in place
+    layers = student.base_model.layers
+    unshare_parameters(
+        p for position in blocks for p in layers[position].parameters()
+    )  # merging changes them in place
     adapted = get_peft_model(student, config)
     allowed = tuple(f".layers.{position}." for position in blocks)
     for name, parameter in adapted.named_parameters():

@@ -1,0 +1,159 @@
+"""Student and teacher on one batch: what they have in common is held once in memory and run once.
+
+Below the lowest block in which they differ both are the same function of the same weights. The teacher runs that part,
+without gradients, and the student goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data import Batch
+from ..surgery import plan_of
+from .targets import HiddenStateMap
+
+
+@dataclass
+class TowerStates:
+    """What both models computed, at the valid positions only.
+
+    Attributes:
+        student_final, teacher_final (`Tensor` of shape `(N, H)`): states behind the final norm.
+        student, teacher (`list[Tensor]`): `(N, H)` each, the pairs of a [`HiddenStateMap`].
+    """
+
+    student_final: Tensor
+    teacher_final: Tensor
+    student: list[Tensor]
+    teacher: list[Tensor]
+
+
+def share_equal_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Let every tensor of `student` that equals the teacher's, bit by bit, be the teacher's in memory."""
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        other = theirs.get(_name_in_teacher(name, student, teacher))
+        if other is not None and _like(parameter, other) and torch.equal(parameter.data, other.data):
+            parameter.data = other.data
+
+
+def _name_in_teacher(name: str, student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
+    """What a parameter of the student is called in the teacher, if its block is there."""
+    before, layers, rest = name.partition(".layers.")
+    if not layers:
+        return name
+    position, _, inside = rest.partition(".")
+    block, blocks = plan_of(student).blocks[int(position)], plan_of(teacher).blocks
+    return f"{before}.layers.{blocks.index(block)}.{inside}" if block in blocks else None
+
+
+def _like(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def shared_depth(student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
+    """How many blocks, from the first, are the same weights in memory in both models and are not trained.
+
+    `None` where not even the embedding is, or where a pass of the student would be another one: with dropout, or with
+    another implementation of attention.
+    """
+    if student.config.attention_dropout or not _same(student.get_input_embeddings(), teacher.get_input_embeddings()):
+        return None
+    if student.config._attn_implementation != teacher.config._attn_implementation:  # each has masks of its own form
+        return None
+    depth = 0
+    layers = zip(student.base_model.layers, teacher.base_model.layers, strict=False)
+    blocks = zip(plan_of(student).blocks, plan_of(teacher).blocks, strict=False)
+    for (own, its), (block, other) in zip(layers, blocks, strict=True):
+        if block != other or not _same(own, its):
+            break
+        depth += 1
+    return min(depth, len(teacher.base_model.layers) - 1)
+
+
+def _same(own: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = dict(own.named_parameters()), dict(other.named_parameters())
+    return mine.keys() == theirs.keys() and all(
+        not parameter.requires_grad and parameter.data_ptr() == theirs[name].data_ptr()
+        for name, parameter in mine.items()
+    )
+
+
+def run_towers(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    inputs: Batch,
+    valid: Tensor,
+    states: HiddenStateMap,
+    shared: int | None,
+) -> TowerStates:
+    """Run both models on a batch, the student with gradients.
+
+    Args:
+        student, teacher ([`~transformers.PreTrainedModel`]): without wrappers.
+        inputs (`dict[str, Tensor]`): what both are called with; no labels.
+        valid (`Tensor` of shape `(B, T)`): the N positions that count.
+        states ([`HiddenStateMap`]): the hidden states to compare.
+        shared (`int`, *optional*): see [`shared_depth`]; the student runs from its embedding on if there is none.
+    """
+    inputs = inputs | {"use_cache": False}
+    decoder, reference = student.base_model, teacher.base_model
+    layers = reference.layers
+    with (
+        torch.no_grad(),
+        captured_outputs(layers, states.teacher) as of_teacher,
+        captured_call(layers, shared) as call,
+    ):
+        teacher_final = reference(**inputs).last_hidden_state
+    with captured_outputs(decoder.layers, states.student) as of_student:
+        if shared is None:
+            student_final = decoder(**inputs).last_hidden_state
+        else:
+            state, kwargs = call
+            for layer in decoder.layers[shared:]:
+                state = layer(state, **kwargs)
+            student_final = decoder.norm(state)
+    return TowerStates(
+        student_final[valid],
+        teacher_final[valid],
+        [of_student[position][valid] for position in states.student],
+        [of_teacher[position][valid] for position in states.teacher],
+    )
+
+
+@contextmanager
+def captured_outputs(layers: nn.ModuleList, positions: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs `(B, T, H)` of the layers at `positions` in one forward pass."""
+    outputs: dict[int, Tensor] = {}
+    handles = [
+        layers[position].register_forward_hook(lambda _, __, out, p=position: outputs.__setitem__(p, out))
+        for position in positions
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def captured_call(layers: nn.ModuleList, position: int | None) -> Iterator[list[Any]]:
+    """Collect the input state and the keyword arguments that the layer at `position` is called with."""
+    call: list[Any] = []
+    if position is None:
+        yield call
+        return
+    handle = layers[position].register_forward_pre_hook(
+        lambda _, args, kwargs: call.extend((args[0], kwargs)), with_kwargs=True
+    )
+    try:
+        yield call
+    finally:
+        handle.remove()
