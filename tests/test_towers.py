@@ -106,7 +106,7 @@ def test_adapters_are_trained_above_the_shared_blocks():
     teacher = tiny_model(6)
     student = prune(teacher, [3], share_weights=True)
     adapted = make_trainable(student, [3], False, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    assert shared_depth(adapted.get_base_model(), teacher) == 3
+    assert shared_depth(adapted, teacher) == 3
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
@@ -66,7 +67,7 @@ class LayerHealingTrainer(SFTTrainer):
 
     def loss_parts(self, student: PreTrainedModel, inputs: Batch) -> dict[str, Tensor]:
         """The parts of the loss, each a sum over the valid positions, and the number of these."""
-        student = student.get_base_model() if hasattr(student, "get_base_model") else student
+        student = student.get_base_model() if is_peft_model(student) else student
         valid, labels = valid_next_tokens(inputs)
         forward_inputs = {key: value for key, value in inputs.items() if key != "labels"}
         towers = run_towers(student, self.teacher, forward_inputs, valid, self.hidden_state_map, self.shared_depth)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -58,12 +59,13 @@ def _like(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
-def shared_depth(student: PreTrainedModel, teacher: PreTrainedModel) -> int | None:
+def shared_depth(student: nn.Module, teacher: PreTrainedModel) -> int | None:
     """How many blocks, from the first, are the same weights in memory in both models and are not trained.
 
-    `None` where not even the embedding is, or where a pass of the student would be another one: with dropout, or with
+    `student` may hold adapters. `None` where not even the embedding is, or where a pass of the student would be another one: with dropout, or with
     another implementation of attention.
     """
+    student = student.get_base_model() if is_peft_model(student) else student
     if student.config.attention_dropout or not _same(student.get_input_embeddings(), teacher.get_input_embeddings()):
         return None
     if student.config._attn_implementation != teacher.config._attn_implementation:  # each has masks of its own form
