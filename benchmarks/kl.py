@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_layerprune.losses import ForwardKL, chunked_divergence
+from hf_layerprune.losses import Divergence, chunked_divergence
 from hf_layerprune.report import environment
 
 SHAPES = {"embedded teacher": (4096, 192, 4096), "Qwen2.5 vocabulary": (512, 256, 151_936)}  # N, H, V
@@ -36,7 +36,7 @@ def trl(student: Tensor, student_head: nn.Linear, teacher: Tensor, teacher_head:
 
 
 def ours(student: Tensor, student_head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:
-    return ForwardKL.apply(student, student_head.weight, teacher, teacher_head.weight, 1.0)
+    return Divergence.apply(student, student_head.weight, teacher, teacher_head.weight, 1.0, 0.0)
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {"full logits": full_logits, "TRL chunked": trl, "ours": ours}

@@ -15,22 +15,26 @@ def problem():
     return student, nn.Linear(h, v, bias=False), teacher, nn.Linear(h, v, bias=False), labels
 
 
-def dense_kl(student, student_head, teacher, teacher_head, temperature=1.0):
+def dense_kl(student, student_head, teacher, teacher_head, temperature=1.0, beta=0.0):
     p = F.log_softmax(teacher_head(teacher) / temperature, -1).detach()
     q = F.log_softmax(student_head(student) / temperature, -1)
-    return (p.exp() * (p - q)).sum(-1) * temperature**2
+    if beta in (0, 1):
+        return ((p.exp() * (p - q)) if beta == 0 else (q.exp() * (q - p))).sum(-1) * temperature**2
+    m = (beta * p.exp() + (1 - beta) * q.exp()).log()
+    return (beta * p.exp() * (p - m) + (1 - beta) * q.exp() * (q - m)).sum(-1) * temperature**2
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("chunk", [91 * 5, 10**9])
-def test_forward_kl_equals_the_plain_formula_with_gradients(problem, temperature, chunk, monkeypatch):
+def test_the_divergence_equals_the_plain_formula_with_gradients(problem, temperature, chunk, beta, monkeypatch):
     monkeypatch.setitem(losses.MAX_LOGITS_PER_CHUNK, "cpu", chunk)
     monkeypatch.setattr(losses, "MIN_ROWS_PER_CHUNK", 1)
     student, student_head, teacher, teacher_head, _ = problem
     results = []
-    for function in (losses.forward_kl, losses.chunked_divergence, dense_kl):
+    for function in (losses.divergence, losses.chunked_divergence, dense_kl):
         student.grad = student_head.weight.grad = None
-        value = function(student, student_head, teacher, teacher_head, temperature)
+        value = function(student, student_head, teacher, teacher_head, temperature, beta)
         value.sum().backward()
         results.append((value.detach().sum(), student.grad.clone(), student_head.weight.grad.clone()))
     for ours in results[:2]:
@@ -50,26 +54,26 @@ def test_kl_is_exact_over_a_large_vocabulary(vocabulary):
         exact = dense_kl(student.double(), exact_head, teacher.double(), exact_head).detach()
         (found,) = losses.token_statistics([student], head, torch.zeros(12, dtype=torch.long), teacher, head)
         torch.testing.assert_close(found.kl.double(), exact, rtol=1e-5, atol=5e-6)
-        total = losses.forward_kl(student, head, teacher, head).double()
+        total = losses.divergence(student, head, teacher, head).double()
         torch.testing.assert_close(total, exact.sum(), rtol=1e-5, atol=5e-5)
 
 
-def test_forward_kl_scales_its_gradients_and_leaves_a_frozen_head_alone(problem):
+def test_the_divergence_scales_its_gradients_and_leaves_a_frozen_head_alone(problem):
     student, student_head, teacher, teacher_head, _ = problem
-    (0.25 * losses.forward_kl(student, student_head, teacher, teacher_head)).backward()
+    (0.25 * losses.divergence(student, student_head, teacher, teacher_head)).backward()
     quarter, student.grad = student.grad.clone(), None
     student_head.weight.grad = None
     student_head.weight.requires_grad_(False)
-    losses.forward_kl(student, student_head, teacher, teacher_head).backward()
+    losses.divergence(student, student_head, teacher, teacher_head).backward()
     torch.testing.assert_close(4 * quarter, student.grad)
     assert student_head.weight.grad is None
 
 
-def test_forward_kl_under_autocast_is_close(problem):
+def test_the_divergence_under_autocast_is_close(problem):
     student, student_head, teacher, teacher_head, _ = problem
     exact = dense_kl(student, student_head, teacher, teacher_head).sum()
     with torch.autocast("cpu", torch.bfloat16):
-        value = losses.forward_kl(student, student_head, teacher, teacher_head)
+        value = losses.divergence(student, student_head, teacher, teacher_head)
     value.backward()
     assert value.item() == pytest.approx(exact.item(), rel=0.02)
     assert student.grad.dtype == torch.float32

@@ -23,7 +23,9 @@ def has_bf16(use_cpu: bool) -> bool:
 
 
 TRAINED_LAYERS = ("neighbours", "all")
-LOSS_PRESETS = ("paper",)
+LOSS_PRESETS = ("paper", "balanced")
+HIDDEN_DISTANCES = ("mse", "cosine")
+HIDDEN_TARGETS = ("states", "updates")
 TARGETS = {"depth": "target_num_layers", "latency": "target_latency", "parameters": "target_num_parameters"}
 """Unit of a budget to the setting that gives it."""
 
@@ -88,10 +90,18 @@ class IterativeLayerDistillConfig(SFTConfig):
             the paper) and the blocks put together in it; `"all"` parameters; or named teacher layers, such as
             `"3,4,10"`.
         kl_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of KL(teacher || student), nats per token.
+            Weight of the divergence of the next-token distributions, nats per token.
+        beta (`float`, *optional*, defaults to `0.0`):
+            Which divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalized
+            Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
         hidden_weight (`float`, *optional*, defaults to `10.0`):
-            Weight of the hidden-state part: the squared error of the healed layers' outputs and of the final state,
-            over the teacher's mean square, averaged over tokens and over the states compared.
+            Weight of the hidden-state part: the distance of the healed layers' outputs and of the final state from the
+            teacher's, averaged over tokens and over the states compared.
+        hidden_distance (`str`, *optional*, defaults to `"mse"`):
+            `"mse"`, the squared error over the teacher's mean square, or `"cosine"`, 1 - cos.
+        hidden_target (`str`, *optional*, defaults to `"states"`):
+            What of the healed layers is compared: the `"states"` they hand on, or the `"updates"`, what they add to
+            the residual stream (with what the removed layers beside them added).
         lm_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the next-token loss on the data, nats per token.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -100,6 +110,8 @@ class IterativeLayerDistillConfig(SFTConfig):
             `"paper"`: the loss of [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085) in its
             authors' own units, KL summed over all tokens of a micro-batch / 100 + MSE of the last healed layer + MSE
             of the final state. It depends on the batch shape, and replaces `kl_weight` and `hidden_weight`.
+            `"balanced"`: at each step the hidden-state part is rescaled to the size that the divergence had in the
+            step before, as in NVIDIA's Model-Optimizer; `hidden_weight` is then its share, 1 for equal parts.
 
         measure_speed (`bool`, *optional*, defaults to `True`):
             Whether to time the teacher and every depth, side by side, at the end of a run.
@@ -169,17 +181,32 @@ class IterativeLayerDistillConfig(SFTConfig):
         },
     )
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(teacher || student), nats per token."})
+    beta: float = field(
+        default=0.0,
+        metadata={"help": "Divergence: 0 KL(teacher || student), 1 KL(student || teacher), Jensen-Shannon between."},
+    )
     hidden_weight: float = field(
         default=10.0,
-        metadata={"help": "Weight of the hidden-state part: squared error over the teacher's mean square."},
+        metadata={"help": "Weight of the hidden-state part: the distance of hidden states from the teacher's."},
+    )
+    hidden_distance: str = field(
+        default="mse",
+        metadata={"help": "'mse', over the teacher's mean square, or 'cosine'.", "choices": HIDDEN_DISTANCES},
+    )
+    hidden_target: str = field(
+        default="states",
+        metadata={
+            "help": "Compare the 'states' that healed layers hand on, or the 'updates' they add.",
+            "choices": HIDDEN_TARGETS,
+        },
     )
     lm_weight: float = field(default=0.0, metadata={"help": "Weight of the next-token loss on the data."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions in the KL part."})
     loss_preset: str | None = field(
         default=None,
         metadata={
-            "help": "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE. Replaces "
-            "kl_weight and hidden_weight."
+            "help": "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE, in place of "
+            "kl_weight and hidden_weight. 'balanced': the hidden-state part is kept at the size of the divergence."
         },
     )
 
@@ -229,6 +256,18 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(
                 f"loss_preset={self.loss_preset!r} is unknown; choose {', '.join(LOSS_PRESETS)} or none"
             )
+        if not 0 <= self.beta <= 1:
+            raise LayerPruneError(f"beta={self.beta} is out of range; it must lie between 0 and 1")
+        for name, choices in (("hidden_distance", HIDDEN_DISTANCES), ("hidden_target", HIDDEN_TARGETS)):
+            if getattr(self, name) not in choices:
+                raise LayerPruneError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(choices)}")
+        plain = (self.beta, self.hidden_distance, self.hidden_target) == (0, "mse", "states")
+        if self.loss_preset == "paper" and not plain:
+            raise LayerPruneError(
+                "loss_preset='paper' is the authors' own loss; leave out beta, hidden_distance and hidden_target"
+            )
+        if self.loss_preset == "balanced" and not (self.kl_weight and self.hidden_weight):
+            raise LayerPruneError("loss_preset='balanced' needs kl_weight and hidden_weight above 0")
         if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
             raise LayerPruneError(
                 "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"

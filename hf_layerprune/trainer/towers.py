@@ -27,7 +27,7 @@ class TowerStates:
 
     Attributes:
         student_final, teacher_final (`Tensor` of shape `(N, H)`): states behind the final norm.
-        student, teacher (`list[Tensor]`): `(N, H)` each, the pairs of a [`HiddenStateMap`].
+        student, teacher (`list[Tensor]`): `(N, H)` each, the pairs of a [`HiddenStateMap`]: states, or updates.
     """
 
     student_final: Tensor
@@ -62,8 +62,8 @@ def _like(a: Tensor, b: Tensor) -> bool:
 def shared_depth(student: nn.Module, teacher: PreTrainedModel) -> int | None:
     """How many blocks, from the first, are the same weights in memory in both models and are not trained.
 
-    `student` may hold adapters. `None` where not even the embedding is, or where a pass of the student would be another one: with dropout, or with
-    another implementation of attention.
+    `student` may hold adapters. `None` where not even the embedding is, or where a pass of the student would be another
+    one: with dropout, or with another implementation of attention.
     """
     student = student.get_base_model() if is_peft_model(student) else student
     if student.config.attention_dropout or not _same(student.get_input_embeddings(), teacher.get_input_embeddings()):
@@ -95,6 +95,7 @@ def run_towers(
     valid: Tensor,
     states: HiddenStateMap,
     shared: int | None,
+    updates: bool = False,
 ) -> TowerStates:
     """Run both models on a batch, the student with gradients.
 
@@ -104,6 +105,8 @@ def run_towers(
         valid (`Tensor` of shape `(B, T)`): the N positions that count.
         states ([`HiddenStateMap`]): the hidden states to compare.
         shared (`int`, *optional*): see [`shared_depth`]; the student runs from its embedding on if there is none.
+        updates (`bool`, *optional*, defaults to `False`): compare what blocks add to the residual stream, not what they
+            hand on.
     """
     inputs = inputs | {"use_cache": False}
     decoder, reference = student.base_model, teacher.base_model
