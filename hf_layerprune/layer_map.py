@@ -13,7 +13,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from .edits import Edit
 from .plan import LayerPlan
 
-KEPT, REMOVED, PARALLEL, ABSENT = "#1f6f8b", "#c44e52", "#dd8452", "#aaaaaa"
+KEPT, REMOVED, PARALLEL, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#aaaaaa", "#b8cdd6"
 GONE = "·"
 """What stands in the place of a removed layer in a map of text."""
 
@@ -72,11 +72,14 @@ def plot_layer_map(rounds: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _draw_costs(axes: Axes, costs: dict[Edit, float], made: list[Edit], criterion: str) -> None:
-    both = len({edit.kind for edit in costs}) > 1
-    colors = {"remove": REMOVED, "parallelize": PARALLEL}
-    places = [sum(edit.layers) / len(edit.layers) for edit in costs]
-    shades = [colors[edit.kind] if edit in made else "#b8cdd6" for edit in costs]
-    axes.bar(places, list(costs.values()), width=0.4 if both else 0.8, color=shades)
+    """A bar for each layer; where groups of layers have costs too, a line over the layers of each edit."""
+    shades = [{"remove": REMOVED, "parallelize": PARALLEL}[edit.kind] if edit in made else OTHER for edit in costs]
+    if all(edit.kind == "remove" for edit in costs):
+        axes.bar([edit.layers[0] for edit in costs], list(costs.values()), width=0.72, color=shades)
+    else:
+        starts, ends = [edit.layers[0] - 0.36 for edit in costs], [edit.layers[-1] + 0.36 for edit in costs]
+        widths = [3.5 if edit in made else 2 for edit in costs]
+        axes.hlines(list(costs.values()), starts, ends, colors=shades, linewidths=widths)
     if min(costs.values()) > 0:
         axes.set_yscale("log")
     axes.set_ylabel(f"cost ({criterion})", fontsize=8)

@@ -48,6 +48,12 @@ def _pinned(name_or_path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs | {"revision": revision}
 
 
+def name_of(model: PreTrainedModel) -> str:
+    """The name a model was loaded by."""
+    name = model.config._name_or_path
+    return EMBEDDED if name == EMBEDDED_MODEL else name
+
+
 def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     """The config of a model that is supported.
 

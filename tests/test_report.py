@@ -25,7 +25,7 @@ TEACHER = {
 
 def entry(number, layers, removed):
     return {
-        "round": number, "num_layers": layers, "edits": [str(removed)], "removed_layers": [removed],
+        "round": number, "criterion": "kl", "num_layers": layers, "edits": [str(removed)], "removed_layers": [removed],
         "num_parameters": 6_500_000, "loss_unhealed": 4.4, "perplexity_unhealed": 81.5,
         "perplexity_before_healing": 70.1, "loss": 4.1, "perplexity": 60.3, "kl": 0.0512, "agreement": 0.834,
         "scores": {"1": 0.3, "2": 0.1},

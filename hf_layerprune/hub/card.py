@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..layer_map import layer_map_text, made_edits, plan_of_record
+from ..loading import EMBEDDED
 from ..report import CRITERION_UNITS, EDIT_BAR, quality_table, summary, was_healed
 from .metadata import BaseFacts, base_facts, card_metadata
 from .run_folder import RECIPE_FILE, RunFolder
@@ -36,6 +37,7 @@ def model_card(
     command: str = "",
     command_explained: str = "",
     revisions: Sequence[str] = (),
+    evaluated_on: str | None = None,
 ) -> ModelCard:
     """The card of the student a report ends with.
 
@@ -49,6 +51,7 @@ def model_card(
         command (`str`, *optional*): what makes the student again; without it the card has no such section.
         command_explained (`str`, *optional*): what the command needs.
         revisions (`Sequence[str]`, *optional*): revisions that hold other depths.
+        evaluated_on (`str`, *optional*): Hub id of the data the quality was measured on.
     """
     teacher, rounds, env = report["teacher"], report["rounds"], report["environment"]
     record = rounds[-1]
@@ -57,7 +60,7 @@ def model_card(
     healed = any(was_healed(one) for one in rounds)
     speed = all(name in record for name in (*SPEED, "prefill_ratio", "decode_ratio"))
     return ModelCard.from_template(
-        card_metadata(report, model_name, hub_id(base_model), tags, datasets, facts),
+        card_metadata(report, model_name, hub_id(base_model), tags, datasets, facts, evaluated_on),
         template_path=str(TEMPLATE),
         title=f"{teacher['name']}: {teacher['num_layers']} layers to {record['num_layers']}",
         lead=_lead(report, hub_id(base_model)),
@@ -82,7 +85,7 @@ def model_card(
         command_explained=command_explained,
         versions=", ".join(f"{name} {value}" for name, value in env.items() if name != "hardware"),
         num_tokens=f"{teacher['num_tokens']:,}",
-        evaluated_on=teacher["evaluated_on"],
+        evaluated_on=teacher["evaluated_on"] + (f" ({evaluated_on})" if evaluated_on else ""),
         how=_how(kinds, healed),
     )
 
@@ -127,6 +130,7 @@ def run_card(
         command=command,
         command_explained=_command_explained(run),
         revisions=revisions,
+        evaluated_on=run.evaluation_dataset,
     )
 
 
@@ -154,7 +158,7 @@ def _lead(report: dict[str, Any], base_model: str | None) -> str:
     teacher, rounds = report["teacher"], report["rounds"]
     edits = made_edits(rounds)
     removed = sum(edit.kind == "remove" for edit in edits)
-    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else teacher["name"]
+    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _unlinked(teacher["name"])
     did = [f"{removed} layer{'s' * (removed != 1)} left out"] if removed else []
     if pairs := plan_of_record(rounds[-1]).parallel_pairs:
         did.append(f"{sum(map(len, pairs))} layers run in parallel, in {len(pairs)} block{'s' * (len(pairs) != 1)}")
@@ -163,6 +167,10 @@ def _lead(report: dict[str, Any], base_model: str | None) -> str:
     return (
         f"A Qwen2 language model {depth} layers deep, made from {origin} ({start} layers): {', '.join(did)}, {healed}."
     )
+
+
+def _unlinked(name: str) -> str:
+    return "the teacher that comes with hf_layerprune" if name == EMBEDDED else name or "a larger model"
 
 
 def _glance(name: str, record: dict[str, Any]) -> list[str]:
@@ -218,7 +226,8 @@ def _cost_explained(report: dict[str, Any]) -> str:
     saved = (
         "time" if settings.get("target_latency") else "parameters" if settings.get("target_num_parameters") else saved
     )
-    return CRITERION_UNITS.get(criterion, criterion) + (f", weighed by the {saved} an edit saves" if saved else "")
+    unit = CRITERION_UNITS.get(criterion, criterion).replace("without the layer", "with the edit made")
+    return unit + (f", weighed by the {saved} an edit saves" if saved else "")
 
 
 def _speed_row(name: str, record: dict[str, Any]) -> list[str]:

@@ -70,6 +70,7 @@ def card_metadata(
     tags: Sequence[str] = (),
     datasets: Sequence[str] = (),
     facts: BaseFacts | None = None,
+    evaluated_on: str | None = None,
 ) -> ModelCardData:
     """The metadata of the student a report ends with.
 
@@ -80,6 +81,7 @@ def card_metadata(
         tags (`Sequence[str]`, *optional*): added to the library's own.
         datasets (`Sequence[str]`, *optional*): Hub ids of the data it was made with.
         facts ([`BaseFacts`], *optional*): what it inherits.
+        evaluated_on (`str`, *optional*): Hub id of the data the quality was measured on.
     """
     facts = facts or BaseFacts()
     record = report["rounds"][-1]
@@ -96,19 +98,19 @@ def card_metadata(
         tags=list(dict.fromkeys([*TAGS, *parallel, *tags])),
         metrics=["perplexity"],
         model_name=model_name.split("/")[-1],
-        eval_results=_eval_results(report, record),
+        eval_results=_eval_results(report, record, evaluated_on),
         **({"base_model_relation": "finetune"} if base_model else {}),
     )
 
 
-def _eval_results(report: dict[str, Any], record: dict[str, Any]) -> list[EvalResult]:
+def _eval_results(report: dict[str, Any], record: dict[str, Any], evaluated_on: str | None) -> list[EvalResult]:
     """The run's own numbers; the data they were measured on has a Hub id or is the author's own text."""
     teacher = report["teacher"]
     return [
         EvalResult(
             task_type="text-generation",
             task_name="Text Generation",
-            dataset_type="held-out-text",
+            dataset_type=evaluated_on or "held-out-text",
             dataset_name=f"{teacher['evaluated_on']}, {teacher['num_tokens']:,} tokens",
             metric_type=name if name == "perplexity" else f"hf_layerprune_{name}",
             metric_name=label,

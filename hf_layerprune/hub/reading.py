@@ -62,6 +62,8 @@ def check_report(report: Any) -> None:
         if not isinstance(record, dict) or record.get("round") != number:
             raise LayerPruneError(f'a report\'s rounds are objects numbered by "round" from 1; {what} is not')
         _check_record(record, what, ROUND_MEASURES)
+        if not isinstance(record.get("criterion"), str):
+            raise LayerPruneError(f"{what} has criterion={record.get('criterion')!r:.200}, which is no text")
         labels = record.get("edits")
         if not isinstance(labels, list) or any(not _is_label(label) for label in labels):
             raise LayerPruneError(f'{what} has edits={labels!r:.200}; they are labels such as "7" or "4|5"')

@@ -117,8 +117,10 @@ class RunFolder:
             return settings
         dtype = str(settings.get("dtype", "float32")).removeprefix("torch.")
         settings = {key: value for key, value in settings.items() if key not in FINGERPRINTS}
-        name = self.report["teacher"].get("name", "")
-        return {"model": name} | settings | {"dtype": dtype}
+        start = self.report["settings"].get("plan")
+        started_from_teacher = start is None or len(start["blocks"]) == self.report["teacher"]["num_layers"]
+        model = {"model": self.report["teacher"]["name"]} if started_from_teacher else {}
+        return model | settings | {"dtype": dtype}
 
     @cached_property
     def names_its_text(self) -> bool:
@@ -156,6 +158,11 @@ class RunFolder:
         """Hub ids of the data sets the run worked on."""
         named = (hub_id(self.settings.get(key)) for key in ("dataset", "eval_dataset", "calibration_dataset"))
         return list(dict.fromkeys(name for name in named if name is not None))
+
+    @property
+    def evaluation_dataset(self) -> str | None:
+        """Hub id of the data set the quality was measured on, if it is on the Hub."""
+        return hub_id(self.settings.get("eval_dataset") or self.settings.get("dataset"))
 
 
 def recorded_plan(folder: Path) -> LayerPlan | None:

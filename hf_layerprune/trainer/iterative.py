@@ -26,7 +26,7 @@ from ..errors import LayerPruneError
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
 from ..hub import TAGS
-from ..loading import load_config, load_model, load_tokenizer
+from ..loading import load_config, load_model, load_tokenizer, name_of
 from ..plan import LayerPlan
 from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
@@ -36,9 +36,9 @@ from .checks import check_budget, check_enough_rows, check_has_text, check_reque
 from .choosing import next_edit, prepared_tasks, repaired
 from .config import IterativeLayerDistillConfig
 from .healing import LayerHealingTrainer
+from .publishing import HubPublishing
 from .records import add_speed, round_record, teacher_record
 from .run_state import RunState, check_target, decisive_settings, gauge_of_run, last_whole_checkpoint, open_run
-from .publishing import HubPublishing
 from .students import publish_student, save_student
 from .targets import HiddenStateMap, trained_blocks
 from .trainable import make_plain, make_trainable
@@ -100,7 +100,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
     ) -> None:
         if train_dataset is None:
             raise LayerPruneError("train_dataset is missing; healing needs text")
-        self.model_name = model if isinstance(model, str) else model.config._name_or_path
+        self.model_name = model if isinstance(model, str) else name_of(model)
         if isinstance(model, str):
             init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
             init |= args.model_init_kwargs or {}
@@ -110,6 +110,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             self.save_dtype = model.dtype
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name)
+        self.teacher_name = self.model_name if teacher is None else name_of(teacher)
         self.teacher = (teacher if teacher is not None else model).to(args.device)
         self.start = model.to(args.device)  # what the first round starts from
         self.gauge: Gauge | None = None  # what students are measured by; made when the run is opened
@@ -186,7 +187,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             self._phase("evaluating teacher")
             report = evaluate_model(self.teacher, self.eval_batches, on_batch=self._phase_step)
             evaluated_on = "calibration data" if self.eval_dataset is None else "evaluation data"
-            run.teacher = teacher_record(self.model_name, self.teacher, report, evaluated_on)
+            run.teacher = teacher_record(self.teacher_name, self.teacher, report, evaluated_on)
             self._save_run(run, folder)
         output = TrainOutput(0, 0.0, {})
         while not self.gauge.met(plan_of(student)):
