@@ -125,7 +125,7 @@ class RunFolder:
     @cached_property
     def names_its_text(self) -> bool:
         """Whether the settings say on which text the run worked; of a run in Python they do not."""
-        return "dataset" in self.settings
+        return (self.folder / RECIPE_FILE).is_file() or "dataset" in self.settings
 
     def recipe(self, number: int) -> dict[str, Any]:
         """The settings that lead to a round's student, without local places."""
