@@ -36,6 +36,7 @@ def model_card(
     facts: BaseFacts | None = None,
     command: str = "",
     command_explained: str = "",
+    revision: str | None = None,
     revisions: Sequence[str] = (),
     evaluated_on: str | None = None,
 ) -> ModelCard:
@@ -50,6 +51,7 @@ def model_card(
         facts ([`BaseFacts`], *optional*): license and languages of the base model.
         command (`str`, *optional*): what makes the student again; without it the card has no such section.
         command_explained (`str`, *optional*): what the command needs.
+        revision (`str`, *optional*): the revision it is in, if that is not main.
         revisions (`Sequence[str]`, *optional*): revisions that hold other depths.
         evaluated_on (`str`, *optional*): Hub id of the data the quality was measured on.
     """
@@ -67,6 +69,9 @@ def model_card(
         summary=summary(teacher, record),
         glance=[_glance("original", teacher), _glance("this model", record)],
         model_name=model_name,
+        named=f"{model_name}@{revision}" if revision else model_name,
+        at=f', revision="{revision}"' if revision else "",
+        revision_option=_revision_option(revision),
         short_name=model_name.split("/")[-1],
         original=hub_id(base_model) or teacher["name"],
         parallel=bool(plan.parallel_pairs),
@@ -100,6 +105,7 @@ def run_card(
     datasets: Sequence[str] = (),
     facts: BaseFacts | None = None,
     pushed: bool = False,
+    revision: str | None = None,
     revisions: Sequence[str] = (),
 ) -> ModelCard:
     """The card of a round's student, with what the run's folder says of where it comes from.
@@ -113,13 +119,14 @@ def run_card(
         datasets (`Sequence[str]`, *optional*): Hub ids of data, beside those the run's settings name.
         facts ([`BaseFacts`], *optional*): what it inherits; by default what a card on this machine says.
         pushed (`bool`, *optional*, defaults to `False`): whether the card goes to the Hub, with a recipe beside it.
+        revision (`str`, *optional*): the revision it goes to, if that is not main.
         revisions (`Sequence[str]`, *optional*): revisions that hold other depths.
     """
     base = base_model or run.base_model
     source = base_model or run.base_source
     if facts is None and source and hub_id(source) is None:
         facts, _ = base_facts(source)
-    command = _command(run, model_name, pushed) if pushed or (run.folder / RECIPE_FILE).is_file() else ""
+    command = _command(run, model_name, pushed, revision) if pushed or (run.folder / RECIPE_FILE).is_file() else ""
     return model_card(
         run.report_until(number),
         model_name,
@@ -129,18 +136,24 @@ def run_card(
         facts=facts,
         command=command,
         command_explained=_command_explained(run),
-        revisions=revisions,
+        revision=revision,
+        revisions=[name for name in revisions if name != revision],
         evaluated_on=run.evaluation_dataset,
     )
 
 
-def _command(run: RunFolder, model_name: str, pushed: bool) -> str:
+def _revision_option(revision: str | None) -> str:
+    return f" --revision {revision}" if revision else ""
+
+
+def _command(run: RunFolder, model_name: str, pushed: bool, revision: str | None) -> str:
     repeat = f"hf-layerprune {run.verb} --config {RECIPE_FILE}"
     if not run.names_its_text:
         repeat += " --dataset TEXT"
     if not pushed:
         return repeat
-    return f"hf download {model_name} {RECIPE_FILE} --local-dir .\n{repeat} --output_dir {model_name.split('/')[-1]}"
+    download = f"hf download {model_name} {RECIPE_FILE}{_revision_option(revision)} --local-dir ."
+    return f"{download}\n{repeat} --output_dir {model_name.split('/')[-1]}"
 
 
 def _command_explained(run: RunFolder) -> str:

@@ -80,54 +80,52 @@ def push_run(
     if target.exists:
         on_message(f"{target.repo_id} is there already; {_what_happens(target, revision or MAIN)}")
     facts = _facts(base_model or run.base_source, token, on_message)
-    secret = token or get_token()
-
-    def staged(number: int, folder: Path) -> None:
-        stage(run, number, folder, target.repo_id, base_model, tags, datasets, facts, names, secret)
-
     with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
         folders = {number: Path(temporary) / f"{number:02d}" for number in rounds}
         for number, folder in folders.items():  # all of them, before anything is sent
             folder.mkdir()
-            staged(number, folder)
-        push = _Push(api, target, commit_message or _message(run, last))
+            where = revision if number == last else rounds[number]
+            options = {"revision": None if where == MAIN else where, "revisions": names, "token": token or get_token()}
+            stage(run, number, folder, target.repo_id, base_model, tags, datasets, facts, **options)
+        push = _Push(api, target)
         push.create(private)
-        for number in list(rounds)[:-1]:
-            on_message(f"pushing {rounds[number]}")
-            push.tagged(folders[number], rounds[number])
-        on_message(f"pushing {run.plan(last).depth} layers to {target.repo_id}")
-        commit = push.to_branch(folders[last], revision or MAIN)
-        if depth_tags:
-            push.tag(rounds[last], commit.oid)
+        for number, folder in folders.items():
+            on_message(f"pushing {run.plan(number).depth} layers to {target.repo_id}")
+            title = commit_message or _title(run, number)
+            if number < last:
+                push.tagged(folder, rounds[number], title)
+                continue
+            commit = push.to_branch(folder, revision or MAIN, title)
+            if depth_tags:
+                push.tag(rounds[number], commit.oid)
     return commit
 
 
 class _Push:
     """The steps of a push, each of which may be repeated."""
 
-    def __init__(self, api: HfApi, target: Target, message: str) -> None:
+    def __init__(self, api: HfApi, target: Target) -> None:
         self.api = api
         self.repo_id = target.repo_id
         self.target = target
-        self.message = message
 
     def create(self, private: bool | None) -> None:
         if not self.target.exists:
             patiently(f"making {self.repo_id}", self.api.create_repo, self.repo_id, private=private, exist_ok=True)
 
-    def to_branch(self, folder: Path, branch: str) -> CommitInfo:
+    def to_branch(self, folder: Path, branch: str, title: str) -> CommitInfo:
         """Commit to a branch; one that is new appears with its commit."""
         if branch == MAIN or branch in self.target.branches:
-            return self._commit(folder, branch)
-        commit = self._aside(folder, branch, None)
+            return self._commit(folder, branch, title)
+        commit = self._aside(folder, branch, None, title)
         what = f"making the branch {branch} of {self.repo_id}"
         patiently(what, self.api.create_branch, self.repo_id, branch=branch, revision=commit.oid, exist_ok=True)
         self._drop(STAGING + branch)
         return commit
 
-    def tagged(self, folder: Path, tag: str) -> None:
+    def tagged(self, folder: Path, tag: str, title: str) -> None:
         """Commit beside all branches and tag the commit."""
-        commit = self._aside(folder, tag, self.target.tags.get(tag))
+        commit = self._aside(folder, tag, self.target.tags.get(tag), title)
         self.tag(tag, commit.oid)
         self._drop(STAGING + tag)
 
@@ -141,25 +139,28 @@ class _Push:
             _gone(what, lambda: self.api.delete_tag(self.repo_id, tag=tag))
         patiently(what, self.api.create_tag, self.repo_id, tag=tag, revision=commit, exist_ok=True)
 
-    def _aside(self, folder: Path, name: str, start: str | None) -> CommitInfo:
+    def _aside(self, folder: Path, name: str, start: str | None, title: str) -> CommitInfo:
         """Commit to a branch of its own, made from the commit `start`, or from main."""
         branch, what = STAGING + name, f"preparing {name} in {self.repo_id}"
         patiently(what, self.api.create_branch, self.repo_id, branch=branch, revision=start, exist_ok=True)
-        return self._commit(folder, branch)
+        return self._commit(folder, branch, title)
 
     def _drop(self, branch: str) -> None:
         what = f"tidying up {self.repo_id}"
         _gone(what, lambda: self.api.delete_branch(self.repo_id, branch=branch))
 
-    def _commit(self, folder: Path, branch: str) -> CommitInfo:
-        return patiently(
-            f"pushing to {self.repo_id}",
-            self.api.upload_folder,
+    def _commit(self, folder: Path, branch: str, title: str) -> CommitInfo:
+        return patiently(f"pushing to {self.repo_id}", self._commit_once, folder, branch, title)
+
+    def _commit_once(self, folder: Path, branch: str, title: str) -> CommitInfo:
+        """One commit on what the branch holds now: one whose answer was lost is not made again."""
+        return self.api.upload_folder(
             repo_id=self.repo_id,
             folder_path=folder,
             revision=branch,
-            commit_message=self.message,
+            commit_message=title,
             delete_patterns=list(REPLACED),
+            parent_commit=self.api.model_info(self.repo_id, revision=branch).sha,
         )
 
 
@@ -188,5 +189,5 @@ def _facts(source: str | None, token: str | None, on_message: Callable[[str], No
     return facts
 
 
-def _message(run: RunFolder, number: int) -> str:
+def _title(run: RunFolder, number: int) -> str:
     return f"{run.plan(number).depth} layers of {run.report_until(number)['teacher']['name'] or 'a larger model'}"

@@ -43,6 +43,7 @@ def stage(
     tags: Sequence[str] = (),
     datasets: Sequence[str] = (),
     facts: BaseFacts | None = None,
+    revision: str | None = None,
     revisions: Sequence[str] = (),
     token: str | None = None,
 ) -> None:
@@ -57,6 +58,7 @@ def stage(
         tags (`Sequence[str]`, *optional*): tags of the card beside the library's own.
         datasets (`Sequence[str]`, *optional*): Hub ids of data the run does not name.
         facts ([`BaseFacts`], *optional*): license and languages of the base model.
+        revision (`str`, *optional*): the revision it goes to, if that is not main.
         revisions (`Sequence[str]`, *optional*): revisions that hold the run's other depths.
         token (`str`, *optional*): the token in use, which must not be in any file.
 
@@ -78,7 +80,7 @@ def stage(
     recipe = run.recipe(number) | {"output_dir": repo_id.split("/")[-1]}
     write_atomically(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
     write_report_files(folder, run.report_until(number))
-    options = {"datasets": datasets, "facts": facts, "pushed": True, "revisions": revisions}
+    options = {"datasets": datasets, "facts": facts, "pushed": True, "revision": revision, "revisions": revisions}
     card = run_card(run, number, repo_id, base_model, tags, **options)
     write_atomically(folder / "README.md", str(card))
     check_nothing_local(folder, (run.folder, Path.home(), Path.cwd()), token)
