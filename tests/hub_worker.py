@@ -40,7 +40,10 @@ def call(request):
         commit = push_run(**request, on_message=messages.append)
         return {"oid": commit.oid, "url": commit.commit_url, "messages": messages}
     if kind == "load":
+        wants_model = request.pop("model", False)
         run = load_run(**request)
+        if wants_model:
+            return {"kind": type(run.load_model()).__name__}
         return {"plan": run.plan.to_dict(), "report": run.report, "revision": run.revision}
     if kind == "train":
         return train(**request)

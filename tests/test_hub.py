@@ -15,7 +15,7 @@ from conftest import byte_tokenizer, tiny_model
 from hub_server import Fault, HubServer
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import IterativeLayerDistillConfig, cli
+from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, load_run
 from hf_layerprune.cli.arguments import CompressArguments, ParallelizeArguments, parse
 
 TOKEN, USER = "hf_writer", "zaphod-beeblebrox"
@@ -305,6 +305,28 @@ def test_compress_continues_from_a_pushed_student(hub, worker, runs, tmp_path):
     card = hub.repos["me/deeper"].files()["README.md"].decode()
     assert "base_model: me/student\n" in card and "base_model_relation: finetune" in card and "license: mit" in card
     assert "Removed before this run: " in card
+
+
+def test_the_model_comes_with_its_plan(hub, worker, runs):
+    worker.push(runs / "paired")
+    assert worker("load", name="me/student", model=True)["kind"] == "PrunedQwen2ForCausalLM"
+    config = json.loads(hub.repos["me/student"].files()["config.json"])
+    config["layer_plan"] = {"num_teacher_layers": 6, "blocks": [[0], [1], [2, 4], [3], [5]]}
+    hub.seed("me/student", {"config.json": json.dumps(config).encode()})
+    assert "must ascend" in worker("load", name="me/student", model=True)["error"]
+
+
+def test_a_run_on_this_machine(runs, tmp_path):
+    run = load_run(runs / "paired")
+    assert run.revision is None and run.plan.parallel_pairs == ((2, 3),) and run.load_tokenizer()("a")
+    assert run.load_model().config.layer_plan == run.plan.to_dict()
+    with pytest.raises(LayerPruneError, match=r"holds no finished run: it has no plan\.json and no report\.json"):
+        load_run(tmp_path)
+    for name in ("plan.json", "report.json"):
+        shutil.copy(runs / "plain" / name, tmp_path)
+    shutil.copy(runs / "paired" / "plan.json", tmp_path)
+    with pytest.raises(LayerPruneError, match="has another plan than"):
+        load_run(tmp_path)
 
 
 # -- what is refused before anything is sent -------------------------------------------------------------------------
