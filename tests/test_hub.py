@@ -378,6 +378,11 @@ def test_a_repository_that_holds_something_else(hub, worker, runs):
     assert "oid" in worker.push(runs / "plain")
 
 
+def test_what_is_to_be_private_does_not_go_where_everybody_reads(hub, worker, runs):
+    hub.seed("me/student", {})
+    refused(hub, worker.push(runs / "plain", private=True), "me/student exists and is public")
+
+
 def test_a_tag_that_is_a_branch_and_the_other_way_round(hub, worker, runs):
     repo = hub.seed("me/student", {})
     repo.tags["v1"] = repo.branches["4-layers"] = repo.branches["main"]
@@ -423,6 +428,7 @@ def test_no_token(hub, worker, runs):
         (["{run}", "{run}", "--repo_id", "me/x"], "are 2 folders"),
         (["{run}", "--output_dir", "{run}", "--repo_id", "me/x"], "named twice"),
         (["{run}", "--repo_id", "a b"], "no name of a repository"),
+        (["{run}", "--repo_id", "me/x", "--base_model", "./model"], "base_model='./model'"),
         (["{run}", "--repo_id", "me/x", "--rounds", "1"], "--rounds"),
         (["{run}", "--repo_id", "me/x", "--round", "99"], "round=99"),
     ],

@@ -107,6 +107,8 @@ def test_facts_of_a_base_model(tmp_path):
     (tmp_path / "README.md").write_text("---\n[\n---\n")
     assert base_facts(str(tmp_path))[1]
     assert base_facts(str(tmp_path / "nowhere"))[1]
+    (tmp_path / "README.md").unlink()
+    assert base_facts(str(tmp_path)) == (BaseFacts(), "it has no README.md")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from ..errors import LayerPruneError
 from ..hub import push_run
+from ..hub.scrub import hub_id
 from .arguments import PushArguments, names_option, parse
 
 FLAGS = ("--private", "--depth_tags", "--depth-tags")
@@ -19,6 +20,8 @@ def push(argv: list[str]) -> None:
         raise LayerPruneError("which run? give its output folder: hf-layerprune push OUTPUT_DIR --repo_id user/name")
     if arguments.repo_id is None:
         raise LayerPruneError("where to? give --repo_id user/name")
+    if arguments.base_model is not None and hub_id(arguments.base_model) is None:
+        raise LayerPruneError(f"base_model={arguments.base_model!r} is no model on the Hub; give user/name")
     console = Console(stderr=True)
     commit = push_run(
         arguments.output_dir,

@@ -48,6 +48,8 @@ def base_facts(base: str, token: str | None = None) -> tuple[BaseFacts, str]:
         token (`str`, *optional*): for a private base model.
     """
     folder = Path(resolve(base))
+    if folder.is_dir() and not (folder / "README.md").is_file():
+        return BaseFacts(), "it has no README.md"
     try:
         if folder.is_dir():
             card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))

@@ -77,6 +77,10 @@ def push_run(
     api = HfApi(token=token)
     names = list(rounds.values()) if depth_tags else []
     target = check_target(api, repo_id, revision, names)
+    if private and target.exists and not target.private:
+        raise LayerPruneError(
+            f"{target.repo_id} exists and is public, so private=True cannot be kept; make it private on the Hub first"
+        )
     if target.exists:
         on_message(f"{target.repo_id} is there already; {_what_happens(target, revision or MAIN)}")
     facts = _facts(base_model or run.base_source, token, on_message)

@@ -28,6 +28,7 @@ class Target:
     Attributes:
         repo_id (`str`): with its namespace.
         exists (`bool`): whether it is there.
+        private (`bool`): whether it is there and private.
         branches (`dict[str, str]`): its branches and their commits.
         tags (`dict[str, str]`): its tags and their commits.
         holds (`str`): what is in the revision that the push will replace; empty if nothing is.
@@ -35,6 +36,7 @@ class Target:
 
     repo_id: str
     exists: bool
+    private: bool
     branches: dict[str, str]
     tags: dict[str, str]
     holds: str = ""
@@ -72,11 +74,11 @@ def check_target(api: HfApi, repo_id: str, revision: str | None = None, tags: Se
     repo_id = _writable(patiently("checking the token", api.whoami), repo_id)
     branch = revision or MAIN
     try:
-        patiently(f"looking at {repo_id}", api.model_info, repo_id)
+        info = patiently(f"looking at {repo_id}", api.model_info, repo_id)
     except LayerPruneError as error:
         if not isinstance(error.__cause__, RepositoryNotFoundError) or isinstance(error.__cause__, GatedRepoError):
             raise
-        return Target(repo_id, False, {}, {})
+        return Target(repo_id, False, False, {}, {})
     refs = patiently(f"looking at {repo_id}", api.list_repo_refs, repo_id)
     branches = {ref.name: ref.target_commit for ref in refs.branches}
     found = {ref.name: ref.target_commit for ref in refs.tags}
@@ -90,7 +92,7 @@ def check_target(api: HfApi, repo_id: str, revision: str | None = None, tags: Se
     for name in [name for name in (branch, *tags) if name in {**branches, **found}]:
         content = _content(api, repo_id, name)
         holds = content if name == branch else holds
-    return Target(repo_id, True, branches, found, holds)
+    return Target(repo_id, True, bool(info.private), branches, found, holds)
 
 
 def _content(api: HfApi, repo_id: str, revision: str) -> str:
