@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/hf-layerprune compress --output_dir runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ CURVES: dict[str, dict[str, Any]] = {
     "angular distance (one stretch), healed": {"criterion": "angular_distance"},
     "KL, least squares, not healed": {"compensation": "least_squares"} | UNHEALED,
     "KL, least squares, healed": {"compensation": "least_squares"},
+    "tasks, healed": {"criterion": "tasks", "tasks": "default"},
 }
+COLOURS = [*(f"C{n}" for n in range(10)), "black"]
 STYLES = {"not healed": "--", "healed": "-"}
 
 
@@ -96,12 +99,13 @@ def spread(values: list[float]) -> tuple[float, float]:
 def plot(curves: dict[str, dict[int, list[float]]]) -> Figure:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    colours = [f"C{n}" for n in range(10)]
-    for colour, (name, points) in zip(colours, curves.items(), strict=False):
+    for number, (name, points) in enumerate(curves.items()):
         counts = sorted(points)
         means, errors = zip(*(spread([math.exp(-rise) for rise in points[count]]) for count in counts), strict=True)
         style = STYLES["not healed" if name.endswith("not healed") else "healed"]
-        axes.errorbar([0, *counts], [1, *means], [0, *errors], label=name, color=colour, linestyle=style, capsize=2)
+        axes.errorbar(
+            [0, *counts], [1, *means], [0, *errors], label=name, color=COLOURS[number], linestyle=style, capsize=2
+        )
     axes.set_xlabel("layers removed, of 16")
     axes.set_ylabel("quality kept: the teacher's perplexity / the student's")
     axes.set_ylim(0, 1.02)
@@ -137,12 +141,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the runs.")
     parser.add_argument("--results", type=Path, required=True, help="Folder for figure.json, .md and .png.")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     found: dict[str, dict[str, Any]] = {name: {} for name in CURVES}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for name in CURVES:
-            folder = arguments.output_dir / f"{name.replace(', ', '-').replace(' ', '-').strip('()')}-{seed}"
+            folder = arguments.output_dir / re.sub(r"\W+", "-", f"{name} {seed}")
             found[name][str(seed)] = losses(name, folder, seed)
             print(
                 seed,
@@ -150,18 +154,18 @@ def main() -> None:
                 {count: round(point["rise"], 4) for count, point in found[name][str(seed)].items()},
                 flush=True,
             )
-    first = arguments.output_dir / "KL-healed-0" / "report.json"
+    first = arguments.output_dir / f"KL-healed-{arguments.seeds[0]}" / "report.json"
     teacher = json.loads(first.read_text())["teacher"]
     curves = {
         name: {
-            count: [points[count]["rise"] for points in by_seed.values()] for count in by_seed["0"]
+            count: [points[count]["rise"] for points in by_seed.values()] for count in next(iter(by_seed.values()))
         }
         for name, by_seed in found.items()
     }  # fmt: skip
     arguments.results.mkdir(parents=True, exist_ok=True)
     content = {"teacher": teacher, "curves": found, "settings": CURVES, "environment": environment()}
     write_atomically(arguments.results / "figure.json", to_json(content))
-    write_atomically(arguments.results / "figure.md", markdown(curves, teacher, arguments.seeds))
+    write_atomically(arguments.results / "figure.md", markdown(curves, teacher, len(arguments.seeds)))
     save_plot(plot(curves), arguments.results / "figure.png")
 
 

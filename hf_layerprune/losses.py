@@ -96,7 +96,7 @@ class ForwardKL(torch.autograd.Function):
                 student -= student.logsumexp(-1, keepdim=True)
                 teacher -= teacher.logsumexp(-1, keepdim=True)
                 probabilities = teacher.exp()
-                total += torch.einsum("nv,nv->", probabilities, teacher - student)
+                total += teacher.sub_(student).mul_(probabilities).sum()
                 grad_logits = student.exp_().sub_(probabilities).to(dtype)
                 grad_hidden[rows] = (grad_logits @ weight).to(grad_hidden.dtype)
                 if grad_weight is not None:
@@ -190,10 +190,10 @@ def token_statistics(
             log_z = logits.logsumexp(-1)
             statistics = TokenStatistics(nll=log_z - logits.gather(-1, target).squeeze(-1))
             if teacher_hidden is not None:
-                expected = torch.einsum("nv,nv->n", probabilities, logits)
-                statistics.kl = negative_entropy - expected + log_z
                 if with_agreement:
                     statistics.agreement = logits.argmax(-1) == favourite
+                # No matrix product: on a CPU that adds up in one float32, which is off by 1e-3 at 150,000 tokens.
+                statistics.kl = negative_entropy - logits.sub_(log_z.unsqueeze(-1)).mul_(probabilities).sum(-1)
             collected.append(statistics)
     return [_concatenate(collected) for collected in parts]
 

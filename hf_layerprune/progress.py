@@ -130,7 +130,7 @@ class RunProgress(LayerDistillCallback):
             highlight=False,
         )
         for scores in record["all_scores"]:
-            if scores["margin"] is not None and scores["margin"] < CLEAR_MARGIN:
+            if scores["margin"] is not None and not scores["margin"] >= CLEAR_MARGIN:
                 self.console.print(f"  {scores['certainty']}", highlight=False)
 
 

@@ -149,6 +149,8 @@ def render_markdown(report: dict[str, Any]) -> str:
     lines += [quality_table(teacher, rounds), ""]
     if rounds:
         lines += ["![quality against depth](quality.png)", ""]
+    if "tasks" in teacher:
+        lines += ["## Tasks", "", task_table([teacher, *rounds]), ""]
     if any(record["scores"] for record in rounds):
         lines += ["## Scores", ""]
         spread = " ± is one standard error." if any(_standard_errors(record) for record in rounds) else ""
@@ -188,6 +190,19 @@ def quality_table(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> 
     return markdown_table(columns(rounds), table_rows(teacher, rounds)) + "\n\n" + explained
 
 
+def task_table(records: Sequence[dict[str, Any]]) -> str:
+    """Quality on the tasks as a Markdown table, a row per depth, and the sentence that explains it."""
+    measures = {name: result["measure"] for name, result in records[0]["tasks"]["results"].items()}
+    rows = []
+    for record in records:
+        results = record["tasks"]["results"]
+        cells = [str(record["num_layers"]), f"{record['tasks']['mean_cost']:.4f}"]
+        rows.append(cells + [f"{results[name]['quality']:.4f}" for name in measures])
+    names = ["layers", "mean cost", *(f"{name} ({measure})" for name, measure in measures.items())]
+    explained = "Mean cost is what layers were chosen by: 1 - accuracy or score, or nats per token."
+    return explained + "\n\n" + markdown_table(names, rows)
+
+
 def summary(teacher: dict[str, Any], last: dict[str, Any]) -> str:
     """One sentence: the loss before and after, and how much of the way back healing went."""
     if not was_healed(last):
@@ -205,7 +220,9 @@ def _score_cell(record: dict[str, Any], label: str) -> str:
     if value is None:  # not possible in this round, or a score that is no number
         return ""
     cell = f"**{value:.4f}**" if label == record["edits"][0] else f"{value:.4f}"
-    return cell if error is None or math.isnan(error) else f"{cell} ± {error:.4f}"
+    cell = cell if error is None or math.isnan(error) else f"{cell} ± {error:.4f}"
+    left = (record.get("all_scores") or [{}])[0].get("left", {}).get(label)
+    return cell if left is None else f"{cell} (left at {left:.0%})"
 
 
 def _standard_errors(record: dict[str, Any]) -> dict[str, float | None]:

@@ -18,6 +18,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from hf_layerprune import IterativeLayerDistillConfig, embedded_dataset
 
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # they and the processes they start share the cores
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 END = "<|endoftext|>"
 VOCAB_SIZE = 257  # the bytes and the end token
 

@@ -1,6 +1,7 @@
 """How rounds choose: iterative or once, racing, by guesses, with or without healing; all through the same trainer."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hf_layerprune import IterativeLayerDistillTrainer, LayerPlan, LayerPruneErr
 from hf_layerprune.compensation import compensate
 from hf_layerprune.loading import load_model
 from hf_layerprune.scoring import CRITERIA, contiguous_block
-from hf_layerprune.tasks import load_tasks
+from hf_layerprune.tasks import evaluate_tasks, load_tasks
 
 FAST = {"heal": False, "measure_speed": False}
 
@@ -195,6 +196,12 @@ def test_rounds_score_by_tasks(make, tasks_file, tokenizer):
         assert record["removed_layers"] == [scores.safest] and record["criterion"] == "tasks"
         assert record["scores"] == pytest.approx({str(k): v for k, v in scores.values.items()}, rel=1e-4)
         student = prune(student, [scores.safest])
+        found = evaluate_tasks(student, load_tasks(tasks_file), tokenizer)
+        assert record["tasks"]["mean_cost"] == pytest.approx(found.mean_cost, rel=1e-4)
+        assert set(record["tasks"]["results"]) == {"pairs", "text"}
+    assert trainer.run.teacher["tasks"]["results"]["text"]["measure"] == "perplexity"
+    report = (Path(trainer.args.output_dir) / "report.md").read_text()
+    assert f"| 4 | {found.mean_cost:.4f} | " in report and "pairs (accuracy) | text (perplexity)" in report
 
 
 def test_tasks_and_another_criterion_do_not_go_together(tmp_path, tasks_file):

@@ -71,6 +71,17 @@ def test_metadata_survive_a_round_trip():
     assert {result.dataset_type for result in again.eval_results} == {"user/held-out"}
 
 
+def test_quality_on_tasks_is_told_where_it_was_measured():
+    result = {"measure": "accuracy", "quality": 0.75, "cost": 0.25, "standard_error": 0.1, "num_examples": 20}
+    tasks = {"tasks": {"results": {"minimal pairs": result}, "mean_cost": 0.25}}
+    report = report_of(TEACHER | tasks, [{**ROUNDS[0], **tasks}], {})
+    card = model_card(report, "me/student", None)
+    assert "| layers | mean cost | minimal pairs (accuracy) |" in card.text and "| 3 | 0.2500 | 0.7500 |" in card.text
+    found = card.data.eval_results[-1]
+    assert (found.dataset_type, found.metric_type, found.metric_value) == ("minimal-pairs", "accuracy", 0.75)
+    assert metadata_errors(str(card)) == []
+
+
 def test_a_card_of_parallel_layers():
     parallel, plain = card_of([PAIRED]), card_of()
     assert "trust_remote_code=True" in parallel.text and "vllm serve" not in parallel.text

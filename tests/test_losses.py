@@ -38,6 +38,22 @@ def test_forward_kl_equals_the_plain_formula_with_gradients(problem, temperature
     assert teacher_head.weight.grad is None
 
 
+@pytest.mark.parametrize("vocabulary", [33_000, 151_936])
+def test_kl_is_exact_over_a_large_vocabulary(vocabulary):
+    torch.manual_seed(0)
+    teacher, head = torch.randn(12, 32), nn.Linear(32, vocabulary, bias=False)
+    nn.init.normal_(head.weight, std=0.3)
+    exact_head = nn.Linear(32, vocabulary, bias=False, dtype=torch.float64)
+    exact_head.weight = nn.Parameter(head.weight.double())
+    for distance in (0.0, 0.03, 0.3):
+        student = teacher + distance * torch.randn_like(teacher)
+        exact = dense_kl(student.double(), exact_head, teacher.double(), exact_head).detach()
+        (found,) = losses.token_statistics([student], head, torch.zeros(12, dtype=torch.long), teacher, head)
+        torch.testing.assert_close(found.kl.double(), exact, rtol=1e-5, atol=5e-6)
+        total = losses.forward_kl(student, head, teacher, head).double()
+        torch.testing.assert_close(total, exact.sum(), rtol=1e-5, atol=5e-5)
+
+
 def test_forward_kl_scales_its_gradients_and_leaves_a_frozen_head_alone(problem):
     student, student_head, teacher, teacher_head, _ = problem
     (0.25 * losses.forward_kl(student, student_head, teacher, teacher_head)).backward()

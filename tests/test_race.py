@@ -12,7 +12,7 @@ from hf_layerprune import LayerPruneError, prune, score_layers
 from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.edits import Edit
 from hf_layerprune.evaluation import evaluate_model
-from hf_layerprune.scoring import LayerScores, Race, contiguous_block, score_edits
+from hf_layerprune.scoring import EditScores, LayerScores, Race, contiguous_block, score_edits
 from hf_layerprune.scoring.evidence import Evidence, difference_errors, quantile
 from hf_layerprune.scoring.race import collect
 from hf_layerprune.scoring.scores import scores_of
@@ -23,6 +23,21 @@ def evidence_of(sums, counts):
     evidence = Evidence(len(sums))
     evidence.add(0, range(len(sums)), torch.tensor(sums, dtype=torch.float64), torch.tensor(counts))
     return evidence
+
+
+class Rows:
+    """A measure whose results are known beforehand: `values` `(1 + C, chunks, rows of a chunk)`."""
+
+    weight = 1.0
+
+    def __init__(self, values):
+        self.values, self.num_chunks = values, values.shape[1]
+
+    def __call__(self, chunk, runs, which):
+        return self.values[[0, *which], chunk], torch.ones(self.values.shape[2])
+
+    def mean(self):
+        return self.values.flatten(1).mean(1)
 
 
 class Table:
@@ -36,6 +51,9 @@ class Table:
     def __call__(self, chunk, runs, which):
         self.asked.append((chunk, tuple(which)))
         return self.values[[0, *which], chunk : chunk + 1], torch.ones(1)
+
+    def mean(self):
+        return self.values.mean(1)
 
 
 def table(means, rows=64, noise=1.0, seed=0):
@@ -133,9 +151,29 @@ def test_certainty_in_words():
     assert text.startswith("7 and 4 cannot be told apart (0.") and "more calibration data" in text
     clear = evidence_of([[0.0] * 6, [1.0, 1, 2, 1, 1, 2], [9.0, 9, 9, 8, 9, 9]], [1] * 6)
     assert LayerScores("kl", **scores_of(clear, {}, [7, 4])).certainty.startswith("7 is ahead of 4 by")
-    scores = LayerScores("kl", {7: 1.0, 4: 0.5}, 0.0, 10, {7: 0.1, 4: 0.1}, left={4: 0.25})
+    scores = LayerScores("kl", {7: 1.0, 4: 0.5}, 0.0, 10, {7: 0.1, 4: 0.1}, left={4: 0.25}, contenders=(7,))
     assert scores.safest == 7  # what left a race is no choice, whatever it had by then
     assert scores.certainty == "7 won the race against 4 after 25% of the data"
+
+
+def test_a_tie_and_a_single_row_are_no_certainty():
+    equal = evidence_of([[0.0] * 6, [1.0, 2, 1, 2, 1, 2], [1.0, 2, 1, 2, 1, 2]], [1] * 6)
+    scores = LayerScores("kl", **scores_of(equal, {}, [4, 7]))
+    assert scores.margin == 0 and scores.contenders == (7, 4) and scores.safest == 7
+    assert scores.certainty.startswith("7 and 4 cannot be told apart (0.0 standard errors")
+    single = LayerScores("kl", **scores_of(evidence_of([[0.0], [1.0], [2.0]], [9]), {}, [4, 7]))
+    assert single.certainty.startswith("too little data to tell how sure the choice of 4 is")
+    assert math.isnan(single.margin) and single.half_agreement is None
+    constant = evidence_of([[0.0] * 3, [1.0] * 3, [2.0] * 3], [1] * 3)
+    assert scores_of(constant, {}, [4, 7])["margin"] == math.inf
+
+
+def test_certainty_is_about_the_best_two_by_what_they_save():
+    evidence = evidence_of([[0.0] * 4, [1.0, 1.1, 1, 1], [2.0, 2, 2.1, 2], [4.0, 4, 4, 4.1]], [1] * 4)
+    edits = [Edit.remove(n) for n in (5, 6, 7)]
+    scores = EditScores("kl", **scores_of(evidence, {}, edits, [1.0, 1.0, 10.0]))
+    assert scores.contenders == (edits[2], edits[0]) and scores.certainty.startswith("7 is ahead of 5 by")
+    assert scores.to_dict()["contenders"] == ["7", "5"]
 
 
 # ------------------------------------------------------------------------------------------------ races
@@ -175,6 +213,36 @@ def test_the_race_chooses_what_all_data_would():
         scores = LayerScores("kl", **scores_of(evidence, left, list(range(6))))
         wrong += scores.safest != int(measure.values[1:].mean(1).argmin())
     assert wrong <= 5
+
+
+def test_data_of_which_little_is_seen_keeps_its_doubt():
+    """Two kinds of data: one in many chunks that tell nothing, one in few that decide."""
+    wrong, left_early = 0, 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        few = torch.randn(3, 8, 8, generator=generator, dtype=torch.float64)
+        few[0], few[2] = 0, few[2] + 0.1
+        deciding = Rows(few)
+        measures = [table([0.0, 0.0], rows=64, noise=0.01, seed=seed), deciding]
+        evidence, left = collect(measures, contestants(2), Race(0.95, seed))
+        scores = LayerScores("kl", **scores_of(evidence, left, [1, 2]))
+        whole = sum(measure.mean() for measure in measures)
+        wrong += scores.safest != 1 + int(whole[1:].argmin())
+        left_early += bool(left)
+    assert wrong <= 5 and left_early
+
+
+def test_data_in_one_chunk_does_not_stop_a_race():
+    generator = torch.Generator().manual_seed(0)
+    whole = Rows(torch.randn(3, 1, 8, generator=generator, dtype=torch.float64) * 0.01)
+    _, left = collect([table([0.0, 5.0], noise=0.1), whole], contestants(2), Race())
+    assert left[2] < 0.5
+
+
+def test_a_single_candidate_is_measured_on_everything():
+    measure = table([1.0])
+    collect([measure], contestants(1), Race())
+    assert len(measure.asked) == 64
 
 
 def test_the_order_is_drawn_by_the_seed():

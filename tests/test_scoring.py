@@ -8,7 +8,7 @@ from parallel_reference import literal
 
 from hf_layerprune import LayerPlan, LayerPruneError, LayerScores, evaluate_model, parallelize, prune, score_layers
 from hf_layerprune.edits import Edit, EditSpace
-from hf_layerprune.scoring import CRITERIA, score_edits, score_plans
+from hf_layerprune.scoring import CRITERIA, Race, score_edits, score_plans
 from hf_layerprune.surgery import apply_plan, plan_of
 
 STUDENTS = {  # of a teacher of six layers
@@ -372,3 +372,54 @@ def test_every_batch_is_reported_once(model, batches):
     done = []
     score_edits(model, batches, [Edit.remove(1), Edit.parallelize(1, 2)], on_batch=lambda: done.append(1))
     assert len(done) == len(batches)
+
+
+@pytest.mark.parametrize("criterion", ["kl", "loss"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_memory_is_bounded_by_a_setting(model, criterion, rows, monkeypatch):
+    batches = random_batches(2, rows=4)
+    expected = score_layers(model, batches, criterion)
+    seen, forward = [], model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda input_ids, **more: (
+        seen.append(len(input_ids)), forward(input_ids, **more))[1])  # fmt: skip
+    of_row = 12 * 32 * 4 * (5 + 1 + 5)  # tokens x hidden x bytes x (layers, the model, candidates)
+    scores = score_layers(model, batches, criterion, max_state_bytes=rows * of_row)
+    assert set(seen) == {rows} and sum(seen) == 8
+    assert scores.values == pytest.approx(expected.values, rel=1e-4, abs=1e-6)
+    assert scores.standard_errors == pytest.approx(expected.standard_errors, rel=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ["kl", "loss", "block_influence", "angular_distance", "taylor"])
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_half_precision_finds_the_same_layer(criterion, how, batches):
+    model = tiny_model(6)
+    for layer in (2, 4):  # all but the identity
+        for part in (model.model.layers[layer].self_attn.o_proj, model.model.layers[layer].mlp.down_proj):
+            with torch.no_grad():
+                part.weight *= 0.01 * (layer - 1)
+    exact = score_layers(model, batches, criterion)
+    if how == "bfloat16":
+        scores = score_layers(model.bfloat16(), batches, criterion)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = score_layers(model, batches, criterion)
+    if criterion != "loss":  # the loss may fall with any layer of a random model
+        assert exact.safest == scores.safest == 2
+    assert scores.values == pytest.approx(exact.values, rel=0.1, abs=0.03)
+
+
+def test_arguments_that_do_not_fit_together_are_refused(model, batches):
+    edits = [Edit.remove(1), Edit.remove(2)]
+    for message, options in {
+        "compensation='folding' is unknown": {"compensation": "folding"},
+        "a compensation is for kl, loss, tasks": {"compensation": "rescale", "criterion": "taylor"},
+        "a race is for kl, loss, tasks": {"race": Race(), "criterion": "block_influence"},
+        "tasks are for criterion='tasks'": {"tasks": [object()]},
+        "each of the 2 edits a number above 0": {"savings": [0.0, 1.0]},
+        r"savings=\[1.0\]": {"savings": [1.0]},
+    }.items():
+        with pytest.raises(LayerPruneError, match=message):
+            score_edits(model, batches, edits, **options)
+    for criterion in ("kl", "taylor", "block_influence"):
+        with pytest.raises(LayerPruneError, match="no token to score"):
+            score_layers(model, None, criterion)

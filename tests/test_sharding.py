@@ -20,11 +20,12 @@ from hf_layerprune import score_layers
 from hf_layerprune.scoring import Race
 dist.init_process_group("gloo")
 batches = random_batches(5, rows=4)
-seen = []
+seen, shares = [], []
 scores = score_layers(tiny_model(), batches, on_batch=lambda: seen.append(1))
 race = score_layers(tiny_model(), batches, race=Race(0.6))
+influence = score_layers(tiny_model(), batches, "block_influence", on_batch=lambda: shares.append(1))
 with open(f"{sys.argv[2]}/{dist.get_rank()}.json", "w") as file:
-    json.dump([scores.to_dict(), race.to_dict(), len(seen)], file)
+    json.dump([scores.to_dict(), race.to_dict(), len(seen), influence.to_dict(), len(shares)], file)
 dist.destroy_process_group()
 """
 
@@ -42,12 +43,14 @@ def results(tmp_path_factory):
 def test_the_scores_are_those_of_one_process(results):
     expected = score_layers(tiny_model(), random_batches(5, rows=4))
     expected = json.loads(json.dumps(expected.to_dict()))
-    for scores, _, _ in results:
+    influence = score_layers(tiny_model(), random_batches(5, rows=4), "block_influence")
+    for scores, _, _, of_angles, _ in results:
         assert scores == expected
+        assert of_angles == json.loads(json.dumps(influence.to_dict()))
 
 
 def test_each_measures_its_share(results):
-    assert sorted(seen for _, _, seen in results) == [2, 3]
+    assert sorted(result[2] for result in results) == sorted(result[4] for result in results) == [2, 3]
 
 
 def test_races_end_alike_on_all(results):

@@ -11,7 +11,7 @@ from hf_layerprune import LayerPruneError, parallelize, prune, score_layers
 from hf_layerprune.cli.measure import device_map
 from hf_layerprune.edits import Edit
 from hf_layerprune.loading import load_model
-from hf_layerprune.scoring import Race, score_edits
+from hf_layerprune.scoring import Race, contiguous_block, score_edits
 from hf_layerprune.scoring.sweep import is_offloaded, sweep
 
 
@@ -88,8 +88,25 @@ def test_what_a_sweep_cannot_do_is_said(model, batches, tmp_path):
     offloaded = on_disk(model, tmp_path)
     with pytest.raises(LayerPruneError, match="not running layers in parallel"):
         score_edits(offloaded, batches, [Edit.parallelize(1, 2)])
-    with pytest.raises(LayerPruneError, match="leave out races"):
+    with pytest.raises(LayerPruneError, match="leave out a race, or load it into memory"):
         score_layers(offloaded, batches, race=Race())
+    for criterion in ("taylor", "block_influence"):
+        with pytest.raises(LayerPruneError, match=f"leave out criterion='{criterion}'"):
+            score_layers(offloaded, batches, criterion)
+    with pytest.raises(LayerPruneError, match="leave out 'angular_distance'"):
+        contiguous_block(offloaded, batches, 2)
+    assert score_layers(offloaded, None, "tail").safest == 4
+
+
+def test_an_embedding_on_disk_is_read_once(tmp_path, read):
+    model = tiny_model(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "model")
+    where = device_map(str(tmp_path / "model"), torch.device("cpu")) | {"model.embed_tokens": "disk"}
+    offloaded = load_model(str(tmp_path / "model"), device_map=where, offload_folder=str(tmp_path / "offload"))
+    read.clear()
+    scores = score_layers(offloaded, random_batches(4))
+    assert scores.values == pytest.approx(score_layers(model, random_batches(4)).values, rel=1e-5)
+    assert sum(read) <= 1.2 * sum(w.numel() * w.element_size() for w in model.parameters())
 
 
 def test_the_weights_are_let_go_when_a_layer_fails(model, batches, tmp_path, monkeypatch):

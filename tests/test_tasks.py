@@ -409,6 +409,8 @@ def test_unknown_tasks():
         load_tasks("default,nothing")
     with pytest.raises(LayerPruneError, match="there are no tasks"):
         load_tasks(" , ")
+    with pytest.raises(LayerPruneError, match="'paper:nowhere': there is no folder nowhere"):
+        load_tasks("paper:nowhere")
 
 
 def test_the_paper_tasks_from_a_folder(write, tmp_path, tokenizer):
@@ -418,7 +420,7 @@ def test_the_paper_tasks_from_a_folder(write, tmp_path, tokenizer):
     ]  # fmt: skip
     assert all(task.num_few_shot == 5 for task in tasks)
     with pytest.raises(LayerPruneError, match=r"enMMLU.jsonl is missing; put the rows of RefalMachine/darumeru there"):
-        load_tasks("paper", folder=tmp_path)
+        load_tasks(f"paper:{tmp_path}")
     columns = {"question_en": "q", "choices_en": list("wxyz"), "question_ru": "в", "choices_ru": list("wxyz")}
     mmlu = [{"subject": "anatomy", "answer": number % 4} | columns for number in range(7)]
     rows = {
@@ -433,7 +435,7 @@ def test_the_paper_tasks_from_a_folder(write, tmp_path, tokenizer):
     for name, content in rows.items():
         write(f"{name}.jsonl", content)
     write("flores_en_ru.few_shot.jsonl", rows["flores_en_ru"][:5])
-    for task in load_tasks("paper", folder=tmp_path):
+    for task in load_tasks(f"paper:{tmp_path}"):
         assert task.prepare(tokenizer).num_examples == (7 if task.name == "flores_en_ru" else 2)
 
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from ..layer_map import layer_map_text, made_edits, plan_of_record
 from ..loading import EMBEDDED
-from ..report import CRITERION_UNITS, EDIT_BAR, quality_table, summary, was_healed
+from ..report import CRITERION_UNITS, EDIT_BAR, quality_table, summary, task_table, was_healed
 from .metadata import BaseFacts, base_facts, card_metadata
 from .run_folder import RECIPE_FILE, RunFolder
 from .scrub import hub_id
@@ -81,6 +81,7 @@ def model_card(
         choices=_choices(rounds),
         cost_explained=_cost_explained(report),
         quality_table=quality_table(teacher, rounds),
+        task_table=task_table([teacher, *rounds]) if "tasks" in teacher else "",
         healed=healed,
         speed=[_speed_row("original", teacher), _speed_row("this model", record)] if speed else [],
         speed_columns=list(SPEED.values()),

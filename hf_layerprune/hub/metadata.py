@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..loading import resolve
 
 TAGS = ("hf_layerprune", "layer-pruning", "pruned", "distillation")
 PARALLEL_TAG = "layer-parallelism"
+GENERATION = {"task_type": "text-generation", "task_name": "Text Generation"}
 METRICS = {
     "perplexity": "Perplexity",
     "kl": "KL divergence from the original model, nats per token",
@@ -106,12 +108,11 @@ def card_metadata(
 
 
 def _eval_results(report: dict[str, Any], record: dict[str, Any], evaluated_on: str | None) -> list[EvalResult]:
-    """The run's own numbers; the data they were measured on has a Hub id or is the author's own text."""
+    """The run's own numbers, on held-out text and on the tasks that chose the layers, if any did."""
     teacher = report["teacher"]
-    return [
+    text = [
         EvalResult(
-            task_type="text-generation",
-            task_name="Text Generation",
+            **GENERATION,
             dataset_type=evaluated_on or "held-out-text",
             dataset_name=f"{teacher['evaluated_on']}, {teacher['num_tokens']:,} tokens",
             metric_type=name if name == "perplexity" else f"hf_layerprune_{name}",
@@ -120,3 +121,15 @@ def _eval_results(report: dict[str, Any], record: dict[str, Any], evaluated_on: 
         )
         for name, label in METRICS.items()
     ]
+    tasks = [
+        EvalResult(
+            **GENERATION,
+            dataset_type=re.sub(r"[^\w.-]+", "-", name),
+            dataset_name=f"{name}, {result['num_examples']:,} examples",
+            metric_type=result["measure"],
+            metric_name=result["measure"],
+            metric_value=result["quality"],
+        )
+        for name, result in record.get("tasks", {"results": {}})["results"].items()
+    ]
+    return text + tasks

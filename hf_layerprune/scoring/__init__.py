@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..compensation import Repair, find_repairs
+from ..compensation import COMPENSATIONS, Repair, find_repairs
 from ..data import Batch, check_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
@@ -19,7 +20,8 @@ from ..tasks import PreparedTask, Task
 from ..tasks.evaluation import check_names
 from .angles import ANGLES, measure_angles
 from .candidates import CandidateRuns
-from .measures import TOKEN_MEASURES, Measure, TaskMeasure, TextMeasure
+from .evidence import Evidence
+from .measures import MAX_STATE_BYTES, TOKEN_MEASURES, Measure, TaskMeasure, TextMeasure
 from .race import Race, collect
 from .scores import EditScores, LayerScores, PlanScores, Scores, scores_of
 from .sweep import is_offloaded, sweep
@@ -57,6 +59,7 @@ def score_layers(
     compensation: str = "none",
     tasks: Sequence[Task | PreparedTask] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
+    max_state_bytes: int | None = None,
 ) -> LayerScores:
     """Score every layer of a model by what leaving it out costs.
 
@@ -66,7 +69,8 @@ def score_layers(
         batches (`Iterable[dict[str, Tensor]]`, *optional*):
             Calibration data: `input_ids` `(B, T)` and, *optional*, `attention_mask` `(B, T)` and `labels` `(B, T)`.
             Padding never counts. `"tasks"` need none, unless for a compensation. Where `torch.distributed` is
-            initialized every process is given all data and measures its share; all return the same scores.
+            initialized every process is given all data and measures its share (of `"taylor"` and of a model on disk,
+            all of it); all return the same scores.
         criterion (`str`, *optional*, defaults to `"kl"`): measured, with everything else left as it is,
             - `"kl"`: KL(teacher || model without the layer) of the next-token distributions, nats per token.
             - `"loss"`: next-token loss of the model without the layer, nats per token.
@@ -101,6 +105,9 @@ def score_layers(
             Representative data sets for `"tasks"`, such as `load_tasks("default")`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The model's own, for `"tasks"`.
+        max_state_bytes (`int`, *optional*, defaults to 4 GiB):
+            Bound of the hidden states held at a time, however many layers there are; rows beyond it run one after
+            the other. For a model on disk half of the free memory by default; beyond it the weights are read again.
 
     Returns:
         [`LayerScores`]: `values` maps teacher layer index to cost; lower is safer to remove.
@@ -114,9 +121,11 @@ def score_layers(
         raise LayerPruneError("no layer to score: all are protected")
     edits = [Edit.remove(layer) for layer in layers]
     options: Any = {"seed": seed, "compensation": compensation, "tasks": tasks, "tokenizer": tokenizer}
+    options["max_state_bytes"] = max_state_bytes
     scores = score_edits(model, batches, edits, criterion, teacher, on_batch, race, **options)
     by_edit = {name: value for name, value in vars(scores).items() if isinstance(value, dict)}
-    by_layer = {name: {edit.layers[0]: v for edit, v in values.items()} for name, values in by_edit.items()}
+    by_layer: dict[str, Any] = {n: {edit.layers[0]: v for edit, v in values.items()} for n, values in by_edit.items()}
+    by_layer["contenders"] = tuple(edit.layers[0] for edit in scores.contenders)
     return LayerScores(**vars(scores) | by_layer)
 
 
@@ -133,6 +142,7 @@ def score_edits(
     compensation: str = "none",
     tasks: Sequence[Task | PreparedTask] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
+    max_state_bytes: int | None = None,
 ) -> EditScores:
     """Score edits of a model's plan by what each one alone costs; arguments as in [`score_layers`].
 
@@ -147,29 +157,27 @@ def score_edits(
     Raises:
         [`LayerPruneError`]: as [`score_layers`]; if there is no edit, or the criterion cannot judge one of them.
     """
-    if criterion not in CRITERIA:
-        raise LayerPruneError(f"criterion={criterion!r} is unknown; choose one of {', '.join(CRITERIA)}")
     check_supported(model.config)
-    edits, plan = list(edits), plan_of(model)
+    edits, plan, batches = list(edits), plan_of(model), [] if batches is None else list(batches)
     if not edits:
         raise LayerPruneError("no edit to score: all layers are protected")
+    _check_request(model, criterion, len(edits), race, savings, compensation, tasks)
     plans = [edit.apply(plan) for edit in edits]
     if criterion in MEASURED:
         repairs = None
-        batches = [] if batches is None else list(batches)
         if compensation != "none":
             layers = [edit.layers[0] for edit in edits if edit.kind == "remove"]
             found = find_repairs(model, batches, layers, compensation, teacher)
             repairs = {plan.remove(layer): repair for layer, repair in found.items() if not repair.nothing}
         if criterion == "tasks":
-            measures = task_measures(model, tasks, tokenizer, teacher)
+            measures = task_measures(model, tasks, tokenizer, teacher, max_state_bytes)
             on_batch = _as_often(on_batch, len(batches), sum(measure.num_chunks for measure in measures))
         else:
             measures = None
-        found = _measure(model, batches, plans, criterion, teacher, on_batch, race, savings, repairs, measures)
-        return EditScores(criterion, **scores_of(*found, edits, savings))
-    if race is not None:
-        raise LayerPruneError(f"criterion={criterion!r} sees all data at once; a race is for {', '.join(MEASURED)}")
+        how = (race, savings, repairs, measures, max_state_bytes)
+        evidence, left = _measure(model, batches, plans, criterion, teacher, on_batch, *how)
+        found = scores_of(evidence, left, edits, savings)
+        return EditScores(criterion, **found | ({"num_tokens": evidence.num_rows} if measures else {}))
     for edit in edits:
         if edit.kind != "remove" or (edit.layers[0],) not in plan.blocks:
             raise LayerPruneError(
@@ -191,11 +199,49 @@ def score_edits(
     return EditScores(criterion, **scores_of(evidence, {}, edits))
 
 
+def _check_request(
+    model: PreTrainedModel,
+    criterion: str,
+    num_edits: int,
+    race: Race | None,
+    savings: Sequence[float] | None,
+    compensation: str,
+    tasks: Sequence[Task | PreparedTask],
+) -> None:
+    """Do the arguments of [`score_edits`] fit together?"""
+    if criterion not in CRITERIA:
+        raise LayerPruneError(f"criterion={criterion!r} is unknown; choose one of {', '.join(CRITERIA)}")
+    if compensation not in COMPENSATIONS:
+        raise LayerPruneError(f"compensation={compensation!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
+    if tasks and criterion != "tasks":
+        raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
+    if criterion not in MEASURED:
+        for name, given in (("a race", race is not None), ("a compensation", compensation != "none")):
+            if given:
+                raise LayerPruneError(
+                    f"criterion={criterion!r} sees each layer once, as it is; {name} is for {', '.join(MEASURED)}"
+                )
+    if savings is not None and not (len(savings) == num_edits and all(0 < s < math.inf for s in savings)):
+        raise LayerPruneError(f"savings={list(savings)}: give each of the {num_edits} edits a number above 0")
+    if is_offloaded(model) and criterion not in (*TOKEN_MEASURES, "tail", "random"):
+        raise _offloaded(f"criterion={criterion!r}")
+    if is_offloaded(model) and (race is not None or compensation != "none"):
+        raise _offloaded("a race" if race is not None else "compensation")
+
+
+def _offloaded(what: str) -> LayerPruneError:
+    return LayerPruneError(
+        "a model on disk or in CPU memory is read once, for all the text at a time, to measure 'kl' or 'loss'; leave "
+        f"out {what}, or load it into memory as a whole"
+    )
+
+
 def task_measures(
     model: PreTrainedModel,
     tasks: Sequence[Task | PreparedTask],
     tokenizer: PreTrainedTokenizerBase | None,
     teacher: PreTrainedModel | None,
+    max_state_bytes: int | None = None,
 ) -> list[Measure]:
     """What `"tasks"` measures; tasks are tokenized unless they are already.
 
@@ -207,7 +253,8 @@ def task_measures(
         raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
     longest = getattr(model.config, "max_position_embeddings", None)
     prepared = [t if isinstance(t, PreparedTask) else t.prepare(tokenizer, max_length=longest) for t in tasks]
-    return [TaskMeasure(task, tokenizer, model if teacher is None else teacher) for task in prepared]
+    bound = max_state_bytes or MAX_STATE_BYTES
+    return [TaskMeasure(task, tokenizer, model if teacher is None else teacher, bound) for task in prepared]
 
 
 def score_plans(
@@ -249,6 +296,8 @@ def contiguous_block(
     starts = [n for n in range(plan.depth - size + 1) if allowed.issuperset(plan.layers[n : n + size])]
     if plan.parallel_pairs or not starts or size < 1:
         raise LayerPruneError(f"no stretch of {size} neighbouring single layers among {sorted(allowed)}")
+    if is_offloaded(model):
+        raise _offloaded("'angular_distance'")
     batches = check_batches(batches, model.config.vocab_size, "calibration data")
     with measuring(model):
         evidence = measure_angles(model, batches, [(n, n + size) for n in starts], "angular_distance")
@@ -267,27 +316,23 @@ def _measure(
     savings: Sequence[float] | None = None,
     repairs: Mapping[LayerPlan, Repair] | None = None,
     measures: Sequence[Measure] | None = None,
-) -> Any:
+    max_state_bytes: int | None = None,
+) -> tuple[Evidence, dict[int, float]]:
     teacher = model if teacher is None else teacher
     check_same_vocabulary(model, teacher)
     layers = plan_of(model).layers
     if missing := {layer for plan in plans for layer in plan.layers} - set(layers):
         raise LayerPruneError(f"layers {sorted(missing)} are not in the model; it has {list(layers)}")
-    if is_offloaded(model) and (race is not None or measures is not None or repairs):
-        raise LayerPruneError(
-            "a model on disk or in CPU memory is read once, for all the text at a time, to measure 'kl' or 'loss'; "
-            "leave out races, tasks and compensation, or load it into memory as a whole"
-        )
     if measures is not None:
         with measuring(model, teacher):
             return collect(measures, CandidateRuns(model, plans, repairs), race, savings, on_batch)
     batches = check_batches(batches, model.config.vocab_size, "calibration data")
     if is_offloaded(model):
         with measuring(model, teacher):
-            return sweep(model, batches, plans, criterion, teacher, on_batch), {}
+            return sweep(model, batches, plans, criterion, teacher, on_batch, max_state_bytes), {}
     rows = None if race is None else max(1, sum(len(batch["input_ids"]) for batch in batches) // CHUNKS_OF_A_RACE)
     with measuring(model, teacher):
-        text = TextMeasure(batches, criterion, teacher, rows)
+        text = TextMeasure(batches, criterion, teacher, rows, max_state_bytes or MAX_STATE_BYTES)
         on_chunk = _as_often(on_batch, len(batches), text.num_chunks)
         return collect([text], CandidateRuns(model, plans, repairs), race, savings, on_chunk)
 

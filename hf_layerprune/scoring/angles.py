@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..data import Batch
 from ..forward import final_states, to_device
 from .evidence import Evidence
+from .sharding import gathered, own_share
 
 ANGLES: dict[str, Callable[[Tensor], Tensor]] = {
     "block_influence": lambda cosine: 1 - cosine,
@@ -53,35 +54,33 @@ def measure_angles(
             states, lengths = with_lengths(output)
             for index, (start, stop) in enumerate(stretches, 1):
                 if stop == end:
-                    cosine = dot(inputs[start][0], states) / (inputs[start][1] * lengths)  # (B, T)
+                    cosine = torch.linalg.vecdot(inputs[start][0], states) / (inputs[start][1] * lengths)  # (B, T)
                     sums[index] = (angle(cosine).double() * counts).sum(1).cpu()
             for start in [s for s in inputs if not any(s == first and stop > end for first, stop in stretches)]:
                 del inputs[start]
 
         return add
 
+    found = []
     layers = model.base_model.layers
     handles = [layers[start].register_forward_pre_hook(before(start)) for start in {s for s, _ in stretches}]
     handles += [layers[end - 1].register_forward_hook(behind(end)) for end in {e for _, e in stretches}]
     try:
-        for batch in batches:
+        for batch in own_share(batches, model):
             batch = to_device(batch, model.device)
             mask = batch.get("attention_mask")
             counts = torch.ones_like(batch["input_ids"]) if mask is None else mask
             sums = torch.zeros(1 + len(stretches), len(counts), dtype=torch.float64)
             final_states(model, batch)
-            evidence.add(0, range(1 + len(stretches)), sums, counts.sum(1))
+            found.append((sums, counts.sum(1).cpu()))
             inputs.clear()
             on_batch()
     finally:
         for handle in handles:
             handle.remove()
+    for of_stretches, tokens in gathered(found, model):
+        evidence.add(0, range(1 + len(stretches)), of_stretches, tokens)
     return evidence
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Products of vectors, `(B, T, D)` to `(B, T)`, without a third tensor of their size."""
-    return torch.matmul(a.unsqueeze(-2), b.unsqueeze(-1))[..., 0, 0]
 
 
 def with_lengths(states: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,13 +130,19 @@ class CandidateRuns:
         ]
 
     def student(self, index: int) -> PreTrainedModel:
-        """A candidate as a model of its own; it shares the weights that are not changed."""
-        if index not in self.students:
-            student = apply_plan(self.model, self.plans[index - 1], share_weights=True).eval()
-            if self.candidates[index - 1].repair is not None:
-                apply_repair(student, self.candidates[index - 1].repair)
+        """A candidate as a model of its own; it shares the weights that are not changed.
+
+        Kept where it has none of its own, so that memory does not grow with the number of candidates.
+        """
+        if index in self.students:
+            return self.students[index]
+        plan, repair = self.plans[index - 1], self.candidates[index - 1].repair
+        student = apply_plan(self.model, plan, share_weights=True).eval()
+        if repair is not None:
+            apply_repair(student, repair)
+        elif set(plan.blocks) <= set(plan_of(self.model).blocks):
             self.students[index] = student
-        return self.students[index]
+        return student
 
     def first_change(self, index: int) -> int:
         """Position of the first block that a candidate runs otherwise than the model."""

@@ -14,7 +14,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-LEAST_ROWS = 6  # of fewer, no spread is told
+LEAST_ROWS = 6  # the spread of fewer is too uncertain to drop a candidate by
 
 
 @dataclass
@@ -119,17 +119,22 @@ def quantile(probability: float, rows: int) -> float:
     return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
 
 
-def difference_errors(evidence: Evidence, best: int, others: Sequence[int], scales: dict[int, float]) -> Tensor:
+def difference_errors(
+    evidence: Evidence, best: int, others: Sequence[int], scales: dict[int, float], to_come: Sequence[float] = ()
+) -> Tensor:
     """Standard errors of the paired differences `price of other - price of best`: `(len(others),)`.
 
-    A price is `(value - value of the model as it is) / scale`, row by row: what moves all alike cancels out.
+    A price is `(value - value of the model as it is) / scale`, row by row: what moves all alike cancels out. With
+    `to_come`, the share of each part that is still unseen, they are those from what all of the data will say.
     """
     parts = evidence.influences([0, best, *others])
     variance = torch.zeros(len(others), dtype=torch.float64)
     scale = torch.tensor([scales[other] for other in others], dtype=torch.float64)
-    for part in parts:
+    for part, unseen in zip(parts, to_come or [1.0] * len(parts), strict=True):
+        if unseen == 0:
+            continue
         over_model = part[1:] - part[0]
         difference = over_model[1:] / scale[:, None] - over_model[0] / scales[best]
         rows = part.shape[1]
-        variance += difference.pow(2).sum(1) * (rows / (rows - 1) if rows > 1 else math.nan)
+        variance += unseen * difference.pow(2).sum(1) * (rows / (rows - 1) if rows > 1 else math.nan)
     return variance.sqrt()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, islice
 from typing import Protocol
 
 import torch
@@ -17,7 +16,7 @@ from ..tasks import GenerationChunk, PreparedLmEvalTask, PreparedTask
 from .candidates import CandidateRuns
 from .generation import candidate_texts
 
-MAX_STATE_BYTES = 2**30  # of candidates' final states held at a time
+MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time
 
 TOKEN_MEASURES = {"kl": "kl", "loss": "nll"}  # criterion -> field of TokenStatistics
 
@@ -46,19 +45,25 @@ class TextMeasure:
         criterion (`str`): `"kl"` or `"loss"`.
         teacher ([`~transformers.PreTrainedModel`]): what `"kl"` compares with; the model itself costs nothing.
         rows_per_chunk (`int`, *optional*): cut batches into smaller ones; by default each is one chunk.
+        max_state_bytes (`int`, *optional*): see [`row_sums`].
     """
 
     weight = 1.0
 
     def __init__(
-        self, batches: Sequence[Batch], criterion: str, teacher: PreTrainedModel, rows_per_chunk: int | None = None
+        self,
+        batches: Sequence[Batch],
+        criterion: str,
+        teacher: PreTrainedModel,
+        rows_per_chunk: int | None = None,
+        max_state_bytes: int = MAX_STATE_BYTES,
     ) -> None:
-        self.statistic, self.teacher = TOKEN_MEASURES[criterion], teacher
+        self.statistic, self.teacher, self.max_state_bytes = TOKEN_MEASURES[criterion], teacher, max_state_bytes
         self.batches = [part for batch in batches for part in _split(batch, rows_per_chunk)]
         self.num_chunks = len(self.batches)
 
     def __call__(self, chunk: int, runs: CandidateRuns, which: Sequence[int]) -> tuple[Tensor, Tensor]:
-        sums, counts = row_sums(runs, which, self.batches[chunk], self.statistic, self.teacher)
+        sums, counts = row_sums(runs, which, self.batches[chunk], self.statistic, self.teacher, self.max_state_bytes)
         return sums[:, counts > 0], counts[counts > 0]
 
 
@@ -69,10 +74,18 @@ class TaskMeasure:
         task ([`PreparedTask`]): one with chunks, or of lm-eval, which is one chunk.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own.
         teacher ([`~transformers.PreTrainedModel`]): what a task of KL compares with.
+        max_state_bytes (`int`, *optional*): see [`row_sums`].
     """
 
-    def __init__(self, task: PreparedTask, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        task: PreparedTask,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher: PreTrainedModel,
+        max_state_bytes: int = MAX_STATE_BYTES,
+    ) -> None:
         self.task, self.tokenizer, self.teacher = task, tokenizer, teacher
+        self.max_state_bytes = max_state_bytes
         self.weight, self.num_chunks = task.weight, max(1, len(task.chunks))
 
     def __call__(self, chunk: int, runs: CandidateRuns, which: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -83,16 +96,33 @@ class TaskMeasure:
         part = self.task.chunks[chunk]
         if isinstance(part, GenerationChunk):
             return part.reduce(list(candidate_texts(runs, which, part, self.tokenizer)))
-        return part.reduce(*row_sums(runs, which, part.batch, self.task.statistic, self.teacher))
+        return part.reduce(*row_sums(runs, which, part.batch, self.task.statistic, self.teacher, self.max_state_bytes))
 
 
 def row_sums(
-    runs: CandidateRuns, which: Sequence[int], batch: Batch, statistic: str, teacher: PreTrainedModel
+    runs: CandidateRuns,
+    which: Sequence[int],
+    batch: Batch,
+    statistic: str,
+    teacher: PreTrainedModel,
+    max_state_bytes: int = MAX_STATE_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """A field of [`TokenStatistics`] summed over each row's scored tokens: `(1 + len(which), B)`, and their number.
 
-    Runs inside [`~forward.measuring`]. On the CPU, in float64.
+    Runs inside [`~forward.measuring`]. On the CPU, in float64. Of one row as many hidden states are held as the model
+    has layers and candidates; `max_state_bytes` bounds how many rows run at a time.
     """
+    config = runs.model.config
+    states_of_row = batch["input_ids"].shape[1] * config.hidden_size * runs.model.dtype.itemsize
+    rows = max(1, max_state_bytes // (states_of_row * (config.num_hidden_layers + 1 + len(which))))
+    parts = [_row_sums(runs, which, part, statistic, teacher) for part in _split(batch, rows)]
+    sums, counts = zip(*parts, strict=True)
+    return torch.cat(sums, dim=1), torch.cat(counts)
+
+
+def _row_sums(
+    runs: CandidateRuns, which: Sequence[int], batch: Batch, statistic: str, teacher: PreTrainedModel
+) -> tuple[Tensor, Tensor]:
     batch = to_device(batch, runs.model.device)
     valid, labels = valid_next_tokens(batch)
     counts = valid.sum(1).cpu().double()
@@ -104,13 +134,11 @@ def row_sums(
     if statistic == "kl":
         of_teacher = first if teacher is runs.model else final_states(teacher, batch)[valid]
         reference = (of_teacher, teacher.lm_head)
-    at_once = max(1, MAX_STATE_BYTES // max(1, first.numel() * first.element_size()))
-    hidden, row_of_token = chain([first], hidden), valid.nonzero()[:, 0].cpu()
+    row_of_token = valid.nonzero()[:, 0].cpu()
     sums = []
-    while some := list(islice(hidden, at_once)):  # the teacher is projected once for each of these parts
-        for statistics in token_statistics(some, runs.model.lm_head, labels, *reference):
-            values = getattr(statistics, statistic).double().cpu()
-            sums.append(torch.zeros_like(counts).index_add_(0, row_of_token, values))
+    for statistics in token_statistics([first, *hidden], runs.model.lm_head, labels, *reference):
+        values = getattr(statistics, statistic).double().cpu()
+        sums.append(torch.zeros_like(counts).index_add_(0, row_of_token, values))
     return torch.stack(sums), counts
 
 

@@ -67,6 +67,7 @@ def collect(
     evidence = Evidence(count + 1, [measure.weight for measure in measures])
     alive, left = list(range(1, count + 1)), {}
     chunks = _order(measures, race)
+    unseen = [measure.num_chunks for measure in measures]
     first, step = shard(runs.model)
     for start in range(0, len(chunks), step):
         own = chunks[start + first : start + first + 1]
@@ -74,11 +75,13 @@ def collect(
         for part, chunk in own:
             results.append((part, *measures[part](chunk, runs, alive)))
             on_chunk()
-        for part, sums, counts in gathered(results, step):
+        for part, sums, counts in gathered(results, runs.model):
             evidence.add(part, [0, *alive], sums, counts)
+            unseen[part] -= 1
         done = min(1.0, (start + step) / len(chunks))
-        if race is not None and done < 1:
-            for index in _beaten(evidence, alive, scales, race.confidence, done, count - 1):
+        if race is not None and done < 1 and len(alive) > 1:
+            to_come = [chunks_left / measure.num_chunks for chunks_left, measure in zip(unseen, measures, strict=True)]
+            for index in _beaten(evidence, alive, scales, race.confidence, to_come):
                 alive.remove(index)
                 left[index] = done
             if len(alive) == 1:
@@ -87,25 +90,25 @@ def collect(
 
 
 def _order(measures: Sequence[Measure], race: Race | None) -> list[tuple[int, int]]:
-    """`(measure, chunk)`: every kind of data evenly over the way, in a race shuffled."""
+    """`(measure, chunk)`: every kind of data from the start on and evenly over the way, in a race shuffled."""
     generator = torch.Generator().manual_seed(0 if race is None else race.seed)
     order = []
     for part, measure in enumerate(measures):
         chunks = range(measure.num_chunks) if race is None else torch.randperm(measure.num_chunks, generator=generator)
-        order += [((place + 1) / measure.num_chunks, part, int(chunk)) for place, chunk in enumerate(chunks)]
+        order += [(place / measure.num_chunks, part, int(chunk)) for place, chunk in enumerate(chunks)]
     return [(part, chunk) for _, part, chunk in sorted(order)] if len(measures) > 1 else [o[1:] for o in order]
 
 
 def _beaten(
-    evidence: Evidence, alive: list[int], scales: dict[int, float], confidence: float, done: float, comparisons: int
+    evidence: Evidence, alive: list[int], scales: dict[int, float], confidence: float, to_come: Sequence[float]
 ) -> list[int]:
-    """Which of `alive` are worse than the best of them beyond doubt, with `done` of all data seen.
+    """Which of `alive` are worse than the best of them beyond doubt, with `to_come` of each kind of data not yet seen.
 
-    The doubt is shared out over `comparisons` with the best, not over the looks at the data, which depend on each
-    other: `benchmarks/scoring.py` counts how often the choice is another.
+    The doubt is shared out over all candidates, not over the looks at the data, which depend on each other:
+    `benchmarks/scoring.py` counts how often the choice is another.
     """
-    rows = min(len(part.counts) for part in evidence.parts)
-    if len(alive) < 2 or rows < LEAST_ROWS:
+    unsure = [len(part.counts) for part, share in zip(evidence.parts, to_come, strict=True) if share > 0]
+    if min(unsure) < LEAST_ROWS:
         return []
     base = evidence.value(0)
     prices = {index: (evidence.value(index) - base) / scales[index] for index in alive}
@@ -114,8 +117,8 @@ def _beaten(
         return []
     best = min(finite, key=prices.__getitem__)
     others = [index for index in finite if index != best]
-    errors = difference_errors(evidence, best, others, scales) * math.sqrt(1 - done)  # the rest is still to come
-    least = quantile(1 - (1 - confidence) / max(1, comparisons), rows)
+    errors = difference_errors(evidence, best, others, scales, to_come)
+    least = quantile(1 - (1 - confidence) / (len(scales) - 1), min(unsure))
     beaten = [
         other
         for other, error in zip(others, errors.tolist(), strict=True)

@@ -31,7 +31,8 @@ class Scores(Generic[Key]):
             their values are over that data only.
         half_agreement (`float`, *optional*): how often two random halves of the data choose the same.
         margin (`float`, *optional*): how far the best is ahead of the second, in standard errors of their paired
-            difference; `None` where nothing was left to compare.
+            difference; `nan` where there is too little data to tell, `None` where nothing was left to compare.
+        contenders (`tuple[Key, ...]`): these two, by what they cost for what they save; one if all others left.
     """
 
     criterion: str
@@ -42,6 +43,7 @@ class Scores(Generic[Key]):
     left: dict[Key, float] = field(default_factory=dict)
     half_agreement: float | None = None
     margin: float | None = None
+    contenders: tuple[Key, ...] = ()
 
     @property
     def ranking(self) -> tuple[Key, ...]:
@@ -59,15 +61,14 @@ class Scores(Generic[Key]):
     @property
     def certainty(self) -> str:
         """One sentence on how sure the choice is; empty for a criterion that is no measurement."""
-        if len(self.values) < 2 or not self.standard_errors:
+        if len(self.contenders) == 1 and self.left:
+            best, second = self.contenders[0], max(self.left, key=self.left.__getitem__)
+            return f"{_label(best)} won the race against {_label(second)} after {self.left[second]:.0%} of the data"
+        if self.margin is None or len(self.contenders) < 2:
             return ""
-        best, second = self.ranking[:2]
-        if self.margin is None:
-            if second in self.left:
-                return (
-                    f"{_label(best)} won the race against {_label(second)} after {self.left[second]:.0%} of the data"
-                )
-            return ""
+        best, second = self.contenders
+        if math.isnan(self.margin):
+            return f"too little data to tell how sure the choice of {_label(best)} is; more calibration data would"
         halves = "" if self.half_agreement is None else f"; two halves of the data agree {self.half_agreement:.0%}"
         if self.margin < CLEAR_MARGIN:
             apart = f"cannot be told apart ({self.margin:.1f} standard errors{halves})"
@@ -94,6 +95,7 @@ class Scores(Generic[Key]):
             vars(self)
             | {"certainty": self.certainty}
             | {name: {_label(key): value for key, value in values.items()} for name, values in by_key.items()}
+            | {"contenders": [_label(key) for key in self.contenders]}
         )
 
 
@@ -105,7 +107,8 @@ class LayerScores(Scores[int]):
     def from_dict(cls, data: dict[str, Any]) -> LayerScores:
         data = {name: value for name, value in data.items() if name != "certainty"}
         by_layer = {name: value for name, value in data.items() if isinstance(value, dict)}
-        return cls(**data | {name: {int(k): v for k, v in values.items()} for name, values in by_layer.items()})
+        data |= {name: {int(k): v for k, v in values.items()} for name, values in by_layer.items()}
+        return cls(**data | {"contenders": tuple(int(layer) for layer in data.get("contenders", ()))})
 
 
 class EditScores(Scores[Edit]):
@@ -125,13 +128,17 @@ def scores_of(
     base = evidence.value(0)
     survivors = [index for index in range(1, len(keys) + 1) if index not in left]
     prices = {index: (evidence.value(index) - base) / scales[index] for index in survivors}
-    ranked = sorted((index for index in survivors if math.isfinite(prices[index])), key=prices.__getitem__)
+    ranked = sorted(
+        (index for index in survivors if math.isfinite(prices[index])),
+        key=lambda index: (prices[index], -_depth_of(keys[index - 1])),
+    )
     margin = agreement = None
     if len(ranked) > 1:
         best, second = ranked[:2]
         error = float(difference_errors(evidence, best, [second], scales)[0])
-        margin = (prices[second] - prices[best]) / error if error > 0 else None
-        if not left and margin is not None:
+        ahead = prices[second] - prices[best]
+        margin = ahead / error if error > 0 else math.nan if math.isnan(error) else math.inf if ahead > 0 else 0.0
+        if not left and not math.isnan(margin):
             agreement = evidence.half_agreement(survivors, [scales[index] for index in survivors])
     return {
         "values": {key: evidence.value(index) for index, key in enumerate(keys, 1)},
@@ -141,6 +148,7 @@ def scores_of(
         "left": {keys[index - 1]: share for index, share in left.items()},
         "half_agreement": agreement,
         "margin": margin,
+        "contenders": tuple(keys[index - 1] for index in ranked[:2]),
     }
 
 

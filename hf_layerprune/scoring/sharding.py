@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -21,10 +22,17 @@ def shard(model: PreTrainedModel) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def gathered(results: list[Any], processes: int) -> list[Any]:
-    """The results of all processes, in the order of their ranks."""
+def own_share(items: Sequence[Any], model: PreTrainedModel) -> Sequence[Any]:
+    """Every n-th of the items; [`gathered`] puts what came of them together."""
+    first, step = shard(model)
+    return items[first::step]
+
+
+def gathered(results: list[Any], model: PreTrainedModel) -> list[Any]:
+    """The results for all items, in the order of the items, from what each process has of its [`own_share`]."""
+    _, processes = shard(model)
     if processes == 1:
         return results
     everyone: list[Any] = [None] * processes
     dist.all_gather_object(everyone, results)
-    return [result for of_process in everyone for result in of_process]
+    return [everyone[n % processes][n // processes] for n in range(sum(map(len, everyone)))]

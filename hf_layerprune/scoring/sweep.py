@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import psutil
 import torch
 from accelerate.hooks import ModelHook
 from torch import Tensor, nn
@@ -26,8 +27,6 @@ from ..surgery import plan_of
 from .evidence import Evidence
 from .measures import TOKEN_MEASURES
 
-MAX_SWEEP_BYTES = 4 * 2**30  # of states held at a time, for all candidates of a sweep
-
 
 def is_offloaded(model: PreTrainedModel) -> bool:
     """Whether weights of layers are loaded when they are called, by accelerate (`device_map` with disk or CPU)."""
@@ -41,14 +40,15 @@ def sweep(
     criterion: str,
     teacher: PreTrainedModel,
     on_batch: Callable[[], None] = lambda: None,
-    max_state_bytes: int = MAX_SWEEP_BYTES,
+    max_state_bytes: int | None = None,
 ) -> Evidence:
     """What [`~race.collect`] gives without a race, for plans that leave out blocks of `model`.
 
-    Runs inside [`~forward.measuring`].
+    Runs inside [`~forward.measuring`]. `max_state_bytes` bounds the states held at a time, by default half of the
+    memory that is free where the layers compute; where those of all candidates are more, there are several sweeps.
 
     Raises:
-        [`LayerPruneError`]: if a plan does more than to leave out blocks.
+        [`LayerPruneError`]: if a plan does more than to leave out blocks, or layers compute on several devices.
     """
     current = plan_of(model).blocks
     for plan in plans:
@@ -60,6 +60,7 @@ def sweep(
     removed = [frozenset(n for n, block in enumerate(current) if block not in plan.blocks) for plan in plans]
     batches = [batch for batch in batches if len(valid_next_tokens(batch)[1])]
     device = execution_device(model)
+    max_state_bytes = _free_memory(device) // 2 if max_state_bytes is None else max_state_bytes
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     bytes_each = tokens * model.config.hidden_size * model.dtype.itemsize
     at_once = max(1, max_state_bytes // bytes_each - 1)
@@ -82,11 +83,26 @@ def sweep(
 
 
 def execution_device(model: PreTrainedModel) -> torch.device:
-    """Where the layers of a model compute, wherever their weights lie."""
-    for _, hook in _hooks(model.base_model.layers):
-        if getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)
-    return model.base_model.layers[0].self_attn.q_proj.weight.device
+    """Where the layers of a model compute, wherever their weights lie.
+
+    Raises:
+        [`LayerPruneError`]: if that is more than one device.
+    """
+    named = (getattr(hook, "execution_device", None) for _, hook in _hooks(model.base_model.layers))
+    devices = {torch.device(device) for device in named if device is not None}
+    if len(devices) > 1:
+        raise LayerPruneError(
+            f"layers compute on {', '.join(sorted(map(str, devices)))}; load the model with a device_map that names "
+            "one device beside 'disk' or 'cpu'"
+        )
+    return devices.pop() if devices else model.base_model.layers[0].self_attn.q_proj.weight.device
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def _final_states(
@@ -94,7 +110,8 @@ def _final_states(
 ) -> list[list[Tensor]]:
     """Hidden states behind the final norm, `(B, T, H)` for each candidate (the positions it skips) and batch."""
     decoder = model.base_model
-    inputs = [_layer_inputs(model, to_device(batch, device)) for batch in batches]
+    with _held(decoder.embed_tokens):
+        inputs = [_layer_inputs(model, to_device(batch, device)) for batch in batches]
     shared = [state for state, _ in inputs]  # of the candidates that have skipped nothing yet
     own: dict[int, list[Tensor]] = {}
     for position, layer in enumerate(decoder.layers):

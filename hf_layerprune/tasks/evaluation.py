@@ -83,14 +83,25 @@ def evaluate_tasks(
     check_names(tasks)
     if teacher is not None:
         check_same_vocabulary(model, teacher)
+    longest = getattr(model.config, "max_position_embeddings", None)
     results = {}
     for task in tasks:
-        prepared = task.prepare(tokenizer, batch_size, getattr(model.config, "max_position_embeddings", None))
+        prepared = task.prepare(tokenizer, batch_size, longest)
         if prepared.statistic == "kl" and teacher is None:
             raise LayerPruneError(f"{task.title}: KL needs a teacher to compare with; give one or leave out the task")
-        with measuring(model) if teacher is None else measuring(model, teacher):
-            results[task.name] = measured(model, prepared, tokenizer, teacher)
+        results |= evaluate_prepared(model, [prepared], tokenizer, teacher).results
     return TaskReport(results)
+
+
+def evaluate_prepared(
+    model: PreTrainedModel,
+    tasks: Iterable[PreparedTask],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel | None = None,
+) -> TaskReport:
+    """[`evaluate_tasks`] on tasks that are tokenized and checked."""
+    with measuring(model) if teacher is None else measuring(model, teacher):
+        return TaskReport({task.name: measured(model, task, tokenizer, teacher) for task in tasks})
 
 
 def check_names(tasks: Iterable[Task]) -> None:

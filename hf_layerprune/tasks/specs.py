@@ -28,7 +28,7 @@ FILE_SETTINGS = ("split", "config_name", "few_shot_dataset", "few_shot_split")
 """What says where on the Hub rows lie; a local file in its place knows nothing of it."""
 
 
-def load_tasks(spec: str, folder: str | Path | None = None) -> list[Task]:
+def load_tasks(spec: str) -> list[Task]:
     """The tasks a user names.
 
     Args:
@@ -36,24 +36,31 @@ def load_tasks(spec: str, folder: str | Path | None = None) -> list[Task]:
             `"default"` (perplexity, KL, minimal pairs and copying on text that comes with the package), `"paper"` (the
             seven data sets of https://huggingface.co/papers/2511.05085, from the Hub), a YAML file, `"lm_eval:NAME"`
             for a task of lm-eval or a task's YAML file of its format, or several of these with commas between.
-        folder (`str` or `Path`, *optional*):
-            take every task's rows from `<name>.jsonl` in this folder and, where it has few-shot examples of another
-            source and there is such a file, those from `<name>.few_shot.jsonl`. The columns are those of the Hub's
-            data set, named in the YAML file.
+            `"paper:FOLDER"` (or a YAML file's name and a folder) takes every task's rows from `<name>.jsonl` in the
+            folder and, where it has few-shot examples of another source and there is such a file, those from
+            `<name>.few_shot.jsonl`. The columns are those of the Hub's data set, named in the YAML file.
 
     Raises:
         [`LayerPruneError`]: if there is no such preset or file, a setting is unknown or wrong, or two tasks have one
             name.
     """
     parts = [spec] if Path(spec).is_file() else [part.strip() for part in spec.split(",") if part.strip()]
-    tasks = [task for part in parts for task in _load(part, folder)]
+    tasks = [task for part in parts for task in _load(part)]
     check_names(tasks)
     return tasks
 
 
-def _load(spec: str, folder: str | Path | None) -> list[Task]:
+def _load(spec: str) -> list[Task]:
     if spec.startswith(LM_EVAL):
         return [LmEvalTask(spec.removeprefix(LM_EVAL))]
+    folder = None
+    if ":" in spec and not Path(spec).is_file():
+        spec, _, place = spec.rpartition(":")
+        folder = Path(place)
+        if not folder.is_dir():
+            raise LayerPruneError(
+                f"tasks '{spec}:{place}': there is no folder {place}; put the rows of the tasks there"
+            )
     path = ASSETS / "tasks" / f"{spec}.yaml" if spec in PRESETS else Path(spec)
     if not path.is_file():
         raise LayerPruneError(
@@ -72,7 +79,7 @@ def _load(spec: str, folder: str | Path | None) -> list[Task]:
     ]
 
 
-def _from_settings(item: Any, where: str, path: Path, folder: str | Path | None) -> Task:
+def _from_settings(item: Any, where: str, path: Path, folder: Path | None) -> Task:
     """One entry of a YAML file as a task."""
     if not isinstance(item, Mapping) or item.get("kind") not in KINDS:
         kind = item.get("kind") if isinstance(item, Mapping) else item
@@ -90,7 +97,7 @@ def _from_settings(item: Any, where: str, path: Path, folder: str | Path | None)
             f"{where}: dataset={settings.get('dataset')!r}; write `dataset:` with a file or a Hub id"
         )
     if folder is not None:
-        settings = _local(settings, where, Path(folder))
+        settings = _local(settings, where, folder)
     for name in ("dataset", "few_shot_dataset"):  # a file beside the YAML file
         if isinstance(settings.get(name), str) and (path.parent / settings[name]).is_file():
             settings[name] = str(path.parent / settings[name])

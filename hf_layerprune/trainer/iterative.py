@@ -37,7 +37,7 @@ from .choosing import next_edit, prepared_tasks, repaired
 from .config import IterativeLayerDistillConfig
 from .healing import LayerHealingTrainer
 from .publishing import HubPublishing
-from .records import add_speed, round_record, teacher_record
+from .records import add_speed, round_record, task_record, teacher_record
 from .run_state import RunState, check_target, decisive_settings, gauge_of_run, last_whole_checkpoint, open_run
 from .students import publish_student, save_student
 from .targets import HiddenStateMap, trained_blocks
@@ -182,14 +182,14 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             self.teacher.train(was_training)
 
     def _run_rounds(self, run: RunState, folder: Path) -> TrainOutput:
-        student = self._student_of(folder, run)
+        student, output = self._student_of(folder, run), TrainOutput(0, 0.0, {})
         if not run.teacher:
             self._phase("evaluating teacher")
             report = evaluate_model(self.teacher, self.eval_batches, on_batch=self._phase_step)
             evaluated_on = "calibration data" if self.eval_dataset is None else "evaluation data"
             run.teacher = teacher_record(self.teacher_name, self.teacher, report, evaluated_on)
+            run.teacher |= task_record(self.teacher, self.tasks, self.processing_class, self.teacher)
             self._save_run(run, folder)
-        output = TrainOutput(0, 0.0, {})
         while not self.gauge.met(plan_of(student)):
             self._round = len(run.rounds) + 1
             self._event("on_round_begin", number=self._round, depth=plan_of(student).depth)
@@ -275,11 +275,10 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
     def _heal(self, student: PreTrainedModel, run: RunState, folder: Path) -> tuple[PreTrainedModel, TrainOutput]:
         """Train the student of this round; a checkpoint of an interrupted healing is taken up."""
         plan, current, target = plan_of(student), run.current, round_folder(folder, self._round)
-        output = TrainOutput(0, 0.0, {})
         if "train_tokens" in current:  # a run that was interrupted behind its healing: the student is on disk
-            return self._load_student(target), output
+            return self._load_student(target), TrainOutput(0, 0.0, {})
         if not self.args.heal:
-            return self._keep(student, run, folder), output
+            return self._keep(student, run, folder), TrainOutput(0, 0.0, {})
         trained = self.args.named_trained_layers() or self.args.trained_layers
         blocks = trained_blocks(plan, [Edit.from_label(label) for label in current["edits"]], trained)
         self.hidden_state_map = HiddenStateMap.of(plan, plan_of(self.teacher), blocks)
@@ -324,6 +323,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
                 "before it are kept"
             )
         record = round_record(self._round, student, self.args.criterion, run.current, after)
+        record |= task_record(student, self.tasks, self.processing_class, self.teacher)
         run.rounds.append(record)
         run.current = {}
         self._save_run(run, folder)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..benchmark import benchmark_models
 from ..edits import Edit
 from ..evaluation import EvaluationReport
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of
+from ..tasks import PreparedTask
+from ..tasks.evaluation import evaluate_prepared
 
 
 def teacher_record(name: str, teacher: PreTrainedModel, report: EvaluationReport, evaluated_on: str) -> dict[str, Any]:
@@ -72,6 +74,13 @@ def round_record(
         "seconds_healing": current["seconds_healing"],
         "train_tokens": current["train_tokens"],
     }
+
+
+def task_record(
+    model: PreTrainedModel, tasks: list[PreparedTask], tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel
+) -> dict[str, Any]:
+    """Quality on the tasks that choose layers, if any do: name, measure, quality, cost and standard error of each."""
+    return {"tasks": evaluate_prepared(model, tasks, tokenizer, teacher).to_dict()} if tasks else {}
 
 
 def add_speed(teacher: PreTrainedModel, teacher_entry: dict[str, Any], rounds: list[dict[str, Any]]) -> None:
