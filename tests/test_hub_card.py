@@ -112,7 +112,7 @@ def test_a_revision_is_no_part_of_the_base_model():
 def test_facts_of_a_base_model(tmp_path):
     assert base_facts("embedded") == base_facts(EMBEDDED_MODEL) == (BaseFacts("apache-2.0", language="en"), "")
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n")
-    assert base_facts(str(tmp_path)) == (BaseFacts("other", "mine", "LICENSE"), "")
+    assert base_facts(str(tmp_path)) == (BaseFacts("other", "mine", None), "")
     (tmp_path / "README.md").write_text("# nothing")
     assert base_facts(str(tmp_path)) == (BaseFacts(), "its card names none")
     (tmp_path / "README.md").write_text("---\n[\n---\n")

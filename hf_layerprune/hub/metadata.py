@@ -61,8 +61,8 @@ def base_facts(base: str, token: str | None = None) -> tuple[BaseFacts, str]:
         return BaseFacts(), first_line(error)
     data = card.data
     link = data.license_link
-    if link is not None and "://" not in link and not folder.is_dir():
-        link = f"https://huggingface.co/{resolve(base)}/blob/main/{link}"
+    if link is not None and "://" not in link:  # a file beside the base model's card, which the student's has not
+        link = None if folder.is_dir() else f"https://huggingface.co/{resolve(base)}/blob/main/{link}"
     facts = BaseFacts(data.license, data.license_name, link, data.language)
     return facts, "" if facts.license else "its card names none"
 
