@@ -207,6 +207,21 @@ def test_without_xet_and_lfs_as_well(lfs_hub, lfs_worker, runs):
         lfs_hub.lfs_suffixes = (".safetensors",)
 
 
+def test_weights_in_several_files(hub, worker, runs, tmp_path):
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "rounds" / "03")
+    student = tmp_path / "run" / "model"
+    model = AutoModelForCausalLM.from_pretrained(student)
+    (student / "model.safetensors").unlink()
+    model.save_pretrained(student, max_shard_size="100KB")
+    assert "oid" in worker.push(tmp_path / "run")
+    parts = {name for name in hub.repos["me/student"].files() if "model" in name}
+    assert len(parts) > 2 and parts == {path.name for path in student.glob("model*")}
+    hub.reset()
+    next(student.glob("*.safetensors")).unlink()
+    refused(hub, worker.push(tmp_path / "run"), "no whole student", ".safetensors is missing")
+
+
 def test_a_private_repository(hub, worker, runs):
     status, out, err = worker.run("push", runs / "plain", "--repo_id", "me/secret", "--private")
     assert status == 0 and hub.repos["me/secret"].private and f"{hub.endpoint}/me/secret/commit/" in out
