@@ -2,19 +2,20 @@
 
     python benchmarks/figure.py --output_dir runs/figure --results benchmarks/results
 
-Five curves are those of [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085): its own method
-healed and not, iterative block influence healed and not, ShortGPT. The others are baselines, and ours with repair in
-closed form. Each curve is a run of [`IterativeLayerDistillTrainer`] by the package's recipe: all heal with the same
-number of tokens per removed layer. A seed decides the calibration text and the order of the healing text. Finished
-runs in the output folder are used again, one that was interrupted goes on.
+The five curves of [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085) are layers chosen by
+measurement and healed, the same choice never healed, iterative block influence healed and not, and ShortGPT; measured
+is KL, and on tasks as in the paper. The others are baselines, and ours with repair in closed form. Each curve is a run
+of [`IterativeLayerDistillTrainer`] by the package's recipe: all heal with the same number of tokens per removed layer.
+A seed decides the calibration text and the order of the healing text. Finished runs of the same settings in the output
+folder are used again, one that was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,11 @@ from hf_layerprune.report import environment, save_plot
 REMOVED = 8
 STRETCHES = (2, 4, 6, 8)  # removed at once, each by a run of its own
 UNHEALED = {"heal": False}
+REPAIRED = {"compensation": "least_squares", "num_calibration_samples": 64}  # fits weights: wants more text
+SAME_CHOICE = "KL, same choice, not healed"  # of the run "KL, healed"
 CURVES: dict[str, dict[str, Any]] = {
     "KL, healed": {},
+    SAME_CHOICE: {},
     "KL, not healed": UNHEALED,
     "block influence, healed": {"criterion": "block_influence"},
     "block influence, not healed": {"criterion": "block_influence"} | UNHEALED,
@@ -39,16 +43,16 @@ CURVES: dict[str, dict[str, Any]] = {
     "tail, healed": {"criterion": "tail"},
     "random, healed": {"criterion": "random"},
     "angular distance (one stretch), healed": {"criterion": "angular_distance"},
-    "KL, least squares, not healed": {"compensation": "least_squares"} | UNHEALED,
-    "KL, least squares, healed": {"compensation": "least_squares"},
+    "KL, least squares, not healed": REPAIRED | UNHEALED,
+    "KL, least squares, healed": REPAIRED,
     "tasks, healed": {"criterion": "tasks", "tasks": "default"},
 }
-COLOURS = [*(f"C{n}" for n in range(10)), "black"]
+COLOURS = [*(f"C{n}" for n in range(10)), "black", "gold"]
 STYLES = {"not healed": "--", "healed": "-"}
 
 
 def run(folder: Path, seed: int, removed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """The report of one run of the recipe."""
+    """The report of one run of the recipe, with other settings."""
     if (folder / "model" / "config.json").is_file():
         return json.loads((folder / "report.json").read_text())
     recipe = yaml.safe_load((ASSETS / "recipe.yaml").read_text())
@@ -65,6 +69,13 @@ def run(folder: Path, seed: int, removed: int, settings: dict[str, Any]) -> dict
     return json.loads((folder / "report.json").read_text())
 
 
+def folder_of(output_dir: Path, settings: dict[str, Any], seed: int) -> Path:
+    """Of the runs with these settings; another recipe gives another folder."""
+    everything = json.dumps([settings, (ASSETS / "recipe.yaml").read_text()], sort_keys=True)
+    words = "-".join(str(value).lower() for value in settings.values()) or "recipe"
+    return output_dir / f"{words}-{hashlib.sha256(everything.encode()).hexdigest()[:6]}-seed{seed}"
+
+
 def losses(name: str, folder: Path, seed: int) -> dict[int, dict[str, Any]]:
     """Removed layers to what came of it: rise of the held-out loss (nats per token), perplexity, edits."""
     settings = CURVES[name]
@@ -79,13 +90,13 @@ def losses(name: str, folder: Path, seed: int) -> dict[int, dict[str, Any]]:
             )
             for count in STRETCHES
         }  # fmt: skip
-    found = {}
+    found, end = {}, "_unhealed" if name == SAME_CHOICE else ""
     for report in reports.values():
         for record in report["rounds"]:
             found[16 - record["num_layers"]] = {
-                "rise": record["loss"] - report["teacher"]["loss"],
-                "perplexity": record["perplexity"],
-                "kl": record["kl"],
+                "rise": record["loss" + end] - report["teacher"]["loss"],
+                "perplexity": record["perplexity" + end],
+                "kl": record["kl" + end],
                 "edits": record["edits"],
                 "tokens": record.get("train_tokens", 0),
             }
@@ -146,16 +157,15 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {name: {} for name in CURVES}
     for seed in arguments.seeds:
         for name in CURVES:
-            folder = arguments.output_dir / re.sub(r"\W+", "-", f"{name} {seed}")
-            found[name][str(seed)] = losses(name, folder, seed)
+            found[name][str(seed)] = losses(name, folder_of(arguments.output_dir, CURVES[name], seed), seed)
             print(
                 seed,
                 name,
                 {count: round(point["rise"], 4) for count, point in found[name][str(seed)].items()},
                 flush=True,
             )
-    first = arguments.output_dir / f"KL-healed-{arguments.seeds[0]}" / "report.json"
-    teacher = json.loads(first.read_text())["teacher"]
+    first = folder_of(arguments.output_dir, {}, arguments.seeds[0])
+    teacher = json.loads((first / "report.json").read_text())["teacher"]
     curves = {
         name: {
             count: [points[count]["rise"] for points in by_seed.values()] for count in next(iter(by_seed.values()))

@@ -114,8 +114,8 @@ def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
     The weights that change get memory of their own, so a model that `student` shares weights with stays as it is.
 
     Raises:
-        [`LayerPruneError`]: if `student` still has the layers, or other layers are missing as well next to them or
-            below: then it is not the student that the repair was found for.
+        [`LayerPruneError`]: if `student` still has the layers, or the block before them is another one than in the
+            student that the repair was found for.
     """
     plan = plan_of(student)
     if present := sorted(set(repair.layers) & set(plan.layers)):

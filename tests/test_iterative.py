@@ -245,6 +245,7 @@ class KillAt(LayerDistillCallback):
         ("on_phase_begin", 6),  # healed, not yet evaluated
         ("on_phase_begin", 7),  # second round
         ("on_step_end", 9),
+        ("on_round_end", 2),  # all is done
     ],
 )
 def test_resume_continues_where_it_was_and_ends_the_same(make, tmp_path, event, count):
@@ -271,6 +272,8 @@ def test_resume_continues_where_it_was_and_ends_the_same(make, tmp_path, event, 
                     strict=True):  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert not list((tmp_path / "cut" / "rounds").glob("*/checkpoint-*"))
+    assert resumed.model.config.num_hidden_layers == 3
+    assert resumed.evaluate()["eval_loss"] == pytest.approx(cut["rounds"][-1]["loss"], rel=1e-5)
 
 
 def test_half_written_checkpoint_is_passed_over(make, tmp_path):

@@ -21,7 +21,7 @@ from ..tasks.evaluation import check_names
 from .angles import ANGLES, measure_angles
 from .candidates import CandidateRuns
 from .evidence import Evidence
-from .measures import MAX_STATE_BYTES, TOKEN_MEASURES, Measure, TaskMeasure, TextMeasure
+from .measures import MAX_STATE_BYTES, TOKEN_MEASURES, Measure, TaskMeasure, TextMeasure, halves
 from .race import Race, collect
 from .scores import EditScores, LayerScores, PlanScores, Scores, scores_of
 from .sweep import is_offloaded, sweep
@@ -100,7 +100,9 @@ def score_layers(
         seed (`int`, *optional*, defaults to `0`):
             Of `"random"`.
         compensation (`str`, *optional*, defaults to `"none"`):
-            Measure each candidate after its repair in closed form; see [`compensate`].
+            Measure each candidate after its repair in closed form; see [`compensate`]. Every half of the text is
+            measured with repairs fitted to the other half, which is never flattered by them; `"tasks"` with repairs
+            fitted to all of `batches`.
         tasks (`Sequence[Task]`, *optional*):
             Representative data sets for `"tasks"`, such as `load_tasks("default")`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -164,18 +166,25 @@ def score_edits(
     _check_request(model, criterion, len(edits), race, savings, compensation, tasks)
     plans = [edit.apply(plan) for edit in edits]
     if criterion in MEASURED:
-        repairs = None
+        folds, repairs = [batches], []
         if compensation != "none":
+            folds = [batches] if criterion == "tasks" else halves(batches)
+            if not all(folds):
+                raise LayerPruneError(
+                    f"compensation={compensation!r} needs two rows of calibration data: repairs are fitted to one "
+                    "half and measured on the other"
+                )
             layers = [edit.layers[0] for edit in edits if edit.kind == "remove"]
-            found = find_repairs(model, batches, layers, compensation, teacher)
-            repairs = {plan.remove(layer): repair for layer, repair in found.items() if not repair.nothing}
+            for fold in reversed(folds):
+                found = find_repairs(model, fold, layers, compensation, teacher)
+                repairs.append({plan.remove(layer): repair for layer, repair in found.items() if not repair.nothing})
         if criterion == "tasks":
             measures = task_measures(model, tasks, tokenizer, teacher, max_state_bytes)
             on_batch = _as_often(on_batch, len(batches), sum(measure.num_chunks for measure in measures))
         else:
             measures = None
         how = (race, savings, repairs, measures, max_state_bytes)
-        evidence, left = _measure(model, batches, plans, criterion, teacher, on_batch, *how)
+        evidence, left = _measure(model, folds, plans, criterion, teacher, on_batch, *how)
         found = scores_of(evidence, left, edits, savings)
         return EditScores(criterion, **found | ({"num_tokens": evidence.num_rows} if measures else {}))
     for edit in edits:
@@ -273,7 +282,7 @@ def score_plans(
         raise LayerPruneError(f"criterion={criterion!r} cannot judge plans; choose {' or '.join(TOKEN_MEASURES)}")
     check_supported(model.config)
     plans = list(plans)
-    return PlanScores(criterion, **scores_of(*_measure(model, batches, plans, criterion, teacher, on_batch), plans))
+    return PlanScores(criterion, **scores_of(*_measure(model, [batches], plans, criterion, teacher, on_batch), plans))
 
 
 def contiguous_block(
@@ -307,14 +316,14 @@ def contiguous_block(
 
 def _measure(
     model: PreTrainedModel,
-    batches: Iterable[Batch],
+    folds: Sequence[Iterable[Batch]],
     plans: Sequence[LayerPlan],
     criterion: str,
     teacher: PreTrainedModel | None,
     on_batch: Callable[[], None],
     race: Race | None = None,
     savings: Sequence[float] | None = None,
-    repairs: Mapping[LayerPlan, Repair] | None = None,
+    repairs: Sequence[Mapping[LayerPlan, Repair]] = (),
     measures: Sequence[Measure] | None = None,
     max_state_bytes: int | None = None,
 ) -> tuple[Evidence, dict[int, float]]:
@@ -326,13 +335,14 @@ def _measure(
     if measures is not None:
         with measuring(model, teacher):
             return collect(measures, CandidateRuns(model, plans, repairs), race, savings, on_batch)
-    batches = check_batches(batches, model.config.vocab_size, "calibration data")
+    folds = [check_batches(batches, model.config.vocab_size, "calibration data") for batches in folds]
+    batches = [batch for fold in folds for batch in fold]
     if is_offloaded(model):
         with measuring(model, teacher):
             return sweep(model, batches, plans, criterion, teacher, on_batch, max_state_bytes), {}
     rows = None if race is None else max(1, sum(len(batch["input_ids"]) for batch in batches) // CHUNKS_OF_A_RACE)
     with measuring(model, teacher):
-        text = TextMeasure(batches, criterion, teacher, rows, max_state_bytes or MAX_STATE_BYTES)
+        text = TextMeasure(folds, criterion, teacher, rows, max_state_bytes or MAX_STATE_BYTES)
         on_chunk = _as_often(on_batch, len(batches), text.num_chunks)
         return collect([text], CandidateRuns(model, plans, repairs), race, savings, on_chunk)
 

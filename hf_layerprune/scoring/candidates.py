@@ -7,7 +7,7 @@ every layer in turn takes L(L-1)/2 + L layer passes instead of L(L-1) + L, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -117,17 +117,29 @@ class CandidateRuns:
     """Runs a model as it is and by other plans made of its layers; index 0 is the model itself, 1, 2, ... the plans.
 
     Layers inside parallel blocks are taken apart once for all candidates, and only if one needs it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model as it is.
+        plans (`Iterable[LayerPlan]`): plans made of its layers.
+        repairs (`Sequence[Mapping[LayerPlan, Repair]]`, *optional*): what makes up for the layers they leave out, for
+            each fold of the data.
     """
 
     def __init__(
-        self, model: PreTrainedModel, plans: Iterable[LayerPlan], repairs: Mapping[LayerPlan, Repair] | None = None
+        self, model: PreTrainedModel, plans: Iterable[LayerPlan], repairs: Sequence[Mapping[LayerPlan, Repair]] = ()
     ) -> None:
         apart = cache(lambda: separate_layers(model))
         self.model, self.plans = model, list(plans)
         self.students: dict[int, PreTrainedModel] = {}
-        self.candidates = [
-            replace(Candidate.of(model, plan, apart), repair=(repairs or {}).get(plan)) for plan in self.plans
+        both = [(Candidate.of(model, plan, apart), plan) for plan in self.plans]
+        self.folds = [
+            [replace(candidate, repair=of_fold.get(plan)) for candidate, plan in both] for of_fold in repairs or [{}]
         ]
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """Those of the first fold, which is the only one unless text is split."""
+        return self.folds[0]
 
     def student(self, index: int) -> PreTrainedModel:
         """A candidate as a model of its own; it shares the weights that are not changed.
@@ -151,10 +163,10 @@ class CandidateRuns:
             return candidate.repair.position
         return candidate.start
 
-    def final_states(self, batch: Batch, which: Iterable[int]) -> Iterator[Tensor]:
+    def final_states(self, batch: Batch, which: Iterable[int], fold: int = 0) -> Iterator[Tensor]:
         """Final hidden states `(B, T, H)` of the model as it is, then of each candidate in turn."""
         with recorded_layer_calls(self.model.base_model) as calls:
             whole = final_states(self.model, batch)
         yield whole
         for index in which:
-            yield self.candidates[index - 1].final_states(self.model.base_model, calls, whole)
+            yield self.folds[fold][index - 1].final_states(self.model.base_model, calls, whole)

@@ -41,7 +41,7 @@ class TextMeasure:
     """KL to a teacher, or next-token loss, of text: nats, summed over the tokens of each row.
 
     Args:
-        batches (`Sequence[dict[str, Tensor]]`): rows of text, see [`score_layers`].
+        folds (`Sequence[Sequence[dict[str, Tensor]]]`): rows of text, see [`score_layers`], for each fold of `runs`.
         criterion (`str`): `"kl"` or `"loss"`.
         teacher ([`~transformers.PreTrainedModel`]): what `"kl"` compares with; the model itself costs nothing.
         rows_per_chunk (`int`, *optional*): cut batches into smaller ones; by default each is one chunk.
@@ -52,18 +52,24 @@ class TextMeasure:
 
     def __init__(
         self,
-        batches: Sequence[Batch],
+        folds: Sequence[Sequence[Batch]],
         criterion: str,
         teacher: PreTrainedModel,
         rows_per_chunk: int | None = None,
         max_state_bytes: int = MAX_STATE_BYTES,
     ) -> None:
         self.statistic, self.teacher, self.max_state_bytes = TOKEN_MEASURES[criterion], teacher, max_state_bytes
-        self.batches = [part for batch in batches for part in _split(batch, rows_per_chunk)]
+        self.batches = [
+            (fold, part)
+            for fold, batches in enumerate(folds)
+            for batch in batches
+            for part in _split(batch, rows_per_chunk)
+        ]
         self.num_chunks = len(self.batches)
 
     def __call__(self, chunk: int, runs: CandidateRuns, which: Sequence[int]) -> tuple[Tensor, Tensor]:
-        sums, counts = row_sums(runs, which, self.batches[chunk], self.statistic, self.teacher, self.max_state_bytes)
+        fold, batch = self.batches[chunk]
+        sums, counts = row_sums(runs, which, batch, self.statistic, self.teacher, self.max_state_bytes, fold)
         return sums[:, counts > 0], counts[counts > 0]
 
 
@@ -106,6 +112,7 @@ def row_sums(
     statistic: str,
     teacher: PreTrainedModel,
     max_state_bytes: int = MAX_STATE_BYTES,
+    fold: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """A field of [`TokenStatistics`] summed over each row's scored tokens: `(1 + len(which), B)`, and their number.
 
@@ -115,20 +122,20 @@ def row_sums(
     config = runs.model.config
     states_of_row = batch["input_ids"].shape[1] * config.hidden_size * runs.model.dtype.itemsize
     rows = max(1, max_state_bytes // (states_of_row * (config.num_hidden_layers + 1 + len(which))))
-    parts = [_row_sums(runs, which, part, statistic, teacher) for part in _split(batch, rows)]
+    parts = [_row_sums(runs, which, part, statistic, teacher, fold) for part in _split(batch, rows)]
     sums, counts = zip(*parts, strict=True)
     return torch.cat(sums, dim=1), torch.cat(counts)
 
 
 def _row_sums(
-    runs: CandidateRuns, which: Sequence[int], batch: Batch, statistic: str, teacher: PreTrainedModel
+    runs: CandidateRuns, which: Sequence[int], batch: Batch, statistic: str, teacher: PreTrainedModel, fold: int
 ) -> tuple[Tensor, Tensor]:
     batch = to_device(batch, runs.model.device)
     valid, labels = valid_next_tokens(batch)
     counts = valid.sum(1).cpu().double()
     if not len(labels):
         return torch.zeros(1 + len(which), len(counts), dtype=torch.float64), counts
-    hidden = (states[valid] for states in runs.final_states(batch, which))
+    hidden = (states[valid] for states in runs.final_states(batch, which, fold))
     first = next(hidden)
     reference = ()
     if statistic == "kl":
@@ -140,6 +147,18 @@ def _row_sums(
         values = getattr(statistics, statistic).double().cpu()
         sums.append(torch.zeros_like(counts).index_add_(0, row_of_token, values))
     return torch.stack(sums), counts
+
+
+def halves(batches: Sequence[Batch]) -> list[list[Batch]]:
+    """Every other row of all, and the rest."""
+    found: list[list[Batch]] = [[], []]
+    seen = 0
+    for batch in batches:
+        for number, half in enumerate(found):
+            part = {key: value[(number - seen) % 2 :: 2] for key, value in batch.items()}
+            half += [part] if len(part["input_ids"]) else []
+        seen += len(batch["input_ids"])
+    return found
 
 
 def _split(batch: Batch, rows: int | None) -> list[Batch]:

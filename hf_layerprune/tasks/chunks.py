@@ -147,6 +147,14 @@ class PreparedTask:
     def num_examples(self) -> int:
         return sum(chunk.num_examples for chunk in self.chunks)
 
+    def fingerprint(self) -> list[Any]:
+        """What the task asks, as tensors and plain values: the same for two that ask the same."""
+        parts: list[Any] = [self.name, self.weight, self.statistic]
+        for chunk in self.chunks:
+            settings = {name: value for name, value in vars(chunk).items() if name != "batch"}
+            parts += [*chunk.batch.values(), *(getattr(value, "name", value) for value in settings.values())]
+        return parts
+
     def quality(self, cost: float) -> float:
         """The task's measure for a mean cost: perplexity and KL lower is better, all others higher.
 

@@ -29,6 +29,8 @@ def check_request(
     depth = model.config.num_hidden_layers
     if args.budget() is None:
         raise LayerPruneError(f"target_num_layers is missing; {name} has {depth} layers, choose 1..{depth - 1}")
+    if args.one_shot and args.criterion == "angular_distance" and args.budget().unit != "depth":
+        raise LayerPruneError("one_shot=True with criterion='angular_distance' needs target_num_layers")
     check_same_vocabulary(model, teacher)
     if len(tokenizer) > model.config.vocab_size:
         raise LayerPruneError(
@@ -79,8 +81,8 @@ def check_has_text(dataset: Dataset | IterableDataset, text_field: str, name: st
 
 
 def check_enough_rows(rows: Dataset | IterableDataset, args: IterativeLayerDistillConfig) -> None:
-    """Raise [`LayerPruneError`] unless the tokenized training rows make one batch."""
-    if not isinstance(rows, IterableDataset) and len(rows) < args.train_batch_size:
+    """Raise [`LayerPruneError`] unless the tokenized training rows make one batch, where they are needed."""
+    if args.heal and not isinstance(rows, IterableDataset) and len(rows) < args.train_batch_size:
         raise LayerPruneError(
             f"the training data makes {len(rows)} rows of up to {args.max_length} tokens, less than one batch of "
             f"{args.train_batch_size}; give more text or lower per_device_train_batch_size"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from ..budget import Gauge
 from ..compensation import compensate
 from ..data import Batch
 from ..edits import Edit
+from ..errors import LayerPruneError
 from ..scoring import MEASURED, EditScores, Race, contiguous_block, score_edits
 from ..search import next_step
-from ..surgery import plan_of
+from ..surgery import apply_plan, plan_of
 from ..tasks import PreparedTask, load_tasks
 from .config import IterativeLayerDistillConfig
 from .run_state import RunState
@@ -32,24 +34,31 @@ def next_edit(
     tasks: Sequence[PreparedTask],
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[str, EditScores | None]:
-    """Label of the edit to make next, and the scores it was chosen by, if any were taken for it."""
-    seed = args.seed + plan_of(student).depth  # of "random": another draw in every round
+    """Label of the edit to make next, and the scores it was chosen by, if any were taken for it.
+
+    Raises:
+        [`LayerPruneError`]: if a stretch was chosen once and all of it is gone.
+    """
+    options: dict[str, Any] = {"seed": args.seed + plan_of(student).depth}  # another draw of "random" in every round
+    if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
+        options |= {"compensation": args.compensation, "tasks": tasks, "tokenizer": tokenizer}
     if not args.one_shot and args.criterion != "angular_distance":
         race = None if args.race_confidence is None else Race(args.race_confidence, args.seed)
-        options: dict[str, Any] = {"seed": seed}
-        if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
-            options |= {"compensation": args.compensation, "tasks": tasks, "tokenizer": tokenizer}
         step = next_step(student, batches, gauge, args.criterion, teacher, on_batch, race, **options)
         return step.edit.label, step.scores
-    options = {"tasks": tasks, "tokenizer": tokenizer}
     made = len(run.current["edits"])
     order, scores = (run.order if args.one_shot else run.current.setdefault("order", [])), None
     if args.one_shot:
         made += sum(len(record["edits"]) for record in run.rounds)
     if not order:
         size = plan_of(student).depth - int(gauge.budget.target) if args.one_shot else run.current["wanted"]
-        edits, scores = fixed_order(student, batches, gauge, teacher, args.criterion, size, seed, on_batch, **options)
+        edits, scores = fixed_order(student, batches, gauge, teacher, args.criterion, size, on_batch, **options)
         order += [edit.label for edit in edits]
+    if made >= len(order):
+        raise LayerPruneError(
+            f"criterion={args.criterion!r} with one_shot=True chose a stretch of {len(order)} layers, which are gone; "
+            "a new run with the lower target chooses another"
+        )
     return order[made], scores
 
 
@@ -69,34 +78,34 @@ def fixed_order(
     teacher: PreTrainedModel,
     criterion: str,
     size: int,
-    seed: int = 0,
     on_batch: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> tuple[list[Edit], EditScores]:
     """Removals to make one after the other without scoring again, and the scores of all; options of `score_edits`.
 
-    The cheapest layer first; by `"angular_distance"` the `size` layers of the best stretch, from its top down.
+    The cheapest layer first; by `"angular_distance"` the `size` layers of the best stretch, from its top down, of
+    which the scores of single layers tell nothing certain.
     """
     edits: list[Any] = [edit for edit in gauge.space.edits(plan_of(model)) if edit.kind == "remove"]
-    scores = score_edits(model, batches, edits, criterion, teacher, on_batch, seed=seed, **options)
+    scores = score_edits(model, batches, edits, criterion, teacher, on_batch, **options)
     if criterion != "angular_distance":
         return list(scores.ranking), scores
-    layers = contiguous_block(model, batches, size, [edit.layers[0] for edit in edits])
+    layers = contiguous_block(model, batches, min(size, len(edits)), [edit.layers[0] for edit in edits])
+    scores = replace(scores, margin=None, half_agreement=None, contenders=())
     return [Edit.remove(layer) for layer in reversed(layers)], scores
 
 
-def repaired(
+def edited(
     student: PreTrainedModel,
-    edits: list[Edit],
+    edit: Edit,
     batches: list[Batch],
     teacher: PreTrainedModel,
-    method: str,
+    compensation: str,
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """`student` with the gaps of these edits repaired in closed form, in weights that `dtype` can hold."""
-    removed = [edit.layers[0] for edit in edits if edit.kind == "remove"]
-    if method == "none" or not removed:
-        return student
-    student = compensate(student, batches, method, teacher, removed, share_weights=True)
+    """`student` after an edit, the gap repaired in closed form, in weights that `dtype` can hold."""
+    student = apply_plan(student, edit.apply(plan_of(student)), share_weights=True)
+    if compensation != "none" and edit.kind == "remove":
+        student = compensate(student, batches, compensation, teacher, edit.layers, share_weights=True)
     round_weights(student, dtype)
     return student

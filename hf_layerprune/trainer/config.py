@@ -197,6 +197,11 @@ class IterativeLayerDistillConfig(SFTConfig):
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         super().__post_init__()
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
+        if isinstance(self.trained_layers, (int, list, tuple)):  # as YAML reads a layer, or a list of them
+            named = self.trained_layers if not isinstance(self.trained_layers, int) else [self.trained_layers]
+            self.trained_layers = ",".join(map(str, named))
+        if isinstance(self.tasks, (list, tuple)):
+            self.tasks = ",".join(map(str, self.tasks))
         for name, least in (
             ("target_num_layers", 1),
             ("target_num_parameters", 1),
@@ -212,6 +217,8 @@ class IterativeLayerDistillConfig(SFTConfig):
             ("lm_weight", 0),
         ):
             value = getattr(self, name)
+            if value is not None and not name.endswith("_weight") and value != int(value):
+                raise LayerPruneError(f"{name}={value} is no whole number")
             if value is not None and value < least:
                 raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
         if self.temperature <= 0:
@@ -261,8 +268,11 @@ class IterativeLayerDistillConfig(SFTConfig):
                 "compensation='rescale' changes the scale of hidden states, which the hidden-state loss compares with "
                 "the teacher's; set hidden_weight=0 or choose 'least_squares'"
             )
-        if self.one_shot and self.criterion == "angular_distance" and self.target_num_layers is None:
-            raise LayerPruneError("one_shot=True with criterion='angular_distance' needs target_num_layers")
+        if self.compensation != "none" and "remove" not in self.edit_space().kinds:
+            raise LayerPruneError(
+                f"compensation={self.compensation!r} repairs the gap that a removed layer leaves, and edits="
+                f"{self.edits!r} removes none; leave it out"
+            )
 
     def edit_space(self) -> EditSpace:
         """The edits a round may make."""

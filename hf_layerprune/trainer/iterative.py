@@ -33,7 +33,7 @@ from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
 from .checks import check_budget, check_enough_rows, check_has_text, check_request
-from .choosing import next_edit, prepared_tasks, repaired
+from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .healing import LayerHealingTrainer
 from .publishing import HubPublishing
@@ -183,6 +183,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
 
     def _run_rounds(self, run: RunState, folder: Path) -> TrainOutput:
         student, output = self._student_of(folder, run), TrainOutput(0, 0.0, {})
+        swap_model(self, student)
         if not run.teacher:
             self._phase("evaluating teacher")
             report = evaluate_model(self.teacher, self.eval_batches, on_batch=self._phase_step)
@@ -215,7 +216,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             [`LayerPruneError`]: see `train`; nothing has been written then.
         """
         folder = Path(self.args.output_dir)
-        data = (self.all_train_rows, self.calibration_batches, self.eval_batches)
+        data = (self.all_train_rows, self.calibration_batches, self.eval_batches, self.tasks)
         settings = decisive_settings(self.args, self.start, self.teacher, data, self._peft_config)
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
         self.run = open_run(folder, self._agreed(RunState.load(folder)), settings, resume_from_checkpoint)
@@ -247,10 +248,10 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             wanted = min(wanted, plan_of(student).depth - self.gauge.budget.target)
         run.current = run.current or {"wanted": wanted, "edits": [], "scores": [], "seconds_scoring": 0.0}
         current = run.current
-        plan = plan_of(student)
+        repair = (self.calibration_batches, self.teacher, self.args.compensation, self.save_dtype)
         for label in current["edits"]:
-            plan = Edit.from_label(label).apply(plan)
-        student = apply_plan(student, plan, share_weights=True)
+            student = edited(student, Edit.from_label(label), *repair)
+        plan = plan_of(student)
         while len(current["edits"]) < current["wanted"] and not self.gauge.met(plan):
             self._phase("scoring", num_layers=plan.depth)
             start = time.perf_counter()
@@ -259,11 +260,9 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             current["seconds_scoring"] += time.perf_counter() - start
             current["scores"] += [] if scores is None else [scores.to_dict()]
             current["edits"].append(label)
-            plan = Edit.from_label(label).apply(plan)
-            student = apply_plan(student, plan, share_weights=True)
+            student = edited(student, Edit.from_label(label), *repair)
+            plan = plan_of(student)
             self._save_run(run, folder)
-        how = (self.calibration_batches, self.teacher, self.args.compensation, self.save_dtype)
-        student = repaired(student, [Edit.from_label(label) for label in current["edits"]], *how)
         if "before_healing" not in current and self.args.heal:
             current["before_healing"] = current["unhealed"] = self._evaluate_phase(student).to_dict()
             if run.rounds or self.start is not self.teacher or self.args.compensation != "none":
@@ -276,7 +275,8 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         """Train the student of this round; a checkpoint of an interrupted healing is taken up."""
         plan, current, target = plan_of(student), run.current, round_folder(folder, self._round)
         if "train_tokens" in current:  # a run that was interrupted behind its healing: the student is on disk
-            return self._load_student(target), TrainOutput(0, 0.0, {})
+            swap_model(self, self._load_student(target))
+            return self.model, TrainOutput(0, 0.0, {})
         if not self.args.heal:
             return self._keep(student, run, folder), TrainOutput(0, 0.0, {})
         trained = self.args.named_trained_layers() or self.args.trained_layers
@@ -318,9 +318,9 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             self._save_run(run, folder)
             if self.args.should_save:
                 shutil.rmtree(round_folder(folder, self._round))
+            advice = "; lower the learning rate" if self.args.heal else ""
             raise LayerPruneError(
-                f"round {self._round}: the healed student's loss is {after.loss}; lower the learning rate. The rounds "
-                "before it are kept"
+                f"round {self._round}: the student's loss is {after.loss}{advice}. The rounds before it are kept"
             )
         record = round_record(self._round, student, self.args.criterion, run.current, after)
         record |= task_record(student, self.tasks, self.processing_class, self.teacher)

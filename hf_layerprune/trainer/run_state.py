@@ -20,6 +20,7 @@ from ..files import round_folder, write_atomically
 from ..latency import BlockLatency
 from ..plan import LayerPlan
 from ..surgery import plan_of
+from ..tasks import PreparedTask
 from .config import TARGETS, IterativeLayerDistillConfig
 
 STATE_FILE = "run_state.json"
@@ -142,14 +143,14 @@ def decisive_settings(
     args: IterativeLayerDistillConfig,
     start: PreTrainedModel,
     teacher: PreTrainedModel,
-    data: tuple[Dataset | IterableDataset, list[Batch], list[Batch]],
+    data: tuple[Dataset | IterableDataset, list[Batch], list[Batch], list[PreparedTask]],
     peft_config: Any | None,
 ) -> dict[str, Any]:
     """What must not change within a run: settings, models and data, the last two as short fingerprints.
 
-    `data` are the rows to heal on and the calibration and evaluation batches.
+    `data` are the rows to heal on, the calibration and evaluation batches, and the tasks that choose layers.
     """
-    rows, calibration, evaluation = data
+    rows, calibration, evaluation, tasks = data
     values = {name: getattr(args, name, None) for name in (*DECISIVE, *PER_HEALING)}
     values["target"] = args.budget().unit
     values["dtype"] = str(start.dtype)
@@ -162,6 +163,7 @@ def decisive_settings(
         "healing": list(rows.take(8)) if isinstance(rows, IterableDataset) else [len(rows), rows[:8]],
         "calibration": [tensor for batch in calibration for tensor in batch.values()],
         "evaluation": [tensor for batch in evaluation for tensor in batch.values()],
+        "tasks": [part for task in tasks for part in task.fingerprint()],
     }
     values |= {f"{name}_text": _fingerprint(parts) for name, parts in texts.items()}
     values["peft"] = None if peft_config is None else json.dumps(peft_config.to_dict(), default=str, sort_keys=True)
