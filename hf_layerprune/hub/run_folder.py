@@ -21,8 +21,8 @@ TARGETS = ("target_num_layers", "target_latency", "target_num_parameters")
 INPUTS = ("model", "teacher", "dataset", "eval_dataset", "calibration_dataset", "tasks", "plan")
 """Settings that may name a file or folder of the author's."""
 FINGERPRINTS = (
-    "target", "plan", "model", "teacher", "healing_text", "calibration_text", "evaluation_text", "peft", "save_dtype",
-    "num_processes",
+    "target", "plan", "model", "teacher", "healing_text", "calibration_text", "evaluation_text", "tasks_text",
+    "peft", "save_dtype", "num_processes",
 )  # fmt: skip
 """What the report of a run notes beside the settings it was given."""
 
