@@ -7,6 +7,7 @@ from .data import EMBEDDED_MODEL, embedded_dataset
 from .edits import Edit
 from .errors import LayerPruneError
 from .evaluation import EvaluationReport, evaluate_model
+from .hub import load_run, push_run
 from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM, PrunedQwen2Model
 from .plan import LayerPlan
 from .scoring import LayerScores, Race, contiguous_block, score_edits, score_layers
@@ -40,8 +41,10 @@ __all__ = [
     "embedded_dataset",
     "evaluate_model",
     "find_parallel_range",
+    "load_run",
     "parallelize",
     "prune",
+    "push_run",
     "score_edits",
     "score_layers",
     "search_plan",

@@ -45,3 +45,8 @@ def replace_folder(source: Path, target: Path) -> None:
         target.rename(old)
     source.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def round_folder(folder: Path, number: int) -> Path:
+    """Where in a run's folder the student of round `number` (from 1) lies; before that, its healing's checkpoints."""
+    return folder / "rounds" / f"{number:02d}"

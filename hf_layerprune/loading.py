@@ -28,8 +28,30 @@ EMBEDDED = "embedded"
 
 
 def resolve(name_or_path: str) -> str:
-    """Where a named model lies: the package's own folder for `"embedded"`, else the name itself."""
-    return EMBEDDED_MODEL if name_or_path == EMBEDDED else name_or_path
+    """Where a named model lies: the package's own folder for `"embedded"`, else the name without its `@revision`."""
+    return EMBEDDED_MODEL if name_or_path == EMBEDDED else split_revision(name_or_path)[0]
+
+
+def split_revision(name_or_path: str) -> tuple[str, str | None]:
+    """A Hub id may say which revision is meant, as in `"user/name@28-layers"`; a folder does not."""
+    name, at, revision = name_or_path.partition("@")
+    return (name, revision) if at and not Path(name_or_path).exists() else (name_or_path, None)
+
+
+def _pinned(name_or_path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` with the revision the name says."""
+    revision = split_revision(name_or_path)[1]
+    if revision is None:
+        return kwargs
+    if kwargs.get("revision") not in (None, revision):
+        raise LayerPruneError(f"{name_or_path} names another revision than revision={kwargs['revision']!r}; give one")
+    return kwargs | {"revision": revision}
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """The name a model was loaded by."""
+    name = model.config._name_or_path
+    return EMBEDDED if name == EMBEDDED_MODEL else name
 
 
 def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
@@ -42,7 +64,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     if folder.exists() and not (folder / "config.json").is_file():
         raise LayerPruneError(f"{name_or_path} is no model: it has no config.json; give a model folder or a Hub id")
     try:
-        config = AutoConfig.from_pretrained(resolve(name_or_path), **kwargs)
+        config = AutoConfig.from_pretrained(resolve(name_or_path), **_pinned(name_or_path, kwargs))
         check_supported(config)
         plan_of(config)
     except LayerPruneError as error:
@@ -56,7 +78,7 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     """Load a Qwen2-family causal language model from a folder or the Hub, safetensors only.
 
     Args:
-        name_or_path (`str`): local folder or Hub id.
+        name_or_path (`str`): local folder, or Hub id, maybe with a revision: `"user/name@28-layers"`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights in memory; `"auto"` is
             the checkpoint's own.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
@@ -70,8 +92,9 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     kwargs.setdefault("trust_remote_code", False)
     load_config(name_or_path, **{key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs})
     try:
+        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(
-            resolve(name_or_path), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+            resolve(name_or_path), **options, **_pinned(name_or_path, kwargs)
         )
     except LOADING_ERRORS as error:
         raise LayerPruneError(f"{name_or_path} cannot be loaded as a model: {first_line(error)}") from error
@@ -94,7 +117,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
             f"{name_or_path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one beside the model"
         )
     try:
-        return AutoTokenizer.from_pretrained(resolve(name_or_path), **kwargs)
+        return AutoTokenizer.from_pretrained(resolve(name_or_path), **_pinned(name_or_path, kwargs))
     except LOADING_ERRORS as error:
         raise LayerPruneError(
             f"{name_or_path} has no tokenizer that can be loaded; save one beside the model or name another"

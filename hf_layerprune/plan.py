@@ -15,6 +15,10 @@ from typing import Any
 
 from .errors import LayerPruneError
 
+MAX_LAYERS = 10_000
+"""Deeper than any teacher; a plan from outside that asks for more is a mistake, or meant to fill the memory."""
+MAX_JSON_CHARACTERS = 1_000_000
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -39,18 +43,24 @@ class LayerPlan:
             blocks = tuple(tuple(block) for block in self.blocks)
         except TypeError:
             raise LayerPruneError(
-                f"layer plan blocks={self.blocks!r} is not a list of lists of layer indices"
+                f"layer plan blocks={self.blocks!r:.200} is not a list of lists of layer indices"
             ) from None
         layers = [layer for block in blocks for layer in block]
+        if len(layers) > MAX_LAYERS:
+            raise LayerPruneError(f"layer plan holds {len(layers)} layers; more than {MAX_LAYERS} are not supported")
         if not blocks or not all(blocks):
             raise LayerPruneError("layer plan has no blocks or an empty block; a model needs at least one layer")
         if any(type(layer) is not int or layer < 0 for layer in layers):
-            raise LayerPruneError(f"layer plan holds {layers}; layer indices are integers from 0")
+            raise LayerPruneError(f"layer plan holds {layers!r:.200}; layer indices are integers from 0")
         if any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
-            raise LayerPruneError(f"layer plan holds {layers}; layer indices must ascend without repeats")
+            raise LayerPruneError(f"layer plan holds {layers!r:.200}; layer indices must ascend without repeats")
         depth = layers[-1] + 1 if self.num_teacher_layers is None else self.num_teacher_layers
         if type(depth) is not int or depth <= layers[-1]:
-            raise LayerPruneError(f"layer plan uses layer {layers[-1]} of a teacher of {depth!r} layers")
+            raise LayerPruneError(f"layer plan uses layer {layers[-1]} of a teacher of {depth!r:.200} layers")
+        if depth > MAX_LAYERS:
+            raise LayerPruneError(
+                f"layer plan is of a teacher of {depth!r:.200} layers; at most {MAX_LAYERS} are supported"
+            )
         object.__setattr__(self, "blocks", blocks)
         object.__setattr__(self, "num_teacher_layers", depth)
 
@@ -159,10 +169,19 @@ class LayerPlan:
         """Read what `to_json` wrote.
 
         Raises:
-            [`LayerPruneError`]: if `text` is not JSON or not a valid plan.
+            [`LayerPruneError`]: if `text` is not JSON, names a key twice, is too long, or is not a valid plan.
         """
+        if len(text) > MAX_JSON_CHARACTERS:
+            raise LayerPruneError(f"layer plan has {len(text):,} characters; at most {MAX_JSON_CHARACTERS:,} are read")
         try:
-            data = json.loads(text)
-        except ValueError as error:
+            data = json.loads(text, object_pairs_hook=_distinct)
+        except (ValueError, RecursionError) as error:
             raise LayerPruneError(f"layer plan is not JSON: {error}") from None
         return cls.from_dict(data)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys all differ; of two equal ones readers would take different ones."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError(f"a key is there twice: {[key for key, _ in pairs]!r:.200}")
+    return dict(pairs)

@@ -1,4 +1,4 @@
-"""The report of a run: `report.json`, `report.md`, `quality.png`, and the table for the terminal."""
+"""The report of a run: `report.json`, `report.md`, two plots, and the table for the terminal."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from .edits import Edit
 from .files import to_json, write_atomically
+from .layer_map import plot_layer_map
 from .scoring import LayerScores
 from .search import ParallelRange
 
@@ -67,12 +68,17 @@ def report_of(teacher: dict[str, Any], rounds: list[dict[str, Any]], settings: d
 def write_report(
     folder: Path, teacher: dict[str, Any], rounds: list[dict[str, Any]], settings: dict[str, Any]
 ) -> None:
-    """Write the three files of a run's report into its output folder."""
-    report = report_of(teacher, rounds, settings)
+    """Write the report of a run that was measured here into its output folder."""
+    write_report_files(folder, report_of(teacher, rounds, settings))
+
+
+def write_report_files(folder: Path, report: dict[str, Any]) -> None:
+    """Write a report's four files: `report.json`, `report.md`, `quality.png` and `layers.png`."""
     write_atomically(folder / "report.json", to_json(report))
     write_atomically(folder / "report.md", render_markdown(report))
-    if rounds:
-        save_plot(plot_quality(teacher, rounds), folder / "quality.png")
+    if report["rounds"]:
+        save_plot(plot_quality(report["teacher"], report["rounds"]), folder / "quality.png")
+        save_plot(plot_layer_map(report["rounds"]), folder / "layers.png")
 
 
 def recovery(teacher: dict[str, Any], record: dict[str, Any]) -> float | None:
@@ -139,22 +145,12 @@ def render_markdown(report: dict[str, Any]) -> str:
     if rounds:
         last = rounds[-1]
         lines[0] += f" to {last['num_layers']}"
-        lines += [_summary(teacher, last), ""]
-    names = columns(rounds)
-    lines += ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
-    lines += [
-        "| " + " | ".join(cell.replace("|", EDIT_BAR) for cell in row) + " |" for row in table_rows(teacher, rounds)
-    ]
-    lines += [
-        "",
-        f"Quality on {teacher['num_tokens']:,} tokens of {teacher['evaluated_on']}; KL in nats per token against the "
-        f"teacher; agreement is the share of positions with the teacher's most likely token. {EDITS_EXPLAINED}",
-        "",
-    ]
+        lines += [summary(teacher, last), ""]
+    lines += [quality_table(teacher, rounds), ""]
     if rounds:
         lines += ["![quality against depth](quality.png)", ""]
     if "tasks" in teacher:
-        lines += _task_table([teacher, *rounds])
+        lines += ["## Tasks", "", task_table([teacher, *rounds]), ""]
     if any(record["scores"] for record in rounds):
         lines += ["## Scores", ""]
         spread = " ± is one standard error." if any(_standard_errors(record) for record in rounds) else ""
@@ -178,20 +174,37 @@ def render_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _task_table(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Quality on the tasks, a row per depth."""
-    names = {name: result["measure"] for name, result in records[0]["tasks"]["results"].items()}
-    lines = ["## Tasks", "", "Mean cost is what layers were chosen by: 1 - accuracy or score, or nats per token.", ""]
-    lines += ["| layers | mean cost | " + " | ".join(f"{name} ({measure})" for name, measure in names.items()) + " |"]
-    lines += ["|---:|" + "---:|" * (1 + len(names))]
+def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns aligned to the right."""
+    lines = [names, *([cell.replace("|", EDIT_BAR) for cell in row] for row in rows)]
+    head, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([head, "|" + "---:|" * len(names), *body])
+
+
+def quality_table(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> str:
+    """The result as a Markdown table, and the sentence that explains it."""
+    explained = (
+        f"Quality on {teacher['num_tokens']:,} tokens of {teacher['evaluated_on']}; KL in nats per token against the "
+        f"teacher; agreement is the share of positions with the teacher's most likely token. {EDITS_EXPLAINED}"
+    )
+    return markdown_table(columns(rounds), table_rows(teacher, rounds)) + "\n\n" + explained
+
+
+def task_table(records: Sequence[dict[str, Any]]) -> str:
+    """Quality on the tasks as a Markdown table, a row per depth, and the sentence that explains it."""
+    measures = {name: result["measure"] for name, result in records[0]["tasks"]["results"].items()}
+    rows = []
     for record in records:
         results = record["tasks"]["results"]
         cells = [str(record["num_layers"]), f"{record['tasks']['mean_cost']:.4f}"]
-        lines += ["| " + " | ".join(cells + [f"{results[name]['quality']:.4f}" for name in names]) + " |"]
-    return [*lines, ""]
+        rows.append(cells + [f"{results[name]['quality']:.4f}" for name in measures])
+    names = ["layers", "mean cost", *(f"{name} ({measure})" for name, measure in measures.items())]
+    explained = "Mean cost is what layers were chosen by: 1 - accuracy or score, or nats per token."
+    return explained + "\n\n" + markdown_table(names, rows)
 
 
-def _summary(teacher: dict[str, Any], last: dict[str, Any]) -> str:
+def summary(teacher: dict[str, Any], last: dict[str, Any]) -> str:
+    """One sentence: the loss before and after, and how much of the way back healing went."""
     if not was_healed(last):
         return f"Loss per token (nats) {teacher['loss']:.4f} before, **{last['loss']:.4f}** after, without training."
     back = recovery(teacher, last)

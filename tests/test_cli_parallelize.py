@@ -29,7 +29,7 @@ def test_a_search_leaves_model_plan_report_and_plot(run, tmp_path, model_folder)
     assert run("--target_num_layers", 3) == (0, "")
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        "README.md", "model", "plan.json", "quality.png", "report.json", "report.md",
+        "README.md", "layers.png", "model", "plan.json", "quality.png", "recipe.yaml", "report.json", "report.md",
     }  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     assert [record["num_layers"] for record in report["rounds"]] == [4, 3]

@@ -212,3 +212,20 @@ assert torch.equal(again(ids).logits, logits)
     subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL, env=environment)
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert set(saved["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"num_teacher_layers": 10**12, "blocks": [[0]]},
+        {"num_teacher_layers": 10**4000, "blocks": [[0]]},
+        {"num_teacher_layers": True, "blocks": [[0]]},
+        {"num_teacher_layers": 20_000, "blocks": [[n] for n in range(20_000)]},
+        {"num_teacher_layers": 2, "blocks": ["/etc/passwd"]},
+        "../../etc/passwd" * 1000,
+    ],
+)
+def test_a_plan_in_a_config_is_outside_input(plan):
+    with pytest.raises(ValueError, match="layer_plan") as error:
+        PrunedQwen2Config(layer_plan=plan, num_hidden_layers=1)
+    assert len(str(error.value)) < 500

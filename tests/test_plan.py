@@ -69,11 +69,28 @@ def test_bad_blocks_are_refused(blocks, depth):
         '{"blocks": [[0]], "num_teacher_layers": 1, "path": "/etc/passwd"}',
         '{"blocks": [[0]], "num_teacher_layers": 1.5}',
         '{"blocks": [["a"]], "num_teacher_layers": 1}',
+        '{"blocks": [[0]], "num_teacher_layers": 1e9}',
+        '{"blocks": [[0]], "num_teacher_layers": 1000000000000}',
+        '{"blocks": [[0]], "num_teacher_layers": %s}' % ("9" * 4000),
+        '{"blocks": [[0]], "num_teacher_layers": %s}' % ("9" * 5000),
+        '{"blocks": [[1e999]], "num_teacher_layers": 1}',
+        '{"blocks": [[NaN]], "num_teacher_layers": 1}',
+        '{"blocks": [[false]], "num_teacher_layers": 1}',
+        '{"blocks": [[[0]]], "num_teacher_layers": 1}',
+        '{"blocks": ["0"], "num_teacher_layers": 1}',
+        '{"blocks": {"0": 1}, "num_teacher_layers": 1}',
+        '{"blocks": [[0]], "num_teacher_layers": 1, "num_teacher_layers": 2}',
+        '{"blocks": [[0]], "num_teacher_layers": 1, "__class__": "os.system"}',
+        "[" * 100_000,
+        '{"blocks": %s' % ("[" * 100_000),
+        " " * 1_000_001,
+        json.dumps({"blocks": [[n] for n in range(20_000)], "num_teacher_layers": 20_000}),
     ],
 )
 def test_bad_json_is_refused(text):
-    with pytest.raises(LayerPruneError):
+    with pytest.raises(LayerPruneError) as error:
         LayerPlan.from_json(text)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_bad_edits_are_refused():

@@ -3,7 +3,6 @@ import json
 import pytest
 
 from hf_layerprune import LayerScores
-from hf_layerprune.hub import model_card
 from hf_layerprune.report import (
     columns,
     environment,
@@ -25,7 +24,7 @@ TEACHER = {
 
 def entry(number, layers, removed):
     return {
-        "round": number, "num_layers": layers, "edits": [str(removed)], "removed_layers": [removed],
+        "round": number, "criterion": "kl", "num_layers": layers, "edits": [str(removed)], "removed_layers": [removed],
         "num_parameters": 6_500_000, "loss_unhealed": 4.4, "perplexity_unhealed": 81.5,
         "perplexity_before_healing": 70.1, "loss": 4.1, "perplexity": 60.3, "kl": 0.0512, "agreement": 0.834,
         "scores": {"1": 0.3, "2": 0.1},
@@ -91,19 +90,3 @@ def test_environment_names_no_machine():
 def test_scores_plot_survives_zero_and_nan():
     figure = plot_scores(LayerScores("kl", {0: 0.0, 1: float("nan"), 2: 0.2}, 0.0, 5), "title")
     assert len(figure.axes[0].patches) == 3
-
-
-def test_card_of_parallel_layers_says_how_to_load_them():
-    record = {**ROUNDS[0], "plan": {"num_teacher_layers": 4, "blocks": [[0], [1, 2], [3]]}}
-    parallel = model_card(report_of(TEACHER, [record], {}), "me/student", "embedded")
-    plain = model_card(report_of(TEACHER, ROUNDS, {}), "me/student", "embedded")
-    assert "trust_remote_code=True" in parallel.text and "2502.02790" in parallel.text
-    assert "layer-parallelism" in parallel.data.tags
-    assert "trust_remote_code" not in plain.text and "layer-parallelism" not in plain.data.tags
-
-
-def test_card_names_a_base_model_only_if_it_is_on_the_hub(tmp_path):
-    report = report_of(TEACHER, ROUNDS, {})
-    assert model_card(report, "me/student", "Qwen/Qwen2.5-0.5B").data.base_model == "Qwen/Qwen2.5-0.5B"
-    assert model_card(report, "me/student", str(tmp_path)).data.base_model is None
-    assert model_card(report, "me/student", "embedded").data.base_model is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-VERBS = ("compress", "parallelize", "score", "evaluate", "benchmark")
+VERBS = ("compress", "parallelize", "score", "evaluate", "benchmark", "push")
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
@@ -17,9 +17,10 @@ usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
   score        measure and plot the importance of every layer
   evaluate     measure a checkpoint, alone or against a teacher
   benchmark    measure speed and memory of one or more checkpoints, side by side
+  push         put the student of a run on the Hub, with its report and a card
 
-hf-layerprune <verb> --help lists the settings of a verb. Without --model each works on the small English teacher that
-comes with the package.
+hf-layerprune <verb> --help lists the settings of a verb. Without --model those that need one work on the small English
+teacher that comes with the package.
 """
 
 
@@ -37,8 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     from .compress import compress
     from .measure import evaluate, score
     from .parallelize import parallelize
+    from .push import push
 
-    verbs = dict(zip(VERBS, (compress, parallelize, score, evaluate, benchmark), strict=True))
+    verbs = dict(zip(VERBS, (compress, parallelize, score, evaluate, benchmark, push), strict=True))
     _quiet()
     try:
         verbs[argv[0]](argv[1:])
@@ -56,7 +58,9 @@ def _quiet() -> None:
     """The table and the bar speak for the run; libraries only where something is wrong."""
     import datasets
     import transformers
+    from huggingface_hub.utils import logging as hub_logging
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    hub_logging.set_verbosity_error()

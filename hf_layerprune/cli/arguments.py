@@ -16,7 +16,9 @@ from ..errors import LayerPruneError
 class DataArguments:
     """Which model and which text."""
 
-    model: str = field(default="embedded", metadata={"help": "Model folder, Hub id, or 'embedded'."})
+    model: str = field(
+        default="embedded", metadata={"help": "Model folder, Hub id, user/name@revision, or 'embedded'."}
+    )
     dataset: str | None = field(
         default=None,
         metadata={
@@ -38,6 +40,10 @@ class CompressArguments(DataArguments):
     )
     calibration_dataset: str | None = field(
         default=None, metadata={"help": "Text that scores the layers; without it rows of --dataset."}
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Where --model is a student already: the model to score and heal against, its original."},
     )
     dtype: str = field(
         default="float32", metadata={"help": "dtype of the weights in memory: float32, bfloat16 or float16."}
@@ -188,6 +194,32 @@ class BenchmarkArguments:
         # in YAML a list of one may stand without brackets, and a depth is a number
         self.models, self.layers, self.batch_size = map(_as_list, (self.models, self.layers, self.batch_size))
         self.models, self.layers = list(map(str, self.models)), list(map(str, self.layers))
+
+
+@dataclass
+class PushArguments:
+    """Settings of `push`."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Output folder of a run; it can also stand on its own, without the option."}
+    )
+    repo_id: str | None = field(default=None, metadata={"help": "Repository on the Hub: user/name."})
+    private: bool = field(
+        default=False,
+        metadata={"help": "Make the repository private, if it is not there yet; else the account decides."},
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to; main by default."})
+    round: str | None = field(
+        default=None, metadata={"help": "Push the student of this round, such as 05; the last by default."}
+    )
+    depth_tags: bool = field(
+        default=False,
+        metadata={"help": "Push every round up to that one, each with a tag of its depth, such as 28-layers."},
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the model the run started from, where the run does not say."}
+    )
+    commit_message: str | None = field(default=None, metadata={"help": "Title of the commit."})
 
 
 def _as_list(value: Any) -> list[Any]:

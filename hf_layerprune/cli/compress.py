@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..data import ASSETS, load_text_dataset
 from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
-from ..loading import load_config, load_tokenizer
+from ..loading import load_config, load_model, load_tokenizer
 from ..progress import RunProgress
 from ..report import rich_table
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
@@ -55,6 +55,7 @@ def compress(argv: list[str]) -> None:
             eval_dataset=held_out,
             calibration_dataset=calibration,
             processing_class=load_tokenizer(arguments.model),
+            teacher=_teacher(arguments, config),
             peft_config=_lora(arguments),
         )
         trainer.open_run(resume)
@@ -115,6 +116,12 @@ def _compress_datasets(arguments: CompressArguments, text_field: str, seed: int)
         )
     split = train.train_test_split(test_size=max(1, min(1000, len(train) // 10)), seed=seed)
     return split["train"], split["test"], calibration
+
+
+def _teacher(arguments: CompressArguments, config: Any) -> Any:
+    if arguments.teacher is None:
+        return None
+    return load_model(arguments.teacher, dtype=arguments.dtype, trust_remote_code=config.trust_remote_code)
 
 
 def _lora(arguments: CompressArguments) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,10 +19,10 @@ from ..edits import Edit
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
-from ..hub import model_card
+from ..hub import RunFolder, read_plan, run_card
 from ..loading import load_tokenizer
 from ..plan import LayerPlan
-from ..report import plot_range, report_of, rich_table, save_plot, write_report
+from ..report import plot_range, rich_table, save_plot, write_report
 from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of
 from ..trainer.config import TARGETS
@@ -63,10 +64,11 @@ def parallelize(argv: list[str]) -> None:
         add_speed(model, teacher, rounds)
     settings = {key: _without_place(value) for key, value in asdict(arguments).items() if key != "output_dir"}
     write_report(folder, teacher, rounds, settings)
-    card = model_card(report_of(teacher, rounds, settings), f"{folder.name}/model", arguments.model)
-    for target in (folder, folder / "model"):
-        write_atomically(target / "README.md", str(card))
-    write_atomically(folder / "model" / "quality.png", (folder / "quality.png").read_bytes())
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(asdict(arguments), sort_keys=False))
+    card = run_card(RunFolder.open(folder), len(rounds), f"{folder.name}/model", arguments.model)
+    write_atomically(folder / "README.md", str(card))
+    for name in ("README.md", "quality.png", "layers.png"):
+        write_atomically(folder / "model" / name, (folder / name).read_bytes())
     console.print(rich_table(teacher, rounds))
     console.print(f"model: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
@@ -138,7 +140,7 @@ def _steps(
         wanted = plan.with_pairs([_pair(text) for text in arguments.pairs])
         return [(_edits_between(plan, wanted), [], wanted)], None
     if arguments.plan:
-        wanted = _read_plan(arguments.plan)
+        wanted = read_plan(arguments.plan)
         return [(_edits_between(plan, wanted), [], wanted)], None
     depth = plan.depth
     targets = {unit: getattr(arguments, name) for unit, name in TARGETS.items()}
@@ -179,15 +181,6 @@ def _pair(text: str) -> list[int]:
     if not re.fullmatch(r"\d+([,|]\d+)+", text):
         raise LayerPruneError(f"--pairs {text!r} is no group of layers; write it as 4,5")
     return [int(layer) for layer in re.split(r"[,|]", text)]
-
-
-def _read_plan(path: str) -> LayerPlan:
-    try:
-        return LayerPlan.from_json(Path(path).read_text())
-    except LayerPruneError as error:
-        raise LayerPruneError(f"{path}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise LayerPruneError(f"plan {path} cannot be read: {error}") from error
 
 
 def _edits_between(before: LayerPlan, after: LayerPlan) -> list[str]:

@@ -7,6 +7,8 @@ from copy import copy
 
 from transformers import Qwen2Config
 
+MAX_LAYERS = 10_000  # a plan is outside input; one that asks for more is a mistake, or meant to fill the memory
+
 
 class PrunedQwen2Config(Qwen2Config):
     r"""
@@ -92,15 +94,19 @@ def checked_plan(plan):
     """A layer plan as plain lists and integers, or a `ValueError` that says what is wrong with it."""
     plan = plan.to_dict() if hasattr(plan, "to_dict") else plan
     if not isinstance(plan, dict) or set(plan) != {"num_teacher_layers", "blocks"}:
-        raise ValueError(f'layer_plan={plan!r} needs exactly the keys "num_teacher_layers" and "blocks"')
+        raise ValueError(f'layer_plan={plan!r:.200} needs exactly the keys "num_teacher_layers" and "blocks"')
     blocks, depth = plan["blocks"], plan["num_teacher_layers"]
     if not isinstance(blocks, (list, tuple)) or not all(isinstance(b, (list, tuple)) and b for b in blocks):
-        raise ValueError(f"layer_plan has blocks={blocks!r}; it needs a list of non-empty lists of layers")
+        raise ValueError(f"layer_plan has blocks={blocks!r:.200}; it needs a list of non-empty lists of layers")
     layers = [layer for block in blocks for layer in block]
     if not layers or any(type(layer) is not int for layer in (*layers, depth)):
-        raise ValueError(f"layer_plan has layers {layers} of {depth!r}; it needs at least one, all integers")
+        raise ValueError(
+            f"layer_plan has layers {layers!r:.200} of {depth!r:.200}; it needs at least one, all integers"
+        )
+    if max(len(layers), depth) > MAX_LAYERS:
+        raise ValueError(f"layer_plan has {len(layers)} layers of {depth!r:.200}; at most {MAX_LAYERS} are supported")
     if layers[0] < 0 or layers[-1] >= depth or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
-        raise ValueError(f"layer_plan has layers {layers}; they must ascend from 0 to at most {depth - 1}")
+        raise ValueError(f"layer_plan has layers {layers!r:.200}; they must ascend from 0 to at most {depth - 1}")
     return {"num_teacher_layers": depth, "blocks": [list(block) for block in blocks]}
 
 

@@ -24,11 +24,11 @@ from ..data import Batch, check_batches, collated_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..evaluation import EvaluationReport, evaluate_model
-from ..files import write_atomically
-from ..hub import TAGS, model_card
-from ..loading import load_config, load_model, load_tokenizer
+from ..files import round_folder, write_atomically
+from ..hub import TAGS
+from ..loading import load_config, load_model, load_tokenizer, name_of
 from ..plan import LayerPlan
-from ..report import report_of, write_report
+from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
@@ -36,19 +36,20 @@ from .checks import check_budget, check_enough_rows, check_has_text, check_reque
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .healing import LayerHealingTrainer
+from .publishing import HubPublishing
 from .records import add_speed, round_record, task_record, teacher_record
 from .run_state import RunState, check_target, decisive_settings, gauge_of_run, last_whole_checkpoint, open_run
-from .students import publish_student, round_folder, save_student
+from .students import publish_student, save_student
 from .targets import HiddenStateMap, trained_blocks
 from .towers import share_equal_weights, shared_depth
 from .trainable import make_plain, make_trainable
 
 
-class IterativeLayerDistillTrainer(LayerHealingTrainer):
+class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
     """Make a language model shallower, one measured and healed layer at a time.
 
     `train()` runs all rounds and leaves in `args.output_dir`: `rounds/NN/` (the student of each round), `model/` (the
-    last one), `plan.json`, `report.json`, `report.md`, `quality.png`. A student is plain `Qwen2ForCausalLM`, or
+    last one), `plan.json`, `report.json`, `report.md`, two plots and a card. A student is plain `Qwen2ForCausalLM`, or
     [`PrunedQwen2ForCausalLM`] once layers run in parallel.
 
     Args:
@@ -100,7 +101,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
     ) -> None:
         if train_dataset is None:
             raise LayerPruneError("train_dataset is missing; healing needs text")
-        self.model_name = model if isinstance(model, str) else model.config._name_or_path
+        self.model_name = model if isinstance(model, str) else name_of(model)
         if isinstance(model, str):
             init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
             init |= args.model_init_kwargs or {}
@@ -110,6 +111,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
             self.save_dtype = model.dtype
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name)
+        self.teacher_name = self.model_name if teacher is None else name_of(teacher)
         self.teacher = (teacher if teacher is not None else model).to(args.device)
         self.start = model.to(args.device)  # what the first round starts from
         self.gauge: Gauge | None = None  # what students are measured by; made when the run is opened
@@ -187,7 +189,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
             self._phase("evaluating teacher")
             report = evaluate_model(self.teacher, self.eval_batches, on_batch=self._phase_step)
             evaluated_on = "calibration data" if self.eval_dataset is None else "evaluation data"
-            run.teacher = teacher_record(self.model_name, self.teacher, report, evaluated_on)
+            run.teacher = teacher_record(self.teacher_name, self.teacher, report, evaluated_on)
             run.teacher |= task_record(self.teacher, self.tasks, self.processing_class, self.teacher)
             self._save_run(run, folder)
         while not self.gauge.met(plan_of(student)):
@@ -202,6 +204,8 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
                 add_speed(self.teacher, run.teacher, run.rounds)
         self._save_run(run, folder)
         self._publish(folder, run)
+        if self.args.push_to_hub:
+            self.push_to_hub()
         unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
         self.accelerator.wait_for_everyone()
         return output
@@ -337,7 +341,7 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         if self.args.should_save and run.rounds:
             write_report(folder, run.teacher, run.rounds, run.settings)
             self.create_model_card()
-            files = [folder / "README.md", folder / "quality.png"]
+            files = [folder / name for name in ("README.md", "quality.png", "layers.png")]
             publish_student(round_folder(folder, len(run.rounds)), folder / "model", files)
             write_atomically(folder / "plan.json", LayerPlan.from_dict(run.rounds[-1]["plan"]).to_json() + "\n")
 
@@ -389,17 +393,6 @@ class IterativeLayerDistillTrainer(LayerHealingTrainer):
         """Checkpoints of a healing lie in the folder of its round."""
         folder = Path(self.args.output_dir)
         return str(round_folder(folder, self._round) if self._round else folder)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write `README.md` into the output folder, from what the run has measured so far."""
-        folder = Path(self.args.output_dir)
-        if self.args.should_save and self.run is not None and self.run.rounds:
-            report = report_of(self.run.teacher, self.run.rounds, self.run.settings)
-            tags = [tags] if isinstance(tags, str) else tags or []
-            card = model_card(report, model_name or f"{folder.name}/model", self.model_name, tags)
-            write_atomically(folder / "README.md", str(card))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         super().log(logs | {"round": self._round} if self._round else logs, *args, **kwargs)

@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 from ..budget import Gauge
 from ..data import Batch
 from ..errors import LayerPruneError
-from ..files import write_atomically
+from ..files import round_folder, write_atomically
 from ..latency import BlockLatency
 from ..plan import LayerPlan
 from ..surgery import plan_of
 from ..tasks import PreparedTask
 from .config import TARGETS, IterativeLayerDistillConfig
-from .students import round_folder
 
 STATE_FILE = "run_state.json"
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")

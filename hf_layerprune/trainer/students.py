@@ -12,11 +12,6 @@ from ..files import replace_folder
 from ..surgery import prune
 
 
-def round_folder(folder: Path, number: int) -> Path:
-    """Where the student of round `number` (from 1) lies, and the checkpoints of its healing before that."""
-    return folder / "rounds" / f"{number:02d}"
-
-
 def save_student(
     student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, target: Path
 ) -> None:

@@ -1,0 +1,43 @@
+"""The card a push of the embedded run would have, without the push: `docs/example-card`.
+
+python recipes/tiny/make_card.py --output_dir docs/example-card
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hf_layerprune.data import ASSETS
+from hf_layerprune.hub import RunFolder, run_card
+from hf_layerprune.layer_map import plot_layer_map
+from hf_layerprune.report import plot_quality, save_plot
+
+RESULTS = Path(__file__).parent / "results"
+NAME = "user/embedded-8"
+
+
+def embedded_card() -> str:
+    """Made of the committed report and the recipe that led to it."""
+    with TemporaryDirectory() as folder:
+        shutil.copy(RESULTS / "report.json", folder)
+        shutil.copy(ASSETS / "recipe.yaml", folder)
+        run = RunFolder.open(folder)
+        return str(run_card(run, len(run.report["rounds"]), NAME, pushed=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    folder = parser.parse_args().output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(embedded_card(), encoding="utf-8")
+    report = RunFolder.open(RESULTS).report
+    save_plot(plot_layer_map(report["rounds"]), folder / "layers.png")
+    save_plot(plot_quality(report["teacher"], report["rounds"]), folder / "quality.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A process that pushes, pulls and runs verbs against a test Hub, told by lines of JSON.
+
+The client reads HF_ENDPOINT and HF_HUB_DISABLE_XET when it is imported, so each kind of client is a process; it serves
+many calls, since importing takes seconds. The client is as it is, only its waits between attempts are shortened. The
+plots of one report are drawn once: they take longer than the rest of a push.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+
+from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, embedded_dataset
+from hf_layerprune.hub import load_run, push_run, staging
+
+drawn = {}
+
+
+def write_report_files(folder, report):
+    key = json.dumps(report, sort_keys=True)
+    if key not in drawn:
+        draw(folder, report)
+        drawn[key] = {name: (folder / name).read_bytes() for name in FILES}
+    for name, content in drawn[key].items():
+        (folder / name).write_bytes(content)
+
+
+FILES = ("report.json", "report.md", "quality.png", "layers.png")
+draw, staging.write_report_files = staging.write_report_files, write_report_files
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.02))
+
+
+def call(request):
+    kind = request.pop("call")
+    if kind == "push":
+        messages = []
+        commit = push_run(**request, on_message=messages.append)
+        return {"oid": commit.oid, "url": commit.commit_url, "messages": messages}
+    if kind == "load":
+        wants_model = request.pop("model", False)
+        run = load_run(**request)
+        if wants_model:
+            return {"kind": type(run.load_model()).__name__}
+        return {"plan": run.plan.to_dict(), "report": run.report, "revision": run.revision}
+    if kind == "train":
+        return train(**request)
+    out, err = io.StringIO(), io.StringIO()
+    token = os.environ.pop("HF_TOKEN") if request["without_token"] else os.environ["HF_TOKEN"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(request["argv"])
+    os.environ["HF_TOKEN"] = token
+    return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def train(model, output_dir, **changes):
+    """A run of one round by the trainer, which pushes; then once more, otherwise."""
+    from conftest import tiny_config
+
+    texts = embedded_dataset("calibration").select(range(8))
+    args = tiny_config(output_dir, target_num_layers=5, max_steps=1, measure_speed=False, **changes)
+    trainer = IterativeLayerDistillTrainer(model=model, args=args, train_dataset=texts)
+    trainer.train()
+    again = trainer.push_to_hub(commit_message="Again", tags="mine", dataset_name="user/books", blocking=False)
+    return {"oid": again.result().oid}
+
+
+answers = sys.stdout
+sys.stdout = sys.stderr
+for line in sys.stdin:
+    try:
+        answer = call(json.loads(line))
+    except LayerPruneError as error:
+        answer = {"error": str(error)}
+    except Exception as error:
+        answer = {"crash": repr(error)}
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()

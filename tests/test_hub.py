@@ -1,0 +1,556 @@
+"""Push and pull against a Hub on loopback, by the unmodified client, with everything that can go wrong on the way."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+import torch
+import yaml
+from conftest import byte_tokenizer, tiny_model
+from hub_server import Fault, HubServer
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, load_run
+from hf_layerprune.cli.arguments import CompressArguments, ParallelizeArguments, parse
+
+TOKEN, USER = "hf_writer", "zaphod-beeblebrox"
+WHOLE = {
+    "README.md", "config.json", "generation_config.json", "layers.png", "model.safetensors", "plan.json",
+    "quality.png", "recipe.yaml", "report.json", "report.md", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+CODE = {"configuration_pruned_qwen2.py", "modeling_pruned_qwen2.py"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two finished runs under a folder with a user's name: three rounds of removal, and one with a pair."""
+    home = tmp_path_factory.mktemp("home") / USER
+    teacher, text = home / "tiny-model", home / "diary.txt"
+    tiny_model(6).save_pretrained(teacher)
+    byte_tokenizer().save_pretrained(teacher)
+    (teacher / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# A tiny model\n")
+    text.write_text("\n".join(f"Once upon a time, {n} times over, there was a small house." for n in range(80)))
+    common = ["--model", teacher, "--dataset", text, "--max_length", 32]
+    quick = [
+        "--target_num_layers", 3, "--max_steps", 1, "--num_calibration_samples", 2, "--num_eval_samples", 2,
+        "--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2, "--packing", "true",
+        "--packing_strategy", "wrapped", "--save_strategy", "no", "--report_to", "none", "--measure_speed", "false",
+    ]  # fmt: skip
+    pairs = ["--pairs", "2,3", "--num_samples", 2, "--num_eval_samples", 2, "--measure_speed", "false"]
+    for verb, name, extra in (("compress", "plain", quick), ("parallelize", "paired", pairs)):
+        assert cli.main([verb, *map(str, common), "--output_dir", str(home / name), *map(str, extra)]) == 0
+    return home
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def lfs_hub():
+    with HubServer(lfs_suffixes=(".safetensors",)) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def fresh(request):
+    for name in {"hub", "lfs_hub"} & set(request.fixturenames):
+        request.getfixturevalue(name).reset()
+
+
+def environment(server, home, **changes):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    path = os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])
+    fixed = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
+             "PYTHONPATH": path, "USER": USER, "LOGNAME": USER, "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return kept | fixed | changes
+
+
+class Worker:
+    """One process of `hub_worker.py`."""
+
+    def __init__(self, server, home, **changes):
+        script = os.path.join(os.path.dirname(__file__), "hub_worker.py")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.process = subprocess.Popen([sys.executable, script], env=environment(server, home, **changes), **pipes)
+
+    def __call__(self, call, **arguments):
+        self.process.stdin.write(json.dumps({"call": call} | arguments) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert "crash" not in answer, answer
+        return answer
+
+    def push(self, folder, repo_id="me/student", **options):
+        return self("push", output_dir=str(folder), repo_id=repo_id, **options)
+
+    def run(self, *argv, without_token=False):
+        answer = self("cli", argv=[str(word) for word in argv], without_token=without_token)
+        return answer["status"], answer["out"], answer["err"]
+
+
+@pytest.fixture(scope="module")
+def worker(hub, tmp_path_factory):
+    """A client with its default way to upload."""
+    process = Worker(hub, tmp_path_factory.mktemp("cache"))
+    yield process
+    process.process.kill()
+    process.process.wait()
+
+
+@pytest.fixture(scope="module")
+def lfs_worker(lfs_hub, tmp_path_factory):
+    """A client that sends large files by LFS."""
+    process = Worker(lfs_hub, tmp_path_factory.mktemp("cache"), HF_HUB_DISABLE_XET="1")
+    yield process
+    process.process.kill()
+    process.process.wait()
+
+
+# -- what arrives ----------------------------------------------------------------------------------------------------
+
+
+def test_one_commit_with_everything_a_stranger_needs_and_nothing_local(hub, worker, runs):
+    assert "oid" in worker.push(runs / "plain")
+    repo = hub.repos["me/student"]
+    files = repo.files()
+    assert set(files) == WHOLE and len(files) <= 20  # more would let the client split a commit that keeps failing
+    assert repo.titles() == ["3 layers of tiny-model"]
+    assert files["model.safetensors"] == (runs / "plain" / "model" / "model.safetensors").read_bytes()
+    told = b"\n".join(content for name, content in files.items() if name != "model.safetensors").decode("latin-1")
+    for secret in (str(runs), str(runs.parent), USER, TOKEN, "optimizer.pt"):
+        assert secret not in told
+    assert "tiny-model" in told and "diary.txt" in told
+
+
+def test_with_pairs_the_two_code_files_come_along_and_leave_with_them(hub, worker, runs):
+    worker.push(runs / "paired")
+    repo = hub.repos["me/student"]
+    assert set(repo.files()) == WHOLE | CODE
+    hub.seed("me/student", {"notes.md": b"mine", "model-00001-of-00002.safetensors": b"an old shard"})
+    answer = worker.push(runs / "plain")
+    assert set(repo.files()) == WHOLE | {"notes.md"}  # what a push did not bring stays
+    assert "me/student is there already; its branch main holds a student" in answer["messages"][0]
+
+
+def test_the_recipe_is_one(hub, worker, runs):
+    worker.push(runs / "plain", round="01")
+    worker.push(runs / "paired", "me/paired")
+    one, other = (yaml.safe_load(hub.repos[name].files()["recipe.yaml"]) for name in ("me/student", "me/paired"))
+    assert one["model"] == "tiny-model" and one["dataset"] == "diary.txt" and one["target_num_layers"] == 5
+    assert other["pairs"] == ["2,3"] and other["output_dir"] == "paired"
+    for recipe, types in ((one, (CompressArguments, IterativeLayerDistillConfig)), (other, (ParallelizeArguments,))):
+        path = runs / "recipe-from-the-hub.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        parse(types, ["--config", str(path)])
+
+
+def test_a_round(hub, worker, runs):
+    worker.push(runs / "plain", round="02", revision="experiments/two")
+    repo = hub.repos["me/student"]
+    files = repo.files("experiments/two")
+    report = json.loads(files["report.json"])
+    assert [record["num_layers"] for record in report["rounds"]] == [5, 4]
+    assert json.loads(files["config.json"])["num_hidden_layers"] == 4
+    assert repo.files() == {} and set(repo.branches) == {"main", "experiments/two"}
+
+
+def test_a_tag_for_every_depth(hub, worker, runs):
+    worker.push(runs / "plain", depth_tags=True)
+    repo = hub.repos["me/student"]
+    assert set(repo.tags) == {"5-layers", "4-layers", "3-layers"} and set(repo.branches) == {"main"}
+    for depth in (5, 4, 3):
+        files = repo.files(f"{depth}-layers")
+        assert set(files) == WHOLE and json.loads(files["config.json"])["num_hidden_layers"] == depth
+    assert repo.tags["3-layers"] == repo.branches["main"] and "5-layers" in repo.files()["README.md"].decode()
+    before = dict(repo.tags)
+    worker.push(runs / "plain", depth_tags=True)
+    assert repo.titles("4-layers") == ["4 layers of tiny-model"]
+    assert repo.tags == before and repo.titles() == ["3 layers of tiny-model"]  # nothing new, so no new commit
+    worker.push(runs / "plain", depth_tags=True, tags=["better"])
+    assert all(repo.tags[tag] != before[tag] for tag in before) and set(repo.branches) == {"main"}
+    card = repo.files("4-layers")["README.md"].decode()
+    assert "better" in card and 'from_pretrained("me/student", revision="4-layers")' in card
+    assert "vllm serve me/student --revision 4-layers" in card and "vllm serve me/student\n" in main_card(repo)
+
+
+def main_card(repo):
+    return repo.files()["README.md"].decode()
+
+
+@pytest.mark.parametrize("part_size", [None, 20_000])
+def test_large_files_by_lfs(lfs_hub, lfs_worker, runs, part_size):
+    lfs_hub.part_size = part_size
+    lfs_hub.store.clear()
+    assert "oid" in lfs_worker.push(runs / "plain")
+    repo = lfs_hub.repos["me/student"]
+    assert repo.commits[repo.branches["main"]].tree["model.safetensors"].lfs
+    assert repo.files()["model.safetensors"] == (runs / "plain" / "model" / "model.safetensors").read_bytes()
+    lfs_hub.log.clear()
+    lfs_worker.push(runs / "plain", tags=["again"])
+    assert not any("PUT" in line for line in lfs_hub.log)  # what is there is not sent twice
+
+
+def test_without_xet_and_lfs_as_well(lfs_hub, lfs_worker, runs):
+    lfs_hub.lfs_suffixes = ()
+    try:
+        assert "oid" in lfs_worker.push(runs / "plain")
+        assert set(lfs_hub.repos["me/student"].files()) == WHOLE
+    finally:
+        lfs_hub.lfs_suffixes = (".safetensors",)
+
+
+def test_weights_in_several_files(hub, worker, runs, tmp_path):
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "rounds" / "03")
+    student = tmp_path / "run" / "model"
+    model = AutoModelForCausalLM.from_pretrained(student)
+    (student / "model.safetensors").unlink()
+    model.save_pretrained(student, max_shard_size="100KB")
+    assert "oid" in worker.push(tmp_path / "run")
+    parts = {name for name in hub.repos["me/student"].files() if "model" in name}
+    assert len(parts) > 2 and parts == {path.name for path in student.glob("model*")}
+    hub.reset()
+    next(student.glob("*.safetensors")).unlink()
+    refused(hub, worker.push(tmp_path / "run"), "no whole student", ".safetensors is missing")
+
+
+def test_a_private_repository(hub, worker, runs):
+    status, out, err = worker.run("push", runs / "plain", "--repo_id", "me/secret", "--private")
+    assert status == 0 and hub.repos["me/secret"].private and f"{hub.endpoint}/me/secret/commit/" in out
+    assert "pushing 3 layers to me/secret" in err
+
+
+def test_the_verb_takes_its_words_in_any_order(hub, worker, runs):
+    extra = ["--private", runs / "plain", "--round", "01", "--repo_id", "team/shared", "--depth_tags", "true"]
+    assert worker.run("push", *extra)[0] == 0
+    assert set(hub.repos["team/shared"].tags) == {"5-layers"} and hub.repos["team/shared"].private
+
+
+def test_a_trainer_pushes_when_it_is_done_and_not_before(hub, worker, runs, tmp_path):
+    options = {
+        "model": str(runs / "tiny-model"),
+        "push_to_hub": True,
+        "hub_model_id": "trained",
+        "save_strategy": "steps",
+    }
+    wrong = worker("train", output_dir=str(tmp_path / "run"), hub_token="hf_reader", **options)
+    assert (
+        "may only read" in wrong["error"] and not (tmp_path / "run" / "rounds").exists()
+    )  # before anything is trained
+    more = {"save_steps": 1, "hub_private_repo": True, "hub_revision": "side"}
+    assert "oid" in worker("train", output_dir=str(tmp_path / "run"), **more, **options)
+    repo = hub.repos["me/trained"]
+    assert repo.titles("side") == ["Again", "5 layers of tiny-model"] and repo.private and repo.files() == {}
+    files = repo.files("side")
+    assert set(files) == WHOLE and str(tmp_path) not in files["recipe.yaml"].decode()
+    card, recipe = files["README.md"].decode(), yaml.safe_load(files["recipe.yaml"])
+    assert "- mine\n" in card and "- user/books\n" in card and "--dataset TEXT" in card
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    parse((CompressArguments, IterativeLayerDistillConfig), ["--config", str(path)])
+    assert recipe["model"] == "tiny-model" and recipe["target_num_layers"] == 5
+
+
+# -- what comes back -------------------------------------------------------------------------------------------------
+
+STRANGER = """
+import importlib.util, json, sys
+sys.path += {paths}
+assert importlib.util.find_spec("hf_layerprune") is None or sys.modules.setdefault("hf_layerprune", None) is None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code={trust}, revision="{revision}")
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", revision="{revision}")
+ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    torch.save((type(model).__name__, ids, model(ids).logits), "{out}")
+"""
+
+
+@pytest.mark.parametrize("name, kind", [("plain", "Qwen2ForCausalLM"), ("paired", "PrunedQwen2ForCausalLM")])
+def test_a_stranger_computes_the_same_to_the_bit(hub, worker, runs, tmp_path, name, kind):
+    worker.push(runs / name)
+    paths = list({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    fields = {"paths": paths, "repo_id": "me/student", "trust": name == "paired", "out": tmp_path / "out.pt"}
+    script = STRANGER.format(**fields, revision="main")
+    command = [sys.executable, "-I", "-S", "-c", script]  # without site-packages' path files, so without the package
+    env = environment(hub, tmp_path / "empty") | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(command, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loaded, ids, logits = torch.load(tmp_path / "out.pt")
+    student = AutoModelForCausalLM.from_pretrained(runs / name / "model")
+    with torch.no_grad():
+        assert loaded == kind and torch.equal(logits, student(ids).logits)
+
+
+def test_plan_and_report_come_back(hub, worker, runs):
+    oid = worker.push(runs / "plain", depth_tags=True)["oid"]
+    pulled = worker("load", name="me/student")
+    report = json.loads((runs / "plain" / "report.json").read_text())
+    assert pulled["revision"] == oid and pulled["plan"] == report["rounds"][-1]["plan"]
+    assert pulled["report"]["rounds"] == report["rounds"]
+    assert len(worker("load", name="me/student@4-layers")["report"]["rounds"]) == 2
+    assert len(worker("load", name="me/student", revision="5-layers")["report"]["rounds"]) == 1
+
+
+def test_compress_continues_from_a_pushed_student(hub, worker, runs, tmp_path):
+    worker.push(runs / "plain", depth_tags=True)
+    quick = ["--dataset", runs / "diary.txt", "--max_length", 32, "--num_calibration_samples", 2, "--max_steps", 1,
+             "--num_eval_samples", 2, "--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2,
+             "--save_strategy", "no", "--report_to", "none", "--measure_speed", "false"]  # fmt: skip
+    out, teacher = tmp_path / "on", runs / "tiny-model"
+    command = ["compress", "--model", "me/student@4-layers", "--teacher", teacher, "--target_num_layers", 3]
+    status, _, err = worker.run(*command, "--output_dir", out, *quick)
+    assert status == 0, err
+    report = json.loads((out / "report.json").read_text())
+    before = json.loads(hub.repos["me/student"].files("4-layers")["plan.json"])
+    plan = report["rounds"][0]["plan"]
+    assert plan["num_teacher_layers"] == 6 and len(plan["blocks"]) == 3
+    assert all(block in before["blocks"] for block in plan["blocks"])
+    assert report["teacher"]["num_layers"] == 6 and report["teacher"]["name"] == "tiny-model"
+    assert worker.push(out, "me/deeper")["oid"]
+    card = hub.repos["me/deeper"].files()["README.md"].decode()
+    assert "base_model: me/student\n" in card and "base_model_relation: finetune" in card and "license: mit" in card
+    assert "Removed before this run: " in card
+
+
+def test_the_model_comes_with_its_plan(hub, worker, runs):
+    worker.push(runs / "paired")
+    assert worker("load", name="me/student", model=True)["kind"] == "PrunedQwen2ForCausalLM"
+    config = json.loads(hub.repos["me/student"].files()["config.json"])
+    config["layer_plan"] = {"num_teacher_layers": 6, "blocks": [[0], [1], [2, 4], [3], [5]]}
+    hub.seed("me/student", {"config.json": json.dumps(config).encode()})
+    assert "must ascend" in worker("load", name="me/student", model=True)["error"]
+
+
+def test_a_run_on_this_machine(runs, tmp_path):
+    run = load_run(runs / "paired")
+    assert run.revision is None and run.plan.parallel_pairs == ((2, 3),) and run.load_tokenizer()("a")
+    assert run.load_model().config.layer_plan == run.plan.to_dict()
+    with pytest.raises(LayerPruneError, match=r"holds no finished run: it has no plan\.json and no report\.json"):
+        load_run(tmp_path)
+    for name in ("plan.json", "report.json"):
+        shutil.copy(runs / "plain" / name, tmp_path)
+    shutil.copy(runs / "paired" / "plan.json", tmp_path)
+    with pytest.raises(LayerPruneError, match="has another plan than"):
+        load_run(tmp_path)
+
+
+# -- what is refused before anything is sent -------------------------------------------------------------------------
+
+
+def refused(hub, answer, *parts):
+    assert all(part in answer["error"] for part in parts), answer
+    assert "\n" not in answer["error"] and TOKEN not in answer["error"]
+    assert not any(word in line for line in hub.log for word in ("POST", "PUT", "DELETE")), hub.log
+
+
+@pytest.mark.parametrize("name", ["a b", "me/two/three", "-x", "me/" + "x" * 100, "", "me/dot..dot", "../etc"])
+def test_a_name_that_is_none(hub, worker, runs, name):
+    refused(hub, worker.push(runs / "plain", name), "is no name of a repository", "give user/name")
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("revision", ["a b", "refs/heads/x", "../x", "0" * 40, "a..b", ""])
+def test_a_revision_that_is_none(hub, worker, runs, revision):
+    refused(hub, worker.push(runs / "plain", revision=revision), "is no name of a branch")
+
+
+@pytest.mark.parametrize(
+    "token, repo_id, message",
+    [
+        ("hf_wrong", "me/student", "the Hub refuses the token (401)"),
+        ("hf_reader", "me/student", "may only read"),
+        ("hf_coarse", "me/student", "fine-grained token for the Hub may not write to me/student"),
+        (TOKEN, "google/student", "the token is me's, who cannot write to google/student; push to me/student"),
+        (TOKEN, "club/student", "me may only read in club"),
+    ],
+)
+def test_a_token_without_the_right(hub, worker, runs, token, repo_id, message):
+    refused(hub, worker.push(runs / "plain", repo_id, token=token), message)
+
+
+def test_a_fine_grained_token_with_the_right(hub, worker, runs):
+    assert "oid" in worker.push(runs / "plain", "student", token="hf_fine")
+    assert set(hub.repos) == {"me/student"}  # the token's own namespace
+
+
+def test_a_repository_that_holds_something_else(hub, worker, runs):
+    hub.seed("me/student", {"pytorch_model.bin": b"", "config.json": b"{}"})
+    message = "me/student exists and its revision main holds something else (config.json, pytorch_model.bin"
+    refused(hub, worker.push(runs / "plain"), message, "choose another name")
+    assert "oid" in worker.push(runs / "plain", revision="pruned")  # what is there stays
+    hub.reset()
+    hub.seed("me/student", {"README.md": b"# soon", "LICENSE": b""})
+    assert "oid" in worker.push(runs / "plain")
+
+
+def test_what_is_to_be_private_does_not_go_where_everybody_reads(hub, worker, runs):
+    hub.seed("me/student", {})
+    refused(hub, worker.push(runs / "plain", private=True), "me/student exists and is public")
+
+
+def test_a_tag_that_is_a_branch_and_the_other_way_round(hub, worker, runs):
+    repo = hub.seed("me/student", {})
+    repo.tags["v1"] = repo.branches["4-layers"] = repo.branches["main"]
+    refused(hub, worker.push(runs / "plain", revision="v1"), "'v1' is a tag")
+    refused(hub, worker.push(runs / "plain", depth_tags=True), "has a branch '4-layers'")
+
+
+def test_folders_that_hold_no_finished_run(hub, worker, runs, tmp_path):
+    refused(hub, worker.push(tmp_path), "holds no finished run")
+    refused(hub, worker.push(tmp_path / "nowhere"), "holds no finished run")
+    for number in ("0", "04", "x", "-1"):
+        refused(hub, worker.push(runs / "plain", round=number), f"round={number} but", "1..3")
+    shutil.copytree(runs / "plain", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "model")
+    refused(hub, worker.push(tmp_path / "cut"), "is not finished", "name a finished round")
+    (tmp_path / "cut" / "rounds" / "02" / "tokenizer.json").unlink()
+    refused(hub, worker.push(tmp_path / "cut", round=2), "no whole student: tokenizer.json")
+    shutil.rmtree(tmp_path / "cut" / "rounds" / "01")
+    refused(hub, worker.push(tmp_path / "cut", round=1), "no longer holds the student of round 1")
+    (tmp_path / "cut" / "report.json").write_text("[" * 100_000)
+    refused(hub, worker.push(tmp_path / "cut", round=1), "report.json is not JSON")
+
+
+def test_what_would_leak_is_refused(hub, worker, runs, tmp_path):
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    for text, what in (("hf_" + "a" * 30, "an access token"), (f"see {tmp_path}/run/x", "the local path")):
+        (tmp_path / "run" / "recipe.yaml").write_text(recipe + f"optim_args: {text}\n")
+        refused(hub, worker.push(tmp_path / "run"), f"recipe.yaml holds {what}")
+
+
+def test_no_token(hub, worker, runs):
+    status, _, err = worker.run("push", runs / "plain", "--repo_id", "me/student", without_token=True)
+    assert status == 2 and hub.log == []
+    assert err == "hf-layerprune: no token for the Hub; set HF_TOKEN or log in with `hf auth login`\n"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "which run?"),
+        (["{run}"], "--repo_id user/name"),
+        (["{run}", "{run}", "--repo_id", "me/x"], "are 2 folders"),
+        (["{run}", "--output_dir", "{run}", "--repo_id", "me/x"], "named twice"),
+        (["{run}", "--repo_id", "a b"], "no name of a repository"),
+        (["{run}", "--repo_id", "me/x", "--base_model", "./model"], "base_model='./model'"),
+        (["{run}", "--repo_id", "me/x", "--rounds", "1"], "--rounds"),
+        (["{run}", "--repo_id", "me/x", "--round", "99"], "round=99"),
+    ],
+)
+def test_bad_input_of_the_verb_is_one_line_and_exit_status_2(runs, capsys, words, message):
+    assert cli.main(["push", *(word.format(run=runs / "plain") for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and message in error
+
+
+def test_offline(runs, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert cli.main(["push", str(runs / "plain"), "--repo_id", "me/x"]) == 2
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+# -- what goes wrong on the way --------------------------------------------------------------------------------------
+
+
+def never_half_made(repo):
+    for name, files in repo.shown:
+        assert files in (frozenset(), frozenset(WHOLE)), (name, WHOLE - files)
+
+
+@pytest.mark.parametrize("kind", ["503", "cut", "cut body", "cut answer", "slow"])
+@pytest.mark.parametrize("client", ["default", "lfs"])
+def test_a_fault_at_every_request_in_turn(request, runs, kind, client):
+    server, process = (request.getfixturevalue(f"lfs_{n}" if client == "lfs" else n) for n in ("hub", "worker"))
+    server.part_size, server.delay = 30_000, 0.05
+    process.push(runs / "plain", round=1, depth_tags=True, revision="deep")
+    for number in range(len(server.log)):
+        server.reset()
+        server.store.clear()
+        server.parts.clear()
+        server.faults.append(Fault(kind, at=number))
+        answer = process.push(runs / "plain", round=1, depth_tags=True, revision="deep")
+        assert "oid" in answer, (number, server.log[number], answer)
+        repo = server.repos["me/student"]
+        assert set(repo.files("deep")) == set(repo.files("5-layers")) == WHOLE
+        assert set(repo.branches) == {"main", "deep"} and repo.titles("deep") == ["5 layers of tiny-model"]
+        never_half_made(repo)
+
+
+@pytest.mark.parametrize("kind", ["503", "cut", "cut answer"])
+@pytest.mark.parametrize(
+    "path", ["whoami", "create", "validate", "refs", "preupload", "/commit/", "/tag/", "/branch/"]
+)
+def test_a_fault_that_stays_is_one_line_and_a_second_push_completes(hub, worker, runs, kind, path):
+    options = {"depth_tags": True, "round": 2}
+    hub.seed("me/student", {})
+    hub.repos["me/student"].shown.clear()
+    hub.faults.append(Fault(kind, path=path, times=10_000))
+    if path == "create":
+        hub.repos.clear()
+    answer = worker.push(runs / "plain", **options)
+    if (path, kind) != ("/commit/", "cut answer"):  # then it is there, as the next attempt finds
+        error = answer["error"]
+        assert "\n" not in error and "push again" in error
+        assert "503" in error or "the connection to the Hub was lost" in error
+    for repo in hub.repos.values():
+        never_half_made(repo)
+    hub.faults.clear()
+    assert "oid" in worker.push(runs / "plain", **options)
+    repo = hub.repos["me/student"]
+    assert set(repo.files()) == set(repo.files("5-layers")) == WHOLE and set(repo.branches) == {"main"}
+    never_half_made(repo)
+
+
+# -- what was put there by somebody else -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("plan.json", b'{"num_teacher_layers": 999999999999, "blocks": [[0]]}', "at most 10000"),
+        ("plan.json", b'{"num_teacher_layers": true, "blocks": [[0]]}', "integer"),
+        ("plan.json", b'{"num_teacher_layers": 1, "blocks": [[0]], "blocks": [[0]]}', "twice"),
+        ("plan.json", b'{"num_teacher_layers": 2, "blocks": ["/etc/passwd"]}', "integers"),
+        ("plan.json", b"[" * 900_000, "not JSON"),
+        ("plan.json", b" " * 1_000_001, "1,000,001 bytes"),
+        ("plan.json", b"\xff\xfe", "no text"),
+        ("plan.json", None, "holds no plan.json"),
+        ("report.json", b'{"rounds": []}', "teacher"),
+        ("report.json", b"NaN", "a report is"),
+        ("report.json", None, "holds no report.json"),
+    ],
+)
+def test_a_pulled_plan_and_report_are_outside_input(hub, worker, runs, name, content, message):
+    worker.push(runs / "plain")
+    repo = hub.repos["me/student"]
+    if content is None:
+        del repo.commits[repo.branches["main"]].tree[name]
+    else:
+        hub.seed("me/student", {name: content})
+    error = worker("load", name="me/student")["error"]
+    assert message in error and "\n" not in error and len(error) < 600
+
+
+def test_a_student_that_is_nowhere(worker):
+    assert re.search("404|not found", worker("load", name="me/nothing")["error"], re.IGNORECASE)
+
+
+def test_code_beside_the_weights_is_not_run(hub, worker, runs, tmp_path):
+    worker.push(runs / "paired")
+    trap = f"open({str(tmp_path / 'trap')!r}, 'w')\n".encode()
+    hub.seed("me/student", dict.fromkeys(CODE, trap))
+    quick = ["--dataset", runs / "diary.txt", "--max_length", 32, "--num_samples", 2]
+    status, _, err = worker.run("evaluate", "--model", "me/student", *quick)
+    assert status == 0, err
+    assert not (tmp_path / "trap").exists()

@@ -1,0 +1,139 @@
+"""The card: what it says, its metadata, and the committed example."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_schema import metadata_errors
+from huggingface_hub import ModelCard, ModelCardData
+from test_report import ROUNDS, TEACHER
+
+from hf_layerprune.data import EMBEDDED_MODEL
+from hf_layerprune.hub import model_card
+from hf_layerprune.hub.metadata import BaseFacts, base_facts
+from hf_layerprune.report import report_of, summary
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "docs" / "example-card"
+REPORT = json.loads((ROOT / "recipes" / "tiny" / "results" / "report.json").read_text())
+PAIRED = {**ROUNDS[0], "edits": ["1|2"], "plan": {"num_teacher_layers": 4, "blocks": [[0], [1, 2], [3]]}}
+
+
+def card_of(rounds=ROUNDS, base="Qwen/Qwen2.5-3B", **options):
+    return model_card(report_of(TEACHER, rounds, {}), "me/student", base, **options)
+
+
+def test_the_example_is_what_a_push_of_the_embedded_run_would_write(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "recipes" / "tiny"), *sys.path])
+    from make_card import embedded_card
+
+    card = (EXAMPLE / "README.md").read_text()
+    assert card == embedded_card()
+    assert metadata_errors(card) == []
+    for name in ("layers.png", "quality.png"):
+        assert f"({name})" in card and (EXAMPLE / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_number_of_the_example_is_from_the_report():
+    card, last = (EXAMPLE / "README.md").read_text(), REPORT["rounds"][-1]
+    assert summary(REPORT["teacher"], last) in card
+    for record in (REPORT["teacher"], *REPORT["rounds"]):
+        assert f"| {record['num_layers']} |" in card and f"{record['perplexity']:.2f}" in card
+    for record in (REPORT["teacher"], last):
+        assert f"{record['decode_tokens_per_second']:,.0f} ({record['decode_ratio']:.2f}x)" in card
+        assert f"{record['peak_memory_bytes'] / 1e6:,.1f}" in card
+    for record in REPORT["rounds"]:
+        edit, costs = record["edits"][0], record["scores"]
+        other = min((key for key in costs if key != edit), key=costs.get)
+        row = (record["round"], edit, f"{costs[edit]:.4f}", other, f"{costs[other]:.4f}")
+        assert "| " + " | ".join(map(str, row)) + " |" in card
+    assert REPORT["environment"]["hardware"] in card
+    assert "0  ·  ·  3  ·  5  6  ·  8  9  ·  ·  · 13  · 15" in card
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    metrics = metadata["model-index"][0]["results"][0]["metrics"]
+    assert [metric["value"] for metric in metrics] == [last["perplexity"], last["kl"], last["agreement"]]
+    assert metadata["license"] == "apache-2.0" and metadata["library_name"] == "transformers"
+    assert {"layer-pruning", "pruned", "distillation", "hf_layerprune"} <= set(metadata["tags"])
+    for part in ("vllm serve", "llama", "--config recipe.yaml", "2511.05085", "2502.02790", "recovers less"):
+        assert part in card
+
+
+def test_metadata_survive_a_round_trip():
+    facts = BaseFacts("other", "qwen-research", "https://huggingface.co/x/y/blob/main/LICENSE", ["en", "zh"])
+    card = card_of(datasets=["user/texts"], facts=facts, tags=["mine"], evaluated_on="user/held-out")
+    assert metadata_errors(str(card)) == []
+    again = ModelCard(str(card)).data
+    assert again.to_dict() == card.data.to_dict() and isinstance(again, ModelCardData)
+    assert again.base_model == "Qwen/Qwen2.5-3B" and again.base_model_relation == "finetune"
+    assert (again.license, again.license_name, again.datasets) == ("other", "qwen-research", ["user/texts"])
+    assert {result.dataset_type for result in again.eval_results} == {"user/held-out"}
+
+
+def test_quality_on_tasks_is_told_where_it_was_measured():
+    result = {"measure": "accuracy", "quality": 0.75, "cost": 0.25, "standard_error": 0.1, "num_examples": 20}
+    tasks = {"tasks": {"results": {"minimal pairs": result}, "mean_cost": 0.25}}
+    report = report_of(TEACHER | tasks, [{**ROUNDS[0], **tasks}], {})
+    card = model_card(report, "me/student", None)
+    assert "| layers | mean cost | minimal pairs (accuracy) |" in card.text and "| 3 | 0.2500 | 0.7500 |" in card.text
+    found = card.data.eval_results[-1]
+    assert (found.dataset_type, found.metric_type, found.metric_value) == ("minimal-pairs", "accuracy", 0.75)
+    assert metadata_errors(str(card)) == []
+
+
+def test_a_card_of_parallel_layers():
+    parallel, plain = card_of([PAIRED]), card_of()
+    assert "trust_remote_code=True" in parallel.text and "vllm serve" not in parallel.text
+    assert "layer-parallelism" in parallel.data.tags and "0 (1 2)  3" in parallel.text
+    assert "2 layers run in parallel, in 1 block" in parallel.text and "1&#124;2" in parallel.text
+    assert "trust_remote_code" not in plain.text and "layer-parallelism" not in plain.data.tags
+    assert "vllm serve me/student" in plain.text
+
+
+def test_a_card_of_a_run_that_measured_less():
+    record = {key: value for key, value in ROUNDS[0].items() if "unhealed" not in key and "before" not in key}
+    record = {key: value for key, value in record.items() if "decode" not in key} | {"scores": {}}
+    text = card_of([record]).text
+    assert "without training" in text and "did not heal" in text and "Not measured in this run" in text
+    assert "Cost:" not in text and "## Reproduce" not in text
+
+
+@pytest.mark.parametrize("base", ["embedded", "", None, "/home/somebody/model", "tests", "./x/y", "a/b.json"])
+def test_only_a_model_of_the_hub_is_a_base_model(base):
+    data = card_of(base=base).data
+    assert data.base_model is None and "base_model_relation" not in data.to_dict()
+
+
+def test_a_revision_is_no_part_of_the_base_model():
+    assert card_of(base="me/student@20-layers").data.base_model == "me/student"
+
+
+def test_facts_of_a_base_model(tmp_path):
+    assert base_facts("embedded") == base_facts(EMBEDDED_MODEL) == (BaseFacts("apache-2.0", language="en"), "")
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n")
+    assert base_facts(str(tmp_path)) == (BaseFacts("other", "mine", None), "")
+    (tmp_path / "README.md").write_text("# nothing")
+    assert base_facts(str(tmp_path)) == (BaseFacts(), "its card names none")
+    (tmp_path / "README.md").write_text("---\n[\n---\n")
+    assert base_facts(str(tmp_path))[1]
+    assert base_facts(str(tmp_path / "nowhere"))[1]
+    (tmp_path / "README.md").unlink()
+    assert base_facts(str(tmp_path)) == (BaseFacts(), "it has no README.md")
+
+
+@pytest.mark.parametrize(
+    "block, message",
+    [
+        ("license: nonsense", "license"),
+        ("license: other", "license_name"),
+        ("base_model: [1]", "base_model"),
+        ("base_model_relation: pruned", "base_model_relation"),
+        ("language: English", "language"),
+        ("model-index: [{results: []}]", "name"),
+        ("model-index: [{name: x, results: [{task: {}, dataset: {type: a, name: b}, metrics: []}]}]", "task.type"),
+        ("tags: [1]", "tags"),
+    ],
+)
+def test_the_schema_refuses_what_the_hub_would(block, message):
+    assert any(message in error for error in metadata_errors(f"---\n{block}\n---\n"))
