@@ -5,11 +5,14 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from hf_layerprune import IterativeLayerDistillTrainer, prune
 from hf_layerprune.surgery import plan_of, unshare_parameters
 from hf_layerprune.trainer._trl import swap_model
 from hf_layerprune.trainer.targets import HiddenStateMap
+from hf_layerprune.trainer.towers import shared_depth
+from hf_layerprune.trainer.trainable import make_trainable
 
 
 def make_trainer(tmp_path, tokenizer, teacher, removed=(2,), **changes):
@@ -35,7 +38,18 @@ def gradients(trainer):
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-def reference_parts(student, teacher, batch, states):
+def relative_mse(x, y):
+    return (x - y).pow(2).mean(-1) / y.pow(2).mean(-1)
+
+
+def dense_divergence(p, q, beta):
+    if beta in (0, 1):
+        return ((p.exp() * (p - q)) if beta == 0 else (q.exp() * (q - p))).sum()
+    m = (beta * p.exp() + (1 - beta) * q.exp()).log()
+    return (beta * p.exp() * (p - m) + (1 - beta) * q.exp() * (q - m)).sum()
+
+
+def reference_parts(student, teacher, batch, states, distance=relative_mse, beta=0.0, updates=False):
     """The three parts of the loss per token, from full logits and all hidden states, one row at a time."""
     kl = hidden = final = 0.0
     count = 0
@@ -44,14 +58,16 @@ def reference_parts(student, teacher, batch, states):
         row = ids[None, :length]
         s, t = student(row, output_hidden_states=True), teacher(row, output_hidden_states=True)
         p, q = F.log_softmax(t.logits[0, :-1], -1), F.log_softmax(s.logits[0, :-1], -1)
-        kl = kl + (p.exp() * (p - q)).sum()
+        kl = kl + dense_divergence(p, q, beta)
         distances = []
-        for a, b in zip(states.student, states.teacher, strict=True):
+        for a, b, start in zip(states.student, states.teacher, states.teacher_start, strict=True):
             x, y = s.hidden_states[a + 1][0, :-1], t.hidden_states[b + 1][0, :-1]
-            distances.append(((x - y).pow(2).mean(-1) / y.pow(2).mean(-1)).sum())
+            if updates:
+                x, y = x - s.hidden_states[a][0, :-1], y - t.hidden_states[start][0, :-1]
+            distances.append(distance(x, y).sum())
         hidden = hidden + torch.stack(distances).mean()
         x, y = s.hidden_states[-1][0, :-1], t.hidden_states[-1][0, :-1]
-        final = final + ((x - y).pow(2).mean(-1) / y.pow(2).mean(-1)).sum()
+        final = final + distance(x, y).sum()
         count += length - 1
     return kl / count, hidden / count, final / count
 
@@ -73,6 +89,71 @@ def test_loss_and_gradients_equal_the_plain_formula(tmp_path, tokenizer):
     assert set(ours) == set(reference) == {name for name, _ in trainer.model.named_parameters()}
     for name, gradient in reference.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("trained", [(0, 1, 2, 3), (1, 2)])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"beta": 0.4},
+        {"beta": 1.0},
+        {"hidden_distance": "cosine"},
+        {"hidden_target": "updates"},
+        {"beta": 0.6, "hidden_distance": "cosine", "hidden_target": "updates"},
+    ],
+    ids=str,
+)
+def test_every_switch_equals_the_plain_formula(tmp_path, tokenizer, switches, trained):
+    teacher = tiny_model()
+    trainer = make_trainer(tmp_path, tokenizer, teacher, packing=False, kl_weight=0.7, hidden_weight=0.4, **switches)
+    student = make_trainable(prune(teacher, [2], share_weights=True), list(trained), everything=len(trained) == 4)
+    trainer.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(teacher), list(trained))
+    trainer.shared_depth = shared_depth(student, teacher)
+    assert trainer.shared_depth == (None if len(trained) == 4 else 1)
+    swap_model(trainer, student)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, copy.copy(batch))
+    loss.backward()
+    ours = gradients(trainer)
+    trainer.model.zero_grad()
+    how = {
+        "distance": relative_mse
+        if "hidden_distance" not in switches
+        else lambda x, y: 1 - F.cosine_similarity(x, y, -1),
+        "beta": switches.get("beta", 0.0),
+        "updates": "hidden_target" in switches,
+    }
+    kl, hidden, final = reference_parts(trainer.model, teacher, batch, trainer.hidden_state_map, **how)
+    expected = 0.7 * kl + 0.4 * (hidden + final) / 2
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    reference = gradients(trainer)
+    assert set(ours) == set(reference)
+    for name, gradient in reference.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-4 * scale + 1e-8, msg=name)
+
+
+@pytest.mark.parametrize("rows, steps", [(8, 1), (2, 4)])
+def test_balanced_parts_have_one_size_however_steps_are_split(tmp_path, tokenizer, rows, steps):
+    trainer = make_trainer(
+        tmp_path / str(rows), tokenizer, tiny_model(), loss_preset="balanced", max_steps=3, logging_steps=1,
+        per_device_train_batch_size=rows, gradient_accumulation_steps=steps, learning_rate=0.0, weight_decay=0.0,
+    )  # fmt: skip
+    weights = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights.append(trainer.balance.weight)
+
+    trainer.add_callback(Watch())
+    super(IterativeLayerDistillTrainer, trainer).train()
+    first, second, third = trainer.state.log_history[:3]
+    hidden = [(entry["hidden_loss"] + entry["final_hidden_loss"]) / 2 for entry in (first, second, third)]
+    assert first["loss"] == pytest.approx(first["kl_loss"] + hidden[0], rel=0.02)
+    assert second["loss"] == pytest.approx(second["kl_loss"] + weights[0] * hidden[1], rel=0.02)
+    assert weights[0] == pytest.approx(first["kl_loss"] / hidden[0], rel=0.02)
+    assert weights[1] == pytest.approx(second["kl_loss"] / hidden[1], rel=0.02)
 
 
 def test_lm_part_is_added(tmp_path, tokenizer):

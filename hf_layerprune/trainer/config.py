@@ -110,8 +110,8 @@ class IterativeLayerDistillConfig(SFTConfig):
             `"paper"`: the loss of [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085) in its
             authors' own units, KL summed over all tokens of a micro-batch / 100 + MSE of the last healed layer + MSE
             of the final state. It depends on the batch shape, and replaces `kl_weight` and `hidden_weight`.
-            `"balanced"`: at each step the hidden-state part is rescaled to the size that the divergence had in the
-            step before, as in NVIDIA's Model-Optimizer; `hidden_weight` is then its share, 1 for equal parts.
+            `"balanced"`: at each step the hidden-state part is rescaled to the size of the divergence, both as they
+            were in the step before, as in NVIDIA's Model-Optimizer; replaces `hidden_weight`.
 
         measure_speed (`bool`, *optional*, defaults to `True`):
             Whether to time the teacher and every depth, side by side, at the end of a run.
@@ -266,8 +266,8 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(
                 "loss_preset='paper' is the authors' own loss; leave out beta, hidden_distance and hidden_target"
             )
-        if self.loss_preset == "balanced" and not (self.kl_weight and self.hidden_weight):
-            raise LayerPruneError("loss_preset='balanced' needs kl_weight and hidden_weight above 0")
+        if self.loss_preset == "balanced" and not self.kl_weight:
+            raise LayerPruneError("loss_preset='balanced' rescales to the divergence, which kl_weight=0 leaves out")
         if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
             raise LayerPruneError(
                 "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"

@@ -1,14 +1,16 @@
 """Heal one student: train some of its layers to bring it back to its teacher.
 
-Loss: KL of the next-token distributions + squared error of hidden states (+ next-token loss), each per token with
+Loss: divergence of the next-token distributions + distance of hidden states (+ next-token loss), each per token with
 padding masked out. https://huggingface.co/papers/2511.05085
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,11 +18,37 @@ from trl import SFTTrainer
 
 from ..data import Batch, valid_next_tokens
 from ..errors import LayerPruneError
-from ..losses import forward_kl, hidden_state_mse, next_token_loss, relative_hidden_state_mse
+from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_loss, relative_hidden_state_mse
 from ._trl import log_metric, redirect_forward
 from .config import IterativeLayerDistillConfig
 from .targets import HiddenStateMap
 from .towers import run_towers
+
+DISTANCES = {"paper": hidden_state_mse, "mse": relative_hidden_state_mse, "cosine": cosine_distance}
+
+
+@dataclass
+class Balance:
+    """The weight that brings the hidden-state part of the loss to the size of the divergence.
+
+    It is that of the whole step before, so that it depends neither on how a step is split nor on the processes.
+
+    Attributes:
+        weight (`float`): of the step in progress; 1 in the first.
+    """
+
+    weight: float = 1.0
+    sums: Tensor | None = None
+
+    def add(self, divergence: Tensor, hidden: Tensor) -> None:
+        both = torch.stack([divergence.detach().float(), hidden.detach().float()])
+        self.sums = both if self.sums is None else self.sums + both
+
+    def step(self, accelerator: Accelerator) -> None:
+        """At the end of each optimizer step."""
+        if self.sums is not None:
+            divergence, hidden = accelerator.reduce(self.sums, "sum").tolist()
+            self.weight, self.sums = divergence / hidden if hidden > 0 else 1.0, None
 
 
 class LayerHealingTrainer(SFTTrainer):
@@ -36,6 +64,10 @@ class LayerHealingTrainer(SFTTrainer):
     teacher: PreTrainedModel
     hidden_state_map: HiddenStateMap
     shared_depth: int | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.balance = Balance()
+        super().__init__(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -53,9 +85,12 @@ class LayerHealingTrainer(SFTTrainer):
             loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
         else:
             args = self.args
-            total = args.hidden_weight * (parts["hidden"] + parts["final_hidden"]) / 2
+            hidden = (parts["hidden"] + parts["final_hidden"]) / 2
+            total = (self.balance.weight if args.loss_preset == "balanced" else args.hidden_weight) * hidden
             if args.kl_weight:
                 total = total + args.kl_weight * parts["kl"]
+            if args.loss_preset == "balanced":
+                self.balance.add(args.kl_weight * parts["kl"], hidden)
             if args.lm_weight:
                 total = total + args.lm_weight * parts["lm"]
             loss = total / (num_tokens if num_items_in_batch is None else num_items_in_batch)
@@ -70,8 +105,9 @@ class LayerHealingTrainer(SFTTrainer):
         student = student.get_base_model() if is_peft_model(student) else student
         valid, labels = valid_next_tokens(inputs)
         forward_inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        towers = run_towers(student, self.teacher, forward_inputs, valid, self.hidden_state_map, self.shared_depth)
-        distance = hidden_state_mse if self.args.loss_preset == "paper" else relative_hidden_state_mse
+        how = (self.hidden_state_map, self.shared_depth, self.args.hidden_target == "updates")
+        towers = run_towers(student, self.teacher, forward_inputs, valid, *how)
+        distance = DISTANCES["paper" if self.args.loss_preset == "paper" else self.args.hidden_distance]
         hidden = [distance(own, its).sum() for own, its in zip(towers.student, towers.teacher, strict=True)]
         student_final, teacher_final = towers.student_final, towers.teacher_final
         if self.args.loss_preset == "paper":
@@ -81,9 +117,8 @@ class LayerHealingTrainer(SFTTrainer):
             "final_hidden": distance(student_final, teacher_final).sum(),
         }
         if self.args.kl_weight or self.args.loss_preset == "paper":
-            parts["kl"] = forward_kl(
-                student_final, student.lm_head, teacher_final, self.teacher.lm_head, self.args.temperature
-            )
+            heads = (student_final, student.lm_head, teacher_final, self.teacher.lm_head)
+            parts["kl"] = divergence(*heads, self.args.temperature, self.args.beta)
         if self.args.lm_weight:
             parts["lm"] = next_token_loss(student_final, student.lm_head, labels).sum()
         return parts | {"num_tokens": torch.tensor(max(1, len(labels)), device=student_final.device)}
@@ -96,4 +131,6 @@ class LayerHealingTrainer(SFTTrainer):
                 f"{self.state.max_steps}; lower the learning rate (now {self.args.learning_rate:g}) or train in "
                 "higher precision"
             )
+        if self.accelerator.sync_gradients:
+            self.balance.step(self.accelerator)
         return loss

@@ -35,7 +35,7 @@ from .callbacks import LayerDistillCallback
 from .checks import check_budget, check_enough_rows, check_has_text, check_request
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
-from .healing import LayerHealingTrainer
+from .healing import Balance, LayerHealingTrainer
 from .publishing import HubPublishing
 from .records import add_speed, round_record, task_record, teacher_record
 from .run_state import RunState, check_target, decisive_settings, gauge_of_run, last_whole_checkpoint, open_run
@@ -292,8 +292,9 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self._round)  # other rows every round
         self._phase("healing", num_layers=plan.depth)
         checkpoint = self._agreed(last_whole_checkpoint(target))
-        before = current.get("seconds_healing", 0.0) if checkpoint else 0.0
-        self._healing_started = time.perf_counter() - before
+        kept = current if checkpoint else {}
+        self.balance = Balance(kept.get("balance", 1.0))
+        self._healing_started = time.perf_counter() - kept.get("seconds_healing", 0.0)
         try:
             output = super().train(resume_from_checkpoint=checkpoint)
             student = make_plain(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False), self.save_dtype)
@@ -386,7 +387,8 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.run.current["seconds_healing"] = time.perf_counter() - self._healing_started
+        seconds = time.perf_counter() - self._healing_started
+        self.run.current |= {"seconds_healing": seconds, "balance": self.balance.weight}
         self._save_run(self.run, Path(self.args.output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -28,11 +28,11 @@ CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 # What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
 DECISIVE = (
     "edits", "max_group_size", "criterion", "tasks", "one_shot", "race_confidence", "compensation", "layers_per_round",
-    "heal",
-    "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight",
-    "beta", "hidden_weight", "hidden_distance", "hidden_target", "lm_weight", "temperature", "loss_preset", "weight_decay", "optim", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "max_length", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss", "seed",
+    "heal", "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight", "beta", "hidden_weight",
+    "hidden_distance", "hidden_target", "lm_weight", "temperature", "loss_preset", "weight_decay", "optim",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_length", "packing", "packing_strategy", "completion_only_loss",
+    "assistant_only_loss", "seed",
 )  # fmt: skip
 # May change between two healings, so that one that diverged can be tried again.
 PER_HEALING = (

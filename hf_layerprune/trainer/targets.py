@@ -54,10 +54,12 @@ class HiddenStateMap:
     Attributes:
         student (`tuple[int, ...]`): student block positions.
         teacher (`tuple[int, ...]`): positions in the teacher of the layers whose outputs they are compared with.
+        teacher_start (`tuple[int, ...]`): positions in the teacher of the layers whose inputs are those of the blocks.
     """
 
     student: tuple[int, ...]
     teacher: tuple[int, ...]
+    teacher_start: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, plan: LayerPlan, teacher_plan: LayerPlan, blocks: list[int]) -> HiddenStateMap:
@@ -67,5 +69,6 @@ class HiddenStateMap:
             if position < plan.depth - 1:
                 own, behind = plan.blocks[position][-1], plan.blocks[position + 1][0]
                 if teacher_plan.block_of(own) != teacher_plan.block_of(behind):  # else it has no state between them
-                    pairs.append((position, teacher_plan.block_of(behind) - 1))
-        return cls(tuple(position for position, _ in pairs), tuple(position for _, position in pairs))
+                    first = teacher_plan.block_of(plan.blocks[position][0])
+                    pairs.append((position, teacher_plan.block_of(behind) - 1, first))
+        return cls(*zip(*pairs, strict=True)) if pairs else cls((), ())

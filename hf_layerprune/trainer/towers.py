@@ -62,8 +62,8 @@ def _like(a: Tensor, b: Tensor) -> bool:
 def shared_depth(student: nn.Module, teacher: PreTrainedModel) -> int | None:
     """How many blocks, from the first, are the same weights in memory in both models and are not trained.
 
-    `student` may hold adapters. `None` where not even the embedding is, or where a pass of the student would be another
-    one: with dropout, or with another implementation of attention.
+    `student` may hold adapters. `None` where not even the embedding is, or where a pass of the student is another one:
+    with dropout, or with another implementation of attention.
     """
     student = student.get_base_model() if is_peft_model(student) else student
     if student.config.attention_dropout or not _same(student.get_input_embeddings(), teacher.get_input_embeddings()):
@@ -105,19 +105,15 @@ def run_towers(
         valid (`Tensor` of shape `(B, T)`): the N positions that count.
         states ([`HiddenStateMap`]): the hidden states to compare.
         shared (`int`, *optional*): see [`shared_depth`]; the student runs from its embedding on if there is none.
-        updates (`bool`, *optional*, defaults to `False`): compare what blocks add to the residual stream, not what they
-            hand on.
+        updates (`bool`, *optional*, defaults to `False`): compare what blocks add to the residual stream.
     """
     inputs = inputs | {"use_cache": False}
     decoder, reference = student.base_model, teacher.base_model
-    layers = reference.layers
-    with (
-        torch.no_grad(),
-        captured_outputs(layers, states.teacher) as of_teacher,
-        captured_call(layers, shared) as call,
-    ):
+    own = Recorder(decoder.layers, states.student, states.student if updates else ())
+    its = Recorder(reference.layers, states.teacher, states.teacher_start if updates else ())
+    with torch.no_grad(), its, captured_call(reference.layers, shared) as call:
         teacher_final = reference(**inputs).last_hidden_state
-    with captured_outputs(decoder.layers, states.student) as of_student:
+    with own:
         if shared is None:
             student_final = decoder(**inputs).last_hidden_state
         else:
@@ -125,32 +121,54 @@ def run_towers(
             for layer in decoder.layers[shared:]:
                 state = layer(state, **kwargs)
             student_final = decoder.norm(state)
-    return TowerStates(
-        student_final[valid],
-        teacher_final[valid],
-        [of_student[position][valid] for position in states.student],
-        [of_teacher[position][valid] for position in states.teacher],
-    )
+    return TowerStates(student_final[valid], teacher_final[valid], own.states(valid), its.states(valid))
 
 
-@contextmanager
-def captured_outputs(layers: nn.ModuleList, positions: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs `(B, T, H)` of the layers at `positions` in one forward pass."""
-    outputs: dict[int, Tensor] = {}
-    handles = [
-        layers[position].register_forward_hook(lambda _, __, out, p=position: outputs.__setitem__(p, out))
-        for position in positions
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
+class Recorder:
+    """Keeps what some layers hand on in one forward pass, or what they add: a context manager.
+
+    Args:
+        layers (`nn.ModuleList`): of a decoder.
+        ends (`tuple[int, ...]`): positions whose outputs are kept.
+        starts (`tuple[int, ...]`, *optional*): for each of them, the position whose input is taken off it.
+    """
+
+    def __init__(self, layers: nn.ModuleList, ends: tuple[int, ...], starts: tuple[int, ...] = ()) -> None:
+        self.layers, self.ends, self.starts = layers, ends, starts
+        self.inputs: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> Recorder:
+        for position in set(self.starts):
+            self.handles.append(
+                self.layers[position].register_forward_pre_hook(
+                    lambda _, args, p=position: self.inputs.__setitem__(p, args[0])
+                )
+            )
+        for position in set(self.ends):
+            self.handles.append(
+                self.layers[position].register_forward_hook(
+                    lambda _, __, out, p=position: self.outputs.__setitem__(p, out)
+                )
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
             handle.remove()
+
+    def states(self, valid: Tensor) -> list[Tensor]:
+        """`(N, H)` each, at the valid positions."""
+        kept = [self.outputs[position][valid] for position in self.ends]
+        if not self.starts:
+            return kept
+        return [state - self.inputs[start][valid] for state, start in zip(kept, self.starts, strict=True)]
 
 
 @contextmanager
 def captured_call(layers: nn.ModuleList, position: int | None) -> Iterator[list[Any]]:
-    """Collect the input state and the keyword arguments that the layer at `position` is called with."""
+    """Collect the input state and the keyword arguments that the layer at `position`, if any, is called with."""
     call: list[Any] = []
     if position is None:
         yield call
