@@ -111,6 +111,8 @@ def test_a_yaml_list_limits_and_weighs_it(model, tokenizer, write_theirs, tmp_pa
     (task,) = load_tasks(str(tmp_path / "mine.yaml"))
     assert isinstance(task, LmEvalTask) and (task.name, task.weight) == ("short", 3)
     assert evaluate_tasks(model, [task], tokenizer).results["short"].num_examples == 2
+    whole = LmEvalTask(tmp_path / "theirs.yaml", name="short", weight=3)
+    assert task.prepare(tokenizer).fingerprint() != whole.prepare(tokenizer).fingerprint()
     with pytest.raises(LayerPruneError, match="task 1: lm-eval finds its data itself, not in"):
         load_tasks(f"{tmp_path / 'mine.yaml'}:{tmp_path}")
 

@@ -35,6 +35,9 @@ class PreparedLmEvalTask(PreparedTask):
     limit: int | None = None
     batch_size: int = 8
 
+    def fingerprint(self) -> list[Any]:
+        return [*super().fingerprint(), *sorted(self.loaded["tasks"]), self.limit]
+
     def costs(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
         """What each example costs a model, `(E,)`, 1 - the task's first metric, and the weights, `(E,)`, 1.
 
