@@ -44,10 +44,10 @@ def all_kinds():
             ROWS, name="choice", prompt="{q}:", choices=("a", "wrong"), answer="a", answer_form="text", weight=2.0
         ),
         MinimalPairsTask(ROWS, name="pairs", good="a", bad="wrong"),
-        PerplexityTask(ROWS, name="text", text="q", max_length=16, weight=0.5),
-        KLTask(ROWS, name="kl", text="q", max_length=16),
+        PerplexityTask(ROWS, name="text", text="{q}", max_length=16, weight=0.5),
+        KLTask(ROWS, name="kl", text="{q}", max_length=16),
         GenerationTask(
-            ROWS, name="write", prompt="{q} =>", reference="a", metric="chrf", max_new_tokens=5, weight=3.0
+            ROWS, name="write", prompt="{q} =>", reference="{a}", metric="chrf", max_new_tokens=5, weight=3.0
         ),
     ]
 
@@ -79,7 +79,7 @@ def test_shared_prompts_change_no_text(tokenizer, one_token, biased):
     model = parallelize(model, [(3, 4)]) if biased else model
     task = GenerationTask(
         Dataset.from_dict({"q": ["a", "b"], "a": ["c", "d"]}) if one_token else ROWS, name="write",
-        prompt="{q}" if one_token else "{q} =>", reference="a", metric="chrf", max_new_tokens=8, stop_strings=["z"],
+        prompt="{q}" if one_token else "{q} =>", reference="{a}", metric="chrf", max_new_tokens=8, stop_strings=["z"],
     )  # fmt: skip
     (chunk, *_) = task.prepare(tokenizer, batch_size=6).chunks
     edits = [Edit.remove(n) for n in range(5)] + [Edit.parallelize(1, 2)]
@@ -130,9 +130,15 @@ def test_races_over_tasks(tokenizer):
     with torch.no_grad():
         model.model.layers[2].self_attn.o_proj.weight.mul_(0)
         model.model.layers[2].mlp.down_proj.weight.mul_(0)
-    task = KLTask(ROWS, name="kl", text="q", max_length=16)
-    scores = score_layers(model, None, "tasks", tasks=[task, all_kinds()[2]], tokenizer=tokenizer, race=Race(0.6))
-    assert scores.safest == 2
+    rows = Dataset.from_dict({"q": [text for text in ROWS["q"] for _ in range(8)]})
+    settings = {"text": "{q}", "max_length": 16}
+    tasks = [KLTask(rows, name="kl", weight=4, **settings), PerplexityTask(rows, name="text", **settings)]
+    prepared = [task.prepare(tokenizer, batch_size=4) for task in tasks]
+    options = {"tasks": prepared, "tokenizer": tokenizer}
+    full = score_layers(model, None, "tasks", **options)
+    scores = score_layers(model, None, "tasks", race=Race(0.9), **options)
+    assert scores.safest == full.safest == 2
+    assert scores.left and 2 not in scores.left and all(share < 1 for share in scores.left.values())
 
 
 def test_what_is_missing_is_said(tokenizer, model):
