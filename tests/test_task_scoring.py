@@ -10,6 +10,7 @@ from datasets import Dataset
 from hf_layerprune import LayerPruneError, Race, parallelize, prune, score_edits, score_layers
 from hf_layerprune.compensation import compensate
 from hf_layerprune.edits import Edit
+from hf_layerprune.loading import load_tokenizer
 from hf_layerprune.scoring.candidates import CandidateRuns
 from hf_layerprune.scoring.generation import candidate_texts
 from hf_layerprune.surgery import plan_of
@@ -160,3 +161,12 @@ def test_the_default_tasks_score_the_embedded_teacher():
         load_model("embedded"), None, "tasks", layers=[0, 5], tasks=tasks, tokenizer=load_tokenizer("embedded")
     )
     assert scores.safest == 5 and scores.values[0] > scores.values[5] + 0.5
+
+
+def test_tasks_in_any_form_and_of_another_tokenizer(tokenizer, model):
+    task = PerplexityTask(ROWS, name="text", text="{q}", max_length=16)
+    expected = score_layers(model, None, "tasks", tasks=[task], tokenizer=tokenizer).values
+    for tasks in (task, (one for one in [task])):
+        assert score_layers(model, None, "tasks", tasks=tasks, tokenizer=tokenizer).values == expected
+    with pytest.raises(LayerPruneError, match="tokenizer"):
+        score_layers(model, None, "tasks", tasks=[task], tokenizer=load_tokenizer("embedded"))
