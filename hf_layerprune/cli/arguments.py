@@ -11,6 +11,8 @@ from trl import TrlParser
 
 from ..errors import LayerPruneError
 
+OF_TEXT = ("dataset", "dataset_config", "dataset_split", "dataset_text_field", "max_length", "num_samples")
+
 
 @dataclass
 class DataArguments:
@@ -77,13 +79,16 @@ class ScoreArguments(MeasureArguments):
     criterion: str = field(
         default="kl",
         metadata={
-            "help": "Measured: 'kl' or 'loss'; guessed: 'block_influence', 'angular_distance', 'taylor', 'tail' or "
-            "'random'."
+            "help": "Measured: 'kl', 'loss' or 'tasks'; guessed: 'block_influence', 'angular_distance', 'taylor', "
+            "'tail' or 'random'."
         },
     )
     tasks: str | None = field(
         default=None,
-        metadata={"help": "Score by data sets instead: 'default', 'paper', a YAML file or 'lm_eval:NAME'."},
+        metadata={
+            "help": "Score by data sets instead: 'default', 'paper', a YAML file or 'lm_eval:NAME'. They bring their "
+            "own data, so the options about text are not for them."
+        },
     )
     race_confidence: float | None = field(
         default=None,
@@ -93,6 +98,27 @@ class ScoreArguments(MeasureArguments):
         default=False,
         metadata={"help": "Leave the layers on disk and read each once, for all candidates: for models too large."},
     )
+
+    def __post_init__(self) -> None:
+        if self.criterion == "tasks" and self.tasks is None:
+            self.tasks = "default"
+        if self.tasks is None:
+            return
+        if self.criterion not in ("tasks", type(self).criterion):
+            raise LayerPruneError(
+                f"tasks={self.tasks!r} are for criterion='tasks', not {self.criterion!r}; leave one out"
+            )
+        self.criterion = "tasks"
+        given = [
+            f"{name}={getattr(self, name)!r}"
+            for name in OF_TEXT
+            if getattr(self, name) != getattr(ScoreArguments, name)
+        ]
+        if given:
+            raise LayerPruneError(
+                f"tasks={self.tasks!r} bring their own data; leave out {', '.join(given)} (a YAML file of tasks "
+                "sets the limit and length of each)"
+            )
 
 
 @dataclass

@@ -16,8 +16,7 @@ from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, measuring
 from ..plan import LayerPlan
 from ..surgery import check_supported, plan_of
-from ..tasks import PreparedTask, Task
-from ..tasks.evaluation import check_names
+from ..tasks import PreparedTask, Task, prepare_tasks
 from .angles import ANGLES, measure_angles
 from .candidates import CandidateRuns
 from .evidence import Evidence
@@ -257,11 +256,9 @@ def task_measures(
     Raises:
         [`LayerPruneError`]: if there is no task or no tokenizer, two have one name, or data does not fit its task.
     """
-    check_names(tasks)
     if tokenizer is None:
         raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    prepared = [t if isinstance(t, PreparedTask) else t.prepare(tokenizer, max_length=longest) for t in tasks]
+    prepared = prepare_tasks(tasks, model, tokenizer)
     bound = max_state_bytes or MAX_STATE_BYTES
     return [TaskMeasure(task, tokenizer, model if teacher is None else teacher, bound) for task in prepared]
 

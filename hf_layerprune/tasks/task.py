@@ -24,7 +24,7 @@ class Task(ABC):
     """A representative data set, by whose quality layers are scored.
 
     Args:
-        dataset (`str` or [`~datasets.Dataset`]):
+        dataset (`str`, `Path` or [`~datasets.Dataset`]):
             the rows: a data set in memory, a `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt` file, an embedded text
             (`"embedded:calibration"`) or a Hub id.
         name (`str`, *optional*): defaults to the last part of the data set's name, without its file type.
@@ -39,7 +39,7 @@ class Task(ABC):
 
     kind: ClassVar[str]
 
-    dataset: str | Dataset
+    dataset: str | Path | Dataset
     _: KW_ONLY
     name: str = ""
     split: str = "test"
@@ -48,7 +48,8 @@ class Task(ABC):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        self.name = self.name or (self.kind if isinstance(self.dataset, Dataset) else default_name(self.dataset))
+        is_named = isinstance(self.dataset, (str, Path))
+        self.name = self.name or (default_name(str(self.dataset)) if is_named else self.kind)
         check_types(self)
         if self.limit is not None and self.limit < 1:
             raise LayerPruneError(f"{self.title}: limit={self.limit}; score at least one example, or leave it out")
@@ -76,7 +77,7 @@ class Task(ABC):
             [`LayerPruneError`]: if the data cannot be read or a row does not fit the task; it names file and line.
         """
 
-    def read(self, dataset: str | Dataset | None = None, split: str | None = None) -> list[Row]:
+    def read(self, dataset: str | Path | Dataset | None = None, split: str | None = None) -> list[Row]:
         """The rows of the task's data set, or of another one; errors name the task."""
         try:
             return read_rows(self.dataset if dataset is None else dataset, split or self.split, self.config_name)
@@ -85,7 +86,7 @@ class Task(ABC):
 
     def template(self, setting: str) -> Template:
         """A setting of this task as a template."""
-        return Template(getattr(self, setting), self.title, setting)
+        return Template(getattr(self, setting), self.title, setting, varies=setting != "description")
 
 
 def default_name(dataset: str) -> str:
@@ -94,12 +95,13 @@ def default_name(dataset: str) -> str:
 
 
 def check_types(task: Any) -> None:
-    """Raise [`LayerPruneError`] for a field whose value is not of its declared type; lists become tuples."""
+    """Raise [`LayerPruneError`] for a field whose value is not of its declared type; lists become tuples, and paths
+    texts."""
     hints = typing.get_type_hints(type(task))
     for item in fields(task):
         value, hint = getattr(task, item.name), hints[item.name]
-        if isinstance(value, list):
-            value = tuple(value)
+        if isinstance(value, (list, Path)):
+            value = tuple(value) if isinstance(value, list) else str(value)
             setattr(task, item.name, value)
         if not _fits(value, hint):
             shown = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
@@ -136,7 +138,7 @@ class PromptedTask(Task):
         description (`str`, *optional*, defaults to `""`): template of a text before everything else.
         num_few_shot (`int`, *optional*, defaults to 0):
             examples with their answers before each prompt: the first rows of the data, which are then not scored.
-        few_shot_dataset (`str` or [`~datasets.Dataset`], *optional*): take the examples from here instead.
+        few_shot_dataset (`str`, `Path` or [`~datasets.Dataset`], *optional*): take the examples from here instead.
         few_shot_split (`str`, *optional*): take the examples from this split of the Hub data set instead.
         few_shot_group (`str`, *optional*): a column (MMLU's subject); a row is shown examples of the same value.
         separator (`str`, *optional*, defaults to an empty line): between examples, and before the prompt.
@@ -145,7 +147,7 @@ class PromptedTask(Task):
     prompt: str = "{prompt}"
     description: str = ""
     num_few_shot: int = 0
-    few_shot_dataset: str | Dataset | None = None
+    few_shot_dataset: str | Path | Dataset | None = None
     few_shot_split: str | None = None
     few_shot_group: str | None = None
     separator: str = "\n\n"
