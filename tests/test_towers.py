@@ -147,7 +147,7 @@ def test_a_run_with_shared_blocks_ends_as_one_without(make, monkeypatch):
     ours = make()
     ours.train()
     assert ours.shared_depth is not None
-    monkeypatch.setattr("hf_layerprune.trainer.iterative.shared_depth", lambda *_: None)
+    monkeypatch.setattr("hf_layerprune.trainer.healing.shared_depth", lambda *_: None)
     plain = make("plain")
     plain.train()
     assert plain.shared_depth is None

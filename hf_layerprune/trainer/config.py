@@ -26,6 +26,7 @@ TRAINED_LAYERS = ("neighbours", "all")
 LOSS_PRESETS = ("paper", "balanced")
 HIDDEN_DISTANCES = ("mse", "cosine")
 HIDDEN_TARGETS = ("states", "updates")
+FRACTIONS = ("kl_weight", "hidden_weight", "lm_weight", "teacher_cache_size")
 TARGETS = {"depth": "target_num_layers", "latency": "target_latency", "parameters": "target_num_parameters"}
 """Unit of a budget to the setting that gives it."""
 
@@ -112,6 +113,10 @@ class IterativeLayerDistillConfig(SFTConfig):
             of the final state. It depends on the batch shape, and replaces `kl_weight` and `hidden_weight`.
             `"balanced"`: at each step the hidden-state part is rescaled to the size of the divergence, both as they
             were in the step before, as in NVIDIA's Model-Optimizer; replaces `hidden_weight`.
+        teacher_cache_size (`float`, *optional*, defaults to `0.0`):
+            Size in GiB of a cache in the output folder, of the teacher's final hidden states of the rows that healing
+            has read: tokens x hidden size x bytes. Where rows come again, in further epochs and rounds, the teacher
+            then runs only as far as its other states are needed. 0 is none.
 
         measure_speed (`bool`, *optional*, defaults to `True`):
             Whether to time the teacher and every depth, side by side, at the end of a run.
@@ -210,6 +215,10 @@ class IterativeLayerDistillConfig(SFTConfig):
         },
     )
 
+    teacher_cache_size: float = field(
+        default=0.0,
+        metadata={"help": "GiB on disk for the teacher's final hidden states of rows that come again; 0 is none."},
+    )
     measure_speed: bool = field(
         default=True, metadata={"help": "Whether to time the teacher and every depth at the end of a run."}
     )
@@ -241,10 +250,11 @@ class IterativeLayerDistillConfig(SFTConfig):
             ("per_device_eval_batch_size", 1),
             ("kl_weight", 0),
             ("hidden_weight", 0),
+            ("teacher_cache_size", 0),
             ("lm_weight", 0),
         ):
             value = getattr(self, name)
-            if value is not None and not name.endswith("_weight") and value != int(value):
+            if value is not None and name not in FRACTIONS and value != int(value):
                 raise LayerPruneError(f"{name}={value} is no whole number")
             if value is not None and value < least:
                 raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")

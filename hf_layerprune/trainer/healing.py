@@ -14,15 +14,19 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from ..data import Batch, valid_next_tokens
 from ..errors import LayerPruneError
 from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_loss, relative_hidden_state_mse
-from ._trl import log_metric, redirect_forward
+from ..surgery import plan_of
+from ._trl import log_metric, redirect_forward, swap_model
 from .config import IterativeLayerDistillConfig
 from .targets import HiddenStateMap
-from .towers import run_towers
+from .teacher_cache import TeacherCache
+from .towers import run_towers, shared_depth
+from .trainable import make_plain, make_trainable
 
 DISTANCES = {"paper": hidden_state_mse, "mse": relative_hidden_state_mse, "cosine": cosine_distance}
 
@@ -55,7 +59,7 @@ class LayerHealingTrainer(SFTTrainer):
     """[`~trl.SFTTrainer`] with the loss of layer-wise distillation from `self.teacher`.
 
     The teacher is a plain attribute: it is in no state dict, no optimizer and no wrapper. `shared_depth` says how many
-    blocks it runs for both; see [`~towers.shared_depth`].
+    blocks it runs for both; see [`~towers.shared_depth`]. `teacher_cache` keeps what it said of rows that come again.
     """
 
     args: IterativeLayerDistillConfig
@@ -64,10 +68,43 @@ class LayerHealingTrainer(SFTTrainer):
     teacher: PreTrainedModel
     hidden_state_map: HiddenStateMap
     shared_depth: int | None = None
+    teacher_cache: TeacherCache | None = None
+    _peft_config: Any | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.balance = Balance()
         super().__init__(*args, **kwargs)
+
+    def heal(
+        self,
+        student: PreTrainedModel,
+        blocks: list[int],
+        save_dtype: torch.dtype,
+        checkpoint: str | None = None,
+        balance: float = 1.0,
+    ) -> tuple[PreTrainedModel, TrainOutput]:
+        """Train a student on `self.train_dataset` against `self.teacher`.
+
+        Args:
+            student ([`~transformers.PreTrainedModel`]): may share weights with the teacher; what is trained is copied.
+            blocks (`list[int]`): positions of the blocks whose weights change; all weights where `args` say so.
+            save_dtype (`torch.dtype`): what the trained weights are rounded to in the end.
+            checkpoint (`str`, *optional*): folder of the checkpoint to go on from.
+            balance (`float`, *optional*): [`Balance.weight`] at that checkpoint.
+
+        Raises:
+            [`LayerPruneError`]: if the loss or a weight is no number.
+        """
+        self.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(self.teacher), blocks)
+        trained = make_trainable(student, blocks, self.args.trained_layers == "all", self._peft_config)
+        self.shared_depth, self.balance = shared_depth(trained, self.teacher), Balance(balance)
+        if self.teacher_cache is not None:
+            self.teacher_cache.read()
+        swap_model(self, trained)
+        output = super().train(resume_from_checkpoint=checkpoint)
+        if self.teacher_cache is not None:
+            self.teacher_cache.flush()
+        return make_plain(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False), save_dtype), output
 
     def compute_loss(
         self,
@@ -106,7 +143,7 @@ class LayerHealingTrainer(SFTTrainer):
         valid, labels = valid_next_tokens(inputs)
         forward_inputs = {key: value for key, value in inputs.items() if key != "labels"}
         how = (self.hidden_state_map, self.shared_depth, self.args.hidden_target == "updates")
-        towers = run_towers(student, self.teacher, forward_inputs, valid, *how)
+        towers = run_towers(student, self.teacher, forward_inputs, valid, *how, self.teacher_cache)
         distance = DISTANCES["paper" if self.args.loss_preset == "paper" else self.args.hidden_distance]
         hidden = [distance(own, its).sum() for own, its in zip(towers.student, towers.teacher, strict=True)]
         student_final, teacher_final = towers.student_final, towers.teacher_final

@@ -35,14 +35,14 @@ from .callbacks import LayerDistillCallback
 from .checks import check_budget, check_enough_rows, check_has_text, check_request
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
-from .healing import Balance, LayerHealingTrainer
+from .healing import LayerHealingTrainer
 from .publishing import HubPublishing
 from .records import add_speed, round_record, task_record, teacher_record
 from .run_state import RunState, check_target, decisive_settings, gauge_of_run, last_whole_checkpoint, open_run
 from .students import publish_student, save_student
-from .targets import HiddenStateMap, trained_blocks
-from .towers import share_equal_weights, shared_depth
-from .trainable import make_plain, make_trainable
+from .targets import trained_blocks
+from .teacher_cache import open_cache
+from .towers import share_equal_weights
 
 
 class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
@@ -222,6 +222,8 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
         self.run = open_run(folder, self._agreed(RunState.load(folder)), settings, resume_from_checkpoint)
         self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
+        precision = (settings["teacher"], settings["dtype"], self.accelerator.mixed_precision)
+        self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, precision, self.accelerator)
         check_budget(self.model_name, self.gauge, plan_of(self.start))
         check_target(self.run, plan_of(self.start), self.gauge)
         folder.mkdir(parents=True, exist_ok=True)
@@ -284,20 +286,14 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             return self._keep(student, run, folder), TrainOutput(0, 0.0, {})
         trained = self.args.named_trained_layers() or self.args.trained_layers
         blocks = trained_blocks(plan, [Edit.from_label(label) for label in current["edits"]], trained)
-        self.hidden_state_map = HiddenStateMap.of(plan, plan_of(self.teacher), blocks)
         set_seed(self.args.seed + self._round)  # adapters are drawn at random: the same ones after a resume
-        student = make_trainable(student, blocks, self.args.trained_layers == "all", self._peft_config)
-        self.shared_depth = shared_depth(student, self.teacher)
-        swap_model(self, student)
         self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self._round)  # other rows every round
         self._phase("healing", num_layers=plan.depth)
         checkpoint = self._agreed(last_whole_checkpoint(target))
         kept = current if checkpoint else {}
-        self.balance = Balance(kept.get("balance", 1.0))
         self._healing_started = time.perf_counter() - kept.get("seconds_healing", 0.0)
         try:
-            output = super().train(resume_from_checkpoint=checkpoint)
-            student = make_plain(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False), self.save_dtype)
+            student, output = self.heal(student, blocks, self.save_dtype, checkpoint, kept.get("balance", 1.0))
         except LayerPruneError:  # the weights are no numbers any more, and so may be those in the checkpoints
             if self.args.should_save:
                 shutil.rmtree(target, ignore_errors=True)

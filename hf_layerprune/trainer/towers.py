@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..data import Batch
 from ..surgery import plan_of
 from .targets import HiddenStateMap
+from .teacher_cache import TeacherCache
 
 
 @dataclass
@@ -96,6 +97,7 @@ def run_towers(
     states: HiddenStateMap,
     shared: int | None,
     updates: bool = False,
+    cache: TeacherCache | None = None,
 ) -> TowerStates:
     """Run both models on a batch, the student with gradients.
 
@@ -106,13 +108,22 @@ def run_towers(
         states ([`HiddenStateMap`]): the hidden states to compare.
         shared (`int`, *optional*): see [`shared_depth`]; the student runs from its embedding on if there is none.
         updates (`bool`, *optional*, defaults to `False`): compare what blocks add to the residual stream.
+        cache ([`TeacherCache`], *optional*): the teacher's final states of rows it has read; there it only runs as far
+            as its other states are needed.
     """
     inputs = inputs | {"use_cache": False}
     decoder, reference = student.base_model, teacher.base_model
     own = Recorder(decoder.layers, states.student, states.student if updates else ())
     its = Recorder(reference.layers, states.teacher, states.teacher_start if updates else ())
+    teacher_final = None if cache is None else cache.get(inputs)
+    needed = None if teacher_final is None else max(-1 if shared is None else shared - 1, *states.teacher, -1)
     with torch.no_grad(), its, captured_call(reference.layers, shared) as call:
-        teacher_final = reference(**inputs).last_hidden_state
+        if needed is None:
+            teacher_final = reference(**inputs).last_hidden_state
+            if cache is not None:
+                cache.add(inputs, teacher_final)
+        elif needed >= 0 or shared is not None:
+            _run_up_to(reference, inputs, needed)
     with own:
         if shared is None:
             student_final = decoder(**inputs).last_hidden_state
@@ -122,6 +133,29 @@ def run_towers(
                 state = layer(state, **kwargs)
             student_final = decoder.norm(state)
     return TowerStates(student_final[valid], teacher_final[valid], own.states(valid), its.states(valid))
+
+
+class _Enough(Exception):
+    """Thrown behind the last layer that is needed."""
+
+
+def _run_up_to(decoder: PreTrainedModel, inputs: Batch, position: int) -> None:
+    """The layers up to `position` only; what is kept of them, others keep. At -1 the input of the first."""
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    layers = decoder.layers
+    if position + 1 < len(layers):
+        handle = layers[position + 1].register_forward_pre_hook(stop)
+    else:
+        handle = layers[position].register_forward_hook(stop)
+    try:
+        decoder(**inputs)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
 
 
 class Recorder:

@@ -1,0 +1,162 @@
+"""The teacher's final hidden states on disk: it never changes, so a row that comes again needs no second pass.
+
+Rows are known by their tokens. Shards are safetensors files, each listed with its checksum in an index that is written
+after it, so a run that was cut off loses the last shard at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..data import Batch
+from ..errors import LayerPruneError
+from ..files import to_json, write_atomically
+
+SHARD_BYTES = 256 * 2**20
+INDEX = "index-{:05d}.json"
+
+
+class TeacherCache:
+    """Final hidden states of rows of text, in a folder.
+
+    Args:
+        folder (`Path`): where the shards lie; made when the first is written.
+        key (`str`): of teacher, tokenizer and precision; a folder of another key is refused.
+        max_bytes (`int`): on disk, of all processes; rows beyond it are not kept.
+        rank (`int`, *optional*, defaults to `0`): of this process, which writes shards of its own.
+        processes (`int`, *optional*, defaults to `1`): that share the folder.
+
+    Raises:
+        [`LayerPruneError`]: if the folder holds states of another teacher, or a shard is damaged.
+    """
+
+    def __init__(self, folder: Path, key: str, max_bytes: int, rank: int = 0, processes: int = 1) -> None:
+        self.folder, self.key, self.max_bytes = folder, key, max_bytes // processes
+        self.rank = rank
+        self.own: dict[str, Any] = {"key": key, "shards": {}}
+        self.places: dict[str, Path] = {}  # row to shard
+        self.pending: dict[str, Tensor] = {}
+        self.num_bytes = 0
+        self.read()
+
+    def read(self) -> None:
+        """Learn of the shards of all processes; at the start of every round."""
+        for path in sorted(self.folder.glob("index-*.json")):
+            index = _read_index(path)
+            if index["key"] != self.key:
+                raise LayerPruneError(
+                    f"{self.folder} holds hidden states of another teacher, tokenizer or precision; delete it"
+                )
+            own = path.name == INDEX.format(self.rank)
+            for name, shard in index["shards"].items():
+                file = self.folder / name
+                if file not in self.places.values():
+                    _check(file, shard["sha256"])
+                self.places |= dict.fromkeys(shard["rows"], file)
+                self.num_bytes += shard["bytes"] if own and name not in self.own["shards"] else 0
+            if own:
+                self.own = index
+
+    def get(self, batch: Batch) -> Tensor | None:
+        """`(B, T, H)` behind the final norm, zeros at padding; `None` unless every row is known."""
+        rows = row_keys(batch)
+        if not all(row in self.places or row in self.pending for row in rows):
+            return None
+        ids = batch["input_ids"]
+        found = [self._load(row) for row in rows]
+        states = found[0].new_zeros(*ids.shape, found[0].shape[-1])
+        for number, (state, mask) in enumerate(zip(found, _masks(batch), strict=True)):
+            states[number, mask] = state
+        return states.to(ids.device)
+
+    def add(self, batch: Batch, states: Tensor) -> None:
+        """Keep the states `(B, T, H)` of rows that are new, while there is room."""
+        for row, state, mask in zip(row_keys(batch), states, _masks(batch), strict=True):
+            size = int(mask.sum()) * state.shape[-1] * state.element_size()
+            if row in self.places or row in self.pending or self.num_bytes + size > self.max_bytes:
+                continue
+            self.pending[row] = state[mask.to(state.device)].cpu()
+            self.num_bytes += size
+        if sum(state.numel() * state.element_size() for state in self.pending.values()) >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not on disk yet; at the end of every round."""
+        if not self.pending:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"states-{self.rank:05d}-{len(self.own['shards']):05d}.safetensors"
+        content = save(self.pending)
+        write_atomically(file, content)
+        self.own["shards"][file.name] = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": sum(state.numel() * state.element_size() for state in self.pending.values()),
+            "rows": list(self.pending),
+        }
+        write_atomically(self.folder / INDEX.format(self.rank), to_json(self.own))
+        self.places |= dict.fromkeys(self.pending, file)
+        self.pending = {}
+
+    def _load(self, row: str) -> Tensor:
+        if row in self.pending:
+            return self.pending[row]
+        with safe_open(self.places[row], framework="pt") as shard:
+            return shard.get_tensor(row)
+
+
+def open_cache(
+    folder: Path, gibibytes: float, precision: tuple[Any, ...], accelerator: Accelerator
+) -> TeacherCache | None:
+    """The cache in a run's output folder, of the given size; none where that is 0.
+
+    `precision` tells one teacher, and how it computes, from another.
+    """
+    if not gibibytes:
+        return None
+    key = hashlib.sha256(str(precision).encode()).hexdigest()[:32]
+    shares = (accelerator.process_index, accelerator.num_processes)
+    return TeacherCache(folder / "teacher_cache", key, int(gibibytes * 2**30), *shares)
+
+
+def row_keys(batch: Batch) -> list[str]:
+    """What a row's states depend on: its tokens, without padding, and their positions."""
+    ids, positions = batch["input_ids"].cpu(), batch.get("position_ids")
+    parts = [ids] if positions is None else [ids, positions.cpu()]
+    return [
+        hashlib.sha256(b"".join(part[number, mask].numpy().tobytes() for part in parts)).hexdigest()[:32]
+        for number, mask in enumerate(_masks(batch))
+    ]
+
+
+def _masks(batch: Batch) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool, device="cpu") if mask is None else mask.bool().cpu()
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text())
+        return {"key": str(index["key"]), "shards": dict(index["shards"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LayerPruneError(f"{path} is damaged ({error}); delete {path.parent}") from error
+
+
+def _check(file: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as content:
+            while part := content.read(2**24):
+                digest.update(part)
+    except OSError as error:
+        raise LayerPruneError(f"{file} cannot be read ({error}); delete {file.parent}") from error
+    if digest.hexdigest() != sha256:
+        raise LayerPruneError(f"{file} is damaged: its checksum is another; delete {file.parent}")
