@@ -139,6 +139,7 @@ def our_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTraine
         args=args,
         hidden_state_map=HiddenStateMap.of(plan_of(student), plan_of(teacher), neighbours),
         shared_depth=shared_depth(student, teacher),
+        teacher_cache=None,
     )
     batch = make_batch(shape, teacher.config.vocab_size)
 
