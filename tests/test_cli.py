@@ -201,7 +201,7 @@ def test_a_run_killed_in_its_first_second_can_be_resumed(tmp_path, model_folder,
     with monkeypatch.context() as patch:
         patch.setattr(module, "evaluate_model", die)
         assert run("compress", *arguments) == 130
-    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+    assert "--resume true" in capsys.readouterr().err
     assert run("compress", "--config", tmp_path / "out" / "recipe.yaml", "--resume_from_checkpoint", "true") == 0
 
 

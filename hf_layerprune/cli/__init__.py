@@ -47,9 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     except (LayerPruneError, OSError) as error:  # OSError: a full disk, a folder that is a file, no permission
         sys.stderr.write(f"hf-layerprune: {' '.join(str(error).split())}\n")
         return 2
-    except KeyboardInterrupt:
-        kept = "; what is done is kept, --resume_from_checkpoint true goes on" if argv[0] == "compress" else ""
-        sys.stderr.write(f"hf-layerprune: stopped{kept}\n")
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"hf-layerprune: stopped{'; ' if str(stop) else ''}{stop}\n")
         return 130
     return 0
 

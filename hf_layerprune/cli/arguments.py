@@ -43,6 +43,9 @@ class CompressArguments(DataArguments):
     calibration_dataset: str | None = field(
         default=None, metadata={"help": "Text that scores the layers; without it rows of --dataset."}
     )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on with the run in output_dir; short for --resume_from_checkpoint true."}
+    )
     teacher: str | None = field(
         default=None,
         metadata={"help": "Where --model is a student already: the model to score and heal against, its original."},

@@ -23,6 +23,7 @@ from ..report import rich_table
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.checks import check_has_text
 from ..trainer.config import TARGETS
+from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
 from .arguments import CompressArguments, check_new_folder, names_option, parse
 
@@ -43,6 +44,7 @@ def compress(argv: list[str]) -> None:
     resume = {"true": True, "false": None, "none": None}.get(
         str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
     )
+    resume = True if arguments.resume else resume
     folder = Path(config.output_dir)
     _check_output_folder(folder, resume)
     train, held_out, calibration = _compress_datasets(arguments, config.dataset_text_field, config.seed)
@@ -71,9 +73,14 @@ def compress(argv: list[str]) -> None:
         _write_recipe(folder / "recipe.yaml", arguments, config)
     trainer.remove_callback(PrinterCallback)
     console = Console(quiet=not trainer.is_world_process_zero())
-    with RunProgress(trainer, console) as progress:
+    with StopWhereNothingIsLost() as stop, RunProgress(trainer, console) as progress:
+        trainer.add_callback(stop)
         trainer.add_callback(progress)
-        trainer.train()
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            line = f"hf-layerprune compress --config {folder / 'recipe.yaml'} --resume true"
+            raise KeyboardInterrupt(f"what is done is kept; to go on: {line}") from None
     console.print(rich_table(trainer.run.teacher, trainer.run.rounds))
     console.print(f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
@@ -90,9 +97,9 @@ def _choose_target(arguments: CompressArguments, config: Any, argv: list[str]) -
 
 def _check_output_folder(folder: Path, resume: Any) -> None:
     if resume and not (folder / STATE_FILE).is_file():
-        raise LayerPruneError(f"output_dir={folder} holds no run to resume; start without --resume_from_checkpoint")
+        raise LayerPruneError(f"output_dir={folder} holds no run to resume; start without --resume")
     if not resume:
-        check_new_folder(folder, "resume the run in it with --resume_from_checkpoint true, or ")
+        check_new_folder(folder, "resume the run in it with --resume true, or ")
 
 
 def _compress_datasets(arguments: CompressArguments, text_field: str, seed: int) -> tuple[Any, Any, Any]:
@@ -137,7 +144,7 @@ def _lora(arguments: CompressArguments) -> Any:
 def _write_recipe(path: Path, arguments: CompressArguments, config: Any) -> None:
     """Write every setting of ours and every one of the trainer's that was changed: `--config` repeats the run."""
     plain = (str, int, float, bool, list, dict, type(None))
-    settings = {item.name: getattr(arguments, item.name) for item in fields(arguments)}
+    settings = {item.name: getattr(arguments, item.name) for item in fields(arguments) if item.name != "resume"}
     for item in fields(config):
         value = getattr(config, item.name)
         value = value.value if isinstance(value, Enum) else value

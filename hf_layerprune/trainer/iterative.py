@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput, set_seed
 
@@ -32,20 +33,23 @@ from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
-from .checks import check_budget, check_enough_rows, check_has_text, check_request
+from .checks import check_enough_rows, check_has_text, check_request
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .healing import LayerHealingTrainer
+from .interrupts import explained
+from .keeping import RunKeeping
 from .publishing import HubPublishing
 from .records import add_speed, round_record, task_record, teacher_record
-from .run_state import RunState, check_target, decisive_settings, gauge_of_run, last_whole_checkpoint, open_run
-from .students import publish_student, save_student
+from .run_state import (
+    RunState,
+    last_whole_checkpoint,
+)
+from .students import publish_student
 from .targets import trained_blocks
-from .teacher_cache import open_cache
-from .towers import share_equal_weights
 
 
-class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
+class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTrainer):
     """Make a language model shallower, one measured and healed layer at a time.
 
     `train()` runs all rounds and leaves in `args.output_dir`: `rounds/NN/` (the student of each round), `model/` (the
@@ -124,6 +128,8 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
 
         self.run: RunState | None = None  # what train() has done: `run.teacher`, `run.rounds`
         self._opened = False
+        self._lock: FileLock | None = None
+        self._doing = "starting"
         self._peft_config = peft_config
         self._round = 0
         datasets = {"eval": eval_dataset, "calibration": calibration_dataset}
@@ -179,8 +185,13 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         self.teacher.eval()
         try:
             return self._run_rounds(run, folder)
+        except Exception as error:
+            if (clear := explained(error, folder, self._doing)) is not None and not isinstance(error, LayerPruneError):
+                raise clear from error
+            raise
         finally:
             self.teacher.train(was_training)
+            self._lock = None  # which releases it
 
     def _run_rounds(self, run: RunState, folder: Path) -> TrainOutput:
         student, output = self._student_of(folder, run), TrainOutput(0, 0.0, {})
@@ -191,7 +202,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             evaluated_on = "calibration data" if self.eval_dataset is None else "evaluation data"
             run.teacher = teacher_record(self.teacher_name, self.teacher, report, evaluated_on)
             run.teacher |= task_record(self.teacher, self.tasks, self.processing_class, self.teacher)
-            self._save_run(run, folder)
+            self._save_run(run, folder, "evaluating teacher")
         while not self.gauge.met(plan_of(student)):
             self._round = len(run.rounds) + 1
             self._event("on_round_begin", number=self._round, depth=plan_of(student).depth)
@@ -202,49 +213,13 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             self._phase("measuring speed")
             if self.args.should_save:
                 add_speed(self.teacher, run.teacher, run.rounds)
-        self._save_run(run, folder)
+        self._save_run(run, folder, "all")
         self._publish(folder, run)
         if self.args.push_to_hub:
             self.push_to_hub()
         unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
         self.accelerator.wait_for_everyone()
         return output
-
-    def open_run(self, resume_from_checkpoint: str | bool | None = None) -> RunState:
-        """Start a run in `args.output_dir`, or take up the one that is there; `train()` does it if you do not.
-
-        Raises:
-            [`LayerPruneError`]: see `train`; nothing has been written then.
-        """
-        folder = Path(self.args.output_dir)
-        data = (self.all_train_rows, self.calibration_batches, self.eval_batches, self.tasks)
-        settings = decisive_settings(self.args, self.start, self.teacher, data, self._peft_config)
-        settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
-        self.run = open_run(folder, self._agreed(RunState.load(folder)), settings, resume_from_checkpoint)
-        self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
-        precision = (settings["teacher"], settings["dtype"], self.accelerator.mixed_precision)
-        self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, precision, self.accelerator)
-        check_budget(self.model_name, self.gauge, plan_of(self.start))
-        check_target(self.run, plan_of(self.start), self.gauge)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._save_run(self.run, folder)
-        self._opened = True
-        return self.run
-
-    def _agreed(self, value: Any) -> Any:
-        """The main process's value, on every process."""
-        return broadcast_object_list([value])[0]
-
-    def _student_of(self, folder: Path, run: RunState) -> PreTrainedModel:
-        """The student the next round starts from."""
-        if not run.rounds:
-            return prune(self.start, [], share_weights=True)
-        return self._load_student(round_folder(folder, len(run.rounds)))
-
-    def _load_student(self, folder: Path) -> PreTrainedModel:
-        student = load_model(str(folder), dtype=self.start.dtype).to(self.args.device)
-        share_equal_weights(student, self.teacher)
-        return student
 
     def _choose_and_edit(self, student: PreTrainedModel, run: RunState, folder: Path) -> PreTrainedModel:
         """Make this round's edits, one at a time, each scored on what is left."""
@@ -267,20 +242,20 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             current["edits"].append(label)
             student = edited(student, Edit.from_label(label), *repair)
             plan = plan_of(student)
-            self._save_run(run, folder)
+            self._save_run(run, folder, "scoring")
         if "before_healing" not in current and self.args.heal:
             current["before_healing"] = current["unhealed"] = self._evaluate_phase(student).to_dict()
             if run.rounds or self.start is not self.teacher or self.args.compensation != "none":
                 unhealed = apply_plan(self.teacher, plan, share_weights=True)
                 current["unhealed"] = self._evaluate_phase(unhealed).to_dict()
-            self._save_run(run, folder)
+            self._save_run(run, folder, "evaluating unhealed")
         return student
 
     def _heal(self, student: PreTrainedModel, run: RunState, folder: Path) -> tuple[PreTrainedModel, TrainOutput]:
         """Train the student of this round; a checkpoint of an interrupted healing is taken up."""
         plan, current, target = plan_of(student), run.current, round_folder(folder, self._round)
         if "train_tokens" in current:  # a run that was interrupted behind its healing: the student is on disk
-            swap_model(self, self._load_student(target))
+            swap_model(self, self._load_student(target, current.get("weights", {})))
             return self.model, TrainOutput(0, 0.0, {})
         if not self.args.heal:
             return self._keep(student, run, folder), TrainOutput(0, 0.0, {})
@@ -301,23 +276,11 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         seconds = time.perf_counter() - self._healing_started
         return self._keep(student, run, folder, int(self.state.num_input_tokens_seen), seconds), output
 
-    def _keep(self, student: Any, run: RunState, folder: Path, tokens: int = 0, seconds: float = 0.0) -> Any:
-        """Save the student of this round, which took so many tokens and seconds to heal."""
-        run.current["seconds_healing"] = seconds
-        swap_model(self, student)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            save_student(student, self.processing_class, self.save_dtype, round_folder(folder, self._round))
-        self.accelerator.wait_for_everyone()
-        run.current["train_tokens"] = tokens
-        self._save_run(run, folder)
-        return student
-
     def _finish_round(self, student: PreTrainedModel, run: RunState, folder: Path) -> None:
         after = self._evaluate_phase(student)
         if not math.isfinite(after.loss):
             del run.current["train_tokens"]  # this healing does not count
-            self._save_run(run, folder)
+            self._save_run(run, folder, "scoring")
             if self.args.should_save:
                 shutil.rmtree(round_folder(folder, self._round))
             advice = "; lower the learning rate" if self.args.heal else ""
@@ -328,7 +291,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         record |= task_record(student, self.tasks, self.processing_class, self.teacher)
         run.rounds.append(record)
         run.current = {}
-        self._save_run(run, folder)
+        self._save_run(run, folder, "round")
         if self.args.should_save:
             write_report(folder, run.teacher, run.rounds, run.settings)
         self._event("on_round_end", record=record)
@@ -366,11 +329,8 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_run(self, run: RunState, folder: Path) -> None:
-        if self.args.should_save:
-            run.save(folder)
-
     def _phase(self, phase: str, **details: Any) -> None:
+        self._doing = phase
         self._event("on_phase_begin", phase=phase, **details)
 
     def _phase_step(self) -> None:
@@ -385,7 +345,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         super()._save_checkpoint(model, trial)
         seconds = time.perf_counter() - self._healing_started
         self.run.current |= {"seconds_healing": seconds, "balance": self.balance.weight}
-        self._save_run(self.run, Path(self.args.output_dir))
+        self._save_run(self.run, Path(self.args.output_dir), "checkpoint", step=self.state.global_step)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Checkpoints of a healing lie in the folder of its round."""

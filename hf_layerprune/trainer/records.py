@@ -60,7 +60,7 @@ def round_record(
 ) -> dict[str, Any]:
     """One finished round; `current` is what [`RunState`] knew of it, `after` the healed student's quality."""
     record = student_record(number, student, current["edits"], criterion, current["scores"], after)
-    record["seconds_scoring"] = current["seconds_scoring"]
+    record |= {"seconds_scoring": current["seconds_scoring"], "weights": current.get("weights", {})}
     if "before_healing" not in current:  # a run that does not heal
         return record
     before, unhealed = current["before_healing"], current["unhealed"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ from ..tasks import PreparedTask
 from .config import TARGETS, IterativeLayerDistillConfig
 
 STATE_FILE = "run_state.json"
+LOCK_FILE = ".lock"
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 # What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
 DECISIVE = (
@@ -56,6 +58,7 @@ class RunState:
         rounds (`list[dict]`): records of the finished rounds.
         current (`dict`): what is known of the round in progress: scores and edits so far.
         order (`list[str]`): of a run that scores once: the edits in the order they are made.
+        done (`dict`): what was finished last: `round`, `phase` and, within a healing, `step`.
         latency (`dict`, *optional*): what a block costs in time, where the target is one of latency.
     """
 
@@ -64,6 +67,7 @@ class RunState:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     current: dict[str, Any] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    done: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> None:
@@ -78,6 +82,23 @@ class RunState:
             return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise LayerPruneError(f"{path} is damaged ({error}); move {folder} away and start again") from error
+
+
+def lock_run(folder: Path) -> FileLock:
+    """Make the folder and keep other runs out of it until the lock is released.
+
+    Raises:
+        [`LayerPruneError`]: if another run is working in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LayerPruneError(
+            f"output_dir={folder} is in use: another run is working in it; wait for it, or choose another folder"
+        ) from None
+    return lock
 
 
 def open_run(folder: Path, found: RunState | None, settings: dict[str, Any], resume: str | bool | None) -> RunState:

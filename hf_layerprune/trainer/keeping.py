@@ -1,0 +1,117 @@
+"""What a run keeps on disk, so that it can go on from wherever it was cut off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from filelock import FileLock
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..budget import Gauge
+from ..data import Batch
+from ..errors import LayerPruneError
+from ..files import round_folder
+from ..loading import load_model
+from ..surgery import plan_of, prune
+from ..tasks import PreparedTask
+from ._trl import swap_model
+from .checks import check_budget
+from .config import IterativeLayerDistillConfig
+from .run_state import RunState, check_target, decisive_settings, gauge_of_run, lock_run, open_run
+from .students import check_weights, save_student, weight_digests
+from .teacher_cache import TeacherCache, open_cache
+from .towers import share_equal_weights
+
+
+class RunKeeping:
+    """The part of the trainer of rounds that opens a run's folder, saves its state, and takes students from there."""
+
+    args: IterativeLayerDistillConfig
+    accelerator: Accelerator
+    processing_class: PreTrainedTokenizerBase
+    model_name: str
+    start: PreTrainedModel
+    teacher: PreTrainedModel
+    save_dtype: torch.dtype
+    all_train_rows: Dataset | IterableDataset
+    calibration_batches: list[Batch]
+    eval_batches: list[Batch]
+    tasks: list[PreparedTask]
+    teacher_cache: TeacherCache | None
+    gauge: Gauge
+    run: RunState
+    _peft_config: Any | None
+    _round: int
+    _opened: bool
+    _lock: FileLock | None
+
+    def open_run(self, resume_from_checkpoint: str | bool | None = None) -> RunState:
+        """Start a run in `args.output_dir`, or take up the one that is there; `train()` does it if you do not.
+
+        Raises:
+            [`LayerPruneError`]: see `train`; nothing has been written then.
+        """
+        folder = Path(self.args.output_dir)
+        data = (self.all_train_rows, self.calibration_batches, self.eval_batches, self.tasks)
+        settings = decisive_settings(self.args, self.start, self.teacher, data, self._peft_config)
+        settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
+        self.run = open_run(folder, self._agreed(RunState.load(folder)), settings, resume_from_checkpoint)
+        self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
+        precision = (settings["teacher"], settings["dtype"], self.accelerator.mixed_precision)
+        self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, precision, self.accelerator)
+        check_budget(self.model_name, self.gauge, plan_of(self.start))
+        check_target(self.run, plan_of(self.start), self.gauge)
+        self._take_lock(folder)
+        self._save_run(self.run, folder, "opened")
+        self._opened = True
+        return self.run
+
+    def _take_lock(self, folder: Path) -> None:
+        refused = None
+        if self.args.should_save:
+            try:
+                self._lock = lock_run(folder)
+            except LayerPruneError as error:
+                refused = str(error)
+        if refused := self._agreed(refused):
+            raise LayerPruneError(refused)
+
+    def _agreed(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        return broadcast_object_list([value])[0]
+
+    def _student_of(self, folder: Path, run: RunState) -> PreTrainedModel:
+        """The student the next round starts from."""
+        if not run.rounds:
+            return prune(self.start, [], share_weights=True)
+        return self._load_student(round_folder(folder, len(run.rounds)), run.rounds[-1].get("weights", {}))
+
+    def _load_student(self, folder: Path, digests: dict[str, str]) -> PreTrainedModel:
+        check_weights(folder, digests)
+        student = load_model(str(folder), dtype=self.start.dtype).to(self.args.device)
+        share_equal_weights(student, self.teacher)
+        return student
+
+    def _keep(self, student: Any, run: RunState, folder: Path, tokens: int = 0, seconds: float = 0.0) -> Any:
+        """Save the student of this round, which took so many tokens and seconds to heal."""
+        run.current["seconds_healing"] = seconds
+        swap_model(self, student)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            save_student(student, self.processing_class, self.save_dtype, round_folder(folder, self._round))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run.current["weights"] = weight_digests(round_folder(folder, self._round))
+        run.current["train_tokens"] = tokens
+        self._save_run(run, folder, "healing")
+        return student
+
+    def _save_run(self, run: RunState, folder: Path, done: str, **details: Any) -> None:
+        if self.args.should_save:
+            run.done = {"round": self._round, "phase": done, **details}
+            run.save(folder)

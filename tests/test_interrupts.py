@@ -1,0 +1,228 @@
+"""Whatever ends a run in the middle, the last good round is on disk and the same command goes on from there."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_config, tiny_model
+from datasets import Dataset
+
+from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
+from hf_layerprune.loading import load_model
+
+RECIPE = {
+    "target_num_layers": 2, "max_steps": 6, "trained_layers": "all", "logging_steps": 1, "learning_rate": 1e-3,
+    "num_calibration_samples": 4, "num_eval_samples": 4, "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2, "max_length": 32, "packing": True, "packing_strategy": "wrapped",
+    "measure_speed": False, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "steps",
+    "save_steps": 2,
+}  # fmt: skip
+SLOWLY = """
+import sys, time
+from transformers import TrainerCallback
+from hf_layerprune.trainer import iterative
+from hf_layerprune.cli import main
+
+class Slow(TrainerCallback):
+    def on_step_end(self, *_, **__):
+        time.sleep(0.2)
+
+start = iterative.IterativeLayerDistillTrainer.__init__
+def slowly(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    self.add_callback(Slow())
+iterative.IterativeLayerDistillTrainer.__init__ = slowly
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, model_folder, texts):
+    texts.to_json(tmp_path / "texts.jsonl")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"model": str(model_folder), "dataset": str(tmp_path / "texts.jsonl")}))
+    return path
+
+
+def command(recipe, folder, *more, slowly=False):
+    start = ["-c", SLOWLY] if slowly else ["-m", "hf_layerprune.cli"]
+    return [sys.executable, *start, "compress", "--config", str(recipe), "--output_dir", str(folder), *more]
+
+
+def run(*args, **kwargs):
+    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def start(*args, **kwargs):
+    return subprocess.Popen(
+        command(*args, **kwargs),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()[-2000:]
+        time.sleep(0.02)
+
+
+def state(folder):
+    path = folder / "run_state.json"
+    return json.loads(path.read_text()) if path.is_file() else {"rounds": [], "current": {}, "done": {}}
+
+
+def assert_same_result(folder, whole):
+    found, expected = (json.loads((path / "report.json").read_text())["rounds"] for path in (folder, whole))
+    assert [record["edits"] for record in found] == [record["edits"] for record in expected]
+    models = load_model(str(folder / "model")), load_model(str(whole / "model"))
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.fixture
+def whole(recipe, tmp_path):
+    done = run(recipe, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "whole"
+
+
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(recipe, tmp_path, whole):
+    folder = tmp_path / "cut"
+    process = start(recipe, folder, slowly=True)
+    until(lambda: len(state(folder)["rounds"]) == 1 and state(folder)["done"].get("phase") == "checkpoint", process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    message = process.stderr.read().strip().splitlines()[-1]
+    assert message.startswith(
+        "hf-layerprune: stopped; what is done is kept; to go on: hf-layerprune compress --config"
+    )
+    stopped = state(folder)["done"]
+    assert stopped["round"] == 2 and stopped["phase"] == "checkpoint" and stopped["step"] >= 2
+    words = message.split("to go on: hf-layerprune ")[1].split()
+    resumed = subprocess.run([sys.executable, "-m", "hf_layerprune.cli", *words], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_result(folder, whole)
+
+
+def test_a_second_run_in_the_folder_is_refused(recipe, tmp_path):
+    folder = tmp_path / "shared"
+    process = start(recipe, folder, slowly=True)
+    until(lambda: state(folder)["done"], process)
+    second = run(recipe, folder, "--resume")
+    assert second.returncode == 2 and "another run is working in it" in second.stderr
+    assert second.stderr.strip().count("\n") == 0
+    process.kill()
+    process.wait()
+    assert run(recipe, folder, "--resume").returncode == 0  # a lock dies with its process
+
+
+def kill_and_resume(recipe, folder, whole, kills, seed):
+    """SIGKILL at random moments of a run until it is through."""
+    moments = random.Random(seed)
+    started = time.monotonic()
+    assert run(recipe, folder.with_name("timed")).returncode == 0
+    length = time.monotonic() - started
+    for number in range(kills):
+        resume = ["--resume"] if (folder / "run_state.json").is_file() else []
+        process = start(recipe, folder, *resume)
+        try:
+            process.wait(moments.uniform(0.3, 1.0) * length)
+            break  # it got through
+        except subprocess.TimeoutExpired:
+            before = state(folder)["rounds"]
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            assert state(folder)["rounds"][: len(before)] == before, f"kill {number} lost a round"
+    if not (folder / "model").is_dir():
+        resume = ["--resume"] if (folder / "run_state.json").is_file() else []
+        last = run(recipe, folder, *resume)
+        assert last.returncode == 0, last.stderr
+    assert_same_result(folder, whole)
+
+
+def test_killed_at_random_moments(recipe, tmp_path, whole):
+    kill_and_resume(recipe, tmp_path / "cut", whole, kills=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_killed_at_many_random_moments(recipe, tmp_path, whole, seed):
+    kill_and_resume(recipe, tmp_path / "cut", whole, kills=4, seed=seed)
+
+
+def test_a_full_disk_is_one_line(recipe, tmp_path, whole):
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    limited += "import sys; from hf_layerprune.cli import main; sys.exit(main(sys.argv[1:]))"
+    folder = tmp_path / "full"
+    words = command(recipe, folder)
+    words[1:3] = ["-c", limited]
+    failed = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert failed.returncode == 2, failed.stderr
+    last = failed.stderr.strip().splitlines()[-1]
+    assert "cannot be written" in last and "Traceback" not in failed.stderr
+    resumed = run(recipe, folder, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_result(folder, whole)
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    def build(**changes):
+        rows = [{"text": "It was the best of times, it was the worst of times. " * 2}] * 12
+        return IterativeLayerDistillTrainer(
+            model=tiny_model(5), args=tiny_config(tmp_path / "run", **{"measure_speed": False} | changes),
+            train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        )  # fmt: skip
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["device", "cpu"],
+)
+def test_no_memory_left_is_one_line(make, error, monkeypatch):
+    trainer = make()
+
+    def fail(*_, **__):
+        if trainer._round == 2:
+            raise error
+        return parts(*_, **__)
+
+    parts = trainer.loss_parts
+    monkeypatch.setattr(trainer, "loss_parts", fail)
+    with pytest.raises(LayerPruneError, match="out of memory while healing: .*Lower per_device_train_batch_size"):
+        trainer.train()
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    assert [record["num_layers"] for record in again.run.rounds] == [4, 3]
+
+
+def test_any_other_error_stays_what_it_is(make, monkeypatch):
+    trainer = make()
+    monkeypatch.setattr(trainer, "loss_parts", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+
+
+def test_a_round_that_was_changed_is_refused(make, tmp_path):
+    make(target_num_layers=4).train()
+    weights = tmp_path / "run" / "rounds" / "01" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(LayerPruneError, match="model.safetensors is damaged: it is not what round 1 saved"):
+        make().train(resume_from_checkpoint=True)
