@@ -101,10 +101,8 @@ class Divergence(torch.autograd.Function):
                 grad_weight = torch.zeros_like(student_weight, dtype=torch.float32)
             for rows in _chunks(student_hidden, len(weight)):
                 hidden = student_hidden[rows].to(dtype)
-                student = (hidden @ weight.T).float() / temperature
-                teacher = (teacher_hidden[rows].to(dtype) @ reference_weight.T).float() / temperature
-                student -= student.logsumexp(-1, keepdim=True)
-                teacher -= teacher.logsumexp(-1, keepdim=True)
+                student = _log_probabilities(hidden @ weight.T, temperature)
+                teacher = _log_probabilities(teacher_hidden[rows].to(dtype) @ reference_weight.T, temperature)
                 value, grad_logits = _divergence_of_log_probabilities(student, teacher, beta)
                 total += value
                 grad_logits = grad_logits.to(dtype)
@@ -122,6 +120,10 @@ class Divergence(torch.autograd.Function):
         scale = grad_output * ctx.temperature
         grad_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
         return grad_hidden * scale, grad_weight, None, None, None, None
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits.float() if temperature == 1 else logits.float() / temperature, -1)
 
 
 def _divergence_of_log_probabilities(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
