@@ -25,7 +25,7 @@ from ._trl import log_metric, redirect_forward, swap_model
 from .config import IterativeLayerDistillConfig
 from .targets import HiddenStateMap
 from .teacher_cache import TeacherCache
-from .towers import run_towers, shared_depth
+from .towers import TowerStates, run_towers, shared_depth
 from .trainable import make_plain, make_trainable
 
 DISTANCES = {"paper": hidden_state_mse, "mse": relative_hidden_state_mse, "cosine": cosine_distance}
@@ -53,6 +53,27 @@ class Balance:
         if self.sums is not None:
             divergence, hidden = accelerator.reduce(self.sums, "sum").tolist()
             self.weight, self.sums = divergence / hidden if hidden > 0 else 1.0, None
+
+
+def parts_of_loss(
+    towers: TowerStates, student: PreTrainedModel, teacher: PreTrainedModel, labels: Tensor, args: Any
+) -> dict[str, Tensor]:
+    """The parts of the loss at N positions, each a sum over them, and their number; `labels` `(N,)` is what follows."""
+    paper = args.loss_preset == "paper"
+    distance = DISTANCES["paper" if paper else args.hidden_distance]
+    hidden = [distance(own, its).sum() for own, its in zip(towers.student, towers.teacher, strict=True)]
+    hidden = hidden[-1:] if paper else hidden
+    student_final, teacher_final = towers.student_final, towers.teacher_final
+    parts = {
+        "hidden": torch.stack(hidden).mean() if hidden else student_final.new_zeros((), dtype=torch.float32),
+        "final_hidden": distance(student_final, teacher_final).sum(),
+    }
+    if args.kl_weight or paper:
+        heads = (student_final, student.lm_head, teacher_final, teacher.lm_head)
+        parts["kl"] = divergence(*heads, args.temperature, args.beta)
+    if args.lm_weight:
+        parts["lm"] = next_token_loss(student_final, student.lm_head, labels).sum()
+    return parts | {"num_tokens": torch.tensor(max(1, len(labels)), device=student_final.device)}
 
 
 class LayerHealingTrainer(SFTTrainer):
@@ -142,23 +163,9 @@ class LayerHealingTrainer(SFTTrainer):
         student = student.get_base_model() if is_peft_model(student) else student
         valid, labels = valid_next_tokens(inputs)
         forward_inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        how = (self.hidden_state_map, self.shared_depth, self.args.hidden_target == "updates")
-        towers = run_towers(student, self.teacher, forward_inputs, valid, *how, self.teacher_cache)
-        distance = DISTANCES["paper" if self.args.loss_preset == "paper" else self.args.hidden_distance]
-        hidden = [distance(own, its).sum() for own, its in zip(towers.student, towers.teacher, strict=True)]
-        student_final, teacher_final = towers.student_final, towers.teacher_final
-        if self.args.loss_preset == "paper":
-            hidden = hidden[-1:]
-        parts = {
-            "hidden": torch.stack(hidden).mean() if hidden else student_final.new_zeros((), dtype=torch.float32),
-            "final_hidden": distance(student_final, teacher_final).sum(),
-        }
-        if self.args.kl_weight or self.args.loss_preset == "paper":
-            heads = (student_final, student.lm_head, teacher_final, self.teacher.lm_head)
-            parts["kl"] = divergence(*heads, self.args.temperature, self.args.beta)
-        if self.args.lm_weight:
-            parts["lm"] = next_token_loss(student_final, student.lm_head, labels).sum()
-        return parts | {"num_tokens": torch.tensor(max(1, len(labels)), device=student_final.device)}
+        how = (self.hidden_state_map, self.shared_depth, self.args.hidden_target == "updates", self.teacher_cache)
+        towers = run_towers(student, self.teacher, forward_inputs, valid, *how)
+        return parts_of_loss(towers, student, self.teacher, labels, self.args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
