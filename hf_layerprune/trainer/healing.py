@@ -58,7 +58,7 @@ class Balance:
 def parts_of_loss(
     towers: TowerStates, student: PreTrainedModel, teacher: PreTrainedModel, labels: Tensor, args: Any
 ) -> dict[str, Tensor]:
-    """The parts of the loss at N positions, each a sum over them, and their number; `labels` `(N,)` is what follows."""
+    """The parts of the loss at N positions, each a sum over them, and their number; `labels` `(N,)` follow them."""
     paper = args.loss_preset == "paper"
     distance = DISTANCES["paper" if paper else args.hidden_distance]
     hidden = [distance(own, its).sum() for own, its in zip(towers.student, towers.teacher, strict=True)]
