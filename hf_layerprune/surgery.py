@@ -194,6 +194,7 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
     }
     if share_weights:
         memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+        memo |= {id(buffer): buffer for buffer in model.buffers()}
     student = copy.deepcopy(model, memo)
 
     config, student_decoder = student.config, student.base_model
