@@ -21,7 +21,7 @@ def test_fake_tensors_need_what_real_ones_do(tmp_path, trained, checkpointing, m
     monkeypatch.setattr(memory, "FakeTensorMode", nullcontext)
     real = step_needs(config, args, 3, 4, torch.float32)
     assert (fake.weights, fake.trained, fake.flops) == (real.weights, real.trained, real.flops)
-    assert fake.peak == pytest.approx(real.peak, rel=0.1)  # kernels for tensors without memory make other buffers
+    assert fake.peak == pytest.approx(real.peak, rel=0.15)  # kernels for tensors without memory make other buffers
     model = tiny_model(6)
     assert fake.weights >= 4 * model.num_parameters() and fake.trained > 0
     assert fake.peak > fake.weights + 3 * fake.trained and fake.flops > 0
