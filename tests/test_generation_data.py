@@ -323,11 +323,10 @@ def test_a_stream_is_refused(tmp_path, tokenizer):
 TOGETHER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import torch.distributed as dist
 from conftest import byte_tokenizer, tiny_model
 from test_generation_data import config, text_rows
+import torch.distributed as dist
 from hf_layerprune import generate_healing_data
-dist.init_process_group("gloo")
 calls, model = [], tiny_model()
 whole = model.generate
 model.generate = lambda **inputs: calls.append(len(inputs["input_ids"])) or whole(**inputs)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..data import load_text_dataset
 from ..generation_data import HealingDataConfig, generate_healing_data
+from ..generation_data.generate import processes
 from ..loading import load_model, load_tokenizer
 from .arguments import GenerateArguments, parse
 
@@ -18,7 +18,7 @@ def generate(argv: list[str]) -> None:
     prompts = load_text_dataset(
         arguments.dataset or "embedded:healing", arguments.dataset_split, arguments.dataset_config
     )
-    state = PartialState()
+    state = processes()
     console = Console(quiet=not state.is_main_process)
     model = load_model(arguments.model, dtype=arguments.dtype).to(state.device)
     tokenizer = load_tokenizer(arguments.model)

@@ -69,28 +69,32 @@ def generate_healing_data(
         [`LayerPruneError`]: if model, prompts and settings do not fit together, `output_file` holds something else, or
             no answer is left to write.
     """
-    config = config or HealingDataConfig()
+    config, state = config or HealingDataConfig(), processes()
     name = model if isinstance(model, str) else name_of(model)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(name)
     dataset = load_text_dataset(prompts) if isinstance(prompts, str) else prompts
     if not isinstance(dataset, Dataset):
         raise LayerPruneError(f"prompts are {type(dataset).__name__}, which cannot be resumed; give a Dataset")
     if isinstance(model, str):
-        model = load_model(model).to(PartialState().device)
+        model = load_model(model).to(state.device)
     sampling = _sampling(model, tokenizer, config)
     questions = read_prompts(dataset, tokenizer, config, _longest_prompt(model, config))
     journal = Journal(Path(output_file), _settings(model, tokenizer, questions, sampling, config))
     report = journal.finished()
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     if report is None:
         _answer_all(model, tokenizer, questions, sampling, config, journal, on_rows)
-        if rank == 0:
+        if state.is_main_process:
             _finish(journal, questions, config)
         _wait()
         report = journal.finished()
-    if rank == 0:
+    if state.is_main_process:
         journal.clear()
     return report
+
+
+def processes() -> PartialState:
+    """This process among those that were launched together, which it joins if it has not."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _sampling(
@@ -159,8 +163,7 @@ def _answer_all(
     on_rows: Callable[[int, int], None] | None,
 ) -> None:
     """Answer what has no answer yet; the processes take turns, a batch each."""
-    first, step = shard(model)
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    (first, step), rank = shard(model), processes().process_index
     _wait()  # until every process has looked at what is there
     if rank == 0:
         journal.open()

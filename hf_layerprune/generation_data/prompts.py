@@ -66,9 +66,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text that says the name of a special token would be tokenized to it."""
-    for token in special_tokens(tokenizer).values():
-        text = text.replace(token, "")
+    """A text without the names of special tokens, to which it would be tokenized."""
+    names = [name for name in special_tokens(tokenizer).values() if name]
+    while any(name in text for name in names):  # taking one out may put another together
+        for name in names:
+            text = text.replace(name, "")
     return text
 
 
