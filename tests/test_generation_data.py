@@ -332,7 +332,7 @@ whole = model.generate
 model.generate = lambda **inputs: calls.append(len(inputs["input_ids"])) or whole(**inputs)
 report = generate_healing_data(model, text_rows(), sys.argv[2], config(), byte_tokenizer())
 assert sum(calls) == (6, 4)[dist.get_rank()], calls
-assert report.num_rows == 10
+assert report.num_rows + report.num_empty == 10
 dist.destroy_process_group()
 """
 
