@@ -7,6 +7,7 @@ from .data import EMBEDDED_MODEL, embedded_dataset
 from .edits import Edit
 from .errors import LayerPruneError
 from .evaluation import EvaluationReport, evaluate_model
+from .generation_data import HealingDataConfig, HealingDataReport, generate_healing_data
 from .hub import load_run, push_run
 from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM, PrunedQwen2Model
 from .plan import LayerPlan
@@ -23,6 +24,8 @@ __all__ = [
     "Budget",
     "Edit",
     "EvaluationReport",
+    "HealingDataConfig",
+    "HealingDataReport",
     "IterativeLayerDistillConfig",
     "IterativeLayerDistillTrainer",
     "LayerDistillCallback",
@@ -41,6 +44,7 @@ __all__ = [
     "embedded_dataset",
     "evaluate_model",
     "find_parallel_range",
+    "generate_healing_data",
     "load_run",
     "parallelize",
     "prune",

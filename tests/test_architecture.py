@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_layerprune"
 # A module may import only from those before it.
 ORDER = (
-    "errors", "files", "plan", "edits", "models", "surgery", "losses", "data", "loading", "forward", "tasks",
-    "compensation", "scoring", "evaluation", "shapes", "benchmark", "latency", "budget", "search", "layer_map",
-    "report", "hub", "trainer", "progress", "cli", "__init__",
+    "errors", "files", "fingerprint", "plan", "edits", "models", "surgery", "losses", "data", "loading", "forward",
+    "tasks", "compensation", "scoring", "generation_data", "evaluation", "shapes", "benchmark", "latency", "budget",
+    "search", "layer_map", "report", "hub", "trainer", "progress", "cli", "__init__",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = sorted((PACKAGE / "models").glob("*_pruned_qwen2.py"))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 
-VERBS = ("compress", "parallelize", "score", "evaluate", "benchmark", "push")
+VERBS = ("compress", "parallelize", "generate", "score", "evaluate", "benchmark", "push")
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
   compress     remove layers one by one, each chosen by measurement and healed by distillation
   parallelize  run layers in parallel (or leave some out) without training
+  generate     write down a teacher's own answers, to heal on
   score        measure and plot the importance of every layer
   evaluate     measure a checkpoint, alone or against a teacher
   benchmark    measure speed and memory of one or more checkpoints, side by side
@@ -36,11 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     from ..errors import LayerPruneError
     from .benchmark import benchmark
     from .compress import compress
+    from .generate import generate
     from .measure import evaluate, score
     from .parallelize import parallelize
     from .push import push
 
-    verbs = dict(zip(VERBS, (compress, parallelize, score, evaluate, benchmark, push), strict=True))
+    verbs = dict(zip(VERBS, (compress, parallelize, generate, score, evaluate, benchmark, push), strict=True))
     _quiet()
     try:
         verbs[argv[0]](argv[1:])
@@ -48,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"hf-layerprune: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"hf-layerprune: stopped{'; ' if str(stop) else ''}{stop}\n")
+        goes_on = str(stop) or ("what is done is kept, the same command goes on" if argv[0] == "generate" else "")
+        sys.stderr.write(f"hf-layerprune: stopped{'; ' if goes_on else ''}{goes_on}\n")
         return 130
     return 0
 

@@ -178,6 +178,18 @@ class EvaluateArguments(MeasureArguments):
 
 
 @dataclass
+class GenerateArguments(DataArguments):
+    """What `generate` works on, beside the settings of [`HealingDataConfig`]."""
+
+    output_file: str = field(
+        default="healing-data.jsonl", metadata={"help": "File of JSON lines to write, or to go on with."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "dtype of the weights in memory; 'auto' is the checkpoint's."}
+    )
+
+
+@dataclass
 class BenchmarkArguments:
     """Settings of `benchmark`."""
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..budget import Gauge
 from ..data import Batch
 from ..errors import LayerPruneError
 from ..files import round_folder, write_atomically
+from ..fingerprint import fingerprint, fingerprint_model
 from ..latency import BlockLatency
 from ..plan import LayerPlan
 from ..surgery import plan_of
@@ -177,8 +175,8 @@ def decisive_settings(
     values["dtype"] = str(start.dtype)
     values |= {
         "plan": plan_of(start).to_dict(),
-        "model": _fingerprint_model(start),
-        "teacher": _fingerprint_model(teacher),
+        "model": fingerprint_model(start),
+        "teacher": fingerprint_model(teacher),
     }
     texts = {
         "healing": list(rows.take(8)) if isinstance(rows, IterableDataset) else [len(rows), rows[:8]],
@@ -186,21 +184,9 @@ def decisive_settings(
         "evaluation": [tensor for batch in evaluation for tensor in batch.values()],
         "tasks": [part for task in tasks for part in task.fingerprint()],
     }
-    values |= {f"{name}_text": _fingerprint(parts) for name, parts in texts.items()}
+    values |= {f"{name}_text": fingerprint(parts) for name, parts in texts.items()}
     values["peft"] = None if peft_config is None else json.dumps(peft_config.to_dict(), default=str, sort_keys=True)
     return json.loads(json.dumps(values, default=str))
-
-
-def _fingerprint(parts: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(str(part.tolist() if isinstance(part, Tensor) else part).encode())
-    return digest.hexdigest()[:16]
-
-
-def _fingerprint_model(model: PreTrainedModel) -> str:
-    """Of the first weights of every tensor: cheap on any size, different for any two trainings."""
-    return _fingerprint(parameter.detach().flatten()[:8].float().cpu() for parameter in model.parameters())
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:

@@ -1,0 +1,419 @@
+"""A teacher's own answers as data to heal on."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import END, VOCAB_SIZE, byte_tokenizer, tiny_config, tiny_model
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import Qwen2Tokenizer
+
+from hf_layerprune import (
+    HealingDataConfig,
+    IterativeLayerDistillTrainer,
+    LayerPruneError,
+    cli,
+    generate_healing_data,
+    prune,
+)
+from hf_layerprune.trainer.targets import HiddenStateMap
+
+TURN = "<|im_end|>"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '" + TURN + "' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+TEXTS = [f"Prompt number {n} speaks of {'many ' * (n % 4)}things, and then it goes on for a while." for n in range(10)]
+CHATS = [[{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": "No."}] for n in range(6)]
+
+
+def text_rows():
+    return Dataset.from_dict({"text": TEXTS})
+
+
+def chat_tokenizer() -> Qwen2Tokenizer:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def config(**changes):
+    settings = {"prompt_tokens": 16, "max_new_tokens": 12, "batch_size": 3, "temperature": 1.0}
+    return HealingDataConfig(**settings | changes)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def saying(model, *answers):
+    """The model with a `generate` that writes the given tokens, whatever it is asked."""
+
+    def generate(input_ids, **_):
+        longest = max(map(len, answers))
+        ids = torch.tensor([list(answer) + [VOCAB_SIZE - 1] * (longest - len(answer)) for answer in answers])
+        return torch.cat([input_ids, ids[: len(input_ids)]], dim=1)
+
+    model.generate = generate
+    return model
+
+
+def test_greedy_answers_are_what_the_model_writes_alone(tmp_path, tokenizer):
+    model, path = tiny_model(), tmp_path / "folder" / "answers.jsonl"
+    report = generate_healing_data(model, text_rows(), path, config(temperature=0), tokenizer)
+    assert {item.name for item in path.parent.iterdir()} == {"answers.jsonl", "answers.jsonl.run.json"}
+    expected = []
+    for text in TEXTS:
+        prompt = text[:16].rsplit(" ", 1)[0]
+        ids = tokenizer(prompt, return_tensors="pt")
+        written = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        truncated, answer = VOCAB_SIZE - 1 not in written, tokenizer.decode(written, skip_special_tokens=True)
+        answer = answer.rstrip("\ufffd") if truncated else answer
+        expected.append({"prompt": prompt, "completion": answer, "truncated": truncated})
+    told = [row for row in expected if row["completion"].strip()]
+    assert rows_of(path) == told
+    assert (report.num_rows, report.num_empty) == (len(told), len(TEXTS) - len(told))
+    assert load_dataset("json", data_files=str(path), split="train").to_list() == told
+
+
+def test_the_seed_decides_and_the_state_of_random_numbers_stays(tmp_path, tokenizer):
+    model, state = tiny_model(), torch.random.get_rng_state()
+    for name, changes in {"a": {}, "b": {}, "c": {"seed": 7}, "d": {"temperature": 0.5}}.items():
+        generate_healing_data(model, text_rows(), tmp_path / f"{name}.jsonl", config(**changes), tokenizer)
+        torch.rand(3)
+    a, b, c, d = ((tmp_path / f"{name}.jsonl").read_bytes() for name in "abcd")
+    assert a == b and a != c and a != d
+    torch.random.set_rng_state(state)
+    generate_healing_data(model, text_rows(), tmp_path / "e.jsonl", config(), tokenizer)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_checkpoints_own_sampling_is_the_default(tmp_path, tokenizer):
+    model = tiny_model()
+    generate_healing_data(model, text_rows(), tmp_path / "greedy.jsonl", config(temperature=0), tokenizer)
+    model.generation_config.do_sample, model.generation_config.top_k = True, 1
+    generate_healing_data(model, text_rows(), tmp_path / "own.jsonl", config(temperature=None), tokenizer)
+    assert (tmp_path / "own.jsonl").read_bytes() == (tmp_path / "greedy.jsonl").read_bytes()
+    generate_healing_data(model, text_rows(), tmp_path / "all.jsonl", config(temperature=None, top_k=0), tokenizer)
+    model.generation_config.do_sample = False  # such a checkpoint is sampled as it is, whatever else it says
+    generate_healing_data(model, text_rows(), tmp_path / "plain.jsonl", config(temperature=None), tokenizer)
+    assert (tmp_path / "plain.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from conftest import byte_tokenizer, tiny_model
+from test_generation_data import config, text_rows
+from hf_layerprune import generate_healing_data
+
+def kill(done, total):
+    if done >= 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+generate_healing_data(tiny_model(), text_rows(), sys.argv[2], config(), byte_tokenizer(), on_rows=kill)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, tokenizer):
+    path = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not path.exists()
+    partial = tmp_path / "answers.jsonl.rank0.partial"
+    with partial.open("ab") as file:  # a second kill, in the middle of writing
+        file.write(b'\n[{"row": 6, "text": "ha')
+    seen, model, calls = [], tiny_model(), []
+    whole = model.generate
+    model.generate = lambda **inputs: calls.append(len(inputs["input_ids"])) or whole(**inputs)
+    resumed = generate_healing_data(model, text_rows(), path, config(), tokenizer, lambda *done: seen.append(done))
+    assert seen == [(6, 10), (9, 10), (10, 10)] and calls == [3, 1]
+    assert not partial.exists()
+    other = tmp_path / "other.jsonl"
+    assert resumed == generate_healing_data(tiny_model(), text_rows(), other, config(), tokenizer)
+    assert path.read_bytes() == other.read_bytes()
+
+
+def test_a_finished_run_is_not_done_again(tmp_path, tokenizer):
+    path = tmp_path / "answers.jsonl"
+    first = generate_healing_data(tiny_model(), text_rows(), path, config(), tokenizer)
+    model = tiny_model()
+    model.generate = None
+    assert generate_healing_data(model, text_rows(), path, config(batch_size=5), tokenizer) == first
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seed": 7}, "seed was 42, now it is 7"),
+        ({"temperature": 0.5}, "temperature was 1.0, now it is 0.5"),
+        ({"max_new_tokens": 13}, "max_new_tokens was 12, now it is 13"),
+        ({"model": 1}, "model was"),
+        ({"prompts": Dataset.from_dict({"text": [*TEXTS[:-1], "another text"]})}, "prompts was"),
+        ({"tokenizer": TEMPLATE}, "tokenizer was"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_answers_of_two_runs_are_not_mixed(tmp_path, tokenizer, changes, message, finished):
+    path = tmp_path / "answers.jsonl"
+
+    def stop(done, total):
+        if done and not finished:
+            raise KeyboardInterrupt
+
+    try:
+        generate_healing_data(tiny_model(), text_rows(), path, config(), tokenizer, stop)
+    except KeyboardInterrupt:
+        assert not finished
+    changes = dict(changes)
+    model, prompts = tiny_model(seed=changes.pop("model", 0)), changes.pop("prompts", text_rows())
+    if "tokenizer" in changes:
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = changes.pop("tokenizer")
+    before = {item.name: item.read_bytes() for item in tmp_path.iterdir()}
+    with pytest.raises(LayerPruneError, match=f"answers of another run: {message}"):
+        generate_healing_data(model, prompts, path, config(**changes), tokenizer)
+    assert before == {item.name: item.read_bytes() for item in tmp_path.iterdir()}
+
+
+def test_what_is_not_ours_stays(tmp_path, tokenizer):
+    def call(name):
+        generate_healing_data(tiny_model(), text_rows(), tmp_path / name, config(), tokenizer)
+
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    with pytest.raises(LayerPruneError, match="not of such a run"):
+        call("mine.jsonl")
+    with pytest.raises(LayerPruneError, match=r"ends in \.jsonl"):
+        call("mine.txt")
+    call("ours.jsonl")
+    with (tmp_path / "ours.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(LayerPruneError, match="not as it was written"):
+        call("ours.jsonl")
+    (tmp_path / "ours.jsonl.run.json").write_text("{")
+    with pytest.raises(LayerPruneError, match="damaged"):
+        call("ours.jsonl")
+
+
+def test_chats_go_through_the_template_and_come_back_as_messages(tmp_path):
+    tokenizer, model, asked = chat_tokenizer(), tiny_model(vocab_size=VOCAB_SIZE + 1), []
+    whole = model.generate
+    model.generate = lambda **inputs: asked.extend(inputs["input_ids"].tolist()) or whole(**inputs)
+    path = tmp_path / "chats.jsonl"
+    rows = Dataset.from_dict({"messages": CHATS, "text": ["not this"] * len(CHATS)})
+    report = generate_healing_data(model, rows, path, config(temperature=4.0, max_new_tokens=100), tokenizer)
+    assert tokenizer.decode(asked[0]) == f"user: Question 0?{TURN}assistant: "
+    assert report.num_rows + report.num_empty == len(CHATS)
+    for row in rows_of(path):
+        assert [*row["prompt"], CHATS[0][1]] in CHATS
+        (answer,) = row["completion"]
+        assert answer["role"] == "assistant" and TURN not in answer["content"] and END not in answer["content"]
+    assert 0 < report.num_truncated < len(CHATS), "some end by themselves, some are cut"
+    whole_chats = tmp_path / "whole.jsonl"
+    generate_healing_data(model, rows, whole_chats, config(completion_only=False), tokenizer)
+    for row in rows_of(whole_chats):
+        question, answer = row["messages"]
+        assert [question, CHATS[0][1]] in CHATS and answer["role"] == "assistant"
+
+
+def test_texts_can_be_a_users_messages_or_stay_whole(tmp_path, tokenizer):
+    chats, whole, joined = (tmp_path / f"{name}.jsonl" for name in ("chats", "whole", "joined"))
+    model = saying(tiny_model(vocab_size=VOCAB_SIZE + 1), *[tokenizer(" yes")["input_ids"]] * 10)
+    generate_healing_data(model, text_rows(), chats, config(as_chat=True), chat_tokenizer())
+    assert [row["prompt"] for row in rows_of(chats)] == [[{"role": "user", "content": text}] for text in TEXTS]
+    generate_healing_data(model, Dataset.from_dict({"prompt": TEXTS}), whole, config(), tokenizer)
+    assert [row["prompt"] for row in rows_of(whole)] == TEXTS
+    asked = config(completion_only=False, prompt_column="mine", num_prompts=4)
+    rows = Dataset.from_dict({"mine": ["", *TEXTS], "text": [""] * 11})
+    generate_healing_data(model, rows, joined, asked, tokenizer)
+    openings = [text[:16].rsplit(" ", 1)[0] for text in TEXTS[:3]]  # a blank text is no prompt
+    assert rows_of(joined) == [{"text": f"{opening} yes", "truncated": False} for opening in openings]
+
+
+def test_ends_empty_answers_and_special_tokens(tmp_path, tokenizer):
+    end, text = VOCAB_SIZE - 1, lambda words: tokenizer(words)["input_ids"]
+    spelled = [token for character in END for token in text(character)]  # the name of the token, letter by letter
+    answers = [text("good") + [end] + text("more"), [end], text(" \n") + [end], text("a") + spelled + text("b"),
+               text("x" * 12)]  # fmt: skip
+    rows = Dataset.from_dict({"prompt": [f"prompt{END} {n}" for n in range(5)]})
+
+    def call(name, **changes):
+        model = saying(tiny_model(), *answers)
+        report = generate_healing_data(model, rows, tmp_path / name, config(batch_size=5, **changes), tokenizer)
+        return report, rows_of(tmp_path / name)
+
+    # 'a<|endoftext|>b' is 15 letters: cut at most at 15 tokens it is no longest answer
+    report, written = call("all.jsonl", max_new_tokens=15)
+    assert [row["completion"] for row in written] == ["good", "ab", "x" * 12]
+    assert [row["prompt"] for row in written] == ["prompt 0", "prompt 3", "prompt 4"]
+    assert [row["truncated"] for row in written] == [False, True, False]
+    assert (report.num_rows, report.num_empty, report.num_truncated, report.num_tokens) == (3, 2, 1, 4 + 15 + 12)
+    report, written = call("ended.jsonl", max_new_tokens=15, keep_truncated=False)
+    assert [row["completion"] for row in written] == ["good", "x" * 12]
+    assert (report.num_rows, report.num_truncated) == (2, 1)
+    with pytest.raises(LayerPruneError, match="no answer is left: 1 are empty and 0 cut"):
+        generate_healing_data(
+            saying(tiny_model(), [end]), rows.select([0]), tmp_path / "none.jsonl", config(), tokenizer
+        )
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_long_prompts_are_refused_by_name_or_lose_their_beginning(tmp_path, tokenizer):
+    texts = Dataset.from_dict({"prompt": ["short", "a long prompt, too long"]})
+    with pytest.raises(LayerPruneError, match="row 1 has 23 tokens, more than 10; .*long_prompts='truncate'"):
+        generate_healing_data(tiny_model(), texts, tmp_path / "a.jsonl", config(max_prompt_tokens=10), tokenizer)
+    assert not list(tmp_path.iterdir())
+    asked = config(max_prompt_tokens=10, long_prompts="truncate")
+    generate_healing_data(tiny_model(), texts, tmp_path / "a.jsonl", asked, tokenizer)
+    assert [row["prompt"] for row in rows_of(tmp_path / "a.jsonl")] == ["short", ", too long"]
+
+    chat, model = chat_tokenizer(), tiny_model(vocab_size=VOCAB_SIZE + 1)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One. Two. Three."}]
+    limit = len(chat.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)) - 5
+    asked = config(max_prompt_tokens=limit, long_prompts="truncate")
+    rows = Dataset.from_dict({"prompt": [messages]})
+    generate_healing_data(model, rows, tmp_path / "b.jsonl", asked, chat)
+    assert rows_of(tmp_path / "b.jsonl")[0]["prompt"] == [messages[0], {"role": "user", "content": "Two. Three."}]
+    asked = config(max_prompt_tokens=20, long_prompts="truncate")
+    with pytest.raises(LayerPruneError, match="row 0 has 52 tokens, more than 20; raise max_prompt_tokens"):
+        generate_healing_data(model, rows, tmp_path / "c.jsonl", asked, chat)
+
+
+@pytest.mark.parametrize(
+    "prompts, changes, message",
+    [
+        ({"title": ["a"]}, {}, r"columns \['title'\] but no 'messages' or 'prompt' or 'text'"),
+        ({"text": ["a"]}, {"prompt_column": "body"}, "no 'body'"),
+        ({"text": ["", " "]}, {}, "hold no text"),
+        ({"text": ["a", None]}, {}, "row 1 has None"),
+        ({"messages": CHATS}, {}, "row 0 is a chat but the tokenizer has no chat template"),
+        ({"messages": [CHATS[0][1:]]}, {}, "row 0 has no message to answer"),
+        ({"messages": [[{"role": "user", "content": None}]]}, {}, "row 0: .* is no message"),
+        ({"text": ["a"]}, {"max_new_tokens": 256}, "max_new_tokens=256 leave 0 of the model's 256 positions"),
+        ({"text": ["a"]}, {"max_prompt_tokens": 250}, "leave 244 .* 256 positions for a prompt of up to 250"),
+        ({"text": ["a"]}, {"max_new_tokens": 0}, "max_new_tokens=0 is out of range"),
+        ({"text": ["a"]}, {"temperature": -1}, "temperature=-1"),
+        ({"text": ["a"]}, {"temperature": 0, "top_k": 3}, "have no meaning"),
+        ({"text": ["a"]}, {"top_p": 0}, "top_p=0"),
+        ({"text": ["a"]}, {"top_k": -1}, "top_k=-1"),
+        ({"text": ["a"]}, {"long_prompts": "drop"}, "choose one of refuse, truncate"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_work_is_said_before_anything_is_written(tmp_path, tokenizer, prompts, changes, message):
+    with pytest.raises(LayerPruneError, match=message):
+        prompts = Dataset.from_dict(prompts)
+        generate_healing_data(tiny_model(), prompts, tmp_path / "a.jsonl", config(**changes), tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_is_refused(tmp_path, tokenizer):
+    rows = IterableDataset.from_generator(lambda: iter([{"text": "a"}]))
+    with pytest.raises(LayerPruneError, match="IterableDataset, which cannot be resumed"):
+        generate_healing_data(tiny_model(), rows, tmp_path / "a.jsonl", config(), tokenizer)
+
+
+TOGETHER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from conftest import byte_tokenizer, tiny_model
+from test_generation_data import config, text_rows
+import torch.distributed as dist
+from hf_layerprune import generate_healing_data
+calls, model = [], tiny_model()
+whole = model.generate
+model.generate = lambda **inputs: calls.append(len(inputs["input_ids"])) or whole(**inputs)
+report = generate_healing_data(model, text_rows(), sys.argv[2], config(), byte_tokenizer())
+assert sum(calls) == (6, 4)[dist.get_rank()], calls
+assert report.num_rows + report.num_empty == 10
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_write_what_one_does(tmp_path, tokenizer):
+    path, alone = tmp_path / "together.jsonl", tmp_path / "alone.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--no-python", sys.executable, "-c", TOGETHER, str(Path(__file__).parent), str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    assert run.returncode == 0, run.stderr
+    generate_healing_data(tiny_model(), text_rows(), alone, config(), tokenizer)
+    assert path.read_bytes() == alone.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4, "the processes' own files are gone"
+
+
+def test_a_trainer_heals_on_the_file_with_completion_only_loss(tmp_path, tokenizer):
+    path, teacher = tmp_path / "answers.jsonl", tiny_model()
+    generate_healing_data(teacher, text_rows(), path, config(), tokenizer)
+    rows = load_dataset("json", data_files=str(path), split="train")
+    trainer = IterativeLayerDistillTrainer(
+        model=teacher,
+        args=tiny_config(tmp_path / "run", packing=False, max_length=64, target_num_layers=4),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.hidden_state_map = HiddenStateMap((), ())
+    tokenized = trainer.all_train_rows
+    scored = [tokenizer.decode([t for t in row["labels"] if t != -100]) for row in tokenized]
+    assert sorted(scored) == sorted(row["completion"] + END for row in rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    parts = trainer.loss_parts(prune(teacher, [1]), batch)
+    assert parts["num_tokens"] == (batch["labels"] != -100).sum()
+    trainer.train()
+    assert trainer.run.rounds[0]["kl"] > 0 and trainer.model.config.num_hidden_layers == 4
+
+
+QUICK = ["--num_prompts", "4", "--max_new_tokens", "8", "--batch_size", "2"]
+
+
+def run(*arguments):
+    return cli.main(["generate", *map(str, arguments)])
+
+
+def test_the_command_writes_goes_on_and_reads_its_settings_from_yaml(tmp_path, model_folder, write, capsys):
+    out, text = tmp_path / "out.jsonl", write("texts.txt", "\n".join(TEXTS))
+    arguments = ["--model", model_folder, "--dataset", text, "--output_file", out]
+    assert run(*arguments, *QUICK) == 0
+    printed = capsys.readouterr().out
+    assert "4/4" in printed and "4 rows, " in printed and "cut at 8 tokens" in printed
+    assert run(*arguments, *QUICK) == 0 and "4 rows, " in capsys.readouterr().out
+    recipe = write("recipe.yaml", f"model: {model_folder}\ndataset: {text}\nnum_prompts: 4\nmax_new_tokens: 8\n"
+                   "batch_size: 2\n")  # fmt: skip
+    assert run("--config", recipe, "--output_file", tmp_path / "again.jsonl") == 0
+    assert out.read_bytes() == (tmp_path / "again.jsonl").read_bytes()
+    assert len(rows_of(out)) == 4
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--model", "{folder}/nowhere"], "cannot be loaded as a model"),
+        (["--dataset", "{folder}/nowhere.jsonl"], "cannot be loaded"),
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--output_file", "{folder}/out.txt"], "ends in .jsonl"),
+        (["--output_file", "{folder}/texts.txt/out.jsonl"], "texts.txt"),
+        (["--sampling", "1"], "--sampling"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(tmp_path, model_folder, write, capsys, extra, message):
+    arguments = ["--model", model_folder, "--dataset", write("texts.txt", "\n".join(TEXTS)),
+                 "--output_file", tmp_path / "out.jsonl", *QUICK]  # fmt: skip
+    assert run(*arguments, *(part.format(folder=tmp_path) for part in extra)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and message in error
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, model_folder, write, capsys, monkeypatch):
+    def interrupted(self, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Qwen2ForCausalLM.generate", interrupted)
+    text = write("texts.txt", "\n".join(TEXTS))
+    assert run("--model", model_folder, "--dataset", text, "--output_file", tmp_path / "out.jsonl", *QUICK) == 130
+    assert "the same command goes on" in capsys.readouterr().err
