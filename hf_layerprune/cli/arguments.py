@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -279,6 +280,35 @@ def names_option(argument: str, *options: str) -> bool:
     return any(argument == option or argument.startswith(option + "=") for option in options)
 
 
+def words_apart(argv: list[str], settings: type) -> tuple[list[str], list[str]]:
+    """The words that belong to no option, and the rest; `settings` has a field for every option."""
+    kinds = {item.name: str(item.type) for item in fields(settings)}
+    words: list[str] = []
+    rest: list[str] = []
+    room, kind = 0.0, ""  # of the last option: words it still takes, and its type
+    for argument in _config_apart(argv):
+        if argument.startswith("-"):
+            kind = kinds.get(argument.lstrip("-").replace("-", "_"), "")
+            room = 0 if "=" in argument else math.inf if kind.startswith("list") else 1
+            rest.append(argument)
+        elif room and (kind != "bool" or argument.lower() in ("true", "false")):
+            rest.append(argument)
+            room -= 1
+        else:
+            words.append(argument)
+            room = 0
+    return words, rest
+
+
+def _config_apart(argv: list[str]) -> list[str]:
+    """`--config=FILE` as two words."""
+    return [
+        part
+        for argument in argv
+        for part in (argument.split("=", 1) if names_option(argument, "--config") else [argument])
+    ]
+
+
 def parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     """Read YAML and command line into the dataclasses; strict about unknown keys."""
 
@@ -288,13 +318,8 @@ def parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
 
     if argv and argv[-1] == "--config":
         raise LayerPruneError("--config needs the path of a YAML file")
-    argv = [
-        part
-        for argument in argv
-        for part in (argument.split("=", 1) if names_option(argument, "--config") else [argument])
-    ]
     try:
-        return tuple(Parser(types).parse_args_and_config(argv))
+        return tuple(Parser(types).parse_args_and_config(_config_apart(argv)))
     except LayerPruneError:
         raise
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:

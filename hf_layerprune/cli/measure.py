@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import load_text_dataset, tokenized_batches
 from ..errors import LayerPruneError
@@ -29,9 +29,8 @@ def score(argv: list[str]) -> None:
     (arguments,) = parse((ScoreArguments,), argv)
     tasks, console = load_tasks(arguments.tasks) if arguments.tasks else [], Console()
     folder = Path(arguments.output_dir or "layerprune-scores")
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(arguments.model)
-    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration")
+    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer)
     race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
     with TemporaryDirectory() as offload_folder:
         where = device_map(arguments.model, device()) if arguments.offload else None
@@ -40,6 +39,7 @@ def score(argv: list[str]) -> None:
         prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
         for notice in filter(None, (task.notice for task in prepared)):
             console.print(notice, highlight=False)
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is known before the work
         scores = score_layers(model, batches, arguments.criterion, race=race, tasks=prepared, tokenizer=tokenizer)
     unit = "examples" if tasks else "tokens"
     seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
@@ -94,10 +94,10 @@ def evaluate(argv: list[str]) -> None:
     tasks = load_tasks(arguments.tasks) if arguments.tasks else []
     if tasks and arguments.teacher is None:
         tasks = _without_teacher(tasks, console)
-    batches = _measuring_batches(arguments, "embedded:held_out")
+    tokenizer = load_tokenizer(arguments.model)
+    batches = _measuring_batches(arguments, "embedded:held_out", tokenizer)
     teacher = None if arguments.teacher is None else load_on_device(arguments.teacher, arguments.dtype)
     model = load_on_device(arguments.model, arguments.dtype)
-    tokenizer = load_tokenizer(arguments.model)
     prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
     report = evaluate_model(model, batches, teacher)
     results = report.to_dict()
@@ -138,11 +138,11 @@ def _task_table(report: TaskReport) -> Table:
     return table
 
 
-def _measuring_batches(arguments: MeasureArguments, default: str) -> list[Any]:
+def _measuring_batches(arguments: MeasureArguments, default: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     dataset = load_text_dataset(arguments.dataset or default, arguments.dataset_split, arguments.dataset_config)
     return tokenized_batches(
         dataset,
-        load_tokenizer(arguments.model),
+        tokenizer,
         text_field=arguments.dataset_text_field,
         max_length=arguments.max_length,
         num_rows=arguments.num_samples,

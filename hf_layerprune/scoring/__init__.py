@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..compensation import COMPENSATIONS, Repair, find_repairs
+from ..compensation import Repair, check_compensation, find_repairs
 from ..data import Batch, check_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
@@ -219,8 +219,7 @@ def _check_request(
     """Do the arguments of [`score_edits`] fit together?"""
     if criterion not in CRITERIA:
         raise LayerPruneError(f"criterion={criterion!r} is unknown; choose one of {', '.join(CRITERIA)}")
-    if compensation not in COMPENSATIONS:
-        raise LayerPruneError(f"compensation={compensation!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
+    check_compensation(compensation)
     if tasks and criterion != "tasks":
         raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
     if criterion not in MEASURED:

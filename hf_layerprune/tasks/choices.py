@@ -64,6 +64,7 @@ class MultipleChoiceTask(PromptedTask):
     """
 
     kind: ClassVar[str] = "multiple_choice"
+    templates: ClassVar[tuple[str, ...]] = (*PromptedTask.templates, "choice")
 
     prompt: str = "{question}"
     choices: str | tuple[str, ...] = "choices"
@@ -71,10 +72,6 @@ class MultipleChoiceTask(PromptedTask):
     answer_form: Literal["auto", "index", "letter", "text"] = "auto"
     choice: str = " {choice}"
     normalize: Literal["none", "tokens", "bytes"] = "none"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.template("choice")
 
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, max_length: int | None = None

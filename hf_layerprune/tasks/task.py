@@ -38,6 +38,8 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
+    templates: ClassVar[tuple[str, ...]] = ()
+    """Settings that are templates over the columns of a row."""
 
     dataset: str | Path | Dataset
     _: KW_ONLY
@@ -55,6 +57,8 @@ class Task(ABC):
             raise LayerPruneError(f"{self.title}: limit={self.limit}; score at least one example, or leave it out")
         if not 0 < self.weight < float("inf"):
             raise LayerPruneError(f"{self.title}: weight={self.weight} must be positive; leave out a task not wanted")
+        for setting in self.templates:
+            self.template(setting)
 
     @property
     def title(self) -> str:
@@ -144,6 +148,8 @@ class PromptedTask(Task):
         separator (`str`, *optional*, defaults to an empty line): between examples, and before the prompt.
     """
 
+    templates: ClassVar[tuple[str, ...]] = ("prompt", "description")
+
     prompt: str = "{prompt}"
     description: str = ""
     num_few_shot: int = 0
@@ -156,8 +162,6 @@ class PromptedTask(Task):
         super().__post_init__()
         if self.num_few_shot < 0:
             raise LayerPruneError(f"{self.title}: num_few_shot={self.num_few_shot} must not be negative")
-        for setting in ("prompt", "description"):
-            self.template(setting)
 
     @abstractmethod
     def prompt_and_answer(self, row: Row) -> tuple[str, str]:
