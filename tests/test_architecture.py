@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_layerprune"
 ORDER = (
     "errors", "files", "plan", "edits", "models", "surgery", "losses", "data", "loading", "forward", "tasks",
     "compensation", "scoring", "evaluation", "shapes", "benchmark", "latency", "budget", "search", "layer_map",
-    "report", "hub", "trainer", "progress", "cli", "__init__",
+    "report", "hub", "trainer", "progress", "demo", "cli", "__init__",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = sorted((PACKAGE / "models").glob("*_pruned_qwen2.py"))
