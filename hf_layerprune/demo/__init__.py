@@ -4,8 +4,8 @@ Everything but `page` works without Gradio.
 """
 
 from .catalog import Catalog, open_catalog
-from .launch import launch, launch_space, open_demo
 from .service import DemoService
+from .serving import launch, launch_space, open_demo
 from .settings import DemoSettings, Limits, ModelEntry, read_settings, settings_of
 
 __all__ = [

@@ -52,8 +52,8 @@ def render_comparison(
         cards.append(_card(side, _headline(answer), STATES[answer.state], body, _facts(answer, answers[0])))
     marked = snapshot.ended and any(piece.parts for side in pieces for piece in side)
     legend = (
-        '<p class="lp-legend"><mark class="lp-first">Here</mark> the answers part; <mark>marked</mark> words are not in '
-        "the other answer at that place.</p>"
+        '<p class="lp-legend"><mark class="lp-first">Here</mark> the answers part; <mark>marked</mark> words are '
+        "not in the other answer at that place.</p>"
     )
     return f'{notice(summary_of(snapshot))}<div class="lp-pair">{"".join(cards)}</div>{legend * marked}'
 
