@@ -62,7 +62,7 @@ def launch_page(page: gr.Blocks, **options: Any) -> Any:
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_800",
         layout_gap="0.75rem",
     )
     fixed = {"theme": theme, "css_paths": STYLE, "footer_links": ["api"], "ssr_mode": False, "pwa": False}

@@ -48,16 +48,19 @@ class ModelChoice:
             own = [gr.Row(visible=shown), gr.Slider(**_slider(pairing)), _about(pairing)]
             return [*own, *compare.follow(pairing, depth), *inside.follow(pairing, depth)]
 
-        def on_depth(name: str, depth: float, chat: bool) -> list[object]:
+        def on_depth(name: str, depth: float, mode: str) -> list[object]:
             pairing = self.catalog[name]
             nearest = pairing.depth(depth)
-            return [*compare.follow_depth(pairing, nearest), *inside.follow(pairing, nearest)]
+            return [*compare.follow_depth(pairing, nearest, mode), *inside.follow(pairing, nearest)]
 
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         everything = [self.row, self.depth, self.about, *compare.followers, *inside.followers]
         self.model.input(on_model, self.model, everything, **hidden)
         followers = [*compare.depth_followers, *inside.followers]
-        self.depth.release(on_depth, [self.model, self.depth, compare.chatting], followers, **hidden)
+        chosen = [self.model, self.depth, compare.chatting]
+        # `change`, unlike `release`, is for the keyboard as well. It also comes while the range changes with the model, when
+        # the depth is still that of the one before: the check of the range is left out, the nearest depth is taken.
+        self.depth.change(on_depth, chosen, followers, trigger_mode="always_last", preprocess=False, **hidden)
 
 
 def _slider(pairing: Pairing) -> dict[str, object]:

@@ -93,9 +93,9 @@ class CompareTab:
         """What `follow_depth` fills."""
         return [self.history, self.answers]
 
-    def follow_depth(self, pairing: Pairing, depth: int) -> list[Any]:
+    def follow_depth(self, pairing: Pairing, depth: int, mode: str) -> list[Any]:
         """Another depth was chosen."""
-        return [[], render_empty(pairing, depth, False)]
+        return [[], render_empty(pairing, depth, mode == CHAT)]
 
     # -- what happens ----------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ CURVES = (
     ("perplexity_before_healing", "just before healing", "lp-before"),
     ("perplexity", "healed", "lp-healed"),
 )
+STRONG = ' class="lp-strong"'
 Scale = Callable[[float], float]
 
 
@@ -139,7 +140,7 @@ def _depth_axis(depths: Sequence[int], x: Scale, chosen: int) -> str:
     every = math.ceil(len(depths) / 12)
     return "".join(
         f'<text x="{x(depth):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle"'
-        f"{' class=lp-strong' * (depth == chosen)}>{depth}</text>"
+        f"{STRONG * (depth == chosen)}>{depth}</text>"
         for number, depth in enumerate(depths)
         if number % every == 0 or depth == chosen
     )
