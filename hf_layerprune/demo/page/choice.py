@@ -58,8 +58,8 @@ class ModelChoice:
         self.model.input(on_model, self.model, everything, **hidden)
         followers = [*compare.depth_followers, *inside.followers]
         chosen = [self.model, self.depth, compare.chatting]
-        # `change`, unlike `release`, is for the keyboard as well. It also comes while the range changes with the model, when
-        # the depth is still that of the one before: the check of the range is left out, the nearest depth is taken.
+        # `change`, unlike `release`, is for the keyboard as well. It also comes while the range changes with the
+        # model, when the depth is still that of the one before: the range is not checked, the nearest depth is taken.
         self.depth.change(on_depth, chosen, followers, trigger_mode="always_last", preprocess=False, **hidden)
 
 

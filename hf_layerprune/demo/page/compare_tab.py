@@ -116,7 +116,7 @@ class CompareTab:
         self.fresh.click(
             self._forget, [choice.model, choice.depth], [self.history, self.answers], queue=False, **HIDDEN
         )
-        self.chatting.change(
+        self.chatting.input(
             self._switch,
             [choice.model, choice.depth, self.chatting],
             [self.prompt, self.fresh, self.examples, self.history, self.answers],
