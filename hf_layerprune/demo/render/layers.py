@@ -45,7 +45,7 @@ def render_layers(plan: LayerPlan, rounds: Sequence[dict[str, Any]], settings: d
         if kind in kinds
     )
     explained = (
-        f"{plan.num_teacher_layers} layers became {plan.depth}. Point at a layer, or step there with the Tab key, for "
+        f"{plan.num_teacher_layers} layers became {plan.depth}. Point at a layer, tap it, or step there with the Tab key, for "
         + ("its score." if costs else "what became of it; this pair of models comes without a run's scores.")
     )
     return (
