@@ -44,9 +44,10 @@ def render_layers(plan: LayerPlan, rounds: Sequence[dict[str, Any]], settings: d
         for kind, text in KINDS.items()
         if kind in kinds
     )
+    wanted = "its score" if costs else "what became of it; this pair of models comes without a run's scores"
     explained = (
-        f"{plan.num_teacher_layers} layers became {plan.depth}. Point at a layer, tap it, or step there with the Tab key, for "
-        + ("its score." if costs else "what became of it; this pair of models comes without a run's scores.")
+        f"{plan.num_teacher_layers} layers became {plan.depth}. Point at a layer, tap it, or step there with the Tab "
+        f"key, for {wanted}."
     )
     return (
         f'<p class="lp-hint">{explained}</p><div class="lp-map" role="list" aria-label="layers of the original">'
