@@ -1,7 +1,10 @@
 """The logic of the demo: settings, catalog, prompts, sampling, answers, differences, next tokens; no page yet."""
 
+import importlib.machinery
+import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -314,6 +317,27 @@ def test_a_conversation_goes_its_own_way_with_each_model(service):
     )
     texts = [service.store.tokenizer(service.catalog["tiny chat"]).decode(ids) for ids in prompts]
     assert "one answer" in texts[0] and "another answer" in texts[1] and "another answer" not in texts[0]
+
+
+def test_on_zero_gpu_the_calls_are_marked_and_models_are_not_run_before(tmp_path, monkeypatch):
+    """A stand-in for the `spaces` package, which only exists on the Hub's own machines."""
+    marked = []
+
+    def mark(duration):
+        def decorate(function):
+            marked.append((function.__name__, duration))
+            return function
+
+        return decorate
+
+    stand_in = types.ModuleType("spaces")
+    stand_in.GPU = mark
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("spaces", None)
+    monkeypatch.setitem(sys.modules, "spaces", stand_in)
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
+    service = make_service(tmp_path, max_seconds=30)
+    assert marked == [("compare", 60), ("_positions", 30)]
+    assert last(service).compressed.state == DONE
 
 
 # -- differences and next tokens -------------------------------------------------------------------------------------

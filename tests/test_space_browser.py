@@ -237,6 +237,10 @@ def test_a_chat_goes_on_and_begins_again(visit):
         expect(page.locator("#lp-prompt textarea")).to_have_value("")
         expect(page.locator(ANSWERS).nth(0).locator(".lp-user")).to_have_count(number)
     assert page.locator(ANSWERS).nth(1).locator(".lp-user").first.inner_text() == injected
+    ask(page, "x" * 10_000)  # refused, and what was said before is still there
+    finished(page)
+    assert "10,000 characters" in page.locator("#lp-answers .lp-problem").inner_text()
+    expect(page.locator(ANSWERS).nth(0).locator(".lp-user")).to_have_count(2)
     page.click("#lp-new")
     expect(page.locator("#lp-answers .lp-user")).to_have_count(0)
     page.get_by_text("Continue a text").click()

@@ -9,8 +9,8 @@ import gradio as gr
 
 from ...errors import LayerPruneError
 from ..catalog import Pairing
-from ..comparison import IN_TURN, ORDERS, Request
-from ..generation import FAILED
+from ..comparison import IN_TURN, ORDERS, Request, Snapshot
+from ..generation import DONE, FAILED, Answer
 from ..render import notice, render_comparison, render_empty
 from ..sampling import RANGES, Sampling
 from ..service import DemoService
@@ -160,14 +160,25 @@ class CompareTab:
             for snapshot in self.service.stream(asked, stop):
                 yield [render_comparison(snapshot, prompt, chat, before), same, same, same, same]
         except LayerPruneError as error:
-            first = self.service.catalog.first
-            yield [render_empty(first, first.depths[-1], chat, _sentence(str(error))), same, same, *ready]
+            yield [self._refused(model, depth, chat, before, _sentence(str(error))), same, same, *ready]
             return
         kept: Any = same
         answered = snapshot is not None and FAILED not in (snapshot.original.state, snapshot.compressed.state)
         if chat and snapshot is not None and answered:
             kept = [*before, (prompt, snapshot.original.text, snapshot.compressed.text)]
         yield [same, kept, "" if chat and answered else same, *ready]
+
+    def _refused(
+        self, model: str, depth: float, chat: bool, before: tuple[tuple[str, str, str], ...], problem: str
+    ) -> str:
+        """What was there before a request that cannot be met, and why it cannot."""
+        if before:
+            prompt, *texts = before[-1]
+            answers = Snapshot(*(Answer(state=DONE, text=text) for text in texts))
+            return render_comparison(answers, prompt, chat, before[:-1], problem)
+        names = self.service.catalog.names
+        pairing = self.service.catalog[model if model in names else ""]
+        return render_empty(pairing, pairing.depth(depth), chat, problem)
 
     def _forget(self, model: str, depth: float) -> list[Any]:
         pairing = self.service.catalog[model]

@@ -30,7 +30,11 @@ def notice(text: str, problem: bool = False) -> str:
 
 
 def render_comparison(
-    snapshot: Snapshot, prompt: str, chat: bool = False, history: Sequence[tuple[str, str, str]] = ()
+    snapshot: Snapshot,
+    prompt: str,
+    chat: bool = False,
+    history: Sequence[tuple[str, str, str]] = (),
+    problem: str = "",
 ) -> str:
     """A comparison: what it showed, and the two answers.
 
@@ -39,6 +43,7 @@ def render_comparison(
         prompt (`str`): what the visitor wrote.
         chat (`bool`, *optional*, defaults to `False`): whether it was a message of a conversation.
         history (`Sequence[tuple]`, *optional*): the turns before.
+        problem (`str`, *optional*): said in the place of what it showed.
     """
     answers = (snapshot.original, snapshot.compressed)
     if snapshot.ended and all(answer.state in (DONE, STOPPED) for answer in answers):
@@ -55,7 +60,8 @@ def render_comparison(
         '<p class="lp-legend"><mark class="lp-first">Here</mark> the answers part; <mark>marked</mark> words are '
         "not in the other answer at that place.</p>"
     )
-    return f'{notice(summary_of(snapshot))}<div class="lp-pair">{"".join(cards)}</div>{legend * marked}'
+    told = notice(problem or summary_of(snapshot), bool(problem))
+    return f'{told}<div class="lp-pair">{"".join(cards)}</div>{legend * marked}'
 
 
 def render_empty(pairing: Pairing, depth: int, chat: bool = False, problem: str = "") -> str:

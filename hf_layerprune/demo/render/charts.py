@@ -12,6 +12,8 @@ from .text import escaped
 
 WIDTH, HEIGHT = 440, 260
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 14, 40
+CHARACTER = 7.0
+"""Width of a digit in a label, with some room."""
 CURVES = (
     ("perplexity_unhealed", "never healed", "lp-never"),
     ("perplexity_before_healing", "just before healing", "lp-before"),
@@ -68,7 +70,7 @@ def render_importance(rounds: Sequence[dict[str, Any]]) -> str:
     step = (WIDTH - LEFT - RIGHT) / len(ordered)
     floor = y(low)
     parts = [_grid(y, ticks)]
-    every = math.ceil(len(ordered) / (18 if all(len(edit.layers) == 1 for edit in costs) else 9))
+    free = 0.0  # where the next label may begin
     for number, (edit, cost) in enumerate(ordered):
         kind = "lp-other" if edit not in made else "lp-gone" if edit.kind == "remove" else "lp-together"
         verb = "cost" if edit in made else "would cost"
@@ -77,11 +79,12 @@ def render_importance(rounds: Sequence[dict[str, Any]]) -> str:
             f'<rect class="{kind}" x="{left:.1f}" y="{top:.1f}" width="{0.76 * step:.1f}" '
             f'height="{max(1.0, abs(floor - y(cost))):.1f}"><title>{edit}: {verb} {cost:.4f}</title></rect>'
         )
-        if number % every == 0:
-            middle = LEFT + (number + 0.5) * step
+        middle, half = LEFT + (number + 0.5) * step, CHARACTER * len(edit.label) / 2
+        if middle - half >= free and middle + half <= WIDTH:
             parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{edit.label}</text>')
+            free = middle + half + CHARACTER
     parts.append(_axis_name("layer" if all(len(edit.layers) == 1 for edit in costs) else "layers of the edit"))
-    kinds = {"lp-other": "still there", "lp-gone": "removed", "lp-together": "put in parallel"}
+    kinds = {"lp-other": "left as it is", "lp-gone": "removed", "lp-together": "put in parallel"}
     used = {"lp-other"} | {"lp-gone" if edit.kind == "remove" else "lp-together" for edit in made}
     key = "".join(f'<li><i class="{kind}"></i>{text}</li>' for kind, text in kinds.items() if kind in used)
     unit = CRITERION_UNITS.get(rounds[-1]["criterion"], rounds[-1]["criterion"])

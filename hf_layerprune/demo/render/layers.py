@@ -92,13 +92,14 @@ def _told(
     several = len(group) > 1
     named = f"Layers {', '.join(map(str, group[:-1]))} and {group[-1]}" if several else f"Layer {group[0]}"
     edit = Edit.parallelize(*group) if several else Edit.remove(group[0])
-    parts = [f"{named}: {KINDS[kind]}" + (f" in round {when[edit]}" if edit in when else "")]
+    done = f"put {KINDS[kind]}," if kind == "paired" and edit in when else KINDS[kind]
+    parts = [f"{named}: {done}" + (f" in round {when[edit]}" if edit in when else "")]
     if several and set(group) & healed:
-        parts.append("healed")
+        parts[0] += ", and healed"
     if edit in costs:
         unit = CRITERION_UNITS.get(rounds[-1]["criterion"], rounds[-1]["criterion"]).replace(" without the layer", "")
         verb = "Cost" if edit in when else "Would cost"
-        parts.append(f"{verb} {costs[edit]:.4f} ({unit})")
+        parts.append(f"{verb} {costs[edit]:.4f}: {unit}")
     return ". ".join(parts) + "."
 
 
