@@ -225,9 +225,14 @@ def _stretches(layers: Sequence[int]) -> list[tuple[int, ...]]:
     return stretches
 
 
-def _check(model: PreTrainedModel, teacher: PreTrainedModel, method: str, ridge: float, layers: Sequence[int]) -> None:
+def check_compensation(method: str) -> None:
+    """Raise [`LayerPruneError`] unless there is such a method."""
     if method not in COMPENSATIONS:
         raise LayerPruneError(f"compensation={method!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
+
+
+def _check(model: PreTrainedModel, teacher: PreTrainedModel, method: str, ridge: float, layers: Sequence[int]) -> None:
+    check_compensation(method)
     if not 0 < ridge < float("inf"):
         raise LayerPruneError(f"ridge={ridge} is out of range; it must be above 0, such as {DEFAULT_RIDGE}")
     for each in (model, teacher):
@@ -385,10 +390,9 @@ def _recorded(
     def keep(into: dict[int, Tensor], key: int, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         return module.register_forward_pre_hook(lambda _, args: into.__setitem__(key, args[0]))
 
-    decoder = model.base_model
-    readers = [*decoder.layers, decoder.norm]
-    handles = [keep(states, entry, readers[entry]) for entry in entries]
-    handles += [keep(neurons, position, decoder.layers[position].mlp.down_proj) for position in positions]
+    layers, norm = model.base_model.layers, model.base_model.norm
+    handles = [keep(states, entry, [*layers, norm][entry]) for entry in entries]
+    handles += [keep(neurons, position, layers[position].mlp.down_proj) for position in positions]
     try:
         yield states, neurons
     finally:

@@ -24,6 +24,7 @@ class RunProgress(LayerDistillCallback):
     def __init__(self, trainer: IterativeLayerDistillTrainer, console: Console) -> None:
         args = trainer.args
         self.console = console
+        self.notices = [task.notice for task in trainer.tasks if task.notice]
         self.target = _expected_depth(trainer)
         rounds = -(-(plan_of(trainer.start).depth - self.target) // args.layers_per_round)
         self.rounds = f"/{rounds}" if args.budget().unit == "depth" else ""  # else it shows on the way
@@ -49,6 +50,8 @@ class RunProgress(LayerDistillCallback):
         self.task = self.bar.add_task("starting", total=self._total_cost(self.first_depth))
 
     def __enter__(self) -> RunProgress:
+        for notice in self.notices:
+            self.console.print(notice, highlight=False)
         self.bar.start()
         return self
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES=""
 )
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,20 @@ def model_folder(tmp_path: Path, tokenizer: Qwen2Tokenizer) -> Path:
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | list], str]:
+    """Write a file, of JSON lines where it is given rows, and return its path."""
+
+    def write_file(name: str, content: str | list) -> str:
+        path = tmp_path / name
+        if isinstance(content, list):
+            content = "\n".join(json.dumps(row) for row in content)
+        path.write_text(content, encoding="utf-8")
+        return str(path)
+
+    return write_file
 
 
 @pytest.fixture(scope="session")

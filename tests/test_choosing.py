@@ -214,7 +214,7 @@ def tasks_file(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks.yaml").write_text(
         "- {kind: minimal_pairs, name: pairs, dataset: rows.jsonl, good: good, bad: bad}\n"
-        "- {kind: perplexity, name: text, dataset: rows.jsonl, text: q, max_length: 16, weight: 2}\n"
+        "- {kind: perplexity, name: text, dataset: rows.jsonl, text: '{q}', max_length: 16, weight: 2}\n"
     )
     return str(tmp_path / "tasks.yaml")
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from hf_layerprune import LayerPruneError, Race, parallelize, prune, score_edits, score_layers
 from hf_layerprune.compensation import compensate
 from hf_layerprune.edits import Edit
+from hf_layerprune.loading import load_tokenizer
 from hf_layerprune.scoring.candidates import CandidateRuns
 from hf_layerprune.scoring.generation import candidate_texts
 from hf_layerprune.surgery import plan_of
@@ -44,10 +45,10 @@ def all_kinds():
             ROWS, name="choice", prompt="{q}:", choices=("a", "wrong"), answer="a", answer_form="text", weight=2.0
         ),
         MinimalPairsTask(ROWS, name="pairs", good="a", bad="wrong"),
-        PerplexityTask(ROWS, name="text", text="q", max_length=16, weight=0.5),
-        KLTask(ROWS, name="kl", text="q", max_length=16),
+        PerplexityTask(ROWS, name="text", text="{q}", max_length=16, weight=0.5),
+        KLTask(ROWS, name="kl", text="{q}", max_length=16),
         GenerationTask(
-            ROWS, name="write", prompt="{q} =>", reference="a", metric="chrf", max_new_tokens=5, weight=3.0
+            ROWS, name="write", prompt="{q} =>", reference="{a}", metric="chrf", max_new_tokens=5, weight=3.0
         ),
     ]
 
@@ -79,7 +80,7 @@ def test_shared_prompts_change_no_text(tokenizer, one_token, biased):
     model = parallelize(model, [(3, 4)]) if biased else model
     task = GenerationTask(
         Dataset.from_dict({"q": ["a", "b"], "a": ["c", "d"]}) if one_token else ROWS, name="write",
-        prompt="{q}" if one_token else "{q} =>", reference="a", metric="chrf", max_new_tokens=8, stop_strings=["z"],
+        prompt="{q}" if one_token else "{q} =>", reference="{a}", metric="chrf", max_new_tokens=8, stop_strings=["z"],
     )  # fmt: skip
     (chunk, *_) = task.prepare(tokenizer, batch_size=6).chunks
     edits = [Edit.remove(n) for n in range(5)] + [Edit.parallelize(1, 2)]
@@ -130,9 +131,15 @@ def test_races_over_tasks(tokenizer):
     with torch.no_grad():
         model.model.layers[2].self_attn.o_proj.weight.mul_(0)
         model.model.layers[2].mlp.down_proj.weight.mul_(0)
-    task = KLTask(ROWS, name="kl", text="q", max_length=16)
-    scores = score_layers(model, None, "tasks", tasks=[task, all_kinds()[2]], tokenizer=tokenizer, race=Race(0.6))
-    assert scores.safest == 2
+    rows = Dataset.from_dict({"q": [text for text in ROWS["q"] for _ in range(8)]})
+    settings = {"text": "{q}", "max_length": 16}
+    tasks = [KLTask(rows, name="kl", weight=4, **settings), PerplexityTask(rows, name="text", **settings)]
+    prepared = [task.prepare(tokenizer, batch_size=4) for task in tasks]
+    options = {"tasks": prepared, "tokenizer": tokenizer}
+    full = score_layers(model, None, "tasks", **options)
+    scores = score_layers(model, None, "tasks", race=Race(0.9), **options)
+    assert scores.safest == full.safest == 2
+    assert scores.left and 2 not in scores.left and all(share < 1 for share in scores.left.values())
 
 
 def test_what_is_missing_is_said(tokenizer, model):
@@ -154,3 +161,12 @@ def test_the_default_tasks_score_the_embedded_teacher():
         load_model("embedded"), None, "tasks", layers=[0, 5], tasks=tasks, tokenizer=load_tokenizer("embedded")
     )
     assert scores.safest == 5 and scores.values[0] > scores.values[5] + 0.5
+
+
+def test_tasks_in_any_form_and_of_another_tokenizer(tokenizer, model):
+    task = PerplexityTask(ROWS, name="text", text="{q}", max_length=16)
+    expected = score_layers(model, None, "tasks", tasks=[task], tokenizer=tokenizer).values
+    for tasks in (task, (one for one in [task])):
+        assert score_layers(model, None, "tasks", tasks=tasks, tokenizer=tokenizer).values == expected
+    with pytest.raises(LayerPruneError, match="tokenizer"):
+        score_layers(model, None, "tasks", tasks=[task], tokenizer=load_tokenizer("embedded"))

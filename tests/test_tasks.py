@@ -1,15 +1,16 @@
-import json
 import math
+from pathlib import Path
 
 import pytest
+import sacrebleu
 import torch
 import torch.nn.functional as F
-import yaml
 from conftest import tiny_model
 from datasets import Dataset
-from transformers import AutoTokenizer
+from task_reference import nll
 
-from hf_layerprune import EMBEDDED_MODEL, LayerPruneError, embedded_dataset
+from hf_layerprune import LayerPruneError
+from hf_layerprune.forward import final_states
 from hf_layerprune.tasks import (
     CopyTask,
     GenerationTask,
@@ -17,11 +18,11 @@ from hf_layerprune.tasks import (
     MinimalPairsTask,
     MultipleChoiceTask,
     PerplexityTask,
+    check_fits,
+    evaluate_prepared,
     evaluate_tasks,
-    load_tasks,
 )
-from hf_layerprune.tasks.evaluation import generated, row_sums, standard_error
-from hf_layerprune.tasks.lm_eval_task import costs_of_samples
+from hf_layerprune.tasks.evaluation import generated, standard_error, sums_by_row
 from hf_layerprune.tasks.templates import Template
 
 BLIMP = [
@@ -71,27 +72,6 @@ MMLU = [
 ]
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write_file(name, content):
-        path = tmp_path / name
-        if isinstance(content, list):
-            content = "\n".join(json.dumps(row) for row in content)
-        path.write_text(content, encoding="utf-8")
-        return str(path)
-
-    return write_file
-
-
-def nll(model, tokenizer, prompt, text):
-    """Nats of `text` behind `prompt`, without any of the library."""
-    before = tokenizer(prompt)["input_ids"] if prompt else [tokenizer.eos_token_id]
-    ids = torch.tensor([before + tokenizer(text)["input_ids"]])
-    with torch.no_grad():
-        log_probabilities = F.log_softmax(model(ids).logits.double(), -1)[0]
-    return -sum(log_probabilities[t - 1, ids[0, t]].item() for t in range(len(before), ids.shape[1]))
-
-
 def prompts(prepared, tokenizer):
     """What stands before the scored tokens of each row."""
     return [
@@ -129,7 +109,7 @@ def test_multiple_choice_by_hand(model, tokenizer, normalize):
     assert chunk.sizes == (2,) and chunk.answers == (1,)
     row = AGIEVAL[1]
     expected = [nll(model, tokenizer, template.format(**row), " " + text) for text in row["options"]]
-    sums, counts = row_sums(model, chunk, "nll")
+    sums, counts = sums_by_row(model, [final_states(model, chunk.batch)], chunk.batch, "nll")
     assert sums[0].tolist() == pytest.approx(expected, abs=1e-4)
     assert counts.tolist() == [len(text) + 1 for text in row["options"]]
     divide = {"none": lambda t: 1, "tokens": lambda t: len(t) + 1, "bytes": len}[normalize]
@@ -256,10 +236,15 @@ def test_generation_costs(tokenizer, write):
 
 
 def test_evaluated_generation_gives_the_corpus_value(model, tokenizer):
-    rows = Dataset.from_list([{"prompt": "ab", "answer": "x y"}, {"prompt": "c", "answer": "z"}])
-    task = GenerationTask(rows, metric="chrf", max_new_tokens=4, name="g", stop_strings=("\n",))
-    result = evaluate_tasks(model, [task], tokenizer).results["g"]
-    assert result.measure == "chrf" and 0 <= result.quality <= 100 and 0 <= result.cost <= 1
+    settings = {"metric": "chrf", "max_new_tokens": 12, "name": "g"}
+    rows = [{"prompt": "ab", "answer": "x"}, {"prompt": "c", "answer": "z"}]
+    chunk = GenerationTask(Dataset.from_list(rows), **settings).prepare(tokenizer).chunks[0]
+    texts = chunk.cleaned(generated(model, chunk, tokenizer))
+    rows[0]["answer"], rows[1]["answer"] = texts[0][:6] + " and more", "little of " + texts[1][-3:]
+    result = evaluate_tasks(model, [GenerationTask(Dataset.from_list(rows), **settings)], tokenizer).results["g"]
+    expected = sacrebleu.corpus_chrf(texts, [[row["answer"] for row in rows]]).score
+    assert (result.measure, result.quality) == ("chrf", pytest.approx(expected)) and 0 < expected < 100
+    assert result.quality != pytest.approx(100 * (1 - result.cost))  # which is the mean of the samples
 
 
 def test_copying(model, tokenizer):
@@ -299,38 +284,6 @@ def test_templates_render_columns():
             Template(f"{{{field}}}", "t", "prompt").render(row, "file, line 4")
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": 0}\n\n{broken', "a.jsonl, line 3 is no JSON"),
-        ("a.jsonl", "[1, 2]", "row 1 holds a int"),
-        ("a.json", "[{]", "a.json is no JSON"),
-        ("a.jsonl", "", "a.jsonl is empty"),
-        ("a.csv", "question,answer\n", "a.csv is empty"),
-        ("a.csv", "question,answer\nq\n", "a.csv, line 2 has 1 cells, but the first line names 2"),
-        (
-            "a.jsonl",
-            [{"question": "q", "answer": 0}],
-            "line 1: there is no column 'choices'; the columns are question",
-        ),
-        ("a.jsonl", [{"choices": ["x", "y"], "answer": 0}], "line 1.*prompt: there is no column 'question'"),
-        ("a.jsonl", [{"question": "q", "choices": ["x", "y"], "answer": 2}], "answer 2 is none of the 2 choices"),
-        ("a.jsonl", [{"question": "q", "choices": ["x", "y"], "answer": -1}], "answer -1 is none.*index 0..1"),
-        ("a.jsonl", [{"question": "q", "choices": ["x", "y"], "answer": "E"}], "answer 'E' is none.*letter A..B"),
-        ("a.jsonl", [{"question": "q", "choices": ["1", "0"], "answer": "1"}], "index or text; set answer_form"),
-        ("a.jsonl", [{"question": "q", "choices": ["x", "y"], "answer": None}], "line 1: column 'answer' is empty"),
-        ("a.jsonl", [{"question": "q", "choices": "xy", "answer": 0}], "must hold a list of two or more choices"),
-        ("a.jsonl", [{"question": 3, "choices": ["x"], "answer": 0}], "must hold a list of two or more choices"),
-        ("a.parquet", "no parquet", "a.parquet cannot be loaded"),
-        ("a.pdf", "x", "file type '.pdf'"),
-    ],
-)
-def test_a_mistake_in_the_data_is_one_clear_line(tokenizer, write, name, content, message):
-    with pytest.raises(LayerPruneError, match=message) as error:
-        MultipleChoiceTask(write(name, content)).prepare(tokenizer)
-    assert str(error.value).startswith("task a: ") and name in str(error.value) and "\n" not in str(error.value)
-
-
 def test_other_mistakes_in_the_data(tokenizer, write):
     with pytest.raises(LayerPruneError, match="line 1: there is nothing to score"):
         MinimalPairsTask(write("a.jsonl", [{"sentence_good": "", "sentence_bad": "x"}])).prepare(tokenizer)
@@ -366,6 +319,12 @@ def test_other_mistakes_in_the_data(tokenizer, write):
         (GenerationTask, {"max_new_tokens": 0}, "max_new_tokens=0"),
         (GenerationTask, {"num_few_shot": -1}, "num_few_shot=-1"),
         (CopyTask, {"max_words": 3, "start_words": 3}, "leave nothing to copy"),
+        (PerplexityTask, {"text": "q"}, "text 'q' is the same for every row; a column stands in braces, like {q}"),
+        (CopyTask, {"text": "q"}, "text 'q' is the same"),
+        (GenerationTask, {"reference": "answer"}, "like {answer}"),
+        (GenerationTask, {"prompt": "Question:"}, "like {question}"),
+        (MultipleChoiceTask, {"choice": "letter"}, "like {letter}"),
+        (MultipleChoiceTask, {"few_shot_dataset": 3}, "few_shot_dataset=3 must be str | pathlib.Path | "),
     ],
 )
 def test_a_setting_that_cannot_work(task, settings, message):
@@ -374,104 +333,44 @@ def test_a_setting_that_cannot_work(task, settings, message):
     assert message in str(error.value) and str(error.value).startswith("task rows: ")
 
 
-def test_tasks_of_a_yaml_file(write, tokenizer):
-    write("pairs.jsonl", BLIMP)
-    items = [
-        {"kind": "minimal_pairs", "dataset": "pairs.jsonl", "weight": 2},
-        {"kind": "perplexity", "dataset": "x/y"},
-    ]
-    pairs, text = load_tasks(write("mine.yaml", yaml.safe_dump(items)))
-    assert isinstance(pairs, MinimalPairsTask) and (pairs.name, pairs.weight) == ("pairs", 2)
-    assert pairs.prepare(tokenizer).num_examples == 3  # found beside the YAML file
-    assert isinstance(text, PerplexityTask) and text.name == "y"
+def test_a_file_is_named_by_text_or_path(write, tokenizer):
+    path = Path(write("pairs.jsonl", BLIMP))
+    task = MinimalPairsTask(path)
+    assert (task.name, task.dataset) == ("pairs", str(path)) and task.prepare(tokenizer).num_examples == 3
+    with pytest.raises(LayerPruneError, match="task perplexity: dataset=None must be str"):
+        PerplexityTask(None)
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("a: [", "is no YAML"),
-        ("kind: kl", "must be a list of tasks"),
-        ("- kind: quiz", "task 1: kind 'quiz' is unknown"),
-        ("- just text", "task 1: kind 'just text' is unknown"),
-        ("- {kind: kl, dataset: a, limt: 3}", "task 1: limt unknown for kl; choose of dataset, name"),
-        ("- {kind: kl}", "task 1: dataset=None"),
-        ("- {kind: kl, dataset: a, limit: 0}", "task 1: task a: limit=0"),
-        ("- {kind: kl, dataset: a}\n- {kind: kl, dataset: a}", "two tasks are named 'a'"),
-    ],
-)
-def test_a_mistake_in_a_yaml_file(write, content, message):
+def test_tasks_come_in_any_collection(model, tokenizer, write):
+    path = write("pairs.jsonl", BLIMP)
+    task = MinimalPairsTask(path)
+    for given in ([task], (task,), (each for each in [task]), task, [task.prepare(tokenizer)]):
+        assert set(evaluate_tasks(model, given, tokenizer).results) == {"pairs"}
+    for given, message in [
+        ("default", "'default' is no task; give a list of them, such as load_tasks"),
+        ([task, path], "pairs.jsonl' is no task"),
+        (None, "a NoneType is no task"),
+        ((each for each in []), "there are no tasks"),
+    ]:
+        with pytest.raises(LayerPruneError, match=message):
+            evaluate_tasks(model, given, tokenizer)
+
+
+def test_tokens_the_model_does_not_know_are_refused(tokenizer, write):
+    small = tiny_model(vocab_size=100, eos_token_id=0)
+    task = MinimalPairsTask(write("pairs.jsonl", BLIMP))
+    prepared = task.prepare(tokenizer)
+    message = "task pairs holds token id 256, but the model's vocabulary has 100 entries; give the model's own tok"
     with pytest.raises(LayerPruneError, match=message):
-        load_tasks(write("mine.yaml", content))
+        check_fits([prepared], 100)
+    with pytest.raises(LayerPruneError, match=message):
+        evaluate_tasks(small, [task], tokenizer)
+    with pytest.raises(LayerPruneError, match=message):
+        evaluate_prepared(small, [prepared], tokenizer)
 
 
-def test_unknown_tasks():
-    with pytest.raises(LayerPruneError, match="'nothing': no preset"):
-        load_tasks("default,nothing")
-    with pytest.raises(LayerPruneError, match="there are no tasks"):
-        load_tasks(" , ")
-    with pytest.raises(LayerPruneError, match="'paper:nowhere': there is no folder nowhere"):
-        load_tasks("paper:nowhere")
-
-
-def test_the_paper_tasks_from_a_folder(write, tmp_path, tokenizer):
-    tasks = load_tasks("paper")
-    assert [task.name for task in tasks] == [
-        "enMMLU", "ruMMLU", "treeway_abstractive", "cp_doc_ru", "cp_para_ru", "flores_en_ru", "flores_ru_en",
-    ]  # fmt: skip
-    assert all(task.num_few_shot == 5 for task in tasks)
-    with pytest.raises(LayerPruneError, match=r"enMMLU.jsonl is missing; put the rows of RefalMachine/darumeru there"):
-        load_tasks(f"paper:{tmp_path}")
-    columns = {"question_en": "q", "choices_en": list("wxyz"), "question_ru": "в", "choices_ru": list("wxyz")}
-    mmlu = [{"subject": "anatomy", "answer": number % 4} | columns for number in range(7)]
-    rows = {
-        "enMMLU": mmlu,
-        "ruMMLU": mmlu,
-        "treeway_abstractive": [{"src_sents": ["a b", "c"], "summary_sents": ["a"]}] * 7,
-        "cp_doc_ru": [{"inputs": {"text": "Слово за слово"}}] * 7,
-        "cp_para_ru": [{"inputs": {"text": "Слово"}}] * 7,
-        "flores_en_ru": [{"inputs": {"en": "Good day", "ru": "Добрый день"}}] * 7,
-        "flores_ru_en": [{"inputs": {"en": "Good day", "ru": "Добрый день"}}] * 7,
-    }
-    for name, content in rows.items():
-        write(f"{name}.jsonl", content)
-    write("flores_en_ru.few_shot.jsonl", rows["flores_en_ru"][:5])
-    for task in load_tasks(f"paper:{tmp_path}"):
-        assert task.prepare(tokenizer).num_examples == (7 if task.name == "flores_en_ru" else 2)
-
-
-def test_the_default_tasks_prepare_with_the_embedded_tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    prepared = {task.name: task.prepare(tokenizer) for task in load_tasks("default")}
-    assert {name: task.statistic for name, task in prepared.items()} == {
-        "perplexity": "nll", "kl": "kl", "minimal_pairs": "nll", "copy": "nll",
-    }  # fmt: skip
-    pairs = embedded_dataset("minimal_pairs")
-    assert len(pairs) == 612 and len(set(pairs["UID"])) == 34
-
-
-def test_lm_eval_is_an_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    with pytest.raises(LayerPruneError, match=r"pip install 'hf-layerprune\[lm-eval\]'"):
-        load_tasks("lm_eval:arc_easy")
-
-
-def test_costs_of_what_lm_eval_logged():
-    rows = [{"metrics": ["acc", "acc_norm"], "acc": 1.0, "acc_norm": 0.0}, {"metrics": ["acc"], "acc": 0.0}]
-    costs, weights = costs_of_samples({"a": rows, "b": rows[:1]}, "t")
-    assert costs.tolist() == [0, 1, 0] and weights.tolist() == [1, 1, 1]
-    with pytest.raises(LayerPruneError, match=r"task t: its first metric, ppl, is no number in \[0, 1\]"):
-        costs_of_samples({"a": [{"metrics": ["ppl"], "ppl": 31.0}]}, "t")
-
-
-def test_lm_eval_runs_a_task_of_its_own_format(model, tokenizer, write, tmp_path):
-    pytest.importorskip("lm_eval")
-    data = write("rows.jsonl", AGIEVAL)
-    settings = {
-        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}}, "test_split": "test",
-        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{options}}",
-        "doc_to_target": "{{['A', 'B', 'C'].index(label)}}", "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
-    tasks = load_tasks(write("theirs.yaml", yaml.safe_dump(settings)))
-    own = MultipleChoiceTask(data, name="own", choices="options", answer="label")
-    report = evaluate_tasks(model, [*tasks, own], tokenizer)
-    assert report.results["theirs"].quality == report.results["own"].quality
+def test_prompts_that_were_cut_are_told(tokenizer):
+    task = MultipleChoiceTask(Dataset.from_list(MMLU[:1]), name="mmlu")
+    assert task.prepare(tokenizer).notice == ""
+    notice = task.prepare(tokenizer, max_length=8).notice
+    assert notice == "task mmlu: prompts too long for the model lost their beginning (4)"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +11,8 @@ import yaml
 from trl import TrlParser
 
 from ..errors import LayerPruneError
+
+OF_TEXT = ("dataset", "dataset_config", "dataset_split", "dataset_text_field", "max_length", "num_samples")
 
 
 @dataclass
@@ -77,13 +80,16 @@ class ScoreArguments(MeasureArguments):
     criterion: str = field(
         default="kl",
         metadata={
-            "help": "Measured: 'kl' or 'loss'; guessed: 'block_influence', 'angular_distance', 'taylor', 'tail' or "
-            "'random'."
+            "help": "Measured: 'kl', 'loss' or 'tasks'; guessed: 'block_influence', 'angular_distance', 'taylor', "
+            "'tail' or 'random'."
         },
     )
     tasks: str | None = field(
         default=None,
-        metadata={"help": "Score by data sets instead: 'default', 'paper', a YAML file or 'lm_eval:NAME'."},
+        metadata={
+            "help": "Score by data sets instead: 'default', 'paper', a YAML file or 'lm_eval:NAME'. They bring their "
+            "own data, so the options about text are not for them."
+        },
     )
     race_confidence: float | None = field(
         default=None,
@@ -93,6 +99,27 @@ class ScoreArguments(MeasureArguments):
         default=False,
         metadata={"help": "Leave the layers on disk and read each once, for all candidates: for models too large."},
     )
+
+    def __post_init__(self) -> None:
+        if self.criterion == "tasks" and self.tasks is None:
+            self.tasks = "default"
+        if self.tasks is None:
+            return
+        if self.criterion not in ("tasks", type(self).criterion):
+            raise LayerPruneError(
+                f"tasks={self.tasks!r} are for criterion='tasks', not {self.criterion!r}; leave one out"
+            )
+        self.criterion = "tasks"
+        given = [
+            f"{name}={getattr(self, name)!r}"
+            for name in OF_TEXT
+            if getattr(self, name) != getattr(ScoreArguments, name)
+        ]
+        if given:
+            raise LayerPruneError(
+                f"tasks={self.tasks!r} bring their own data; leave out {', '.join(given)} (a YAML file of tasks "
+                "sets the limit and length of each)"
+            )
 
 
 @dataclass
@@ -291,6 +318,35 @@ def names_option(argument: str, *options: str) -> bool:
     return any(argument == option or argument.startswith(option + "=") for option in options)
 
 
+def words_apart(argv: list[str], settings: type) -> tuple[list[str], list[str]]:
+    """The words that belong to no option, and the rest; `settings` has a field for every option."""
+    kinds = {item.name: str(item.type) for item in fields(settings)}
+    words: list[str] = []
+    rest: list[str] = []
+    room, kind = 0.0, ""  # of the last option: words it still takes, and its type
+    for argument in _config_apart(argv):
+        if argument.startswith("-"):
+            kind = kinds.get(argument.lstrip("-").replace("-", "_"), "")
+            room = 0 if "=" in argument else math.inf if kind.startswith("list") else 1
+            rest.append(argument)
+        elif room and (kind != "bool" or argument.lower() in ("true", "false")):
+            rest.append(argument)
+            room -= 1
+        else:
+            words.append(argument)
+            room = 0
+    return words, rest
+
+
+def _config_apart(argv: list[str]) -> list[str]:
+    """`--config=FILE` as two words."""
+    return [
+        part
+        for argument in argv
+        for part in (argument.split("=", 1) if names_option(argument, "--config") else [argument])
+    ]
+
+
 def parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     """Read YAML and command line into the dataclasses; strict about unknown keys."""
 
@@ -300,13 +356,8 @@ def parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
 
     if argv and argv[-1] == "--config":
         raise LayerPruneError("--config needs the path of a YAML file")
-    argv = [
-        part
-        for argument in argv
-        for part in (argument.split("=", 1) if names_option(argument, "--config") else [argument])
-    ]
     try:
-        return tuple(Parser(types).parse_args_and_config(argv))
+        return tuple(Parser(types).parse_args_and_config(_config_apart(argv)))
     except LayerPruneError:
         raise
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +21,10 @@ from ..loading import EMBEDDED
 from ..report import environment
 from ..shapes import load_shape, random_model, random_models
 from ..surgery import plan_of
-from .arguments import BenchmarkArguments, names_option, parse
+from .arguments import BenchmarkArguments, names_option, parse, words_apart
 from .measure import device, load_on_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FLAGS = ("--compile",)
-"""Options that may stand without a word behind them."""
-LISTS = ("--models", "--layers", "--batch_size", "--batch-size")
-"""Options that take any number of words."""
 
 
 def benchmark(argv: list[str]) -> None:
@@ -53,24 +48,7 @@ def benchmark(argv: list[str]) -> None:
 
 def _spelled_out(argv: list[str]) -> list[str]:
     """Words that belong to no option are `--models`; a `--config` that is no YAML file is a `--shape`."""
-    words: list[str] = []
-    rest: list[str] = []
-    room = 0.0  # words the last option still takes
-    for argument in argv:
-        if names_option(argument, "--config") and "=" in argument:
-            rest += argument.split("=", 1)
-            room = 0
-        elif argument.startswith("-"):
-            rest.append(argument)
-            room = 0 if "=" in argument else math.inf if argument in LISTS else 1
-        elif rest and rest[-1] in FLAGS and argument.lower() not in ("true", "false"):
-            words.append(argument)
-            room = 0
-        elif room:
-            rest.append(argument)
-            room -= 1
-        else:
-            words.append(argument)
+    words, rest = words_apart(argv, BenchmarkArguments)
     if rest and rest[-1] == "--config":
         raise LayerPruneError("--config needs a shape, such as Qwen2.5-3B, or the path of a YAML file")
     if words and any(names_option(argument, "--models") for argument in rest):

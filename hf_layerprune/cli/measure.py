@@ -11,34 +11,37 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import load_text_dataset, tokenized_batches
+from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_model, load_tokenizer
 from ..report import CRITERION_UNITS, plot_scores, save_plot
 from ..scoring import Race, score_layers
-from ..tasks import KLTask, TaskReport, evaluate_tasks, load_tasks
+from ..tasks import KLTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments, parse
 
 
 def score(argv: list[str]) -> None:
     """Print and plot what each layer costs."""
     (arguments,) = parse((ScoreArguments,), argv)
+    tasks, console = load_tasks(arguments.tasks) if arguments.tasks else [], Console()
     folder = Path(arguments.output_dir or "layerprune-scores")
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(arguments.model)
-    batches = None if arguments.tasks else _measuring_batches(arguments, "embedded:calibration")
+    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer)
     race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
     with TemporaryDirectory() as offload_folder:
         where = device_map(arguments.model, device()) if arguments.offload else None
         more = {"device_map": where, "offload_folder": offload_folder} if where else {}
         model = load_on_device(arguments.model, arguments.dtype, **more)
-        more = {"tasks": load_tasks(arguments.tasks), "tokenizer": tokenizer} if arguments.tasks else {}
-        criterion = "tasks" if arguments.tasks else arguments.criterion
-        scores = score_layers(model, batches, criterion, race=race, **more)
-    unit = "examples" if arguments.tasks else "tokens"
+        prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
+        for notice in filter(None, (task.notice for task in prepared)):
+            console.print(notice, highlight=False)
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is known before the work
+        scores = score_layers(model, batches, arguments.criterion, race=race, tasks=prepared, tokenizer=tokenizer)
+    unit = "examples" if tasks else "tokens"
     seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
     table = Table(title=CRITERION_UNITS[scores.criterion] + seen)
     for column in ("layer", "cost", "error", ""):
@@ -50,7 +53,6 @@ def score(argv: list[str]) -> None:
         error = scores.standard_errors.get(layer, math.nan)
         spread = "" if math.isnan(error) else f"± {error:.5f}"
         table.add_row(str(layer), f"{value:.5f}", spread, _bar(value, scores.values.values()) + mark)
-    console = Console()
     console.print(table)
     if scores.certainty:
         console.print(scores.certainty, highlight=False)
@@ -88,15 +90,19 @@ def _bar(value: float, values: Iterable[float], width: int = 30) -> str:
 def evaluate(argv: list[str]) -> None:
     """Print perplexity and, against a teacher, KL and top-1 agreement."""
     (arguments,) = parse((EvaluateArguments,), argv)
-    batches = _measuring_batches(arguments, "embedded:held_out")
+    console = Console()
+    tasks = load_tasks(arguments.tasks) if arguments.tasks else []
+    if tasks and arguments.teacher is None:
+        tasks = _without_teacher(tasks, console)
+    tokenizer = load_tokenizer(arguments.model)
+    batches = _measuring_batches(arguments, "embedded:held_out", tokenizer)
     teacher = None if arguments.teacher is None else load_on_device(arguments.teacher, arguments.dtype)
     model = load_on_device(arguments.model, arguments.dtype)
+    prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
     report = evaluate_model(model, batches, teacher)
     results = report.to_dict()
-    console = Console()
-    if arguments.tasks:
-        tasks = [task for task in load_tasks(arguments.tasks) if teacher is not None or not isinstance(task, KLTask)]
-        of_tasks = evaluate_tasks(model, tasks, load_tokenizer(arguments.model), teacher, arguments.batch_size)
+    if prepared:
+        of_tasks = evaluate_prepared(model, prepared, tokenizer, teacher)
         results["tasks"] = of_tasks.to_dict()["results"]
         console.print(_task_table(of_tasks))
     for name, value in report.to_dict().items():
@@ -110,20 +116,33 @@ def evaluate(argv: list[str]) -> None:
         write_atomically(folder / "evaluation.json", to_json(results))
 
 
+def _without_teacher(tasks: list[Task], console: Console) -> list[Task]:
+    """The tasks that need no teacher; the console says which do."""
+    left_out = [task for task in tasks if isinstance(task, KLTask)]
+    if not left_out:
+        return tasks
+    names = ", ".join(task.name for task in left_out)
+    if len(left_out) == len(tasks):
+        raise LayerPruneError(f"task {names}: KL needs a teacher to compare with; name it with --teacher")
+    console.print(f"left out: {names}; KL needs a teacher to compare with (--teacher)", highlight=False)
+    return [task for task in tasks if not isinstance(task, KLTask)]
+
+
 def _task_table(report: TaskReport) -> Table:
-    table = Table("task", "measure", "quality", "cost", "error", "examples")
+    cut = any(result.num_truncated for result in report.results.values())
+    table = Table("task", "measure", "quality", "cost", "error", "examples", *(["prompts cut"] if cut else []))
     for name, result in report.results.items():
         error = "" if result.standard_error is None else f"± {result.standard_error:.4f}"
         numbers = (f"{result.quality:.4f}", f"{result.cost:.4f}", error, f"{result.num_examples:,}")
-        table.add_row(name, result.measure, *numbers)
+        table.add_row(name, result.measure, *numbers, *([f"{result.num_truncated:,}"] if cut else []))
     return table
 
 
-def _measuring_batches(arguments: MeasureArguments, default: str) -> list[Any]:
+def _measuring_batches(arguments: MeasureArguments, default: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     dataset = load_text_dataset(arguments.dataset or default, arguments.dataset_split, arguments.dataset_config)
     return tokenized_batches(
         dataset,
-        load_tokenizer(arguments.model),
+        tokenizer,
         text_field=arguments.dataset_text_field,
         max_length=arguments.max_length,
         num_rows=arguments.num_samples,

@@ -7,10 +7,7 @@ from rich.console import Console
 from ..errors import LayerPruneError
 from ..hub import push_run
 from ..hub.scrub import hub_id
-from .arguments import PushArguments, names_option, parse
-
-FLAGS = ("--private", "--depth_tags", "--depth-tags")
-"""Options that may stand without a word behind them."""
+from .arguments import PushArguments, names_option, parse, words_apart
 
 
 def push(argv: list[str]) -> None:
@@ -39,19 +36,7 @@ def push(argv: list[str]) -> None:
 
 def _spelled_out(argv: list[str]) -> list[str]:
     """The word that belongs to no option is `--output_dir`."""
-    words: list[str] = []
-    rest: list[str] = []
-    wants_word = False
-    for argument in argv:
-        if argument.startswith("-"):
-            rest.append(argument)
-            wants_word = "=" not in argument
-        elif wants_word and (rest[-1] not in FLAGS or argument.lower() in ("true", "false")):
-            rest.append(argument)
-            wants_word = False
-        else:
-            words.append(argument)
-            wants_word = False
+    words, rest = words_apart(argv, PushArguments)
     if len(words) > 1:
         raise LayerPruneError(f"{' '.join(words)} are {len(words)} folders; push one run at a time")
     if words and any(names_option(argument, "--output_dir", "--output-dir") for argument in rest):

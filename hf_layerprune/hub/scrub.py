@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from ..data import FILE_BUILDERS
 from ..errors import LayerPruneError
 
-DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".yaml", ".yml")
+DATA_FILES = (*FILE_BUILDERS, ".yaml", ".yml")
 PRIVATE_SETTINGS = (
     "output_dir", "logging_dir", "run_name", "report_to", "resume_from_checkpoint", "project", "trackio_space_id",
     "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "push_to_hub",

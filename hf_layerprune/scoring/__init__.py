@@ -9,15 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..compensation import COMPENSATIONS, Repair, find_repairs
+from ..compensation import Repair, check_compensation, find_repairs
 from ..data import Batch, check_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, measuring
 from ..plan import LayerPlan
 from ..surgery import check_supported, plan_of
-from ..tasks import PreparedTask, Task
-from ..tasks.evaluation import check_names
+from ..tasks import PreparedTask, Task, prepare_tasks
 from .angles import ANGLES, measure_angles
 from .candidates import CandidateRuns
 from .evidence import Evidence
@@ -220,8 +219,7 @@ def _check_request(
     """Do the arguments of [`score_edits`] fit together?"""
     if criterion not in CRITERIA:
         raise LayerPruneError(f"criterion={criterion!r} is unknown; choose one of {', '.join(CRITERIA)}")
-    if compensation not in COMPENSATIONS:
-        raise LayerPruneError(f"compensation={compensation!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
+    check_compensation(compensation)
     if tasks and criterion != "tasks":
         raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
     if criterion not in MEASURED:
@@ -257,11 +255,9 @@ def task_measures(
     Raises:
         [`LayerPruneError`]: if there is no task or no tokenizer, two have one name, or data does not fit its task.
     """
-    check_names(tasks)
     if tokenizer is None:
         raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    prepared = [t if isinstance(t, PreparedTask) else t.prepare(tokenizer, max_length=longest) for t in tasks]
+    prepared = prepare_tasks(tasks, model, tokenizer)
     bound = max_state_bytes or MAX_STATE_BYTES
     return [TaskMeasure(task, tokenizer, model if teacher is None else teacher, bound) for task in prepared]
 

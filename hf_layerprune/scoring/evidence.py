@@ -14,6 +14,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from ..tasks.evaluation import standard_error
+
 LEAST_ROWS = 6  # the spread of fewer is too uncertain to drop a candidate by
 
 
@@ -69,7 +71,12 @@ class Evidence:
 
     def standard_error(self, candidate: int) -> float:
         """Of `value`; `nan` where a part has fewer than two rows."""
-        return _error([part[0] for part in self.influences([candidate])])
+        variance, all_weights = 0.0, sum(part.weight for part in self.parts)
+        for number, part in enumerate(self.parts):
+            rows = slice(0, int(self.seen[candidate, number]))
+            error = standard_error(part.sums[candidate, rows], part.counts[rows])
+            variance += math.nan if error is None else (part.weight / all_weights * error) ** 2
+        return math.sqrt(variance)
 
     def influences(self, candidates: Sequence[int]) -> list[Tensor]:
         """What each row adds to the value's deviation, to first order: one `(len(candidates), R)` per part.
@@ -104,13 +111,6 @@ class Evidence:
             first, second = ((totals[:, 1:] - totals[:, :1]) / scale).nan_to_num(math.inf).argmin(1).tolist()
             agreed += first == second
         return agreed / trials
-
-
-def _error(influences: Sequence[Tensor]) -> float:
-    """Standard error of a sum of influences `(R,)` of independent rows, part by part."""
-    if any(len(part) < 2 for part in influences):
-        return math.nan
-    return math.sqrt(sum(float(part.pow(2).sum()) * len(part) / (len(part) - 1) for part in influences))
 
 
 def quantile(probability: float, rows: int) -> float:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Batch, valid_next_tokens
-from ..forward import final_states, to_device
-from ..losses import token_statistics
+from ..data import Batch
+from ..forward import to_device
 from ..tasks import GenerationChunk, PreparedLmEvalTask, PreparedTask
+from ..tasks.evaluation import sums_by_row
 from .candidates import CandidateRuns
 from .generation import candidate_texts
 
@@ -122,31 +122,12 @@ def row_sums(
     config = runs.model.config
     states_of_row = batch["input_ids"].shape[1] * config.hidden_size * runs.model.dtype.itemsize
     rows = max(1, max_state_bytes // (states_of_row * (config.num_hidden_layers + 1 + len(which))))
-    parts = [_row_sums(runs, which, part, statistic, teacher, fold) for part in _split(batch, rows)]
-    sums, counts = zip(*parts, strict=True)
+    found = []
+    for part in _split(batch, rows):
+        part = to_device(part, runs.model.device)
+        found.append(sums_by_row(runs.model, runs.final_states(part, which, fold), part, statistic, teacher))
+    sums, counts = zip(*found, strict=True)
     return torch.cat(sums, dim=1), torch.cat(counts)
-
-
-def _row_sums(
-    runs: CandidateRuns, which: Sequence[int], batch: Batch, statistic: str, teacher: PreTrainedModel, fold: int
-) -> tuple[Tensor, Tensor]:
-    batch = to_device(batch, runs.model.device)
-    valid, labels = valid_next_tokens(batch)
-    counts = valid.sum(1).cpu().double()
-    if not len(labels):
-        return torch.zeros(1 + len(which), len(counts), dtype=torch.float64), counts
-    hidden = (states[valid] for states in runs.final_states(batch, which, fold))
-    first = next(hidden)
-    reference = ()
-    if statistic == "kl":
-        of_teacher = first if teacher is runs.model else final_states(teacher, batch)[valid]
-        reference = (of_teacher, teacher.lm_head)
-    row_of_token = valid.nonzero()[:, 0].cpu()
-    sums = []
-    for statistics in token_statistics([first, *hidden], runs.model.lm_head, labels, *reference):
-        values = getattr(statistics, statistic).double().cpu()
-        sums.append(torch.zeros_like(counts).index_add_(0, row_of_token, values))
-    return torch.stack(sums), counts
 
 
 def halves(batches: Sequence[Batch]) -> list[list[Batch]]:

@@ -5,8 +5,8 @@ what a model did into costs. [`evaluate_tasks`] runs them plainly; scoring runs 
 """
 
 from .choices import MinimalPairsTask, MultipleChoiceTask
-from .chunks import ChoiceChunk, Chunk, GenerationChunk, PreparedTask, TokenChunk
-from .evaluation import TaskReport, TaskResult, evaluate_tasks
+from .chunks import ChoiceChunk, Chunk, GenerationChunk, PreparedTask, TokenChunk, check_fits
+from .evaluation import TaskReport, TaskResult, evaluate_prepared, evaluate_tasks, prepare_tasks
 from .generation import CopyTask, GenerationTask
 from .lm_eval_task import LmEvalTask, PreparedLmEvalTask
 from .specs import load_tasks
@@ -31,6 +31,9 @@ __all__ = [
     "TaskReport",
     "TaskResult",
     "TokenChunk",
+    "check_fits",
+    "evaluate_prepared",
     "evaluate_tasks",
     "load_tasks",
+    "prepare_tasks",
 ]

@@ -15,7 +15,7 @@ from .chunks import ChoiceChunk, PreparedTask, filled
 from .encoding import Encoded, encode, length_limit, pad_id, right_padded
 from .sources import Row
 from .task import PromptedTask, Task, spread
-from .templates import as_text, column
+from .templates import as_text, column, is_missing
 
 LETTERS = string.ascii_uppercase
 
@@ -64,6 +64,7 @@ class MultipleChoiceTask(PromptedTask):
     """
 
     kind: ClassVar[str] = "multiple_choice"
+    templates: ClassVar[tuple[str, ...]] = (*PromptedTask.templates, "choice")
 
     prompt: str = "{question}"
     choices: str | tuple[str, ...] = "choices"
@@ -71,10 +72,6 @@ class MultipleChoiceTask(PromptedTask):
     answer_form: Literal["auto", "index", "letter", "text"] = "auto"
     choice: str = " {choice}"
     normalize: Literal["none", "tokens", "bytes"] = "none"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.template("choice")
 
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, max_length: int | None = None
@@ -110,13 +107,15 @@ class MultipleChoiceTask(PromptedTask):
         return prompt, continuations, self._answer(row, texts, labels, where)
 
     def _choices(self, row: Row, where: str) -> tuple[list[str], list[str]]:
-        labels: list[str] = []
+        labels: Any = []
         if isinstance(self.choices, tuple):
             texts: Any = [as_text(row.values, name, where) for name in self.choices]
         else:
             texts = column(row.values, self.choices, where)
             if isinstance(texts, Mapping):
-                labels, texts = list(map(str, texts.get("label", []))), texts.get("text")
+                labels, texts = texts.get("label") or [], texts.get("text")
+        if not isinstance(labels, list):
+            raise LayerPruneError(f"{where}: column {self.choices!r}: 'label' holds {labels!r:.60}, not a list")
         if (
             not isinstance(texts, list)
             or len(texts) < 2
@@ -126,9 +125,12 @@ class MultipleChoiceTask(PromptedTask):
                 f"{where}: column {self.choices!r} must hold a list of two or more choices, not {str(texts)[:60]!r}; "
                 "or name one column per choice"
             )
+        for number, text in enumerate(texts, 1):
+            if is_missing(text) or not str(text).strip():
+                raise LayerPruneError(f"{where}: choice {number} is empty; give it a text or remove the row")
         if len(texts) > len(LETTERS) or len(labels) not in (0, len(texts)):
             raise LayerPruneError(f"{where}: {len(texts)} choices, {len(labels)} labels; give 26 choices at most")
-        return [str(text) for text in texts], labels or list(LETTERS[: len(texts)])
+        return [str(text) for text in texts], list(map(str, labels)) or list(LETTERS[: len(texts)])
 
     def _answer(self, row: Row, texts: list[str], labels: list[str], where: str) -> int:
         """The right choice's place."""

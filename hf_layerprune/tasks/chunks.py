@@ -7,12 +7,14 @@ A cost is lower-is-better; the mean cost of a task is the sum of its costs over 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ..errors import LayerPruneError
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,24 @@ class PreparedTask:
         if self.measure == "perplexity":
             return math.exp(cost) if cost < 700 else math.inf
         return cost if self.measure == "kl" else 1 - cost
+
+    @property
+    def notice(self) -> str:
+        """One sentence on prompts that were cut; empty where none was."""
+        if not self.num_truncated:
+            return ""
+        return f"task {self.name}: prompts too long for the model lost their beginning ({self.num_truncated:,})"
+
+
+def check_fits(tasks: Iterable[PreparedTask], vocab_size: int) -> None:
+    """Raise [`LayerPruneError`] for a token id that a model of `vocab_size` entries does not know."""
+    for task in tasks:
+        highest = max((int(chunk.batch["input_ids"].max()) for chunk in task.chunks), default=0)
+        if highest >= vocab_size:
+            raise LayerPruneError(
+                f"task {task.name} holds token id {highest}, but the model's vocabulary has {vocab_size} entries; "
+                "give the model's own tokenizer"
+            )
 
 
 def filled(sizes: Sequence[int], batch_size: int) -> Iterator[slice]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import valid_next_tokens
+from ..data import Batch, valid_next_tokens
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, final_states, measuring, to_device
 from ..losses import token_statistics
-from .chunks import Chunk, GenerationChunk, PreparedTask
+from .chunks import GenerationChunk, PreparedTask, check_fits
 from .encoding import pad_id
 from .task import Task
 
@@ -62,7 +62,7 @@ class TaskReport:
 
 def evaluate_tasks(
     model: PreTrainedModel,
-    tasks: Iterable[Task],
+    tasks: Iterable[Task | PreparedTask],
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel | None = None,
     batch_size: int = 8,
@@ -71,7 +71,7 @@ def evaluate_tasks(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): any causal language model with an output head `lm_head`.
-        tasks (`Iterable[Task]`): what to measure it on; names must differ.
+        tasks (`Iterable[Task]`, or of [`PreparedTask`]): what to measure it on; names must differ.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own.
         teacher ([`~transformers.PreTrainedModel`], *optional*): needed for a [`KLTask`].
         batch_size (`int`, *optional*, defaults to 8): rows at a time.
@@ -79,18 +79,27 @@ def evaluate_tasks(
     Raises:
         [`LayerPruneError`]: if data does not fit its task, two tasks have one name, or a teacher is missing.
     """
-    tasks = list(tasks)
-    check_names(tasks)
-    if teacher is not None:
-        check_same_vocabulary(model, teacher)
+    return evaluate_prepared(model, prepare_tasks(tasks, model, tokenizer, batch_size), tokenizer, teacher)
+
+
+def prepare_tasks(
+    tasks: Iterable[Task | PreparedTask],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 8,
+) -> list[PreparedTask]:
+    """Tasks tokenized for a model, unless they are already; arguments as in [`evaluate_tasks`].
+
+    Raises:
+        [`LayerPruneError`]: if data does not fit its task or the model, two tasks have one name, or there is none.
+    """
     longest = getattr(model.config, "max_position_embeddings", None)
-    results = {}
-    for task in tasks:
-        prepared = task.prepare(tokenizer, batch_size, longest)
-        if prepared.statistic == "kl" and teacher is None:
-            raise LayerPruneError(f"{task.title}: KL needs a teacher to compare with; give one or leave out the task")
-        results |= evaluate_prepared(model, [prepared], tokenizer, teacher).results
-    return TaskReport(results)
+    prepared = [
+        task if isinstance(task, PreparedTask) else task.prepare(tokenizer, batch_size, longest)
+        for task in check_names(tasks)
+    ]
+    check_fits(prepared, model.config.vocab_size)
+    return prepared
 
 
 def evaluate_prepared(
@@ -99,19 +108,38 @@ def evaluate_prepared(
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel | None = None,
 ) -> TaskReport:
-    """[`evaluate_tasks`] on tasks that are tokenized and checked."""
+    """[`evaluate_tasks`] on tasks that are tokenized."""
+    tasks = list(tasks)
+    check_fits(tasks, model.config.vocab_size)
+    if teacher is not None:
+        check_same_vocabulary(model, teacher)
+    for task in tasks:
+        if task.statistic == "kl" and teacher is None:
+            raise LayerPruneError(
+                f"task {task.name}: KL needs a teacher to compare with; give one or leave out the task"
+            )
     with measuring(model) if teacher is None else measuring(model, teacher):
         return TaskReport({task.name: measured(model, task, tokenizer, teacher) for task in tasks})
 
 
-def check_names(tasks: Iterable[Task]) -> None:
-    """Raise [`LayerPruneError`] unless there are tasks and their names differ."""
+def check_names(tasks: Iterable[Task | PreparedTask]) -> list[Task | PreparedTask]:
+    """The tasks as a list, once they are known to be tasks, at least one, and their names to differ.
+
+    Raises:
+        [`LayerPruneError`]: if they are not.
+    """
+    tasks = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else [tasks]
+    for task in tasks:
+        if not isinstance(task, (Task, PreparedTask)):
+            shown = repr(task) if isinstance(task, str) else f"a {type(task).__name__}"
+            raise LayerPruneError(f"tasks: {shown} is no task; give a list of them, such as load_tasks('default')")
     names = [task.name for task in tasks]
     if not names:
         raise LayerPruneError("there are no tasks; name at least one")
     for name in names:
         if names.count(name) > 1:
             raise LayerPruneError(f"two tasks are named {name!r}; give one of them another `name`")
+    return tasks
 
 
 def measured(
@@ -134,16 +162,19 @@ def measured(
             metric = chunk.metric
             cost, weight = chunk.reduce([texts])
         else:
-            cost, weight = chunk.reduce(*row_sums(model, chunk, task.statistic, teacher))
+            batch = to_device(chunk.batch, model.device)
+            sums = sums_by_row(model, [final_states(model, batch)], batch, task.statistic, teacher)
+            cost, weight = chunk.reduce(*sums)
         costs.append(cost[0].cpu())
         weights.append(weight.cpu())
     cost, weight = torch.cat(costs), torch.cat(weights)
     mean = (cost.sum() / weight.sum()).item()
+    quality = task.quality(mean)
+    if metric is not None:
+        quality = metric.compute(predictions=written, references=references)[metric.name]
     return TaskResult(
         measure=task.measure,
-        quality=metric.compute(predictions=written, references=references)[metric.name]
-        if metric
-        else task.quality(mean),
+        quality=quality,
         cost=mean,
         standard_error=standard_error(cost, weight),
         num_examples=len(cost),
@@ -152,19 +183,38 @@ def measured(
     )
 
 
-def row_sums(
-    model: PreTrainedModel, chunk: Chunk, statistic: str, teacher: PreTrainedModel | None = None
+def sums_by_row(
+    model: PreTrainedModel,
+    states: Iterable[Tensor],
+    batch: Batch,
+    statistic: str,
+    teacher: PreTrainedModel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Summed nll or KL per row, `(1, B)`, nats in float64, and the scored tokens per row, `(B,)`."""
-    batch = to_device(chunk.batch, model.device)
+    """Nats summed over each row's scored tokens, `(C, B)`, and the number of these tokens, `(B,)`.
+
+    Runs inside [`~forward.measuring`]. In float64, on the CPU.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): whose head the C models share.
+        states (`Iterable[Tensor]` of length C): final states `(B, T, H)` of `model` itself, then of the others.
+        batch (`dict[str, Tensor]`): what they were computed of, on the model's device.
+        statistic (`str`): `"nll"` or `"kl"`.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): what `"kl"` compares with.
+    """
     valid, labels = valid_next_tokens(batch)
-    compare = statistic == "kl"
-    reference = (final_states(teacher, batch)[valid], teacher.lm_head) if compare else ()
-    (found,) = token_statistics([final_states(model, batch)[valid]], model.lm_head, labels, *reference)
-    rows = valid.nonzero()[:, 0]
-    values = (found.kl if compare else found.nll).double()
-    sums = values.new_zeros(len(valid)).index_add_(0, rows, values)
-    return sums[None], valid.sum(1)
+    counts, row_of_token = valid.sum(1).cpu().double(), valid.nonzero()[:, 0].cpu()
+    hidden = [each[valid] for each in states]
+    if not len(labels):
+        return counts.new_zeros(len(hidden), len(counts)), counts
+    reference = ()
+    if statistic == "kl":
+        of_teacher = hidden[0] if teacher is model else final_states(teacher, batch)[valid]
+        reference = (of_teacher, teacher.lm_head)
+    sums = []
+    for statistics in token_statistics(hidden, model.lm_head, labels, *reference):
+        values = getattr(statistics, statistic).cpu().double()
+        sums.append(torch.zeros_like(counts).index_add_(0, row_of_token, values))
+    return torch.stack(sums), counts
 
 
 def generated(

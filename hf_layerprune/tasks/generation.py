@@ -31,6 +31,7 @@ class GenerationTask(PromptedTask):
     """
 
     kind: ClassVar[str] = "generation"
+    templates: ClassVar[tuple[str, ...]] = (*PromptedTask.templates, "reference")
 
     reference: str = "{answer}"
     metric: str = "exact_match"
@@ -41,7 +42,6 @@ class GenerationTask(PromptedTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.template("reference")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise LayerPruneError(f"{self.title}: max_new_tokens={self.max_new_tokens} must be at least 1")
         if "" in self.stop_strings:
@@ -135,6 +135,7 @@ class CopyTask(GenerationTask):
     """
 
     kind: ClassVar[str] = "copy"
+    templates: ClassVar[tuple[str, ...]] = (*GenerationTask.templates, "text")
 
     text: str = "{text}"
     prompt: str = "{text}\n\n"
@@ -147,7 +148,6 @@ class CopyTask(GenerationTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.template("text")
         if self.start_words < 0 or (self.max_words is not None and self.max_words <= self.start_words):
             raise LayerPruneError(
                 f"{self.title}: max_words={self.max_words} and start_words={self.start_words} leave nothing to copy"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,20 +18,25 @@ from ..errors import LayerPruneError, first_line
 from .chunks import PreparedTask
 from .task import Task
 
+FEW_SHOT_SEED = 1234  # lm-eval's own
+
 
 @dataclass(frozen=True)
 class PreparedLmEvalTask(PreparedTask):
     """A task lm-eval runs itself; it has no chunks, and its costs come from a whole model.
 
     Attributes:
-        limit (`int`, *optional*): examples at most.
+        loaded (`dict[str, Any]`): the task with its data, or the several of a group, as lm-eval's manager loads them.
+        limit (`int`, *optional*): examples at most, of each task of a group.
         batch_size (`int`): rows at a time.
-        source (`str`): name of a task of lm-eval, or a YAML file in its format.
     """
 
-    source: str = ""
+    loaded: dict[str, Any] = field(default_factory=dict, repr=False)
     limit: int | None = None
-    batch_size: int = field(default=8)
+    batch_size: int = 8
+
+    def fingerprint(self) -> list[Any]:
+        return [*super().fingerprint(), *sorted(self.loaded["tasks"]), self.limit]
 
     def costs(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
         """What each example costs a model, `(E,)`, 1 - the task's first metric, and the weights, `(E,)`, 1.
@@ -39,30 +46,26 @@ class PreparedLmEvalTask(PreparedTask):
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        path = Path(self.source)
-        try:
-            if path.is_file():
-                manager = TaskManager(include_path=str(path.resolve().parent), include_defaults=False)
-                name = yaml_task_name(path) or path.stem
-            else:
-                manager, name = TaskManager(), self.source
-            output = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
-                tasks=[name],
+        for task in self.loaded["tasks"].values():
+            task.set_fewshot_seed(FEW_SHOT_SEED)  # the same examples for every candidate
+        with lm_eval_errors(f"task {self.name}: lm-eval cannot run it"):
+            output = lm_eval.evaluate(
+                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
+                task_dict=self.loaded,
                 limit=self.limit,
-                task_manager=manager,
-                log_samples=True,
                 bootstrap_iters=0,
-                random_seed=None,  # the seeds belong to the run around this
-                numpy_random_seed=None,
-                torch_random_seed=None,
-                verbosity="ERROR",
             )
-        except Exception as error:  # lm-eval raises many types, for a missing task as for a broken row
-            raise LayerPruneError(f"task {self.name}: lm-eval cannot run it: {first_line(error)}") from error
         return costs_of_samples(output["samples"], self.name)
+
+
+@contextmanager
+def lm_eval_errors(what: str) -> Iterator[None]:
+    """Tell in one line what went wrong: lm-eval raises many types, for a missing task as for a broken row."""
+    try:
+        yield
+    except Exception as error:
+        raise LayerPruneError(f"{what}: {first_line(error)}") from error
 
 
 def yaml_task_name(path: Path) -> str | None:
@@ -77,10 +80,15 @@ def yaml_task_name(path: Path) -> str | None:
 
 
 def costs_of_samples(samples: dict[str, list[dict[str, Any]]], name: str) -> tuple[Tensor, Tensor]:
-    """The costs `(E,)` and weights `(E,)` of the samples lm-eval logged, by task (a group has several)."""
+    """The costs `(E,)` and weights `(E,)` of the samples lm-eval logged, by task (a group has several).
+
+    A task of several filters logs every example once by each; the first filter counts.
+    """
     scores = []
     for rows in samples.values():
         for row in rows:
+            if row["filter"] != rows[0]["filter"]:  # the same answer, read in another way
+                continue
             metric = row["metrics"][0]
             value = row[metric]
             if not isinstance(value, (int, float)) or not 0 <= value <= 1 or math.isnan(value):
@@ -98,17 +106,22 @@ def costs_of_samples(samples: dict[str, list[dict[str, Any]]], name: str) -> tup
 class LmEvalTask(Task):
     """A task of lm-eval by its name (`"arc_easy"`) or by a YAML file in its format (`dataset` here).
 
-    It is judged by the task's first metric, and run by lm-eval itself on the model in memory, one model at a time.
-    Such a YAML file can name Python functions, which lm-eval runs: use only files you trust.
+    It is judged by the task's first metric and first filter, and run by lm-eval itself on the model in memory, one
+    model at a time. `limit` takes the first examples, of each task where the name is that of a group. Such a YAML file
+    can name Python functions, which lm-eval runs: use only files you trust.
 
     Raises:
-        [`LayerPruneError`]: if lm-eval is not installed.
+        [`LayerPruneError`]: if lm-eval is not installed, or a setting is given that its task holds itself.
     """
 
     kind: ClassVar[str] = "lm_eval"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.dataset, str):
+            raise LayerPruneError(f"{self.title}: dataset must be the name of a task of lm-eval or a YAML file")
+        if self.split != "test" or self.config_name is not None:
+            raise LayerPruneError(f"{self.title}: lm-eval knows where the data lies; leave out split and config_name")
         try:
             import lm_eval  # noqa: F401
         except ImportError as error:
@@ -119,14 +132,23 @@ class LmEvalTask(Task):
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, max_length: int | None = None
     ) -> PreparedLmEvalTask:
-        """lm-eval reads and tokenizes the data itself, when [`~PreparedLmEvalTask.costs`] are asked for."""
+        """Let lm-eval read the data; it tokenizes when [`~PreparedLmEvalTask.costs`] are asked for."""
+        from lm_eval.tasks import TaskManager
+
+        path = Path(self.dataset)
+        with lm_eval_errors(f"{self.title}: lm-eval cannot load it"):
+            if path.is_file():
+                manager = TaskManager(include_path=str(path.resolve().parent), include_defaults=False)
+                loaded = manager.load([yaml_task_name(path) or path.stem])
+            else:
+                loaded = TaskManager().load([self.dataset])
         return PreparedLmEvalTask(
             self.name,
             self.weight,
             "lm_eval",
             "score",
             [],
-            source=str(self.dataset),
+            loaded=loaded,
             limit=self.limit,
             batch_size=batch_size,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os.path
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from ..errors import LayerPruneError
 
 
-class TextMetric(evaluate.Metric):
+class TextMetric(evaluate.Metric, ABC):
     """A metric over pairs of texts; a subclass says how one pair is judged and, where it is no mean, all together."""
 
     name: str
@@ -46,9 +47,9 @@ class TextMetric(evaluate.Metric):
         """One score in [0, 1] per text."""
         return [self.sample(*pair) for pair in zip(predictions, references, strict=True)]
 
+    @abstractmethod
     def sample(self, prediction: str, reference: str) -> float:
         """The score of one text, in [0, 1]."""
-        raise NotImplementedError
 
     def corpus(self, predictions: Sequence[str], references: Sequence[str], scores: Sequence[float]) -> float:
         """The value of all texts together: the mean of their scores, unless the metric has one of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from datasets import Dataset
 
 from ..data import load_text_dataset
 from ..errors import LayerPruneError
+
+MAX_CELL = 2**31 - 1  # characters of a CSV cell; Python's own limit of 131,072 is less than a chapter
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,7 @@ def read_rows(source: str | Dataset, split: str, config_name: str | None) -> lis
     """
     path = None if isinstance(source, Dataset) else Path(source)
     if path is not None and path.is_file() and path.suffix in READERS:
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = [Row(flat(values), f"{path}, {where}") for values, where in READERS[path.suffix](file)]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise LayerPruneError(f"dataset {path} cannot be read as UTF-8 {path.suffix[1:]}: {error}") from error
+        rows = [Row(flat(values), f"{path}, {where}") for values, where in READERS[path.suffix](_text(path), path)]
     else:
         dataset = source if isinstance(source, Dataset) else load_text_dataset(source, split, config_name)
         name = "the given dataset" if isinstance(source, Dataset) else f"dataset {source}"
@@ -50,6 +49,16 @@ def read_rows(source: str | Dataset, split: str, config_name: str | None) -> lis
     if not rows:
         raise LayerPruneError(f"dataset {'' if path is None else path} is empty; give at least one row")
     return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise LayerPruneError(f"dataset {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise LayerPruneError(f"{path}, line {line} is no UTF-8: {error.reason}; save the file as UTF-8") from None
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,49 +72,60 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return inner | dict(values)
 
 
-def _json_rows(file: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    start = file.read(1)
-    while start.isspace():
-        start = file.read(1)
-    file.seek(0)
-    if start == "[":
+def _json_rows(text: str, path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    if text.lstrip().startswith("["):
         try:
-            values = json.load(file)
+            values = json.loads(text)
         except ValueError as error:
-            raise LayerPruneError(f"{file.name} is no JSON: {error}; mend the file") from None
+            raise LayerPruneError(f"{path} is no JSON: {error}; mend the file") from None
         for number, row in enumerate(values, 1):
-            yield _checked(row, file.name, f"row {number}"), f"row {number}"
+            yield _checked(row, path, f"row {number}"), f"row {number}"
         return
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
             raise LayerPruneError(
-                f"{file.name}, line {number} is no JSON: {error}; write one object a line, like "
+                f"{path}, line {number} is no JSON: {error}; write one object a line, like "
                 '{"question": ..., "answer": ...}'
             ) from None
-        yield _checked(row, file.name, f"line {number}"), f"line {number}"
+        yield _checked(row, path, f"line {number}"), f"line {number}"
 
 
-def _checked(row: Any, name: str, where: str) -> dict[str, Any]:
+def _checked(row: Any, path: Path, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise LayerPruneError(f"{name}, {where} holds a {type(row).__name__}; write an object with named columns")
+        raise LayerPruneError(f"{path}, {where} holds a {type(row).__name__}; write an object with named columns")
     return row
 
 
-def _csv_rows(file: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    reader = csv.DictReader(file, strict=True)
-    for row in reader:
-        where = f"line {reader.line_num}"
-        if None in row or None in row.values():
-            count = sum(value is not None for name, value in row.items() if name is not None) + len(row.get(None, []))
-            raise LayerPruneError(
-                f"{file.name}, {where} has {count} cells, but the first line names {len(reader.fieldnames or [])} "
-                "columns; quote cells that hold commas"
-            )
-        yield row, where
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """A row is named by the line it starts on; a cell may hold line breaks."""
+    limit = csv.field_size_limit(MAX_CELL)
+    names, start = None, 1
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        for cells in reader:
+            where, start = f"line {start}", reader.line_num + 1
+            if not cells:
+                continue
+            if names is None:
+                names = cells
+            elif len(cells) == len(names):
+                yield dict(zip(names, cells, strict=True)), where
+            else:
+                raise LayerPruneError(
+                    f"{path}, {where} has {len(cells)} cells, but the first line names {len(names)} columns; quote "
+                    "cells that hold commas"
+                )
+    except csv.Error as error:
+        raise LayerPruneError(
+            f"{path}, the row that starts on line {start} is no CSV: {error}; write quotes in a cell twice, and one "
+            "pair around it"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 READERS = {".json": _json_rows, ".jsonl": _json_rows, ".csv": _csv_rows}

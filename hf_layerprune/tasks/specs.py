@@ -20,7 +20,7 @@ from .text import KLTask, PerplexityTask
 
 KINDS: dict[str, type[Task]] = {
     task.kind: task
-    for task in (MultipleChoiceTask, MinimalPairsTask, PerplexityTask, KLTask, GenerationTask, CopyTask)
+    for task in (MultipleChoiceTask, MinimalPairsTask, PerplexityTask, KLTask, GenerationTask, CopyTask, LmEvalTask)
 }
 PRESETS = ("default", "paper")
 LM_EVAL = "lm_eval:"
@@ -45,27 +45,13 @@ def load_tasks(spec: str) -> list[Task]:
             name.
     """
     parts = [spec] if Path(spec).is_file() else [part.strip() for part in spec.split(",") if part.strip()]
-    tasks = [task for part in parts for task in _load(part)]
-    check_names(tasks)
-    return tasks
+    return check_names(task for part in parts for task in _load(part))
 
 
 def _load(spec: str) -> list[Task]:
     if spec.startswith(LM_EVAL):
         return [LmEvalTask(spec.removeprefix(LM_EVAL))]
-    folder = None
-    if ":" in spec and not Path(spec).is_file():
-        spec, _, place = spec.rpartition(":")
-        folder = Path(place)
-        if not folder.is_dir():
-            raise LayerPruneError(
-                f"tasks '{spec}:{place}': there is no folder {place}; put the rows of the tasks there"
-            )
-    path = ASSETS / "tasks" / f"{spec}.yaml" if spec in PRESETS else Path(spec)
-    if not path.is_file():
-        raise LayerPruneError(
-            f"tasks {spec!r}: no preset ({', '.join(PRESETS)}), no YAML file and no {LM_EVAL}NAME; name one of these"
-        )
+    path, folder = _file_and_folder(spec)
     if yaml_task_name(path):
         return [LmEvalTask(str(path))]
     try:
@@ -79,24 +65,40 @@ def _load(spec: str) -> list[Task]:
     ]
 
 
+def _file_and_folder(spec: str) -> tuple[Path, Path | None]:
+    """The YAML file that is named, and the folder behind it; either may hold a colon, as on Windows."""
+    ends = [place for place, character in enumerate(spec) if character == ":"]
+    for end in [len(spec), *ends]:
+        name = spec[:end]
+        path = ASSETS / "tasks" / f"{name}.yaml" if name in PRESETS else Path(name)
+        if path.is_file():
+            folder = Path(spec[end + 1 :]) if end < len(spec) else None
+            if folder is not None and not folder.is_dir():
+                raise LayerPruneError(f"tasks {spec!r}: there is no folder {folder}; put the rows of the tasks there")
+            return path, folder
+    raise LayerPruneError(
+        f"tasks {spec!r}: no preset ({', '.join(PRESETS)}), no YAML file and no {LM_EVAL}NAME; name one of these"
+    )
+
+
 def _from_settings(item: Any, where: str, path: Path, folder: Path | None) -> Task:
     """One entry of a YAML file as a task."""
-    if not isinstance(item, Mapping) or item.get("kind") not in KINDS:
-        kind = item.get("kind") if isinstance(item, Mapping) else item
+    kind = item.get("kind") if isinstance(item, Mapping) else item
+    if not isinstance(item, Mapping) or not isinstance(kind, str) or kind not in KINDS:
         raise LayerPruneError(f"{where}: kind {kind!r} is unknown; write `kind:` with one of {', '.join(KINDS)}")
     settings = {name: value for name, value in item.items() if name != "kind"}
-    task = KINDS[item["kind"]]
+    task = KINDS[kind]
     known = [field.name for field in fields(task)]
     unknown = [str(name) for name in settings if name not in known]
     if unknown:
-        raise LayerPruneError(
-            f"{where}: {', '.join(unknown)} unknown for {item['kind']}; choose of {', '.join(known)}"
-        )
+        raise LayerPruneError(f"{where}: {', '.join(unknown)} unknown for {kind}; choose of {', '.join(known)}")
     if not isinstance(settings.get("dataset"), str):
         raise LayerPruneError(
-            f"{where}: dataset={settings.get('dataset')!r}; write `dataset:` with a file or a Hub id"
+            f"{where}: dataset={settings.get('dataset')!r}; write `dataset:` with a file, a Hub id or lm-eval's name"
         )
     if folder is not None:
+        if task is LmEvalTask:
+            raise LayerPruneError(f"{where}: lm-eval finds its data itself, not in {folder}; leave out the folder")
         settings = _local(settings, where, folder)
     for name in ("dataset", "few_shot_dataset"):  # a file beside the YAML file
         if isinstance(settings.get(name), str) and (path.parent / settings[name]).is_file():

@@ -24,7 +24,7 @@ class Task(ABC):
     """A representative data set, by whose quality layers are scored.
 
     Args:
-        dataset (`str` or [`~datasets.Dataset`]):
+        dataset (`str`, `Path` or [`~datasets.Dataset`]):
             the rows: a data set in memory, a `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt` file, an embedded text
             (`"embedded:calibration"`) or a Hub id.
         name (`str`, *optional*): defaults to the last part of the data set's name, without its file type.
@@ -38,8 +38,10 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
+    templates: ClassVar[tuple[str, ...]] = ()
+    """Settings that are templates over the columns of a row."""
 
-    dataset: str | Dataset
+    dataset: str | Path | Dataset
     _: KW_ONLY
     name: str = ""
     split: str = "test"
@@ -48,12 +50,15 @@ class Task(ABC):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        self.name = self.name or (self.kind if isinstance(self.dataset, Dataset) else default_name(self.dataset))
+        is_named = isinstance(self.dataset, (str, Path))
+        self.name = self.name or (default_name(str(self.dataset)) if is_named else self.kind)
         check_types(self)
         if self.limit is not None and self.limit < 1:
             raise LayerPruneError(f"{self.title}: limit={self.limit}; score at least one example, or leave it out")
         if not 0 < self.weight < float("inf"):
             raise LayerPruneError(f"{self.title}: weight={self.weight} must be positive; leave out a task not wanted")
+        for setting in self.templates:
+            self.template(setting)
 
     @property
     def title(self) -> str:
@@ -76,7 +81,7 @@ class Task(ABC):
             [`LayerPruneError`]: if the data cannot be read or a row does not fit the task; it names file and line.
         """
 
-    def read(self, dataset: str | Dataset | None = None, split: str | None = None) -> list[Row]:
+    def read(self, dataset: str | Path | Dataset | None = None, split: str | None = None) -> list[Row]:
         """The rows of the task's data set, or of another one; errors name the task."""
         try:
             return read_rows(self.dataset if dataset is None else dataset, split or self.split, self.config_name)
@@ -85,7 +90,7 @@ class Task(ABC):
 
     def template(self, setting: str) -> Template:
         """A setting of this task as a template."""
-        return Template(getattr(self, setting), self.title, setting)
+        return Template(getattr(self, setting), self.title, setting, varies=setting != "description")
 
 
 def default_name(dataset: str) -> str:
@@ -94,12 +99,13 @@ def default_name(dataset: str) -> str:
 
 
 def check_types(task: Any) -> None:
-    """Raise [`LayerPruneError`] for a field whose value is not of its declared type; lists become tuples."""
+    """Raise [`LayerPruneError`] for a field whose value is not of its declared type; lists become tuples, and paths
+    texts."""
     hints = typing.get_type_hints(type(task))
     for item in fields(task):
         value, hint = getattr(task, item.name), hints[item.name]
-        if isinstance(value, list):
-            value = tuple(value)
+        if isinstance(value, (list, Path)):
+            value = tuple(value) if isinstance(value, list) else str(value)
             setattr(task, item.name, value)
         if not _fits(value, hint):
             shown = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
@@ -136,16 +142,18 @@ class PromptedTask(Task):
         description (`str`, *optional*, defaults to `""`): template of a text before everything else.
         num_few_shot (`int`, *optional*, defaults to 0):
             examples with their answers before each prompt: the first rows of the data, which are then not scored.
-        few_shot_dataset (`str` or [`~datasets.Dataset`], *optional*): take the examples from here instead.
+        few_shot_dataset (`str`, `Path` or [`~datasets.Dataset`], *optional*): take the examples from here instead.
         few_shot_split (`str`, *optional*): take the examples from this split of the Hub data set instead.
         few_shot_group (`str`, *optional*): a column (MMLU's subject); a row is shown examples of the same value.
         separator (`str`, *optional*, defaults to an empty line): between examples, and before the prompt.
     """
 
+    templates: ClassVar[tuple[str, ...]] = ("prompt", "description")
+
     prompt: str = "{prompt}"
     description: str = ""
     num_few_shot: int = 0
-    few_shot_dataset: str | Dataset | None = None
+    few_shot_dataset: str | Path | Dataset | None = None
     few_shot_split: str | None = None
     few_shot_group: str | None = None
     separator: str = "\n\n"
@@ -154,8 +162,6 @@ class PromptedTask(Task):
         super().__post_init__()
         if self.num_few_shot < 0:
             raise LayerPruneError(f"{self.title}: num_few_shot={self.num_few_shot} must not be negative")
-        for setting in ("prompt", "description"):
-            self.template(setting)
 
     @abstractmethod
     def prompt_and_answer(self, row: Row) -> tuple[str, str]:

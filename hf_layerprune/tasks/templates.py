@@ -6,6 +6,7 @@ would let it reach into objects or ask for gigabytes, so they are refused when t
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping
 from typing import Any
@@ -20,12 +21,13 @@ class Template:
         text (`str`): the template.
         task (`str`): what errors call the task it belongs to, e.g. `"task mmlu"`.
         setting (`str`): the task's setting that holds it, e.g. `"prompt"`.
+        varies (`bool`, *optional*, defaults to `True`): whether it must have a field, being of no use without one.
 
     Raises:
-        [`LayerPruneError`]: if braces do not match, or a field is more than a column name.
+        [`LayerPruneError`]: if braces do not match, a field is more than a column name, or there has to be one.
     """
 
-    def __init__(self, text: str, task: str, setting: str) -> None:
+    def __init__(self, text: str, task: str, setting: str, varies: bool = True) -> None:
         self.task, self.setting = task, setting
         what = f"{task}: {setting}"
         self.parts: list[tuple[str, str | None]] = []
@@ -41,6 +43,11 @@ class Template:
                     "(a column `b` inside a column `a` is {a_b})"
                 )
             self.parts.append((literal, field))
+        if varies and all(field is None for _, field in self.parts):
+            example = text if text.isidentifier() else "question"
+            raise LayerPruneError(
+                f"{what} {text!r} is the same for every row; a column stands in braces, like {{{example}}}"
+            )
 
     def render(self, values: Mapping[str, Any], where: str) -> str:
         """The text with every field replaced by its value; a list of texts is joined with spaces.
@@ -55,13 +62,17 @@ class Template:
 
 
 def column(values: Mapping[str, Any], name: str, where: str) -> Any:
-    """The value of a column, which must be there and not null."""
+    """The value of a column, which must be there and neither null nor NaN, which tables hold in place of it."""
     if name not in values:
         known = ", ".join(map(str, values)) or "none"
         raise LayerPruneError(f"{where}: there is no column {name!r}; the columns are {known}")
-    if values[name] is None:
+    if is_missing(values[name]):
         raise LayerPruneError(f"{where}: column {name!r} is empty; give it a value or remove the row")
     return values[name]
+
+
+def is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def as_text(values: Mapping[str, Any], name: str, where: str) -> str:

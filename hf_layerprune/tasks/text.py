@@ -26,14 +26,11 @@ class PerplexityTask(Task):
     """
 
     kind: ClassVar[str] = "perplexity"
+    templates: ClassVar[tuple[str, ...]] = ("text",)
     statistic: ClassVar[str] = "nll"
 
     text: str = "{text}"
     max_length: int = 512
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.template("text")
 
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, max_length: int | None = None

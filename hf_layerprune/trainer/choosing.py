@@ -17,7 +17,7 @@ from ..errors import LayerPruneError
 from ..scoring import MEASURED, EditScores, Race, contiguous_block, score_edits
 from ..search import next_step
 from ..surgery import apply_plan, plan_of
-from ..tasks import PreparedTask, load_tasks
+from ..tasks import PreparedTask, load_tasks, prepare_tasks
 from .config import IterativeLayerDistillConfig
 from .run_state import RunState
 from .trainable import round_weights
@@ -66,9 +66,9 @@ def prepared_tasks(
     args: IterativeLayerDistillConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[PreparedTask]:
     """The tasks that score layers, tokenized; none where another criterion does."""
-    tasks = load_tasks(args.tasks) if args.tasks else []
-    longest = getattr(model.config, "max_position_embeddings", None)
-    return [task.prepare(tokenizer, args.per_device_eval_batch_size, longest) for task in tasks]
+    if not args.tasks:
+        return []
+    return prepare_tasks(load_tasks(args.tasks), model, tokenizer, args.per_device_eval_batch_size)
 
 
 def fixed_order(

@@ -9,7 +9,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from ..budget import Budget
-from ..compensation import COMPENSATIONS
+from ..compensation import COMPENSATIONS, check_compensation
 from ..edits import EditSpace
 from ..errors import LayerPruneError
 from ..scoring import CRITERIA, MEASURED, Race
@@ -259,10 +259,7 @@ class IterativeLayerDistillConfig(SFTConfig):
                     "every round scored for one choice; leave out one_shot"
                 )
             Race(self.race_confidence)
-        if self.compensation not in COMPENSATIONS:
-            raise LayerPruneError(
-                f"compensation={self.compensation!r} is unknown; choose one of {', '.join(COMPENSATIONS)}"
-            )
+        check_compensation(self.compensation)
         if self.compensation == "rescale" and self.heal and (self.hidden_weight or self.loss_preset):
             raise LayerPruneError(
                 "compensation='rescale' changes the scale of hidden states, which the hidden-state loss compares with "

@@ -1,0 +1,109 @@
+"""`--tasks` on the command line."""
+
+import json
+import shutil
+
+import pytest
+from conftest import VOCAB_SIZE, tiny_model
+
+from hf_layerprune import LayerPruneError, cli
+from hf_layerprune.cli import measure
+from hf_layerprune.cli.arguments import ScoreArguments
+
+PAIRS = [("the cat sits", "cat the sits"), ("dogs bark", "bark dogs"), ("we are here", "we is here")] * 2
+
+
+@pytest.fixture
+def tasks_file(tmp_path):
+    rows = [{"good": good, "bad": bad, "q": f"say {good}: " * 40} for good, bad in PAIRS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(*kinds):
+        entries = {
+            "pairs": "{kind: minimal_pairs, name: pairs, dataset: rows.jsonl, good: good, bad: bad}",
+            "kl": "{kind: kl, name: close, dataset: rows.jsonl, text: '{good}', max_length: 16}",
+            "long": "{kind: multiple_choice, name: long, dataset: rows.jsonl, prompt: '{q}', choices: [good, bad], "
+            "answer: good, answer_form: text}",
+        }
+        path = tmp_path / "tasks.yaml"
+        path.write_text("".join(f"- {entries[kind]}\n" for kind in kinds))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path, model_folder, capsys):
+    def call(verb, *arguments):
+        arguments = ["--model", model_folder, "--output_dir", tmp_path / "out", *arguments]
+        status = cli.main([verb, *map(str, arguments)])
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return call
+
+
+def test_score_takes_rows_by_the_batch_size_and_tells_cut_prompts(run, tasks_file, tmp_path, monkeypatch):
+    score_layers, seen = measure.score_layers, []
+
+    def spy(*arguments, tasks, **options):
+        seen.extend(len(chunk.batch["input_ids"]) for task in tasks for chunk in task.chunks)
+        return score_layers(*arguments, tasks=tasks, **options)
+
+    monkeypatch.setattr(measure, "score_layers", spy)
+    status, out, _ = run("score", "--tasks", tasks_file("pairs", "long"), "--batch_size", "4")
+    assert status == 0 and seen == [4] * 6
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["criterion"], scores["num_tokens"]) == ("tasks", 12)
+    assert "task long: prompts too long for the model lost their beginning (12)" in out
+
+
+def test_the_criterion_of_tasks_is_tasks():
+    assert (ScoreArguments(criterion="tasks").tasks, ScoreArguments(tasks="x").criterion) == ("default", "tasks")
+    with pytest.raises(LayerPruneError, match="tasks='x' are for criterion='tasks', not 'loss'"):
+        ScoreArguments(tasks="x", criterion="loss")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--criterion", "loss"], "are for criterion='tasks', not 'loss'; leave one out"),
+        (["--dataset", "mine.txt"], "bring their own data; leave out dataset='mine.txt'"),
+        (["--num_samples", "8", "--max_length", "32"], "leave out max_length=32, num_samples=8"),
+    ],
+)
+def test_score_refuses_what_tasks_have_no_use_for(run, tasks_file, tmp_path, arguments, message):
+    status, _, error = run("score", "--tasks", tasks_file("pairs"), *arguments)
+    assert status == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_says_what_it_leaves_out_and_what_was_cut(run, tasks_file, tmp_path):
+    text = ["--dataset", "embedded:held_out", "--max_length", "32", "--num_samples", "2"]
+    status, out, _ = run("evaluate", "--tasks", tasks_file("kl", "pairs", "long"), *text)
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
+    assert status == 0 and set(results) == {"pairs", "long"} and results["long"]["num_truncated"] == 12
+    assert "left out: close; KL needs a teacher to compare with (--teacher)" in out and "cut" in out
+    status, out, _ = run("evaluate", "--tasks", tasks_file("kl", "pairs"), "--teacher", "embedded", *text)
+    assert status == 2  # of another vocabulary
+    status, out, _ = run("evaluate", "--tasks", tasks_file("kl", "pairs"), "--teacher", tmp_path / "tiny-model", *text)
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
+    assert status == 0 and set(results) == {"close", "pairs"} and "left out" not in out and "cut" not in out
+
+
+def test_evaluate_of_kl_alone_needs_a_teacher(run, tasks_file, tmp_path):
+    status, _, error = run("evaluate", "--tasks", tasks_file("kl"))
+    assert status == 2 and error == (
+        "hf-layerprune: task close: KL needs a teacher to compare with; name it with --teacher\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["score", "evaluate"])
+def test_another_tokenizer_is_one_line(run, tasks_file, tmp_path, model_folder, verb):
+    tiny_model(vocab_size=100, eos_token_id=0).save_pretrained(tmp_path / "small")
+    for path in model_folder.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "small")
+    status, _, error = run(verb, "--tasks", tasks_file("pairs"), "--model", tmp_path / "small")
+    assert status == 2 and error.count("\n") == 1
+    assert f"task pairs holds token id {VOCAB_SIZE - 1}, but the model's vocabulary has 100 entries" in error
