@@ -4,14 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow browser lint clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
 	$(BIN)/hf-layerprune compress --output_dir runs/demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) browser
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The tests of the demo drive a real browser; without one they are skipped, and say so.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	|| { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 \
+	|| echo "no Chromium, and it could not be installed: the browser tests will be skipped"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -2,7 +2,7 @@
 
     with HubServer() as hub:
         hub.endpoint                       # for HF_ENDPOINT
-        hub.repos["me/model"].files()      # {path: content} of main
+        hub.repos["me/model"].files()      # {path: content} of main; of a Space: hub.repos["spaces/me/space"]
         hub.faults.append(Fault("503", at=4))
 
 Files go up base64 in the commit ("regular"), or by LFS, in one part or several, with `lfs_suffixes` and `part_size`. A
@@ -28,6 +28,7 @@ from urllib.parse import unquote
 import uvicorn
 from hub_schema import metadata_errors
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
@@ -44,6 +45,24 @@ USERS = {
     "hf_coarse": _fine_grained("repo.content.read"),
 }
 """Tokens of the one account, `me`, which belongs to the organizations `team` (to write) and `club` (to read)."""
+
+
+SPACES = "spaces/"
+
+
+class _Kind(Convertor):
+    """Which kind of repository a path is about."""
+
+    regex = "models|spaces"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("kind", _Kind())
 
 
 @dataclass
@@ -211,7 +230,7 @@ class HubServer:
     # -- routes ---------------------------------------------------------------------------------------------------
 
     def _routes(self) -> list[Route]:
-        model = "/api/models/{owner}/{name}"
+        model = "/api/{kind:kind}/{owner}/{name}"
         return [
             Route("/api/whoami-v2", self.whoami),
             Route("/api/repos/create", self.create, methods=["POST"]),
@@ -242,7 +261,7 @@ class HubServer:
 
         async def handle(request: Request) -> Response:
             token = _token(request)
-            repo_id = f"{request.path_params['owner']}/{request.path_params['name']}"
+            repo_id = _repo_id(request)
             repo = self.repos.get(repo_id)
             if repo is None or (repo.private and token not in USERS):
                 return answer_error(404 if token in USERS else 401, "RepoNotFound", "Repository not found")
@@ -277,6 +296,10 @@ class HubServer:
             return answer_error(401, "", "Invalid username or password.")
         if not _may_write(token, repo_id):
             return answer_error(403, "", f"You don't have the rights to create a model under {repo_id.split('/')[0]}")
+        if body.get("type") == "space":
+            if body.get("sdk") not in ("gradio", "docker", "static"):
+                return answer_error(400, "", "sdk is required for a Space")
+            repo_id = SPACES + repo_id
         url = f"{self.endpoint}/{repo_id}"
         if repo_id in self.repos:
             return JSONResponse({"error": "You already created this model repo", "url": url}, 409)
@@ -294,7 +317,7 @@ class HubServer:
         oid = repo.find(request.path_params.get("revision", "main"))
         if oid is None:
             return answer_error(404, "RevisionNotFound", "Invalid rev id")
-        repo_id = f"{request.path_params['owner']}/{request.path_params['name']}"
+        repo_id = _repo_id(request)
         siblings = [{"rfilename": path} for path in repo.commits[oid].tree]
         content = {
             "_id": "1",
@@ -367,7 +390,7 @@ class HubServer:
             elif item["key"] == "deletedFile":
                 del tree[value["path"]]
         oid = repo.add(branch, Commit(tree, title, parent))
-        repo_id = f"{request.path_params['owner']}/{request.path_params['name']}"
+        repo_id = _repo_id(request)
         return JSONResponse(
             {"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}/{repo_id}/commit/{oid}"}
         )
@@ -464,6 +487,12 @@ class HubServer:
         return _ranged(request, self.store[oid], {"ETag": f'"{oid}"'})
 
 
+def _repo_id(request: Request) -> str:
+    """The name a repository is kept under: a Space may be called what a model is called."""
+    path = request.path_params
+    return f"{SPACES * (path.get('kind') == 'spaces')}{path['owner']}/{path['name']}"
+
+
 async def _swallow(message: dict) -> None:
     """An answer that never arrives."""
 
@@ -476,7 +505,7 @@ def _token(request: Request) -> str | None:
 def _may_write(token: str | None, repo_id: str) -> bool:
     user = USERS.get(token, {"role": "none"})
     granted = user["role"] == "write" or any("repo.write" in scope["permissions"] for scope in user.get("scoped", ()))
-    return granted and repo_id.split("/")[0] in ("me", "team")
+    return granted and repo_id.removeprefix(SPACES).split("/")[0] in ("me", "team")
 
 
 def _entry(path: str, blob: Blob) -> dict:

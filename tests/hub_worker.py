@@ -13,6 +13,8 @@ import sys
 import time
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, embedded_dataset
+from hf_layerprune.demo import DemoSettings, ModelEntry, open_catalog
+from hf_layerprune.demo.space import push_space
 from hf_layerprune.hub import load_run, push_run, staging
 
 drawn = {}
@@ -39,6 +41,13 @@ def call(request):
         messages = []
         commit = push_run(**request, on_message=messages.append)
         return {"oid": commit.oid, "url": commit.commit_url, "messages": messages}
+    if kind == "push_space":
+        messages = []
+        commit = push_space(**request, on_message=messages.append)
+        return {"oid": commit.oid, "url": commit.commit_url, "messages": messages}
+    if kind == "open":
+        pairing = open_catalog(DemoSettings((ModelEntry("pushed", **request),))).first
+        return {"depths": pairing.depths, "teacher": pairing.teacher.name}
     if kind == "load":
         wants_model = request.pop("model", False)
         run = load_run(**request)

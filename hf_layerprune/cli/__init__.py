@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-VERBS = ("compress", "parallelize", "generate", "score", "evaluate", "benchmark", "push")
+VERBS = ("compress", "parallelize", "generate", "score", "evaluate", "benchmark", "push", "push-space", "demo")
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
@@ -19,6 +19,8 @@ usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
   evaluate     measure a checkpoint, alone or against a teacher
   benchmark    measure speed and memory of one or more checkpoints, side by side
   push         put the student of a run on the Hub, with its report and a card
+  push-space   make or update a Space on the Hub that compares students with their originals
+  demo         compare original and compressed side by side, in the browser
 
 hf-layerprune <verb> --help lists the settings of a verb. Without --model those that need one work on the small English
 teacher that comes with the package.
@@ -37,12 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     from ..errors import LayerPruneError
     from .benchmark import benchmark
     from .compress import compress
+    from .demo import demo
     from .generate import generate
     from .measure import evaluate, score
     from .parallelize import parallelize
     from .push import push
+    from .push_space import push_space
 
-    verbs = dict(zip(VERBS, (compress, parallelize, generate, score, evaluate, benchmark, push), strict=True))
+    every = (compress, parallelize, generate, score, evaluate, benchmark, push, push_space, demo)
+    verbs = dict(zip(VERBS, every, strict=True))
     _quiet()
     try:
         verbs[argv[0]](argv[1:])

@@ -264,6 +264,59 @@ class PushArguments:
     commit_message: str | None = field(default=None, metadata={"help": "Title of the commit."})
 
 
+@dataclass
+class DemoArguments:
+    """Settings of `demo`."""
+
+    names: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Output folder of a run, or an original and a student; they can also stand on their own, without "
+            "the option. Default: the embedded teacher, and some of its layers in parallel."
+        },
+    )
+    models: str | None = field(
+        default=None, metadata={"help": "Instead: a YAML file with the list of models that visitors choose from."}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "dtype of the weights: auto (each checkpoint's own), float32, ..."}
+    )
+    server_name: str = field(default="127.0.0.1", metadata={"help": "Address to serve at; 0.0.0.0 is every one."})
+    server_port: int | None = field(default=None, metadata={"help": "Port; by default the first free one from 7860."})
+    inbrowser: bool = field(default=False, metadata={"help": "Open the page in a browser."})
+
+    def __post_init__(self) -> None:
+        self.names = list(map(str, _as_list(self.names)))
+
+
+@dataclass
+class PushSpaceArguments:
+    """Settings of `push-space`."""
+
+    runs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Hub ids of students that were pushed; they can also stand on their own, without the option."
+        },
+    )
+    repo_id: str | None = field(default=None, metadata={"help": "Space on the Hub: user/name."})
+    models: str | None = field(
+        default=None, metadata={"help": "Instead of runs: a YAML file with the list of models; see docs/space.md."}
+    )
+    title: str | None = field(default=None, metadata={"help": "Title of the Space."})
+    hardware: str | None = field(
+        default=None, metadata={"help": "Hardware to suggest to those who copy the Space, such as zero-a10g."}
+    )
+    private: bool = field(
+        default=False,
+        metadata={"help": "Make the Space private, if it is not there yet; else the account decides."},
+    )
+    commit_message: str | None = field(default=None, metadata={"help": "Title of the commit."})
+
+    def __post_init__(self) -> None:
+        self.runs = list(map(str, _as_list(self.runs)))
+
+
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 

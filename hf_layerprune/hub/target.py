@@ -69,9 +69,7 @@ def check_target(api: HfApi, repo_id: str, revision: str | None = None, tags: Se
             something that no push of this library made.
     """
     check_names(repo_id, revision)
-    if (api.token if isinstance(api.token, str) else get_token()) is None:
-        raise LayerPruneError("no token for the Hub; set HF_TOKEN or log in with `hf auth login`")
-    repo_id = _writable(patiently("checking the token", api.whoami), repo_id)
+    repo_id = check_account(api, repo_id)
     branch = revision or MAIN
     try:
         info = patiently(f"looking at {repo_id}", api.model_info, repo_id)
@@ -93,6 +91,17 @@ def check_target(api: HfApi, repo_id: str, revision: str | None = None, tags: Se
         content = _content(api, repo_id, name)
         holds = content if name == branch else holds
     return Target(repo_id, True, bool(info.private), branches, found, holds)
+
+
+def check_account(api: HfApi, repo_id: str) -> str:
+    """The full name of a repository that the token in use may write to.
+
+    Raises:
+        [`LayerPruneError`]: if there is no token, or it may not write there.
+    """
+    if (api.token if isinstance(api.token, str) else get_token()) is None:
+        raise LayerPruneError("no token for the Hub; set HF_TOKEN or log in with `hf auth login`")
+    return _writable(patiently("checking the token", api.whoami), repo_id)
 
 
 def _content(api: HfApi, repo_id: str, revision: str) -> str:

@@ -1,0 +1,102 @@
+"""Do the speeds the demo shows agree with `hf-layerprune benchmark` on the same machine?
+
+    python benchmarks/demo_speed.py --output benchmarks/results/demo_speed.json
+
+The same two models, prompts of the same length and as many new tokens, in turns: the benchmark, then a comparison in
+the running demo through its API, so that what else the machine does falls on both. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+from gradio_client import Client
+
+from hf_layerprune import embedded_dataset
+from hf_layerprune.benchmark import benchmark_models
+from hf_layerprune.demo import DemoService, open_catalog, settings_of
+from hf_layerprune.demo.page import build_page, launch_page
+from hf_layerprune.report import environment
+
+LIMIT = 0.15
+"""How far the demo may be from the benchmark, by issue."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", help="a run, or an original and a student; default: as in the demo")
+    parser.add_argument("--prompt_tokens", type=int, default=128)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+
+    settings = settings_of(arguments.models)
+    service = DemoService(settings, open_catalog(settings))
+    pairing = service.catalog.first
+    sources = {"original": pairing.teacher, "compressed": pairing.students[pairing.depth(0)]}
+    models = [service.store.get(source).model for source in sources.values()]
+    for model in models:  # every run is equally long
+        model.generation_config.eos_token_id = None
+    page = build_page(service)
+    _, url, _ = launch_page(page, prevent_thread_lock=True, quiet=True)
+    client = Client(url, verbose=False)
+    prompt = prompt_of(service.store.tokenizer(pairing), arguments.prompt_tokens)
+
+    # greedy, as the benchmark is; and with the original's own sampling, as visitors get it
+    kinds = {"greedy": {"temperature": 0.0, "repetition_penalty": 1.0}, "sampled": {}}
+    measured: dict[str, dict[str, list[float]]] = {
+        name: {kind: [] for kind in ("benchmark", *kinds)} for name in sources
+    }
+    for _ in range(arguments.repeats):
+        reports = benchmark_models(models, arguments.prompt_tokens, arguments.new_tokens, repeats=1)
+        for name, report in zip(sources, reports, strict=True):
+            measured[name]["benchmark"].append(report.decode_tokens_per_second)
+        for kind, sampling in kinds.items():
+            options = {"max_new_tokens": arguments.new_tokens, "api_name": "/compare"} | sampling
+            answer = client.predict(prompt, **options)
+            for name in sources:
+                measured[name][kind].append(answer[name]["tokens_per_second"])
+    page.close()
+
+    results = {name: compared(values) for name, values in measured.items()}
+    settings_used = {key: value for key, value in vars(arguments).items() if key not in ("output", "models")}
+    content = {"settings": settings_used, "environment": environment(), "limit": LIMIT, "results": results}
+    text = json.dumps(content, indent=1) + "\n"
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text)
+    apart = max(abs(result[kind]["ratio"] - 1) for result in results.values() for kind in kinds)
+    print(f"the demo is at most {apart:.1%} from the benchmark; {LIMIT:.0%} is allowed")
+    raise SystemExit(apart > LIMIT)
+
+
+def prompt_of(tokenizer, num_tokens: int) -> str:
+    """Real text that is this many tokens long."""
+    ids = tokenizer(embedded_dataset("held_out")[0]["text"])["input_ids"]
+    for length in range(num_tokens, 0, -1):
+        text = tokenizer.decode(ids[:length])
+        if len(tokenizer(text)["input_ids"]) == num_tokens:
+            return text
+    raise SystemExit(f"no text of {num_tokens} tokens")
+
+
+def compared(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Medians of tokens/s, and the median ratio to the benchmark of the same turn."""
+    result: dict[str, dict[str, float]] = {}
+    for kind, speeds in values.items():
+        ratios = [speed / base for speed, base in zip(speeds, values["benchmark"], strict=True)]
+        result[kind] = {"tokens_per_second": statistics.median(speeds), "ratio": statistics.median(ratios)}
+    return result
+
+
+if __name__ == "__main__":
+    main()

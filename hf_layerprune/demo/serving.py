@@ -1,0 +1,67 @@
+"""Start the demo: on this machine, or as a Space."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import LayerPruneError
+from .catalog import open_catalog
+from .device import prepare_zero_gpu
+from .service import DemoService
+from .settings import DemoSettings, read_settings
+
+logger = logging.getLogger(__name__)
+
+
+def open_demo(settings: DemoSettings, on_message: Callable[[str], None] = logger.warning) -> Any:
+    """The page of a demo, its first two models loaded.
+
+    Args:
+        settings ([`DemoSettings`]): models and limits.
+        on_message (`Callable`, *optional*): told what could not be opened.
+
+    Returns:
+        `gradio.Blocks`
+
+    Raises:
+        [`LayerPruneError`]: if Gradio is not installed, or no model of the list can be opened.
+    """
+    if find_spec("gradio") is None:
+        raise LayerPruneError("the demo needs Gradio; install it with: pip install 'hf-layerprune[demo]'")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+    prepare_zero_gpu()
+    from .page import build_page
+
+    service = DemoService(settings, open_catalog(settings, on_message))
+    service.comparer.preload(service.catalog.first)
+    return build_page(service)
+
+
+def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.warning, **options: Any) -> Any:
+    """Open a demo and serve it until it is interrupted.
+
+    Args:
+        settings ([`DemoSettings`]): models and limits.
+        on_message (`Callable`, *optional*): told what could not be opened.
+        options: passed to Gradio's `launch`, such as `server_port`.
+
+    Raises:
+        [`LayerPruneError`]: as [`open_demo`], or if the port is taken.
+    """
+    page = open_demo(settings, on_message)
+    from .page import launch_page
+
+    try:
+        return launch_page(page, **options)
+    except OSError as error:
+        raise LayerPruneError(f"the demo cannot be served: {error}") from error
+
+
+def launch_space(models: str | Path) -> None:
+    """Serve the demo of a `models.yaml`: all of a Space's `app.py`."""
+    launch(read_settings(models))

@@ -1,0 +1,149 @@
+"""The Space: its files in the repository, and `push-space` against a Hub on loopback."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from demo_models import make_run
+from hub_server import HubServer
+from test_hub import TOKEN, Worker, environment  # noqa: F401
+
+from hf_layerprune.demo import read_settings, settings_of
+from hf_layerprune.demo.space import write_space
+
+SPACE = Path(__file__).parent.parent / "space"
+FILES = {"app.py", "README.md", "requirements.txt", "models.yaml"}
+
+
+def front_matter(text):
+    return yaml.safe_load(text.split("---")[1])
+
+
+def test_the_space_in_the_repository_is_what_the_package_writes(tmp_path):
+    write_space(tmp_path, settings_of([]), "user/layer-comparison")
+    assert (
+        {path.name for path in tmp_path.iterdir()}
+        == FILES
+        == {path.name for path in SPACE.iterdir() if path.is_file()}
+    )
+    for name in FILES:
+        assert (SPACE / name).read_text() == (tmp_path / name).read_text(), f"space/{name} is out of date"
+
+
+def test_its_front_matter_is_complete_and_its_list_is_read():
+    told = front_matter((SPACE / "README.md").read_text())
+    needed = {
+        "title",
+        "emoji",
+        "colorFrom",
+        "colorTo",
+        "sdk",
+        "sdk_version",
+        "app_file",
+        "license",
+        "short_description",
+    }
+    assert needed <= set(told) and told["sdk"] == "gradio" and told["sdk_version"].startswith("6.")
+    assert len(told["short_description"]) <= 60
+    assert (SPACE / told["app_file"]).is_file()
+    assert read_settings(SPACE / "models.yaml") == settings_of([])
+    assert (SPACE / "requirements.txt").read_text().startswith("hf-layerprune[demo]")
+    assert len((SPACE / "app.py").read_text().splitlines()) < 15
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def worker(hub, tmp_path_factory):
+    process = Worker(hub, tmp_path_factory.mktemp("cache"))
+    yield process
+    process.process.kill()
+    process.process.wait()
+
+
+@pytest.fixture
+def pushed(hub, tmp_path):
+    """A student on the Hub, made from a model that is there too, with a tag of another depth."""
+    hub.reset()
+    run = make_run(tmp_path)
+    report = (run / "report.json").read_text().replace(str(tmp_path / "teacher"), "me/teacher")
+    for name, folder in (("me/teacher", tmp_path / "teacher"), ("me/student", run / "model")):
+        hub.seed(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+    files = {"plan.json": (run / "plan.json").read_bytes(), "report.json": report.encode()}
+    repo = hub.seed("me/student", files)
+    depth_4 = run / "rounds" / "02"
+    hub.seed("me/student", {path.name: path.read_bytes() for path in depth_4.iterdir()}, branch="other")
+    repo.tags["4-layers"] = repo.branches["other"]
+    return "me/student"
+
+
+def test_a_space_is_made_and_updated_in_one_commit_each(hub, worker, pushed):
+    status, out, err = worker.run(
+        "push-space", pushed, "--repo_id", "me/space", "--private", "--hardware", "zero-a10g"
+    )
+    assert status == 0 and "making the Space me/space" in err and "/spaces/me/space" in out
+    repo = hub.repos["spaces/me/space"]
+    files = repo.files()
+    assert set(files) == FILES and repo.private and len(repo.titles()) == 1
+    told = front_matter(files["README.md"].decode())
+    assert told["models"] == ["me/student", "me/teacher"] and told["suggested_hardware"] == "zero-a10g"
+    entry = yaml.safe_load(files["models.yaml"])["models"][0]
+    assert entry == {"name": "student, 6 to 3 layers", "run": "me/student", "teacher": "me/teacher"}
+    hub.seed("spaces/me/space", {"notes.md": b"mine"})
+    status, _, err = worker.run("push-space", pushed, "--repo_id", "me/space", "--title", "Another title")
+    assert status == 0 and "updating" in err
+    assert set(repo.files()) == FILES | {"notes.md"} and b"Another title" in repo.files()["README.md"]
+    assert worker("open", run="me/student")["depths"] == [4, 3]
+
+
+def test_a_yaml_list_is_pushed_as_it_is(hub, worker, tmp_path, pushed):
+    path = tmp_path / "list.yaml"
+    path.write_text(
+        "title: Ours\nmodels:\n- {name: Ours, run: me/student, teacher: me/teacher, examples: [Hello]}\n"
+        "limits: {max_new_tokens: 64}\ndtype: bfloat16\n"
+    )
+    assert worker.run("push-space", "--models", path, "--repo_id", "space")[0] == 0
+    there = tmp_path / "there.yaml"
+    there.write_bytes(hub.repos["spaces/me/space"].files()["models.yaml"])
+    assert read_settings(there) == read_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ([], "give --repo_id"),
+        (["--repo_id", "me/space"], "what shall it show"),
+        (["me/student", "--models", "a.yaml", "--repo_id", "me/space"], "what shall it show"),
+        (["RUN", "--repo_id", "me/space"], "push it first"),
+        (["me/nothing", "--repo_id", "me/space"], "me/nothing"),
+        (["me/student", "--repo_id", "you/space"], "cannot write to you/space"),
+        (["me/student", "--repo_id", "a b"], "no name of a repository"),
+        (["me/student", "--repo_id", "me/taken"], "holds something else"),
+        (["--models", "LOCAL", "--repo_id", "me/space"], "is no model on the Hub"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_and_nothing_is_sent(hub, worker, pushed, tmp_path, argv, told):
+    (tmp_path / "local.yaml").write_text(f"models: [{{name: a, run: {tmp_path / 'run'}, teacher: embedded}}]")
+    hub.seed("spaces/me/taken", {"index.html": b"<html>"})
+    places = {"RUN": str(tmp_path / "run"), "LOCAL": str(tmp_path / "local.yaml")}
+    before = len(hub.repos["spaces/me/taken"].titles())
+    status, _, err = worker.run("push-space", *(places.get(word, word) for word in argv))
+    assert status == 2 and told in err and err.strip().count("\n") == 0
+    assert "spaces/me/space" not in hub.repos and len(hub.repos["spaces/me/taken"].titles()) == before
+
+
+def test_without_a_token_nothing_is_sent(hub, worker, pushed):
+    status, _, err = worker.run("push-space", pushed, "--repo_id", "me/space", without_token=True)
+    assert status == 2 and "no token" in err
+
+
+def test_copying_the_space_is_enough(tmp_path):
+    """What stands in the folder needs nothing beside it."""
+    shutil.copytree(SPACE, tmp_path / "space")
+    assert read_settings(tmp_path / "space" / "models.yaml").models[0].teacher == "embedded"
