@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .architectures import check_supported, output_projections
 from .data import Batch, check_batches
 from .errors import LayerPruneError
 from .forward import check_same_vocabulary, final_states, measuring, to_device
 from .plan import LayerPlan
-from .surgery import apply_plan, check_supported, plan_of
+from .surgery import apply_plan, plan_of
 
 COMPENSATIONS = ("none", "rescale", "least_squares")
 DEFAULT_RIDGE = 5.0  # on the embedded teacher near the best at 4 and at 16 tokens per neuron; fewer help little
@@ -75,7 +76,7 @@ def find_repairs(
     All come from the same pass over the data: a block is before one gap only, so each has its own normal equations.
 
     Args:
-        model ([`~transformers.Qwen2ForCausalLM`]): holds the layers; possibly a student pruned or parallelized before.
+        model ([`~transformers.PreTrainedModel`]): holds the layers; possibly a student pruned or parallelized before.
         batches (`Iterable[dict[str, Tensor]]`): calibration data; padding never counts.
         layers (`Iterable[int]`): teacher layer indices.
         method (`str`): `"none"`, `"rescale"` or `"least_squares"`.
@@ -125,13 +126,12 @@ def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
             f"the repair for leaving out layers {list(repair.layers)} was found for another student; find it again "
             "after every removal"
         )
-    blocks = student.base_model.layers
     if repair.weight is not None:
-        projection = blocks[repair.position].mlp.down_proj
+        projection = output_projections(student, repair.position)[1]
         projection.weight.data = repair.weight.to(projection.weight, copy=True)
     if repair.scale != 1.0:
-        for block in blocks[repair.position + 1 :]:
-            for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+        for position in range(repair.position + 1, plan.depth):
+            for projection in output_projections(student, position):
                 scaled = projection.weight.data.float() / repair.scale
                 projection.weight.data = scaled.to(projection.weight.dtype)
 
@@ -150,7 +150,7 @@ def compensate(
     """A new model: `student` with its gaps repaired, from the bottom up, so that each repair sees those below it.
 
     Args:
-        student ([`~transformers.Qwen2ForCausalLM`] or [`PrunedQwen2ForCausalLM`]): a model that lacks some layers.
+        student ([`~transformers.PreTrainedModel`]): a model that lacks some layers.
         batches (`Iterable[dict[str, Tensor]]`): calibration data; `"least_squares"` reads it once per gap.
         method (`str`): `"none"`, `"rescale"` or `"least_squares"`.
         teacher ([`~transformers.PreTrainedModel`]): the model with those layers.
@@ -303,7 +303,7 @@ def _refitted(
     on_batch: Callable[[], None],
 ) -> list[Tensor]:
     """Per gap the new `down_proj.weight` of the block before it, `(H, I)` in the model's dtype."""
-    projections = [model.base_model.layers[gap.position].mlp.down_proj for gap in gaps]
+    projections = [output_projections(model, gap.position)[1] for gap in gaps]
     equations = [_NormalEquations(projection.weight) for projection in projections]
     positions, targets = {gap.position for gap in gaps}, {gap.target for gap in gaps}
     outputs = {position + 1 for position in positions}  # what leaves a block enters the next
@@ -358,7 +358,7 @@ def _groups(model: PreTrainedModel, gaps: Sequence[_Gap], max_bytes: int) -> lis
     groups: list[list[_Gap]] = []
     free = 0
     for gap in gaps:
-        rows, columns = model.base_model.layers[gap.position].mlp.down_proj.weight.shape
+        rows, columns = output_projections(model, gap.position)[1].weight.shape
         size = 4 * columns * (columns + rows)
         if not groups or size > free:
             groups.append([])
@@ -392,7 +392,7 @@ def _recorded(
 
     layers, norm = model.base_model.layers, model.base_model.norm
     handles = [keep(states, entry, [*layers, norm][entry]) for entry in entries]
-    handles += [keep(neurons, position, layers[position].mlp.down_proj) for position in positions]
+    handles += [keep(neurons, position, output_projections(model, position)[1]) for position in positions]
     try:
         yield states, neurons
     finally:

@@ -17,9 +17,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .architectures import check_supported
 from .data import EMBEDDED_MODEL
 from .errors import LayerPruneError, first_line
-from .surgery import check_supported, plan_of
+from .surgery import plan_of
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")

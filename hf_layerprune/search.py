@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .architectures import check_supported
 from .budget import Budget, Gauge
 from .data import Batch, check_batches
 from .edits import EDIT_KINDS, Edit, EditSpace
@@ -20,7 +21,7 @@ from .errors import LayerPruneError
 from .latency import BlockLatency
 from .plan import LayerPlan
 from .scoring import EditScores, Race, score_edits, score_plans
-from .surgery import apply_plan, check_supported, plan_of
+from .surgery import apply_plan, plan_of
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
+from .architectures import check_supported
 from .data import ASSETS
 from .errors import LayerPruneError, first_line
 from .loading import LOADING_ERRORS
 from .models import PrunedQwen2Config
 from .plan import LayerPlan
-from .surgery import apply_plan, check_supported, plan_of
+from .surgery import apply_plan, plan_of
 
 CONFIGS = ASSETS / "configs"
 

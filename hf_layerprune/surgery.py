@@ -1,37 +1,27 @@
-"""Apply a layer plan to a model: remove layers, run them in parallel, convert between plain Qwen2 and PrunedQwen2.
+"""Apply a layer plan to a model: remove layers, run them in parallel, convert between plain models and PrunedQwen2.
 
-A student without parallel blocks stays what it was, a plain `Qwen2ForCausalLM`, so that stock transformers, vLLM,
-SGLang and llama.cpp load it. Its `config.layer_plan` says which teacher layers it holds.
+A student without parallel blocks stays what it was, a plain model of its teacher's family, so that stock transformers,
+vLLM, SGLang and llama.cpp load it. Its `config.layer_plan` says which teacher layers it holds.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import fields
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import PretrainedConfig, PreTrainedModel
 
+from .architectures import Architecture, architecture_of, check_supported, keep_layers
 from .errors import LayerPruneError
-from .models import PrunedQwen2ForCausalLM
+from .models import PLAIN_MODELS, PrunedQwen2ForCausalLM
 from .models.modeling_pruned_qwen2 import adopt_weights
 from .plan import LayerPlan
 
-SUPPORTED_MODEL_TYPES = ("qwen2", "pruned_qwen2")
-
-
-def check_supported(config: PretrainedConfig) -> None:
-    """Raise [`LayerPruneError`] unless `config` describes a dense Qwen2-family decoder with full attention."""
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise LayerPruneError(
-            f"model_type={config.model_type!r} is not supported; hf_layerprune works on "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    if "sliding_attention" in (config.layer_types or []):
-        raise LayerPruneError(
-            "the model uses sliding-window attention, which is not supported; load it with use_sliding_window=False"
-        )
+NOT_OF_PLAIN = ("model_type", "architectures", "auto_map", "attention_bias", "qk_norm")
+"""Entries of a PrunedQwen2's config that a plain model does not take over."""
 
 
 def plan_of(model: PreTrainedModel | PretrainedConfig) -> LayerPlan:
@@ -56,17 +46,17 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share_weights: bool 
     """A new model without some layers; `model` is left untouched.
 
     Args:
-        model ([`~transformers.Qwen2ForCausalLM`] or [`PrunedQwen2ForCausalLM`]):
-            The model to prune. One that was pruned before keeps its teacher's layer indices: removing layer 7 from a
-            student that lacks layer 3 removes what was the teacher's layer 7.
+        model ([`~transformers.PreTrainedModel`]):
+            A causal language model of a supported family. One that was pruned before keeps its teacher's layer
+            indices: removing layer 7 from a student that lacks layer 3 removes what was the teacher's layer 7.
         layers (`Iterable[int]`):
             Teacher layer indices to remove, 0-based.
         share_weights (`bool`, *optional*, defaults to `False`):
             See [`apply_plan`].
 
     Returns:
-        A model of the same class, dtype, device and mode, its `config.layer_plan` set; plain `Qwen2ForCausalLM` where
-        the last parallel block went.
+        A model of the same class, dtype, device and mode, its `config.layer_plan` set; a plain model where the last
+        parallel block went.
 
     Raises:
         [`LayerPruneError`]: for an unsupported architecture, a layer the model does not have, or no layer left.
@@ -90,7 +80,7 @@ def parallelize(
     the width.
 
     Args:
-        model ([`~transformers.Qwen2ForCausalLM`] or [`PrunedQwen2ForCausalLM`]):
+        model ([`~transformers.PreTrainedModel`]):
             The model, possibly pruned or parallelized before.
         pairs (`Iterable[tuple[int, ...]]`):
             Teacher layer indices, 0-based. Each pair (or longer group) must be neighbours in `model`, and name all
@@ -116,8 +106,8 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
         pairs (`Iterable[tuple[int, ...]]`, *optional*): the parallel blocks to take apart; all by default.
 
     Returns:
-        Plain `Qwen2ForCausalLM` if no parallel block is left. Its layers compute what those put into the blocks did
-        (and what healing made of them); their norms' gains stay folded into the projections behind them.
+        A plain model if no parallel block is left. Its layers compute what those put into the blocks did (and what
+        healing made of them); their norms' gains stay folded into the projections behind them.
 
     Raises:
         [`LayerPruneError`]: if a group is no parallel block of the model.
@@ -132,7 +122,7 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
     blocks = [part for block in plan.blocks for part in (((i,) for i in block) if block in apart else (block,))]
     separate = apply_plan(model, LayerPlan(tuple(blocks), plan.num_teacher_layers))
     if isinstance(separate, PrunedQwen2ForCausalLM) and not plan_of(separate).parallel_pairs:
-        return to_qwen2(separate)
+        return to_plain(separate)
     return separate
 
 
@@ -140,7 +130,7 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     """A new model with the layers of `model` rearranged into `plan`; `model` is left untouched.
 
     Args:
-        model ([`~transformers.Qwen2ForCausalLM`] or [`PrunedQwen2ForCausalLM`]):
+        model ([`~transformers.PreTrainedModel`]):
             Any model that holds the plan's layers, in whatever blocks.
         plan ([`LayerPlan`]):
             The wanted blocks, in teacher layer indices.
@@ -149,8 +139,8 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
             distinct objects that do not require gradients; see [`unshare_parameters`].
 
     Returns:
-        `model`'s class while its parallel blocks stay as they are; otherwise the class the plan asks for: plain
-        `Qwen2ForCausalLM` without parallel blocks, [`PrunedQwen2ForCausalLM`] with them.
+        `model`'s class while its parallel blocks stay as they are; otherwise the class the plan asks for: a plain
+        model without parallel blocks, [`PrunedQwen2ForCausalLM`] with them.
 
     Raises:
         [`LayerPruneError`]: for an unsupported architecture or a layer `model` does not have.
@@ -164,16 +154,8 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
         )
     if set(plan.blocks) <= set(current.blocks) and (plan.parallel_pairs or not current.parallel_pairs):
         return _keep_blocks(model, current, plan, share_weights)
-    if not isinstance(model, Qwen2ForCausalLM):
-        raise LayerPruneError(
-            f"{type(model).__name__} cannot be rearranged, only a Qwen2 causal language model; unwrap it, or merge "
-            "its adapters into it"
-        )
-    try:
-        student = PrunedQwen2ForCausalLM.from_qwen2(model, plan)
-    except ValueError as error:
-        raise LayerPruneError(str(error)) from None
-    student = student if plan.parallel_pairs else to_qwen2(student)
+    student = _rearranged(model, plan)
+    student = student if plan.parallel_pairs else to_plain(student)
     if share_weights:
         return student.requires_grad_(False)
     trained = {parameter.data_ptr(): parameter.requires_grad for parameter in model.parameters()}
@@ -199,11 +181,10 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
 
     config, student_decoder = student.config, student.base_model
     student_decoder.layers = nn.ModuleList(student_decoder.layers[position] for position in kept)
+    attention = architecture_of(config).attention
     for position, layer in enumerate(student_decoder.layers):
-        layer.self_attn.layer_idx = position  # the KV cache is indexed by it
-    config.max_window_layers = sum(position < config.max_window_layers for position in kept)
-    config.layer_types = [config.layer_types[position] for position in kept]
-    config.num_hidden_layers = len(kept)
+        layer.get_submodule(attention).layer_idx = position  # the KV cache is indexed by it
+    keep_layers(config, kept)
     config.layer_plan = wanted.to_dict()
     return student
 
@@ -214,24 +195,54 @@ def unshare_parameters(parameters: Iterable[nn.Parameter]) -> None:
         parameter.data = parameter.data.clone()
 
 
-def to_pruned_qwen2(model: Qwen2ForCausalLM) -> PrunedQwen2ForCausalLM:
-    """The same model as `PrunedQwen2ForCausalLM` (weights shared): bit-identical logits."""
-    return PrunedQwen2ForCausalLM.from_qwen2(model, plan_of(model))
+def _rearranged(model: PreTrainedModel, plan: LayerPlan) -> PrunedQwen2ForCausalLM:
+    if not isinstance(model, (PrunedQwen2ForCausalLM, architecture_of(model.config).model_class)):
+        raise LayerPruneError(
+            f"{type(model).__name__} cannot be rearranged, only a causal language model; unwrap it, or merge its "
+            "adapters into it"
+        )
+    try:
+        return PrunedQwen2ForCausalLM.from_plain(model, plan)
+    except ValueError as error:
+        raise LayerPruneError(str(error)) from None
 
 
-def to_qwen2(model: PrunedQwen2ForCausalLM) -> Qwen2ForCausalLM:
-    """The same model as plain `Qwen2ForCausalLM` (weights shared), for a plan without parallel blocks.
+def to_pruned_qwen2(model: PreTrainedModel) -> PrunedQwen2ForCausalLM:
+    """A plain model as `PrunedQwen2ForCausalLM` (weights shared): bit-identical logits.
 
     Raises:
-        [`LayerPruneError`]: if the plan has parallel blocks, which plain Qwen2 cannot express.
+        [`LayerPruneError`]: if `model` is of a family whose layers the blocks of PrunedQwen2 cannot hold.
+    """
+    check_supported(model.config)
+    return _rearranged(model, plan_of(model))
+
+
+def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
+    """The same model (weights shared) as the plain one whose layers its blocks are, which must not be parallel.
+
+    Raises:
+        [`LayerPruneError`]: if the plan has parallel blocks, which no plain model can express.
     """
     if pairs := plan_of(model).parallel_pairs:
-        raise LayerPruneError(f"the plan runs layers {list(pairs)} in parallel; plain Qwen2 cannot express that")
-    values = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map"):
-        values.pop(key, None)
-    config = Qwen2Config(**values, attn_implementation=model.config._attn_implementation)
+        raise LayerPruneError(f"the plan runs layers {list(pairs)} in parallel; a plain model cannot express that")
+    return rebuilt_as(architecture_of(model.config), model, model.state_dict())
+
+
+def rebuilt_as(
+    architecture: Architecture, model: PrunedQwen2ForCausalLM, tensors: dict[str, torch.Tensor]
+) -> PreTrainedModel:
+    """A plain model of `architecture` made of `tensors`, and of what else belongs to `model`."""
+    values = {key: value for key, value in model.config.to_dict().items() if key not in NOT_OF_PLAIN}
+    config_class = architecture.config_class
+    known = {item.name for item in fields(config_class)}
+    for name, value in PLAIN_MODELS[architecture.model_type].items():
+        if name in known:
+            values[name] = value
+    for name in ("layer_types", "max_window_layers", "use_sliding_window", "sliding_window"):
+        if name not in known:
+            values.pop(name, None)
+    config = config_class(**values, attn_implementation=model.config._attn_implementation)
     with torch.device("meta"):
-        plain = Qwen2ForCausalLM(config)
-    adopt_weights(plain, model, model.state_dict())
+        plain = architecture.model_class(config)
+    adopt_weights(plain, model, tensors)
     return plain

@@ -1,29 +1,43 @@
-"""Configuration of PrunedQwen2: a Qwen2 whose layers are the blocks of a layer plan.
+"""Configuration of PrunedQwen2: a Qwen2, or a relative of it, whose layers are the blocks of a layer plan.
 
 This file is shipped inside checkpoints, so it imports nothing but transformers and the standard library.
 """
 
 from copy import copy
 
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen3Config
 
+# The plain models whose layers a block can hold: Qwen2's layers but for these fields, which say how attention differs.
+PLAIN_MODELS = {
+    "qwen2": {"attention_bias": True, "qk_norm": False},
+    "qwen3": {"attention_bias": False, "qk_norm": True},
+    "llama": {"attention_bias": False, "qk_norm": False},
+    "mistral": {"attention_bias": False, "qk_norm": False},
+}
+FOREIGN_FIELDS = ("model_type", "architectures", "auto_map", "mlp_bias", "pretraining_tp")  # not of every plain model
 MAX_LAYERS = 10_000  # a plan is outside input; one that asks for more is a mistake, or meant to fill the memory
 
 
 class PrunedQwen2Config(Qwen2Config):
     r"""
-    A [`Qwen2Config`] with one more field. `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are
+    A [`Qwen2Config`] with three more fields. `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are
     those of ONE teacher layer; a block of `n` layers is `n` times as wide.
 
     Args:
         layer_plan (`dict` or `LayerPlan`, *optional*):
             `{"num_teacher_layers": int, "blocks": [[int, ...], ...]}`: the teacher layers of each block. Without it
             every layer is a block of its own. `num_hidden_layers` always equals the number of blocks.
+        attention_bias (`bool`, *optional*, defaults to `True`):
+            Whether the query, key and value projections have biases, as in Qwen2.
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether queries and keys are normalised head by head, as in Qwen3, which has no biases then.
     """
 
     model_type = "pruned_qwen2"
 
     layer_plan: dict | None = None
+    attention_bias: bool = True
+    qk_norm: bool = False
 
     def __post_init__(self, **kwargs):
         if self.layer_plan is None:
@@ -33,6 +47,10 @@ class PrunedQwen2Config(Qwen2Config):
         blocks = self.layer_plan["blocks"]
         if self.num_hidden_layers != len(blocks):
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers} but layer_plan has {len(blocks)} blocks")
+        if {"attention_bias": self.attention_bias, "qk_norm": self.qk_norm} not in PLAIN_MODELS.values():
+            raise ValueError("qk_norm=True needs attention_bias=False: no model has both")
+        if self.qk_norm:
+            self.base_model_tp_plan = Qwen3Config.base_model_tp_plan
         # `save_pretrained` fills in the class that is saved; the bare decoder has to be named by hand
         kwargs["auto_map"] = {"AutoModel": "modeling_pruned_qwen2.PrunedQwen2Model"} | (kwargs.get("auto_map") or {})
         super().__post_init__(**kwargs)
@@ -54,10 +72,11 @@ class PrunedQwen2Config(Qwen2Config):
         return config
 
     @classmethod
-    def from_qwen2(cls, config, layer_plan):
+    def from_plain(cls, config, layer_plan):
         """The configuration of a model of `config` with its layers rearranged into `layer_plan`.
 
-        `config` may be a [`Qwen2Config`] or a `PrunedQwen2Config`; the plan it records says which layers there are.
+        `config` may be that of a plain model, one of `PLAIN_MODELS`, or a `PrunedQwen2Config`; the plan it records
+        says which layers there are.
         """
         plan = checked_plan(layer_plan)
         had = cls._plan_in(config)
@@ -71,15 +90,31 @@ class PrunedQwen2Config(Qwen2Config):
                 f"{had['num_teacher_layers']}"
             )
         first = [position_of[block[0]] for block in plan["blocks"]]
-        values = config.to_dict() | {
-            "layer_plan": plan,
-            "num_hidden_layers": len(plan["blocks"]),
-            "layer_types": [config.layer_types[position] for position in first],
-            "max_window_layers": sum(position < config.max_window_layers for position in first),
-        }
-        for key in ("model_type", "architectures", "auto_map"):
+        values = config.to_dict() | cls._attention_of(config)
+        values |= {"layer_plan": plan, "num_hidden_layers": len(plan["blocks"])}
+        if "layer_types" in values:
+            values["layer_types"] = [config.layer_types[position] for position in first]
+        if "max_window_layers" in values:
+            values["max_window_layers"] = sum(position < config.max_window_layers for position in first)
+        for key in FOREIGN_FIELDS:
             values.pop(key, None)
         return cls(**values, attn_implementation=config._attn_implementation)
+
+    @classmethod
+    def _attention_of(cls, config):
+        """The fields of `PLAIN_MODELS` for `config`, or a `ValueError` that says why there are none."""
+        if config.model_type == cls.model_type:
+            return {"attention_bias": config.attention_bias, "qk_norm": config.qk_norm}
+        if config.model_type not in PLAIN_MODELS:
+            raise ValueError(f"model_type={config.model_type!r}; layer_plan works on {', '.join(PLAIN_MODELS)}")
+        fields = PLAIN_MODELS[config.model_type]
+        for name, expected in (*fields.items(), ("mlp_bias", False)):
+            if getattr(config, name, expected) != expected:
+                raise ValueError(
+                    f"{name}={getattr(config, name)}: biases that {config.model_type} models do not have by default "
+                    "have no place in a block"
+                )
+        return fields
 
     @staticmethod
     def _plan_in(config):

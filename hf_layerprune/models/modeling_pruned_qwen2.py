@@ -7,7 +7,8 @@ Layers a and b that run in parallel, each with its own norms N1, N2, attention A
     z = y + F_a(N2_a(y)) + F_b(N2_b(y))
 
 are exactly one Qwen2 layer: both norms of a kind see the same vector, so each gain folds into the projections behind
-it, and what is left is one layer with the heads and the neurons of both.
+it, and what is left is one layer with the heads and the neurons of both. Where queries and keys are normalised, as in
+Qwen3, each head keeps the gain of the layer it is from.
 
 This file is shipped inside checkpoints: it imports torch, transformers and its configuration, nothing else.
 """
@@ -17,10 +18,11 @@ from copy import copy, deepcopy
 
 import torch
 from torch import nn
-from transformers import Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers import AutoModel, AutoModelForCausalLM, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from .configuration_pruned_qwen2 import PrunedQwen2Config, checked_plan
+from .configuration_pruned_qwen2 import PLAIN_MODELS, PrunedQwen2Config, checked_plan
 
 # Rows of the first kind of projection are heads or neurons, and read what the norm gives; columns of the second are.
 INPUT_PROJECTIONS = {
@@ -28,6 +30,7 @@ INPUT_PROJECTIONS = {
     "post_attention_layernorm.weight": ("mlp.gate_proj", "mlp.up_proj"),
 }
 OUTPUT_PROJECTIONS = ("self_attn.o_proj", "mlp.down_proj")
+HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")  # (D,) of a layer, (n, D) of a block of n layers
 
 
 def merge_layers(layers):
@@ -35,7 +38,8 @@ def merge_layers(layers):
 
     With H the hidden size: input projections `(rows_i, H)`, gains folded in in float32, become `(sum of rows_i, H)`
     and their biases `(sum of rows_i,)`; output projections `(H, columns_i)` become `(H, sum of columns_i)`; the gains
-    `(H,)` of the block are ones. Layers may be blocks of several layers themselves.
+    `(H,)` of the block are ones; gains `(D,)` of heads become `(layers, D)`. Layers may be blocks of several layers
+    themselves.
     """
     if len(layers) == 1:
         return layers[0]
@@ -50,6 +54,9 @@ def merge_layers(layers):
                 merged[f"{name}.bias"] = torch.cat([layer[f"{name}.bias"] for layer in layers])
     for name in OUTPUT_PROJECTIONS:
         merged[f"{name}.weight"] = torch.cat([layer[f"{name}.weight"] for layer in layers], dim=1)
+    for name in HEAD_NORMS:
+        if name in layers[0]:
+            merged[name] = torch.cat([layer[name].view(-1, layer[name].shape[-1]) for layer in layers])
     if unknown := set(layers[0]) - set(merged):
         raise ValueError(f"tensors {sorted(unknown)} of a layer have no place in a block of several layers")
     return merged
@@ -58,18 +65,21 @@ def merge_layers(layers):
 def split_layer(tensors, width):
     """The layers a block of `width` layers was merged of, `merge_layers` backwards: a list of `dict[str, Tensor]`.
 
-    Each gets an equal share of the rows of the input projections and of the columns of the output projections, and the
-    gains of the block.
+    Each gets an equal share of the rows of the input projections and of the columns of the output projections, the
+    gains of the block, and its own gains of heads.
     """
     if width == 1:
         return [tensors]
     across = {f"{name}.weight" for name in OUTPUT_PROJECTIONS}
-    parts = {
-        name: [tensor.clone() for _ in range(width)]
-        if name in INPUT_PROJECTIONS
-        else [part.clone() for part in tensor.chunk(width, dim=int(name in across))]
-        for name, tensor in tensors.items()
-    }
+
+    def pieces_of(name, tensor):
+        if name in INPUT_PROJECTIONS:
+            return [tensor] * width
+        if name in HEAD_NORMS:
+            return tensor.unbind()
+        return tensor.chunk(width, dim=int(name in across))
+
+    parts = {name: [part.clone() for part in pieces_of(name, tensor)] for name, tensor in tensors.items()}
     return [{name: pieces[index] for name, pieces in parts.items()} for index in range(width)]
 
 
@@ -115,11 +125,40 @@ def adopt_weights(rebuilt, model, tensors):
     rebuilt.train(model.training)
 
 
+class HeadGroupRMSNorm(nn.Module):
+    """RMSNorm of every head, where each of `width` equal groups of neighbouring heads has a gain of its own."""
+
+    def __init__(self, width, heads, head_dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, head_dim))
+        self.heads, self.variance_epsilon = heads, eps
+
+    def forward(self, hidden_states):  # (B, T, heads, D)
+        gain = self.weight.repeat_interleave(self.heads // len(self.weight), dim=0)
+        here = hidden_states.shape[-2]
+        if here != self.heads:  # heads are split over processes, in the order of their ranks
+            rank = torch.distributed.get_rank() % (self.heads // here)
+            gain = gain[rank * here : (rank + 1) * here]
+        states = hidden_states.float()
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return gain * states.to(hidden_states.dtype)
+
+
 class PrunedQwen2DecoderLayer(Qwen2DecoderLayer):
     """One block: `n` teacher layers side by side are one layer with `n` times the heads and neurons."""
 
     def __init__(self, config: PrunedQwen2Config, layer_idx: int):
-        super().__init__(config.block_config(layer_idx), layer_idx)
+        block = config.block_config(layer_idx)
+        super().__init__(block, layer_idx)
+        if config.qk_norm:
+            self.self_attn = Qwen3Attention(block, layer_idx)
+            if (width := len(config.layer_plan["blocks"][layer_idx])) > 1:
+                shape = (block.head_dim, block.rms_norm_eps)
+                self.self_attn.q_norm = HeadGroupRMSNorm(width, block.num_attention_heads, *shape)
+                self.self_attn.k_norm = HeadGroupRMSNorm(width, block.num_key_value_heads, *shape)
+        elif not config.attention_bias:
+            for projection in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj):
+                projection.bias = None
         self.self_attn.config = config  # one shared object, so that `set_attn_implementation` reaches every block
 
 
@@ -142,10 +181,15 @@ def checked(load, name, *args, **kwargs):
 class PrunedQwen2Loading:
     """`from_pretrained` that leaves no tensor random and can rearrange the layers of the checkpoint it reads."""
 
+    _can_record_outputs = {
+        "hidden_states": PrunedQwen2DecoderLayer,
+        "attentions": [Qwen2Attention, Qwen3Attention],
+    }
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, layer_plan=None, **kwargs):
         r"""
-        Load a checkpoint of PrunedQwen2 or of plain Qwen2.
+        Load a checkpoint of PrunedQwen2, or of a plain model whose layers its blocks can hold.
 
         Args:
             layer_plan (`dict` or `LayerPlan`, *optional*):
@@ -160,16 +204,20 @@ class PrunedQwen2Loading:
         with_info = kwargs.pop("output_loading_info", False)
         given = getattr(kwargs.get("config"), "layer_plan", None)
         recorded = {}
-        if pretrained_model_name_or_path is not None and (layer_plan is not None or given is not None):
+        if pretrained_model_name_or_path is not None:
             hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             recorded, _ = PrunedQwen2Config.get_config_dict(
                 pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs}
             )
-        if layer_plan is None and "layer_plan" in recorded and given != recorded["layer_plan"]:
+        if layer_plan is None and given is not None and given != recorded.get("layer_plan", given):
             layer_plan = given  # Auto classes put the argument into the config, whatever the weights are
             kwargs["config"] = config = copy(kwargs["config"])
             for name in ("layer_plan", "num_hidden_layers", "layer_types", "max_window_layers"):
                 setattr(config, name, recorded[name])
+        kind = recorded.get("model_type")
+        if layer_plan is None and kind in PLAIN_MODELS and kind != "qwen2":  # whose config is no PrunedQwen2's
+            blocks = [[layer] for layer in range(recorded["num_hidden_layers"])]
+            layer_plan = recorded.get("layer_plan") or {"num_teacher_layers": len(blocks), "blocks": blocks}
         if layer_plan is None:
             model, info = checked(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
         else:
@@ -177,29 +225,30 @@ class PrunedQwen2Loading:
             for name in ("tp_plan", "device_mesh", "quantization_config"):
                 if kwargs.get(name) is not None:
                     raise ValueError(f"layer_plan and {name} do not go together; save the model with its plan first")
-            loaders = {"qwen2": cls.qwen2_class.from_pretrained, "pruned_qwen2": super().from_pretrained}
-            kind = recorded.get("model_type")
+            loaders = dict.fromkeys(PLAIN_MODELS, cls.plain_class.from_pretrained)
+            loaders["pruned_qwen2"] = super().from_pretrained
             if kind not in loaders:
                 raise ValueError(f"model_type={kind!r}; layer_plan works on {', '.join(loaders)}")
             source, info = checked(loaders[kind], pretrained_model_name_or_path, *model_args, **kwargs)
-            model = cls.from_qwen2(source, layer_plan)
+            model = cls.from_plain(source, layer_plan)
         return (model, info) if with_info else model
 
     @classmethod
-    def from_qwen2(cls, model, layer_plan):
+    def from_plain(cls, model, layer_plan):
         """`model` with its layers rearranged into `layer_plan`.
 
         Tensors that stay as they are share memory with `model`'s; those of new blocks are new.
 
         Args:
-            model ([`Qwen2ForCausalLM`] or `PrunedQwen2ForCausalLM`): whole, on one device; stays as it is.
+            model ([`PreTrainedModel`]): a Qwen2, Qwen3, Llama, Mistral or PrunedQwen2, whole, on one device; stays as
+                it is.
             layer_plan (`dict` or `LayerPlan`): the wanted blocks, of layers that `model` has.
 
         Raises:
-            `ValueError`: if the plan is none, or names a layer `model` does not have; if `model` is quantized, carries
-                adapters, or lies on several devices.
+            `ValueError`: if the plan is none, or names a layer `model` does not have; if `model` is of another kind,
+                quantized, carries adapters, or lies on several devices.
         """
-        config = PrunedQwen2Config.from_qwen2(model.config, layer_plan)
+        config = PrunedQwen2Config.from_plain(model.config, layer_plan)
         if getattr(model.config, "quantization_config", None) is not None:
             raise ValueError("the model is quantized; rearrange the original and quantize the result")
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -216,7 +265,7 @@ class PrunedQwen2Loading:
 
 class PrunedQwen2Model(PrunedQwen2Loading, Qwen2Model):
     config_class = PrunedQwen2Config
-    qwen2_class = Qwen2Model
+    plain_class = AutoModel
     _no_split_modules = ["PrunedQwen2DecoderLayer"]
 
     def __init__(self, config: PrunedQwen2Config):
@@ -227,7 +276,7 @@ class PrunedQwen2Model(PrunedQwen2Loading, Qwen2Model):
 
 class PrunedQwen2ForCausalLM(PrunedQwen2Loading, Qwen2ForCausalLM):
     config_class = PrunedQwen2Config
-    qwen2_class = Qwen2ForCausalLM
+    plain_class = AutoModelForCausalLM
     _no_split_modules = ["PrunedQwen2DecoderLayer"]
 
     def __init__(self, config: PrunedQwen2Config):

@@ -9,13 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import check_supported
 from ..compensation import Repair, check_compensation, find_repairs
 from ..data import Batch, check_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, measuring
 from ..plan import LayerPlan
-from ..surgery import check_supported, plan_of
+from ..surgery import plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from .angles import ANGLES, measure_angles
 from .candidates import CandidateRuns

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from ..architectures import architecture_of
 from ..compensation import Repair, apply_repair
 from ..data import Batch
 from ..forward import final_states
@@ -56,11 +57,13 @@ class Candidate:
     Attributes:
         start (`int`): position of the first block that differs.
         blocks (`list[list[nn.Module]]`): what runs from there on; the layers of one entry run in parallel.
+        mlp_output (`str`): the name of a layer's projection that `repair` may change.
         repair ([`Repair`], *optional*): what makes up for the layer left out at `start`.
     """
 
     start: int
     blocks: list[list[nn.Module]]
+    mlp_output: str
     repair: Repair | None = None
 
     @classmethod
@@ -76,13 +79,13 @@ class Candidate:
             whole = [layer for index in inside for layer in current[index]]
             parts = [apart()[layer] for layer in block if layer not in whole]  # of a larger block that loses layers
             blocks.append([layers[index] for index in inside] + parts)
-        return cls(start, blocks)
+        return cls(start, blocks, architecture_of(model.config).mlp_output)
 
     def final_states(self, decoder: nn.Module, calls: LayerCalls, whole: Tensor) -> Tensor:
         """Hidden states behind the final norm, `(B, T, H)`; `whole` are those of the model itself."""
         if self.repair is not None and self.repair.weight is not None:  # the block before the gap is another one
             position = self.repair.position
-            changed = {"mlp.down_proj.weight": self.repair.weight}
+            changed = {f"{self.mlp_output}.weight": self.repair.weight}
             args, kwargs = (calls.states[position],), calls.kwargs[position]
             state = functional_call(decoder.layers[position], changed, args, kwargs)
         elif self.start == len(calls.states):

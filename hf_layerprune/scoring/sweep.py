@@ -95,7 +95,7 @@ def execution_device(model: PreTrainedModel) -> torch.device:
             f"layers compute on {', '.join(sorted(map(str, devices)))}; load the model with a device_map that names "
             "one device beside 'disk' or 'cpu'"
         )
-    return devices.pop() if devices else model.base_model.layers[0].self_attn.q_proj.weight.device
+    return devices.pop() if devices else next(model.base_model.layers.parameters()).device
 
 
 def _free_memory(device: torch.device) -> int:

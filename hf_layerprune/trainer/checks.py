@@ -6,12 +6,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from ..architectures import check_supported
 from ..budget import Gauge
 from ..data import column_names
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary
 from ..plan import LayerPlan
-from ..surgery import check_supported, plan_of
+from ..surgery import plan_of
 from .config import TARGETS, IterativeLayerDistillConfig
 
 TEXT_COLUMNS = ("input_ids", "messages", "prompt", "conversations")
