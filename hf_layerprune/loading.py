@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from .architectures import check_supported
@@ -76,7 +77,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
 
 
 def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
-    """Load a Qwen2-family causal language model from a folder or the Hub, safetensors only.
+    """Load a causal language model from a folder or the Hub, safetensors only.
 
     Args:
         name_or_path (`str`): local folder, or Hub id, maybe with a revision: `"user/name@28-layers"`.
@@ -117,9 +118,22 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         raise LayerPruneError(
             f"{name_or_path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one beside the model"
         )
+    kwargs = _pinned(name_or_path, kwargs)
+    # beside a model of type qwen2 AutoTokenizer takes every tokenizer for Qwen2's; a converted model has another
+    loader = PreTrainedTokenizerFast if _is_converted(name_or_path, kwargs) else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(resolve(name_or_path), **_pinned(name_or_path, kwargs))
+        return loader.from_pretrained(resolve(name_or_path), **kwargs)
     except LOADING_ERRORS as error:
         raise LayerPruneError(
             f"{name_or_path} has no tokenizer that can be loaded; save one beside the model or name another"
         ) from error
+
+
+def _is_converted(name_or_path: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a model came from another family by [`~conversion.convert`]."""
+    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    try:
+        values, _ = PretrainedConfig.get_config_dict(resolve(name_or_path), **hub)
+    except LOADING_ERRORS:
+        return False  # a folder with nothing but a tokenizer
+    return values.get("converted_from") is not None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_batches, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
 
 from hf_layerprune import (
     LayerPlan,
@@ -170,9 +170,9 @@ def test_plans_that_do_not_fit_a_checkpoint_are_refused(tmp_path):
         load(tmp_path / "plain", layer_plan=[(2, 3)])
     with pytest.raises(ValueError, match="tp_plan do not go together"):
         load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (2, 3)), 5), tp_plan="auto")
-    LlamaConfig().save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match="llama"):
-        load(tmp_path / "llama", layer_plan=LayerPlan(((0,), (2, 3)), 5))
+    GPT2Config().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="gpt2"):
+        load(tmp_path / "other", layer_plan=LayerPlan(((0,), (2, 3)), 5))
     edit_checkpoint(tmp_path / "plain", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
         load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (2, 3)), 5))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 
-VERBS = ("compress", "parallelize", "generate", "score", "evaluate", "benchmark", "push", "push-space", "demo")
+VERBS = (
+    "compress", "parallelize", "generate", "score", "evaluate", "benchmark", "convert", "push", "push-space", "demo",
+)  # fmt: skip
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
@@ -18,6 +20,7 @@ usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
   score        measure and plot the importance of every layer
   evaluate     measure a checkpoint, alone or against a teacher
   benchmark    measure speed and memory of one or more checkpoints, side by side
+  convert      write a checkpoint in another family's form, such as Llama as Qwen2, with the same logits
   push         put the student of a run on the Hub, with its report and a card
   push-space   make or update a Space on the Hub that compares students with their originals
   demo         compare original and compressed side by side, in the browser
@@ -39,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     from ..errors import LayerPruneError
     from .benchmark import benchmark
     from .compress import compress
+    from .convert import convert
     from .demo import demo
     from .generate import generate
     from .measure import evaluate, score
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     from .push import push
     from .push_space import push_space
 
-    every = (compress, parallelize, generate, score, evaluate, benchmark, push, push_space, demo)
+    every = (compress, parallelize, generate, score, evaluate, benchmark, convert, push, push_space, demo)
     verbs = dict(zip(VERBS, every, strict=True))
     _quiet()
     try:

@@ -94,8 +94,8 @@ class PrunedQwen2Config(Qwen2Config):
         values |= {"layer_plan": plan, "num_hidden_layers": len(plan["blocks"])}
         if "layer_types" in values:
             values["layer_types"] = [config.layer_types[position] for position in first]
-        if "max_window_layers" in values:
-            values["max_window_layers"] = sum(position < config.max_window_layers for position in first)
+        windows_from = getattr(config, "max_window_layers", config.num_hidden_layers)
+        values["max_window_layers"] = sum(position < windows_from for position in first)
         for key in FOREIGN_FIELDS:
             values.pop(key, None)
         return cls(**values, attn_implementation=config._attn_implementation)
