@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .architectures import check_supported
+from .architectures import architecture_of, check_supported
 from .data import ASSETS
 from .errors import LayerPruneError, first_line
 from .loading import LOADING_ERRORS
@@ -55,7 +55,7 @@ def shape_plan(config: PretrainedConfig, num_layers: int | None = None, num_bloc
     single, or half of the single ones if those are fewer.
 
     Args:
-        config ([`~transformers.Qwen2Config`]): the shape; it says how many layers there are at most.
+        config ([`~transformers.PretrainedConfig`]): the shape; it says how many layers there are at most.
         num_layers (`int`, *optional*): layers; without it all that `config` has.
         num_blocks (`int`, *optional*): blocks; without it one per layer. Without either, the blocks of `config`.
 
@@ -94,21 +94,30 @@ def random_model(
     """A model of the shape of `config` that computes finite nonsense as fast as a trained one computes sense.
 
     Args:
-        config ([`~transformers.Qwen2Config`] or [`PrunedQwen2Config`]): the shape.
+        config ([`~transformers.PretrainedConfig`]): the shape, of a supported family.
         num_layers (`int`, *optional*): layers; without it all that `config` has.
         num_blocks (`int`, *optional*): blocks that hold them, see [`shape_plan`].
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): dtype of the weights.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the weights are made.
 
     Returns:
-        A plain `Qwen2ForCausalLM`, or a [`PrunedQwen2ForCausalLM`] where layers run in parallel.
+        A plain model of that family, or a [`PrunedQwen2ForCausalLM`] where layers run in parallel.
     """
     check_supported(config)
     plan = shape_plan(config, num_layers, num_blocks)
-    values = config.to_dict() | {"num_hidden_layers": plan.depth, "layer_types": ["full_attention"] * plan.depth}
+    values = config.to_dict() | {"num_hidden_layers": plan.depth}
+    if "layer_types" in values:
+        values["layer_types"] = ["full_attention"] * plan.depth
     for key in ("model_type", "architectures", "auto_map", "layer_plan", "dtype"):
         values.pop(key, None)
-    wanted = PrunedQwen2Config(**values, layer_plan=plan.to_dict()) if plan.parallel_pairs else Qwen2Config(**values)
+    if plan.parallel_pairs:
+        try:
+            attention = PrunedQwen2Config.attention_of(config)
+        except ValueError as error:
+            raise LayerPruneError(str(error)) from None
+        wanted = PrunedQwen2Config(**values | attention, layer_plan=plan.to_dict())
+    else:
+        wanted = architecture_of(config).config_class(**values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(wanted, dtype=dtype)
     rotary = type(model.base_model.rotary_emb)(model.config)  # its buffers are computed: `to_empty` would lose them

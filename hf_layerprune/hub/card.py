@@ -75,6 +75,7 @@ def model_card(
         short_name=model_name.split("/")[-1],
         original=hub_id(base_model) or teacher["name"],
         parallel=bool(plan.parallel_pairs),
+        architecture=_architecture(record),
         revisions=list(revisions),
         layer_map=layer_map_text(plan),
         layers_explained=_layers_explained(rounds),
@@ -179,8 +180,14 @@ def _lead(report: dict[str, Any], base_model: str | None) -> str:
     healed = "healed by distillation" if any(was_healed(record) for record in rounds) else "without training"
     start, depth = rounds[-1]["plan"]["num_teacher_layers"], rounds[-1]["num_layers"]
     return (
-        f"A Qwen2 language model {depth} layers deep, made from {origin} ({start} layers): {', '.join(did)}, {healed}."
+        f"A {_architecture(teacher)} language model {depth} layers deep, made from {origin} ({start} layers): "
+        f"{', '.join(did)}, {healed}."
     )
+
+
+def _architecture(record: dict[str, Any]) -> str:
+    """The family of a model; reports of the time when there was but one do not say."""
+    return record.get("architecture", "Qwen2")
 
 
 def _unlinked(name: str) -> str:

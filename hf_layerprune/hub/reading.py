@@ -76,6 +76,8 @@ def check_report(report: Any) -> None:
 def _check_record(record: dict[str, Any], what: str, measures: tuple[str, ...]) -> None:
     if type(record.get("num_layers")) is not int or record["num_layers"] < 1:
         raise LayerPruneError(f"{what} has num_layers={record.get('num_layers')!r:.200}, which is no depth")
+    if not re.fullmatch(r"\w{1,50}", str(record.get("architecture", "Qwen2"))):
+        raise LayerPruneError(f"{what} has architecture={record['architecture']!r:.200}, which is no name")
     for name in measures:
         if not _is_number(record.get(name)):
             raise LayerPruneError(f"{what} has {name}={record.get(name)!r:.200}, which is no number")

@@ -90,7 +90,7 @@ class PrunedQwen2Config(Qwen2Config):
                 f"{had['num_teacher_layers']}"
             )
         first = [position_of[block[0]] for block in plan["blocks"]]
-        values = config.to_dict() | cls._attention_of(config)
+        values = config.to_dict() | cls.attention_of(config)
         values |= {"layer_plan": plan, "num_hidden_layers": len(plan["blocks"])}
         if "layer_types" in values:
             values["layer_types"] = [config.layer_types[position] for position in first]
@@ -101,7 +101,7 @@ class PrunedQwen2Config(Qwen2Config):
         return cls(**values, attn_implementation=config._attn_implementation)
 
     @classmethod
-    def _attention_of(cls, config):
+    def attention_of(cls, config):
         """The fields of `PLAIN_MODELS` for `config`, or a `ValueError` that says why there are none."""
         if config.model_type == cls.model_type:
             return {"attention_bias": config.attention_bias, "qk_norm": config.qk_norm}

@@ -53,8 +53,8 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
     """Make a language model shallower, one measured and healed layer at a time.
 
     `train()` runs all rounds and leaves in `args.output_dir`: `rounds/NN/` (the student of each round), `model/` (the
-    last one), `plan.json`, `report.json`, `report.md`, two plots and a card. A student is plain `Qwen2ForCausalLM`, or
-    [`PrunedQwen2ForCausalLM`] once layers run in parallel.
+    last one), `plan.json`, `report.json`, `report.md`, two plots and a card. A student is a plain model of
+    its teacher's family, or [`PrunedQwen2ForCausalLM`] once layers run in parallel.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import architecture_of
 from ..benchmark import benchmark_models
 from ..edits import Edit
 from ..evaluation import EvaluationReport
@@ -20,6 +21,7 @@ def teacher_record(name: str, teacher: PreTrainedModel, report: EvaluationReport
     """Size and quality of the teacher; of a local model only the folder's name is told, not where it lies."""
     return {
         "name": Path(name).name if Path(name).exists() else name,
+        "architecture": architecture_of(teacher.config).name,
         "num_layers": teacher.config.num_hidden_layers,
         "num_parameters": teacher.num_parameters(),
         "loss": report.loss,
@@ -42,6 +44,7 @@ def student_record(
     removed = [edit.layers[0] for edit in made if edit.kind == "remove"]
     return {
         "round": number,
+        "architecture": architecture_of(student.config).name,
         "num_layers": student.config.num_hidden_layers,
         "edits": edits,
         "removed_layer": removed[0] if removed else None,
