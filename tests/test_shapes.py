@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, Qwen2Config, Qwen2ForCausalLM
 
 from hf_layerprune import LayerPruneError, prune
 from hf_layerprune.models import PrunedQwen2ForCausalLM
@@ -41,7 +41,7 @@ def test_a_shape_can_be_a_file(tmp_path):
         ("{", "not a valid JSON"),
         ("{}", "model_type"),
         ('{"model_type": "qwen2", "hidden_size": "wide"}', "hidden_size"),
-        (json.dumps(LlamaConfig().to_dict()), "llama"),
+        (json.dumps(GPT2Config().to_dict()), "gpt2"),
     ],
 )
 def test_a_file_that_is_no_shape_is_named(tmp_path, content, message):

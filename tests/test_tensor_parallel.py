@@ -29,3 +29,10 @@ def test_two_processes_give_the_logits_of_one_with_half_the_all_reduces(tmp_path
 
 def test_the_committed_counts_are_those():
     check(json.loads((ROOT / "benchmarks" / "results" / "all_reduces.json").read_text()))
+
+
+def test_every_family_with_parallel_layers_computes_the_same_in_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    worker = [str(ROOT / "tests" / "tensor_parallel_worker.py"), str(tmp_path)]
+    result = subprocess.run([*command, *worker], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
