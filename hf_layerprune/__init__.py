@@ -1,8 +1,9 @@
-"""Make Qwen2-family language models shallower: measure, remove, heal, share."""
+"""Make language models of the Qwen2, Qwen3, Llama and Mistral families shallower: measure, remove, heal, share."""
 
 from .benchmark import BenchmarkReport, benchmark_model
 from .budget import Budget
 from .compensation import compensate
+from .conversion import convert
 from .data import EMBEDDED_MODEL, embedded_dataset
 from .edits import Edit
 from .errors import LayerPruneError
@@ -41,6 +42,7 @@ __all__ = [
     "benchmark_model",
     "compensate",
     "contiguous_block",
+    "convert",
     "embedded_dataset",
     "evaluate_model",
     "find_parallel_range",

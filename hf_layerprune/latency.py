@@ -47,7 +47,7 @@ def measure_latency(
     blocks of one width at a time.
 
     Args:
-        model ([`~transformers.Qwen2ForCausalLM`]): on the device and in the dtype that count.
+        model ([`~transformers.PreTrainedModel`]): on the device and in the dtype that count.
         max_group_size (`int`, *optional*, defaults to `2`): widest block to measure, in layers.
         batch_size, prompt_tokens, new_tokens, repeats (`int`, *optional*): see [`benchmark_models`].
 

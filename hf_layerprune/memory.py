@@ -74,7 +74,7 @@ def step_needs(
     """Heal a student without one layer for two steps, on fake tensors.
 
     Args:
-        config ([`~transformers.Qwen2Config`]): of the teacher.
+        config ([`~transformers.PretrainedConfig`]): of the teacher.
         args ([`IterativeLayerDistillConfig`]): what is trained and how.
         removed (`int`): the layer; the lower, the more has to be stored.
         rows (`int`): rows of `args.max_length` tokens in the micro-batch.

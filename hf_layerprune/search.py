@@ -73,7 +73,7 @@ def search_plan(
     """Greedy search over edits: each step takes the edit with the least quality lost per unit saved.
 
     Args:
-        model ([`~transformers.Qwen2ForCausalLM`]): the model to make shallower; never changed.
+        model ([`~transformers.PreTrainedModel`]): the model to make shallower; never changed.
         batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score_layers`].
         budget ([`Budget`] or `dict`):
             Where to stop: `{"depth": blocks}`, `{"latency": share of the original's time per token}` or
@@ -183,7 +183,7 @@ def find_parallel_range(
     consecutive layers from a start to an end. Runs share the part of the model before their start.
 
     Args:
-        model ([`~transformers.Qwen2ForCausalLM`]): the model, possibly pruned before, without parallel blocks.
+        model ([`~transformers.PreTrainedModel`]): the model, possibly pruned before, without parallel blocks.
         batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score_layers`].
         target_depth (`int`, *optional*):
             Number of blocks. Only runs of that depth are tried; by default all starts and ends are, and

@@ -64,7 +64,7 @@ def score_layers(
     """Score every layer of a model by what leaving it out costs.
 
     Args:
-        model ([`~transformers.Qwen2ForCausalLM`]):
+        model ([`~transformers.PreTrainedModel`]):
             The model to score; possibly a student that was pruned or parallelized before.
         batches (`Iterable[dict[str, Tensor]]`, *optional*):
             Calibration data: `input_ids` `(B, T)` and, *optional*, `attention_mask` `(B, T)` and `labels` `(B, T)`.
