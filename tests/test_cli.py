@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from hf_layerprune import LayerPlan, cli, prune
 
@@ -127,11 +127,11 @@ def bad_requests():
         "target of nothing": (["--target_num_layers", "0"], "target_num_layers=0"),
         "folder that is no model": (["--model", "{empty}"], "no config.json"),
         "model that is nowhere": (["--model", "nobody/nothing"], "nobody/nothing"),
-        "architecture not supported": (["--model", "{llama}"], "llama"),
+        "architecture not supported": (["--model", "{gpt2}"], "gpt2"),
         "data set without text": (["--dataset", "{no_text}"], "no text"),
         "data set shorter than a batch": (["--dataset", "{short}", "--eval_dataset", "{text}"], "less than one batch"),
         "data set that is nowhere": (["--dataset", "{empty}/nothing.txt"], "nothing.txt"),
-        "data set of unknown type": (["--dataset", "{llama}/config.toml"], "config.toml"),
+        "data set of unknown type": (["--dataset", "{gpt2}/config.toml"], "config.toml"),
         "unknown key": (["--traget_num_layers", "3"], "traget_num_layers"),
         "unknown yaml key": (["--config", "{bad_yaml}"], "traget_num_layers"),
         "yaml that is none": (["--config", "{broken_yaml}"], ""),
@@ -150,7 +150,7 @@ def bad_requests():
 
 @pytest.mark.parametrize("name", bad_requests())
 def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_path, model_folder, text_file, capsys):
-    files = {"text": text_file, "empty": tmp_path / "empty", "llama": tmp_path / "llama", "used": tmp_path / "used",
+    files = {"text": text_file, "empty": tmp_path / "empty", "gpt2": tmp_path / "gpt2", "used": tmp_path / "used",
              "no_text": tmp_path / "no_text.csv", "short": tmp_path / "short.txt", "bad_yaml": tmp_path / "bad.yaml",
              "broken_yaml": tmp_path / "broken.yaml", "other_vocabulary": tmp_path / "other",
              "no_tokenizer": tmp_path / "bare", "number": tmp_path / "number.jsonl", "null": tmp_path / "null.jsonl",
@@ -159,8 +159,8 @@ def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_pa
     files["null"].write_text('{"text": null}\n{"text": "word"}\n' * 20)
     files["blank"].write_text('{"text": " "}\n' * 400)
     files["empty"].mkdir()
-    LlamaConfig().save_pretrained(files["llama"])
-    (files["llama"] / "config.toml").write_text("")
+    GPT2Config().save_pretrained(files["gpt2"])
+    (files["gpt2"] / "config.toml").write_text("")
     files["used"].mkdir()
     (files["used"] / "run_state.json").write_text("{}")
     files["no_text"].write_text("number\n1\n2\n")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import GPT2Config
 
 from hf_layerprune import LayerPruneError, prune
 from hf_layerprune.loading import load_config, load_model, load_tokenizer
@@ -26,8 +26,8 @@ def test_folder_that_is_no_model(tmp_path):
 
 
 def test_architecture_that_is_not_supported(tmp_path):
-    LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(LayerPruneError, match="llama.*not supported"):
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(LayerPruneError, match="gpt2.*not supported"):
         load_config(str(tmp_path))
 
 
