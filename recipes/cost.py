@@ -2,7 +2,7 @@
 
 Healing is counted by running one micro-batch on tensors that have shapes and no memory (`hf_layerprune.memory`), with
 the layer in the middle removed and every row as long as `max_length`. Scoring is counted by layer passes. GPU hours are
-these operations over what a GPU computes in an hour if it reaches `SHARE` of its peak: that share is assumed, not measured.
+these operations over what a GPU computes in an hour if it reaches `SHARE` of its peak, which is assumed, not measured.
 
     python recipes/cost.py --output recipes/cost.md
 """
@@ -116,7 +116,9 @@ def table(costs: list[Cost]) -> str:
 
 
 def _hours(hours: float) -> str:
-    return "< 0.01" if hours < 0.01 else f"{hours:.2f}" if hours < 1 else f"{hours:.1f}" if hours < 10 else f"{hours:.0f}"
+    if hours < 0.01:
+        return "< 0.01"
+    return f"{hours:.2f}" if hours < 1 else f"{hours:.1f}" if hours < 10 else f"{hours:.0f}"
 
 
 def main() -> None:
