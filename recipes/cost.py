@@ -1,8 +1,8 @@
 """What the recipes of `compress` cost, from their settings alone: counted operations and bytes, no GPU.
 
 Healing is counted by running one micro-batch on tensors that have shapes and no memory (`hf_layerprune.memory`), with
-the layer in the middle removed and every row as long as `max_length`. Scoring is counted by layer passes. GPU hours are
-these operations over what a GPU computes in an hour if it reaches `SHARE` of its peak, which is assumed, not measured.
+the layer in the middle removed and every row as long as `max_length`. Scoring is counted by layer passes. GPU hours
+are these operations over what a GPU computes in an hour at `SHARE` of its peak, which is assumed, not measured.
 
     python recipes/cost.py --output recipes/cost.md
 """

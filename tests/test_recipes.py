@@ -111,6 +111,20 @@ def test_the_pages_name_every_recipe(folder):
         assert f"{verb_of(path)} --config {name_of(path)}" in page
 
 
+def test_the_costs_are_of_these_recipes():
+    table = (ROOT / "recipes" / "cost.md").read_text()
+    for path in RECIPES:
+        if verb_of(path) == "compress":
+            _, config = parse(TYPES["compress"], ["--config", str(path)])
+            depth = tiny_config(content_of(path)["model"]).num_hidden_layers
+            rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+            rows *= 8 if path.stem == "paper" else 1  # processes
+            tokens = rows * config.max_length * config.max_steps * (depth - config.target_num_layers) / 1e6
+            layers = f"{depth} -> {config.target_num_layers}"
+            line = f"| `{path.parent.name}/{path.name}` | {layers} | {rows} | {tokens:,.1f}M |"
+            assert line in table, "run `python recipes/cost.py --output recipes/cost.md`"
+
+
 @pytest.mark.parametrize("page", sorted(ROOT.glob("recipes/*/README.md")), ids=name_of)
 def test_the_commands_of_a_page_name_verbs_files_and_settings_that_exist(page):
     text = page.read_text().replace("\\\n", " ")
