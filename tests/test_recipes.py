@@ -20,7 +20,8 @@ from hf_layerprune.shapes import load_shape
 from hf_layerprune.surgery import check_supported, plan_of
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")
+OF_OTHERS = ("accelerate", "figure")  # accelerate's own files, see below; of a benchmark, see test_figure.py
+RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.name not in OF_OTHERS)
 TYPES = {
     "compress": (CompressArguments, IterativeLayerDistillConfig),
     "parallelize": (ParallelizeArguments,),
