@@ -12,7 +12,7 @@ from .generation_data import HealingDataConfig, HealingDataReport, generate_heal
 from .hub import load_run, push_run
 from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM, PrunedQwen2Model
 from .plan import LayerPlan
-from .scoring import LayerScores, Race, contiguous_block, score_edits, score_layers
+from .scoring import LayerScores, Race, contiguous_block, register_criterion, score_edits, score_layers
 from .search import PlanSearch, find_parallel_range, search_plan
 from .surgery import apply_plan, parallelize, prune, unparallelize
 from .trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, LayerDistillCallback
@@ -51,6 +51,7 @@ __all__ = [
     "parallelize",
     "prune",
     "push_run",
+    "register_criterion",
     "score_edits",
     "score_layers",
     "search_plan",

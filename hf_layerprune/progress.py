@@ -35,9 +35,11 @@ class RunProgress(LayerDistillCallback):
         self.eval_rows = len(trainer.eval_batches) * self.batch_rows
         self.step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         rows = args.max_steps * self.step_rows if args.max_steps > 0 else args.num_train_epochs * _length(trainer)
-        self.healing_rows = rows
+        self.healing_rows = rows if args.heal else 0
+        self.evaluations = 3 if args.heal else 1  # of a round: before healing, never healed, after
         self.phase, self.depth, self.number, self.step_cost = "", self.teacher_depth, 0, 0.0
-        self.layers_per_round, self.first_depth = args.layers_per_round, plan_of(trainer.start).depth
+        self.layers_per_round = args.layers_per_round
+        self.total = self._evaluation_cost(self.teacher_depth) + self._rounds_cost(plan_of(trainer.start).depth)
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -47,7 +49,7 @@ class RunProgress(LayerDistillCallback):
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.bar.add_task("starting", total=self._total_cost(self.first_depth))
+        self.task = self.bar.add_task("starting", total=self.total)
 
     def __enter__(self) -> RunProgress:
         for notice in self.notices:
@@ -60,14 +62,14 @@ class RunProgress(LayerDistillCallback):
             self.bar.update(self.task, completed=self.bar.tasks[0].total)
         self.bar.stop()
 
-    def _total_cost(self, depth: int) -> float:
-        """Of a run from a student of `depth` layers on."""
-        total = self._evaluation_cost(self.teacher_depth)
+    def _rounds_cost(self, depth: int) -> float:
+        """Of all rounds from a student of `depth` layers on."""
+        total = 0.0
         while depth > self.target:
             for _ in range(min(self.layers_per_round, depth - self.target)):
                 total += self._scoring_cost(depth)
                 depth -= 1
-            total += 3 * self._evaluation_cost(depth) + self._healing_cost(depth)
+            total += self.evaluations * self._evaluation_cost(depth) + self._healing_cost(depth)
         return total
 
     def _scoring_cost(self, depth: int) -> float:
@@ -93,7 +95,7 @@ class RunProgress(LayerDistillCallback):
         **_: Any,
     ) -> None:
         self.number, self.depth = number, depth
-        self.bar.update(self.task, completed=self._total_cost(self.first_depth) - self._total_cost(depth))
+        self.bar.update(self.task, completed=self.total - self._rounds_cost(depth))
 
     def on_phase_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, phase: str, **details: Any

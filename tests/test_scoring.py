@@ -1,14 +1,26 @@
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_batches, tiny_model
+from conftest import random_batches, tiny_config, tiny_model
 from parallel_reference import literal
 
-from hf_layerprune import LayerPlan, LayerPruneError, LayerScores, evaluate_model, parallelize, prune, score_layers
+from hf_layerprune import (
+    IterativeLayerDistillTrainer,
+    LayerPlan,
+    LayerPruneError,
+    LayerScores,
+    evaluate_model,
+    parallelize,
+    prune,
+    register_criterion,
+    score_layers,
+)
 from hf_layerprune.edits import Edit, EditSpace
-from hf_layerprune.scoring import CRITERIA, Race, score_edits, score_plans
+from hf_layerprune.scoring import Guess, Race, criteria, score_edits, score_plans
+from hf_layerprune.scoring.proxies import PROXIES
 from hf_layerprune.surgery import apply_plan, plan_of
 
 STUDENTS = {  # of a teacher of six layers
@@ -78,7 +90,7 @@ def test_block_influence_equals_the_formula_over_all_hidden_states(model, batche
     assert list(scores.values.values()) == pytest.approx((total / count).tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("criterion", [c for c in CRITERIA if c != "tasks"])
+@pytest.mark.parametrize("criterion", [c for c in criteria() if c != "tasks"])
 def test_padding_never_counts(model, criterion):
     short = random_batches(1, rows=2, length=6, padded=False)
     ids = torch.cat([short[0]["input_ids"], torch.full((2, 5), 9)], dim=1)
@@ -312,7 +324,7 @@ def test_scoring_edits_leaves_the_model_and_its_teacher_as_they_were(batches, na
         assert m.config.to_dict() == config and not hooks_of(m)
 
 
-@pytest.mark.parametrize("criterion", [c for c in CRITERIA if c not in ("tail", "random", "tasks")])
+@pytest.mark.parametrize("criterion", [c for c in criteria() if c not in ("tail", "random", "tasks")])
 def test_no_hook_stays_behind_when_the_model_fails(monkeypatch, model, batches, criterion):
     def broken(*_):
         raise RuntimeError("out of memory")
@@ -412,3 +424,23 @@ def test_arguments_that_do_not_fit_together_are_refused(model, batches):
     for criterion in ("kl", "taylor", "block_influence"):
         with pytest.raises(LayerPruneError, match="no token to score"):
             score_layers(model, None, criterion)
+
+
+def test_a_criterion_of_ones_own_goes_through_scores_and_rounds(tmp_path, tokenizer, texts, request):
+    def weight_norm(question):
+        layers = [question.model.base_model.layers[position] for position in question.positions]
+        return Guess([sum(float(p.norm()) for p in layer.parameters()) for layer in layers])
+
+    register_criterion("weight_norm", weight_norm, needs_data=False)
+    request.addfinalizer(lambda: PROXIES.pop("weight_norm"))
+    with pytest.raises(LayerPruneError, match="already"):
+        register_criterion("weight_norm", weight_norm)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1e-3)
+    assert score_layers(model, None, "weight_norm").safest == 2
+    IterativeLayerDistillTrainer(
+        model=model, args=tiny_config(tmp_path, criterion="weight_norm", target_num_layers=4, max_steps=1),
+        train_dataset=texts, processing_class=tokenizer,
+    ).train()  # fmt: skip
+    assert json.loads((tmp_path / "report.json").read_text())["rounds"][0]["edits"] == ["2"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import check_supported
@@ -18,29 +18,29 @@ from ..forward import check_same_vocabulary, measuring
 from ..plan import LayerPlan
 from ..surgery import plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
-from .angles import ANGLES, measure_angles
+from .angles import measure_angles
 from .candidates import CandidateRuns
 from .evidence import Evidence
-from .measures import MAX_STATE_BYTES, TOKEN_MEASURES, Measure, TaskMeasure, TextMeasure, halves
+from .measures import MAX_STATE_BYTES, MEASURED, TOKEN_MEASURES, Measure, TaskMeasure, TextMeasure, halves
+from .proxies import PROXIES, Guess, Question, criteria, register_criterion
 from .race import Race, collect
 from .scores import EditScores, LayerScores, PlanScores, Scores, scores_of
 from .sweep import is_offloaded, sweep
-from .taylor import taylor
 
-MEASURED = (*TOKEN_MEASURES, "tasks")
-PROXIES = (*ANGLES, "taylor", "tail", "random")
-CRITERIA = (*MEASURED, *PROXIES)
 CHUNKS_OF_A_RACE = 16  # at least as many, where there are as many rows
 
 __all__ = [
-    "CRITERIA",
     "MEASURED",
     "EditScores",
+    "Guess",
     "LayerScores",
     "PlanScores",
+    "Question",
     "Race",
     "Scores",
     "contiguous_block",
+    "criteria",
+    "register_criterion",
     "score_edits",
     "score_layers",
     "score_plans",
@@ -193,19 +193,14 @@ def score_edits(
                 f"criterion={criterion!r} tells nothing about '{edit}', only of removing a layer that runs alone; "
                 f"choose one of {', '.join(MEASURED)}"
             )
-    if criterion == "tail":
-        return EditScores(criterion, {edit: 0.0 - edit.layers[0] for edit in edits}, 0.0, 0)
-    if criterion == "random":
-        return EditScores(criterion, dict(zip(edits, _shuffled(len(edits), seed), strict=True)), 0.0, 0)
-    positions = [plan.block_of(edit.layers[0]) for edit in edits]
-    batches = check_batches(batches, model.config.vocab_size, "calibration data")
-    if criterion == "taylor":
-        values, loss, num_tokens = taylor(model, batches, positions, on_batch)
-        return EditScores(criterion, dict(zip(edits, values, strict=True)), loss, num_tokens)
-    with measuring(model):
-        stretches = [(position, position + 1) for position in positions]
-        evidence = measure_angles(model, batches, stretches, criterion, on_batch)
-    return EditScores(criterion, **scores_of(evidence, {}, edits))
+    proxy, layers = PROXIES[criterion], [edit.layers[0] for edit in edits]
+    if proxy.needs_data:
+        batches = check_batches(batches, model.config.vocab_size, "calibration data")
+    with torch.no_grad():
+        found = proxy.guess(Question(model, layers, [plan.block_of(n) for n in layers], batches, seed, on_batch))
+    if isinstance(found, Evidence):
+        return EditScores(criterion, **scores_of(found, {}, edits))
+    return EditScores(criterion, dict(zip(edits, found.values, strict=True)), found.baseline, found.num_tokens)
 
 
 def _check_request(
@@ -218,8 +213,8 @@ def _check_request(
     tasks: Sequence[Task | PreparedTask],
 ) -> None:
     """Do the arguments of [`score_edits`] fit together?"""
-    if criterion not in CRITERIA:
-        raise LayerPruneError(f"criterion={criterion!r} is unknown; choose one of {', '.join(CRITERIA)}")
+    if criterion not in criteria():
+        raise LayerPruneError(f"criterion={criterion!r} is unknown; choose one of {', '.join(criteria())}")
     check_compensation(compensation)
     if tasks and criterion != "tasks":
         raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
@@ -231,7 +226,8 @@ def _check_request(
                 )
     if savings is not None and not (len(savings) == num_edits and all(0 < s < math.inf for s in savings)):
         raise LayerPruneError(f"savings={list(savings)}: give each of the {num_edits} edits a number above 0")
-    if is_offloaded(model) and criterion not in (*TOKEN_MEASURES, "tail", "random"):
+    in_memory = criterion == "tasks" or criterion in PROXIES and PROXIES[criterion].needs_data
+    if in_memory and is_offloaded(model):
         raise _offloaded(f"criterion={criterion!r}")
     if is_offloaded(model) and (race is not None or compensation != "none"):
         raise _offloaded("a race" if race is not None else "compensation")
@@ -355,7 +351,3 @@ def _as_often(call: Callable[[], None], times: int, of: int) -> Callable[[], Non
             call()
 
     return count
-
-
-def _shuffled(count: int, seed: int) -> list[float]:
-    return [float(n) for n in random.Random(seed).sample(range(count), count)]

@@ -19,6 +19,7 @@ from .generation import candidate_texts
 MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time
 
 TOKEN_MEASURES = {"kl": "kl", "loss": "nll"}  # criterion -> field of TokenStatistics
+MEASURED = (*TOKEN_MEASURES, "tasks")
 
 
 class Measure(Protocol):

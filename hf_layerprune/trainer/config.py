@@ -12,7 +12,7 @@ from ..budget import Budget
 from ..compensation import COMPENSATIONS, check_compensation
 from ..edits import EditSpace
 from ..errors import LayerPruneError
-from ..scoring import CRITERIA, MEASURED, Race
+from ..scoring import MEASURED, Race, criteria
 
 
 def has_bf16(use_cpu: bool) -> bool:
@@ -143,7 +143,8 @@ class IterativeLayerDistillConfig(SFTConfig):
     max_group_size: int = field(default=2, metadata={"help": "Most layers that run in parallel in one block."})
     layers_per_round: int = field(default=1, metadata={"help": "Layers removed (edits made) between two healings."})
     criterion: str = field(
-        default="kl", metadata={"help": "What a layer costs, measured ('kl', 'loss') or guessed.", "choices": CRITERIA}
+        default="kl",
+        metadata={"help": "What a layer costs, measured ('kl', 'loss') or guessed.", "choices": criteria()},
     )
     tasks: str | None = field(
         default=None,
@@ -260,8 +261,8 @@ class IterativeLayerDistillConfig(SFTConfig):
                 raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
         if self.temperature <= 0:
             raise LayerPruneError(f"temperature={self.temperature} is out of range; it must be above 0")
-        if self.criterion not in CRITERIA:
-            raise LayerPruneError(f"criterion={self.criterion!r} is unknown; choose one of {', '.join(CRITERIA)}")
+        if self.criterion not in criteria():
+            raise LayerPruneError(f"criterion={self.criterion!r} is unknown; choose one of {', '.join(criteria())}")
         if self.loss_preset not in (None, *LOSS_PRESETS):
             raise LayerPruneError(
                 f"loss_preset={self.loss_preset!r} is unknown; choose {', '.join(LOSS_PRESETS)} or none"
