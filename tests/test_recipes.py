@@ -12,12 +12,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import VOCAB_SIZE, byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli
+from hf_layerprune import IterativeLayerDistillConfig, cli
 from hf_layerprune.cli.arguments import CompressArguments, GenerateArguments, ParallelizeArguments, parse
 from hf_layerprune.data import ASSETS, embedded_text
 from hf_layerprune.generation_data import HealingDataConfig
 from hf_layerprune.shapes import load_shape
-from hf_layerprune.surgery import check_supported, plan_of
 
 ROOT = Path(__file__).parent.parent
 OF_OTHERS = ("accelerate", "figure")  # accelerate's own files, see below; of a benchmark, see test_figure.py
@@ -207,13 +206,9 @@ def arguments_of(settings: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_recipe_runs_on_a_tiny_model_of_its_architecture(path, tiny_model, tiny_data, tmp_path, capsys, request):
+def test_recipe_runs_on_a_tiny_model_of_its_architecture(path, tiny_model, tiny_data, tmp_path, capsys):
     verb, recipe = verb_of(path), content_of(path)
     config = tiny_config(recipe["model"])
-    try:
-        check_supported(config)
-    except LayerPruneError as error:  # of Qwen3 and Llama, until they are supported
-        request.applymarker(pytest.mark.xfail(reason=str(error), strict=False))
     settings = QUICK[verb] | {"model": tiny_model(recipe["model"])} | tiny_data(verb, recipe)
     place = tmp_path / "out"
     if verb == "generate":
