@@ -52,7 +52,7 @@ def reference() -> str:
     said = dict(re.findall(r"^  ([\w-]+) +(\S.*)$", USAGE, re.MULTILINE))
     parts = [HEAD]
     for verb in VERBS:
-        parts.append(f"## {verb}\n\n{said[verb].capitalize()}.\n")
+        parts.append(f"## {verb}\n\n{said[verb][0].upper()}{said[verb][1:]}.\n")
         for kind in SETTINGS[verb]:
             if kind is IterativeLayerDistillConfig:
                 parts.append(OF_TRL + "\n")

@@ -17,6 +17,7 @@ from hf_layerprune.cli.arguments import CompressArguments, GenerateArguments, Pa
 from hf_layerprune.data import ASSETS, embedded_text
 from hf_layerprune.generation_data import HealingDataConfig
 from hf_layerprune.shapes import load_shape
+from hf_layerprune.surgery import plan_of
 
 ROOT = Path(__file__).parent.parent
 OF_OTHERS = ("accelerate", "figure")  # accelerate's own files, see below; of a benchmark, see test_figure.py
