@@ -23,6 +23,7 @@ from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_l
 from ..surgery import plan_of
 from ._trl import log_metric, redirect_forward, swap_model
 from .config import IterativeLayerDistillConfig
+from .engines import fill, outline, splits_model
 from .targets import HiddenStateMap
 from .teacher_cache import TeacherCache
 from .towers import TowerStates, run_towers, shared_depth
@@ -121,11 +122,14 @@ class LayerHealingTrainer(SFTTrainer):
         self.shared_depth, self.balance = shared_depth(trained, self.teacher), Balance(balance)
         if self.teacher_cache is not None:
             self.teacher_cache.read()
+        empty = outline(trained) if splits_model(self.accelerator) else None
         swap_model(self, trained)
         output = super().train(resume_from_checkpoint=checkpoint)
         if self.teacher_cache is not None:
             self.teacher_cache.flush()
-        return make_plain(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False), save_dtype), output
+        healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        healed = healed if empty is None else fill(empty, healed, self.args.device)
+        return make_plain(healed, save_dtype), output
 
     def compute_loss(
         self,
