@@ -31,6 +31,7 @@ def swap_model(trainer: SFTTrainer, model: nn.Module) -> None:
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = model
     trainer.optimizer = trainer.lr_scheduler = None
+    trainer.deepspeed = None  # the engine of the old one
     trainer.callback_handler.model = model
     trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
 

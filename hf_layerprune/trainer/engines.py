@@ -1,7 +1,7 @@
 """Engines that split a model over processes, FSDP2 and DeepSpeed ZeRO, and the way back to a whole student.
 
-Only a healing runs inside an engine. Scoring, evaluation and saving work on a whole student, the same on every process:
-it is put together when a healing ends, and wrapped anew in the next round.
+Only a healing runs inside an engine. Scoring, evaluation and saving work on a whole student, the same on every
+process: it is put together when a healing ends, and wrapped anew in the next round.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
     """Raise [`LayerPruneError`] if a run cannot work in the engine it was launched with."""
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED) and "MULTI_" not in str(kind):
-        raise LayerPruneError(f"distributed_type={kind.value} is not supported; launch with DDP, FSDP2 or DeepSpeed ZeRO")
+        raise LayerPruneError(
+            f"distributed_type={kind.value} is not supported; launch with DDP, FSDP2 or DeepSpeed ZeRO"
+        )
     if not splits_model(accelerator):
         return
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -38,6 +40,25 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
             f"eval_strategy={str(args.eval_strategy.value)!r} measures a student that is split over processes; leave "
             "it out: every round is measured before and after its healing"
         )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise [`LayerPruneError`] if a process holds a part of `model` only."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or parameter.is_meta:
+            raise LayerPruneError(
+                f"{name} is split over processes or not loaded; load the model before the settings are made, or give "
+                "its name"
+            )
+
+
+def autocast(accelerator: Accelerator) -> Any:
+    """Mixed precision for student and teacher alike. DeepSpeed casts the student's weights only, and switches off
+    within its forward pass what is switched on around it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or dtype is None:
+        return accelerator.autocast()
+    return torch.autocast(accelerator.device.type, dtype)
 
 
 def outline(student: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_l
 from ..surgery import plan_of
 from ._trl import log_metric, redirect_forward, swap_model
 from .config import IterativeLayerDistillConfig
-from .engines import fill, outline, splits_model
+from .engines import autocast, fill, outline, splits_model
 from .targets import HiddenStateMap
 from .teacher_cache import TeacherCache
 from .towers import TowerStates, run_towers, shared_depth
@@ -131,6 +131,15 @@ class LayerHealingTrainer(SFTTrainer):
         healed = healed if empty is None else fill(empty, healed, self.args.device)
         return make_plain(healed, save_dtype), output
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model so that `from_pretrained` loads it; in a healing that of its last step."""
+        if self.is_in_train or not splits_model(self.accelerator):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)  # no engine holds it now: it is whole on every process, and one writes it
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -139,8 +148,12 @@ class LayerHealingTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         student = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
-            parts = redirect_forward(model, student, self.loss_parts, student, inputs)
+
+        def parts_of_batch() -> dict[str, Tensor]:
+            with autocast(self.accelerator):
+                return self.loss_parts(student, inputs)
+
+        parts = redirect_forward(model, student, parts_of_batch)
         num_tokens = parts.pop("num_tokens")
         if self.args.loss_preset == "paper":
             loss = parts["kl"] / 100 + (parts["hidden"] + parts["final_hidden"]) / num_tokens
