@@ -36,6 +36,12 @@ def swap_model(trainer: SFTTrainer, model: nn.Module) -> None:
     trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
 
 
+def leave_weights(trainer: SFTTrainer, model: nn.Module) -> None:
+    """Tell TRL's activation offloading, where it is on, which saved tensors are weights of `model` and stay."""
+    if trainer.args.activation_offloading:
+        trainer.maybe_activation_offload_context.update_model_params(model)
+
+
 def log_metric(trainer: SFTTrainer, name: str, value: float) -> None:
     """Add to a training metric that `SFTTrainer.log` averages between two log lines."""
     trainer._metrics["train"][name].append(value)

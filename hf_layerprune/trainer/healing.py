@@ -21,7 +21,7 @@ from ..data import Batch, valid_next_tokens
 from ..errors import LayerPruneError
 from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_loss, relative_hidden_state_mse
 from ..surgery import plan_of
-from ._trl import log_metric, redirect_forward, swap_model
+from ._trl import leave_weights, log_metric, redirect_forward, swap_model
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, fill, outline, splits_model
 from .targets import HiddenStateMap
@@ -124,6 +124,7 @@ class LayerHealingTrainer(SFTTrainer):
             self.teacher_cache.read()
         empty = outline(trained) if splits_model(self.accelerator) else None
         swap_model(self, trained)
+        leave_weights(self, trained)
         output = super().train(resume_from_checkpoint=checkpoint)
         if self.teacher_cache is not None:
             self.teacher_cache.flush()
