@@ -1,8 +1,8 @@
 """Batches of token ids, the text that comes with the package, and text of the user's own.
 
 A batch is a dict of tensors: `input_ids` `(B, T)`, optionally `attention_mask` `(B, T)` (0 is padding), `labels`
-`(B, T)` (-100 is not scored) and `position_ids` `(B, T)` (without a mask, 0 begins another document; what has documents
-end to end is a batch of one row). Position `t` predicts token `t + 1`.
+`(B, T)` (-100 is not scored) and `position_ids` `(B, T)` (without a mask, 0 begins another document; such a batch has
+one row). Position `t` predicts token `t + 1`.
 """
 
 from __future__ import annotations
