@@ -8,7 +8,7 @@ The student lacks one layer in the middle, and its neighbours are trained. A ste
   memory, as in https://github.com/kaengreg/layer-wise_distillation.
 * full logits: the same loss as ours from the logits of all positions, models without common weights.
 * ours: [`LayerHealingTrainer.loss_parts`].
-* ours, teacher cached: the same in a second epoch with `teacher_cache_size`, the teacher's final states read from disk.
+* ours, teacher cached: the same in a second epoch, with the teacher's final states on disk (`teacher_cache_size`).
 
 Times are medians over turns in one process; the peak of memory is that of a process of its own per way, models
 included, over what is there before they are made.
@@ -145,6 +145,7 @@ def our_step(
         hidden_state_map=HiddenStateMap.of(plan_of(student), plan_of(teacher), neighbours),
         shared_depth=shared_depth(student, teacher),
         teacher_cache=cache,
+        frozen_head=None,
     )
     batch = make_batch(shape, teacher.config.vocab_size)
 

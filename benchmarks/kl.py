@@ -4,10 +4,10 @@
 
 Forms take turns within each repetition; the median of each and its ratio to full logits are reported.
 
-Liger's loss takes part where `liger-kernel` is installed (on a CPU `pip install --no-deps liger-kernel` is enough: this
-part of it needs no Triton), and the output says where it is not. It is compiled on a GPU, as by its defaults, and runs
-as it is written on a CPU. It always computes the head's gradient, and its softmax is taken in the dtype of its inputs,
-which is the one autocast computes in.
+Liger's loss takes part where `liger-kernel` is installed (on a CPU `pip install --no-deps liger-kernel` is enough, as
+this part of it needs no Triton), and the output says where it is not. It is compiled on a GPU, as by its defaults, and
+runs as it is written on a CPU. It always computes the head's gradient, and its softmax is taken in the dtype of its
+inputs, which is the one autocast computes in.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from hf_layerprune import evaluate_model, prune
 from hf_layerprune.loading import load_model
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer._trl import redirect_forward
-from hf_layerprune.trainer.engines import fill, outline
+from hf_layerprune.trainer.engines import fill, frozen_head, outline
 from hf_layerprune.trainer.healing import LayerHealingTrainer
 from hf_layerprune.trainer.students import save_student
 from hf_layerprune.trainer.targets import HiddenStateMap
@@ -59,6 +59,8 @@ def step(split):
                               shared_depth=shared_depth(student, teacher))
     assert (trainer.shared_depth is None) == everything
     part, scale, empty = batch, 1.0, outline(student)
+    trainer.frozen_head = frozen_head(empty) if split else None
+    assert (trainer.frozen_head is None) == (everything or not split)
     if split:
         for layer in student.model.layers:
             fully_shard(layer, mesh=mesh)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -68,6 +69,12 @@ def outline(student: nn.Module) -> nn.Module:
         data = parameter.new_empty(0) if parameter.requires_grad else parameter.detach()
         memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
     return copy.deepcopy(student, memo)
+
+
+def frozen_head(empty: nn.Module) -> nn.Linear | None:
+    """The head of an [`outline`], which holds it whole, unless it is trained."""
+    head = (empty.get_base_model() if is_peft_model(empty) else empty).lm_head
+    return None if any(parameter.requires_grad for parameter in head.parameters()) else head
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_l
 from ..surgery import plan_of
 from ._trl import leave_weights, log_metric, redirect_forward, swap_model
 from .config import IterativeLayerDistillConfig
-from .engines import autocast, fill, outline, splits_model
+from .engines import autocast, fill, frozen_head, outline, splits_model
 from .targets import HiddenStateMap
 from .teacher_cache import TeacherCache
 from .towers import TowerStates, run_towers, shared_depth
@@ -57,7 +57,7 @@ class Balance:
 
 
 def parts_of_loss(
-    towers: TowerStates, student: PreTrainedModel, teacher: PreTrainedModel, labels: Tensor, args: Any
+    towers: TowerStates, student_head: nn.Linear, teacher_head: nn.Linear, labels: Tensor, args: Any
 ) -> dict[str, Tensor]:
     """The parts of the loss at N positions, each a sum over them, and their number; `labels` `(N,)` follow them."""
     paper = args.loss_preset == "paper"
@@ -70,10 +70,10 @@ def parts_of_loss(
         "final_hidden": distance(student_final, teacher_final).sum(),
     }
     if args.kl_weight or paper:
-        heads = (student_final, student.lm_head, teacher_final, teacher.lm_head)
+        heads = (student_final, student_head, teacher_final, teacher_head)
         parts["kl"] = divergence(*heads, args.temperature, args.beta)
     if args.lm_weight:
-        parts["lm"] = next_token_loss(student_final, student.lm_head, labels).sum()
+        parts["lm"] = next_token_loss(student_final, student_head, labels).sum()
     return parts | {"num_tokens": torch.tensor(max(1, len(labels)), device=student_final.device)}
 
 
@@ -82,6 +82,7 @@ class LayerHealingTrainer(SFTTrainer):
 
     The teacher is a plain attribute: it is in no state dict, no optimizer and no wrapper. `shared_depth` says how many
     blocks it runs for both; see [`~towers.shared_depth`]. `teacher_cache` keeps what it said of rows that come again.
+    `frozen_head` is the student's head where an engine splits the model's own and nothing trains it.
     """
 
     args: IterativeLayerDistillConfig
@@ -91,6 +92,7 @@ class LayerHealingTrainer(SFTTrainer):
     hidden_state_map: HiddenStateMap
     shared_depth: int | None = None
     teacher_cache: TeacherCache | None = None
+    frozen_head: nn.Linear | None = None
     _peft_config: Any | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -123,6 +125,7 @@ class LayerHealingTrainer(SFTTrainer):
         if self.teacher_cache is not None:
             self.teacher_cache.read()
         empty = outline(trained) if splits_model(self.accelerator) else None
+        self.frozen_head = None if empty is None else frozen_head(empty)
         swap_model(self, trained)
         leave_weights(self, trained)
         output = super().train(resume_from_checkpoint=checkpoint)
@@ -183,7 +186,7 @@ class LayerHealingTrainer(SFTTrainer):
         forward_inputs = {key: value for key, value in inputs.items() if key != "labels"}
         how = (self.hidden_state_map, self.shared_depth, self.args.hidden_target == "updates", self.teacher_cache)
         towers = run_towers(student, self.teacher, forward_inputs, valid, *how)
-        return parts_of_loss(towers, student, self.teacher, labels, self.args)
+        return parts_of_loss(towers, self.frozen_head or student.lm_head, self.teacher.lm_head, labels, self.args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
