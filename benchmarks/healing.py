@@ -1,4 +1,4 @@
-"""One healing step three ways: as the authors of the paper wrote it, as distillation trainers do it, ours.
+"""One healing step: as the authors of the paper wrote it, as distillation trainers do it, ours, ours with its cache.
 
     python benchmarks/healing.py --output benchmarks/results/healing.json
 
@@ -8,6 +8,7 @@ The student lacks one layer in the middle, and its neighbours are trained. A ste
   memory, as in https://github.com/kaengreg/layer-wise_distillation.
 * full logits: the same loss as ours from the logits of all positions, models without common weights.
 * ours: [`LayerHealingTrainer.loss_parts`].
+* ours, teacher cached: the same in a second epoch, with the teacher's final states on disk (`teacher_cache_size`).
 
 Times are medians over turns in one process; the peak of memory is that of a process of its own per way, models
 included, over what is there before they are made.
@@ -21,6 +22,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +43,7 @@ from hf_layerprune.report import environment
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer.healing import LayerHealingTrainer
 from hf_layerprune.trainer.targets import HiddenStateMap
+from hf_layerprune.trainer.teacher_cache import TeacherCache
 from hf_layerprune.trainer.towers import shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
@@ -126,7 +129,9 @@ def full_logits_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[P
     return student, loss
 
 
-def our_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTrainedModel, Step]:
+def our_step(
+    teacher: PreTrainedModel, shape: dict[str, Any], cache: TeacherCache | None = None
+) -> tuple[PreTrainedModel, Step]:
     student = prune(teacher, [shape["gap"]], share_weights=True)
     neighbours = [shape["gap"] - 1, shape["gap"]]
     student = make_trainable(student, neighbours, everything=False).train()
@@ -139,7 +144,8 @@ def our_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTraine
         args=args,
         hidden_state_map=HiddenStateMap.of(plan_of(student), plan_of(teacher), neighbours),
         shared_depth=shared_depth(student, teacher),
-        teacher_cache=None,
+        teacher_cache=cache,
+        frozen_head=None,
     )
     batch = make_batch(shape, teacher.config.vocab_size)
 
@@ -151,7 +157,23 @@ def our_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTraine
     return student, loss
 
 
-WAYS = {"paper": paper_step, "full logits": full_logits_step, "ours": our_step}
+def cached_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTrainedModel, Step]:
+    folder = tempfile.TemporaryDirectory()
+    cache = TeacherCache(Path(folder.name), "benchmark", 2**40)
+    student, loss = our_step(teacher, shape, cache)
+    with torch.no_grad():
+        loss()  # the first epoch
+    cache.flush()
+
+    def second_epoch() -> Tensor:
+        _ = folder  # which lives as long as this does
+        return loss()
+
+    return student, second_epoch
+
+
+CACHED = "ours, teacher cached"
+WAYS = {"paper": paper_step, "full logits": full_logits_step, "ours": our_step, CACHED: cached_step}
 
 
 def separate_student(teacher: PreTrainedModel, gap: int) -> tuple[PreTrainedModel, list[int]]:
@@ -184,16 +206,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def gradient_difference(teacher: PreTrainedModel, shape: dict[str, Any]) -> float:
+def gradient_difference(teacher: PreTrainedModel, shape: dict[str, Any], ours: str) -> float:
     """Largest relative difference of a tensor's gradient between ours and full logits."""
     gradients = []
-    for way in ("full logits", "ours"):
+    for way in ("full logits", ours):
         student, loss = WAYS[way](teacher, shape)
         loss().backward()
         gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
-    full, ours = gradients
-    assert full.keys() == ours.keys()
-    return max(((ours[name] - full[name]).norm() / full[name].norm()).item() for name in full)
+    full, other = gradients
+    assert full.keys() == other.keys()
+    return max(((other[name] - full[name]).norm() / full[name].norm()).item() for name in full)
 
 
 def peak_bytes(shape_name: str, way: str, dtype: torch.dtype) -> int:
@@ -234,10 +256,14 @@ def compare(name: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "positions": shape["rows"] * shape["length"],
         "seconds": {way: statistics.median(values) for way, values in seconds.items()},
-        "gradient_difference": gradient_difference(teacher, shape) if dtype == torch.float32 else None,
+        "gradient_difference": {
+            way: gradient_difference(teacher, shape, way) for way in ("ours", CACHED) if dtype == torch.float32
+        },
     }
     del teacher, steps
     result["peak_bytes"] = {way: peak_bytes(name, way, dtype) for way in WAYS}
+    ratios = [a / b for a, b in zip(seconds[CACHED], seconds["ours"], strict=True)]
+    result["time_cached_over_ours"] = statistics.median(ratios)
     for other in ("paper", "full logits"):
         ratios = [a / b for a, b in zip(seconds["ours"], seconds[other], strict=True)]
         result[f"time_over_{other.replace(' ', '_')}"] = statistics.median(ratios)
@@ -249,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="Which to measure.")
     parser.add_argument("--peak", nargs=3, metavar=("SHAPE", "WAY", "DTYPE"), help="Print one peak of memory.")
     arguments = parser.parse_args()
     if arguments.peak:
@@ -256,7 +283,7 @@ def main() -> None:
         print_peak(shape, way, getattr(torch, dtype))
         return
     results = {}
-    for name in SHAPES:
+    for name in arguments.shapes:
         if name != "Qwen2.5-3B":
             results[name] = compare(name, torch.float32, arguments.repeats)
         elif torch.cuda.is_available():

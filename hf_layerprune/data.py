@@ -1,7 +1,8 @@
 """Batches of token ids, the text that comes with the package, and text of the user's own.
 
-A batch is a dict of tensors: `input_ids` `(B, T)`, optionally `attention_mask` `(B, T)` (0 is padding) and `labels`
-`(B, T)` (-100 is not scored). Position `t` predicts token `t + 1`.
+A batch is a dict of tensors: `input_ids` `(B, T)`, optionally `attention_mask` `(B, T)` (0 is padding), `labels`
+`(B, T)` (-100 is not scored) and `position_ids` `(B, T)` (without a mask, 0 begins another document; such a batch has
+one row). Position `t` predicts token `t + 1`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ EMBEDDED_PAIRS = "minimal_pairs"
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 Batch = Mapping[str, Tensor]
+BATCH_KEYS = ("input_ids", "attention_mask", "labels", "position_ids")
 
 
 def valid_next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -53,12 +55,12 @@ def valid_next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def check_batches(batches: Iterable[Batch], vocab_size: int, what: str = "batches") -> list[Batch]:
-    """The batches as a list, once they are known to hold something to score.
+    """The batches as a list, once they are known to hold something to score, without what a collator made beside them.
 
     Raises:
         [`LayerPruneError`]: if there is no batch, no position to score, or a token id outside the vocabulary.
     """
-    batches = list(batches)
+    batches = [{key: batch[key] for key in BATCH_KEYS if key in batch} for batch in batches]
     if not any(valid_next_tokens(batch)[0].any() for batch in batches):
         raise LayerPruneError(f"{what}: no token to score; give at least one batch with two unpadded tokens in a row")
     for number, batch in enumerate(batches):
@@ -136,12 +138,16 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
 def collated_batches(
     rows: Dataset | IterableDataset, collator: Callable[[list[Any]], Batch], batch_size: int, limit: int | None = None
 ) -> Iterable[Batch]:
-    """Batches of tokenized rows, the first `limit` of them, as a trainer's collator makes them."""
+    """Batches of tokenized rows, the first `limit` of them, as a trainer's collator makes them.
+
+    One that puts all rows of a batch end to end (`padding_free`) gets one row at a time: rows are what is measured.
+    """
     from datasets import IterableDataset
 
     rows = rows.select_columns([name for name in ("input_ids", "labels", "seq_lengths") if name in column_names(rows)])
     if limit is not None:
         rows = rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
+    batch_size = 1 if getattr(collator, "padding_free", False) else batch_size
     return DataLoader(rows, batch_size=batch_size, collate_fn=collator)
 
 

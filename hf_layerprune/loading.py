@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from .architectures import check_supported
 from .data import EMBEDDED_MODEL
@@ -92,6 +94,7 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise LayerPruneError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     kwargs.setdefault("trust_remote_code", False)
+    keep_models_whole()
     load_config(name_or_path, **{key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs})
     try:
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -104,6 +107,21 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     if wrong:
         raise LayerPruneError(f"{name_or_path}: weights do not fit the config: {', '.join(wrong[:5])}")
     return model
+
+
+def keep_models_whole() -> None:
+    """Keep the engine that a process was launched with from loading models in parts: each process has whole models of
+    its own here, but for the student while an engine trains it.
+
+    Raises:
+        [`LayerPruneError`]: where FSDP would load them on the first process only.
+    """
+    if is_deepspeed_zero3_enabled():
+        unset_hf_deepspeed_config()  # by which transformers knows of it
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise LayerPruneError(
+            "fsdp_cpu_ram_efficient_loading leaves every process but the first without a teacher; set it to false"
+        )
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -122,7 +122,7 @@ def _step(
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(args.bf16)):
             updates = args.hidden_target == "updates"
             towers = run_towers(student, teacher, {"input_ids": ids}, valid, states, shared, updates)
-            parts = parts_of_loss(towers, student, teacher, labels, args)
+            parts = parts_of_loss(towers, student.lm_head, teacher.lm_head, labels, args)
             del towers
         (parts["hidden"] + parts["final_hidden"] + parts.get("kl", 0) + parts.get("lm", 0)).backward()
         del parts

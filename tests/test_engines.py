@@ -4,13 +4,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate import DistributedType
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import is_deepspeed_available
+from conftest import byte_tokenizer, tiny_config, tiny_model
 
-from hf_layerprune import prune
+from hf_layerprune import LayerPruneError, embedded_dataset, prune
 from hf_layerprune.loading import load_model
+from hf_layerprune.trainer.engines import check_engine, check_whole
+
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "recipes" / "accelerate"
 
 SCRIPT = """
 import sys
@@ -20,14 +30,18 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 sys.path.insert(0, sys.argv[1])
-from conftest import random_batches, tiny_model
-from hf_layerprune import prune
+from pathlib import Path
+from conftest import byte_tokenizer, random_batches, tiny_model
+from hf_layerprune import evaluate_model, prune
+from hf_layerprune.loading import load_model
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer._trl import redirect_forward
+from hf_layerprune.trainer.engines import fill, frozen_head, outline
 from hf_layerprune.trainer.healing import LayerHealingTrainer
+from hf_layerprune.trainer.students import save_student
 from hf_layerprune.trainer.targets import HiddenStateMap
 from hf_layerprune.trainer.towers import shared_depth
-from hf_layerprune.trainer.trainable import make_trainable
+from hf_layerprune.trainer.trainable import make_plain, make_trainable
 
 dist.init_process_group("gloo")
 mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -44,7 +58,9 @@ def step(split):
     trainer = SimpleNamespace(teacher=teacher, args=args, teacher_cache=None, hidden_state_map=states,
                               shared_depth=shared_depth(student, teacher))
     assert (trainer.shared_depth is None) == everything
-    part, scale = batch, 1.0
+    part, scale, empty = batch, 1.0, outline(student)
+    trainer.frozen_head = frozen_head(empty) if split else None
+    assert (trainer.frozen_head is None) == (everything or not split)
     if split:
         for layer in student.model.layers:
             fully_shard(layer, mesh=mesh)
@@ -59,61 +75,152 @@ def step(split):
     for name, p in student.named_parameters():
         if p.grad is not None:
             gradients[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-    return total.detach(), gradients
+    return total.detach(), gradients, student, empty
 
-whole, expected = step(False)
-share, found = step(True)
+whole, expected, plain, _ = step(False)
+share, found, split, empty = step(True)
 dist.all_reduce(share)
 torch.testing.assert_close(share, whole, rtol=1e-5, atol=1e-5)
 assert found.keys() == expected.keys() and len(found) >= 24
 for name, gradient in expected.items():
     torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+for model in (plain, split):
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01).step()
+before = [p.data_ptr() for p in empty.parameters() if not p.requires_grad]
+healed, plain = make_plain(fill(empty, split, torch.device("cpu")), torch.float32), make_plain(plain, torch.float32)
+assert type(healed) is type(plain) and not any(isinstance(p, DTensor) for p in healed.parameters())
+assert before == [p.data_ptr() for name, p in healed.named_parameters() if name not in expected]  # still the teacher's
+for (name, a), b in zip(healed.named_parameters(), plain.parameters(), strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+    everyone = [torch.empty_like(a) for _ in range(2)]
+    dist.all_gather(everyone, a.detach())
+    assert torch.equal(*everyone), name
+scores = evaluate_model(healed, [batch], tiny_model(6))
+if dist.get_rank() == 0:
+    save_student(healed, byte_tokenizer(), torch.float32, Path(sys.argv[3]))
+dist.barrier()
+saved = load_model(sys.argv[3])
+assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), healed.parameters(), strict=True))
+assert evaluate_model(saved, [batch], tiny_model(6)).kl == scores.kl
 dist.destroy_process_group()
 print("equal")
 """
 
 
 @pytest.mark.parametrize("trained", ["neighbours", "all"])
-def test_fully_sharded_gradients_are_those_of_one_process(trained):
+def test_fully_sharded_healing_is_that_of_one_process_and_comes_back_whole(tmp_path, trained):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
-    command += [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), trained]
+    command += [sys.executable, "-c", SCRIPT, str(TESTS), trained, str(tmp_path / "student")]
     run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("equal") == 2
 
 
 def launch(model, texts, folder, config, **settings):
-    """The training losses of one round of the command line, on as many processes as the configuration says."""
+    """Report and student of the command line, on as many processes as a configuration of accelerate says."""
     recipe = {
-        "model": str(model), "dataset": str(texts), "output_dir": str(folder), "target_num_layers": 4, "max_steps": 3,
+        "model": str(model), "dataset": str(texts), "output_dir": str(folder), "target_num_layers": 3, "max_steps": 3,
         "trained_layers": "all", "optim": "sgd", "max_grad_norm": 1e9, "bf16": False, "logging_steps": 1,
         "num_calibration_samples": 4, "num_eval_samples": 4, "per_device_eval_batch_size": 2, "max_length": 64,
         "packing": True, "packing_strategy": "wrapped", "measure_speed": False, "report_to": "none", "use_cpu": True,
-        "learning_rate": 0.1, "save_strategy": "no",
+        "learning_rate": 0.01, "save_strategy": "no",
     } | settings  # fmt: skip
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "hf_layerprune.cli", "compress", "--config", str(path)]
     if config is not None:
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        command = [*start, "-m", *command[2:]]
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+        start += ["--num_processes", "2", "--mixed_precision", "no"]
+        cpu = ["-m", "hf_layerprune.cli"] if config == "ddp_cpu.yaml" else [str(TESTS / "cpu_engine.py")]
+        command = [*start, *cpu, *command[3:]]
     run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads((folder / "report.json").read_text())
     return report, load_model(str(folder / "model"))
 
 
-def test_data_parallel_healing_is_that_of_one_process_with_the_same_batch(tmp_path, model_folder, texts):
-    config = Path(__file__).parent.parent / "recipes" / "accelerate" / "ddp_cpu.yaml"
-    file = tmp_path / "texts.jsonl"
-    texts.to_json(file)
-    two, of_two = launch(model_folder, file, tmp_path / "two", config, per_device_train_batch_size=2)
-    one, of_one = launch(model_folder, file, tmp_path / "one", None, per_device_train_batch_size=4)
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A run of two rounds: its model, its text, its report and its student."""
+    folder = tmp_path_factory.mktemp("engines")
+    tiny_model(tie_word_embeddings=False).save_pretrained(folder / "teacher")
+    byte_tokenizer().save_pretrained(folder / "teacher")
+    embedded_dataset("calibration").select(range(12)).to_json(folder / "texts.jsonl")
+    data = (folder / "teacher", folder / "texts.jsonl")
+    return *data, *launch(*data, folder / "one", None, per_device_train_batch_size=4)
+
+
+needs_deepspeed = [
+    pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed"),
+    pytest.mark.slow,  # it compiles something for the CPU first
+]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "ddp_cpu.yaml",
+        "fsdp2.yaml",
+        pytest.param("deepspeed_zero2.yaml", marks=needs_deepspeed),
+        pytest.param("deepspeed_zero3.yaml", marks=needs_deepspeed),
+    ],
+)
+def test_rounds_in_every_engine_are_those_of_one_process_with_the_same_batch(tmp_path, one_process, config):
+    teacher, texts, one, of_one = one_process
+    two, of_two = launch(teacher, texts, tmp_path / "two", config, per_device_train_batch_size=2)
     assert two["settings"]["num_processes"] == 2 and one["settings"]["num_processes"] == 1
+    assert len(one["rounds"]) == 2
     for a, b in zip(two["rounds"], one["rounds"], strict=True):
         assert a["edits"] == b["edits"] and a["train_tokens"] == b["train_tokens"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["kl"] == pytest.approx(b["kl"], rel=1e-3)
-    start = prune(load_model(str(model_folder)), one["rounds"][0]["removed_layers"])
+    start = prune(load_model(str(teacher)), [int(edit) for record in one["rounds"] for edit in record["edits"]])
     for (name, a), b, before in zip(of_two.named_parameters(), of_one.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(a - before, b - before, rtol=1e-3, atol=1e-5, msg=name)
         assert not torch.equal(b, before), name
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_configurations_are_what_accelerate_reads(path):
+    config = load_config_from_file(str(path))  # strict: an unknown key is an error
+    kinds = {"ddp": "MULTI_GPU", "fsd": "FSDP", "dee": "DEEPSPEED"}
+    assert config.distributed_type == kinds[path.name[:3]]
+    known = vars(launch_command_parser().parse_args(["train.py"]))
+    assert set(config.fsdp_config) | set(config.deepspeed_config) <= set(known)
+    if config.distributed_type == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2 and not config.fsdp_config["fsdp_cpu_ram_efficient_loading"]
+    if config.distributed_type == "DEEPSPEED":
+        assert path.stem.endswith(str(config.deepspeed_config["zero_stage"]))
+
+
+def engine(kind, **more):
+    return SimpleNamespace(distributed_type=DistributedType[kind], **more)
+
+
+@pytest.mark.parametrize(
+    "accelerator, changes, words",
+    [
+        (engine("FSDP", is_fsdp2=False), {}, "fsdp_version: 2"),
+        (engine("FSDP", is_fsdp2=True), {"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy='steps'"),
+        (engine("MEGATRON_LM"), {}, "MEGATRON_LM"),
+    ],
+)
+def test_what_cannot_work_in_an_engine_is_refused_in_one_line(tmp_path, accelerator, changes, words):
+    args = tiny_config(tmp_path, **changes)
+    with pytest.raises(LayerPruneError, match=words) as caught:
+        check_engine(accelerator, args)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("accelerator", [engine("NO"), engine("MULTI_GPU"), engine("DEEPSPEED")])
+def test_what_works_is_not_refused(tmp_path, accelerator):
+    check_engine(accelerator, tiny_config(tmp_path))
+
+
+def test_a_teacher_that_is_not_whole_is_refused(monkeypatch, model_folder):
+    with torch.device("meta"), pytest.raises(LayerPruneError, match="not loaded"):
+        check_whole(torch.nn.Linear(2, 2))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(LayerPruneError, match="fsdp_cpu_ram_efficient_loading"):
+        load_model(str(model_folder))

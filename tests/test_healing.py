@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
 from datasets import Dataset
 from transformers import TrainerCallback
+from trl.models.activation_offloading import OffloadActivations
 
-from hf_layerprune import IterativeLayerDistillTrainer, prune
+from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, prune
 from hf_layerprune.surgery import plan_of, unshare_parameters
-from hf_layerprune.trainer._trl import swap_model
+from hf_layerprune.trainer._trl import leave_weights, swap_model
 from hf_layerprune.trainer.targets import HiddenStateMap
 from hf_layerprune.trainer.towers import shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
@@ -220,6 +221,41 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, tokenizer):
         results.append(gradients(trainer))
     for name, gradient in results[0].items():
         torch.testing.assert_close(results[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trained", [(0, 1, 2, 3), (1, 2)])
+def test_activation_offloading_gives_the_same_gradients(tmp_path, tokenizer, monkeypatch, checkpointing, trained):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))  # offload to itself
+    offloading = OffloadActivations(use_pin_memory=False, use_streams=False, min_offload_size=1)
+    teacher = tiny_model()
+    trainer = make_trainer(tmp_path, tokenizer, teacher, packing=False, lm_weight=0.1)
+    student = make_trainable(prune(teacher, [2], share_weights=True), list(trained), everything=len(trained) == 4)
+    trainer.shared_depth = shared_depth(student, teacher)
+    trainer.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(teacher), list(trained))
+    swap_model(trainer, student.train())
+    trainer.accelerator.prepare_model(student)
+    if checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = next(iter(trainer.get_train_dataloader()))
+    results = []
+    for on in (False, True):
+        if on:
+            trainer.args.activation_offloading, trainer.maybe_activation_offload_context = True, offloading
+            leave_weights(trainer, student)
+        student.zero_grad()
+        trainer.training_step(student, copy.copy(batch), torch.tensor(20))
+        results.append(gradients(trainer))
+    assert offloading.tensor_id > 0 and not offloading.tracker, "what was saved was moved and came back"
+    assert offloading.param_storages == {p.untyped_storage().data_ptr() for p in student.parameters()}
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=0, atol=0, msg=name)
+
+
+def test_activation_offloading_without_a_gpu_is_refused(tmp_path):
+    with pytest.raises(LayerPruneError, match="activation_offloading"):
+        tiny_config(tmp_path, activation_offloading=True)
 
 
 def test_each_part_of_the_loss_is_logged(tmp_path, tokenizer):

@@ -141,3 +141,16 @@ def test_a_run_with_a_cache_ends_as_one_without(tmp_path, tokenizer):
     index = json.loads((tmp_path / "cached" / "teacher_cache" / "index-00000.json").read_text())
     stored = [row for shard in index["shards"].values() for row in shard["rows"]]
     assert 8 < len(stored) == len(set(stored)) < 16  # of 16 rows that two rounds read, some twice
+
+
+def test_documents_come_back_in_another_packing(tmp_path):
+    cache = TeacherCache(tmp_path, "key", PLENTY)
+    ids = torch.arange(12)
+    states = states_of({"input_ids": ids[None]})
+    lengths = torch.tensor([5, 3, 4])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    cache.add({"input_ids": ids[None], "position_ids": positions[None]}, states)
+    order = torch.cat([ids.split(lengths.tolist())[n] for n in (2, 0, 1)])
+    again = {"input_ids": order[None], "position_ids": positions[order][None]}
+    assert torch.equal(cache.get(again), states[:, order])
+    assert cache.get({"input_ids": ids[None]}) is None  # the same tokens as one document

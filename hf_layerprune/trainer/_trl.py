@@ -31,8 +31,15 @@ def swap_model(trainer: SFTTrainer, model: nn.Module) -> None:
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = model
     trainer.optimizer = trainer.lr_scheduler = None
+    trainer.deepspeed = None  # the engine of the old one
     trainer.callback_handler.model = model
     trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+
+
+def leave_weights(trainer: SFTTrainer, model: nn.Module) -> None:
+    """Tell TRL's activation offloading, where it is on, which saved tensors are weights of `model` and stay."""
+    if trainer.args.activation_offloading:
+        trainer.maybe_activation_offload_context.update_model_params(model)
 
 
 def log_metric(trainer: SFTTrainer, name: str, value: float) -> None:

@@ -283,6 +283,10 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(
                 "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
             )
+        if self.activation_offloading and self.use_cpu:
+            raise LayerPruneError(
+                "activation_offloading=True moves activations off a GPU, and there is none; leave it out"
+            )
         self.named_trained_layers()
         self._check_choice()
 

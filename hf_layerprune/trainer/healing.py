@@ -21,8 +21,9 @@ from ..data import Batch, valid_next_tokens
 from ..errors import LayerPruneError
 from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_loss, relative_hidden_state_mse
 from ..surgery import plan_of
-from ._trl import log_metric, redirect_forward, swap_model
+from ._trl import leave_weights, log_metric, redirect_forward, swap_model
 from .config import IterativeLayerDistillConfig
+from .engines import autocast, fill, frozen_head, outline, splits_model
 from .targets import HiddenStateMap
 from .teacher_cache import TeacherCache
 from .towers import TowerStates, run_towers, shared_depth
@@ -56,7 +57,7 @@ class Balance:
 
 
 def parts_of_loss(
-    towers: TowerStates, student: PreTrainedModel, teacher: PreTrainedModel, labels: Tensor, args: Any
+    towers: TowerStates, student_head: nn.Linear, teacher_head: nn.Linear, labels: Tensor, args: Any
 ) -> dict[str, Tensor]:
     """The parts of the loss at N positions, each a sum over them, and their number; `labels` `(N,)` follow them."""
     paper = args.loss_preset == "paper"
@@ -69,10 +70,10 @@ def parts_of_loss(
         "final_hidden": distance(student_final, teacher_final).sum(),
     }
     if args.kl_weight or paper:
-        heads = (student_final, student.lm_head, teacher_final, teacher.lm_head)
+        heads = (student_final, student_head, teacher_final, teacher_head)
         parts["kl"] = divergence(*heads, args.temperature, args.beta)
     if args.lm_weight:
-        parts["lm"] = next_token_loss(student_final, student.lm_head, labels).sum()
+        parts["lm"] = next_token_loss(student_final, student_head, labels).sum()
     return parts | {"num_tokens": torch.tensor(max(1, len(labels)), device=student_final.device)}
 
 
@@ -81,6 +82,7 @@ class LayerHealingTrainer(SFTTrainer):
 
     The teacher is a plain attribute: it is in no state dict, no optimizer and no wrapper. `shared_depth` says how many
     blocks it runs for both; see [`~towers.shared_depth`]. `teacher_cache` keeps what it said of rows that come again.
+    `frozen_head` is the student's head where an engine splits the model's own and nothing trains it.
     """
 
     args: IterativeLayerDistillConfig
@@ -90,6 +92,7 @@ class LayerHealingTrainer(SFTTrainer):
     hidden_state_map: HiddenStateMap
     shared_depth: int | None = None
     teacher_cache: TeacherCache | None = None
+    frozen_head: nn.Linear | None = None
     _peft_config: Any | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -121,11 +124,25 @@ class LayerHealingTrainer(SFTTrainer):
         self.shared_depth, self.balance = shared_depth(trained, self.teacher), Balance(balance)
         if self.teacher_cache is not None:
             self.teacher_cache.read()
+        empty = outline(trained) if splits_model(self.accelerator) else None
+        self.frozen_head = None if empty is None else frozen_head(empty)
         swap_model(self, trained)
+        leave_weights(self, trained)
         output = super().train(resume_from_checkpoint=checkpoint)
         if self.teacher_cache is not None:
             self.teacher_cache.flush()
-        return make_plain(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False), save_dtype), output
+        healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        healed = healed if empty is None else fill(empty, healed, self.args.device)
+        return make_plain(healed, save_dtype), output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model so that `from_pretrained` loads it; in a healing that of its last step."""
+        if self.is_in_train or not splits_model(self.accelerator):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)  # no engine holds it now: it is whole on every process, and one writes it
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def compute_loss(
         self,
@@ -135,8 +152,12 @@ class LayerHealingTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         student = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
-            parts = redirect_forward(model, student, self.loss_parts, student, inputs)
+
+        def parts_of_batch() -> dict[str, Tensor]:
+            with autocast(self.accelerator):
+                return self.loss_parts(student, inputs)
+
+        parts = redirect_forward(model, student, parts_of_batch)
         num_tokens = parts.pop("num_tokens")
         if self.args.loss_preset == "paper":
             loss = parts["kl"] / 100 + (parts["hidden"] + parts["final_hidden"]) / num_tokens
@@ -165,7 +186,7 @@ class LayerHealingTrainer(SFTTrainer):
         forward_inputs = {key: value for key, value in inputs.items() if key != "labels"}
         how = (self.hidden_state_map, self.shared_depth, self.args.hidden_target == "updates", self.teacher_cache)
         towers = run_towers(student, self.teacher, forward_inputs, valid, *how)
-        return parts_of_loss(towers, student, self.teacher, labels, self.args)
+        return parts_of_loss(towers, self.frozen_head or student.lm_head, self.teacher.lm_head, labels, self.args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)

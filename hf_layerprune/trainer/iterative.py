@@ -27,7 +27,7 @@ from ..errors import LayerPruneError
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
 from ..hub import TAGS
-from ..loading import load_config, load_model, load_tokenizer, name_of
+from ..loading import keep_models_whole, load_config, load_model, load_tokenizer, name_of
 from ..plan import LayerPlan
 from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
@@ -36,6 +36,7 @@ from .callbacks import LayerDistillCallback
 from .checks import check_enough_rows, check_has_text, check_request
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
+from .engines import check_engine, check_whole
 from .healing import LayerHealingTrainer
 from .interrupts import explained
 from .keeping import RunKeeping
@@ -105,6 +106,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
     ) -> None:
         if train_dataset is None:
             raise LayerPruneError("train_dataset is missing; healing needs text")
+        keep_models_whole()
         self.model_name = model if isinstance(model, str) else name_of(model)
         if isinstance(model, str):
             init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
@@ -116,6 +118,8 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name)
         self.teacher_name = self.model_name if teacher is None else name_of(teacher)
+        for given in (model, model if teacher is None else teacher):
+            check_whole(given)
         self.teacher = (teacher if teacher is not None else model).to(args.device)
         self.start = model.to(args.device)  # what the first round starts from
         self.gauge: Gauge | None = None  # what students are measured by; made when the run is opened
@@ -145,6 +149,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             callbacks=callbacks,
             **kwargs,
         )
+        check_engine(self.accelerator, args)
         restore_forward(self.model)
         self.all_train_rows = self.train_dataset
         datasets = self.eval_dataset or {}

@@ -24,7 +24,8 @@ from .config import TARGETS, IterativeLayerDistillConfig
 
 STATE_FILE = "run_state.json"
 LOCK_FILE = ".lock"
-CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+CHECKPOINT_FILES = ("trainer_state.json", "scheduler.pt")
+OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "latest")  # of a Trainer, of FSDP, of DeepSpeed
 # What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
 DECISIVE = (
     "edits", "max_group_size", "criterion", "tasks", "one_shot", "race_confidence", "compensation", "layers_per_round",
@@ -200,6 +201,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
         try:
             state = json.loads((path / "trainer_state.json").read_text())
             whole = all((path / name).is_file() for name in CHECKPOINT_FILES) and any(path.glob("*.safetensors"))
+            whole = whole and any((path / name).is_file() for name in OPTIMIZER_STATES)
             if whole and state["global_step"] < state["max_steps"]:
                 return str(path)
         except (OSError, ValueError, KeyError):

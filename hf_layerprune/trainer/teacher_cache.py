@@ -1,7 +1,7 @@
 """The teacher's final hidden states on disk: it never changes, so a row that comes again needs no second pass.
 
-Rows are known by their tokens. Shards are safetensors files, each listed with its checksum in an index that is written
-after it, so a run that was cut off loses the last shard at most.
+Rows, or the documents packed into them, are known by their tokens. Shards are safetensors files, each listed with its
+checksum in an index that is written after it, so a run that was cut off loses the last shard at most.
 """
 
 from __future__ import annotations
@@ -74,17 +74,17 @@ class TeacherCache:
         ids = batch["input_ids"]
         found = [self._load(row) for row in rows]
         states = found[0].new_zeros(*ids.shape, found[0].shape[-1])
-        for number, (state, mask) in enumerate(zip(found, _masks(batch), strict=True)):
-            states[number, mask] = state
+        for state, place in zip(found, _places(batch), strict=True):
+            states[place] = state
         return states.to(ids.device)
 
     def add(self, batch: Batch, states: Tensor) -> None:
         """Keep the states `(B, T, H)` of rows that are new, while there is room."""
-        for row, state, mask in zip(row_keys(batch), states, _masks(batch), strict=True):
-            size = int(mask.sum()) * state.shape[-1] * state.element_size()
+        for row, (number, columns) in zip(row_keys(batch), _places(batch), strict=True):
+            size = len(columns) * states.shape[-1] * states.element_size()
             if row in self.places or row in self.pending or self.num_bytes + size > self.max_bytes:
                 continue
-            self.pending[row] = state[mask.to(state.device)].cpu()
+            self.pending[row] = states[number, columns.to(states.device)].cpu()
             self.num_bytes += size
         if sum(state.numel() * state.element_size() for state in self.pending.values()) >= SHARD_BYTES:
             self.flush()
@@ -128,18 +128,26 @@ def open_cache(
 
 
 def row_keys(batch: Batch) -> list[str]:
-    """What a row's states depend on: its tokens, without padding, and their positions."""
+    """What the states of a row, or of each document in it, depend on: tokens, without padding, and positions."""
     ids, positions = batch["input_ids"].cpu(), batch.get("position_ids")
     parts = [ids] if positions is None else [ids, positions.cpu()]
     return [
-        hashlib.sha256(b"".join(part[number, mask].numpy().tobytes() for part in parts)).hexdigest()[:32]
-        for number, mask in enumerate(_masks(batch))
+        hashlib.sha256(b"".join(part[place].numpy().tobytes() for part in parts)).hexdigest()[:32]
+        for place in _places(batch)
     ]
 
 
-def _masks(batch: Batch) -> Tensor:
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool, device="cpu") if mask is None else mask.bool().cpu()
+def _places(batch: Batch) -> list[tuple[int, Tensor]]:
+    """`(row, columns)` where the tokens of each row are; where it holds documents end to end, of each of these."""
+    mask, positions, (rows, width) = batch.get("attention_mask"), batch.get("position_ids"), batch["input_ids"].shape
+    if mask is not None:
+        return [(row, mask[row].cpu().nonzero().flatten()) for row in range(rows)]
+    found = []
+    for row in range(rows):
+        starts = [] if positions is None else positions[row].cpu().eq(0).nonzero().flatten().tolist()
+        ends = [0, *(start for start in starts if start), width]
+        found += [(row, torch.arange(*ends[n : n + 2])) for n in range(len(ends) - 1)]
+    return found
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+"""Engines that split a model over processes, FSDP2 and DeepSpeed ZeRO, and the way back to a whole student.
+
+Only a healing runs inside an engine. Scoring, evaluation and saving work on a whole student, the same on every
+process: it is put together when a healing ends, and wrapped anew in the next round.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import LayerPruneError
+
+WRAPPER = "_checkpoint_wrapped_module."  # what FSDP's own activation checkpointing puts into names
+
+
+def splits_model(accelerator: Accelerator) -> bool:
+    """Whether the processes may hold parts of a model's weights or optimizer states in place of the whole."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def check_engine(accelerator: Accelerator, args: Any) -> None:
+    """Raise [`LayerPruneError`] if a run cannot work in the engine it was launched with."""
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED) and "MULTI_" not in str(kind):
+        raise LayerPruneError(
+            f"distributed_type={kind.value} is not supported; launch with DDP, FSDP2 or DeepSpeed ZeRO"
+        )
+    if not splits_model(accelerator):
+        return
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise LayerPruneError("FSDP1 flattens weights that are trained with those that are not; set fsdp_version: 2")
+    if args.eval_strategy != "no":
+        raise LayerPruneError(
+            f"eval_strategy={str(args.eval_strategy.value)!r} measures a student that is split over processes; leave "
+            "it out: every round is measured before and after its healing"
+        )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise [`LayerPruneError`] if a process holds a part of `model` only."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or parameter.is_meta:
+            raise LayerPruneError(
+                f"{name} is split over processes or not loaded; load the model before the settings are made, or give "
+                "its name"
+            )
+
+
+def autocast(accelerator: Accelerator) -> Any:
+    """Mixed precision for student and teacher alike. DeepSpeed casts the student's weights only, and switches off
+    within its forward pass what is switched on around it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or dtype is None:
+        return accelerator.autocast()
+    return torch.autocast(accelerator.device.type, dtype)
+
+
+def outline(student: nn.Module) -> nn.Module:
+    """A copy of `student`, frozen weights shared and empty ones in place of the trained: what [`fill`] fills again."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in student.buffers()}
+    for parameter in student.parameters():
+        data = parameter.new_empty(0) if parameter.requires_grad else parameter.detach()
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(student, memo)
+
+
+def frozen_head(empty: nn.Module) -> nn.Linear | None:
+    """The head of an [`outline`], which holds it whole, unless it is trained."""
+    head = (empty.get_base_model() if is_peft_model(empty) else empty).lm_head
+    return None if any(parameter.requires_grad for parameter in head.parameters()) else head
+
+
+@torch.no_grad()
+def fill(empty: nn.Module, trained: nn.Module, device: torch.device) -> nn.Module:
+    """Put the weights that an engine trained into the [`outline`] of its model, on every process the whole of them.
+
+    Args:
+        empty (`nn.Module`): taken of the model before the engine got it.
+        trained (`nn.Module`): the model, unwrapped. All processes must call this together.
+        device (`torch.device`): where the processes talk to each other and the weights shall be.
+    """
+    found = {name.replace(WRAPPER, ""): parameter for name, parameter in trained.named_parameters()}
+    for name, parameter in empty.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = whole(found[name], device).to(parameter.dtype)
+    return empty
+
+
+def whole(parameter: nn.Parameter, device: torch.device) -> Tensor:
+    """A parameter that processes may hold parts of; under DeepSpeed the optimizer's, in its full precision."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().to(device).full_tensor()
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).to(device)
+    return parameter.detach().clone()
