@@ -230,7 +230,8 @@ def test_a_private_repository(hub, worker, runs):
 
 def test_the_verb_takes_its_words_in_any_order(hub, worker, runs):
     extra = ["--private", runs / "plain", "--round", "01", "--repo_id", "team/shared", "--depth_tags", "true"]
-    assert worker.run("push", *extra)[0] == 0
+    status, _, err = worker.run("push", *extra)
+    assert status == 0, err
     assert set(hub.repos["team/shared"].tags) == {"5-layers"} and hub.repos["team/shared"].private
 
 
