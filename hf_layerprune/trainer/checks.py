@@ -6,13 +6,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from ..budget import Gauge
+from ..budget import TARGETS, Gauge
 from ..data import column_names
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary
 from ..plan import LayerPlan
 from ..surgery import check_supported, plan_of
-from .config import TARGETS, IterativeLayerDistillConfig
+from .config import IterativeLayerDistillConfig
 
 TEXT_COLUMNS = ("input_ids", "messages", "prompt", "conversations")
 
