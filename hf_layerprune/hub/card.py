@@ -191,24 +191,19 @@ def _data(run: RunFolder) -> str:
     settings, rounds = run.settings, run.report["rounds"]
     if not run.names_its_text:
         return ""
-    text, names = settings.get("dataset"), ("calibration_dataset", "dataset", "eval_dataset")
-    scored_on, healed_on, measured_on = (_text(settings.get(name)) for name in names)
-    if text is None:
-        scored_on, healed_on, measured_on = (
-            found or _text(f"{EMBEDDED}:{name}")
-            for found, name in zip((scored_on, healed_on, measured_on), EMBEDDED_TEXTS, strict=True)
-        )
-    elif run.verb == "parallelize":
-        scored_on = healed_on
-    if settings.get("tasks"):
-        scored_on = f"the tasks {_text(settings['tasks'])}"
-    other = "rows of it that were held out" if scored_on in (None, healed_on) else f"held-out rows of {healed_on}"
-    parts = [
-        f"scored on {scored_on or healed_on}" if any(record["scores"] for record in rounds) else "",
-        f"healed on {healed_on}" if any(was_healed(record) for record in rounds) else "",
-        f"measured on {measured_on or other}",
-    ]
-    told = f"Text: {', '.join(filter(None, parts))}."
+    own = settings.get("dataset") is None  # then it worked on the texts of the package
+    names = zip(("calibration_dataset", "dataset", "eval_dataset"), EMBEDDED_TEXTS, strict=True)
+    calibration, text, evaluation = (
+        _text(settings.get(name) or (f"{EMBEDDED}:{text}" if own else None)) for name, text in names
+    )
+    tasks, parts = _text(settings.get("tasks")), []
+    if any(record["scores"] for record in rounds):
+        parts.append(f"scored on {f'the tasks {tasks}' if tasks else calibration or text}")
+    if any(was_healed(record) for record in rounds):
+        parts.append(f"healed on {text}")
+    held_out = "rows of it that were held out" if parts and parts[-1].endswith(f"on {text}") else None
+    parts.append(f"measured on {evaluation or held_out or f'held-out rows of {text}'}")
+    told = f"Text: {', '.join(parts)}."
     return f"{told} What is called `{EMBEDDED}` comes with hf_layerprune." if f"`{EMBEDDED}:" in told else told
 
 
