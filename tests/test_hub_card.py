@@ -68,7 +68,7 @@ def test_every_number_of_the_example_is_from_the_report():
 
 
 def numbers_in(text):
-    return set(re.findall(r"\d[\d,]*(?:\.\d+)*", text))
+    return set(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)*", text))
 
 
 def told_of(value):

@@ -1,8 +1,8 @@
 """What the client's errors become, and what a run's folder no longer holds."""
 
 import json
+import sys
 
-import httpx2
 import pytest
 from conftest import tiny_model
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -10,15 +10,20 @@ from test_report import ROUNDS, TEACHER
 
 from hf_layerprune import LayerPruneError
 from hf_layerprune.hub import RunFolder
-from hf_layerprune.hub.client import READING, patiently
+from hf_layerprune.hub.client import READING, TRANSPORT_ERROR, patiently
 from hf_layerprune.report import write_report
+
+http = sys.modules[TRANSPORT_ERROR.__module__.partition(".")[0]]
+
+
+def answer(status, message=None):
+    request = http.Request("GET", "https://hub")
+    return HfHubHTTPError("x", response=http.Response(status, request=request), server_message=message)
 
 
 def test_a_message_of_several_lines_is_one():
-    request = httpx2.Request("GET", "https://hub")
-
     def call():
-        raise HfHubHTTPError("x", response=httpx2.Response(400, request=request), server_message="one\n  two\nthree")
+        raise answer(400, "one\n  two\nthree")
 
     with pytest.raises(LayerPruneError, match="^asking: the Hub answered 400: one two three$"):
         patiently("asking", call)
@@ -27,7 +32,7 @@ def test_a_message_of_several_lines_is_one():
 @pytest.mark.parametrize("status, purpose, message", [(403, {}, "write access"), (403, {"purpose": READING}, "read")])
 def test_what_a_token_needs_depends_on_the_purpose(status, purpose, message):
     def call():
-        raise HfHubHTTPError("x", response=httpx2.Response(status, request=httpx2.Request("GET", "https://hub")))
+        raise answer(status)
 
     with pytest.raises(LayerPruneError, match=message):
         patiently("asking", call, **purpose)
