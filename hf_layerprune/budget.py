@@ -15,6 +15,9 @@ from .plan import LayerPlan
 from .scoring import EditScores
 from .surgery import plan_of
 
+TARGETS = {"depth": "target_num_layers", "latency": "target_latency", "parameters": "target_num_parameters"}
+"""The unit of a budget, and the setting of a run that gives it."""
+
 
 @dataclass(frozen=True)
 class Budget:

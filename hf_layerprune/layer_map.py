@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,6 +14,8 @@ from .edits import Edit
 from .plan import LayerPlan
 
 KEPT, REMOVED, PARALLEL, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#aaaaaa", "#b8cdd6"
+COLORS = {"remove": REMOVED, "parallelize": PARALLEL}
+"""Of the edits that were made."""
 GONE = "·"
 """What stands in the place of a removed layer in a map of text."""
 
@@ -33,13 +35,9 @@ def last_costs(rounds: Sequence[dict[str, Any]]) -> dict[Edit, float]:
     costs: dict[Edit, float] = {}
     for record in rounds:
         for scores in record.get("all_scores") or [{"values": record["scores"]}]:
-            finite = {label: cost for label, cost in scores["values"].items() if _is_number(cost)}
+            finite = {label: cost for label, cost in scores["values"].items() if cost is not None and isfinite(cost)}
             costs |= {Edit.from_label(label): cost for label, cost in finite.items()}
     return costs
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def layer_map_text(plan: LayerPlan, width: int = 20) -> str:
@@ -56,8 +54,13 @@ def layer_map_text(plan: LayerPlan, width: int = 20) -> str:
     return "\n".join(" ".join(cell.rjust(size) for cell in line) for line in lines)
 
 
-def plot_layer_map(rounds: Sequence[dict[str, Any]]) -> Figure:
-    """The layers of the original as a strip, and above it what each possible edit cost when it was measured last."""
+def plot_layer_map(rounds: Sequence[dict[str, Any]], unit: str = "") -> Figure:
+    """The layers of the original as a strip, and above it what each possible edit cost when it was measured last.
+
+    Args:
+        rounds (`Sequence[dict]`): the records of a run.
+        unit (`str`, *optional*): what costs are in.
+    """
     plan, costs = plan_of_record(rounds[-1]), last_costs(rounds)
     width = min(12.0, max(5.0, 0.32 * plan.num_teacher_layers))
     if not costs:
@@ -66,14 +69,14 @@ def plot_layer_map(rounds: Sequence[dict[str, Any]]) -> Figure:
         return figure
     figure = Figure(figsize=(width, 3.0), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    _draw_costs(above, costs, made_edits(rounds), rounds[-1]["criterion"])
+    _draw_costs(above, costs, made_edits(rounds), rounds[-1]["criterion"], unit)
     _draw_strip(below, plan, rounds)
     return figure
 
 
-def _draw_costs(axes: Axes, costs: dict[Edit, float], made: list[Edit], criterion: str) -> None:
+def _draw_costs(axes: Axes, costs: dict[Edit, float], made: list[Edit], criterion: str, unit: str) -> None:
     """A bar for each layer; where groups of layers have costs too, a line over the layers of each edit."""
-    shades = [{"remove": REMOVED, "parallelize": PARALLEL}[edit.kind] if edit in made else OTHER for edit in costs]
+    shades = [COLORS[edit.kind] if edit in made else OTHER for edit in costs]
     if all(edit.kind == "remove" for edit in costs):
         axes.bar([edit.layers[0] for edit in costs], list(costs.values()), width=0.72, color=shades)
     else:
@@ -82,7 +85,11 @@ def _draw_costs(axes: Axes, costs: dict[Edit, float], made: list[Edit], criterio
         axes.hlines(list(costs.values()), starts, ends, colors=shades, linewidths=widths)
     if min(costs.values()) > 0:
         axes.set_yscale("log")
-    axes.set_ylabel(f"cost ({criterion})", fontsize=8)
+    axes.set_ylabel(f"cost ({criterion})" + (f",\n{unit}" if unit else ""), fontsize=8)
+    names = {"remove": "made: layer removed", "parallelize": "made: layers in parallel"}
+    handles = [Patch(color=COLORS[kind], label=name) for kind, name in names.items() if kind in {e.kind for e in made}]
+    handles += [Patch(color=OTHER, label="not made")] if set(costs) - set(made) else []
+    axes.legend(handles=handles, loc="upper right", fontsize=7, frameon=False)
     axes.tick_params(labelsize=7, bottom=False, labelbottom=False)
     axes.spines[["top", "right"]].set_visible(False)
 

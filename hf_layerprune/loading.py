@@ -27,6 +27,8 @@ from .surgery import plan_of
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+FOR_CONFIG = ("revision", "trust_remote_code", "token")
+"""Options of a model that its config needs too."""
 EMBEDDED = "embedded"
 """Name of the model that comes with the package, wherever a model is named."""
 
@@ -42,14 +44,23 @@ def split_revision(name_or_path: str) -> tuple[str, str | None]:
     return (name, revision) if at and not Path(name_or_path).exists() else (name_or_path, None)
 
 
-def _pinned(name_or_path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` with the revision the name says."""
-    revision = split_revision(name_or_path)[1]
-    if revision is None:
-        return kwargs
-    if kwargs.get("revision") not in (None, revision):
-        raise LayerPruneError(f"{name_or_path} names another revision than revision={kwargs['revision']!r}; give one")
-    return kwargs | {"revision": revision}
+def one_revision(name_or_path: str, revision: str | None) -> str | None:
+    """The revision that the name says, or `revision`; `None` is the main one.
+
+    Raises:
+        [`LayerPruneError`]: if they are two.
+    """
+    named = split_revision(name_or_path)[1]
+    if named is not None and revision not in (None, named):
+        raise LayerPruneError(f"{name_or_path} names another revision than revision={revision!r}; give one")
+    return revision if named is None else named
+
+
+def _options(name_or_path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained`: the revision the name says, and no code of the repository's unless asked for."""
+    options = {"trust_remote_code": False} | kwargs
+    revision = one_revision(name_or_path, kwargs.get("revision"))
+    return options if revision is None else options | {"revision": revision}
 
 
 def name_of(model: PreTrainedModel) -> str:
@@ -68,7 +79,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     if folder.exists() and not (folder / "config.json").is_file():
         raise LayerPruneError(f"{name_or_path} is no model: it has no config.json; give a model folder or a Hub id")
     try:
-        config = AutoConfig.from_pretrained(resolve(name_or_path), **_pinned(name_or_path, kwargs))
+        config = AutoConfig.from_pretrained(resolve(name_or_path), **_options(name_or_path, kwargs))
         check_supported(config)
         plan_of(config)
     except LayerPruneError as error:
@@ -93,13 +104,12 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     """
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise LayerPruneError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
-    kwargs.setdefault("trust_remote_code", False)
     keep_models_whole()
-    load_config(name_or_path, **{key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs})
+    load_config(name_or_path, **{key: kwargs[key] for key in FOR_CONFIG if key in kwargs})
     try:
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(
-            resolve(name_or_path), **options, **_pinned(name_or_path, kwargs)
+            resolve(name_or_path), **options, **_options(name_or_path, kwargs)
         )
     except LOADING_ERRORS as error:
         raise LayerPruneError(f"{name_or_path} cannot be loaded as a model: {first_line(error)}") from error
@@ -136,7 +146,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         raise LayerPruneError(
             f"{name_or_path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one beside the model"
         )
-    kwargs = _pinned(name_or_path, kwargs)
+    kwargs = _options(name_or_path, kwargs)
     # beside a model of type qwen2 AutoTokenizer takes every tokenizer for Qwen2's; a converted model has another
     loader = PreTrainedTokenizerFast if _is_converted(name_or_path, kwargs) else AutoTokenizer
     try:

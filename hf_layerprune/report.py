@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from rich import box
 from rich.table import Table
 
 from .edits import Edit
+from .environment import environment
 from .files import to_json, write_atomically
 from .layer_map import plot_layer_map
 from .scoring import LayerScores
@@ -35,11 +34,14 @@ COLUMNS = {
     "decode tokens/s": "tokens/s",
 }
 """Columns of the result, and their names in a narrow terminal."""
+SPEED_EXPLAINED = (
+    "Speed is a median of several runs; in brackets the ratio to the original, which is the median of the ratios run "
+    "by run and so not quite that of the two medians."
+)
 OF_HEALED = ("ppl never healed", "ppl before healing", "ppl healed")
 EDIT_BAR = "&#124;"  # `|` inside a cell of a Markdown table
-EDITS_EXPLAINED = "Edit 7 removed layer 7; edit 4|5 runs layers 4 and 5 in parallel, as one layer."
 CRITERION_UNITS = {
-    "kl": "KL to the teacher without the layer (nats per token)",
+    "kl": "KL to the original without the layer (nats per token)",
     "loss": "next-token loss without the layer (nats per token)",
     "tasks": "mean cost on the tasks without the layer",
     "block_influence": "block influence, 1 - cos(input, output)",
@@ -50,26 +52,25 @@ CRITERION_UNITS = {
 }
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware the numbers come from."""
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {
-        "hardware": gpu or f"CPU {platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("hf-layerprune", "torch", "transformers", "trl")},
-    }
-
-
-def report_of(teacher: dict[str, Any], rounds: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    """The content of `report.json`."""
-    return {"teacher": teacher, "rounds": rounds, "settings": settings, "environment": environment()}
+def report_of(
+    teacher: dict[str, Any],
+    rounds: list[dict[str, Any]],
+    settings: dict[str, Any],
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """The content of `report.json`, measured on a device."""
+    return {"teacher": teacher, "rounds": rounds, "settings": settings, "environment": environment(device)}
 
 
 def write_report(
-    folder: Path, teacher: dict[str, Any], rounds: list[dict[str, Any]], settings: dict[str, Any]
+    folder: Path,
+    teacher: dict[str, Any],
+    rounds: list[dict[str, Any]],
+    settings: dict[str, Any],
+    device: torch.device | None = None,
 ) -> None:
-    """Write the report of a run that was measured here into its output folder."""
-    write_report_files(folder, report_of(teacher, rounds, settings))
+    """Write the report of a run that was measured here, on a device, into its output folder."""
+    write_report_files(folder, report_of(teacher, rounds, settings, device))
 
 
 def write_report_files(folder: Path, report: dict[str, Any]) -> None:
@@ -77,8 +78,33 @@ def write_report_files(folder: Path, report: dict[str, Any]) -> None:
     write_atomically(folder / "report.json", to_json(report))
     write_atomically(folder / "report.md", render_markdown(report))
     if report["rounds"]:
-        save_plot(plot_quality(report["teacher"], report["rounds"]), folder / "quality.png")
-        save_plot(plot_layer_map(report["rounds"]), folder / "layers.png")
+        save_report_plots(folder, report)
+
+
+def save_report_plots(folder: Path, report: dict[str, Any]) -> None:
+    """Write `quality.png` and `layers.png`; each says in its metadata which report it shows."""
+    drawn = {"Report": report_digest(report)}
+    save_plot(plot_quality(report["teacher"], report["rounds"]), folder / "quality.png", drawn)
+    save_plot(plot_layer_map(report["rounds"], cost_unit(report)), folder / "layers.png", drawn)
+
+
+def weighed_by(settings: dict[str, Any]) -> str:
+    """What an edit saves, where a run divided its cost by that; else empty."""
+    unit = settings.get("target", "")
+    unit = "latency" if settings.get("target_latency") else unit
+    unit = "parameters" if settings.get("target_num_parameters") else unit
+    return {"latency": "time", "parameters": "parameters"}.get(unit, "")
+
+
+def cost_unit(report: dict[str, Any]) -> str:
+    """The unit of a run's costs, where they have one."""
+    plain = report["rounds"][-1]["criterion"] in ("kl", "loss") and not weighed_by(report["settings"])
+    return "nats per token" if plain else ""
+
+
+def report_digest(report: dict[str, Any]) -> str:
+    """SHA-256 of what the plots show."""
+    return sha256(to_json([report["teacher"], report["rounds"]]).encode()).hexdigest()
 
 
 def recovery(teacher: dict[str, Any], record: dict[str, Any]) -> float | None:
@@ -106,7 +132,7 @@ def table_rows(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> lis
         row = {
             "layers": str(record["num_layers"]),
             "edit": ", ".join(record.get("edits", [])),
-            "parameters": _millions(record["num_parameters"]),
+            "parameters": millions(record["num_parameters"]),
             "ppl": f"{record['perplexity']:.2f}",
             "ppl healed": f"{record['perplexity']:.2f}",
             "KL": f"{record.get('kl', 0):.4f}" if record is not teacher else "0",
@@ -122,7 +148,18 @@ def table_rows(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> lis
     return [[cells(record).get(name, "") for name in columns(rounds)] for record in (teacher, *rounds)]
 
 
-def _millions(count: int) -> str:
+def speed_measured(record: dict[str, Any]) -> str:
+    """What a record's speed was measured with; empty where it does not say."""
+    if not {"dtype", "prompt_tokens", "new_tokens", "batch_size"} <= set(record):
+        return ""
+    return (
+        f"weights in {record['dtype']}, a prompt of {record['prompt_tokens']} tokens and {record['new_tokens']} new "
+        f"ones, batch {record['batch_size']}"
+    )
+
+
+def millions(count: int) -> str:
+    """A number of parameters as it is told."""
     return f"{count / 1e6:.2f}M" if count < 1e9 else f"{count / 1e9:.2f}B"
 
 
@@ -170,8 +207,24 @@ def render_markdown(report: dict[str, Any]) -> str:
         + " with "
         + ", ".join(f"{k} {v}" for k, v in env.items() if k != "hardware")
         + "."
+        + (f" Speed: {how}." if (how := speed_measured(teacher)) else "")
     ]
     return "\n".join(lines) + "\n"
+
+
+def _edits_explained(rounds: Sequence[dict[str, Any]]) -> str:
+    """What the labels of the edits mean, by the first of each kind."""
+    labels = [label for record in rounds for label in record["edits"]]
+    first = {Edit.from_label(label).kind: Edit.from_label(label) for label in reversed(labels)}
+    told = {
+        "remove": lambda layers: f"edit {layers[0]} removed layer {layers[0]}",
+        "parallelize": lambda layers: (
+            f"edit {'|'.join(map(str, layers))} runs layers {', '.join(map(str, layers[:-1]))} and {layers[-1]} in "
+            "parallel, as one layer"
+        ),
+    }
+    parts = [tell(first[kind].layers) for kind, tell in told.items() if kind in first]
+    return f"{'; '.join(parts).capitalize()}." if parts else ""
 
 
 def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -183,10 +236,13 @@ def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def quality_table(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> str:
     """The result as a Markdown table, and the sentence that explains it."""
-    explained = (
+    parts = [
         f"Quality on {teacher['num_tokens']:,} tokens of {teacher['evaluated_on']}; KL in nats per token against the "
-        f"teacher; agreement is the share of positions with the teacher's most likely token. {EDITS_EXPLAINED}"
-    )
+        "original; agreement is the share of positions with the original's most likely token.",
+        _edits_explained(rounds),
+        SPEED_EXPLAINED if any("decode_ratio" in record for record in rounds) else "",
+    ]
+    explained = " ".join(filter(None, parts))
     return markdown_table(columns(rounds), table_rows(teacher, rounds)) + "\n\n" + explained
 
 
@@ -209,8 +265,8 @@ def summary(teacher: dict[str, Any], last: dict[str, Any]) -> str:
         return f"Loss per token (nats) {teacher['loss']:.4f} before, **{last['loss']:.4f}** after, without training."
     back = recovery(teacher, last)
     return (
-        f"Loss per token (nats) {teacher['loss']:.4f} for the teacher, {last['loss_unhealed']:.4f} for the same edits "
-        f"never healed, **{last['loss']:.4f}** healed"
+        f"Loss per token (nats) {teacher['loss']:.4f} for the original, {last['loss_unhealed']:.4f} for the same "
+        f"edits never healed, **{last['loss']:.4f}** healed"
         + ("." if back is None else f": {100 * back:.0f} % of the way back.")
     )
 
@@ -253,7 +309,7 @@ def plot_quality(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> F
         curves = (("perplexity", "without training", curves[-1][-1]),)
     for key, label, style in curves:
         axes.plot(depths, [teacher["perplexity"], *(record[key] for record in rounds)], label=label, **style)
-    axes.axhline(teacher["perplexity"], color="#888888", linewidth=1, label="teacher")
+    axes.axhline(teacher["perplexity"], color="#888888", linewidth=1, label="original")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
@@ -287,10 +343,10 @@ def plot_range(found: ParallelRange) -> Figure:
     return figure
 
 
-def save_plot(figure: Figure, path: Path) -> None:
-    """Write a plot as PNG."""
+def save_plot(figure: Figure, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a plot as PNG, with some text in its metadata."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=150, metadata=metadata)
     write_atomically(path, buffer.getvalue())
 
 

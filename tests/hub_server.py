@@ -67,7 +67,7 @@ register_url_convertor("kind", _Kind())
 
 @dataclass
 class Fault:
-    """What goes wrong, and where: at request number `at` (from 0), or at requests whose path has `path` in it.
+    """What goes wrong, and where: at request number `at` (from 0), or at requests whose method and path match `path`.
 
     `kind`: "503"; "cut" before the work, "cut body" in the middle of the upload, "cut answer" behind the work; "slow".
     """
@@ -77,8 +77,8 @@ class Fault:
     path: str | None = None
     times: int = 1
 
-    def strikes(self, number: int, path: str) -> bool:
-        here = number == self.at if self.at is not None else re.search(self.path, path) is not None
+    def strikes(self, number: int, line: str) -> bool:
+        here = number == self.at if self.at is not None else re.search(self.path, line) is not None
         if here and self.times > 0:
             self.times -= 1
             return True
@@ -114,15 +114,23 @@ class Commit:
 @dataclass
 class Repo:
     private: bool = False
+    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    shown: list[tuple[str, frozenset[str]]] = field(default_factory=list)
-    """Every state any branch or tag was ever in: its name, and the files one saw there."""
+    shown: list[tuple[str, frozenset[str] | None]] = field(default_factory=list)
+    """Every state any branch or tag was ever in: its name, and the files one saw there; `None` once it is deleted."""
 
     def point(self, refs: dict[str, str], name: str, oid: str) -> None:
         refs[name] = oid
         self.shown.append((name, frozenset(self.files(oid))))
+
+    def drop(self, refs: dict[str, str], name: str) -> bool:
+        if name not in refs:
+            return False
+        del refs[name]
+        self.shown.append((name, None))
+        return True
 
     def add(self, branch: str, commit: Commit) -> str:
         content = repr(
@@ -207,9 +215,9 @@ class HubServer:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return
-        number, path = next(self.counter), scope["path"]
-        self.log.append(f"{scope['method']} {path}")
-        fault = next((fault for fault in self.faults if fault.strikes(number, path)), None)
+        number, line = next(self.counter), f"{scope['method']} {scope['path']}"
+        self.log.append(line)
+        fault = next((fault for fault in self.faults if fault.strikes(number, line)), None)
         kind = None if fault is None else fault.kind
         transport = send.__self__.transport  # of uvicorn's request cycle: the only way to really cut a connection
         if kind == "503":
@@ -265,6 +273,8 @@ class HubServer:
             repo = self.repos.get(repo_id)
             if repo is None or (repo.private and token not in USERS):
                 return answer_error(404 if token in USERS else 401, "RepoNotFound", "Repository not found")
+            if repo.gated:
+                return answer_error(403, "GatedRepo", "Access to this model is restricted")
             if write and token not in USERS:
                 return answer_error(401, "", "Invalid username or password.")
             if write and not _may_write(token, repo_id):
@@ -398,7 +408,7 @@ class HubServer:
     async def branch(self, request: Request, repo: Repo) -> Response:
         name = request.path_params["branch"]
         if request.method == "DELETE":
-            if repo.branches.pop(name, None) is None:
+            if not repo.drop(repo.branches, name):
                 return answer_error(404, "RevisionNotFound", "Reference does not exist")
             return Response(status_code=204)
         if name in repo.branches:
@@ -412,7 +422,7 @@ class HubServer:
     async def tag(self, request: Request, repo: Repo) -> Response:
         target = request.path_params["target"]
         if request.method == "DELETE":
-            if repo.tags.pop(target, None) is None:
+            if not repo.drop(repo.tags, target):
                 return answer_error(404, "RevisionNotFound", "Reference does not exist")
             return Response(status_code=204)
         name, oid = (await request.json())["tag"], repo.find(target)

@@ -35,6 +35,15 @@ sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.02))
 
 
+@contextlib.contextmanager
+def without(name):
+    value = os.environ.pop(name)
+    try:
+        yield
+    finally:
+        os.environ[name] = value
+
+
 def call(request):
     kind = request.pop("call")
     if kind == "push":
@@ -49,18 +58,19 @@ def call(request):
         pairing = open_catalog(DemoSettings((ModelEntry("pushed", **request),))).first
         return {"depths": pairing.depths, "teacher": pairing.teacher.name}
     if kind == "load":
-        wants_model = request.pop("model", False)
-        run = load_run(**request)
-        if wants_model:
-            return {"kind": type(run.load_model()).__name__}
+        wants_model, without_token = request.pop("model", False), request.pop("without_token", False)
+        with without("HF_TOKEN") if without_token else contextlib.nullcontext():
+            run = load_run(**request)
+            if wants_model:
+                run.load_tokenizer(padding_side="left")
+                return {"kind": type(run.load_model()).__name__, "shown": repr(run)}
         return {"plan": run.plan.to_dict(), "report": run.report, "revision": run.revision}
     if kind == "train":
         return train(**request)
     out, err = io.StringIO(), io.StringIO()
-    token = os.environ.pop("HF_TOKEN") if request["without_token"] else os.environ["HF_TOKEN"]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    token = without("HF_TOKEN") if request["without_token"] else contextlib.nullcontext()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), token:
         status = cli.main(request["argv"])
-    os.environ["HF_TOKEN"] = token
     return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
 
 

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "hf_layerprune"
 ORDER = (
     "errors", "files", "fingerprint", "plan", "edits", "models", "architectures", "surgery", "conversion", "losses",
     "data", "loading", "forward", "tasks", "compensation", "scoring", "generation_data", "evaluation", "shapes",
-    "benchmark", "latency", "budget", "search", "layer_map", "report", "hub", "trainer", "memory", "progress", "demo",
-    "cli", "__init__",
+    "benchmark", "latency", "budget", "search", "layer_map", "environment", "report", "hub", "trainer", "memory",
+    "progress", "demo", "cli", "__init__",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = sorted((PACKAGE / "models").glob("*_pruned_qwen2.py"))

@@ -1,19 +1,23 @@
 """The card: what it says, its metadata, and the committed example."""
 
 import json
+import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 from hub_schema import metadata_errors
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 from test_report import ROUNDS, TEACHER
 
 from hf_layerprune.data import EMBEDDED_MODEL
 from hf_layerprune.hub import model_card
+from hf_layerprune.hub.card import TEMPLATE
 from hf_layerprune.hub.metadata import BaseFacts, base_facts
-from hf_layerprune.report import report_of, summary
+from hf_layerprune.report import recovery, render_markdown, report_digest, report_of, summary
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "docs" / "example-card"
@@ -33,7 +37,10 @@ def test_the_example_is_what_a_push_of_the_embedded_run_would_write(monkeypatch)
     assert card == embedded_card()
     assert metadata_errors(card) == []
     for name in ("layers.png", "quality.png"):
-        assert f"({name})" in card and (EXAMPLE / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in card
+        with Image.open(EXAMPLE / name) as picture:
+            assert picture.text["Report"] == report_digest(REPORT)
+    assert (ROOT / "recipes/tiny/results/quality.png").read_bytes() == (EXAMPLE / "quality.png").read_bytes()
 
 
 def test_every_number_of_the_example_is_from_the_report():
@@ -58,6 +65,58 @@ def test_every_number_of_the_example_is_from_the_report():
     assert {"layer-pruning", "pruned", "distillation", "hf_layerprune"} <= set(metadata["tags"])
     for part in ("vllm serve", "llama", "--config recipe.yaml", "2511.05085", "2502.02790", "recovers less"):
         assert part in card
+
+
+def numbers_in(text):
+    return set(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)*", text))
+
+
+def told_of(value):
+    """Every number of a report, in all ways a card may tell it; of layers every one there is."""
+    if isinstance(value, dict):
+        return set().union(*(told_of(part) | numbers_in(key) for key, part in value.items()))
+    if isinstance(value, list):
+        return set().union(*map(told_of, value))
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return numbers_in(str(value))
+    forms = (f"{value:.2f}", f"{value:.4f}", f"{value:,.0f}", f"{value:.0f}", f"{value / 1e6:.2f}",
+             f"{1000 * value:.1f}", f"{value / 1e6:,.1f}", f"{100 * value:.1f}", f"{value:,}", str(value))  # fmt: skip
+    return set(forms)
+
+
+def test_every_number_of_the_card_is_from_the_report():
+    teacher, last = REPORT["teacher"], REPORT["rounds"][-1]
+    measured = f"{100 * recovery(teacher, last):.0f}"
+    known = told_of(REPORT) | numbers_in(TEMPLATE.read_text()) | {measured}
+    assert numbers_in((EXAMPLE / "README.md").read_text()) <= known
+    assert "1.84" not in known and "51.86" not in known  # else anything would pass
+
+
+def test_what_is_measured_how_is_told():
+    how = {"prefill_tokens_per_second": 9.0, "prefill_ratio": 1.0, "time_to_first_token": 0.1, "batch_size": 1,
+           "peak_memory_bytes": 5_000_000, "kv_bytes_per_token": 320, "dtype": "bfloat16", "prompt_tokens": 128,
+           "new_tokens": 64}  # fmt: skip
+    report = report_of(TEACHER | how, [ROUNDS[0] | how], {})
+    text = model_card(report, "me/student", None).text
+    assert "weights in bfloat16, a prompt of 128 tokens and 64 new ones, batch 1" in text
+    assert "median of the ratios run by run" in text
+    assert "a prompt of 128 tokens and 64 new ones" in render_markdown(report)
+
+
+def test_a_model_of_billions_and_one_word_for_the_original():
+    large = {"num_parameters": 3_085_938_688}
+    text = model_card(report_of(TEACHER | large, [ROUNDS[0] | large], {}), "me/student", None).text
+    assert text.count("3.09B") == 4 and "3,085" not in text
+    assert "teacher" not in text.replace("from teacher (4", "").replace("# teacher: 4", "").replace("teacher me/", "")
+    assert f'pip install "hf-layerprune>={version("hf-layerprune")}"' in text
+
+
+def test_a_student_compared_with_itself_is_not_called_the_original():
+    deeper = {"plan": {"num_teacher_layers": 8, "blocks": [[0], [1], [2]]}}
+    text = model_card(report_of(TEACHER, [ROUNDS[0] | deeper], {}), "me/student", "me/four").text
+    assert "| before this run | 4 |" in text and "| original |" not in text
+    assert "made from [me/four](https://huggingface.co/me/four) (4 layers): 1 layer left out" in text
+    assert "It holds 3 of the 8 layers of the original." in text
 
 
 def test_metadata_survive_a_round_trip():

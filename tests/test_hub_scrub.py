@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.hub.scrub import check_nothing_local, hub_id, is_place, without_places
+from hf_layerprune.hub.scrub import check_nothing_local, hub_id, placed, placed_settings, without_places
 
 
 @pytest.mark.parametrize(
@@ -45,17 +45,36 @@ def test_settings_are_told_without_places_at_any_depth():
 
 def test_what_a_hub_id_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert hub_id("me/model") == hub_id("me/model@4-layers") == "me/model"
     Path("me/model").mkdir(parents=True)
-    assert hub_id("me/model") is None and is_place("me/model")
-    for name in (None, "", "model", "a/b/c", "embedded", "me/texts.jsonl", "a b/c"):
+    assert hub_id("me/model") == hub_id("me/model@4-layers") == "me/model"  # whatever lies on this disk
+    for name in (None, "", "model", "a/b/c", "embedded", "me/texts.jsonl", "a b/c", str(tmp_path), "x" * 5000):
         assert hub_id(name) is None
+
+
+def test_where_a_run_starts_the_disk_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("me/model", "embedded", "texts"):
+        Path(name).mkdir(parents=True)
+    Path("tasks.yaml").write_text("")
+    settings = {"model": "me/model", "teacher": "embedded", "dataset": "embedded:healing", "eval_dataset": None,
+                "tasks": "default, tasks.yaml,paper:texts", "output_dir": "texts", "seed": 3}  # fmt: skip
+    here = str(tmp_path)
+    told = placed_settings(settings)
+    assert told == settings | {
+        "model": f"{here}/me/model",
+        "tasks": f"default,{here}/tasks.yaml,paper:{here}/texts",
+    }
+    public = without_places(told)
+    assert (public["model"], public["tasks"]) == ("model", "default,tasks.yaml,paper:texts")
+    assert "output_dir" not in public and placed("me/other@x") == "me/other@x"
+    assert without_places({"model": "/home/ford/a,b/c"}) == {"model": "c"} and placed("x" * 5000) == "x" * 5000
 
 
 def test_the_last_look(tmp_path):
     staged, run = tmp_path / "staged", tmp_path / "run"
     staged.mkdir()
     (staged / "model.safetensors").write_bytes(str(run).encode())  # weights are not text
+    (staged / "tokenizer.json").write_text(f'{{"{run}": 3}}')  # a vocabulary holds all kinds of words
     (staged / "report.md").write_text(f"made in {run}-2 and https://host{run}, by hf_layerprune")
     check_nothing_local(staged, [run, Path("/")], "secret")
     for text, what in ((f"in {run}", "local path"), (f"{run}/x", "local path"), ("secret", "token"),
@@ -64,3 +83,7 @@ def test_the_last_look(tmp_path):
         with pytest.raises(LayerPruneError, match=f"recipe.yaml holds .*{what}") as error:
             check_nothing_local(staged, [run], "secret")
         assert "secret" not in str(error.value)
+    (staged / "recipe.yaml").unlink()
+    (staged / "tokenizer.json").write_text('{"hf_abcdefghijklmnopqrstuv": 3}')
+    with pytest.raises(LayerPruneError, match="tokenizer.json holds an access token"):
+        check_nothing_local(staged, [run], "secret")

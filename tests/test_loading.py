@@ -77,3 +77,26 @@ def test_tokenizer_missing(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(LayerPruneError, match="no tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_code_of_a_folder_is_not_run_even_by_who_says_yes_to_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    trap = f"open({str(tmp_path / 'trap')!r}, 'w')\n"
+    (tmp_path / "evil.py").write_text(trap + "class Evil: pass\n")
+    auto_map = {"AutoConfig": "evil.Evil", "AutoTokenizer": [None, "evil.Evil"]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": auto_map}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for load in (load_config, load_tokenizer, load_model):
+        with pytest.raises(LayerPruneError):
+            load(str(tmp_path))
+    assert not (tmp_path / "trap").exists()
+
+
+def test_pickles_are_not_read(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(LayerPruneError, match="cannot be loaded as a model"):
+        load_model(str(tmp_path))

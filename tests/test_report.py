@@ -1,6 +1,9 @@
 import json
+import platform
+from pathlib import Path
 
 import pytest
+import torch
 
 from hf_layerprune import LayerScores
 from hf_layerprune.report import (
@@ -85,6 +88,31 @@ def test_without_rounds_there_is_a_teacher():
 
 def test_environment_names_no_machine():
     assert set(environment()) == {"hardware", "python", "hf-layerprune", "torch", "transformers", "trl"}
+
+
+def test_hardware_is_that_of_the_device_that_was_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Big GPU")
+    assert environment()["hardware"] == "Big GPU"
+    write_report(tmp_path, TEACHER, ROUNDS, {}, torch.device("cpu"))
+    told = json.loads((tmp_path / "report.json").read_text())["environment"]["hardware"]
+    assert told.startswith("CPU ") and "Big GPU" not in told
+    cpu = Path("/proc/cpuinfo")
+    if cpu.is_file() and "model name" in cpu.read_text():
+        assert platform.machine() not in told
+
+
+def test_only_edits_that_were_made_are_explained():
+    def explained(rounds):
+        return render_markdown(report_of(TEACHER, rounds, {})).split("most likely token. ")[1].split("\n")[0]
+
+    assert explained(ROUNDS).startswith("Edit 2 removed layer 2. Speed is a median")
+    both = [ROUNDS[0], {**ROUNDS[1], "edits": ["0|1|3"]}]
+    assert explained(both).startswith(
+        "Edit 2 removed layer 2; edit 0|1|3 runs layers 0, 1 and 3 in parallel, as one layer."
+    )
+    without = [{key: value for key, value in ROUNDS[0].items() if "decode" not in key}]
+    assert explained(without) == "Edit 2 removed layer 2."
 
 
 def test_scores_plot_survives_zero_and_nan():

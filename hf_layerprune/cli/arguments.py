@@ -353,7 +353,8 @@ def names_option(argument: str, *options: str) -> bool:
 
 def words_apart(argv: list[str], settings: type) -> tuple[list[str], list[str]]:
     """The words that belong to no option, and the rest; `settings` has a field for every option."""
-    kinds = {item.name: str(item.type) for item in fields(settings)}
+    # a parser that has run leaves types where their names stood
+    kinds = {item.name: getattr(item.type, "__name__", str(item.type)) for item in fields(settings)}
     words: list[str] = []
     rest: list[str] = []
     room, kind = 0.0, ""  # of the last option: words it still takes, and its type

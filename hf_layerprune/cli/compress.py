@@ -14,15 +14,16 @@ from peft import LoraConfig
 from rich.console import Console
 from transformers.trainer_callback import PrinterCallback
 
+from ..budget import TARGETS
 from ..data import ASSETS, load_text_dataset
 from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
+from ..hub.scrub import placed_settings
 from ..loading import load_config, load_model, load_tokenizer
 from ..progress import RunProgress
 from ..report import rich_table
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.checks import check_has_text
-from ..trainer.config import TARGETS
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
 from .arguments import CompressArguments, check_new_folder, names_option, parse
@@ -142,7 +143,8 @@ def _lora(arguments: CompressArguments) -> Any:
 
 
 def _write_recipe(path: Path, arguments: CompressArguments, config: Any) -> None:
-    """Write every setting of ours and every one of the trainer's that was changed: `--config` repeats the run."""
+    """Write every setting of ours and every one of the trainer's that was changed: `--config` repeats the run,
+    from whichever folder."""
     plain = (str, int, float, bool, list, dict, type(None))
     settings = {item.name: getattr(arguments, item.name) for item in fields(arguments) if item.name != "resume"}
     for item in fields(config):
@@ -156,4 +158,4 @@ def _write_recipe(path: Path, arguments: CompressArguments, config: Any) -> None
         if said and isinstance(value, plain) and item.name not in NOT_IN_RECIPE:
             settings[item.name] = value
     settings |= {"output_dir": config.output_dir, "report_to": config.report_to or "none"}
-    write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
+    write_atomically(path, yaml.safe_dump(placed_settings(settings), sort_keys=False))

@@ -13,19 +13,19 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..budget import Budget
+from ..budget import TARGETS, Budget
 from ..data import Batch, load_text_dataset, tokenized_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..hub import RunFolder, read_plan, run_card
+from ..hub.scrub import placed, placed_settings, without_places
 from ..loading import load_tokenizer
 from ..plan import LayerPlan
 from ..report import plot_range, rich_table, save_plot, write_report
 from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of
-from ..trainer.config import TARGETS
 from ..trainer.records import add_speed, student_record, teacher_record
 from ..trainer.students import save_student
 from .arguments import ParallelizeArguments, check_new_folder, parse
@@ -58,14 +58,14 @@ def parallelize(argv: list[str]) -> None:
     if found is not None:
         write_atomically(folder / "range.json", to_json(_content(found)))
         save_plot(plot_range(found), folder / "range.png")
-    teacher = teacher_record(arguments.model, model, evaluate_model(model, evaluation), "evaluation data")
+    teacher = teacher_record(placed(arguments.model), model, evaluate_model(model, evaluation), "evaluation data")
     rounds = [_record(arguments, number, model, step, evaluation) for number, step in enumerate(steps, 1)]
     if arguments.measure_speed:
-        add_speed(model, teacher, rounds)
-    settings = {key: _without_place(value) for key, value in asdict(arguments).items() if key != "output_dir"}
-    write_report(folder, teacher, rounds, settings)
-    write_atomically(folder / "recipe.yaml", yaml.safe_dump(asdict(arguments), sort_keys=False))
-    card = run_card(RunFolder.open(folder), len(rounds), f"{folder.name}/model", arguments.model)
+        add_speed(model, teacher, rounds, student.dtype)
+    settings = placed_settings(asdict(arguments))
+    write_report(folder, teacher, rounds, without_places(settings), model.device)
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
+    card = run_card(RunFolder.open(folder), len(rounds), f"{folder.name}/model")
     write_atomically(folder / "README.md", str(card))
     for name in ("README.md", "quality.png", "layers.png"):
         write_atomically(folder / "model" / name, (folder / name).read_bytes())
@@ -81,11 +81,6 @@ def _record(
     return student_record(
         number, student, edits, arguments.criterion, scores, evaluate_model(student, evaluation, model)
     )
-
-
-def _without_place(value: Any) -> Any:
-    """A setting as the report tells it: of local files and folders the name, not where they lie."""
-    return Path(value).name if isinstance(value, str) and Path(value).exists() else value
 
 
 def _check(arguments: ParallelizeArguments) -> None:

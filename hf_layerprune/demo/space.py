@@ -17,7 +17,7 @@ from ..errors import LayerPruneError
 from ..files import write_atomically
 from ..hub import load_run
 from ..hub.client import patiently
-from ..hub.scrub import check_nothing_local, hub_id
+from ..hub.scrub import check_nothing_local, hub_id, placed
 from ..hub.target import HARMLESS, check_account, check_names
 from ..loading import EMBEDDED
 from .settings import DemoSettings, ModelEntry, read_settings
@@ -148,7 +148,7 @@ def _settings(models: str | Path | Sequence[str], token: str | None) -> DemoSett
         return read_settings(models)
     entries = []
     for name in models:
-        if hub_id(name) is None:
+        if hub_id(placed(name)) is None:
             raise LayerPruneError(
                 f"{name} is no model on the Hub, which a Space needs; push it first: hf-layerprune push {name} "
                 "--repo_id user/name"
@@ -164,7 +164,7 @@ def _check_public(entry: ModelEntry) -> None:
     """Raise [`LayerPruneError`] if a model of the list is not where a Space can find it."""
     for key in ("run", "teacher", "student"):
         name = getattr(entry, key)
-        if name is not None and name != EMBEDDED and hub_id(name) is None:
+        if name is not None and name != EMBEDDED and hub_id(placed(name)) is None:
             raise LayerPruneError(
                 f"{entry.name}: {key}={name!r} is no model on the Hub, which a Space needs; push it first, or name it "
                 "in a YAML file: --models"

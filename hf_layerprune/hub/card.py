@@ -8,12 +8,24 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..data import EMBEDDED_TEXTS
 from ..layer_map import layer_map_text, made_edits, plan_of_record
 from ..loading import EMBEDDED
-from ..report import CRITERION_UNITS, EDIT_BAR, quality_table, summary, task_table, was_healed
+from ..report import (
+    CRITERION_UNITS,
+    EDIT_BAR,
+    SPEED_EXPLAINED,
+    millions,
+    quality_table,
+    speed_measured,
+    summary,
+    task_table,
+    was_healed,
+    weighed_by,
+)
 from .metadata import BaseFacts, base_facts, card_metadata
-from .run_folder import RECIPE_FILE, RunFolder
-from .scrub import hub_id
+from .run_folder import RECIPE_FILE, RunFolder, start_depth
+from .scrub import hub_id, without_places
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "model_card.md.jinja"
 SPEED = {
@@ -39,6 +51,7 @@ def model_card(
     revision: str | None = None,
     revisions: Sequence[str] = (),
     evaluated_on: str | None = None,
+    data: str = "",
 ) -> ModelCard:
     """The card of the student a report ends with.
 
@@ -54,26 +67,29 @@ def model_card(
         revision (`str`, *optional*): the revision it is in, if that is not main.
         revisions (`Sequence[str]`, *optional*): revisions that hold other depths.
         evaluated_on (`str`, *optional*): Hub id of the data the quality was measured on.
+        data (`str`, *optional*): a sentence about the text that was used.
     """
     teacher, rounds, env = report["teacher"], report["rounds"], report["environment"]
     record = rounds[-1]
     plan = plan_of_record(record)
     kinds = {edit.kind for edit in made_edits(rounds)}
     healed = any(was_healed(one) for one in rounds)
+    before = "original" if teacher["num_layers"] == plan.num_teacher_layers else "before this run"
+    from_teacher = start_depth(report) == teacher["num_layers"]
     speed = all(name in record for name in (*SPEED, "prefill_ratio", "decode_ratio"))
     return ModelCard.from_template(
         card_metadata(report, model_name, hub_id(base_model), tags, datasets, facts, evaluated_on),
         template_path=str(TEMPLATE),
         title=f"{teacher['name']}: {teacher['num_layers']} layers to {record['num_layers']}",
-        lead=_lead(report, hub_id(base_model)),
+        lead=_lead(report, base_model or teacher["name"]),
         summary=summary(teacher, record),
-        glance=[_glance("original", teacher), _glance("this model", record)],
+        glance=[_glance(before, teacher), _glance("this model", record)],
         model_name=model_name,
         named=f"{model_name}@{revision}" if revision else model_name,
         at=f', revision="{revision}"' if revision else "",
         revision_option=_revision_option(revision),
         short_name=model_name.split("/")[-1],
-        original=hub_id(base_model) or teacher["name"],
+        original=(hub_id(base_model) if from_teacher else None) or teacher["name"],
         parallel=bool(plan.parallel_pairs),
         architecture=_architecture(record),
         revisions=list(revisions),
@@ -84,10 +100,13 @@ def model_card(
         quality_table=quality_table(teacher, rounds),
         task_table=task_table([teacher, *rounds]) if "tasks" in teacher else "",
         healed=healed,
-        speed=[_speed_row("original", teacher), _speed_row("this model", record)] if speed else [],
+        speed=[_speed_row(before, teacher), _speed_row("this model", record)] if speed else [],
         speed_columns=list(SPEED.values()),
         hardware=env["hardware"],
-        batch_size=record.get("batch_size", 1),
+        measured=speed_measured(record) or f"batch {record.get('batch_size', 1)}",
+        speed_explained=SPEED_EXPLAINED,
+        version=env.get("hf-layerprune", ""),
+        data=data,
         command=command,
         command_explained=command_explained,
         versions=", ".join(f"{name} {value}" for name, value in env.items() if name != "hardware"),
@@ -125,9 +144,8 @@ def run_card(
         revisions (`Sequence[str]`, *optional*): revisions that hold other depths.
     """
     base = base_model or run.base_model
-    source = base_model or run.base_source
-    if facts is None and source and hub_id(source) is None:
-        facts, _ = base_facts(source)
+    if facts is None and base and hub_id(base) is None:
+        facts, _ = base_facts(base)
     command = _command(run, model_name, pushed, revision) if pushed or (run.folder / RECIPE_FILE).is_file() else ""
     return model_card(
         run.report_until(number),
@@ -141,6 +159,7 @@ def run_card(
         revision=revision,
         revisions=[name for name in revisions if name != revision],
         evaluated_on=run.evaluation_dataset,
+        data=_data(run),
     )
 
 
@@ -168,21 +187,52 @@ def _command_explained(run: RunFolder) -> str:
     return " ".join(parts)
 
 
-def _lead(report: dict[str, Any], base_model: str | None) -> str:
-    """One sentence: what this is and what it was made from."""
-    teacher, rounds = report["teacher"], report["rounds"]
+def _data(run: RunFolder) -> str:
+    """Which text the run worked on, as far as its recipe says."""
+    settings, rounds = run.settings, run.report["rounds"]
+    if not run.names_its_text:
+        return ""
+    own = settings.get("dataset") is None  # then it worked on the texts of the package
+    names = zip(("calibration_dataset", "dataset", "eval_dataset"), EMBEDDED_TEXTS, strict=True)
+    calibration, text, evaluation = (
+        _text(settings.get(name) or (f"{EMBEDDED}:{text}" if own else None)) for name, text in names
+    )
+    tasks, parts = _text(settings.get("tasks")), []
+    if any(record["scores"] for record in rounds):
+        parts.append(f"scored on {f'the tasks {tasks}' if tasks else calibration or text}")
+    if any(was_healed(record) for record in rounds):
+        parts.append(f"healed on {text}")
+    held_out = "rows of it that were held out" if parts and parts[-1].endswith(f"on {text}") else None
+    parts.append(f"measured on {evaluation or held_out or f'held-out rows of {text}'}")
+    told = f"Text: {', '.join(parts)}."
+    return f"{told} What is called `{EMBEDDED}` comes with hf_layerprune." if f"`{EMBEDDED}:" in told else told
+
+
+def _text(name: str | None) -> str | None:
+    """How a data set or file is called in the card."""
+    if name is None:
+        return None
+    if repo_id := hub_id(name):
+        return f"[{repo_id}](https://huggingface.co/datasets/{repo_id})"
+    return f"`{without_places({'tasks': name})['tasks']}`"
+
+
+def _lead(report: dict[str, Any], base: str) -> str:
+    """What this is and what it was made from."""
+    rounds, plan = report["rounds"], plan_of_record(report["rounds"][-1])
     edits = made_edits(rounds)
     removed = sum(edit.kind == "remove" for edit in edits)
-    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _unlinked(teacher["name"])
     did = [f"{removed} layer{'s' * (removed != 1)} left out"] if removed else []
-    if pairs := plan_of_record(rounds[-1]).parallel_pairs:
+    merged = [set(edit.layers) for edit in edits if edit.kind == "parallelize"]
+    if pairs := [block for block in plan.parallel_pairs if any(set(block) <= layers for layers in merged)]:
         did.append(f"{sum(map(len, pairs))} layers run in parallel, in {len(pairs)} block{'s' * (len(pairs) != 1)}")
     healed = "healed by distillation" if any(was_healed(record) for record in rounds) else "without training"
-    start, depth = rounds[-1]["plan"]["num_teacher_layers"], rounds[-1]["num_layers"]
-    return (
-        f"A {_architecture(teacher)} language model {depth} layers deep, made from {origin} ({start} layers): "
-        f"{', '.join(did)}, {healed}."
+    start, total = start_depth(report), plan.num_teacher_layers
+    lead = (
+        f"A {_architecture(report['teacher'])} language model {plan.depth} layers deep, made from {_origin(base)} "
+        f"({start} layers): {', '.join(did)}, {healed}."
     )
+    return lead if start == total else f"{lead} It holds {len(plan.layers)} of the {total} layers of the original."
 
 
 def _architecture(record: dict[str, Any]) -> str:
@@ -190,8 +240,12 @@ def _architecture(record: dict[str, Any]) -> str:
     return record.get("architecture", "Qwen2")
 
 
-def _unlinked(name: str) -> str:
-    return "the teacher that comes with hf_layerprune" if name == EMBEDDED else name or "a larger model"
+def _origin(base: str) -> str:
+    """A link to what the run started from; of what is not on the Hub the name."""
+    if repo_id := hub_id(base):
+        revision = base.partition("@")[2]
+        return f"[{base}](https://huggingface.co/{repo_id}{'/tree/' * bool(revision)}{revision})"
+    return "the model that comes with hf_layerprune" if base == EMBEDDED else without_places(base) or "its original"
 
 
 def _glance(name: str, record: dict[str, Any]) -> list[str]:
@@ -199,7 +253,7 @@ def _glance(name: str, record: dict[str, Any]) -> list[str]:
     return [
         name,
         str(record["num_layers"]),
-        f"{record['num_parameters'] / 1e6:,.2f}M",
+        millions(record["num_parameters"]),
         f"{record['perplexity']:.2f}",
         speed,
     ]
@@ -242,11 +296,7 @@ def _beside_next(label: str, costs: dict[str, float]) -> list[str]:
 
 
 def _cost_explained(report: dict[str, Any]) -> str:
-    criterion, settings = report["rounds"][-1].get("criterion", ""), report["settings"]
-    saved = {"latency": "time", "parameters": "parameters"}.get(settings.get("target", ""))
-    saved = (
-        "time" if settings.get("target_latency") else "parameters" if settings.get("target_num_parameters") else saved
-    )
+    criterion, saved = report["rounds"][-1].get("criterion", ""), weighed_by(report["settings"])
     unit = CRITERION_UNITS.get(criterion, criterion).replace("without the layer", "with the edit made")
     return unit + (f", weighed by the {saved} an edit saves" if saved else "")
 

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..errors import first_line
 from ..layer_map import plan_of_record
 from ..loading import resolve
+from .scrub import hub_id
 
 TAGS = ("hf_layerprune", "layer-pruning", "pruned", "distillation")
 PARALLEL_TAG = "layer-parallelism"
@@ -49,20 +50,20 @@ def base_facts(base: str, token: str | None = None) -> tuple[BaseFacts, str]:
         base (`str`): a folder, `"embedded"`, or a Hub id, maybe with `@revision`.
         token (`str`, *optional*): for a private base model.
     """
-    folder = Path(resolve(base))
-    if folder.is_dir() and not (folder / "README.md").is_file():
+    repo_id, readme = hub_id(base), Path(resolve(base)) / "README.md"
+    if repo_id is None and not readme.is_file():
         return BaseFacts(), "it has no README.md"
     try:
-        if folder.is_dir():
-            card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+        if repo_id is None:
+            card = ModelCard(readme.read_text(encoding="utf-8"))
         else:
-            card = ModelCard.load(resolve(base), token=token)
+            card = ModelCard.load(repo_id, token=token)
     except Exception as error:  # no card, no network, broken metadata: each library below has errors of its own
         return BaseFacts(), first_line(error)
     data = card.data
     link = data.license_link
     if link is not None and "://" not in link:  # a file beside the base model's card, which the student's has not
-        link = None if folder.is_dir() else f"https://huggingface.co/{resolve(base)}/blob/main/{link}"
+        link = None if repo_id is None else f"https://huggingface.co/{repo_id}/blob/main/{link}"
     facts = BaseFacts(data.license, data.license_name, link, data.language)
     return facts, "" if facts.license else "its card names none"
 

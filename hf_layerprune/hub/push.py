@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import RevisionNotFoundError
 
 from ..errors import LayerPruneError
 from .client import patiently, status_of
 from .metadata import BaseFacts, base_facts
 from .run_folder import RunFolder
-from .staging import REPLACED, stage
-from .target import MAIN, Target, check_names, check_target
+from .staging import is_own, stage
+from .target import MAIN, STAGING, Target, check_names, check_target, holds_other
 
-STAGING = "staging-"
-"""Begins the name of a branch that holds a commit until the tag or branch it is for points at it."""
+GIT_ATTRIBUTES = ".gitattributes"
+"""Says which files are large; comes with a repository and stays."""
 
 
 def depth_tag(depth: int) -> str:
@@ -71,7 +71,8 @@ def push_run(
     check_names(repo_id, revision)
     run = RunFolder.open(output_dir)
     last = run.number_of(round)
-    rounds = {number: depth_tag(run.plan(number).depth) for number in range(1 if depth_tags else last, last + 1)}
+    latest = {depth_tag(run.plan(number).depth): number for number in range(1 if depth_tags else last, last + 1)}
+    rounds = {number: tag for tag, number in latest.items()}  # of several rounds of one depth the last
     for number in rounds:
         run.student(number)
     api = HfApi(token=token)
@@ -83,7 +84,7 @@ def push_run(
         )
     if target.exists:
         on_message(f"{target.repo_id} is there already; {_what_happens(target, revision or MAIN)}")
-    facts = _facts(base_model or run.base_source, token, on_message)
+    facts = _facts(base_model or run.base_model, token, on_message)
     with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
         folders = {number: Path(temporary) / f"{number:02d}" for number in rounds}
         for number, folder in folders.items():  # all of them, before anything is sent
@@ -91,6 +92,8 @@ def push_run(
             where = revision if number == last else rounds[number]
             options = {"revision": None if where == MAIN else where, "revisions": names, "token": token or get_token()}
             stage(run, number, folder, target.repo_id, base_model, tags, datasets, facts, **options)
+        card = ModelCard.load(folders[last] / "README.md")  # what the others' metadata differ in are numbers
+        patiently(f"checking the card of {target.repo_id}", card.validate)
         push = _Push(api, target)
         push.create(private)
         for number, folder in folders.items():
@@ -134,14 +137,17 @@ class _Push:
         self._drop(STAGING + tag)
 
     def tag(self, tag: str, commit: str) -> None:
-        """Let a tag point at a commit."""
-        had = self.target.tags.get(tag)
-        if had == commit:
+        """Let a tag point at a commit. The Hub cannot move one: it is deleted, then made."""
+        patiently(f"tagging {tag} in {self.repo_id}", self._tag_once, tag, commit)
+
+    def _tag_once(self, tag: str, commit: str) -> None:
+        """Asks first what is there now: an answer may have been lost, or somebody else have set the tag."""
+        now = {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self.repo_id).tags}.get(tag)
+        if now == commit:
             return
-        what = f"tagging {tag} in {self.repo_id}"
-        if had is not None:
-            _gone(what, lambda: self.api.delete_tag(self.repo_id, tag=tag))
-        patiently(what, self.api.create_tag, self.repo_id, tag=tag, revision=commit, exist_ok=True)
+        if now is not None:
+            self.api.delete_tag(self.repo_id, tag=tag)
+        self.api.create_tag(self.repo_id, tag=tag, revision=commit)
 
     def _aside(self, folder: Path, name: str, start: str | None, title: str) -> CommitInfo:
         """Commit to a branch of its own, made from the commit `start`, or from main."""
@@ -150,31 +156,33 @@ class _Push:
         return self._commit(folder, branch, title)
 
     def _drop(self, branch: str) -> None:
-        what = f"tidying up {self.repo_id}"
-        _gone(what, lambda: self.api.delete_branch(self.repo_id, branch=branch))
+        """Delete a branch; one that is not there, perhaps since an answer got lost, is deleted."""
+        try:
+            patiently(f"tidying up {self.repo_id}", self.api.delete_branch, self.repo_id, branch=branch)
+        except LayerPruneError as error:
+            if not isinstance(error.__cause__, RevisionNotFoundError) and status_of(error) != 404:
+                raise
 
     def _commit(self, folder: Path, branch: str, title: str) -> CommitInfo:
         return patiently(f"pushing to {self.repo_id}", self._commit_once, folder, branch, title)
 
     def _commit_once(self, folder: Path, branch: str, title: str) -> CommitInfo:
         """One commit on what the branch holds now: one whose answer was lost is not made again."""
-        return self.api.upload_folder(
-            repo_id=self.repo_id,
-            folder_path=folder,
-            revision=branch,
-            commit_message=title,
-            delete_patterns=list(REPLACED),
-            parent_commit=self.api.model_info(self.repo_id, revision=branch).sha,
-        )
+        now = self.api.model_info(self.repo_id, revision=branch)
+        there = {file.rfilename for file in now.siblings or ()}
+        brought = sorted(path.name for path in folder.iterdir())
+        gone = _superseded(there, branch.startswith(STAGING)) - {GIT_ATTRIBUTES, *brought}
+        operations = [
+            *(CommitOperationAdd(name, str(folder / name)) for name in brought),
+            *(CommitOperationDelete(name) for name in sorted(gone)),
+        ]
+        options = {"commit_message": title, "revision": branch, "parent_commit": now.sha}
+        return self.api.create_commit(self.repo_id, operations, **options)
 
 
-def _gone(what: str, delete: Callable[[], None]) -> None:
-    """Delete a tag or branch; one that is not there, perhaps since an answer got lost, is deleted."""
-    try:
-        patiently(what, delete)
-    except LayerPruneError as error:
-        if not isinstance(error.__cause__, RevisionNotFoundError) and status_of(error) != 404:
-            raise
+def _superseded(there: set[str], aside: bool) -> set[str]:
+    """What a commit takes away: files of earlier pushes; of a branch made aside from something else, everything."""
+    return set(there) if aside and holds_other(there) else {name for name in there if is_own(name)}
 
 
 def _what_happens(target: Target, branch: str) -> str:
@@ -194,4 +202,4 @@ def _facts(source: str | None, token: str | None, on_message: Callable[[str], No
 
 
 def _title(run: RunFolder, number: int) -> str:
-    return f"{run.plan(number).depth} layers of {run.report_until(number)['teacher']['name'] or 'a larger model'}"
+    return f"{run.plan(number).depth} layers of {run.report_until(number)['teacher']['name'] or 'the original'}"

@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LayerPruneError
-from ..plan import MAX_JSON_CHARACTERS, LayerPlan
+from ..plan import MAX_JSON_CHARACTERS, MAX_LAYERS, LayerPlan
 
 PLAN_FILE, REPORT_FILE = "plan.json", "report.json"
 SIZE_LIMITS = {PLAN_FILE: MAX_JSON_CHARACTERS, REPORT_FILE: 64_000_000}
 """Bytes of a file that are read at most."""
 MEASURES = ("num_parameters", "loss", "perplexity")
 ROUND_MEASURES = (*MEASURES, "kl", "agreement")
+OPTIONAL_MEASURES = (
+    "loss_unhealed", "perplexity_unhealed", "kl_unhealed", "loss_before_healing", "perplexity_before_healing",
+    "kl_before_healing", "prefill_tokens_per_second", "prefill_ratio", "decode_tokens_per_second", "decode_ratio",
+    "time_to_first_token", "peak_memory_bytes", "kv_bytes_per_token", "batch_size", "prompt_tokens", "new_tokens",
+)  # fmt: skip
 LABEL = re.compile(r"\d{1,5}(\|\d{1,5})*")
 
 
-def read_plan(path: str | Path) -> LayerPlan:
-    """The plan in a JSON file.
+def read_plan(path: str | Path, name: str | None = None) -> LayerPlan:
+    """The plan in a JSON file, which an error calls `name`.
 
     Raises:
         [`LayerPruneError`]: if it cannot be read, is too large, or is not a valid plan.
@@ -28,11 +33,11 @@ def read_plan(path: str | Path) -> LayerPlan:
     try:
         return LayerPlan.from_json(_read_text(Path(path), SIZE_LIMITS[PLAN_FILE]))
     except LayerPruneError as error:
-        raise LayerPruneError(f"{path}: {error}") from None
+        raise LayerPruneError(f"{name or path}: {error}") from None
 
 
-def read_report(path: str | Path) -> dict[str, Any]:
-    """The report in a JSON file.
+def read_report(path: str | Path, name: str | None = None) -> dict[str, Any]:
+    """The report in a JSON file, which an error calls `name`.
 
     Raises:
         [`LayerPruneError`]: if it cannot be read, is too large, or lacks what every report has.
@@ -41,9 +46,9 @@ def read_report(path: str | Path) -> dict[str, Any]:
         report = json.loads(_read_text(Path(path), SIZE_LIMITS[REPORT_FILE]))
         check_report(report)
     except LayerPruneError as error:
-        raise LayerPruneError(f"{path}: {error}") from None
+        raise LayerPruneError(f"{name or path}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise LayerPruneError(f"{path} is not JSON: {error}") from None
+        raise LayerPruneError(f"{name or path} is not JSON: {error}") from None
     return report
 
 
@@ -74,11 +79,11 @@ def check_report(report: Any) -> None:
 
 
 def _check_record(record: dict[str, Any], what: str, measures: tuple[str, ...]) -> None:
-    if type(record.get("num_layers")) is not int or record["num_layers"] < 1:
+    if type(record.get("num_layers")) is not int or not 1 <= record["num_layers"] <= MAX_LAYERS:
         raise LayerPruneError(f"{what} has num_layers={record.get('num_layers')!r:.200}, which is no depth")
     if not re.fullmatch(r"\w{1,50}", str(record.get("architecture", "Qwen2"))):
         raise LayerPruneError(f"{what} has architecture={record['architecture']!r:.200}, which is no name")
-    for name in measures:
+    for name in (*measures, *(name for name in OPTIONAL_MEASURES if record.get(name) is not None)):
         if not _is_number(record.get(name)):
             raise LayerPruneError(f"{what} has {name}={record.get(name)!r:.200}, which is no number")
 
@@ -100,7 +105,7 @@ def _is_label(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is int and abs(value) < 2**63 or type(value) is float and math.isfinite(value)
 
 
 def _read_text(path: Path, limit: int) -> str:

@@ -10,16 +10,14 @@ from typing import Any
 
 import yaml
 
+from ..budget import TARGETS
 from ..errors import LayerPruneError, first_line
 from ..files import round_folder
 from ..plan import LayerPlan
 from .reading import REPORT_FILE, read_report
-from .scrub import hub_id, is_place, without_places
+from .scrub import INPUTS, hub_id, names_in, without_places
 
 RECIPE_FILE = "recipe.yaml"
-TARGETS = ("target_num_layers", "target_latency", "target_num_parameters")
-INPUTS = ("model", "teacher", "dataset", "eval_dataset", "calibration_dataset", "tasks", "plan")
-"""Settings that may name a file or folder of the author's."""
 FINGERPRINTS = (
     "target", "plan", "model", "teacher", "healing_text", "calibration_text", "evaluation_text", "tasks_text",
     "peft", "save_dtype", "num_processes",
@@ -87,6 +85,10 @@ class RunFolder:
         for folder in (round_folder(self.folder, number), self.folder / "model"):
             if recorded_plan(folder) == self.plan(number) and any(folder.glob("*.safetensors")):
                 return folder
+        if self.verb == "parallelize" and number < len(self.report["rounds"]):
+            raise LayerPruneError(
+                f"{self.folder} never held the student of round {number}: parallelize keeps only the last; push that"
+            )
         raise LayerPruneError(f"{self.folder} no longer holds the student of round {number}; choose another round")
 
     def report_until(self, number: int) -> dict[str, Any]:
@@ -117,9 +119,8 @@ class RunFolder:
             return settings
         dtype = str(settings.get("dtype", "float32")).removeprefix("torch.")
         settings = {key: value for key, value in settings.items() if key not in FINGERPRINTS}
-        start = self.report["settings"].get("plan")
-        started_from_teacher = start is None or len(start["blocks"]) == self.report["teacher"]["num_layers"]
-        model = {"model": self.report["teacher"]["name"]} if started_from_teacher else {}
+        teacher = self.report["teacher"]
+        model = {"model": teacher["name"]} if start_depth(self.report) == teacher["num_layers"] else {}
         return model | settings | {"dtype": dtype}
 
     @cached_property
@@ -131,26 +132,21 @@ class RunFolder:
         """The settings that lead to a round's student, without local places."""
         settings = without_places(self.settings)
         if self.verb == "compress" and (
-            number < len(self.report["rounds"]) or all(settings.get(target) is None for target in TARGETS)
+            number < len(self.report["rounds"]) or all(settings.get(target) is None for target in TARGETS.values())
         ):
-            settings |= dict.fromkeys(TARGETS) | {"target_num_layers": self.plan(number).depth}
+            settings |= dict.fromkeys(TARGETS.values()) | {"target_num_layers": self.plan(number).depth}
         return settings
 
     @property
     def local_inputs(self) -> list[str]:
         """Names of the files and folders of the author's that the recipe needs."""
-        named = [self.settings.get(key) for key in INPUTS]
-        parts = [part.strip() for text in named if isinstance(text, str) for part in text.split(",")]
-        return list(dict.fromkeys(without_places(part) for part in parts if is_place(part)))
+        named = [name.strip() for key in INPUTS for name in names_in(self.settings, key)]
+        told = {name: without_places({"model": name})["model"] for name in named}
+        return list(dict.fromkeys(short for name, short in told.items() if short != name))
 
     @property
     def base_model(self) -> str | None:
-        """Hub id of the model the run started from, if it has one."""
-        return hub_id(self.settings.get("model"))
-
-    @property
-    def base_source(self) -> str | None:
-        """Where the model the run started from can be looked up: its name, or the folder it lay in."""
+        """The model the run started from: a Hub id, perhaps with a revision, or the folder it lay in."""
         return self.settings.get("model")
 
     @property
@@ -163,6 +159,13 @@ class RunFolder:
     def evaluation_dataset(self) -> str | None:
         """Hub id of the data set the quality was measured on, if it is on the Hub."""
         return hub_id(self.settings.get("eval_dataset") or self.settings.get("dataset"))
+
+
+def start_depth(report: dict[str, Any]) -> int:
+    """How deep the model was that the run started from, which may be a student of the teacher's."""
+    plan = report["settings"].get("plan")
+    recorded = plan.get("blocks") if isinstance(plan, dict) else None
+    return len(recorded) if isinstance(recorded, list) else report["teacher"]["num_layers"]
 
 
 def recorded_plan(folder: Path) -> LayerPlan | None:

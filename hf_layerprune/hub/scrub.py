@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -10,7 +11,10 @@ from typing import Any
 
 from ..data import FILE_BUILDERS
 from ..errors import LayerPruneError
+from ..loading import EMBEDDED
 
+INPUTS = ("model", "teacher", "dataset", "eval_dataset", "calibration_dataset", "tasks", "plan")
+"""Settings that may name a file or folder of the author's."""
 DATA_FILES = (*FILE_BUILDERS, ".yaml", ".yml")
 PRIVATE_SETTINGS = (
     "output_dir", "logging_dir", "run_name", "report_to", "resume_from_checkpoint", "project", "trackio_space_id",
@@ -18,17 +22,45 @@ PRIVATE_SETTINGS = (
     "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token",
 )  # fmt: skip
 """Settings that say where a run wrote and reported to, which is nobody else's business."""
+VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+"""Files that hold pieces of every text there is, `/app` and `/home` among them."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
+def placed(name: str) -> str:
+    """A name as a run writes it down: of what lies on this disk the absolute path. Only here the disk is asked.
+
+    A run is pushed later, perhaps from another folder or another machine, where the same name may be something else.
+    """
+    own = name == EMBEDDED or name.startswith(EMBEDDED + ":")
+    return os.path.abspath(name) if not own and os.path.exists(name) else name
+
+
+def placed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that starts here and now, as it writes them down."""
+    told = {key: value if isinstance(value := settings.get(key), str) else None for key in INPUTS}
+    names = {key: _placed_tasks(value) if key == "tasks" else placed(value) for key, value in told.items() if value}
+    return settings | names
+
+
+def _placed_tasks(spec: str) -> str:
+    """Tasks with commas between; each a preset or a file, and perhaps behind a colon the folder of its data."""
+    if os.path.isfile(spec):
+        return os.path.abspath(spec)
+    parts = []
+    for part in (part.strip() for part in spec.split(",")):
+        name, colon, folder = (part, "", "") if os.path.isfile(part) else part.partition(":")
+        name = os.path.abspath(name) if os.path.isfile(name) else name
+        parts.append(name + colon + placed(folder))
+    return ",".join(parts)
+
+
 def is_place(text: str) -> bool:
-    """Whether `text` names a place on this machine rather than something everybody has."""
+    """Whether `text` names a place on a machine rather than something everybody has."""
     if text.startswith(("/", "~", "./", "../", ".\\", "..\\", "file:")) or PureWindowsPath(text).is_absolute():
         return True
-    if not text or "\n" in text or len(text) > 1000:
-        return False
-    return ("/" in text and text.lower().endswith(DATA_FILES)) or Path(text).exists()
+    return "\n" not in text and "/" in text and text.lower().endswith(DATA_FILES)
 
 
 def hub_id(name: str | None) -> str | None:
@@ -38,10 +70,18 @@ def hub_id(name: str | None) -> str | None:
     return name.split("@")[0]
 
 
+def names_in(settings: dict[str, Any], key: str) -> list[str]:
+    """What a setting names, which may be several tasks."""
+    value = settings.get(key)
+    return [] if not isinstance(value, str) else value.split(",") if key == "tasks" else [value]
+
+
 def without_places(value: Any) -> Any:
     """`value` with the last part of every local path in place of the path, in all its lists and objects."""
     if isinstance(value, dict):
-        return {key: without_places(item) for key, item in value.items() if key not in PRIVATE_SETTINGS}
+        told = {key: item for key, item in value.items() if key not in PRIVATE_SETTINGS}
+        named = {key: ",".join(map(_without_place, names_in(told, key))) for key in INPUTS if names_in(told, key)}
+        return {key: without_places(item) for key, item in told.items()} | named
     if isinstance(value, (list, tuple)):
         return [without_places(item) for item in value]
     if not isinstance(value, str):
@@ -51,11 +91,16 @@ def without_places(value: Any) -> Any:
             return json.dumps(without_places(json.loads(value)), sort_keys=True)
         except ValueError:
             return value
-    return ",".join(_name(part.strip()) if is_place(part.strip()) else part for part in value.split(","))
+    return value if "\n" in value else ",".join(_without_place(part) for part in value.split(","))
 
 
-def _name(place: str) -> str:
-    return PureWindowsPath(PurePosixPath(place).name).name
+def _without_place(part: str) -> str:
+    name, colon, folder = part.strip().partition(":")
+    if is_place(part.strip()):
+        return PureWindowsPath(PurePosixPath(part.strip()).name).name
+    if colon and is_place(folder) and not folder.startswith("//"):  # a task and the folder of its data
+        return f"{name}:{_without_place(folder)}"
+    return part
 
 
 def check_nothing_local(folder: Path, places: Iterable[Path], token: str | None) -> None:
@@ -76,7 +121,7 @@ def check_nothing_local(folder: Path, places: Iterable[Path], token: str | None)
             raise LayerPruneError(
                 f"{path.name} holds an access token; take it out of the run's files, then push again"
             )
-        for root in roots:
+        for root in () if path.name in VOCABULARY else roots:
             if re.search(rf"(?<![\w.:-]){re.escape(root)}(?![\w.-])", text):
                 raise LayerPruneError(
                     f"{path.name} holds the local path {root}; take it out of the run's files, then push again"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
 from ..report import write_report_files
 from .card import run_card
@@ -18,20 +20,25 @@ from .reading import PLAN_FILE
 from .run_folder import RECIPE_FILE, RunFolder
 from .scrub import check_nothing_local
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+INDEX = "model.safetensors.index.json"
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 TOKENIZER = (
     "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
     "chat_template.jinja",
 )  # fmt: skip
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 CODE = ("configuration_pruned_qwen2.py", "modeling_pruned_qwen2.py")
-REPLACED = (
-    *WEIGHTS, *TOKENIZER, *SETTINGS, *CODE, PLAN_FILE, RECIPE_FILE, "report.json", "report.md", "quality.png",
+OWN = (
+    INDEX, *TOKENIZER, *SETTINGS, *CODE, PLAN_FILE, RECIPE_FILE, "report.json", "report.md", "quality.png",
     "layers.png", "README.md",
 )  # fmt: skip
-"""What a push may have left in a repository; what the next one does not bring again, it takes away."""
 LOCAL_KEYS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 """Entries of a config that say where a model was loaded from."""
+
+
+def is_own(name: str) -> bool:
+    """Whether a push may have left a file there; what the next one does not bring again, it takes away."""
+    return name in OWN or WEIGHTS.fullmatch(name) is not None
 
 
 def stage(
@@ -87,21 +94,32 @@ def stage(
 
 
 def _link_weights(student: Path, folder: Path) -> None:
-    for pattern in WEIGHTS:
-        for path in student.glob(pattern):
-            try:
-                (folder / path.name).symlink_to(path.resolve())
-            except OSError:  # a file system, or an account on Windows, without links
-                shutil.copyfile(path, folder / path.name)
+    for path in student.iterdir():
+        if path.name != INDEX and not WEIGHTS.fullmatch(path.name):
+            continue
+        try:
+            (folder / path.name).symlink_to(path.resolve())
+        except OSError:  # a file system, or an account on Windows, without links
+            shutil.copyfile(path, folder / path.name)
 
 
 def _check_whole(folder: Path, student: Path, parallel: bool) -> None:
     needed = ["config.json", *(CODE if parallel else ())]
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         needed += sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        needed.append("model.safetensors")
     missing = [name for name in needed if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         missing.append("tokenizer.json")
     if missing:
         raise LayerPruneError(f"{student} is no whole student: {', '.join(missing)} is missing; save it again")
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt"):  # reads the header, which says how long the file is
+                pass
+        except SafetensorError as error:
+            raise LayerPruneError(
+                f"{student} is no whole student: {path.name} is damaged ({first_line(error)}); save it again"
+            ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from .client import patiently
 from .reading import PLAN_FILE, REPORT_FILE
 
 MAIN = "main"
+STAGING = "hf-layerprune-staging-"
+"""Begins the name of a branch that holds a commit until the tag or branch it is for points at it."""
 REVISION = re.compile(r"(?!refs/|[0-9a-f]{40}$)[A-Za-z0-9_][\w.-]*(/[\w-][\w.-]*)*")
 HARMLESS = re.compile(r"\.gitattributes|\.gitignore|README\.md|LICEN[CS]E(\.\w+)?|NOTICE(\.\w+)?", re.IGNORECASE)
 """Files of a repository that was made on the Hub's site and holds no model yet."""
@@ -87,7 +89,9 @@ def check_target(api: HfApi, repo_id: str, revision: str | None = None, tags: Se
             f"{repo_id} has a branch {both[0]!r}, so depth_tags cannot set that tag; delete it first"
         )
     holds = ""
-    for name in [name for name in (branch, *tags) if name in {**branches, **found}]:
+    heads = {*found.values(), *(commit for name, commit in branches.items() if not name.startswith(STAGING))}
+    left = [STAGING + name for name in (branch, *tags) if branches.get(STAGING + name, "") not in {"", *heads}]
+    for name in [name for name in (branch, *tags, *left) if name in {**branches, **found}]:
         content = _content(api, repo_id, name)
         holds = content if name == branch else holds
     return Target(repo_id, True, bool(info.private), branches, found, holds)
@@ -107,15 +111,19 @@ def check_account(api: HfApi, repo_id: str) -> str:
 def _content(api: HfApi, repo_id: str, revision: str) -> str:
     """What a revision holds: nothing, or what an earlier push left there."""
     files = patiently(f"looking at {repo_id}", api.list_repo_files, repo_id, revision=revision)
+    if not holds_other(files):
+        return "a student that was pushed before" if PLAN_FILE in files else ""
     files = [name for name in files if not HARMLESS.fullmatch(name)]
-    if not files:
-        return ""
-    if {PLAN_FILE, REPORT_FILE} <= set(files):
-        return "a student that was pushed before"
     raise LayerPruneError(
         f"{repo_id} exists and its revision {revision} holds something else ({', '.join(sorted(files)[:3])}, ...), no "
         f"student with a {PLAN_FILE} and a {REPORT_FILE}; choose another name, or another revision"
     )
+
+
+def holds_other(files: Iterable[str]) -> bool:
+    """Whether these are the files of something that no push of this library made."""
+    files = {name for name in files if not HARMLESS.fullmatch(name)}
+    return bool(files) and not {PLAN_FILE, REPORT_FILE} <= files
 
 
 def _writable(account: dict[str, Any], repo_id: str) -> str:

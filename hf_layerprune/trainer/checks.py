@@ -7,13 +7,13 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ..architectures import check_supported
-from ..budget import Gauge
+from ..budget import TARGETS, Gauge
 from ..data import column_names
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary
 from ..plan import LayerPlan
 from ..surgery import plan_of
-from .config import TARGETS, IterativeLayerDistillConfig
+from .config import IterativeLayerDistillConfig
 
 TEXT_COLUMNS = ("input_ids", "messages", "prompt", "conversations")
 

@@ -8,7 +8,7 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from ..budget import Budget
+from ..budget import TARGETS, Budget
 from ..compensation import COMPENSATIONS, check_compensation
 from ..edits import EditSpace
 from ..errors import LayerPruneError
@@ -27,8 +27,6 @@ LOSS_PRESETS = ("paper", "balanced")
 HIDDEN_DISTANCES = ("mse", "cosine")
 HIDDEN_TARGETS = ("states", "updates")
 FRACTIONS = ("kl_weight", "hidden_weight", "lm_weight", "teacher_cache_size")
-TARGETS = {"depth": "target_num_layers", "latency": "target_latency", "parameters": "target_num_parameters"}
-"""Unit of a budget to the setting that gives it."""
 
 
 @dataclass

@@ -27,7 +27,8 @@ from ..errors import LayerPruneError
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
 from ..hub import TAGS
-from ..loading import keep_models_whole, load_config, load_model, load_tokenizer, name_of
+from ..hub.scrub import placed
+from ..loading import FOR_CONFIG, keep_models_whole, load_config, load_model, load_tokenizer, name_of
 from ..plan import LayerPlan
 from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
@@ -107,17 +108,19 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         if train_dataset is None:
             raise LayerPruneError("train_dataset is missing; healing needs text")
         keep_models_whole()
-        self.model_name = model if isinstance(model, str) else name_of(model)
+        self.model_name = placed(model if isinstance(model, str) else name_of(model))
         if isinstance(model, str):
             init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
             init |= args.model_init_kwargs or {}
             model = load_model(model, **init)
-            self.save_dtype = load_config(self.model_name, revision=init.get("revision")).dtype or model.dtype
+            self.save_dtype = (
+                load_config(self.model_name, **{k: init[k] for k in FOR_CONFIG if k in init}).dtype or model.dtype
+            )
         else:
             self.save_dtype = model.dtype
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name)
-        self.teacher_name = self.model_name if teacher is None else name_of(teacher)
+        self.teacher_name = self.model_name if teacher is None else placed(name_of(teacher))
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
         self.teacher = (teacher if teacher is not None else model).to(args.device)
@@ -217,7 +220,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         if self.args.measure_speed and run.rounds and "decode_tokens_per_second" not in run.rounds[-1]:
             self._phase("measuring speed")
             if self.args.should_save:
-                add_speed(self.teacher, run.teacher, run.rounds)
+                add_speed(self.teacher, run.teacher, run.rounds, self.save_dtype)
         self._save_run(run, folder, "all")
         self._publish(folder, run)
         if self.args.push_to_hub:
@@ -298,13 +301,13 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         run.current = {}
         self._save_run(run, folder, "round")
         if self.args.should_save:
-            write_report(folder, run.teacher, run.rounds, run.settings)
+            write_report(folder, run.teacher, run.rounds, run.settings, self.args.device)
         self._event("on_round_end", record=record)
 
     def _publish(self, folder: Path, run: RunState) -> None:
         """Fill in what a user looks for first: the final model and its plan."""
         if self.args.should_save and run.rounds:
-            write_report(folder, run.teacher, run.rounds, run.settings)
+            write_report(folder, run.teacher, run.rounds, run.settings, self.args.device)
             self.create_model_card()
             files = [folder / name for name in ("README.md", "quality.png", "layers.png")]
             publish_student(round_folder(folder, len(run.rounds)), folder / "model", files)

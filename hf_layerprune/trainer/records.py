@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import architecture_of
 from ..benchmark import benchmark_models
 from ..edits import Edit
 from ..evaluation import EvaluationReport
+from ..hub.scrub import without_places
 from ..plan import LayerPlan
-from ..surgery import apply_plan, plan_of
+from ..surgery import apply_plan, plan_of, prune
 from ..tasks import PreparedTask
 from ..tasks.evaluation import evaluate_prepared
 
+PROMPT_TOKENS, NEW_TOKENS = 128, 64
+"""How much text speed is measured on."""
+
 
 def teacher_record(name: str, teacher: PreTrainedModel, report: EvaluationReport, evaluated_on: str) -> dict[str, Any]:
-    """Size and quality of the teacher; of a local model only the folder's name is told, not where it lies."""
+    """Size and quality of the teacher; of a local one (see `placed`) the folder's name is told, not where it lies."""
     return {
-        "name": Path(name).name if Path(name).exists() else name,
+        "name": without_places(name),
         "architecture": architecture_of(teacher.config).name,
         "num_layers": teacher.config.num_hidden_layers,
         "num_parameters": teacher.num_parameters(),
@@ -86,11 +90,17 @@ def task_record(
     return {"tasks": evaluate_prepared(model, tasks, tokenizer, teacher).to_dict()} if tasks else {}
 
 
-def add_speed(teacher: PreTrainedModel, teacher_entry: dict[str, Any], rounds: list[dict[str, Any]]) -> None:
-    """Time every depth side by side and add it to the records. Speed depends on shapes only: no student is loaded."""
-    models = [teacher]
+def add_speed(
+    teacher: PreTrainedModel, teacher_entry: dict[str, Any], rounds: list[dict[str, Any]], dtype: torch.dtype
+) -> None:
+    """Time every depth side by side, in the dtype the students are saved in, and add it to the records.
+
+    Speed depends on shapes and dtype only: no student is loaded.
+    """
+    models = [teacher if teacher.dtype == dtype else prune(teacher, [], share_weights=True).to(dtype)]
     for record in rounds:  # each made of the one before, so that blocks they have in common are one in memory
         models.append(apply_plan(models[-1], LayerPlan.from_dict(record["plan"]), share_weights=True))
-    reports = benchmark_models(models, repeats=5)
+    reports = benchmark_models(models, PROMPT_TOKENS, NEW_TOKENS, repeats=5)
+    how = {"dtype": str(dtype).removeprefix("torch."), "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
     for record, report in zip([teacher_entry, *rounds], reports, strict=True):
-        record |= report.to_dict()
+        record |= report.to_dict() | how

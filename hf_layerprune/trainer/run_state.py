@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
-from ..budget import Gauge
+from ..budget import TARGETS, Gauge
 from ..data import Batch
 from ..errors import LayerPruneError
 from ..files import round_folder, write_atomically
@@ -20,7 +20,7 @@ from ..latency import BlockLatency
 from ..plan import LayerPlan
 from ..surgery import plan_of
 from ..tasks import PreparedTask
-from .config import TARGETS, IterativeLayerDistillConfig
+from .config import IterativeLayerDistillConfig
 
 STATE_FILE = "run_state.json"
 LOCK_FILE = ".lock"

@@ -12,8 +12,7 @@ from tempfile import TemporaryDirectory
 
 from hf_layerprune.data import ASSETS
 from hf_layerprune.hub import RunFolder, run_card
-from hf_layerprune.layer_map import plot_layer_map
-from hf_layerprune.report import plot_quality, save_plot
+from hf_layerprune.report import save_report_plots
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "user/embedded-8"
@@ -34,9 +33,7 @@ def main() -> None:
     folder = parser.parse_args().output_dir
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(embedded_card(), encoding="utf-8")
-    report = RunFolder.open(RESULTS).report
-    save_plot(plot_layer_map(report["rounds"]), folder / "layers.png")
-    save_plot(plot_quality(report["teacher"], report["rounds"]), folder / "quality.png")
+    save_report_plots(folder, RunFolder.open(RESULTS).report)
 
 
 if __name__ == "__main__":

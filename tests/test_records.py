@@ -1,0 +1,26 @@
+"""Speed and memory in a report are those of the student as it is saved."""
+
+import json
+
+import torch
+from conftest import byte_tokenizer, tiny_config, tiny_model
+
+from hf_layerprune import IterativeLayerDistillTrainer
+from hf_layerprune.benchmark import kv_bytes_per_token
+from hf_layerprune.loading import load_model
+
+
+def test_a_checkpoint_that_is_healed_in_float32_is_timed_as_it_is_saved(tmp_path, texts):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    byte_tokenizer().save_pretrained(tmp_path / "teacher")
+    args = tiny_config(tmp_path / "run", target_num_layers=4, heal=False)
+    trainer = IterativeLayerDistillTrainer(model=str(tmp_path / "teacher"), args=args, train_dataset=texts)
+    assert trainer.teacher.dtype == torch.float32
+    trainer.train()
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    for record, folder in ((report["teacher"], "teacher"), (report["rounds"][-1], "run/model")):
+        saved = load_model(str(tmp_path / folder))
+        assert record["kv_bytes_per_token"] == kv_bytes_per_token(saved)
+        assert record["dtype"] == "bfloat16" == str(saved.dtype).removeprefix("torch.")
+        assert (record["prompt_tokens"], record["new_tokens"], record["batch_size"]) == (128, 64, 1)
+    assert trainer.teacher.dtype == torch.float32  # what was timed was a copy
