@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 @pytest.fixture(scope="module")
 def figure():
     spec = importlib.util.spec_from_file_location("figure", ROOT / "benchmarks" / "figure.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["figure"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
