@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-VERBS = ("compress", "parallelize", "generate", "score", "evaluate", "benchmark", "push", "push-space", "demo")
+VERBS = ("compress", "parallelize", "generate", "score", "evaluate", "benchmark", "plan", "push", "push-space", "demo")
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
@@ -18,6 +18,7 @@ usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
   score        measure and plot the importance of every layer
   evaluate     measure a checkpoint, alone or against a teacher
   benchmark    measure speed and memory of one or more checkpoints, side by side
+  plan         say what a run needs before it starts: memory, disk, tokens, rough time
   push         put the student of a run on the Hub, with its report and a card
   push-space   make or update a Space on the Hub that compares students with their originals
   demo         compare original and compressed side by side, in the browser
@@ -43,10 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     from .generate import generate
     from .measure import evaluate, score
     from .parallelize import parallelize
+    from .plan import plan
     from .push import push
     from .push_space import push_space
 
-    every = (compress, parallelize, generate, score, evaluate, benchmark, push, push_space, demo)
+    every = (compress, parallelize, generate, score, evaluate, benchmark, plan, push, push_space, demo)
     verbs = dict(zip(VERBS, every, strict=True))
     _quiet()
     try:

@@ -61,6 +61,20 @@ class CompressArguments(DataArguments):
 
 
 @dataclass
+class PlanArguments(CompressArguments):
+    """What `plan` is asked, beside the settings of a run; `model` may be a named shape such as Qwen2.5-3B."""
+
+    gpu_memory: str | None = field(
+        default=None,
+        metadata={"help": "Memory that healing has to fit in, such as 24GiB; by default that of the device here."},
+    )
+    device_tflops: float | None = field(
+        default=None, metadata={"help": "TFLOP/s the device reaches, for a rough time; assumed where not given."}
+    )
+    output_file: str | None = field(default=None, metadata={"help": "File to write every number to, as JSON."})
+
+
+@dataclass
 class MeasureArguments(DataArguments):
     """How much text `score` and `evaluate` look at."""
 

@@ -34,10 +34,9 @@ NOT_IN_RECIPE = (
 
 def compress(argv: list[str]) -> None:
     """Rounds of score, remove, heal, evaluate; see [`IterativeLayerDistillTrainer`]."""
-    if not any(names_option(argument, "--model", "--config") for argument in argv):
-        argv = ["--config", str(ASSETS / "recipe.yaml"), *argv]
+    argv = with_default_recipe(argv)
     arguments, config = parse((CompressArguments, IterativeLayerDistillConfig), argv)
-    _choose_target(arguments, config, argv)
+    choose_target(config, argv, load_config(arguments.model).num_hidden_layers)
     config.disable_tqdm = True
     init_kwargs = config.model_init_kwargs
     config.model_init_kwargs = (init_kwargs or {}) | {"dtype": arguments.dtype}
@@ -85,12 +84,18 @@ def compress(argv: list[str]) -> None:
     console.print(f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
 
-def _choose_target(arguments: CompressArguments, config: Any, argv: list[str]) -> None:
+def with_default_recipe(argv: list[str]) -> list[str]:
+    """Without a model, the recipe of the embedded one."""
+    if any(names_option(argument, "--model", "--config") for argument in argv):
+        return argv
+    return ["--config", str(ASSETS / "recipe.yaml"), *argv]
+
+
+def choose_target(config: IterativeLayerDistillConfig, argv: list[str], depth: int) -> None:
     """The target named on the command line, else that of the recipe, else three quarters of the depth."""
     if named := [name for name in TARGETS.values() if any(names_option(argument, f"--{name}") for argument in argv)]:
         for name in set(TARGETS.values()) - set(named):
             setattr(config, name, None)
-    depth = load_config(arguments.model).num_hidden_layers
     if config.budget() is None:
         config.target_num_layers = max(1, round(0.75 * depth))
 
