@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,7 +117,8 @@ def step_needs(
         on_gpu (`bool`, *optional*, defaults to `False`): take the tiles of logits a GPU would, not those of a CPU.
         count_flops (`bool`, *optional*, defaults to `True`): count operations as well, which takes longer.
     """
-    with FakeTensorMode(), LiveBytes() as live, _tiles_of(on_gpu):
+    with FakeTensorMode(), LiveBytes() as live, _tiles_of(on_gpu), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the other name that checkpointing has had
         teacher = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
         plan = plan_of(teacher)
         for edit in edits:

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -193,7 +193,7 @@ def healing_settings(
             key = (trained, rank, recompute)
             setting = _planned(shape, case, rank, name, n, key not in flops)
             flops.setdefault(key, setting.flops // n)
-            settings.append(_with_flops(setting, flops[key] * n))
+            settings.append(replace(setting, flops=flops[key] * n))
         on_setting(number + 1, len(cases))
     return settings
 
@@ -224,14 +224,19 @@ def _planned(
         weights, peak = weights + other, peak + other
     checkpoint = (0 if lora_r else shape.students()[0] * dtype.itemsize) + first.optimizer
     return HealingSetting(
-        args.trained_layers, lora_r, dtype_name, bool(args.gradient_checkpointing), rows,
-        args.gradient_accumulation_steps, weights, worst.optimizer, peak - weights - worst.optimizer, peak, first.flops,
-        checkpoint,
-    )  # fmt: skip
-
-
-def _with_flops(setting: HealingSetting, flops: int) -> HealingSetting:
-    return HealingSetting(**(vars(setting) | {"flops": flops}))
+        trained=args.trained_layers,
+        lora_r=lora_r,
+        dtype=dtype_name,
+        gradient_checkpointing=bool(args.gradient_checkpointing),
+        rows=rows,
+        accumulation=args.gradient_accumulation_steps,
+        weights=weights,
+        optimizer=worst.optimizer,
+        activations=peak - weights - worst.optimizer,
+        peak=peak,
+        flops=first.flops,
+        checkpoint=checkpoint,
+    )
 
 
 def _needs(
@@ -245,18 +250,18 @@ def _needs(
     """The needs of a step at any depth, from two shallow models where all layers are alike, else at its own."""
 
     def measured(depth: int) -> StepNeeds:
-        config = shape.config if depth == shape.depth else _shallow(shape.config, depth)
-        config = config if plan_of(config).parallel_pairs else _shallow(config, depth)
+        own = plan_of(shape.config).parallel_pairs or args.named_trained_layers() is not None
+        config = shape.config if own else _shallow(shape.config, depth)
         edits = _edits_of(shape, plan_of(config), depth)
         return step_needs(config, args, edits, rows, dtype, lora_config(lora_r), shape.on_gpu, count_flops)
 
     shallow = 3 * args.layers_per_round + 1
     alike = args.named_trained_layers() is None and not plan_of(shape.config).parallel_pairs
-    if not alike or shallow + 2 >= shape.depth:
+    if not alike or shallow + 1 >= shape.depth:
         at_full_depth = measured(shape.depth)
         return lambda _: at_full_depth
-    both = measured(shallow), measured(shallow + 2)
-    return lambda depth: needs_at_depth(both[0], shallow, both[1], shallow + 2, depth)
+    both = measured(shallow), measured(shallow + 1)
+    return lambda depth: needs_at_depth(both[0], shallow, both[1], shallow + 1, depth)
 
 
 def lora_config(r: int | None) -> Any:
@@ -268,9 +273,13 @@ def lora_config(r: int | None) -> Any:
 
 def _edits_of(shape: RunShape, plan: LayerPlan, depth: int) -> Sequence[Edit]:
     """The first edits, of the layers a plan has."""
-    if not plan.parallel_pairs:
+    if plan == LayerPlan.identity(depth):
         return shape.first_edits(depth)
-    return shape.args.edit_space().edits(plan)[: shape.args.layers_per_round]
+    edits: list[Edit] = []
+    while len(edits) < shape.args.layers_per_round and (possible := shape.args.edit_space().edits(plan)):
+        edits.append(possible[1] if len(possible) > 1 else possible[0])
+        plan = edits[-1].apply(plan)
+    return edits
 
 
 def _shallow(config: PretrainedConfig, depth: int) -> PretrainedConfig:

@@ -182,19 +182,21 @@ def _heading(content: dict[str, Any]) -> str:
     name, depth = escape(content["model"]), content["num_layers"]
     text = f"{name}: {depth} layers, {_count(content['parameters'])} parameters"
     if content["rounds"] is None:
-        return f"{text} -> {content['target']['unit']} {content['target']['value']:g}; how many rounds, only measuring tells"
+        unit, value = content["target"]["unit"], content["target"]["value"]
+        return f"{text} -> {unit} {value:g}; how many rounds that takes, only measuring tells"
     return f"{text} -> {_count(content['student_parameters'])} in {content['rounds']} rounds"
 
 
 def _table(settings: list[HealingSetting], memory: int) -> Table:
-    """A line for each way to heal, GiB; the activations are those of the most rows that fit, or of the fewest."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column("trained")
-    table.add_column("dtype")
-    table.add_column("check-\npoint.")
+    """A line for each way to heal; the activations are those of the most rows that fit, or of the fewest."""
+    title = "GiB on the device, at so many rows per micro-batch"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     rows = sorted({setting.rows for setting in settings})
-    columns = ["GiB:\nweights", "grads +\nAdamW", "activ.\n+ KL", *(f"peak\n{n} row{'s' * (n > 1)}" for n in rows)]
-    for column in columns:
+    table.add_column("trained", overflow="fold", min_width=10)
+    for column in ("dtype", "ckpt"):
+        table.add_column(column, no_wrap=True)
+    peaks = [f"peak,\n{rows[0]} row{'s' * (rows[0] > 1)}", *(f"\n{n}" for n in rows[1:])]
+    for column in ("weights", "grad+\nAdamW", "act.+\nKL", *peaks):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     ways: dict[tuple[str, str, bool], list[HealingSetting]] = {}
