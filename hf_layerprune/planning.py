@@ -189,24 +189,24 @@ def healing_settings(
         case = copy.copy(args)
         case.trained_layers, case.gradient_checkpointing = trained, recompute
         for n in rows:
-            case.gradient_accumulation_steps = per_step // n
+            case.per_device_train_batch_size, case.gradient_accumulation_steps = n, per_step // n
             key = (trained, rank, recompute)
-            setting = _planned(shape, case, rank, name, n, key not in flops)
+            setting = planned_setting(shape, case, rank, name, key not in flops)
             flops.setdefault(key, setting.flops // n)
             settings.append(replace(setting, flops=flops[key] * n))
         on_setting(number + 1, len(cases))
     return settings
 
 
-def _planned(
+def planned_setting(
     shape: RunShape,
     args: IterativeLayerDistillConfig,
     lora_r: int | None,
     dtype_name: str,
-    rows: int,
-    count_flops: bool,
+    count_flops: bool = True,
 ) -> HealingSetting:
-    dtype = getattr(torch, dtype_name)
+    """What healing as `args` say needs at the worst moment of a run."""
+    dtype, rows = getattr(torch, dtype_name), args.per_device_train_batch_size
     at = _needs(shape, args, lora_r, dtype, rows, count_flops)
     first, layer = at(shape.depth), shape.layer_parameters * dtype.itemsize
     needs = [(first, first.weights, first.peak)]
