@@ -187,6 +187,9 @@ def _step(
     without_divergence = copy.copy(args)
     if on_gpu:
         without_divergence.kl_weight, without_divergence.loss_preset = 0, None
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if args.packing and args.packing_strategy == "wrapped":  # full rows of one text: no mask, whatever tracing assumes
+        inputs["attention_mask"] = {"full_attention": None}
     half = torch.float16 if args.fp16 else torch.bfloat16
 
     def step() -> list[int]:
@@ -202,7 +205,7 @@ def _step(
         handle = student.base_model.layers[-1].register_forward_pre_hook(mark_backward)
         with torch.autocast("cpu", half, enabled=bool(args.bf16 or args.fp16)):
             updates = args.hidden_target == "updates"
-            towers = run_towers(student, teacher, {"input_ids": ids}, valid, states, shared, updates)
+            towers = run_towers(student, teacher, inputs, valid, states, shared, updates)
             parts = parts_of_loss(towers, student, teacher, labels, without_divergence)
             if on_gpu and _with_divergence(args):
                 heads = (towers.student_final, student.lm_head.weight, towers.teacher_final, teacher.lm_head.weight)

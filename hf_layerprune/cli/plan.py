@@ -184,7 +184,8 @@ def _heading(content: dict[str, Any]) -> str:
     if content["rounds"] is None:
         unit, value = content["target"]["unit"], content["target"]["value"]
         return f"{text} -> {unit} {value:g}; how many rounds that takes, only measuring tells"
-    return f"{text} -> {_count(content['student_parameters'])} in {content['rounds']} rounds"
+    rounds = content["rounds"]
+    return f"{text} -> {_count(content['student_parameters'])} in {rounds} round{'s' * (rounds > 1)}"
 
 
 def _table(settings: list[HealingSetting], memory: int) -> Table:
@@ -230,7 +231,7 @@ def _answers(content: dict[str, Any], settings: list[HealingSetting], best: Heal
 def _disk_line(content: dict[str, Any]) -> str:
     disk = content["disk"]
     names = {
-        "rounds": f"{content['rounds'] or 1} students", "model": "the last one again",
+        "rounds": "the student of every round", "model": "the last one again",
         "checkpoints": "checkpoints within a round", "teacher_cache": "teacher cache",
     }  # fmt: skip
     parts = ", ".join(f"{name} {_gib(disk[key])}" for key, name in names.items() if disk[key])
