@@ -70,7 +70,7 @@ def test_a_recipe_is_read_as_compress_reads_it(tmp_path, shape, capsys):
 
 
 def test_nothing_fits_is_an_answer(shape, capsys):
-    assert run("--model", shape, "--target_num_layers", 3, "--gpu_memory", "64KiB", *QUICK) == 0
+    assert run("--model", shape, "--target_num_layers", 3, "--gpu_memory", "64KiB", *QUICK[:3], 1) == 0
     printed = capsys.readouterr().out
     assert "Nothing fits" in printed and "--max_length, now 32" in printed and "neighbours" in printed
 
