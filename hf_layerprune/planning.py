@@ -80,7 +80,7 @@ class HealingSetting:
 
     @property
     def label(self) -> str:
-        return f"{self.trained}, LoRA {self.lora_r}" if self.lora_r else self.trained
+        return f"{self.trained} LoRA {self.lora_r}" if self.lora_r else self.trained
 
     @property
     def flags(self) -> str:

@@ -190,16 +190,16 @@ def _heading(content: dict[str, Any]) -> str:
 
 def _table(settings: list[HealingSetting], memory: int) -> Table:
     """A line for each way to heal; the activations are those of the most rows that fit, or of the fewest."""
-    title = "GiB on the device, at so many rows per micro-batch"
+    title = "GiB on the device, by rows of a micro-batch, and the most rows that fit"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     rows = sorted({setting.rows for setting in settings})
     table.add_column("trained", overflow="fold", min_width=10)
     for column in ("dtype", "ckpt"):
         table.add_column(column, no_wrap=True)
     peaks = [f"peak,\n{rows[0]} row{'s' * (rows[0] > 1)}", *(f"\n{n}" for n in rows[1:])]
-    for column in ("weights", "grad+\nAdamW", "act.+\nKL", *peaks):
+    for column in ("both\nmodels", "grad+\nAdamW", "act.+\nKL", *peaks):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("fits", no_wrap=True)
+    table.add_column("fits", no_wrap=True, justify="right")
     ways: dict[tuple[str, str, bool], list[HealingSetting]] = {}
     for setting in settings:
         ways.setdefault((setting.label, setting.dtype, setting.gradient_checkpointing), []).append(setting)
@@ -207,8 +207,9 @@ def _table(settings: list[HealingSetting], memory: int) -> Table:
         fitting = [setting for setting in of_way if setting.fits(memory)]
         shown = fitting[-1] if fitting else of_way[0]
         parts = (shown.weights, shown.optimizer, shown.activations, *(setting.peak for setting in of_way))
-        verdict = f"{shown.rows} row{'s' * (shown.rows > 1)}" if fitting else "no"
-        table.add_row(label, dtype, "yes" if checkpointing else "no", *map(_gib, parts), verdict)
+        table.add_row(
+            label, dtype, "yes" if checkpointing else "no", *map(_gib, parts), str(shown.rows) if fitting else "no"
+        )
     return table
 
 
