@@ -23,6 +23,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "score": (a.ScoreArguments,),
     "evaluate": (a.EvaluateArguments,),
     "benchmark": (a.BenchmarkArguments,),
+    "plan": (a.PlanArguments, IterativeLayerDistillConfig),
     "convert": (a.ConvertArguments,),
     "push": (a.PushArguments,),
     "push-space": (a.PushSpaceArguments,),

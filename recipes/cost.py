@@ -17,7 +17,9 @@ import torch
 from transformers import PretrainedConfig, Qwen2Config
 
 from hf_layerprune import IterativeLayerDistillConfig
-from hf_layerprune.cli.arguments import CompressArguments, parse
+from hf_layerprune.cli.arguments import CompressArguments
+from hf_layerprune.cli.parsing import parse
+from hf_layerprune.edits import Edit
 from hf_layerprune.files import write_atomically
 from hf_layerprune.memory import step_needs
 from hf_layerprune.shapes import load_shape
@@ -84,7 +86,7 @@ def cost_of(path: Path, processes: int) -> Cost:
     arguments, args = parse((CompressArguments, IterativeLayerDistillConfig), argv)
     config, rows = shape_of(arguments.model), args.per_device_train_batch_size
     depth = config.num_hidden_layers
-    needs = step_needs(config, args, depth // 2, rows, getattr(torch, arguments.dtype))
+    needs = step_needs(config, args, [Edit.remove(depth // 2)], rows, getattr(torch, arguments.dtype))
     micro_batches = args.gradient_accumulation_steps * processes * args.max_steps * (depth - args.target_num_layers)
     hours = 3600 * SHARE * PEAK
     return Cost(

@@ -11,7 +11,7 @@ ORDER = (
     "errors", "files", "fingerprint", "plan", "edits", "models", "architectures", "surgery", "conversion", "losses",
     "data", "loading", "forward", "tasks", "compensation", "scoring", "generation_data", "evaluation", "shapes",
     "benchmark", "latency", "budget", "search", "layer_map", "environment", "report", "hub", "trainer", "memory",
-    "progress", "demo", "cli", "__init__",
+    "planning", "progress", "demo", "cli", "__init__",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = sorted((PACKAGE / "models").glob("*_pruned_qwen2.py"))

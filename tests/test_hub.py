@@ -16,7 +16,8 @@ from hub_server import Fault, HubServer
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, load_run, prune
-from hf_layerprune.cli.arguments import CompressArguments, ParallelizeArguments, parse
+from hf_layerprune.cli.arguments import CompressArguments, ParallelizeArguments
+from hf_layerprune.cli.parsing import parse
 from hf_layerprune.hub.scrub import hub_id, placed
 
 TOKEN, USER = "hf_writer", "zaphod-beeblebrox"

@@ -13,7 +13,8 @@ from conftest import VOCAB_SIZE, byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from hf_layerprune import IterativeLayerDistillConfig, cli
-from hf_layerprune.cli.arguments import CompressArguments, GenerateArguments, ParallelizeArguments, parse
+from hf_layerprune.cli.arguments import CompressArguments, GenerateArguments, ParallelizeArguments
+from hf_layerprune.cli.parsing import parse
 from hf_layerprune.data import ASSETS, embedded_text
 from hf_layerprune.generation_data import HealingDataConfig
 from hf_layerprune.shapes import load_shape

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 
 VERBS = (
-    "compress", "parallelize", "generate", "score", "evaluate", "benchmark", "convert", "push", "push-space", "demo",
+    "compress", "parallelize", "generate", "score", "evaluate", "benchmark", "plan", "convert", "push", "push-space",
+    "demo",
 )  # fmt: skip
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
@@ -20,6 +21,7 @@ usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
   score        measure and plot the importance of every layer
   evaluate     measure a checkpoint, alone or against a teacher
   benchmark    measure speed and memory of one or more checkpoints, side by side
+  plan         say what a run needs before it starts: memory, disk, tokens, rough time
   convert      write a checkpoint in another family's form, such as Llama as Qwen2, with the same logits
   push         put the student of a run on the Hub, with its report and a card
   push-space   make or update a Space on the Hub that compares students with their originals
@@ -47,10 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     from .generate import generate
     from .measure import evaluate, score
     from .parallelize import parallelize
+    from .plan import plan
     from .push import push
     from .push_space import push_space
 
-    every = (compress, parallelize, generate, score, evaluate, benchmark, convert, push, push_space, demo)
+    every = (compress, parallelize, generate, score, evaluate, benchmark, plan, convert, push, push_space, demo)
     verbs = dict(zip(VERBS, every, strict=True))
     _quiet()
     try:

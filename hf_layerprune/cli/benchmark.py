@@ -21,8 +21,9 @@ from ..loading import EMBEDDED
 from ..report import environment
 from ..shapes import load_shape, random_model, random_models
 from ..surgery import plan_of
-from .arguments import BenchmarkArguments, names_option, parse, words_apart
+from .arguments import BenchmarkArguments
 from .measure import device, load_on_device
+from .parsing import names_option, parse, words_apart
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -26,7 +26,8 @@ from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.checks import check_has_text
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
-from .arguments import CompressArguments, check_new_folder, names_option, parse
+from .arguments import CompressArguments
+from .parsing import check_new_folder, names_option, parse
 
 NOT_IN_RECIPE = (
     "resume_from_checkpoint", "hub_token", "disable_tqdm", "include_num_input_tokens_seen", "dataloader_pin_memory",
@@ -35,10 +36,9 @@ NOT_IN_RECIPE = (
 
 def compress(argv: list[str]) -> None:
     """Rounds of score, remove, heal, evaluate; see [`IterativeLayerDistillTrainer`]."""
-    if not any(names_option(argument, "--model", "--config") for argument in argv):
-        argv = ["--config", str(ASSETS / "recipe.yaml"), *argv]
+    argv = with_default_recipe(argv)
     arguments, config = parse((CompressArguments, IterativeLayerDistillConfig), argv)
-    _choose_target(arguments, config, argv)
+    choose_target(config, argv, load_config(arguments.model).num_hidden_layers)
     config.disable_tqdm = True
     init_kwargs = config.model_init_kwargs
     config.model_init_kwargs = (init_kwargs or {}) | {"dtype": arguments.dtype}
@@ -86,12 +86,18 @@ def compress(argv: list[str]) -> None:
     console.print(f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
 
-def _choose_target(arguments: CompressArguments, config: Any, argv: list[str]) -> None:
+def with_default_recipe(argv: list[str]) -> list[str]:
+    """Without a model, the recipe of the embedded one."""
+    if any(names_option(argument, "--model", "--config") for argument in argv):
+        return argv
+    return ["--config", str(ASSETS / "recipe.yaml"), *argv]
+
+
+def choose_target(config: IterativeLayerDistillConfig, argv: list[str], depth: int) -> None:
     """The target named on the command line, else that of the recipe, else three quarters of the depth."""
     if named := [name for name in TARGETS.values() if any(names_option(argument, f"--{name}") for argument in argv)]:
         for name in set(TARGETS.values()) - set(named):
             setattr(config, name, None)
-    depth = load_config(arguments.model).num_hidden_layers
     if config.budget() is None:
         config.target_num_layers = max(1, round(0.75 * depth))
 

@@ -15,7 +15,8 @@ from ..errors import LayerPruneError
 from ..files import replace_folder
 from ..forward import measuring
 from ..loading import load_config, load_model, load_tokenizer
-from .arguments import ConvertArguments, check_new_folder, parse
+from .arguments import ConvertArguments
+from .parsing import check_new_folder, parse
 
 TOLERANCE = {torch.float32: 1e-4}
 ROUGH_TOLERANCE = 0.05  # of the dtypes with fewer digits

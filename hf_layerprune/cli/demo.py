@@ -8,7 +8,8 @@ from rich.console import Console
 
 from ..demo import launch, read_settings, settings_of
 from ..errors import LayerPruneError
-from .arguments import DemoArguments, names_option, parse, words_apart
+from .arguments import DemoArguments
+from .parsing import names_option, parse, words_apart
 
 
 def demo(argv: list[str]) -> None:

@@ -9,7 +9,8 @@ from ..data import load_text_dataset
 from ..generation_data import HealingDataConfig, generate_healing_data
 from ..generation_data.generate import processes
 from ..loading import load_model, load_tokenizer
-from .arguments import GenerateArguments, parse
+from .arguments import GenerateArguments
+from .parsing import parse
 
 
 def generate(argv: list[str]) -> None:

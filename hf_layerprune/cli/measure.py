@@ -21,7 +21,8 @@ from ..loading import load_config, load_model, load_tokenizer
 from ..report import CRITERION_UNITS, plot_scores, save_plot
 from ..scoring import Race, score_layers
 from ..tasks import KLTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
-from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments, parse
+from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments
+from .parsing import parse
 
 
 def score(argv: list[str]) -> None:

@@ -28,8 +28,9 @@ from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of
 from ..trainer.records import add_speed, student_record, teacher_record
 from ..trainer.students import save_student
-from .arguments import ParallelizeArguments, check_new_folder, parse
+from .arguments import ParallelizeArguments
 from .measure import load_on_device
+from .parsing import check_new_folder, parse
 
 SEARCHES = ("greedy", "range")
 NOT_FOR_RANGE = (

@@ -7,7 +7,8 @@ from rich.console import Console
 from ..errors import LayerPruneError
 from ..hub import push_run
 from ..hub.scrub import hub_id
-from .arguments import PushArguments, names_option, parse, words_apart
+from .arguments import PushArguments
+from .parsing import names_option, parse, words_apart
 
 
 def push(argv: list[str]) -> None:

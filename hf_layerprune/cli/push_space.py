@@ -6,7 +6,8 @@ from rich.console import Console
 
 from ..demo.space import push_space as push
 from ..errors import LayerPruneError
-from .arguments import PushSpaceArguments, names_option, parse, words_apart
+from .arguments import PushSpaceArguments
+from .parsing import names_option, parse, words_apart
 
 
 def push_space(argv: list[str]) -> None:

@@ -1,0 +1,72 @@
+"""How the verbs are told: YAML and command line, strict about unknown keys; words that belong to no option."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from ..errors import LayerPruneError
+
+
+def check_new_folder(folder: Path, instead: str = "") -> None:
+    """Raise [`LayerPruneError`] unless `folder` can be made, or is there and empty; `instead` says what else to do."""
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise LayerPruneError(f"output_dir={folder} is, or lies in, a file; choose a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise LayerPruneError(f"output_dir={folder} is not empty; {instead}choose another folder")
+
+
+def names_option(argument: str, *options: str) -> bool:
+    return any(argument == option or argument.startswith(option + "=") for option in options)
+
+
+def words_apart(argv: list[str], settings: type) -> tuple[list[str], list[str]]:
+    """The words that belong to no option, and the rest; `settings` has a field for every option."""
+    # a parser that has run leaves types where their names stood
+    kinds = {item.name: getattr(item.type, "__name__", str(item.type)) for item in fields(settings)}
+    words: list[str] = []
+    rest: list[str] = []
+    room, kind = 0.0, ""  # of the last option: words it still takes, and its type
+    for argument in _config_apart(argv):
+        if argument.startswith("-"):
+            kind = kinds.get(argument.lstrip("-").replace("-", "_"), "")
+            room = 0 if "=" in argument else math.inf if kind.startswith("list") else 1
+            rest.append(argument)
+        elif room and (kind != "bool" or argument.lower() in ("true", "false")):
+            rest.append(argument)
+            room -= 1
+        else:
+            words.append(argument)
+            room = 0
+    return words, rest
+
+
+def _config_apart(argv: list[str]) -> list[str]:
+    """`--config=FILE` as two words."""
+    return [
+        part
+        for argument in argv
+        for part in (argument.split("=", 1) if names_option(argument, "--config") else [argument])
+    ]
+
+
+def parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
+    """Read YAML and command line into the dataclasses; strict about unknown keys."""
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise LayerPruneError(f"{message}; see --help")
+
+    if argv and argv[-1] == "--config":
+        raise LayerPruneError("--config needs the path of a YAML file")
+    try:
+        return tuple(Parser(types).parse_args_and_config(_config_apart(argv)))
+    except LayerPruneError:
+        raise
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise LayerPruneError(str(error)) from error

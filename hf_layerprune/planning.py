@@ -1,0 +1,345 @@
+"""What a run needs before it starts: memory for every way to heal, disk, tokens and rough time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from .budget import ModelSizes
+from .edits import Edit
+from .errors import LayerPruneError
+from .memory import DEFAULT_LENGTH, StepNeeds, needs_at_depth, step_needs
+from .plan import LayerPlan
+from .scoring.measures import TOKEN_MEASURES
+from .surgery import plan_of
+from .trainer import IterativeLayerDistillConfig
+
+UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("kmgt", 1)
+    for unit, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+SPARE = 0.1  # of the memory: what the allocator cannot use, and the device's own
+ROWS = (1, 2, 4, 8)
+# TFLOP/s, where none is given: about a third of what an A100 names for bfloat16, most of what it names for float32.
+ASSUMED_TFLOPS = {"half": 100.0, "float32": 15.0}
+TILES_OF_SCORING = 4 * 4 * 2**27  # bytes: logits, probabilities and their like of a chunk, in float32
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `"24GiB"`, `"80 GB"` or `"24G"` (which is GiB).
+
+    Raises:
+        [`LayerPruneError`]: if it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if match is None or match[2] not in UNITS or (size := int(float(match[1]) * UNITS[match[2]])) < 1:
+        raise LayerPruneError(f"{text!r} is no size of memory; write it as 24GiB or 80GB")
+    return size
+
+
+@dataclass(frozen=True)
+class HealingSetting:
+    """One way to heal, and what it needs of a device.
+
+    Attributes:
+        trained (`str`): what is trained: a value of `trained_layers`, and whether by LoRA.
+        dtype (`str`): of the weights in memory.
+        gradient_checkpointing (`bool`): whether activations are computed twice.
+        rows (`int`): rows of a micro-batch, on each device.
+        accumulation (`int`): micro-batches of an optimizer step.
+        weights, optimizer, activations, peak (`int`): bytes: of teacher and student, of gradients and AdamW, of
+            activations and tiles of logits, and of all at the worst moment of the run.
+        flops (`int`): of a micro-batch.
+        checkpoint (`int`): bytes on disk of a checkpoint within a round.
+    """
+
+    trained: str
+    lora_r: int | None
+    dtype: str
+    gradient_checkpointing: bool
+    rows: int
+    accumulation: int
+    weights: int
+    optimizer: int
+    activations: int
+    peak: int
+    flops: int
+    checkpoint: int
+
+    def fits(self, memory: int) -> bool:
+        """Whether `memory` bytes are enough, with a tenth to spare."""
+        return self.peak <= (1 - SPARE) * memory
+
+    @property
+    def label(self) -> str:
+        return f"{self.trained} LoRA {self.lora_r}" if self.lora_r else self.trained
+
+    @property
+    def flags(self) -> str:
+        """As options of `compress`."""
+        lora = f" --lora_r {self.lora_r}" if self.lora_r else ""
+        return (
+            f"--trained_layers {self.trained}{lora} --dtype {self.dtype} --gradient_checkpointing "
+            f"{str(self.gradient_checkpointing).lower()} --per_device_train_batch_size {self.rows} "
+            f"--gradient_accumulation_steps {self.accumulation}"
+        )
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """The sizes of a run.
+
+    Args:
+        config ([`~transformers.Qwen2Config`]): of the model the run starts from.
+        args ([`IterativeLayerDistillConfig`]): the settings of the run.
+        teacher ([`~transformers.Qwen2Config`], *optional*): of the teacher, where it is another model.
+        on_gpu (`bool`, *optional*, defaults to `True`): plan for a GPU, not for a CPU.
+    """
+
+    config: PretrainedConfig
+    args: IterativeLayerDistillConfig
+    teacher: PretrainedConfig | None = None
+    on_gpu: bool = True
+
+    @property
+    def depth(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """Parameters of the parts."""
+        with torch.device("meta"):
+            return ModelSizes.of(AutoModelForCausalLM.from_config(self.config))
+
+    @property
+    def parameters(self) -> int:
+        """Of the model the run starts from."""
+        return self.sizes.of_plan(plan_of(self.config))
+
+    @property
+    def layer_parameters(self) -> int:
+        return self.sizes.layer + self.sizes.norms
+
+    @property
+    def removes(self) -> bool:
+        """Whether edits make the student smaller."""
+        return "remove" in self.args.edit_space().kinds
+
+    @property
+    def edits(self) -> int | None:
+        """How many the run makes; `None` where only measuring can tell."""
+        budget = self.args.budget()
+        if budget.unit == "depth":
+            return self.depth - budget.target
+        if budget.unit == "parameters" and self.removes:
+            return math.ceil((self.parameters - budget.target) / self.layer_parameters)
+        return None
+
+    @property
+    def rounds(self) -> int | None:
+        return None if self.edits is None else math.ceil(self.edits / self.args.layers_per_round)
+
+    def students(self) -> list[int]:
+        """Parameters of the student of every round; of the first one only, where there is no telling how many."""
+        per_round = self.args.layers_per_round
+        done = [min(n * per_round, self.edits or per_round) for n in range(1, (self.rounds or 1) + 1)]
+        return [self.parameters - self.layer_parameters * edits * self.removes for edits in done]
+
+    def first_edits(self, depth: int) -> list[Edit]:
+        """The worst a first round can do: its edits as low as possible, and apart, so that most layers are trained."""
+        wanted = min(self.args.layers_per_round, self.edits or self.args.layers_per_round)
+        if self.removes:
+            order = [*range(1, depth - 1, 3), *range(0, depth, 3), *range(2, depth, 3)]
+            return [Edit.remove(layer) for layer in sorted(order[: min(wanted, depth - 1)])]
+        return [Edit.parallelize(2 * n, 2 * n + 1) for n in range(min(wanted, depth // 2))]
+
+
+def healing_settings(
+    shape: RunShape,
+    dtype: str,
+    lora_r: int | None,
+    on_setting: Callable[[int, int], None] = lambda done, total: None,
+) -> list[HealingSetting]:
+    """What can be healed how, the settings that are asked for first.
+
+    Args:
+        shape ([`RunShape`]): the run.
+        dtype (`str`): the dtype asked for; bfloat16 is planned beside it.
+        lora_r (`int`, *optional*): the rank asked for; LoRA is planned anyway.
+        on_setting (`Callable[[int, int], None]`, *optional*): called with how many are done, and of how many.
+    """
+    args = shape.args
+    ways = dict.fromkeys([(args.trained_layers, lora_r), ("neighbours", None), ("all", None), ("neighbours", 16)])
+    checkpointing = bool(args.gradient_checkpointing)
+    dtypes = dict.fromkeys([dtype, "bfloat16"])
+    cases = [(*way, d, c) for way in ways for d in dtypes for c in (checkpointing, not checkpointing)]
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = [n for n in sorted({*ROWS, args.per_device_train_batch_size}) if per_step % n == 0]
+    flops: dict[tuple[Any, ...], int] = {}
+    settings = []
+    for number, (trained, rank, name, recompute) in enumerate(cases):
+        case = copy.copy(args)
+        case.trained_layers, case.gradient_checkpointing = trained, recompute
+        for n in rows:
+            case.per_device_train_batch_size, case.gradient_accumulation_steps = n, per_step // n
+            key = (trained, rank, recompute)
+            setting = planned_setting(shape, case, rank, name, key not in flops)
+            flops.setdefault(key, setting.flops // n)
+            settings.append(replace(setting, flops=flops[key] * n))
+        on_setting(number + 1, len(cases))
+    return settings
+
+
+def planned_setting(
+    shape: RunShape,
+    args: IterativeLayerDistillConfig,
+    lora_r: int | None,
+    dtype_name: str,
+    count_flops: bool = True,
+) -> HealingSetting:
+    """What healing as `args` say needs at the worst moment of a run."""
+    dtype, rows = getattr(torch, dtype_name), args.per_device_train_batch_size
+    at = _needs(shape, args, lora_r, dtype, rows, count_flops)
+    first, layer = at(shape.depth), shape.layer_parameters * dtype.itemsize
+    needs = [(first, first.weights, first.peak)]
+    if shape.edits and args.trained_layers == "neighbours":
+        before = (shape.rounds - 1) * args.layers_per_round  # edits of the rounds before the last
+        gone = before if shape.removes else 0
+        # what was healed before is no longer the teacher's, and takes memory of its own
+        copies = min(2 * before, max(0, shape.depth - gone - 2 * args.layers_per_round))
+        last = at(shape.depth - gone)
+        more = layer * (gone + copies)  # the teacher keeps all its layers
+        needs.append((last, last.weights + more, last.peak + more))
+    worst, weights, peak = max(needs, key=lambda item: item[2])
+    if shape.teacher is not None:
+        other = RunShape(shape.teacher, args).parameters * dtype.itemsize
+        weights, peak = weights + other, peak + other
+    checkpoint = (0 if lora_r else shape.students()[0] * dtype.itemsize) + first.optimizer
+    return HealingSetting(
+        trained=args.trained_layers,
+        lora_r=lora_r,
+        dtype=dtype_name,
+        gradient_checkpointing=bool(args.gradient_checkpointing),
+        rows=rows,
+        accumulation=args.gradient_accumulation_steps,
+        weights=weights,
+        optimizer=worst.optimizer,
+        activations=peak - weights - worst.optimizer,
+        peak=peak,
+        flops=first.flops,
+        checkpoint=checkpoint,
+    )
+
+
+def _needs(
+    shape: RunShape,
+    args: IterativeLayerDistillConfig,
+    lora_r: int | None,
+    dtype: torch.dtype,
+    rows: int,
+    count_flops: bool,
+) -> Callable[[int], StepNeeds]:
+    """The needs of a step at any depth, from two shallow models where all layers are alike, else at its own."""
+
+    def measured(depth: int) -> StepNeeds:
+        own = plan_of(shape.config).parallel_pairs or args.named_trained_layers() is not None
+        config = shape.config if own else _shallow(shape.config, depth)
+        edits = _edits_of(shape, plan_of(config), depth)
+        return step_needs(config, args, edits, rows, dtype, lora_config(lora_r), shape.on_gpu, count_flops)
+
+    shallow = 3 * args.layers_per_round + 1
+    alike = args.named_trained_layers() is None and not plan_of(shape.config).parallel_pairs
+    if not alike or shallow + 1 >= shape.depth:
+        at_full_depth = measured(shape.depth)
+        return lambda _: at_full_depth
+    both = measured(shallow), measured(shallow + 1)
+    return lambda depth: needs_at_depth(both[0], shallow, both[1], shallow + 1, depth)
+
+
+def lora_config(r: int | None) -> Any:
+    """The adapters `compress --lora_r` trains; `None` for none."""
+    from peft import LoraConfig
+
+    return None if r is None else LoraConfig(r=r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _edits_of(shape: RunShape, plan: LayerPlan, depth: int) -> Sequence[Edit]:
+    """The first edits, of the layers a plan has."""
+    if plan == LayerPlan.identity(depth):
+        return shape.first_edits(depth)
+    edits: list[Edit] = []
+    while len(edits) < shape.args.layers_per_round and (possible := shape.args.edit_space().edits(plan)):
+        edits.append(possible[1] if len(possible) > 1 else possible[0])
+        plan = edits[-1].apply(plan)
+    return edits
+
+
+def _shallow(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers, config.layer_types = depth, ["full_attention"] * depth
+    config.layer_plan = None
+    return config
+
+
+def scoring_bytes(shape: RunShape, setting: HealingSetting) -> int:
+    """Bytes that scoring and evaluating take at least: weights, and chunks of logits."""
+    return setting.weights + (TILES_OF_SCORING if shape.on_gpu else 0)
+
+
+def rows_length(args: IterativeLayerDistillConfig) -> int:
+    """Tokens of a full row."""
+    return args.max_length or DEFAULT_LENGTH
+
+
+def tokens_per_step(args: IterativeLayerDistillConfig) -> int:
+    """Tokens of an optimizer step whose rows are full, on one device."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * rows_length(args)
+
+
+def scoring_flops(shape: RunShape) -> int:
+    """Operations that choosing the layer of the first round takes, about; 0 for guesses and tasks."""
+    args, config = shape.args, shape.config
+    if args.criterion not in TOKEN_MEASURES:
+        return 0
+    tokens = args.num_calibration_samples * rows_length(args)
+    attention = 2 * rows_length(args) * config.hidden_size  # of a token in a layer, over half of the row on average
+    layers = (2 * shape.layer_parameters + attention) * shape.depth**2 // 2  # each candidate runs what is behind it
+    return tokens * (layers + 2 * config.hidden_size * config.vocab_size * (shape.depth + 1)) * args.layers_per_round
+
+
+def disk_bytes(shape: RunShape, setting: HealingSetting) -> dict[str, int]:
+    """Bytes in the output folder at the end of the run, by what takes them; checkpoints go with their round.
+
+    Students are saved in the dtype of the checkpoint the run starts from.
+    """
+    args = shape.args
+    itemsize = (shape.config.dtype or getattr(torch, setting.dtype)).itemsize
+    students = [parameters * itemsize for parameters in shape.students()]
+    return {
+        "rounds": sum(students),
+        "model": students[-1],
+        "checkpoints": setting.checkpoint * _checkpoints(args) if args.heal else 0,
+        "teacher_cache": int(args.teacher_cache_size * 2**30),
+    }
+
+
+def _checkpoints(args: IterativeLayerDistillConfig) -> int:
+    """Checkpoints that lie beside each other within a round; at least one where their number depends on the data."""
+    if args.save_strategy == "no":
+        return 0
+    every = args.save_steps if args.save_strategy == "steps" and args.save_steps >= 1 else 1
+    number = math.ceil(args.max_steps / every) if args.max_steps > 0 and args.save_strategy == "steps" else 1
+    return max(1, min(number, args.save_total_limit or number))
+
+
+def assumed_tflops(args: IterativeLayerDistillConfig, dtype: str) -> float:
+    """TFLOP/s of a device nobody told us about."""
+    return ASSUMED_TFLOPS["half" if args.bf16 or args.fp16 or dtype != "float32" else "float32"]

@@ -1,0 +1,103 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_model
+from transformers import LlamaConfig
+
+from hf_layerprune import cli
+
+QUICK = ["--max_length", "32", "--per_device_train_batch_size", "2"]
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in ("plan", *arguments)])
+
+
+@pytest.fixture
+def shape(tmp_path):
+    tiny_model(4).config.save_pretrained(tmp_path / "shape")
+    return tmp_path / "shape" / "config.json"
+
+
+def test_says_what_fits_and_writes_every_number(tmp_path, shape, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    before = set(tmp_path.rglob("*"))
+    file = tmp_path / "numbers" / "plan.json"
+    assert run("--model", shape, "--target_num_layers", 2, "--gpu_memory", "24GiB", "--max_steps", 10,
+               "--save_steps", 4, "--teacher_cache_size", 0.5, "--device_tflops", 50, "--output_file", file,
+               *QUICK) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert set(tmp_path.rglob("*")) - before == {file.parent, file}
+    plan = json.loads(file.read_text())
+    model = tiny_model(4)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert plan["parameters"] == model.num_parameters()
+    assert plan["student_parameters"] == model.num_parameters() - 2 * layer and plan["rounds"] == 2
+    assert {(s["trained"], s["lora_r"]) for s in plan["settings"]} == {
+        ("neighbours", None), ("neighbours", 16), ("all", None)
+    }  # fmt: skip
+    assert {(s["rows"], s["accumulation"]) for s in plan["settings"]} == {(1, 2), (2, 1)}
+    for setting in plan["settings"]:
+        assert setting["peak"] == setting["weights"] + setting["optimizer"] + setting["activations"]
+        assert setting["activations"] > 0 and setting["flops"] > 0 and setting["fits"]
+    best = plan["recommended"]
+    assert (best["trained"], best["dtype"], best["gradient_checkpointing"], best["rows"]) == (
+        "neighbours", "float32", False, 2
+    )  # fmt: skip
+    assert plan["tokens_per_round"] == 10 * 2 * 32 and plan["device_tflops"] == 50
+    assert plan["disk"]["rounds"] == 4 * (2 * model.num_parameters() - 3 * layer)
+    assert plan["disk"]["teacher_cache"] == 2**29 and plan["disk"]["checkpoints"] == 3 * best["checkpoint"]
+    assert "--trained_layers neighbours --dtype float32 --gradient_checkpointing false" in printed
+    assert "rough" in printed and "640" in printed and "in 2 rounds" in printed
+    table = [line for line in printed.splitlines() if line.startswith(("neighbours", "all"))]
+    assert len(table) == 12 and max(map(len, table)) <= 80 and "…" not in printed
+
+
+def test_a_recipe_is_read_as_compress_reads_it(tmp_path, shape, capsys):
+    recipe = {
+        "model": str(shape), "output_dir": "x", "target_num_layers": 3, "trained_layers": "2,3", "max_length": 32,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "num_train_epochs": 2, "report_to": "none",
+        "dtype": "bfloat16", "lora_alpha": 8,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run("--config", tmp_path / "recipe.yaml", "--gpu_memory", "1GiB") == 0
+    printed = capsys.readouterr().out
+    assert "--trained_layers 2,3 --dtype bfloat16" in printed and "in 1 rounds" not in printed
+    assert "96 per step" in printed and "per million tokens" in printed
+
+
+def test_nothing_fits_is_an_answer(shape, capsys):
+    assert run("--model", shape, "--target_num_layers", 3, "--gpu_memory", "64KiB", *QUICK[:3], 1) == 0
+    printed = capsys.readouterr().out
+    assert "Nothing fits" in printed and "--max_length, now 32" in printed and "neighbours" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--gpu_memory", "24 bananas"], "24 bananas"),
+        (["--gpu_memory", "1GiB", "--target_num_layers", "4"], "choose 1..3"),
+        (["--gpu_memory", "1GiB", "--target_num_layers", "0"], "target_num_layers=0"),
+        (["--gpu_memory", "1GiB", "--model", "nobody/nothing"], "nobody/nothing"),
+        (["--gpu_memory", "1GiB", "--model", "{llama}"], "llama"),
+        (["--gpu_memory", "1GiB", "--model", "{missing}"], "missing"),
+        (["--gpu_memory", "1GiB", "--dtype", "float7"], "float7"),
+        (["--gpu_memory", "1GiB", "--heal", "false"], "heal"),
+        (["--gpu_memory", "1GiB", "--device_tflops", "0"], "device_tflops=0"),
+        (["--gpu_memory", "1GiB", "--traget", "1"], "traget"),
+        (["--gpu_memory", "1GiB", "--trained_layers", "3,9"], "[9]"),
+        ([], "--gpu_memory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(tmp_path, shape, capsys, arguments, expected):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    files = {"llama": tmp_path / "llama", "missing": tmp_path / "missing"}
+    capsys.readouterr()
+    given = [] if "--model" in arguments else ["--model", shape]
+    assert run(*given, *(argument.format(**files) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and expected in error
+    assert not Path("trainer_output").exists()

@@ -1,0 +1,65 @@
+"""What a plan says of a run is what the run then takes."""
+
+import pytest
+from conftest import tiny_config, tiny_model
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
+from hf_layerprune.memory import LiveBytes
+from hf_layerprune.planning import (
+    RunShape,
+    parse_size,
+    planned_setting,
+)
+
+SIZES = {"hidden_size": 64, "intermediate_size": 160}
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("24GiB", 24 * 2**30), ("24G", 24 * 2**30), ("80 GB", 80 * 10**9), ("1.5gib", 3 * 2**29), ("512", 512)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24 bananas", "", "GiB", "-1GiB", "0GiB", "1e3GiB", "24GiBs"])
+def test_what_is_no_size(text):
+    with pytest.raises(LayerPruneError, match="24GiB"):
+        parse_size(text)
+
+
+class PeakOfHealing(TrainerCallback):
+    def __init__(self, live):
+        self.live, self.peaks = live, []
+
+    def on_train_begin(self, *_, **__):
+        self.live.take_peak()
+
+    def on_train_end(self, *_, **__):
+        self.peaks.append(self.live.take_peak())
+
+
+@pytest.mark.parametrize(
+    "trained, lora_r, rows",
+    [("neighbours", None, 4), ("all", None, 4), ("all", None, 2), ("neighbours", 4, 4), ("2,5", None, 4)],
+)
+def test_the_planned_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, lora_r, rows):
+    args = tiny_config(
+        tmp_path, trained_layers=trained, max_length=128, max_steps=2, target_num_layers=6, measure_speed=False,
+        per_device_train_batch_size=rows, gradient_accumulation_steps=4 // rows, num_eval_samples=1,
+        criterion="tail", protect_last_layers=6, num_calibration_samples=1,
+    )  # fmt: skip
+    with LiveBytes() as live:
+        model = tiny_model(8, **SIZES)
+        peft = None if lora_r is None else LoraConfig(r=lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+        watch = PeakOfHealing(live)
+        IterativeLayerDistillTrainer(
+            model, args, texts, processing_class=tokenizer, peft_config=peft, callbacks=[watch]
+        ).train()
+    shape = RunShape(model.config, args, on_gpu=False)
+    setting = planned_setting(shape, args, lora_r, "float32")
+    assert len(watch.peaks) == shape.rounds == 2 and setting.accumulation == 4 // rows
+    assert setting.peak == pytest.approx(max(watch.peaks), rel=0.15), (trained, watch.peaks, setting)
+    assert setting.peak == setting.weights + setting.optimizer + setting.activations
