@@ -654,6 +654,19 @@ def test_a_fault_that_stays_is_one_line_and_a_second_push_completes(request, run
     never_half_made(repo)
 
 
+def test_a_pull_waits_no_longer_than_the_client_is_told_to(hub, worker, runs, tmp_path):
+    worker.push(runs / "plain")
+    hasty = Worker(hub, tmp_path, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    hub.delay, hub.faults = 3.0, [Fault("slow", path="resolve", times=1)]
+    hub.log.clear()
+    try:
+        assert "plan" in hasty("load", name="me/student")
+        assert sum("plan.json" in line for line in hub.log) > 2  # asked once more, then read
+    finally:
+        hasty.process.kill()
+        hasty.process.wait()
+
+
 def test_a_move_that_stopped_halfway_is_completed(hub, worker, runs):
     worker.push(runs / "plain", **DEEP)
     hub.faults.append(Fault("503", path="POST .*/tag/", times=10_000))
