@@ -14,7 +14,8 @@ from PIL import Image
 from test_report import ROUNDS, TEACHER
 
 from hf_layerprune.data import EMBEDDED_MODEL
-from hf_layerprune.hub import model_card
+from hf_layerprune.files import to_json, write_atomically
+from hf_layerprune.hub import RunFolder, model_card, run_card
 from hf_layerprune.hub.card import TEMPLATE
 from hf_layerprune.hub.metadata import BaseFacts, base_facts
 from hf_layerprune.report import recovery, render_markdown, report_digest, report_of, summary
@@ -117,6 +118,32 @@ def test_a_student_compared_with_itself_is_not_called_the_original():
     assert "| before this run | 4 |" in text and "| original |" not in text
     assert "made from [me/four](https://huggingface.co/me/four) (4 layers): 1 layer left out" in text
     assert "It holds 3 of the 8 layers of the original." in text
+
+
+@pytest.mark.parametrize(
+    "settings, criterion, told",
+    [
+        ({"dataset": "a/b"}, "kl", "scored on {b}, healed on {b}, measured on rows of it that were held out."),
+        ({"dataset": "a/b"}, "random", "healed on {b}, measured on rows of it that were held out."),
+        ({"dataset": "a/b", "eval_dataset": "/x/c.txt"}, "kl", "scored on {b}, healed on {b}, measured on `c.txt`."),
+        (
+            {"dataset": "a/b", "calibration_dataset": "/x/c.txt", "tasks": "default,/x/d.yaml"},
+            "tasks",
+            "scored on the tasks `default,d.yaml`, healed on {b}, measured on rows of it that were held out.",
+        ),
+        (
+            {"dataset": None},
+            "kl",
+            "scored on `embedded:calibration`, healed on `embedded:healing`, measured on `embedded:held_out`. What is "
+            "called `embedded` comes with hf_layerprune.",
+        ),
+    ],
+)
+def test_the_text_is_told(tmp_path, settings, criterion, told):
+    write_atomically(tmp_path / "report.json", to_json(report_of(TEACHER, [ROUNDS[0] | {"criterion": criterion}], {})))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": "Qwen/Qwen2.5-3B"} | settings))
+    card = run_card(RunFolder.open(tmp_path), 1, "me/student", facts=BaseFacts()).text
+    assert "\nText: " + told.format(b="[a/b](https://huggingface.co/datasets/a/b)") + "\n" in card
 
 
 def test_metadata_survive_a_round_trip():

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 
 from ..errors import LayerPruneError
 from ..hub import RunFolder, load_run
-from ..hub.client import patiently
+from ..hub.client import READING, patiently
 from ..hub.push import depth_tag
 from ..loading import EMBEDDED, load_config
 from ..plan import LayerPlan
@@ -169,7 +169,7 @@ def _single_or_pushed(entry: ModelEntry) -> Pairing:
     run = load_run(str(entry.run))
     students, plans = {run.plan.depth: ModelSource(run.name, run.revision)}, {run.plan.depth: run.plan}
     if run.revision is not None:
-        refs = patiently(f"looking at {run.name}", HfApi().list_repo_refs, run.name)
+        refs = patiently(f"looking at {run.name}", HfApi().list_repo_refs, run.name, purpose=READING)
         tags = {ref.name: ref.target_commit for ref in refs.tags}
         for record in run.report["rounds"]:
             plan, tag = LayerPlan.from_dict(record["plan"]), depth_tag(record["num_layers"])

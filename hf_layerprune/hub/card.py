@@ -36,6 +36,8 @@ SPEED = {
     "kv_bytes_per_token": "KV cache, bytes per token",
 }
 """Entries of a record that say how fast and how large a model is, and their names in the card."""
+BLIND = ("tail", "random")
+"""Criteria that look at no text."""
 
 
 def model_card(
@@ -198,7 +200,7 @@ def _data(run: RunFolder) -> str:
         _text(settings.get(name) or (f"{EMBEDDED}:{text}" if own else None)) for name, text in names
     )
     tasks, parts = _text(settings.get("tasks")), []
-    if any(record["scores"] for record in rounds):
+    if any(record["scores"] and record["criterion"] not in BLIND for record in rounds):
         parts.append(f"scored on {f'the tasks {tasks}' if tasks else calibration or text}")
     if any(was_healed(record) for record in rounds):
         parts.append(f"healed on {text}")
