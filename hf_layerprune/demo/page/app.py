@@ -40,7 +40,7 @@ def build_page(service: DemoService) -> gr.Blocks:
         add_api(service)
 
         def closed(request: gr.Request) -> None:
-            sessions.close(str(request.session_hash))
+            sessions.stop(str(request.session_hash))
 
         page.unload(closed)
     page.queue(max_size=service.limits.max_waiting, default_concurrency_limit=1)
