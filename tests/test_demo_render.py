@@ -61,11 +61,11 @@ def test_answers_show_what_was_measured_and_where_they_part():
     html = render_comparison(Snapshot(ORIGINAL, COMPRESSED), "Look:")
     assert '<mark class="lp-first">man</mark>' in html and '<mark class="lp-first">woman</mark>' in html
     text = " ".join(parsed(html).itertext())
-    for value in ("100", "150", "1.50×", "20 ms", "20.0 MB", "7.09M", "3.94M", "memory, estimated"):
+    for value in ("100", "150", "1.50×", "20 ms", "20.0 MB", "7.09M", "3.94M", "memory (est.)"):
         assert value in text
     assert text.count("×") == 1 and html.index("lp-legend") < html.index("lp-pair")
     measured = render_comparison(Snapshot(replace(ORIGINAL, memory_measured=True), COMPRESSED), "Look:")
-    assert "peak memory" in measured and "memory, estimated" in measured
+    assert "peak memory" in measured and "memory (est.)" in measured
     writing = render_comparison(Snapshot(Answer(state=WRITING, text="so far"), Answer()), "Look:")
     assert "<mark" not in writing and "lp-cursor" in writing and "–" in writing
 

@@ -142,7 +142,7 @@ def test_both_models_stream_and_are_measured(visit):
     for side, layers in ((0, "16"), (1, "10")):
         assert words(page, side).startswith(TEACHER)
         shown = facts(page, side)
-        assert list(shown) == ["tokens/s", "first token", "tokens", "memory, estimated", "parameters", "layers"]
+        assert list(shown) == ["tokens/s", "first token", "tokens", "memory (est.)", "parameters", "layers"]
         assert shown["layers"] == layers and "–" not in "".join(shown.values())
     summary = page.locator("#lp-answers .lp-notice").inner_text()
     assert re.search(r"ran at \d\.\d\d times the speed .* 10 layers instead of 16", summary)

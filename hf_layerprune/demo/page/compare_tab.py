@@ -122,6 +122,7 @@ class CompareTab:
             [self.prompt, self.order, *chosen, *self.sampling.values()],
             [self.answers, self.history, self.prompt, self.leave, self.stop],
             show_progress="minimal",
+            show_progress_on=self.prompt,
             **HIDDEN,
             **ON_DEVICE,
         )

@@ -147,7 +147,7 @@ def _facts(answer: Answer, original: Answer) -> str:
         "tokens/s": shown(own, rate) + times,
         "first token": shown(answer.time_to_first_token, duration),
         "tokens": str(answer.num_tokens) if answer.num_tokens else NOTHING,
-        "peak memory" if answer.memory_measured else "memory, estimated": shown(answer.peak_memory_bytes, memory),
+        "peak memory" if answer.memory_measured else "memory (est.)": shown(answer.peak_memory_bytes, memory),
         "parameters": shown(answer.num_parameters, count),
         "layers": NOTHING if answer.num_layers is None else str(answer.num_layers),
     }
