@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 from demo_models import make_service
@@ -61,6 +62,8 @@ def test_compare_streams_and_ends_with_both_answers(client):
         ({"model": "user/other"}, "not on the list"),
         ({"order": {}}, "order"),
         ({"chat": True}, "no chat template"),
+        ({"chat": "no"}, "chat='no'"),
+        ({"depth": "abc"}, "depth='abc'"),
     ],
     ids=str,
 )
@@ -118,6 +121,14 @@ print("fine")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert run.stdout == "fine\n", run.stderr
+
+
+def test_the_one_tool_of_mcp_is_compare(url):
+    pytest.importorskip("mcp", reason="Gradio's extra for MCP is not installed")
+    with urllib.request.urlopen(f"{url}gradio_api/mcp/schema") as answer:
+        (tool,) = json.load(answer)
+    assert tool["name"] == "compare" and tool["description"].startswith("Let a language model and a compressed copy")
+    assert {"prompt", "model", "depth", "chat", "order", "seed"} <= set(tool["inputSchema"]["properties"])
 
 
 def test_the_page_names_no_other_host(url):
