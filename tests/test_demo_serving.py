@@ -1,5 +1,6 @@
 """The demo as it is started: the command and a copy of the Space, in processes that reach no other host."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -75,6 +76,19 @@ def client_of(process):
 def answered(client):
     result = client.predict("It was", max_new_tokens=4, api_name="/compare")
     return result["ended"] and result["compressed"]["state"] == result["original"]["state"] == "done"
+
+
+def test_the_speed_benchmark_has_a_verdict():
+    path = SPACE.parent / "benchmarks" / "demo_speed.py"
+    spec = importlib.util.spec_from_file_location("demo_speed", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    close = script.compared({"benchmark": [100.0, 50.0, 10.0], "greedy": [90.0, 50.0, 30.0]})
+    assert close["greedy"] == {"tokens_per_second": 50.0, "ratio": 1.0}
+    far = script.compared({"benchmark": [100.0], "greedy": [80.0]})
+    assert script.verdict({"original": close, "compressed": close})["agrees"]
+    told = script.verdict({"original": close, "compressed": far})
+    assert not told["agrees"] and told["told"].startswith("DISAGREES: at most 20.0% apart (compressed, greedy)")
 
 
 def test_the_command_and_a_copied_space_are_served_and_ask_nothing_of_other_hosts(start, tmp_path):
