@@ -29,6 +29,7 @@ from hf_layerprune.loading import load_tokenizer
 FOLDER = Path(__file__).parent.parent.parent / "docs" / "images"
 PROMPT = "The old man looked out of the window and"
 ABOUT = "A small English model that was trained on old books, and shallower copies of it."
+MESSAGES = ("Where have you been all day?", "And whom did you meet there?")
 IN_CONVERSATION = "The same models, which take turns as the people in a book do."
 DIALOGUE = (
     "{% for message in messages %}\u201c{{ message.content }}\u201d\n\n{% endfor %}"
@@ -45,7 +46,11 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         entries = [ModelEntry(_name(run), run=run, description=ABOUT) for run in runs]
         talking = ModelEntry(
-            "In conversation", run=runs[0], teacher=talking_teacher(folder), description=IN_CONVERSATION
+            "In conversation",
+            run=runs[0],
+            teacher=talking_teacher(folder),
+            description=IN_CONVERSATION,
+            examples=MESSAGES,
         )
         settings = DemoSettings((*entries, talking))
         _, url, _ = launch(settings, prevent_thread_lock=True, quiet=True)
@@ -164,8 +169,8 @@ def chat(tab: Page) -> None:
     """Two turns."""
     choose(tab, "In conversation")
     expect(tab.locator("#lp-new")).to_be_visible()
-    for message in ("Where have you been all day?", "And whom did you meet there?"):
-        ask(tab, message, 48 if message.startswith("Where") else 96)
+    for turn, message in enumerate(MESSAGES):
+        ask(tab, message, 96 if turn else 48)
         finish(tab)
         expect(tab.locator("#lp-prompt textarea")).to_have_value("")
 
