@@ -9,7 +9,7 @@ from demo_models import make_run, make_service
 from transformers import GenerationConfig
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, facts, open_catalog, store
+from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, facts, generation, open_catalog, store
 from hf_layerprune.demo.comparison import Request
 from hf_layerprune.demo.generation import DONE, STOPPED
 from hf_layerprune.demo.render import render_inside
@@ -62,6 +62,20 @@ def test_what_is_in_memory_is_not_held_up_by_what_loads(tmp_path, slow):
     slow.set()
     loading.join()
     assert pairing.students[5] in service.store.loaded
+
+
+def test_what_is_measured_was_warmed_up_with_the_prompt_and_nobody_sees_it(tmp_path, monkeypatch):
+    service, lengths, warm_up = one_run(tmp_path, max_prompt_tokens=300), [], generation._warm_up
+
+    def counted(model, ids):
+        lengths.append(ids.shape[1])
+        warm_up(model, ids)
+
+    monkeypatch.setattr(generation, "_warm_up", counted)
+    for prompt, order in (("It was", "one after the other"), ("a" * 200, "one after the other"), ("b", "at once")):
+        *_, snapshot = service.stream(Request(prompt, order=order, sampling={"max_new_tokens": 4}))
+        assert snapshot.original.num_tokens == snapshot.compressed.num_tokens == 4
+    assert lengths == [6, 6, 128, 128]
 
 
 def test_facts_are_read_once_and_again_only_where_something_could_not_be_read(tmp_path, monkeypatch):

@@ -15,7 +15,9 @@ gradio = pytest.importorskip("gradio", reason="the demo's extra is not installed
 from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
+from hf_layerprune import LayerPruneError  # noqa: E402
 from hf_layerprune.demo.page import build_page, launch_page  # noqa: E402
+from hf_layerprune.demo.page.errors import sentence_of, told_of  # noqa: E402
 
 RUN = "tiny run"
 
@@ -121,6 +123,19 @@ print("fine")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert run.stdout == "fine\n", run.stderr
+
+
+def test_only_what_uses_the_device_waits_in_line(client):
+    waiting = [dependency for dependency in client.config["dependencies"] if dependency["queue"] is not False]
+    assert len(waiting) == 3  # a comparison, next tokens, and the endpoint
+    assert len(client.config["dependencies"]) > 10
+
+
+def test_errors_are_told_without_what_is_nobodys_business():
+    assert sentence_of(LayerPruneError("too long")) == "Too long"
+    quota = gradio.Error("You have <b>exceeded</b> your <a href='x'>share</a> &amp; more")
+    assert told_of(quota) == "You have exceeded your share & more"
+    assert "secret" not in told_of(RuntimeError("/secret/place")) and "log" in told_of(RuntimeError())
 
 
 def test_the_one_tool_of_mcp_is_compare(url):
