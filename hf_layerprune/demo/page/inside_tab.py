@@ -42,8 +42,8 @@ class InsideTab:
         with gr.Row(elem_classes="lp-buttons"):
             show = gr.Button("Show next tokens", variant="primary", elem_id="lp-inspect", min_width=140)
         self.positions = gr.HTML(BEFORE, elem_id="lp-positions", padding=False)
-        for trigger in (show.click, self.text.submit):
-            trigger(self._inspect, [self.text, choice.model, choice.depth], self.positions, **HIDDEN, **ON_DEVICE)
+        asked, triggers = [self.text, choice.model, choice.depth], [show.click, self.text.submit]
+        gr.on(triggers, self._inspect, asked, self.positions, **HIDDEN, **ON_DEVICE)
 
     @property
     def followers(self) -> list[Any]:
