@@ -1,10 +1,7 @@
-"""The logic of the demo: settings, catalog, prompts, sampling, answers, differences, next tokens; no page yet."""
+"""The logic of the demo: settings, catalog, prompts, sampling, answers, next tokens; no page yet."""
 
-import importlib.machinery
-import sys
 import threading
 import time
-import types
 
 import pytest
 import torch
@@ -14,8 +11,8 @@ from demo_models import chat_tokenizer, make_run, make_service
 from hf_layerprune import LayerPruneError, cli
 from hf_layerprune.benchmark import kv_bytes_per_token
 from hf_layerprune.demo import DemoSettings, Limits, ModelEntry, open_catalog, read_settings, settings_of
+from hf_layerprune.demo.catalog import ModelSource
 from hf_layerprune.demo.comparison import AT_ONCE, Request
-from hf_layerprune.demo.difference import difference, words_in_common
 from hf_layerprune.demo.generation import DONE, FAILED, STOPPED
 from hf_layerprune.demo.next_tokens import compare_next_tokens
 from hf_layerprune.demo.prompts import clean, encode_chat, encode_plainly, encode_text
@@ -67,6 +64,7 @@ def test_the_list_is_read_strictly_and_folders_are_meant_from_where_it_lies(tmp_
         ("models: [{name: a, run: b}, {name: a, run: c}]", "twice"),
         ("models: [{name: a, run: b}]\nlimits: {max_new_tokens: 0}", "max_new_tokens=0"),
         ("models: [{name: a, run: b}]\ndtype: int8", "dtype='int8'"),
+        ("models: [{name: a, run: b}]\ntitle: 2024", "title=2024 is no text"),
     ],
 )
 def test_mistakes_in_the_list_are_one_line(tmp_path, text, told):
@@ -88,7 +86,10 @@ def test_words_of_the_command_line():
 def test_a_run_offers_every_depth_it_kept(service):
     pairing = service.catalog["tiny run"]
     assert pairing.depths == [5, 4, 3]
-    assert [pairing.depth(wanted) for wanted in (0, 3, 4.2, 99, None, "5")] == [3, 3, 4, 5, 3, 3]
+    assert [pairing.depth(wanted) for wanted in (0, 3, 4.2, 99, None)] == [3, 3, 4, 5, 3]
+    for wanted in ("abc", "5", True, float("nan"), 10**400, [3]):
+        with pytest.raises(LayerPruneError, match="must be a number of layers"):
+            pairing.depth(wanted)
     assert len(pairing.rounds(4)) == 2
     assert pairing.plans[4].removed_layers == (1, 3)
 
@@ -124,6 +125,9 @@ def test_models_are_loaded_once_and_the_oldest_makes_room(service):
     store.get(sources[0])
     store.get(sources[2])
     assert store.loaded == [sources[0], sources[2]]
+    with pytest.raises(LayerPruneError):
+        store.get(ModelSource("nowhere/at/all"))
+    assert store.loaded == [sources[0], sources[2]]  # what cannot be loaded sends nothing away
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
@@ -155,6 +159,10 @@ def test_a_chat_has_the_control_tokens_of_its_template_and_no_others():
     tokenizer.chat_template = "{{ messages[0].content | upper }}"
     with pytest.raises(LayerPruneError, match="does not hold every message"):
         encode_chat(tokenizer, [], "hello")
+    for template in ("{{ raise_exception('no') }}", "{% for", "{{ messages[7].content + 1 }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(LayerPruneError, match="chat template of this model fails"):
+            encode_chat(tokenizer, [], "hello")
 
 
 def test_a_text_is_encoded_as_the_tokenizer_does():
@@ -302,6 +310,8 @@ def test_hostile_prompts_are_answered_like_any_other(service, prompt, model):
         (Request("a", order="backwards"), "order='backwards'"),
         (Request("a", "another"), "not on the list"),
         (Request("a", sampling={"max_new_tokens": 513}), "max_new_tokens=513"),
+        (Request("a", depth="abc"), "depth='abc'"),
+        (Request("a", "tiny chat", chat="no"), "chat='no'"),
     ],
     ids=lambda value: "" if isinstance(value, Request) else value,
 )
@@ -312,45 +322,12 @@ def test_requests_beyond_the_limits_are_refused(service, request_, told):
 
 def test_a_conversation_goes_its_own_way_with_each_model(service):
     history = (("hello", "one answer", "another answer"),)
-    prompts = service.comparer._prompts(
-        service.catalog["tiny chat"], Request("and?", chat=True, history=history), Sampling(max_new_tokens=8)
-    )
+    prompts = service.comparer.prepare(Request("and?", "tiny chat", chat=True, history=history)).prompts
     texts = [service.store.tokenizer(service.catalog["tiny chat"]).decode(ids) for ids in prompts]
     assert "one answer" in texts[0] and "another answer" in texts[1] and "another answer" not in texts[0]
 
 
-def test_on_zero_gpu_the_calls_are_marked_and_models_are_not_run_before(tmp_path, monkeypatch):
-    """A stand-in for the `spaces` package, which only exists on the Hub's own machines."""
-    marked = []
-
-    def mark(duration):
-        def decorate(function):
-            marked.append((function.__name__, duration))
-            return function
-
-        return decorate
-
-    stand_in = types.ModuleType("spaces")
-    stand_in.GPU = mark
-    stand_in.__spec__ = importlib.machinery.ModuleSpec("spaces", None)
-    monkeypatch.setitem(sys.modules, "spaces", stand_in)
-    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
-    service = make_service(tmp_path, max_seconds=30)
-    assert marked == [("compare", 60), ("_positions", 30)]
-    assert last(service).compressed.state == DONE
-
-
-# -- differences and next tokens -------------------------------------------------------------------------------------
-
-
-def test_words_where_answers_part():
-    first, second = difference("the old man sat down", "the old woman sat")
-    assert [piece.text for piece in first if piece.parts] == ["man", " down"]
-    assert [piece.text for piece in second if piece.parts] == ["woman"]
-    for pieces, text in ((first, "the old man sat down"), (second, "the old woman sat")):
-        assert "".join(piece.text for piece in pieces) == text
-    assert words_in_common("a b c", "a b d") == 2 and words_in_common("a b", "a  b") is None
-    assert words_in_common("a b", "a b c") == 2 and difference("", "") == ([], [])
+# -- next tokens -----------------------------------------------------------------------------------------------------
 
 
 def test_next_tokens_and_their_divergence(service):

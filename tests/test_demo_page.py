@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 from demo_models import make_service
@@ -14,7 +15,9 @@ gradio = pytest.importorskip("gradio", reason="the demo's extra is not installed
 from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
+from hf_layerprune import LayerPruneError  # noqa: E402
 from hf_layerprune.demo.page import build_page, launch_page  # noqa: E402
+from hf_layerprune.demo.page.errors import sentence_of, told_of  # noqa: E402
 
 RUN = "tiny run"
 
@@ -61,6 +64,8 @@ def test_compare_streams_and_ends_with_both_answers(client):
         ({"model": "user/other"}, "not on the list"),
         ({"order": {}}, "order"),
         ({"chat": True}, "no chat template"),
+        ({"chat": "no"}, "chat='no'"),
+        ({"depth": "abc"}, "depth='abc'"),
     ],
     ids=str,
 )
@@ -118,6 +123,28 @@ print("fine")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert run.stdout == "fine\n", run.stderr
+
+
+def test_only_what_uses_the_device_waits_in_line(client):
+    events = [event for event in client.config["dependencies"] if event["targets"] != [[None, "unload"]]]
+    waiting = [event for event in events if event["queue"] is not False]
+    assert len(waiting) == 3  # a comparison, next tokens, and the endpoint
+    assert len(events) > 10
+
+
+def test_errors_are_told_without_what_is_nobodys_business():
+    assert sentence_of(LayerPruneError("too long")) == "Too long"
+    quota = gradio.Error("You have <b>exceeded</b> your <a href='x'>share</a> &amp; more")
+    assert told_of(quota) == "You have exceeded your share & more"
+    assert "secret" not in told_of(RuntimeError("/secret/place")) and "log" in told_of(RuntimeError())
+
+
+def test_the_one_tool_of_mcp_is_compare(url):
+    pytest.importorskip("mcp", reason="Gradio's extra for MCP is not installed")
+    with urllib.request.urlopen(f"{url}gradio_api/mcp/schema") as answer:
+        (tool,) = json.load(answer)
+    assert tool["name"] == "compare" and tool["description"].startswith("Let a language model and a compressed copy")
+    assert {"prompt", "model", "depth", "chat", "order", "seed"} <= set(tool["inputSchema"]["properties"])
 
 
 def test_the_page_names_no_other_host(url):

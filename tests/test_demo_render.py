@@ -1,7 +1,9 @@
 """What the demo shows: words of strangers as text, the layers, the charts, the heat strip."""
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,6 +15,7 @@ from hf_layerprune.demo.comparison import AT_ONCE, Snapshot
 from hf_layerprune.demo.generation import DONE, FAILED, LOADING, STOPPED, WRITING, Answer
 from hf_layerprune.demo.next_tokens import Position
 from hf_layerprune.demo.render import (
+    notice,
     render_comparison,
     render_empty,
     render_importance,
@@ -47,7 +50,7 @@ def test_words_of_strangers_are_text_everywhere():
     shown = [
         render_comparison(Snapshot(answer, answer), HOSTILE),
         render_comparison(Snapshot(answer, failed), HOSTILE, chat=True, history=[(HOSTILE, HOSTILE, HOSTILE)]),
-        render_positions([Position(HOSTILE, 0.5, ((HOSTILE, 0.5),), ((HOSTILE, 0.4),))]),
+        render_positions([Position(HOSTILE, 0.5, ((HOSTILE, 0.5),), ((HOSTILE, 0.4),))], 4),
     ]
     for html in shown:
         parsed(html)
@@ -58,8 +61,11 @@ def test_answers_show_what_was_measured_and_where_they_part():
     html = render_comparison(Snapshot(ORIGINAL, COMPRESSED), "Look:")
     assert '<mark class="lp-first">man</mark>' in html and '<mark class="lp-first">woman</mark>' in html
     text = " ".join(parsed(html).itertext())
-    for value in ("100", "150", "1.50×", "20 ms", "20.0 MB", "7.09M", "3.94M", "0.56×"):
+    for value in ("100", "150", "1.50×", "20 ms", "20.0 MB", "7.09M", "3.94M", "memory (est.)"):
         assert value in text
+    assert text.count("×") == 1 and html.index("lp-legend") < html.index("lp-pair")
+    measured = render_comparison(Snapshot(replace(ORIGINAL, memory_measured=True), COMPRESSED), "Look:")
+    assert "peak memory" in measured and "memory (est.)" in measured
     writing = render_comparison(Snapshot(Answer(state=WRITING, text="so far"), Answer()), "Look:")
     assert "<mark" not in writing and "lp-cursor" in writing and "–" in writing
 
@@ -132,6 +138,11 @@ def test_charts_have_a_point_for_every_round_and_a_bar_for_every_edit():
 
 def test_charts_of_odd_numbers(tmp_path):
     teacher = REPORT["teacher"]
+    for odd in (math.inf, math.nan, "much", None, 0, -1):
+        rounds = [record | {"perplexity_unhealed": odd} for record in REPORT["rounds"]]
+        parsed(render_quality({"teacher": teacher, "rounds": rounds}, 10))
+        lost = [record | {"perplexity": odd, "perplexity_before_healing": odd} for record in rounds]
+        parsed(render_quality({"teacher": {**teacher, "perplexity": odd}, "rounds": lost}, 10))
     record = REPORT["rounds"][0] | {"perplexity": teacher["perplexity"], "perplexity_unhealed": 1e6}
     parsed(render_quality({"teacher": teacher, "rounds": [record]}, 15))
     for values in (
@@ -150,8 +161,11 @@ def test_without_a_run_the_charts_say_so():
 
 def test_the_heat_strip_opens_one_token_at_a_time():
     positions = [Position(f" {n}", n / 4, ((" a", 0.5),), ((" b", 0.25),)) for n in range(6)]
-    html = render_positions(positions)
-    assert html.count("<details") == 6 and html.count(" open>") == 1
+    positions.insert(2, Position(" worst", 2.0, (), ()))
+    html = render_positions(positions, 4)
+    assert "after “␣worst” (2.00)" in html and "of 4 layers" in html
+    assert re.search(r" open><summary[^>]*>␣worst<", html)
+    assert html.count("<details") == 7 and html.count(" open>") == 1
     assert len(set(re.findall(r'name="(lp-\w+)"', html))) == 1
     assert "--heat:1.000" in html and "␣5" in html and "50.0%" in html
 
@@ -160,4 +174,5 @@ def test_before_anything_was_asked(tmp_path):
     service = make_service(tmp_path)
     html = render_empty(service.catalog["tiny run"], 4)
     assert "6 layers" in html and "4 layers" in html and "continues your text" in html
-    assert "&lt;b&gt;" not in render_empty(service.catalog["tiny chat"], 4, chat=True, problem="Too long.")
+    html = render_empty(service.catalog["tiny chat"], 4, chat=True, told=notice("<b>Too long.", problem=True))
+    assert html.count("lp-notice") == 1 and "&lt;b&gt;Too long." in html and "answers your message" in html

@@ -138,6 +138,36 @@ def test_mistakes_are_one_line_and_nothing_is_sent(hub, worker, pushed, tmp_path
     assert "spaces/me/space" not in hub.repos and len(hub.repos["spaces/me/taken"].titles()) == before
 
 
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("run: me/typo", "me/typo"),
+        ("run: me/teacher", "no plan.json"),
+        ("{teacher: me/typo, student: me/student}", "a: me/typo is not on the Hub"),
+        ("{teacher: me/teacher, student: me/typo@v1}", "a: me/typo@v1 is not on the Hub"),
+        ("{teacher: me/teacher, student: me/student@9-layers}", "me/student@9-layers"),
+        ("run: me/local", "was made from teacher, which is no model on the Hub"),
+    ],
+    ids=str,
+)
+def test_every_model_of_a_list_is_looked_for_before_anything_is_sent(hub, worker, pushed, tmp_path, entry, told):
+    path = tmp_path / "list.yaml"
+    settings = yaml.safe_load(entry if entry.startswith("{") else f"{{{entry}}}")
+    path.write_text(yaml.safe_dump({"models": [{"name": "a"} | settings]}))
+    student = hub.repos["me/student"].files()
+    report = student["report.json"].replace(b"me/teacher", b"teacher")
+    hub.seed("me/local", student | {"report.json": report})
+    status, _, err = worker.run("push-space", "--models", path, "--repo_id", "me/space")
+    assert status == 2 and told in err and err.strip().count("\n") == 0
+    assert "spaces/me/space" not in hub.repos
+
+
+def test_private_models_are_told(hub, worker, pushed):
+    hub.repos["me/teacher"].private = True
+    status, _, err = worker.run("push-space", pushed, "--repo_id", "me/space")
+    assert status == 0 and "me/teacher is private" in err and "me/student is private" not in err
+
+
 def test_without_a_token_nothing_is_sent(hub, worker, pushed):
     status, _, err = worker.run("push-space", pushed, "--repo_id", "me/space", without_token=True)
     assert status == 2 and "no token" in err

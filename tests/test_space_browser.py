@@ -1,13 +1,13 @@
 """The demo in a real browser: type, compare, stop, move the depth slider, look inside, on a desk and on a phone.
 
-It needs Playwright (in the `dev` extra) and a Chromium that is installed already (`apt-get install chromium`; `make
-test` tries to).
+It needs Playwright (in the `dev` extra) and a Chromium (`apt-get install chromium`; `make test` tries to).
 """
 
 import os
 import re
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 from demo_models import make_service
@@ -16,6 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 EXECUTABLES = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1>${window.hacked=1}{{window.hacked}}\x07"
 ANSWERS = "#lp-answers .lp-card"
+SAMPLING = ["max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed"]
 TEACHER = "The old man looked out of the window and"
 
 
@@ -33,13 +34,30 @@ try:
 except ImportError as missing:
     skip_loudly(f"{missing.name} is not installed; install it with: pip install -e '.[dev]'")
 
+from hf_layerprune.demo import DemoService  # noqa: E402
 from hf_layerprune.demo.page import build_page, launch_page  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def service(tmp_path_factory):
     service = make_service(tmp_path_factory.mktemp("demo"), max_new_tokens=1000, max_prompt_tokens=3000)
-    service.comparer.preload(service.catalog.first)
+    service.warm_up()
+    return service
+
+
+@pytest.fixture(scope="module")
+def url(service):
+    yield from serve(service)
+
+
+@pytest.fixture(scope="module")
+def crowded(service):
+    """The same models, with room for one visitor in the queue."""
+    limits = replace(service.limits, max_waiting=1)
+    yield from serve(DemoService(replace(service.settings, limits=limits), service.catalog, service.store))
+
+
+def serve(service):
     page = build_page(service)
     _, url, _ = launch_page(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     yield url
@@ -59,7 +77,7 @@ def visit(chromium, url):
     """Opens the page; at the end there was no error on the console, and no request to any other host."""
     problems, contexts = [], []
 
-    def opened(width=1280, height=900, theme="light"):
+    def opened(width=1280, height=900, theme="light", url=url):
         context = chromium.new_context(viewport={"width": width, "height": height})
         contexts.append(context)
         page = context.new_page()
@@ -71,6 +89,7 @@ def visit(chromium, url):
         expect(page.locator("#lp-run")).to_be_visible(timeout=30_000)
         return page
 
+    opened.problems = problems
     yield opened
     for context in contexts:
         context.close()
@@ -122,7 +141,7 @@ def test_both_models_stream_and_are_measured(visit):
     for side, layers in ((0, "16"), (1, "10")):
         assert words(page, side).startswith(TEACHER)
         shown = facts(page, side)
-        assert list(shown) == ["tokens/s", "first token", "tokens", "peak memory", "parameters", "layers"]
+        assert list(shown) == ["tokens/s", "first token", "tokens", "memory (est.)", "parameters", "layers"]
         assert shown["layers"] == layers and "–" not in "".join(shown.values())
     summary = page.locator("#lp-answers .lp-notice").inner_text()
     assert re.search(r"ran at \d\.\d\d times the speed .* 10 layers instead of 16", summary)
@@ -145,6 +164,87 @@ def test_stop_works_at_once_and_the_next_comparison_runs(visit):
     ask(page)
     finished(page)
     assert facts(page, 0)["tokens"] == "12"
+
+
+def set_sampling(page, name, value):
+    if not page.locator("#lp-sampling input[type=number]").first.is_visible():
+        page.click("#lp-sampling button")
+    field = page.locator("#lp-sampling input[type=number]").nth(SAMPLING.index(name))
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def test_what_is_refused_can_be_put_right(visit):
+    page = visit()
+    set_sampling(page, "seed", -1)
+    ask(page)
+    finished(page)
+    assert "Seed=-1 must be a whole number" in page.locator("#lp-answers .lp-problem").inner_text()
+    set_sampling(page, "seed", 1)
+    set_sampling(page, "max_new_tokens", 12)
+    ask(page)
+    finished(page)
+    assert facts(page, 1)["tokens"] == "12"
+
+
+def test_nothing_that_an_answer_belongs_to_changes_while_it_is_written(visit):
+    page = visit()
+    choose(page, "tiny chat")
+    slider, locked = page.locator("#lp-depth input[type=range]"), ["#lp-model input", "#lp-depth input", "#lp-new"]
+    set_sampling(page, "max_new_tokens", 1000)
+    ask(page, "Hello")
+    expect(page.locator("#lp-answers .lp-state.lp-writing")).to_be_visible()
+    for part in locked:
+        expect(page.locator(part).last).to_be_disabled()
+    page.locator("#lp-prompt textarea").press("Shift+Enter")  # asks for nothing while it runs
+    expect(page.locator("#lp-stop")).to_be_visible()
+    page.click("#lp-stop")
+    expect(page.locator("#lp-run")).to_be_enabled(timeout=10_000)
+    for part in locked:
+        expect(page.locator(part).last).to_be_enabled()
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#lp-answers .lp-user")).to_have_count(0)  # another model, another conversation
+    set_sampling(page, "max_new_tokens", 12)
+    ask(page, "And now?")
+    finished(page)
+    assert facts(page, 1)["layers"] == "4" and page.locator("#lp-answers .lp-user").count() == 2
+
+
+def test_stop_takes_back_what_waits_and_a_full_queue_is_told(visit, crowded):
+    first, second, third = (visit(url=crowded) for _ in range(3))
+    for page, tokens in ((first, 1000), (second, 12)):
+        choose(page, "tiny chat")
+        set_sampling(page, "max_new_tokens", tokens)
+    ask(second, "Before")
+    finished(second)
+    ask(first, "Hello")
+    expect(first.locator("#lp-answers .lp-state.lp-writing")).to_be_visible()
+    ask(second, "Never asked")
+    expect(second.locator("#lp-leave")).to_be_visible()
+    ask(third)  # there is room for one
+    expect(third.get_by_text("currently busy")).to_be_visible()
+    expect(third.locator("#lp-run")).to_be_enabled()
+    second.click("#lp-leave")
+    expect(second.locator("#lp-answers .lp-notice")).to_contain_text("Stopped before it began.", timeout=5000)
+    expect(second.locator("#lp-run")).to_be_enabled(timeout=5000)
+    expect(second.locator(ANSWERS).nth(0).locator(".lp-user")).to_have_text("Before")  # still there
+    box = second.locator("#lp-prompt textarea")
+    box.fill("Asked instead")
+    for _ in range(2):  # the second time changes nothing
+        box.press("Shift+Enter")
+    expect(second.locator("#lp-leave")).to_be_visible()
+    first.click("#lp-stop")
+    expect(second.locator(ANSWERS).nth(0).locator(".lp-user")).to_have_text(["Before", "Asked instead"])
+    finished(second)
+    expect(box).to_have_value("")
+    assert second.locator("#lp-answers .lp-user").all_inner_texts() == ["Before", "Asked instead"] * 2
+    ask(third)
+    finished(third)
+    assert visit.problems and all(
+        "503" in problem for problem in visit.problems
+    )  # the console tells of the full queue
+    visit.problems.clear()
 
 
 def test_at_once_and_by_keyboard_alone(visit):
@@ -252,6 +352,10 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(visit, theme):
     page = visit(390, 844, theme)
     choose(page, "tiny run")
     ask(page, "word" * 300)
+    expect(page.locator("#lp-stop")).to_be_enabled()
+    for part in ("#lp-answers .lp-notice", "#lp-stop"):
+        box = page.locator(part).bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= 844, f"{part} is out of sight: {box}"
     finished(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     boxes = [page.locator(ANSWERS).nth(side).bounding_box() for side in (0, 1)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, first_line
 from ..hub import RunFolder, load_run
 from ..hub.client import READING, patiently
 from ..hub.push import depth_tag
@@ -67,9 +67,15 @@ class Pairing:
         return sorted(self.students, reverse=True)
 
     def depth(self, wanted: Any) -> int:
-        """The depth that is nearest to a wanted one; the shallowest for anything that is no number."""
-        if type(wanted) not in (int, float) or not -1e9 < wanted < 1e9 or not wanted:
+        """The depth that is nearest to a wanted one; the shallowest for none, and for 0.
+
+        Raises:
+            [`LayerPruneError`]: if it is no number.
+        """
+        if wanted in (None, 0):
             return self.depths[-1]
+        if type(wanted) not in (int, float) or not -1e9 < wanted < 1e9:
+            raise LayerPruneError(f"depth={wanted!r:.50} must be a number of layers")
         return min(self.depths, key=lambda depth: (abs(depth - wanted), depth))
 
     def rounds(self, depth: int) -> list[dict[str, Any]]:
@@ -106,8 +112,17 @@ class Catalog:
         return self._pairings[name]
 
 
-def open_catalog(settings: DemoSettings, on_message: Callable[[str], None] = lambda text: None) -> Catalog:
-    """Resolve the list of a demo; of several entries one that cannot be opened is left out, and told.
+def open_catalog(
+    settings: DemoSettings,
+    on_message: Callable[[str], None] = lambda text: None,
+    draw: Callable[[Pairing, int], object] = lambda pairing, depth: None,
+) -> Catalog:
+    """Resolve the list of a demo; of several entries one that cannot be opened or drawn is left out, and told.
+
+    Args:
+        settings ([`DemoSettings`]): the list.
+        on_message (`Callable`, *optional*): told what is left out.
+        draw (`Callable`, *optional*): draws a pairing at a depth, to see whether it can be.
 
     Raises:
         [`LayerPruneError`]: if none can be opened.
@@ -115,7 +130,7 @@ def open_catalog(settings: DemoSettings, on_message: Callable[[str], None] = lam
     pairings, problems = [], []
     for entry in settings.models:
         try:
-            pairings.append(_open(entry))
+            pairings.append(_drawn(_open(entry), draw))
         except LayerPruneError as error:
             problems.append(f"{entry.name}: {error}")
     if not pairings:
@@ -123,6 +138,16 @@ def open_catalog(settings: DemoSettings, on_message: Callable[[str], None] = lam
     for problem in problems:
         on_message(f"left out: {problem}")
     return Catalog(pairings)
+
+
+def _drawn(pairing: Pairing, draw: Callable[[Pairing, int], object]) -> Pairing:
+    """The pairing, once all of it was drawn: a report may hold anything."""
+    try:
+        for depth in pairing.depths:
+            draw(pairing, depth)
+    except Exception as error:
+        raise LayerPruneError(f"its report cannot be drawn: {first_line(error):.200}") from error
+    return pairing
 
 
 def _open(entry: ModelEntry) -> Pairing:

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from transformers import GenerationConfig
-
 from ..errors import LayerPruneError
-from ..loading import load_config, resolve
-from .catalog import Catalog, Pairing, revision_of
+from .catalog import Catalog, Pairing
+from .device import seconds_for_an_answer
+from .facts import Facts, read_facts
 from .generation import STOPPED, Answer, Generation
 from .prompts import check_length, clean, encode_chat, encode_text
 from .sampling import Sampling
@@ -73,6 +72,27 @@ class Snapshot:
         return Snapshot(*(a if a.ended else replace(a, state=STOPPED) for a in answers), self.order)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was checked: what the device needs, and nothing that cannot go to another process.
+
+    Attributes:
+        model (`str`): name on the list.
+        depth (`int`): of the compressed model.
+        prompts (`tuple`): token ids, for the original and for the compressed model.
+        sampling ([`Sampling`]): how to draw.
+        order (`str`): one after the other, or at once.
+        max_seconds (`int`): for each answer.
+    """
+
+    model: str
+    depth: int
+    prompts: tuple[list[int], list[int]]
+    sampling: Sampling
+    order: str
+    max_seconds: int
+
+
 class Comparer:
     """Answers requests with the models of a list.
 
@@ -86,13 +106,14 @@ class Comparer:
         self.catalog = catalog
         self.store = store
         self.limits = limits
-        self._defaults: dict[str, Sampling] = {}
+        self._facts: dict[str, Facts] = {}
 
-    def defaults(self, pairing: Pairing) -> Sampling:
-        """Sampling as the original's checkpoint says; greedy where it says nothing."""
-        if pairing.name not in self._defaults:
-            self._defaults[pairing.name] = Sampling.of_checkpoint(_generation_config(pairing), self.limits)
-        return self._defaults[pairing.name]
+    def facts(self, pairing: Pairing) -> Facts:
+        """What is known of a pairing; read when it is asked for first, and again if it could not be read then."""
+        facts = self._facts.get(pairing.name)
+        if facts is None or not facts.complete:
+            facts = self._facts[pairing.name] = read_facts(pairing, self.store, self.limits)
+        return facts
 
     def preload(self, pairing: Pairing, depth: int = 0) -> None:
         """Load both models of a pairing; one that cannot be loaded says so when it is asked."""
@@ -100,17 +121,8 @@ class Comparer:
             with contextlib.suppress(LayerPruneError):
                 self.store.get(source)
 
-    def can_chat(self, pairing: Pairing) -> bool:
-        """Whether the tokenizer has a chat template."""
-        try:
-            return bool(self.store.tokenizer(pairing).chat_template)
-        except LayerPruneError:
-            return False
-
-    def compare(self, request: Request) -> Iterator[Snapshot]:
-        """Let both models answer; ten snapshots a second until both have ended.
-
-        Closing the iterator stops both models, behind the tokens that are being computed.
+    def prepare(self, request: Request) -> Prepared:
+        """Check a request and encode its words: all that needs no device.
 
         Raises:
             [`LayerPruneError`]: if the request is beyond the limits, or not of the list.
@@ -118,20 +130,34 @@ class Comparer:
         pairing = self.catalog[request.model]
         if request.order not in ORDERS:
             raise LayerPruneError(f"order={request.order!r:.50} is unknown; choose {' or '.join(map(repr, ORDERS))}")
-        sampling = self.defaults(pairing).with_changes(**request.sampling).checked(self.limits)
-        prompts = self._prompts(pairing, request, sampling)
-        sources = (pairing.teacher, pairing.students[pairing.depth(request.depth)])
-        at_once = request.order == AT_ONCE
-        tokenizer, seconds = self.store.tokenizer(pairing), self.limits.max_seconds
+        if type(request.chat) is not bool:
+            raise LayerPruneError(f"chat={request.chat!r:.50} must be true or false")
+        facts, depth = self.facts(pairing), pairing.depth(request.depth)
+        sampling = facts.sampling.with_changes(**request.sampling).checked(self.limits)
+        prompts = self._prompts(pairing, request)
+        for ids in prompts:
+            check_length(ids, facts.context, sampling.max_new_tokens, self.limits, request.chat)
+        seconds = seconds_for_an_answer(self.limits.max_seconds, sampling.max_new_tokens)
+        return Prepared(pairing.name, depth, prompts, sampling, request.order, seconds)
+
+    def run(self, asked: Prepared) -> Iterator[Snapshot]:
+        """Let both models answer; ten snapshots a second until both have ended.
+
+        Closing the iterator stops both models, after the tokens that are being computed.
+        """
+        pairing = self.catalog[asked.model]
+        sources = (pairing.teacher, pairing.students[asked.depth])
+        at_once = asked.order == AT_ONCE
+        tokenizer, rest = self.store.tokenizer(pairing), (asked.sampling, asked.max_seconds, not at_once)
         both = [
-            Generation(partial(self.store.get, source), tokenizer, ids, sampling, seconds, alone=not at_once)
-            for source, ids in zip(sources, prompts, strict=True)
+            Generation(partial(self.store.get, source), tokenizer, ids, *rest)
+            for source, ids in zip(sources, asked.prompts, strict=True)
         ]
         try:
             for group in [both] if at_once else [[one] for one in both]:
                 for generation in group:
                     generation.start()
-                yield from self._snapshots(both, group, request.order)
+                yield from self._snapshots(both, group, asked.order)
         finally:
             for generation in both:
                 generation.stop()
@@ -142,36 +168,15 @@ class Comparer:
             until = time.monotonic() + SECONDS_BETWEEN_SNAPSHOTS
             for generation in running:
                 generation.wait(max(0.0, until - time.monotonic()))
-            snapshot = Snapshot(both[0].answer, both[1].answer, order)
             ended = all(generation.answer.ended for generation in running)
-            if ended:
-                snapshot = Snapshot(both[0].answer, both[1].answer, order)
-            yield snapshot
+            yield Snapshot(both[0].answer, both[1].answer, order)
             if ended:
                 return
 
-    def _prompts(self, pairing: Pairing, request: Request, sampling: Sampling) -> list[list[int]]:
+    def _prompts(self, pairing: Pairing, request: Request) -> tuple[list[int], list[int]]:
         """Token ids for both models: they differ where a conversation has gone apart."""
         prompt, tokenizer = clean(request.prompt, self.limits), self.store.tokenizer(pairing)
-        if request.chat:
-            turns = [[(turn[0], turn[side]) for turn in request.history] for side in (1, 2)]
-            prompts = [encode_chat(tokenizer, of_one, prompt) for of_one in turns]
-        else:
-            prompts = [encode_text(tokenizer, prompt)] * 2
-        for ids in prompts:
-            check_length(ids, self._context(pairing) - sampling.max_new_tokens, self.limits, request.chat)
-        return prompts
-
-    def _context(self, pairing: Pairing) -> int:
-        for source in (pairing.teacher, *pairing.students.values()):
-            with contextlib.suppress(LayerPruneError):
-                return load_config(source.name, **revision_of(source)).max_position_embeddings
-        return self.limits.max_prompt_tokens
-
-
-def _generation_config(pairing: Pairing) -> GenerationConfig:
-    source = pairing.teacher
-    try:
-        return GenerationConfig.from_pretrained(resolve(source.name), **revision_of(source))
-    except (OSError, ValueError):
-        return GenerationConfig()
+        if not request.chat:
+            return (encode_text(tokenizer, prompt),) * 2
+        first, second = ([(turn[0], turn[side]) for turn in request.history] for side in (1, 2))
+        return encode_chat(tokenizer, first, prompt), encode_chat(tokenizer, second, prompt)

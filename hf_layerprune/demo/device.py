@@ -10,6 +10,10 @@ from typing import TypeVar
 import torch
 
 Function = TypeVar("Function", bound=Callable)
+GPU_SECONDS = 60
+"""Longest call on ZeroGPU: a longer one is refused to visitors whose share of the day is small."""
+STARTING_SECONDS, SECONDS_PER_TOKEN = 15, 0.1
+"""What it may take: to begin, and for each token of both models."""
 
 
 def default_device() -> str:
@@ -28,8 +32,29 @@ def prepare_zero_gpu() -> None:
         import spaces  # noqa: F401
 
 
-def gpu_call(function: Function, seconds: int) -> Function:
-    """`function`, marked as one that needs the GPU for at most so many seconds; itself where there is no ZeroGPU."""
+def seconds_on_gpu(num_tokens: int) -> int:
+    """How long a call on ZeroGPU may take: the less is asked for, the sooner and the more often it is granted.
+
+    Args:
+        num_tokens (`int`): tokens that each of the two models may write.
+    """
+    return min(GPU_SECONDS, round(STARTING_SECONDS + SECONDS_PER_TOKEN * num_tokens))
+
+
+def seconds_for_an_answer(limit: int, num_tokens: int) -> int:
+    """The limit of a demo; on ZeroGPU at most what lets both answers end within their call."""
+    return min(limit, (seconds_on_gpu(num_tokens) - 5) // 2) if on_zero_gpu() else limit
+
+
+def gpu_call(function: Function, seconds: Callable[..., int]) -> Function:
+    """`function`, marked as one that needs the GPU; itself where there is no ZeroGPU.
+
+    There it runs in a forked process: arguments and results are pickled, and of an exception only its kind is left.
+
+    Args:
+        function (`Callable`): a generator function.
+        seconds (`Callable`): for how long at most, given the same arguments.
+    """
     if not on_zero_gpu():
         return function
     import spaces

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 WAITING, LOADING, WRITING, DONE, STOPPED, FAILED = "waiting", "loading", "writing", "done", "stopped", "failed"
 """States of an answer, in the order they come."""
 ENDED = (DONE, STOPPED, FAILED)
+WARM_UP_TOKENS = 128
+"""Most tokens of the prompt that are read once before the clock starts."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Answer:
         tokens_per_second (`float`, *optional*): new tokens after the first over the time they took.
         peak_memory_bytes (`int`, *optional*): the weights and the most memory that generating added; on a GPU
             measured, elsewhere (and where both models run at once) the KV cache, which is what must fit at least.
+        memory_measured (`bool`): whether that memory was measured.
         num_parameters (`int`, *optional*): of the model.
         num_layers (`int`, *optional*): of the model.
         cut (`str`): why it ended before the model did: `"length"` or `"time"`; empty otherwise.
@@ -53,6 +57,7 @@ class Answer:
     time_to_first_token: float | None = None
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    memory_measured: bool = False
     num_parameters: int | None = None
     num_layers: int | None = None
     cut: str = ""
@@ -64,7 +69,7 @@ class Answer:
 
 
 class _Watch(StoppingCriteria):
-    """Stamps the time behind every token, inside `generate`, and ends it when asked to or out of time."""
+    """Stamps the time after every token, inside `generate`, and ends it when asked to or out of time."""
 
     def __init__(self, stop: threading.Event, max_seconds: float) -> None:
         self.stop = stop
@@ -132,9 +137,10 @@ class Generation:
         self._thread.start()
 
     def stop(self) -> None:
-        """End behind the token that is being computed, and wait for that."""
+        """End after the token that is being computed, and wait for that; for a model that loads it does not wait."""
         self._stop.set()
-        self.wait()
+        if self._base.state != LOADING:  # else it sees that it was stopped before it writes
+            self.wait()
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until it has ended, or for so many seconds."""
@@ -174,6 +180,8 @@ class Generation:
         model, on_gpu = loaded.model, loaded.model.device.type == "cuda"
         ids = torch.tensor([self._prompt], device=model.device)
         before = 0
+        if self._alone:
+            _warm_up(model, ids[:, -WARM_UP_TOKENS:])
         if on_gpu:
             torch.cuda.synchronize(model.device)
             if self._alone:
@@ -191,11 +199,13 @@ class Generation:
             streamer=self._words,
         )
         cache = loaded.kv_bytes_per_token * output.shape[1]
-        added = torch.cuda.max_memory_allocated(model.device) - before if on_gpu and self._alone else cache
+        measured = on_gpu and self._alone
+        added = torch.cuda.max_memory_allocated(model.device) - before if measured else cache
         ends = model.generation_config.eos_token_id
         by_itself = int(output[0, -1]) in (ends if isinstance(ends, list) else [ends])
         cut = "" if by_itself or self._stop.is_set() else "time" if watch.late else "length"
-        self._base = replace(self._base, peak_memory_bytes=loaded.weight_bytes + added, cut=cut)
+        memory = loaded.weight_bytes + added
+        self._base = replace(self._base, peak_memory_bytes=memory, memory_measured=measured, cut=cut)
 
     def _config(self, own: GenerationConfig) -> GenerationConfig:
         penalty = self._sampling.repetition_penalty
@@ -206,3 +216,8 @@ class Generation:
             eos_token_id=own.eos_token_id,
             pad_token_id=own.pad_token_id,
         )
+
+
+def _warm_up(model: PreTrainedModel, ids: Tensor) -> None:
+    """Two tokens that nobody sees: what is slow only once, at this length or since the other model ran, is over."""
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2, do_sample=False)

@@ -6,9 +6,10 @@ import re
 import secrets
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, first_line
 from .settings import Limits
 
 Turn = tuple[str, str]
@@ -44,14 +45,17 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], messa
     and model go in as plain text.
 
     Raises:
-        [`LayerPruneError`]: if the tokenizer has no chat template, or its template alters messages.
+        [`LayerPruneError`]: if the tokenizer has no chat template, or its template alters messages or fails.
     """
     if not tokenizer.chat_template:
         raise LayerPruneError("this model has no chat template; let it continue a text instead")
     texts = [text for turn in turns for text in turn] + [message]
     marks = [f"mark{secrets.token_hex(12)}" for _ in texts]
     messages = [{"role": ("user", "assistant")[n % 2], "content": mark} for n, mark in enumerate(marks)]
-    filled = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        filled = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise LayerPruneError(f"the chat template of this model fails: {first_line(error):.200}") from error
     parts = re.split("|".join(marks), filled)
     if re.findall("|".join(marks), filled) != marks:
         raise LayerPruneError("the chat template of this model does not hold every message once, in order")
@@ -70,7 +74,7 @@ def encode_plainly(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _without_control_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text in pieces, cut behind the first character of every control token's name, until no name is whole."""
+    """The text in pieces, cut after the first character of every control token's name, until no name is whole."""
     names = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     if not names:
         return [text]
@@ -81,18 +85,24 @@ def _without_control_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> li
     return [piece for piece in (*pieces, text[start:]) if piece]
 
 
-def check_length(ids: list[int], room: int, limits: Limits, chat: bool) -> None:
+def check_length(ids: list[int], context: int, max_new_tokens: int, limits: Limits, chat: bool) -> None:
     """Raise [`LayerPruneError`] unless the prompt is short enough for the limits and for the model's context.
 
     Args:
         ids (`list[int]`): the prompt.
-        room (`int`): positions of the model's context that may hold it.
+        context (`int`): positions of the model, which prompt and answer share.
+        max_new_tokens (`int`): longest answer.
         limits ([`Limits`]): of the demo.
         chat (`bool`): whether it is a conversation.
     """
-    most = min(limits.max_prompt_tokens, room)
-    if len(ids) > most:
-        what, todo = ("the conversation", "Start a new one") if chat else ("the prompt", "Shorten it")
-        raise LayerPruneError(f"{what} has {len(ids):,} tokens; at most {most:,} are read here. {todo}.")
     if not ids:
         raise LayerPruneError("the prompt holds no token. Write something else.")
+    what, todo = ("the conversation", "Start a new one") if chat else ("the prompt", "Shorten it")
+    most = min(limits.max_prompt_tokens, context - 1)
+    if len(ids) > most:
+        raise LayerPruneError(f"{what} has {len(ids):,} tokens; at most {most:,} are read here. {todo}.")
+    if len(ids) + max_new_tokens > context:
+        raise LayerPruneError(
+            f"{what} has {len(ids):,} tokens, and shares the {context:,} positions of this model with the answer. Ask "
+            f"for at most {context - len(ids):,} new tokens."
+        )

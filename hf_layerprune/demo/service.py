@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..errors import LayerPruneError
 from .catalog import Catalog
-from .comparison import Comparer, Request, Snapshot
-from .device import gpu_call
+from .comparison import Comparer, Prepared, Request, Snapshot
+from .device import gpu_call, on_zero_gpu, seconds_on_gpu
 from .difference import difference
 from .next_tokens import Position, compare_next_tokens
 from .prompts import clean, encode_text
 from .render import summary_of
 from .settings import DemoSettings
 from .store import ModelStore
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text for the next-token view, checked, as [`Prepared`] is a comparison."""
+
+    model: str
+    depth: int
+    ids: list[int]
 
 
 class DemoService:
@@ -34,8 +45,15 @@ class DemoService:
         self.catalog = catalog
         self.store = store or ModelStore(settings.limits.max_models, settings.dtype)
         self.comparer = Comparer(catalog, self.store, settings.limits)
-        self._compare = gpu_call(self.comparer.compare, 2 * settings.limits.max_seconds)
-        self._inspect = gpu_call(self._positions, settings.limits.max_seconds)
+        self._on_device = gpu_call(self._work, _seconds)
+
+    def warm_up(self) -> None:
+        """Read what every page needs, and load the first pairing; on ZeroGPU as many as there is room for."""
+        pairings = [self.catalog[name] for name in self.catalog.names]
+        for pairing in pairings:
+            self.comparer.facts(pairing)
+        for pairing in pairings[: self.limits.max_models // 2] if on_zero_gpu() else pairings[:1]:
+            self.comparer.preload(pairing)
 
     def stream(self, request: Request, stop: threading.Event | None = None) -> Iterator[Snapshot]:
         """Snapshots of a comparison until it has ended, or `stop` is set; the models have let go of the device then.
@@ -43,7 +61,10 @@ class DemoService:
         Raises:
             [`LayerPruneError`]: if the request is beyond the limits, or not of the list.
         """
-        running = self._compare(request)
+        job = self.comparer.prepare(request)
+        if on_zero_gpu():  # loading would be time on the GPU, and lost with the process that gets it
+            self.comparer.preload(self.catalog[job.model], job.depth)
+        running = self._on_device(job)
         last = None
         try:
             for snapshot in running:
@@ -69,12 +90,25 @@ class DemoService:
                 f"the text has {len(ids):,} tokens; at most {self.limits.max_inspected_tokens} are looked at here. "
                 "Shorten it."
             )
-        return self._inspect(ids, pairing.name, pairing.depth(depth))
+        job = Reading(pairing.name, pairing.depth(depth), ids)
+        self._models(job)
+        (positions,) = self._on_device(job)
+        return positions
 
-    def _positions(self, ids: list[int], model: str, depth: int) -> list[Position]:
-        pairing = self.catalog[model]
-        original, compressed = self.store.get(pairing.teacher), self.store.get(pairing.students[depth])
-        return compare_next_tokens(original.model, compressed.model, self.store.tokenizer(pairing), ids)
+    def _work(self, job: Prepared | Reading) -> Iterator[Any]:
+        """All that runs on the device."""
+        if isinstance(job, Prepared):
+            yield from self.comparer.run(job)
+            return
+        yield compare_next_tokens(*self._models(job), self.store.tokenizer(self.catalog[job.model]), job.ids)
+
+    def _models(self, job: Reading) -> list[PreTrainedModel]:
+        pairing = self.catalog[job.model]
+        return [self.store.get(source).model for source in (pairing.teacher, pairing.students[job.depth])]
+
+
+def _seconds(job: Prepared | Reading) -> int:
+    return seconds_on_gpu(job.sampling.max_new_tokens if isinstance(job, Prepared) else 0)
 
 
 def to_dict(snapshot: Snapshot) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import LayerPruneError
 from .catalog import open_catalog
 from .device import prepare_zero_gpu
+from .render import render_inside
 from .service import DemoService
 from .settings import DemoSettings, read_settings
 
@@ -37,8 +38,8 @@ def open_demo(settings: DemoSettings, on_message: Callable[[str], None] = logger
     prepare_zero_gpu()
     from .page import build_page
 
-    service = DemoService(settings, open_catalog(settings, on_message))
-    service.comparer.preload(service.catalog.first)
+    service = DemoService(settings, open_catalog(settings, on_message, render_inside))
+    service.warm_up()
     return build_page(service)
 
 

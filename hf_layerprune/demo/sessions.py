@@ -1,35 +1,33 @@
-"""Which visitors want to stop: a flag for each open page."""
+"""Which visitors want to stop: a flag for each comparison that runs."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Sessions:
-    """Flags by session; one of a page that was closed is dropped."""
+    """Flags by session, each for one comparison; one that is over takes its flag with it."""
 
     def __init__(self) -> None:
-        self._flags: dict[str, threading.Event] = {}
-        self._lock = threading.Lock()
+        self._running: dict[str, threading.Event] = {}
 
-    def begin(self, session: str) -> None:
-        """A visitor asks for something: what was stopped before is forgotten."""
-        self._flag(session).clear()
+    @contextmanager
+    def running(self, session: str) -> Iterator[threading.Event]:
+        """A comparison of a visitor, and the flag that says whether to stop it."""
+        stop = self._running[session] = threading.Event()
+        try:
+            yield stop
+        finally:
+            if self._running.get(session) is stop:
+                del self._running[session]
+
+    def is_running(self, session: str) -> bool:
+        """Whether a comparison of the visitor runs; not while it waits for its turn."""
+        return session in self._running
 
     def stop(self, session: str) -> None:
-        """A visitor wants what runs or waits for them to end."""
-        self._flag(session).set()
-
-    def close(self, session: str) -> None:
-        """A page was closed: what runs for it ends."""
-        self.stop(session)
-        with self._lock:
-            self._flags.pop(session, None)
-
-    def flag(self, session: str) -> threading.Event:
-        """The flag that says whether to stop."""
-        return self._flag(session)
-
-    def _flag(self, session: str) -> threading.Event:
-        with self._lock:
-            return self._flags.setdefault(session, threading.Event())
+        """The visitor wants what runs to end, or went away."""
+        if (flag := self._running.get(session)) is not None:
+            flag.set()

@@ -109,6 +109,8 @@ class DemoSettings:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.title, str) or not self.title.strip():
+            raise LayerPruneError(f"title={self.title!r} is no text; put it in quotes")
         names = [entry.name for entry in self.models]
         if not names:
             raise LayerPruneError("the list of models is empty; give at least one")

@@ -19,7 +19,7 @@ from ..hub import load_run
 from ..hub.client import patiently
 from ..hub.scrub import check_nothing_local, hub_id, placed
 from ..hub.target import HARMLESS, check_account, check_names
-from ..loading import EMBEDDED
+from ..loading import EMBEDDED, split_revision
 from .settings import DemoSettings, ModelEntry, read_settings
 
 TEMPLATES = Path(__file__).parent.parent / "templates" / "space"
@@ -56,15 +56,17 @@ def push_space(
         `CommitInfo`: the commit.
 
     Raises:
-        [`LayerPruneError`]: if a model is only on this machine or is no pushed student, a name is invalid, the token
-            has not the right, the repository holds something else, or the Hub cannot be reached.
+        [`LayerPruneError`]: if a model is not on the Hub, a run there is no pushed student, a name is invalid, the
+            token has not the right, the repository holds something else, or the Hub cannot be reached.
     """
     check_names(repo_id, None)
     settings = _settings(models, token)
     for entry in settings.models:
-        _check_public(entry)
+        _check_named(entry)
     api = HfApi(token=token)
     repo_id = check_account(api, repo_id)
+    for entry in settings.models:
+        _check_there(api, entry, on_message)
     there = _holds(api, repo_id)
     on_message(f"{'updating' if there else 'making'} the Space {repo_id}")
     with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
@@ -160,8 +162,8 @@ def _settings(models: str | Path | Sequence[str], token: str | None) -> DemoSett
     return DemoSettings(tuple(entries))
 
 
-def _check_public(entry: ModelEntry) -> None:
-    """Raise [`LayerPruneError`] if a model of the list is not where a Space can find it."""
+def _check_named(entry: ModelEntry) -> None:
+    """Raise [`LayerPruneError`] if a model of the list has a name that is none on the Hub."""
     for key in ("run", "teacher", "student"):
         name = getattr(entry, key)
         if name is not None and name != EMBEDDED and hub_id(placed(name)) is None:
@@ -169,6 +171,28 @@ def _check_public(entry: ModelEntry) -> None:
                 f"{entry.name}: {key}={name!r} is no model on the Hub, which a Space needs; push it first, or name it "
                 "in a YAML file: --models"
             )
+
+
+def _check_there(api: HfApi, entry: ModelEntry, on_message: Callable[[str], None]) -> None:
+    """Raise [`LayerPruneError`] if a model of the list is not on the Hub, or its run is none; tell of private ones."""
+    teacher = entry.teacher
+    if entry.run is not None:
+        teacher = teacher or load_run(entry.run, token=api.token).report["teacher"]["name"]
+        if teacher != EMBEDDED and hub_id(teacher) is None:
+            origin = f"{teacher}, which is no model on the Hub" if teacher else "what it does not say"
+            raise LayerPruneError(f"{entry.name}: {entry.run} was made from {origin}; name its original, as teacher")
+    for name in (entry.run, entry.student, teacher):
+        if name in (None, EMBEDDED):
+            continue
+        repo_id, revision = split_revision(name)
+        try:
+            info = patiently(f"looking at {name}", api.model_info, repo_id, revision=revision)
+        except LayerPruneError as error:
+            if isinstance(error.__cause__, RepositoryNotFoundError):
+                raise LayerPruneError(f"{entry.name}: {name} is not on the Hub, or hidden from you") from error
+            raise
+        if info.private:
+            on_message(f"{name} is private: give the Space a secret HF_TOKEN that may read it")
 
 
 def _holds(api: HfApi, repo_id: str) -> bool | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,6 +21,22 @@ from .catalog import ModelSource, Pairing, revision_of
 from .device import default_device, on_zero_gpu
 
 logger = logging.getLogger(__name__)
+
+
+class _Locks:
+    """One model loads at a time, as `from_pretrained` sets what is global; tokenizers do not wait for models.
+
+    What is in memory is read without a lock. A forked process starts with new ones: whoever held these is not in it.
+    """
+
+    def __init__(self) -> None:
+        self.models = threading.Lock()
+        self.tokenizers = threading.Lock()
+
+
+LOCKS = _Locks()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=LOCKS.__init__)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,6 @@ class ModelStore:
         self.device = torch.device(device or default_device())
         self._models: OrderedDict[ModelSource, LoadedModel] = OrderedDict()
         self._tokenizers: dict[ModelSource, PreTrainedTokenizerBase] = {}
-        self._lock = threading.Lock()
 
     @property
     def loaded(self) -> list[ModelSource]:
@@ -68,15 +85,14 @@ class ModelStore:
         Raises:
             [`LayerPruneError`]: if it cannot be loaded; the message names no place of this machine.
         """
-        with self._lock:
-            if source not in self._models:
-                while len(self._models) >= self.max_models:
-                    self._models.popitem(last=False)
-                    if self.device.type == "cuda":
-                        torch.cuda.empty_cache()
-                self._models[source] = self._load(source)
+        loaded = self._models.get(source)
+        if loaded is None:
+            with LOCKS.models:
+                loaded = self._models.get(source) or self._load(source)
+                self._models[source] = loaded
+        with contextlib.suppress(KeyError):  # it made room for another since
             self._models.move_to_end(source)
-            return self._models[source]
+        return loaded
 
     def tokenizer(self, pairing: Pairing) -> PreTrainedTokenizerBase:
         """The tokenizer of the original; where it has none, that of a student.
@@ -84,16 +100,18 @@ class ModelStore:
         Raises:
             [`LayerPruneError`]: if neither has one.
         """
-        with self._lock:
-            if pairing.teacher not in self._tokenizers:
-                self._tokenizers[pairing.teacher] = _tokenizer(pairing)
-            return self._tokenizers[pairing.teacher]
+        if pairing.teacher not in self._tokenizers:
+            with LOCKS.tokenizers:
+                if pairing.teacher not in self._tokenizers:
+                    self._tokenizers[pairing.teacher] = _tokenizer(pairing)
+        return self._tokenizers[pairing.teacher]
 
     def _load(self, source: ModelSource) -> LoadedModel:
         try:
             model = load_model(source.name, self.dtype, **revision_of(source))
             if source.plan is not None:
                 model = apply_plan(model, source.plan)
+            self._make_room()  # only now, so that what cannot be loaded sends nothing away
             return _prepared(model.eval(), self.device)
         except torch.OutOfMemoryError as error:
             logger.warning("loading %s: %s", source.name, error)
@@ -101,6 +119,12 @@ class ModelStore:
         except LayerPruneError as error:
             logger.warning("loading %s: %s", source.name, error)
             raise LayerPruneError(str(error).replace(source.name, Path(source.name).name)) from error
+
+    def _make_room(self) -> None:
+        while len(self._models) >= self.max_models:
+            self._models.popitem(last=False)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def _prepared(model: PreTrainedModel, device: torch.device) -> LoadedModel:

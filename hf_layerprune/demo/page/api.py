@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import gradio as gr
 
-from ...errors import LayerPruneError
 from ..comparison import IN_TURN, Request
+from ..sampling import Sampling
 from ..service import DemoService, to_dict
 from .compare_tab import ON_DEVICE
+from .errors import told_of
 
 
 def add_api(service: DemoService) -> None:
@@ -47,18 +49,12 @@ def add_api(service: DemoService) -> None:
         Returns:
             dict: "original" and "compressed", each with its text, speed, memory and size, and a "summary" in words.
         """
-        sampling = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        }
+        given = dict(locals())
+        sampling = {setting.name: given[setting.name] for setting in fields(Sampling)}
         try:
             for snapshot in service.stream(Request(prompt, model, depth, chat, order, sampling)):
                 yield to_dict(snapshot)
-        except LayerPruneError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+        except Exception as error:
+            raise gr.Error(told_of(error), print_exception=False) from None
 
     gr.api(compare, api_name="compare", **ON_DEVICE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def build_page(service: DemoService) -> gr.Blocks:
         add_api(service)
 
         def closed(request: gr.Request) -> None:
-            sessions.close(str(request.session_hash))
+            sessions.stop(str(request.session_hash))
 
         page.unload(closed)
     page.queue(max_size=service.limits.max_waiting, default_concurrency_limit=1)
@@ -66,7 +65,16 @@ def launch_page(page: gr.Blocks, **options: Any) -> Any:
         layout_gap="0.75rem",
     )
     fixed = {"theme": theme, "css_paths": STYLE, "footer_links": ["api"], "ssr_mode": False, "pwa": False}
-    return page.launch(**fixed, mcp_server=find_spec("mcp") is not None, **options)
+    return page.launch(**fixed, mcp_server=_speaks_mcp(), **options)
+
+
+def _speaks_mcp() -> bool:
+    """Whether Gradio's extra for MCP is installed, in releases that it works with."""
+    try:
+        import gradio.mcp  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _heading(title: str) -> str:

@@ -24,7 +24,7 @@ class ModelChoice:
 
     def __init__(self, catalog: Catalog) -> None:
         first = catalog.first
-        with gr.Row(elem_classes="lp-choice", visible=len(catalog.names) > 1 or len(first.depths) > 1) as self.row:
+        with gr.Row(visible=len(catalog.names) > 1 or len(first.depths) > 1) as self.row:
             self.model = gr.Dropdown(
                 catalog.names,
                 value=first.name,
@@ -53,7 +53,8 @@ class ModelChoice:
             nearest = pairing.depth(depth)
             return [*compare.follow_depth(pairing, nearest, mode), *inside.follow(pairing, nearest)]
 
-        hidden = {"api_visibility": "private", "show_progress": "hidden"}
+        # Drawings are quick and wait for nobody: not for what runs on the device, nor do they fill the queue.
+        hidden = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
         everything = [self.row, self.depth, self.about, *compare.followers, *inside.followers]
         self.model.input(on_model, self.model, everything, **hidden)
         followers = [*compare.depth_followers, *inside.followers]
@@ -61,6 +62,11 @@ class ModelChoice:
         # `change`, unlike `release`, is for the keyboard as well. It also comes while the range changes with the
         # model, when the depth is still that of the one before: the range is not checked, the nearest depth is taken.
         self.depth.change(on_depth, chosen, followers, trigger_mode="always_last", preprocess=False, **hidden)
+
+    @property
+    def widgets(self) -> list[gr.Dropdown | gr.Slider]:
+        """What must not change while an answer to it is written."""
+        return [self.model, self.depth]
 
 
 def _slider(pairing: Pairing) -> dict[str, object]:

@@ -6,13 +6,15 @@ from typing import Any
 
 import gradio as gr
 
-from ...errors import LayerPruneError
 from ..catalog import Pairing
-from ..render import notice, render_importance, render_layers, render_positions, render_quality
+from ..render import notice, render_inside, render_positions
 from ..service import DemoService
 from ..settings import EXAMPLES
 from .choice import ModelChoice
 from .compare_tab import HIDDEN, ON_DEVICE
+from .errors import sentence_of
+
+BEFORE = notice("Each token is coloured by how differently the two models would go on after it.")
 
 
 class InsideTab:
@@ -26,7 +28,7 @@ class InsideTab:
     def __init__(self, service: DemoService, choice: ModelChoice) -> None:
         self.service = service
         first = service.catalog.first
-        layers, quality, importance = self.follow(first, first.depths[-1])
+        layers, quality, importance, _ = self.follow(first, first.depths[-1])
         self.layers = gr.HTML(layers, elem_id="lp-layers", padding=False)
         with gr.Row():
             with gr.Column(min_width=320):
@@ -39,33 +41,23 @@ class InsideTab:
         self.text = gr.Textbox(text, label="Text to read", info=limit, lines=2, max_lines=6, elem_id="lp-text")
         with gr.Row(elem_classes="lp-buttons"):
             show = gr.Button("Show next tokens", variant="primary", elem_id="lp-inspect", min_width=140)
-        self.positions = gr.HTML(
-            notice("Each token is coloured by how differently the two models would go on behind it."),
-            elem_id="lp-positions",
-            padding=False,
-        )
-        for trigger in (show.click, self.text.submit):
-            trigger(self._inspect, [self.text, choice.model, choice.depth], self.positions, **HIDDEN, **ON_DEVICE)
+        self.positions = gr.HTML(BEFORE, elem_id="lp-positions", padding=False)
+        asked, triggers = [self.text, choice.model, choice.depth], [show.click, self.text.submit]
+        gr.on(triggers, self._inspect, asked, self.positions, **HIDDEN, **ON_DEVICE)
 
     @property
     def followers(self) -> list[Any]:
         """What `follow` fills."""
-        return [self.layers, self.quality, self.importance]
+        return [self.layers, self.quality, self.importance, self.positions]
 
     def follow(self, pairing: Pairing, depth: int) -> list[str]:
-        """The drawings of a depth."""
-        rounds, report = pairing.rounds(depth), pairing.report
-        settings = report["settings"] if report else {}
-        drawings = {
-            "Layer map": render_layers(pairing.plans[depth], rounds, settings),
-            "Quality against depth": render_quality(report, depth),
-            "Importance of the layers": render_importance(rounds),
-        }
-        return [f'<h2 class="lp-title">{title}</h2>{drawing}' for title, drawing in drawings.items()]
+        """The drawings of a depth; what was read with another is taken away."""
+        drawings = render_inside(pairing, depth)
+        return [*(f'<h2 class="lp-title">{title}</h2>{drawing}' for title, drawing in drawings.items()), BEFORE]
 
     def _inspect(self, text: str, model: str, depth: float) -> str:
         try:
-            return render_positions(self.service.inspect(text, model, self.service.catalog[model].depth(depth)))
-        except LayerPruneError as error:
-            message = str(error)
-            return notice(message[:1].upper() + message[1:], problem=True)
+            chosen = self.service.catalog[model].depth(depth)
+            return render_positions(self.service.inspect(text, model, chosen), chosen)
+        except Exception as error:
+            return notice(sentence_of(error), problem=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..catalog import Pairing
 from ..comparison import Snapshot
 from ..difference import Piece, difference
 from ..generation import DONE, FAILED, LOADING, STOPPED, WAITING, WRITING, Answer
 from .summary import summary_of
-from .text import count, duration, escaped, memory, rate
+from .text import count, duration, escaped, memory, notice, rate
 
 STATES = {
     WAITING: "waits",
@@ -21,12 +22,8 @@ STATES = {
 }
 CUT = {"length": "Cut at the longest answer you allowed.", "time": "Cut: this took as long as an answer may."}
 NOTHING = "\u2013"
-
-
-def notice(text: str, problem: bool = False) -> str:
-    """The line above the answers."""
-    kind = "lp-notice lp-problem" if problem else "lp-notice"
-    return f'<p class="{kind}" role="{"alert" if problem else "status"}">{escaped(text)}</p>'
+LEGEND = '<p class="lp-legend"><mark class="lp-first">Here</mark> the answers part'
+MARKED = "; <mark>marked</mark> words are not in the other answer at that place"
 
 
 def render_comparison(
@@ -34,7 +31,7 @@ def render_comparison(
     prompt: str,
     chat: bool = False,
     history: Sequence[tuple[str, str, str]] = (),
-    problem: str = "",
+    told: str = "",
 ) -> str:
     """A comparison: what it showed, and the two answers.
 
@@ -43,7 +40,7 @@ def render_comparison(
         prompt (`str`): what the visitor wrote.
         chat (`bool`, *optional*, defaults to `False`): whether it was a message of a conversation.
         history (`Sequence[tuple]`, *optional*): the turns before.
-        problem (`str`, *optional*): said in the place of what it showed.
+        told (`str`, *optional*): a notice in the place of what it showed.
     """
     answers = (snapshot.original, snapshot.compressed)
     if snapshot.ended and all(answer.state in (DONE, STOPPED) for answer in answers):
@@ -55,17 +52,13 @@ def render_comparison(
         before = [(turn[0], turn[side + 1]) for turn in history]
         body = _chat(before, prompt, answer, parts) if chat else _text(prompt, answer, parts)
         cards.append(_card(side, _headline(answer), STATES[answer.state], body, _facts(answer, answers[0])))
-    marked = snapshot.ended and any(piece.parts for side in pieces for piece in side)
-    legend = (
-        '<p class="lp-legend"><mark class="lp-first">Here</mark> the answers part; <mark>marked</mark> words are '
-        "not in the other answer at that place.</p>"
-    )
-    told = notice(problem or summary_of(snapshot), bool(problem))
-    return f'{told}<div class="lp-pair">{"".join(cards)}</div>{legend * marked}'
+    html = "".join(cards)
+    legend = f"{LEGEND}{MARKED * ('<mark>' in html)}.</p>" if "<mark" in html else ""
+    return f'{told or notice(summary_of(snapshot))}{legend}<div class="lp-pair">{html}</div>'
 
 
-def render_empty(pairing: Pairing, depth: int, chat: bool = False, problem: str = "") -> str:
-    """The two columns before anything was asked."""
+def render_empty(pairing: Pairing, depth: int, chat: bool = False, told: str = "") -> str:
+    """The two columns before anything was asked, perhaps with a notice of its own above them."""
     doing = "answers your message" if chat else "continues your text"
     record = (pairing.rounds(depth) or [{}])[-1]
     teacher = pairing.report["teacher"] if pairing.report else {}
@@ -76,8 +69,8 @@ def render_empty(pairing: Pairing, depth: int, chat: bool = False, problem: str 
         headline = _size_line(layers[side], sizes[side])
         body = f'<p class="lp-hint">Here {who} {doing}.</p>'
         cards.append(_card(side, headline, "", body, _facts(Answer(), Answer())))
-    text = problem or "Both models get the same words, the same settings and the same luck of the draw."
-    return f'{notice(text, bool(problem))}<div class="lp-pair">{"".join(cards)}</div>'
+    told = told or notice("Both models get the same words, the same settings and the same luck of the draw.")
+    return f'{told}<div class="lp-pair">{"".join(cards)}</div>'
 
 
 def _card(side: int, headline: str, state: str, body: str, facts: str) -> str:
@@ -107,10 +100,10 @@ def _text(prompt: str, answer: Answer, pieces: list[Piece]) -> str:
 
 def _chat(before: Sequence[tuple[str, str]], prompt: str, answer: Answer, pieces: list[Piece]) -> str:
     turns = "".join(
-        f'<p class="lp-words lp-user">{escaped(asked)}</p><p class="lp-words lp-reply">{escaped(said)}</p>'
+        f'<p class="lp-words lp-user">{escaped(asked)}</p><p class="lp-words">{escaped(said)}</p>'
         for asked, said in before
     )
-    written = f'<p class="lp-words lp-reply">{_written(answer, pieces)}</p>'
+    written = f'<p class="lp-words">{_written(answer, pieces)}</p>'
     return f'{turns}<p class="lp-words lp-user">{escaped(prompt)}</p>{written}{_end(answer)}'
 
 
@@ -127,9 +120,9 @@ def _piece(piece: Piece, first: bool) -> str:
         return f"<mark>{escaped(piece.text)}</mark>"
     space = piece.text[: len(piece.text) - len(piece.text.lstrip())]
     word, *rest = piece.text.lstrip().split(maxsplit=1)
-    behind = piece.text[len(space) + len(word) :]
+    after = piece.text[len(space) + len(word) :]
     return f'{escaped(space)}<mark class="lp-first">{escaped(word)}</mark>' + (
-        f"<mark>{escaped(behind)}</mark>" if rest else escaped(behind)
+        f"<mark>{escaped(after)}</mark>" if rest else escaped(after)
     )
 
 
@@ -142,23 +135,20 @@ def _end(answer: Answer) -> str:
 
 
 def _facts(answer: Answer, original: Answer) -> str:
-    """Six measured values; those of the compressed model beside the original's."""
+    """Six values; the speed of the compressed model with how often it has the original's."""
 
-    def times(name: str) -> str:
-        own, base = getattr(answer, name), getattr(original, name)
-        known = answer is not original and answer.ended and original.ended and own and base
-        return f' <span class="lp-times">{own / base:.2f}\u00d7</span>' if known else ""
+    def shown(value: float | None, form: Callable[[Any], str]) -> str:
+        return NOTHING if value is None else form(value)
 
-    def shown(name: str, form: object) -> str:
-        value = getattr(answer, name)
-        return NOTHING if value is None else f"{form(value)}{times(name)}"  # type: ignore[operator]
-
+    own, base = answer.tokens_per_second, original.tokens_per_second
+    known = answer is not original and answer.ended and original.ended and own and base
+    times = f' <span class="lp-times">{own / base:.2f}\u00d7</span>' if known else ""
     facts = {
-        "tokens/s": shown("tokens_per_second", rate),
-        "first token": shown("time_to_first_token", duration),
+        "tokens/s": shown(own, rate) + times,
+        "first token": shown(answer.time_to_first_token, duration),
         "tokens": str(answer.num_tokens) if answer.num_tokens else NOTHING,
-        "peak memory": shown("peak_memory_bytes", memory),
-        "parameters": shown("num_parameters", count),
+        "peak memory" if answer.memory_measured else "memory (est.)": shown(answer.peak_memory_bytes, memory),
+        "parameters": shown(answer.num_parameters, count),
         "layers": NOTHING if answer.num_layers is None else str(answer.num_layers),
     }
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())

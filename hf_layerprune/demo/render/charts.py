@@ -26,15 +26,18 @@ Scale = Callable[[float], float]
 def render_quality(report: dict[str, Any] | None, depth: int) -> str:
     """Perplexity against depth for every round, the chosen depth marked; words where there is no report."""
     if not report or not report["rounds"]:
-        return '<p class="lp-hint">No run was recorded for this pair of models, so there is no quality to show.</p>'
+        return _hint("No run was recorded for this pair of models, so there is no quality to show.")
     teacher, rounds = report["teacher"], report["rounds"]
     curves = CURVES if any(was_healed(r) for r in rounds) else (("perplexity", "without training", "lp-healed"),)
     depths = [teacher["num_layers"], *(record["num_layers"] for record in rounds)]
-    values = {key: [teacher["perplexity"], *(r.get(key) for r in rounds)] for key, _, _ in curves}
+    start = _finite(teacher.get("perplexity"))
+    values = {key: [start, *(_finite(record.get(key)) for record in rounds)] for key, _, _ in curves}
     numbers = [value for line in values.values() for value in line if value is not None]
-    y, ticks = _vertical(min(numbers), max(numbers), logarithmic=max(numbers) > 4 * min(numbers))
-    x = _horizontal(max(depths), min(depths))
-    parts = [_grid(y, ticks), _depth_axis(sorted(set(depths), reverse=True), x, depth)]
+    if not numbers:
+        return _hint("The run has no perplexity that could be drawn.")
+    y, ticks = _vertical(min(numbers), max(numbers), logarithmic=max(numbers) > 4 * min(numbers) > 0)
+    x = _horizontal(min(depths), max(depths))
+    parts = [_grid(y, ticks), _depth_axis(sorted(set(depths)), x, depth)]
     parts.append(
         f'<line class="lp-chosen" x1="{x(depth):.1f}" x2="{x(depth):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
     )
@@ -49,10 +52,8 @@ def render_quality(report: dict[str, Any] | None, depth: int) -> str:
         ]
     parts.append(_axis_name("layers"))
     key = "".join(f'<li><i class="{kind}"></i>{label}</li>' for _, label, kind in curves)
-    last = (
-        next(record for record in reversed(rounds) if record["num_layers"] == depth) if depth in depths[1:] else None
-    )
-    told = f"{depth} layers: {last['perplexity']:.2f}, the original {teacher['perplexity']:.2f}." if last else ""
+    last = dict(zip(depths[1:], values["perplexity"][1:], strict=True)).get(depth)
+    told = "" if last is None or start is None else f"{depth} layers: {last:.2f}, the original {start:.2f}."
     return _figure(parts, "Perplexity against depth", key, f"Held-out perplexity, lower is better. {told}")
 
 
@@ -60,7 +61,7 @@ def render_importance(rounds: Sequence[dict[str, Any]]) -> str:
     """What each edit cost when it was measured last, a bar each; words where nothing was measured."""
     costs = last_costs(rounds)
     if not costs:
-        return '<p class="lp-hint">No run was recorded for this pair of models, so no layer has a score.</p>'
+        return _hint("No run was recorded for this pair of models, so no layer has a score.")
     made = set(made_edits(rounds))
     ordered = sorted(costs.items(), key=lambda item: item[0].layers)
     positive = [cost for cost in costs.values() if cost > 0]
@@ -100,11 +101,20 @@ def _figure(parts: Sequence[str], label: str, key: str, caption: str) -> str:
     )
 
 
+def _hint(text: str) -> str:
+    return f'<p class="lp-hint">{text}</p>'
+
+
+def _finite(value: object) -> float | None:
+    """A value that can be drawn."""
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else None  # type: ignore
+
+
 def _horizontal(first: float, last: float) -> Scale:
-    """Depths from the deepest on the left, with half a step of room on both sides."""
+    """Depths from the shallowest on the left, as the slider has them, with half a step of room on both sides."""
     room = 18
-    span = max(1.0, first - last)
-    return lambda value: LEFT + room + (first - value) / span * (WIDTH - LEFT - RIGHT - 2 * room)
+    span = max(1.0, last - first)
+    return lambda value: LEFT + room + (value - first) / span * (WIDTH - LEFT - RIGHT - 2 * room)
 
 
 def _vertical(low: float, high: float, logarithmic: bool) -> tuple[Scale, list[float]]:
@@ -151,4 +161,4 @@ def _depth_axis(depths: Sequence[int], x: Scale, chosen: int) -> str:
 
 def _axis_name(text: str) -> str:
     middle = (LEFT + WIDTH - RIGHT) / 2
-    return f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle" class="lp-axis">{text}</text>'
+    return f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{text}</text>'

@@ -46,7 +46,7 @@ def _speed(original: Answer, compressed: Answer, order: str) -> str:
         return ""
     ratio = speeds[1] / speeds[0]
     measured = f"{rate(speeds[1])} tokens/s against {rate(speeds[0])}"
-    text = f"The compressed model ran at {ratio:.2f} times the speed of the original: {measured}, measured here."
+    text = f"The compressed model ran at {ratio:.2f} times the speed of the original: {measured}."
     if min(original.num_tokens, compressed.num_tokens) < FEW_TOKENS:
         return text + " These were few tokens; longer answers measure better."
     if order == AT_ONCE:

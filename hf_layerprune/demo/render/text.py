@@ -41,3 +41,11 @@ def duration(seconds: float) -> str:
 def rate(tokens_per_second: float) -> str:
     """Tokens per second, to three digits."""
     return f"{tokens_per_second:.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
+
+
+def notice(text: str, problem: bool = False) -> str:
+    """The line above the answers: its first sentence stands out."""
+    if problem:
+        return f'<p class="lp-notice lp-problem" role="alert">{escaped(text)}</p>'
+    first, stop, rest = text.partition(". ")
+    return f'<p class="lp-notice" role="status"><b>{escaped(first + stop.strip())}</b> {escaped(rest)}</p>'

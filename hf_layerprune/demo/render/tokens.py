@@ -6,27 +6,32 @@ import secrets
 from collections.abc import Sequence
 
 from ..next_tokens import Position
-from .text import escaped
+from .text import escaped, notice
 
 FULL_HEAT = 1.0
 """KL in nats from which the strip is at its strongest."""
 
 
-def render_positions(positions: Sequence[Position]) -> str:
-    """The strip, a cell for each token; an opened cell shows what both models expect behind it. The last is open."""
+def render_positions(positions: Sequence[Position], depth: int) -> str:
+    """The strip, a cell for each token; an opened cell shows what both models expect after it.
+
+    Args:
+        positions (`Sequence[Position]`): of the text; the one where the models are farthest apart is open.
+        depth (`int`): of the compressed model.
+    """
     group = f"lp-{secrets.token_hex(6)}"  # of one answer, so that only one of its cells is open
     mean = sum(position.kl for position in positions) / len(positions)
     worst = max(range(len(positions)), key=lambda number: positions[number].kl)
-    cells = "".join(_cell(position, n, group, n == len(positions) - 1) for n, position in enumerate(positions))
+    cells = "".join(_cell(position, n, group, n == worst) for n, position in enumerate(positions))
     told = (
-        f"KL from original to compressed, {mean:.3f} nats per token on average; farthest apart behind "
-        f"\u201c{_shown(positions[worst].token)}\u201d ({positions[worst].kl:.2f}). Choose a token to see what each "
-        "model expects behind it."
+        f"KL from the original to the compressed model of {depth} layers, {mean:.3f} nats per token on average; "
+        f"farthest apart after \u201c{_shown(positions[worst].token)}\u201d ({positions[worst].kl:.2f})."
     )
+    todo = "Choose a token to see what each model expects after it."
     scale = (
         f'<div class="lp-scale" aria-hidden="true"><span>0</span><i></i><span>{FULL_HEAT:g} nat or more</span></div>'
     )
-    return f'<p class="lp-notice" role="status">{escaped(told)}</p>{scale}<div class="lp-strip">{cells}</div>'
+    return f'{notice(told)}<p class="lp-hint">{todo}</p>{scale}<div class="lp-strip">{cells}</div>'
 
 
 def _shown(token: str) -> str:
@@ -43,7 +48,7 @@ def _cell(position: Position, number: int, group: str, opened: bool) -> str:
             ("compressed", "Compressed", position.compressed),
         )
     )
-    head = f"Behind \u201c{_shown(position.token)}\u201d, position {number + 1}: KL {position.kl:.3f} nats"
+    head = f"After \u201c{_shown(position.token)}\u201d, position {number + 1}: KL {position.kl:.3f} nats"
     return (
         f'<details name="{group}"{" open" * opened}><summary style="--heat:{heat:.3f}" title="KL {position.kl:.3f}">'
         f'{escaped(_shown(position.token))}</summary><div class="lp-expected"><p>{escaped(head)}</p>'
