@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import tiny_model
-from transformers import LlamaConfig
+from transformers import GPT2Config
 
 from hf_layerprune import cli
 
@@ -82,7 +82,7 @@ def test_nothing_fits_is_an_answer(shape, capsys):
         (["--gpu_memory", "1GiB", "--target_num_layers", "4"], "choose 1..3"),
         (["--gpu_memory", "1GiB", "--target_num_layers", "0"], "target_num_layers=0"),
         (["--gpu_memory", "1GiB", "--model", "nobody/nothing"], "nobody/nothing"),
-        (["--gpu_memory", "1GiB", "--model", "{llama}"], "llama"),
+        (["--gpu_memory", "1GiB", "--model", "{gpt2}"], "gpt2"),
         (["--gpu_memory", "1GiB", "--model", "{missing}"], "missing"),
         (["--gpu_memory", "1GiB", "--dtype", "float7"], "float7"),
         (["--gpu_memory", "1GiB", "--heal", "false"], "heal"),
@@ -93,8 +93,8 @@ def test_nothing_fits_is_an_answer(shape, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(tmp_path, shape, capsys, arguments, expected):
-    LlamaConfig().save_pretrained(tmp_path / "llama")
-    files = {"llama": tmp_path / "llama", "missing": tmp_path / "missing"}
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    files = {"gpt2": tmp_path / "gpt2", "missing": tmp_path / "missing"}
     capsys.readouterr()
     given = [] if "--model" in arguments else ["--model", shape]
     assert run(*given, *(argument.format(**files) for argument in arguments)) == 2

@@ -1,6 +1,7 @@
 """docs/cli.md says what the verbs take."""
 
 import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ def test_a_verb_is_parsed_into_the_settings_the_page_names(verb, script, monkeyp
     monkeypatch.setattr(module, "parse", spy)
     with pytest.raises(Stop):
         getattr(module, verb.replace("-", "_"))([])
-    assert seen == [script["SETTINGS"][verb]]
+    (parsed,) = seen
+    for given, named in zip(parsed, script["SETTINGS"][verb], strict=True):
+        assert issubclass(given, named) and fields(given) == fields(named)
 
 
 def _module_of(verb: str) -> str:
