@@ -115,8 +115,9 @@ def test_prompt_and_answer_share_the_context(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "is_shown"),
     [
-        ({"perplexity_unhealed": float("inf")}, True),
-        ({"perplexity_before_healing": "much"}, True),
+        ({"perplexity_unhealed": None}, True),
+        ({"perplexity_unhealed": float("inf")}, False),
+        ({"perplexity_before_healing": "much"}, False),
         ({"criterion": ["kl"]}, False),
         ({"scores": 3}, False),
     ],

@@ -93,9 +93,8 @@ def test_the_speed_benchmark_has_a_verdict():
 
 def test_the_command_and_a_copied_space_are_served_and_ask_nothing_of_other_hosts(start, tmp_path):
     shutil.copytree(SPACE, tmp_path / "space")
-    command = start("-c", SERVE, "demo")
-    space = start("app.py", cwd=tmp_path / "space")
-    first, second = client_of(command), client_of(space)
+    first = client_of(start("-c", SERVE, "demo"))
+    second = client_of(start("app.py", cwd=tmp_path / "space"))  # the next free port
     assert first.src != second.src and answered(first) and answered(second)
     port = re.search(r":(\d+)", first.src.removeprefix("http")).group(1)
     taken = start("-c", SERVE, "demo", "--server_port", port)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,8 @@ from .service import DemoService
 from .settings import DemoSettings, read_settings
 
 logger = logging.getLogger(__name__)
+
+FIRST_PORT = 7860
 
 
 def open_demo(settings: DemoSettings, on_message: Callable[[str], None] = logger.warning) -> Any:
@@ -57,10 +60,26 @@ def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.wa
     page = open_demo(settings, on_message)
     from .page import launch_page
 
+    if options.get("server_port") is None and "GRADIO_SERVER_PORT" not in os.environ:
+        # Gradio would try one port after the other itself, but an MCP server can be started only once
+        options["server_port"] = _free_port(options.get("server_name") or "127.0.0.1")
     try:
         return launch_page(page, **options)
     except OSError as error:
         raise LayerPruneError(f"the demo cannot be served: {error}") from error
+
+
+def _free_port(host: str) -> int | None:
+    """The first free port of those that Gradio serves on; none, and the error is Gradio's."""
+    for port in range(FIRST_PORT, FIRST_PORT + 100):
+        with socket.socket() as attempt:
+            attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                attempt.bind((host, port))
+            except OSError:
+                continue
+            return port
+    return None
 
 
 def launch_space(models: str | Path) -> None:
