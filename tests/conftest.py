@@ -133,6 +133,7 @@ def tiny_config(output_dir: Path, **changes) -> IterativeLayerDistillConfig:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "measure_speed": False,
         "use_cpu": True,
         "bf16": False,
     }

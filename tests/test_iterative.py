@@ -55,7 +55,7 @@ def load(folder):
 def test_two_rounds_end_to_end(make, tmp_path):
     teacher = tiny_model()
     before = copy.deepcopy(teacher.state_dict())
-    trainer = make(teacher)
+    trainer = make(teacher, measure_speed=True)
     trainer.train()
     folder = tmp_path / "run"
     report = read_report(folder)
@@ -412,10 +412,11 @@ def test_lora_resumes_inside_its_healing(make, tmp_path, count):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_speed_is_measured_only_if_asked(make):
-    trainer = make(target_num_layers=4, measure_speed=False)
+@pytest.mark.parametrize("measure_speed", [True, False])
+def test_speed_is_measured_only_if_asked(make, measure_speed):
+    trainer = make(target_num_layers=4, measure_speed=measure_speed)
     trainer.train()
-    assert "decode_tokens_per_second" not in trainer.run.rounds[0]
+    assert ("decode_tokens_per_second" in trainer.run.rounds[0]) == measure_speed
 
 
 def test_evaluate_is_the_measurement_of_the_student(make):

@@ -13,7 +13,7 @@ from hf_layerprune.loading import load_model
 def test_a_checkpoint_that_is_healed_in_float32_is_timed_as_it_is_saved(tmp_path, texts):
     tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
     byte_tokenizer().save_pretrained(tmp_path / "teacher")
-    args = tiny_config(tmp_path / "run", target_num_layers=4, heal=False)
+    args = tiny_config(tmp_path / "run", target_num_layers=4, heal=False, measure_speed=True)
     trainer = IterativeLayerDistillTrainer(model=str(tmp_path / "teacher"), args=args, train_dataset=texts)
     assert trainer.teacher.dtype == torch.float32
     trainer.train()
