@@ -31,6 +31,7 @@ from hf_layerprune.loading import load_model, load_tokenizer
 from hf_layerprune.losses import token_statistics
 from hf_layerprune.report import environment
 from hf_layerprune.scoring import Race
+from hf_layerprune.surgery import plan_of
 
 RANDOM = {
     "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24,
@@ -73,19 +74,19 @@ class PeakBytes(TorchDispatchMode):
 
 def naive(model: PreTrainedModel, batches: list[Batch]) -> dict[int, float]:
     """KL without each layer, every candidate run from the embedding to the head."""
-    depth = model.config.num_hidden_layers
-    students = [prune(model, [layer], share_weights=True) for layer in range(depth)]
-    totals, tokens = [0.0] * depth, 0
+    layers = plan_of(model).layers
+    students = [prune(model, [layer], share_weights=True) for layer in layers]
+    totals, tokens = dict.fromkeys(layers, 0.0), 0
     with measuring(model):
         for batch in batches:
             valid, labels = valid_next_tokens(batch)
             teacher = model.lm_head(final_states(model, batch)[valid]).log_softmax(-1)
-            for layer, student in enumerate(students):
+            for layer, student in zip(layers, students, strict=True):
                 found = student.lm_head(final_states(student, batch)[valid]).log_softmax(-1)
                 kl = F.kl_div(found, teacher, reduction="none", log_target=True).sum(-1)
                 totals[layer] += kl.double().sum().item()
             tokens += len(labels)
-    return {layer: total / tokens for layer, total in enumerate(totals)}
+    return {layer: total / tokens for layer, total in totals.items()}
 
 
 def influence_elsewhere(model: PreTrainedModel, batches: list[Batch]) -> list[float]:
@@ -219,27 +220,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trials", type=int, default=100)
     arguments = parser.parse_args()
-    teacher, tokenizer = load_model("embedded"), load_tokenizer("embedded")
+    teacher, tokenizer = load_model("embedded", dtype="float32"), load_tokenizer("embedded")
     text = embedded_dataset("calibration")
     batches = tokenized_batches(text, tokenizer, max_length=256, num_rows=64, batch_size=8)
     torch.manual_seed(0)
     random_model = Qwen2ForCausalLM(Qwen2Config(**RANDOM)).eval()
     large_head = Qwen2ForCausalLM(Qwen2Config(**LARGE_HEAD)).eval()
     short = [{"input_ids": torch.randint(4096, (8, 16))} for _ in range(8)]
-    results: dict[str, Any] = {
-        "embedded": compare(teacher, batches, arguments.repeats),
-        "random, 24 layers x 512": compare(random_model, short, arguments.repeats),
-        "block influence, embedded": compare_influence(teacher, batches, arguments.repeats),
-        "block influence, random": compare_influence(random_model, short, arguments.repeats),
-        "block influence, random, vocabulary of 151,936": compare_influence(large_head, short, arguments.repeats),
-    }
-    print(json.dumps(results, indent=1))
     rows = torch.cat([b["input_ids"] for b in tokenized_batches(text, tokenizer, max_length=64, num_rows=512)])
     student = prune(teacher, [1, 2])  # the first two choices are clear; from here on they are not
-    for name, model in (("embedded", teacher), ("embedded, two layers removed", student)):
-        results[f"races, {name}"] = trials(model, rows, arguments.trials, 64)
-        print(name, json.dumps(results[f"races, {name}"]))
-    write_atomically(arguments.output, to_json(results | {"environment": environment()}))
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "embedded": lambda: compare(teacher, batches, arguments.repeats),
+        "random, 24 layers x 512": lambda: compare(random_model, short, arguments.repeats),
+        "block influence, embedded": lambda: compare_influence(teacher, batches, arguments.repeats),
+        "block influence, random": lambda: compare_influence(random_model, short, arguments.repeats),
+        "block influence, random, vocabulary of 151,936": lambda: compare_influence(
+            large_head, short, arguments.repeats
+        ),
+        "races, embedded": lambda: trials(teacher, rows, arguments.trials, 64),
+        "races, embedded, two layers removed": lambda: trials(student, rows, arguments.trials, 64),
+    }
+    results = {"environment": environment()}
+    for name, measure in parts.items():
+        results[name] = measure()
+        print(name, json.dumps(results[name], indent=1), flush=True)
+        write_atomically(arguments.output, to_json(results))
 
 
 if __name__ == "__main__":
