@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -113,9 +114,9 @@ class RunShape:
     def depth(self) -> int:
         return self.config.num_hidden_layers
 
-    @property
+    @cached_property
     def sizes(self) -> ModelSizes:
-        """Parameters of the parts."""
+        """Parameters of the parts, counted once on a model without memory."""
         with torch.device("meta"):
             return ModelSizes.of(AutoModelForCausalLM.from_config(self.config))
 
@@ -123,6 +124,11 @@ class RunShape:
     def parameters(self) -> int:
         """Of the model the run starts from."""
         return self.sizes.of_plan(plan_of(self.config))
+
+    @cached_property
+    def teacher_parameters(self) -> int:
+        """Of a teacher that is another model; 0 where it is the one the run starts from."""
+        return 0 if self.teacher is None else RunShape(self.teacher, self.args).parameters
 
     @property
     def layer_parameters(self) -> int:
@@ -219,9 +225,8 @@ def planned_setting(
         more = layer * (gone + copies)  # the teacher keeps all its layers
         needs.append((last, last.weights + more, last.peak + more))
     worst, weights, peak = max(needs, key=lambda item: item[2])
-    if shape.teacher is not None:
-        other = RunShape(shape.teacher, args).parameters * dtype.itemsize
-        weights, peak = weights + other, peak + other
+    other = shape.teacher_parameters * dtype.itemsize
+    weights, peak = weights + other, peak + other
     checkpoint = (0 if lora_r else shape.students()[0] * dtype.itemsize) + first.optimizer
     return HealingSetting(
         trained=args.trained_layers,

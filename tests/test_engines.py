@@ -17,7 +17,7 @@ from conftest import byte_tokenizer, tiny_config, tiny_model
 
 from hf_layerprune import LayerPruneError, embedded_dataset, prune
 from hf_layerprune.loading import load_model
-from hf_layerprune.trainer.engines import check_engine, check_whole
+from hf_layerprune.trainer.engines import check_engine, check_whole, second_copy
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "recipes" / "accelerate"
@@ -27,6 +27,7 @@ import sys
 from types import SimpleNamespace
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 sys.path.insert(0, sys.argv[1])
@@ -36,7 +37,7 @@ from hf_layerprune import evaluate_model, prune
 from hf_layerprune.loading import load_model
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer._trl import redirect_forward
-from hf_layerprune.trainer.engines import fill, frozen_head, outline
+from hf_layerprune.trainer.engines import fill, frozen_head, outline, second_copy
 from hf_layerprune.trainer.healing import LayerHealingTrainer
 from hf_layerprune.trainer.students import save_student
 from hf_layerprune.trainer.targets import HiddenStateMap
@@ -62,9 +63,13 @@ def step(split):
     trainer.frozen_head = frozen_head(empty) if split else None
     assert (trainer.frozen_head is None) == (everything or not split)
     if split:
+        engine = SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=dist.get_world_size())
+        copied, own = second_copy(engine, student), {p.data_ptr() for p in teacher.parameters()}
         for layer in student.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(student, mesh=mesh)
+        shards = {p.to_local().data_ptr(): p.to_local().nbytes for p in student.parameters() if not p.requires_grad}
+        assert own.isdisjoint(shards) and abs(sum(shards.values()) - copied) <= 64 and (copied == 0) == everything
         part = {key: value[dist.get_rank() :: 2] for key, value in batch.items()}
         scale = float(dist.get_world_size())  # the engine takes the mean of the processes' gradients
     loss_parts = lambda model, inputs: LayerHealingTrainer.loss_parts(trainer, model, inputs)
@@ -117,8 +122,36 @@ def test_fully_sharded_healing_is_that_of_one_process_and_comes_back_whole(tmp_p
     assert run.stdout.count("equal") == 2
 
 
-def launch(model, texts, folder, config, **settings):
-    """Report and student of the command line, on as many processes as a configuration of accelerate says."""
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+if {engine}:
+    import cpu_engine
+import torch.distributed as dist
+from transformers import TrainerCallback
+from hf_layerprune.cli import main
+from hf_layerprune.trainer import iterative
+
+class Kill(TrainerCallback):
+    def on_save(self, args, state, control, **_):
+        if state.global_step == 2:
+            dist.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+start = iterative.IterativeLayerDistillTrainer.__init__
+def killed(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    self.add_callback(Kill())
+iterative.IterativeLayerDistillTrainer.__init__ = killed
+main(sys.argv[1:])
+"""
+
+
+def launch(model, texts, folder, config, killed=False, resume=False, **settings):
+    """Report and student of the command line, on as many processes as a configuration of accelerate says.
+
+    Nothing, if all of them are to be `killed` behind the checkpoint of the second step.
+    """
     recipe = {
         "model": str(model), "dataset": str(texts), "output_dir": str(folder), "target_num_layers": 3, "max_steps": 3,
         "trained_layers": "all", "optim": "sgd", "max_grad_norm": 1e9, "bf16": False, "logging_steps": 1,
@@ -132,10 +165,16 @@ def launch(model, texts, folder, config, **settings):
     if config is not None:
         start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
         start += ["--num_processes", "2", "--mixed_precision", "no"]
-        cpu = ["-m", "hf_layerprune.cli"] if config == "ddp_cpu.yaml" else [str(TESTS / "cpu_engine.py")]
-        command = [*start, *cpu, *command[3:]]
+        plain = config == "ddp_cpu.yaml"
+        cpu = ["-m", "hf_layerprune.cli"] if plain else [str(TESTS / "cpu_engine.py")]
+        if killed:
+            cpu = [str(folder.with_name("killed.py"))]
+            Path(cpu[0]).write_text(KILLED.format(tests=str(TESTS), engine=not plain))
+        command = [*start, *cpu, *command[3:], *(["--resume"] if resume else [])]
     run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert (run.returncode == 0) != killed, run.stderr[-3000:]
+    if killed:
+        return None
     report = json.loads((folder / "report.json").read_text())
     return report, load_model(str(folder / "model"))
 
@@ -155,17 +194,15 @@ needs_deepspeed = [
     pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed"),
     pytest.mark.slow,  # it compiles something for the CPU first
 ]
+ENGINES = [
+    "ddp_cpu.yaml",
+    "fsdp2.yaml",
+    pytest.param("deepspeed_zero2.yaml", marks=needs_deepspeed),
+    pytest.param("deepspeed_zero3.yaml", marks=needs_deepspeed),
+]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        "ddp_cpu.yaml",
-        "fsdp2.yaml",
-        pytest.param("deepspeed_zero2.yaml", marks=needs_deepspeed),
-        pytest.param("deepspeed_zero3.yaml", marks=needs_deepspeed),
-    ],
-)
+@pytest.mark.parametrize("config", ENGINES)
 def test_rounds_in_every_engine_are_those_of_one_process_with_the_same_batch(tmp_path, one_process, config):
     teacher, texts, one, of_one = one_process
     two, of_two = launch(teacher, texts, tmp_path / "two", config, per_device_train_batch_size=2)
@@ -178,6 +215,21 @@ def test_rounds_in_every_engine_are_those_of_one_process_with_the_same_batch(tmp
     for (name, a), b, before in zip(of_two.named_parameters(), of_one.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(a - before, b - before, rtol=1e-3, atol=1e-5, msg=name)
         assert not torch.equal(b, before), name
+
+
+@pytest.mark.parametrize("config", ENGINES)
+@pytest.mark.slow
+def test_a_healing_that_was_killed_goes_on_from_the_checkpoint_of_its_engine(tmp_path, one_process, config):
+    how = (*one_process[:2], tmp_path / "cut", config)
+    settings = {"target_num_layers": 4, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1}
+    launch(*how, killed=True, **settings)
+    assert (tmp_path / "cut" / "rounds" / "01" / "checkpoint-2" / "trainer_state.json").is_file()
+    assert not (tmp_path / "cut" / "rounds" / "02").exists() and not (tmp_path / "cut" / "model").exists()
+    cut, student = launch(*how, resume=True, **settings)
+    whole, expected = launch(*how[:2], tmp_path / "whole", config, **settings)
+    assert cut["rounds"][0]["train_tokens"] == whole["rounds"][0]["train_tokens"]
+    for (name, a), b in zip(student.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -210,6 +262,22 @@ def test_what_cannot_work_in_an_engine_is_refused_in_one_line(tmp_path, accelera
     with pytest.raises(LayerPruneError, match=words) as caught:
         check_engine(accelerator, args)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "accelerator, parts",
+    [
+        (engine("MULTI_GPU"), 0),
+        (engine("FSDP", num_processes=4), 4),
+        (engine("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=2)), 0),
+        (engine("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=3), num_processes=2), 2),
+    ],
+)
+def test_how_much_an_engine_holds_again(accelerator, parts):
+    student = tiny_model(4)
+    student.model.layers.requires_grad_(False)
+    frozen = 4 * sum(p.numel() for p in student.model.layers.parameters())
+    assert second_copy(accelerator, student) == (frozen // parts if parts else 0)
 
 
 @pytest.mark.parametrize("accelerator", [engine("NO"), engine("MULTI_GPU"), engine("DEEPSPEED")])

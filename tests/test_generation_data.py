@@ -183,6 +183,38 @@ def test_answers_of_two_runs_are_not_mixed(tmp_path, tokenizer, changes, message
     assert before == {item.name: item.read_bytes() for item in tmp_path.iterdir()}
 
 
+def test_answers_whose_settings_are_gone_are_not_taken_in(tmp_path, tokenizer):
+    path = tmp_path / "answers.jsonl"
+
+    def stop(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_healing_data(tiny_model(), text_rows(), path, config(temperature=3.0), tokenizer, stop)
+    (tmp_path / "answers.jsonl.run.json").unlink()
+    with pytest.raises(LayerPruneError, match=r"answers\.jsonl\.rank0\.partial holds answers of a run whose settings"):
+        generate_healing_data(tiny_model(), text_rows(), path, config(temperature=0), tokenizer)
+    (tmp_path / "answers.jsonl.rank0.partial").unlink()
+    generate_healing_data(tiny_model(), text_rows(), path, config(temperature=0), tokenizer)
+    generate_healing_data(tiny_model(), text_rows(), tmp_path / "alone.jsonl", config(temperature=0), tokenizer)
+    assert path.read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+
+
+def test_a_second_run_is_refused_while_the_first_is_writing(tmp_path, tokenizer):
+    path, refused = tmp_path / "answers.jsonl", []
+
+    def second(done, total):
+        if not refused:
+            with pytest.raises(LayerPruneError, match="is in use: another run is writing it") as caught:
+                generate_healing_data(tiny_model(), text_rows(), path, config(), tokenizer)
+            refused.append(caught.value)
+
+    report = generate_healing_data(tiny_model(), text_rows(), path, config(), tokenizer, second)
+    assert refused and report.num_rows == len(rows_of(path))
+    assert {item.name for item in tmp_path.iterdir()} == {"answers.jsonl", "answers.jsonl.run.json"}
+
+
 def test_what_is_not_ours_stays(tmp_path, tokenizer):
     def call(name):
         generate_healing_data(tiny_model(), text_rows(), tmp_path / name, config(), tokenizer)

@@ -6,12 +6,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
-from hf_layerprune.memory import LiveBytes
-from hf_layerprune.planning import (
-    RunShape,
-    parse_size,
-    planned_setting,
-)
+from hf_layerprune.budget import ModelSizes
+from hf_layerprune.memory import LiveBytes, StepNeeds
+from hf_layerprune.planning import RunShape, disk_bytes, healing_settings, parse_size, planned_setting
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160}
 
@@ -63,3 +60,14 @@ def test_the_planned_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, 
     assert len(watch.peaks) == shape.rounds == 2 and setting.accumulation == 4 // rows
     assert setting.peak == pytest.approx(max(watch.peaks), rel=0.15), (trained, watch.peaks, setting)
     assert setting.peak == setting.weights + setting.optimizer + setting.activations
+
+
+def test_models_are_made_once_to_count_their_parameters(tmp_path, monkeypatch):
+    made, count = [], ModelSizes.of
+    monkeypatch.setattr(ModelSizes, "of", lambda model: made.append(model) or count(model))
+    monkeypatch.setattr("hf_layerprune.planning.step_needs", lambda *_: StepNeeds(1, 1, (1,), 1))
+    args = tiny_config(tmp_path, target_num_layers=6, trained_layers="neighbours")
+    shape = RunShape(tiny_model(8).config, args, tiny_model(9).config, on_gpu=False)
+    settings = healing_settings(shape, "float32", None)
+    assert len(settings) > 8 and disk_bytes(shape, settings[0])["rounds"] > 0
+    assert len(made) == 2, "the model the run starts from, and the teacher"

@@ -13,7 +13,7 @@ from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer import teacher_cache
 from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.teacher_cache import TeacherCache, row_keys
+from hf_layerprune.trainer.teacher_cache import TeacherCache, row_keys, teacher_key
 from hf_layerprune.trainer.towers import run_towers, shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
@@ -33,7 +33,8 @@ def test_what_was_added_comes_back_in_any_order_and_padding(tmp_path):
     cache.add(batch, states)
     for _ in range(2):  # from memory, then from disk
         wider = {key: torch.nn.functional.pad(value, (0, 5)).flip(0) for key, value in batch.items()}
-        found = cache.get(wider)
+        found, missing = cache.get(wider)
+        assert missing is None
         mask = batch["attention_mask"].bool()
         assert torch.equal(found.flip(0)[:, :12][mask], states[mask]) and not found[:, 12:].any()
         cache.flush()
@@ -50,7 +51,9 @@ def test_rows_are_written_once_and_within_the_bound(tmp_path, monkeypatch):
         cache.add(batch, states_of(batch))
     shards = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
     assert sum(len(shard) for shard in shards) == 5
-    assert cache.get(batches[0]) is not None and cache.get(batches[2]) is None
+    assert cache.get(batches[0])[1] is None and cache.get(batches[2]) is None
+    known, (missing,) = cache.get(batches[1])  # two of its three rows are kept
+    assert missing.tolist() == [2] and known[:2].any(-1).all() and not known[2].any()
     again = TeacherCache(tmp_path, "key", 6 * 12 * 4 * 4)
     again.add(batches[2], states_of(batches[2]))
     again.flush()
@@ -71,7 +74,7 @@ def test_processes_read_each_others_shards_and_write_their_own(tmp_path):
         cache.flush()
     assert caches[0].get(batches[1]) is None
     caches[0].read()
-    assert torch.equal(caches[0].get(batches[1]), states_of(batches[1]))
+    assert torch.equal(caches[0].get(batches[1])[0], states_of(batches[1]))
     assert sorted(path.name for path in tmp_path.glob("index-*")) == ["index-00000.json", "index-00001.json"]
 
 
@@ -80,7 +83,7 @@ def test_what_is_damaged_or_of_another_teacher_is_refused(tmp_path):
     (batch,) = random_batches(1)
     cache.add(batch, states_of(batch))
     cache.flush()
-    with pytest.raises(LayerPruneError, match="of another teacher, tokenizer or precision; delete it"):
+    with pytest.raises(LayerPruneError, match="of another teacher or precision; delete it"):
         TeacherCache(tmp_path, "other", PLENTY)
     (shard,) = tmp_path.glob("*.safetensors")
     content = bytearray(shard.read_bytes())
@@ -123,6 +126,48 @@ def test_a_cached_teacher_runs_only_as_far_as_it_must(tmp_path, removed, blocks,
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("removed, blocks", [((3,), (2, 3)), ((0,), (0,))])
+def test_only_what_is_not_known_runs_to_the_end(tmp_path, removed, blocks, packed):
+    teacher = tiny_model(6)
+    student = make_trainable(prune(teacher, removed, share_weights=True), list(blocks), everything=False)
+    states = HiddenStateMap.of(plan_of(student), plan_of(teacher), list(blocks))
+    (batch,) = random_batches(1)
+    known, rest = {key: value[1:2] for key, value in batch.items()}, 2
+    if packed:  # documents of 3, 5 and 4 tokens; the second is known
+        positions = torch.cat([torch.arange(length) for length in (3, 5, 4)])[None]
+        batch = {"input_ids": batch["input_ids"][:1], "position_ids": positions}
+        known, rest = {key: value[:, 3:8] for key, value in batch.items()}, 7
+    cache, ran = TeacherCache(tmp_path, "key", PLENTY), []
+    with torch.no_grad():
+        cache.add(known, teacher.model(**known).last_hidden_state)
+    for position, layer in enumerate(teacher.model.layers):
+        layer.register_forward_hook(lambda _, __, out, p=position: ran.append((p, out.shape[packed])))
+    how = (batch, valid_next_tokens(batch)[0], states, shared_depth(student, teacher), False)
+    expected = run_towers(student, teacher, *how)
+    ran.clear()
+    found = run_towers(student, teacher, *how, cache)
+    deepest = max([shared_depth(student, teacher) - 1, *states.teacher])
+    whole = batch["input_ids"].shape[packed]
+    assert ran == [(position, whole if position <= deepest else rest) for position in range(6)]
+    torch.testing.assert_close(found.teacher_final, expected.teacher_final, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.student_final, expected.student_final, rtol=1e-5, atol=1e-5)
+    assert cache.get(batch)[1] is None
+
+
+def test_the_key_tells_teachers_and_their_arithmetic_apart():
+    one, key = tiny_model(), teacher_key(tiny_model(), "no")
+    one.config._name_or_path = "elsewhere"
+    assert teacher_key(one, "no") == key != teacher_key(one, "bf16")
+    others = [tiny_model(seed=1), tiny_model(rms_norm_eps=1e-3), tiny_model().bfloat16(), tiny_model()]
+    others[-1].set_attn_implementation("eager")
+    with torch.no_grad():
+        others.append(tiny_model())
+        others[-1].model.layers[2].mlp.up_proj.weight[24:] += 0.1  # the first weights are the same
+    keys = [teacher_key(other, "no") for other in others]
+    assert len({key, *keys}) == 6
+
+
 def test_a_run_with_a_cache_ends_as_one_without(tmp_path, tokenizer):
     rows = [{"text": f"{n} It was the best of times, it was the worst of times. " * 2} for n in range(4)]
 
@@ -152,5 +197,6 @@ def test_documents_come_back_in_another_packing(tmp_path):
     cache.add({"input_ids": ids[None], "position_ids": positions[None]}, states)
     order = torch.cat([ids.split(lengths.tolist())[n] for n in (2, 0, 1)])
     again = {"input_ids": order[None], "position_ids": positions[order][None]}
-    assert torch.equal(cache.get(again), states[:, order])
+    known, missing = cache.get(again)
+    assert torch.equal(known, states[:, order]) and missing is None
     assert cache.get({"input_ids": ids[None]}) is None  # the same tokens as one document

@@ -12,7 +12,7 @@ from hf_layerprune import IterativeLayerDistillTrainer, parallelize, prune
 from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.towers import run_towers, share_equal_weights, shared_depth
+from hf_layerprune.trainer.towers import run_towers, share_equal_weights, shared_depth, why_nothing_is_shared
 from hf_layerprune.trainer.trainable import make_trainable
 
 
@@ -60,7 +60,7 @@ def test_states_and_gradients_are_those_of_two_whole_passes(settings, checkpoint
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_the_students_lower_blocks_do_not_run_and_nothing_is_stored_below_the_trained(monkeypatch):
+def test_the_students_lower_blocks_do_not_run_and_nothing_is_stored_below_the_trained():
     teacher, student, states = pair(blocks=(3, 4), removed=(2,))
     (batch,) = random_batches(1)
     calls = []
@@ -74,7 +74,7 @@ def test_what_stands_in_the_way_of_sharing():
     teacher, student, _ = pair()
     assert shared_depth(student, teacher) == 2
     copied = copy.deepcopy(student)
-    assert shared_depth(copied, teacher) is None
+    assert shared_depth(copied, teacher) is None and "embedding" in why_nothing_is_shared(copied, teacher)
     share_equal_weights(copied, teacher)
     assert shared_depth(copied, teacher) == 2
     assert {p.data_ptr() for p in copied.model.layers[2].parameters()} <= {
@@ -82,9 +82,11 @@ def test_what_stands_in_the_way_of_sharing():
     }  # equal until it is trained, and then it has memory of its own
     student.set_attn_implementation("eager")
     assert shared_depth(student, teacher) is None
+    assert "the student computes attention by eager, the teacher by sdpa" in why_nothing_is_shared(student, teacher)
     teacher, student, _ = pair(attention_dropout=0.1)
-    assert shared_depth(student, teacher) is None
+    assert shared_depth(student, teacher) is None and "dropout=0.1" in why_nothing_is_shared(student, teacher)
     teacher, student, _ = pair()
+    assert why_nothing_is_shared(student, teacher) is None
     assert shared_depth(make_trainable(student, list(range(5)), everything=True), teacher) is None
 
 
@@ -111,11 +113,11 @@ def test_adapters_are_trained_above_the_shared_blocks():
 
 @pytest.fixture
 def make(tmp_path, tokenizer):
-    def build(folder="run", **changes):
+    def build(folder="run", model=None, **changes):
         rows = [{"text": "It was the best of times, it was the worst of times. " * 2}] * 12
         settings = {"target_num_layers": 4, "trained_layers": "neighbours", "measure_speed": False, "max_steps": 2}
         return IterativeLayerDistillTrainer(
-            model=tiny_model(6), args=tiny_config(tmp_path / folder, **settings | changes),
+            model=model or tiny_model(6), args=tiny_config(tmp_path / folder, **settings | changes),
             train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
         )  # fmt: skip
 
@@ -131,14 +133,13 @@ def test_rounds_hold_one_model_and_what_they_trained(make):
         result = heal(student, run, folder)
         models = (trainer.teacher, trainer.start, result[0])
         storages = {p.data_ptr(): p.numel() for model in models for p in model.parameters()}
-        trained = len(trainer.hidden_state_map.student) + 1
-        held.append((sum(storages.values()), trained, trainer.shared_depth))
+        held.append((sum(storages.values()), trainer.shared_depth))
         return result
 
     trainer._heal = watched
     trainer.train()
     layer = sum(p.numel() for p in trainer.teacher.model.layers[0].parameters())
-    for number, (numbers, _, depth) in enumerate(held, 1):
+    for number, (numbers, depth) in enumerate(held, 1):
         assert depth is not None
         assert numbers <= trainer.teacher.num_parameters() + 2 * number * layer
 
@@ -153,3 +154,13 @@ def test_a_run_with_shared_blocks_ends_as_one_without(make, monkeypatch):
     assert plain.shared_depth is None
     for (name, a), b in zip(ours.model.named_parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("trained, said", [("neighbours", 1), ("all", 0)])
+def test_a_run_says_once_why_both_models_run_in_full(make, caplog, trained, said):
+    changes = {"attention_dropout": 0.1} if trained == "neighbours" else {}  # all trains the embedding: no surprise
+    trainer = make(model=tiny_model(6, **changes), trained_layers=trained)
+    trainer.train()
+    assert trainer.shared_depth is None and len(trainer.run.rounds) == 2
+    messages = [record.getMessage() for record in caplog.records if "run in full" in record.getMessage()]
+    assert len(messages) == said and all("attention_dropout=0.1" in message for message in messages)

@@ -31,6 +31,7 @@ def test_every_own_field_is_documented_twice():
         {"temperature": 0.0},
         {"criterion": "cosine"},
         {"loss_preset": "seed"},
+        {"loss_preset": "paper", "lm_weight": 0.1},
         {"trained_layers": "some"},
         {"kl_weight": 0.0, "hidden_weight": 0.0},
     ],

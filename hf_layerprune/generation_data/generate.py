@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,9 +83,12 @@ def generate_healing_data(
     journal = Journal(Path(output_file), _settings(model, tokenizer, questions, sampling, config))
     report = journal.finished()
     if report is None:
-        _answer_all(model, tokenizer, questions, sampling, config, journal, on_rows)
-        if state.is_main_process:
-            _finish(journal, questions, config)
+        try:
+            _answer_all(model, tokenizer, questions, sampling, config, journal, on_rows)
+            if state.is_main_process:
+                _finish(journal, questions, config)
+        finally:
+            journal.release()
         _wait()
         report = journal.finished()
     if state.is_main_process:
@@ -165,9 +169,7 @@ def _answer_all(
     """Answer what has no answer yet; the processes take turns, a batch each."""
     (first, step), rank = shard(model), processes().process_index
     _wait()  # until every process has looked at what is there
-    if rank == 0:
-        journal.open()
-    _wait()
+    _open(journal, rank)
     known = journal.answers()
     _wait()  # until every process has read the same answers
     batches = [prompts[start : start + config.batch_size] for start in range(0, len(prompts), config.batch_size)]
@@ -186,6 +188,18 @@ def _answer_all(
             _wait()  # in step, so that none waits for hours at the end
             done += sum(map(len, turn))
             on_rows(done, len(prompts))
+
+
+def _open(journal: Journal, rank: int) -> None:
+    """On one process; all learn whether it could."""
+    refused = None
+    if rank == 0:
+        try:
+            journal.open()
+        except LayerPruneError as error:
+            refused = str(error)
+    if refused := broadcast_object_list([refused])[0]:
+        raise LayerPruneError(refused)
 
 
 def _answers(

@@ -3,6 +3,7 @@
 answers.jsonl                  the rows, written at the end in one move
 answers.jsonl.run.json         what decides them; at the end also what came out
 answers.jsonl.rank0.partial    answers so far, a line per batch, one file per process; gone at the end
+answers.jsonl.lock             held by the run that is at work; gone at the end
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
@@ -58,6 +61,8 @@ class Journal:
     def __init__(self, output_file: Path, settings: dict[str, Any]) -> None:
         self.output_file = output_file
         self.run_file = output_file.with_name(f"{output_file.name}.run.json")
+        self.lock_file = output_file.with_name(f"{output_file.name}.lock")
+        self._lock: FileLock | None = None
         self.settings = json.loads(to_json(settings))
 
     def finished(self) -> HealingDataReport | None:
@@ -72,6 +77,10 @@ class Journal:
         if not self.run_file.is_file():
             if self.output_file.exists():
                 raise LayerPruneError(f"{self.output_file} is there and not of such a run; {another}")
+            if partial := self._partial_files():
+                raise LayerPruneError(
+                    f"{partial[0]} holds answers of a run whose settings are gone; delete it, or {another}"
+                )
             return None
         try:
             found = json.loads(self.run_file.read_text())
@@ -94,10 +103,28 @@ class Journal:
         return HealingDataReport(**report)
 
     def open(self) -> None:
-        """Say what is going to be written here."""
+        """Keep other runs out and say what is going to be written here.
+
+        Raises:
+            [`LayerPruneError`]: if another run is at work, or has been.
+        """
         self.output_file.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.lock_file)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise LayerPruneError(
+                f"{self.output_file} is in use: another run is writing it; wait for it, or choose another output_file"
+            ) from None
+        if self.finished() is not None:
+            raise LayerPruneError(f"{self.output_file} has just been written by another run")
         if not self.run_file.exists():
             self._write_run_file(None, None)
+
+    def release(self) -> None:
+        """Let other runs in."""
+        if self._lock is not None:
+            self._lock.release()
 
     def answers(self) -> dict[int, Answer]:
         """The answers so far, by their rows. What a kill left half written is as if it were not there."""
@@ -127,13 +154,13 @@ class Journal:
 
     def clear(self) -> None:
         """Remove what a finished run needs no more."""
-        for path in self._partial_files():
+        for path in (*self._partial_files(), self.lock_file):
             path.unlink(missing_ok=True)
 
     def _partial_files(self) -> list[Path]:
-        start = f"{self.output_file.name}.rank"
-        here = self.output_file.parent
-        return sorted(path for path in here.iterdir() if path.name.startswith(start) and path.suffix == ".partial")
+        start, here = f"{self.output_file.name}.rank", self.output_file.parent
+        found = here.iterdir() if here.is_dir() else ()
+        return sorted(path for path in found if path.name.startswith(start) and path.suffix == ".partial")
 
     def _write_run_file(self, report: dict[str, int] | None, digest: str | None) -> None:
         content = {"settings": self.settings, "report": report, "sha256": digest}

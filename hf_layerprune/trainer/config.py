@@ -108,7 +108,8 @@ class IterativeLayerDistillConfig(SFTConfig):
         loss_preset (`str`, *optional*):
             `"paper"`: the loss of [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085) in its
             authors' own units, KL summed over all tokens of a micro-batch / 100 + MSE of the last healed layer + MSE
-            of the final state. It depends on the batch shape, and replaces `kl_weight` and `hidden_weight`.
+            of the final state. It depends on the batch shape, and replaces all settings of the loss but
+            `temperature`.
             `"balanced"`: at each step the hidden-state part is rescaled to the size of the divergence, both as they
             were in the step before, as in NVIDIA's Model-Optimizer; replaces `hidden_weight`.
         teacher_cache_size (`float`, *optional*, defaults to `0.0`):
@@ -270,10 +271,11 @@ class IterativeLayerDistillConfig(SFTConfig):
         for name, choices in (("hidden_distance", HIDDEN_DISTANCES), ("hidden_target", HIDDEN_TARGETS)):
             if getattr(self, name) not in choices:
                 raise LayerPruneError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(choices)}")
-        plain = (self.beta, self.hidden_distance, self.hidden_target) == (0, "mse", "states")
+        plain = (self.beta, self.hidden_distance, self.hidden_target, self.lm_weight) == (0, "mse", "states", 0)
         if self.loss_preset == "paper" and not plain:
             raise LayerPruneError(
-                "loss_preset='paper' is the authors' own loss; leave out beta, hidden_distance and hidden_target"
+                "loss_preset='paper' is the authors' own loss; leave out beta, hidden_distance, hidden_target and "
+                "lm_weight"
             )
         if self.loss_preset == "balanced" and not self.kl_weight:
             raise LayerPruneError("loss_preset='balanced' rescales to the divergence, which kl_weight=0 leaves out")

@@ -43,6 +43,19 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
         )
 
 
+def second_copy(accelerator: Accelerator, student: nn.Module) -> int:
+    """Bytes that each process takes for its part of the frozen weights, which the teacher holds already.
+
+    FSDP2 and DeepSpeed ZeRO-3 make parts of all weights of a student; the others leave the frozen ones where they are.
+    """
+    kind = accelerator.distributed_type
+    zero3 = kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+    if kind != DistributedType.FSDP and not zero3:
+        return 0
+    frozen = {p.data_ptr(): p.nbytes for p in student.parameters() if not p.requires_grad}
+    return sum(frozen.values()) // accelerator.num_processes
+
+
 def check_whole(model: nn.Module) -> None:
     """Raise [`LayerPruneError`] if a process holds a part of `model` only."""
     for name, parameter in model.named_parameters():

@@ -15,6 +15,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..data import Batch, valid_next_tokens
@@ -23,11 +24,13 @@ from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_l
 from ..surgery import plan_of
 from ._trl import leave_weights, log_metric, redirect_forward, swap_model
 from .config import IterativeLayerDistillConfig
-from .engines import autocast, fill, frozen_head, outline, splits_model
+from .engines import autocast, fill, frozen_head, outline, second_copy, splits_model
 from .targets import HiddenStateMap
 from .teacher_cache import TeacherCache
-from .towers import TowerStates, run_towers, shared_depth
+from .towers import TowerStates, run_towers, shared_depth, why_nothing_is_shared
 from .trainable import make_plain, make_trainable
+
+logger = logging.get_logger(__name__)
 
 DISTANCES = {"paper": hidden_state_mse, "mse": relative_hidden_state_mse, "cosine": cosine_distance}
 
@@ -97,6 +100,7 @@ class LayerHealingTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.balance = Balance()
+        self._said: set[str] = set()
         super().__init__(*args, **kwargs)
 
     def heal(
@@ -122,8 +126,14 @@ class LayerHealingTrainer(SFTTrainer):
         self.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(self.teacher), blocks)
         trained = make_trainable(student, blocks, self.args.trained_layers == "all", self._peft_config)
         self.shared_depth, self.balance = shared_depth(trained, self.teacher), Balance(balance)
+        reason = why_nothing_is_shared(trained, self.teacher)
+        if reason is not None and self.args.trained_layers != "all":  # which trains the embedding, as was asked for
+            self._say_once("prefix", f"student and teacher both run in full, which takes longer: {reason}")
         if self.teacher_cache is not None:
             self.teacher_cache.read()
+        if copied := second_copy(self.accelerator, trained):
+            size = f"{copied / 2**30:.2f} GiB more on each process"
+            self._say_once("copy", f"the engine splits weights that are not trained, beside the teacher's: {size}")
         empty = outline(trained) if splits_model(self.accelerator) else None
         self.frozen_head = None if empty is None else frozen_head(empty)
         swap_model(self, trained)
@@ -134,6 +144,12 @@ class LayerHealingTrainer(SFTTrainer):
         healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         healed = healed if empty is None else fill(empty, healed, self.args.device)
         return make_plain(healed, save_dtype), output
+
+    def _say_once(self, topic: str, message: str) -> None:
+        """Warn of something in the first round it comes up in."""
+        if self.accelerator.is_main_process and topic not in self._said:
+            logger.warning(message)
+        self._said.add(topic)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model so that `from_pretrained` loads it; in a healing that of its last step."""

@@ -62,8 +62,7 @@ class RunKeeping:
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
         self.run = open_run(folder, self._agreed(RunState.load(folder)), settings, resume_from_checkpoint)
         self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
-        precision = (settings["teacher"], settings["dtype"], self.accelerator.mixed_precision)
-        self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, precision, self.accelerator)
+        self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, self.teacher, self.accelerator)
         check_budget(self.model_name, self.gauge, plan_of(self.start))
         check_target(self.run, plan_of(self.start), self.gauge)
         self._take_lock(folder)

@@ -1,5 +1,8 @@
 """The teacher's final hidden states on disk: it never changes, so a row that comes again needs no second pass.
 
+They are kept whole. The most likely tokens of each position would be smaller, but the loss compares the final states
+themselves, and takes its divergence over the whole vocabulary.
+
 Rows, or the documents packed into them, are known by their tokens. Shards are safetensors files, each listed with its
 checksum in an index that is written after it, so a run that was cut off loses the last shard at most.
 """
@@ -16,13 +19,19 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..data import Batch
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
+from ..fingerprint import fingerprint, fingerprint_model
 
 SHARD_BYTES = 256 * 2**20
 INDEX = "index-{:05d}.json"
+UNRELATED = ("_name_or_path", "transformers_version", "use_cache")  # what of a config no state depends on
+
+Index = tuple[Tensor | slice, ...]
+"""Of `(B, T, ...)` tensors: some rows, or some columns of the only one."""
 
 
 class TeacherCache:
@@ -30,7 +39,7 @@ class TeacherCache:
 
     Args:
         folder (`Path`): where the shards lie; made when the first is written.
-        key (`str`): of teacher, tokenizer and precision; a folder of another key is refused.
+        key (`str`): of the teacher and how it computes, see [`teacher_key`]; a folder of another key is refused.
         max_bytes (`int`): on disk, of all processes; rows beyond it are not kept.
         rank (`int`, *optional*, defaults to `0`): of this process, which writes shards of its own.
         processes (`int`, *optional*, defaults to `1`): that share the folder.
@@ -53,9 +62,7 @@ class TeacherCache:
         for path in sorted(self.folder.glob("index-*.json")):
             index = _read_index(path)
             if index["key"] != self.key:
-                raise LayerPruneError(
-                    f"{self.folder} holds hidden states of another teacher, tokenizer or precision; delete it"
-                )
+                raise LayerPruneError(f"{self.folder} holds hidden states of another teacher or precision; delete it")
             own = path.name == INDEX.format(self.rank)
             for name, shard in index["shards"].items():
                 file = self.folder / name
@@ -66,23 +73,28 @@ class TeacherCache:
             if own:
                 self.own = index
 
-    def get(self, batch: Batch) -> Tensor | None:
-        """`(B, T, H)` behind the final norm, zeros at padding; `None` unless every row is known."""
-        rows = row_keys(batch)
-        if not all(row in self.places or row in self.pending for row in rows):
+    def get(self, batch: Batch) -> tuple[Tensor, Index | None] | None:
+        """States `(B, T, H)` behind the final norm, zeros where they are not known, and the index of the part of the
+        batch that is to be computed, if any; `None` if nothing is known."""
+        ids, places = batch["input_ids"], _places(batch)
+        found = [self._load(row) for row in row_keys(batch)]
+        first = next((state for state in found if state is not None), None)
+        if first is None:
             return None
-        ids = batch["input_ids"]
-        found = [self._load(row) for row in rows]
-        states = found[0].new_zeros(*ids.shape, found[0].shape[-1])
-        for state, place in zip(found, _places(batch), strict=True):
-            states[place] = state
-        return states.to(ids.device)
+        states = first.new_zeros(*ids.shape, first.shape[-1])
+        missing = []
+        for state, place in zip(found, places, strict=True):
+            if state is None:
+                missing.append(place)
+            else:
+                states[place] = state
+        return states.to(ids.device), _index(missing, batch)
 
     def add(self, batch: Batch, states: Tensor) -> None:
         """Keep the states `(B, T, H)` of rows that are new, while there is room."""
         for row, (number, columns) in zip(row_keys(batch), _places(batch), strict=True):
             size = len(columns) * states.shape[-1] * states.element_size()
-            if row in self.places or row in self.pending or self.num_bytes + size > self.max_bytes:
+            if self._has(row) or self.num_bytes + size > self.max_bytes:
                 continue
             self.pending[row] = states[number, columns.to(states.device)].cpu()
             self.num_bytes += size
@@ -106,23 +118,33 @@ class TeacherCache:
         self.places |= dict.fromkeys(self.pending, file)
         self.pending = {}
 
-    def _load(self, row: str) -> Tensor:
-        if row in self.pending:
-            return self.pending[row]
+    def _has(self, row: str) -> bool:
+        return row in self.places or row in self.pending
+
+    def _load(self, row: str) -> Tensor | None:
+        if row in self.pending or not self._has(row):
+            return self.pending.get(row)
         with safe_open(self.places[row], framework="pt") as shard:
             return shard.get_tensor(row)
 
 
-def open_cache(
-    folder: Path, gibibytes: float, precision: tuple[Any, ...], accelerator: Accelerator
-) -> TeacherCache | None:
-    """The cache in a run's output folder, of the given size; none where that is 0.
+def teacher_key(teacher: PreTrainedModel, mixed_precision: str) -> str:
+    """Of what the states of a row depend on: a sample of the teacher's weights, its config, and how it computes.
 
-    `precision` tells one teacher, and how it computes, from another.
+    Rows are known by their token ids, so the tokenizer is no part of it.
     """
+    config = {name: value for name, value in teacher.config.to_dict().items() if name not in UNRELATED}
+    how = (teacher.dtype, teacher.config._attn_implementation, mixed_precision)
+    return fingerprint([fingerprint_model(teacher), sorted(config.items()), how])
+
+
+def open_cache(
+    folder: Path, gibibytes: float, teacher: PreTrainedModel, accelerator: Accelerator
+) -> TeacherCache | None:
+    """The cache in a run's output folder, of the given size; none where that is 0."""
     if not gibibytes:
         return None
-    key = hashlib.sha256(str(precision).encode()).hexdigest()[:32]
+    key = teacher_key(teacher, accelerator.mixed_precision)
     shares = (accelerator.process_index, accelerator.num_processes)
     return TeacherCache(folder / "teacher_cache", key, int(gibibytes * 2**30), *shares)
 
@@ -148,6 +170,16 @@ def _places(batch: Batch) -> list[tuple[int, Tensor]]:
         ends = [0, *(start for start in starts if start), width]
         found += [(row, torch.arange(*ends[n : n + 2])) for n in range(len(ends) - 1)]
     return found
+
+
+def _index(places: list[tuple[int, Tensor]], batch: Batch) -> Index | None:
+    """Of the part of a batch that holds `places`: whole rows, or documents of the only one."""
+    if not places:
+        return None
+    device, rows = batch["input_ids"].device, sorted({row for row, _ in places})
+    if "attention_mask" in batch or len(batch["input_ids"]) > 1:
+        return (torch.tensor(rows, device=device),)
+    return slice(None), torch.cat([columns for _, columns in places]).to(device)
 
 
 def _read_index(path: Path) -> dict[str, Any]:

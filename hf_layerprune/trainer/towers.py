@@ -16,7 +16,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data import Batch
+from ..data import BATCH_KEYS, Batch
 from ..surgery import plan_of
 from .targets import HiddenStateMap
 from .teacher_cache import TeacherCache
@@ -60,17 +60,30 @@ def _like(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
+def why_nothing_is_shared(student: nn.Module, teacher: PreTrainedModel) -> str | None:
+    """What keeps the teacher from running the first blocks for both models; `None` if nothing does.
+
+    `student` may hold adapters.
+    """
+    student = student.get_base_model() if is_peft_model(student) else student
+    if student.config.attention_dropout:
+        return f"attention_dropout={student.config.attention_dropout} drops other weights in each of them"
+    if not _same(student.get_input_embeddings(), teacher.get_input_embeddings()):
+        return "the embedding is trained, or another one"
+    own, its = student.config._attn_implementation, teacher.config._attn_implementation
+    if own != its:  # each has masks of its own form
+        return f"the student computes attention by {own}, the teacher by {its}"
+    return None
+
+
 def shared_depth(student: nn.Module, teacher: PreTrainedModel) -> int | None:
     """How many blocks, from the first, are the same weights in memory in both models and are not trained.
 
-    `student` may hold adapters. `None` where not even the embedding is, or where a pass of the student is another one:
-    with dropout, or with another implementation of attention.
+    `student` may hold adapters. `None` where both have to run in full, see [`why_nothing_is_shared`].
     """
+    if why_nothing_is_shared(student, teacher) is not None:
+        return None
     student = student.get_base_model() if is_peft_model(student) else student
-    if student.config.attention_dropout or not _same(student.get_input_embeddings(), teacher.get_input_embeddings()):
-        return None
-    if student.config._attn_implementation != teacher.config._attn_implementation:  # each has masks of its own form
-        return None
     depth = 0
     layers = zip(student.base_model.layers, teacher.base_model.layers, strict=False)
     blocks = zip(plan_of(student).blocks, plan_of(teacher).blocks, strict=False)
@@ -108,54 +121,61 @@ def run_towers(
         states ([`HiddenStateMap`]): the hidden states to compare.
         shared (`int`, *optional*): see [`shared_depth`]; the student runs from its embedding on if there is none.
         updates (`bool`, *optional*, defaults to `False`): compare what blocks add to the residual stream.
-        cache ([`TeacherCache`], *optional*): the teacher's final states of rows it has read; there it only runs as far
+        cache ([`TeacherCache`], *optional*): the teacher's final states of rows it has read; those it only runs as far
             as its other states are needed.
     """
     inputs = inputs | {"use_cache": False}
     decoder, reference = student.base_model, teacher.base_model
     own = Recorder(decoder.layers, states.student, states.student if updates else ())
     its = Recorder(reference.layers, states.teacher, states.teacher_start if updates else ())
-    teacher_final = None if cache is None else cache.get(inputs)
-    needed = None if teacher_final is None else max(-1 if shared is None else shared - 1, *states.teacher, -1)
-    with torch.no_grad(), its, captured_call(reference.layers, shared) as call:
-        if needed is None:
-            teacher_final = reference(**inputs).last_hidden_state
-            if cache is not None:
-                cache.add(inputs, teacher_final)
-        elif needed >= 0 or shared is not None:
-            _run_up_to(reference, inputs, needed)
+    known = None if cache is None else cache.get(inputs)
+    begin = max([shared or 0, *(position + 1 for position in states.teacher)])  # from here, what is not known alone
+    with torch.no_grad():
+        with its, captured_call(reference.layers, shared) as call:
+            if known is None:
+                teacher_final = reference(**inputs).last_hidden_state
+            else:
+                state, _ = _call_of(reference, inputs, begin)
+        if known is not None:
+            teacher_final, missing = known
+            if missing is not None:
+                part = {key: inputs[key][missing] for key in BATCH_KEYS if key in inputs} | {"use_cache": False}
+                _, kwargs = _call_of(reference, part, 0)
+                teacher_final[missing] = _run_from(reference, begin, state[missing], kwargs)
+        if cache is not None:
+            cache.add(inputs, teacher_final)
     with own:
-        if shared is None:
-            student_final = decoder(**inputs).last_hidden_state
-        else:
-            state, kwargs = call
-            for layer in decoder.layers[shared:]:
-                state = layer(state, **kwargs)
-            student_final = decoder.norm(state)
+        student_final = decoder(**inputs).last_hidden_state if shared is None else _run_from(decoder, shared, *call)
     return TowerStates(student_final[valid], teacher_final[valid], own.states(valid), its.states(valid))
 
 
 class _Enough(Exception):
-    """Thrown behind the last layer that is needed."""
+    """Thrown before the first layer that is not needed."""
 
 
-def _run_up_to(decoder: PreTrainedModel, inputs: Batch, position: int) -> None:
-    """The layers up to `position` only; what is kept of them, others keep. At -1 the input of the first."""
+def _call_of(decoder: PreTrainedModel, inputs: Batch, position: int) -> list[Any]:
+    """The input state and the keyword arguments of the layer at `position`; only the layers before it run."""
+    call: list[Any] = []
 
-    def stop(*_: Any) -> None:
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call.extend((args[0], kwargs))
         raise _Enough
 
-    layers = decoder.layers
-    if position + 1 < len(layers):
-        handle = layers[position + 1].register_forward_pre_hook(stop)
-    else:
-        handle = layers[position].register_forward_hook(stop)
+    handle = decoder.layers[position].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         decoder(**inputs)
     except _Enough:
         pass
     finally:
         handle.remove()
+    return call
+
+
+def _run_from(decoder: PreTrainedModel, position: int, state: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The final state, from what the layer at `position` is called with."""
+    for layer in decoder.layers[position:]:
+        state = layer(state, **kwargs)
+    return decoder.norm(state)
 
 
 class Recorder:

@@ -1,0 +1,109 @@
+"""Loss and gradients of an optimizer step are those of the plain formula: for every switch, however it is split."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from healing_reference import loss_of_step
+from peft import LoraConfig
+from test_healing import gradients, make_trainer
+
+from hf_layerprune import IterativeLayerDistillTrainer, prune
+from hf_layerprune.surgery import plan_of
+from hf_layerprune.trainer._trl import swap_model
+from hf_layerprune.trainer.healing import Balance
+from hf_layerprune.trainer.targets import HiddenStateMap
+from hf_layerprune.trainer.teacher_cache import TeacherCache
+from hf_layerprune.trainer.towers import shared_depth
+from hf_layerprune.trainer.trainable import make_trainable
+
+PACKING = {"packing": True, "packing_strategy": "bfd"}
+TOGETHER = {
+    "temperature": 1.6, "beta": 0.6, "hidden_distance": "cosine", "hidden_target": "updates", "lm_weight": 0.3,
+    "loss_preset": "balanced", "teacher_cache_size": 1.0, "gradient_checkpointing": True, **PACKING,
+}  # fmt: skip
+ALONE = [
+    {},
+    {"trained_layers": "all"},
+    {"lora": True},
+    {"temperature": 2.5},
+    {"beta": 0.4},
+    {"beta": 1.0},
+    {"kl_weight": 0.0},
+    {"lm_weight": 0.3},
+    {"hidden_distance": "cosine"},
+    {"hidden_target": "updates"},
+    {"loss_preset": "paper"},
+    {"loss_preset": "balanced"},
+    {"gradient_checkpointing": True},
+    {"teacher_cache_size": 1.0},
+    PACKING,
+]
+
+
+def ready(tmp_path, tokenizer, lora=False, **changes):
+    """A trainer in the middle of a round, with layer 2 removed and the layers beside the gap trained."""
+    settings = {"packing": False, "trained_layers": "neighbours", "kl_weight": 0.7, "hidden_weight": 0.4}
+    settings |= {"max_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e9}
+    teacher = tiny_model()
+    trainer = make_trainer(tmp_path, tokenizer, teacher, **settings | changes)
+    everything = trainer.args.trained_layers == "all"
+    blocks = list(range(4)) if everything else [1, 2]
+    student = prune(teacher, [2], share_weights=True)
+    trainer.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(teacher), blocks)
+    peft = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM") if lora else None
+    student = make_trainable(student, blocks, everything, peft)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:  # zero at first, and so is the gradient of the other half
+            torch.nn.init.normal_(parameter, std=0.2)
+    trainer.shared_depth = shared_depth(student, teacher)
+    assert trainer.shared_depth == (None if everything else 1)
+    swap_model(trainer, student)
+    trainer.balance = Balance(0.37)  # as after a step
+    if trainer.args.teacher_cache_size:
+        bytes_of_a_token = 4 * teacher.config.hidden_size  # the texts, which come again, have 57 tokens
+        trainer.teacher_cache = TeacherCache(tmp_path / "cache", "key", 35 * bytes_of_a_token)
+        with torch.no_grad():
+            for batch in trainer.get_train_dataloader():
+                trainer.loss_parts(student, batch)
+    return trainer
+
+
+def step(trainer):
+    """Micro-batches and gradients of the step that a trainer takes."""
+    batches, found, compute_loss = [], {}, trainer.compute_loss
+
+    def watched(model, inputs, *args, **kwargs):
+        batches.append(dict(inputs))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = watched
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(lambda *_: found.update(gradients(trainer)))
+    super(IterativeLayerDistillTrainer, trainer).train()
+    trainer.model.zero_grad()
+    return batches, found
+
+
+@pytest.mark.parametrize("rows, steps", [(8, 1), (2, 4)])
+@pytest.mark.parametrize(
+    "switches", [*ALONE, TOGETHER | {"lora": True}, TOGETHER | {"trained_layers": "all"}], ids=str
+)
+def test_a_step_is_that_of_the_plain_formula(tmp_path, tokenizer, switches, rows, steps):
+    split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+    trainer = ready(tmp_path, tokenizer, **switches, **split)
+    batches, ours = step(trainer)
+    assert len(batches) == steps and trainer.model.is_gradient_checkpointing == ("gradient_checkpointing" in switches)
+    if "packing" in switches:
+        assert all((batch["position_ids"] == 0).sum() > len(batch["input_ids"]) for batch in batches)
+    else:
+        assert any(not batch["attention_mask"].all() for batch in batches), "padding matters"
+    if trainer.teacher_cache is not None:
+        found = [trainer.teacher_cache.get(batch) for batch in batches]
+        assert any(known is None or known[1] is not None for known in found) and any(found), "not all fitted"
+    expected = loss_of_step(trainer.model, trainer.teacher, batches, trainer.hidden_state_map, trainer.args, 0.37)
+    expected.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-3)  # logged with few digits
+    reference = gradients(trainer)
+    assert ours.keys() == reference.keys() == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    for name, gradient in reference.items():
+        assert gradient.norm() > 0 and (ours[name] - gradient).norm() < 1e-4 * gradient.norm(), name
