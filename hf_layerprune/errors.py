@@ -7,6 +7,10 @@ class LayerPruneError(ValueError):
     """A request that cannot work as given. The command line prints its message as one line and exits with status 2."""
 
 
+class NotANumber(LayerPruneError):
+    """A healing whose loss or weights are no numbers any more."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of what another library's error says."""
     lines = str(error).strip().splitlines()

@@ -16,9 +16,9 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from hf_layerprune import IterativeLayerDistillConfig, embedded_dataset
+from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, embedded_dataset
 
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # they and the processes they start share the cores
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -138,3 +138,29 @@ def tiny_config(output_dir: Path, **changes) -> IterativeLayerDistillConfig:
         "bf16": False,
     }
     return IterativeLayerDistillConfig(**settings | changes)
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer, texts):
+    """Build a trainer on the embedded text; `folder` names its output folder."""
+
+    def build(teacher=None, folder="run", callbacks=None, peft_config=None, eval_dataset=texts, **changes):
+        return IterativeLayerDistillTrainer(
+            model=tiny_model() if teacher is None else teacher,
+            args=tiny_config(tmp_path / folder, **changes),
+            train_dataset=texts,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
+
+    return build
+
+
+def read_report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)

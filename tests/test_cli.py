@@ -11,6 +11,7 @@ from conftest import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from hf_layerprune import LayerPlan, cli, prune
+from hf_layerprune.cli.compress import resume_line
 
 QUICK = [
     "--target_num_layers", "4", "--max_steps", "2", "--num_calibration_samples", "2", "--num_eval_samples", "2",
@@ -203,6 +204,12 @@ def test_a_run_killed_in_its_first_second_can_be_resumed(tmp_path, model_folder,
         assert run("compress", *arguments) == 130
     assert "--resume true" in capsys.readouterr().err
     assert run("compress", "--config", tmp_path / "out" / "recipe.yaml", "--resume_from_checkpoint", "true") == 0
+
+
+def test_the_line_that_goes_on_can_be_pasted():
+    assert resume_line(Path("a b"), 1) == "hf-layerprune compress --config 'a b/recipe.yaml' --resume true"
+    several = resume_line(Path("run"), 2)
+    assert several.startswith("accelerate launch --num_processes 2 -m hf_layerprune.cli compress --config run/recipe")
 
 
 def test_unknown_verb(capsys):

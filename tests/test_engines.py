@@ -249,6 +249,14 @@ def engine(kind, **more):
     return SimpleNamespace(distributed_type=DistributedType[kind], **more)
 
 
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    args = tiny_config(tmp_path)
+    assert args.n_gpu <= 1
+    args._n_gpu = 4  # as on a machine with four of them, without a launcher
+    with pytest.raises(LayerPruneError, match="sees 4 GPUs.*accelerate launch --num_processes 4 -m hf_layerprune.cli"):
+        check_engine(engine("NO"), args)
+
+
 @pytest.mark.parametrize(
     "accelerator, changes, words",
     [

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -26,13 +28,15 @@ RECIPE = {
 }  # fmt: skip
 SLOWLY = """
 import sys, time
-from transformers import TrainerCallback
+from hf_layerprune import LayerDistillCallback
 from hf_layerprune.trainer import iterative
 from hf_layerprune.cli import main
 
-class Slow(TrainerCallback):
+class Slow(LayerDistillCallback):
     def on_step_end(self, *_, **__):
         time.sleep(0.2)
+    def on_phase_step(self, *_, **__):
+        time.sleep(0.05)
 
 start = iterative.IterativeLayerDistillTrainer.__init__
 def slowly(self, *args, **kwargs):
@@ -127,38 +131,58 @@ def test_a_second_run_in_the_folder_is_refused(recipe, tmp_path):
     assert run(recipe, folder, "--resume").returncode == 0  # a lock dies with its process
 
 
-def kill_and_resume(recipe, folder, whole, kills, seed):
-    """SIGKILL at random moments of a run until it is through."""
-    moments = random.Random(seed)
-    started = time.monotonic()
-    assert run(recipe, folder.with_name("timed")).returncode == 0
-    length = time.monotonic() - started
-    for number in range(kills):
-        resume = ["--resume"] if (folder / "run_state.json").is_file() else []
-        process = start(recipe, folder, *resume)
-        try:
-            process.wait(moments.uniform(0.3, 1.0) * length)
-            break  # it got through
-        except subprocess.TimeoutExpired:
+PHASES = ("evaluating teacher", "scoring", "checkpoint", "healing", "round")
+SETTINGS = {
+    "all": {},
+    "neighbours": {"trained_layers": "neighbours"},
+    "balanced": {"loss_preset": "balanced", "save_steps": 1, "save_total_limit": 1},
+    "cache": {"teacher_cache_size": 0.01, "trained_layers": "neighbours"},
+    "adapters": {"lora_r": 4, "trained_layers": "neighbours"},
+}
+
+
+def kill_and_resume(recipe, folder, whole, phases, seed):
+    """SIGKILL once a run has begun each of `phases`, at a random moment behind; a run that gets through before it has
+    is compared, and another is started."""
+    moments, killed = random.Random(seed), []
+    while len(killed) < len(phases):
+        path = folder / "run_state.json"
+        opened = path.stat().st_mtime_ns if path.is_file() else 0
+        process = start(recipe, folder, *(["--resume"] if opened else []), slowly=True)
+        while process.poll() is None:
+            fresh = path.is_file() and path.stat().st_mtime_ns > opened  # it writes its state once it is under way
+            if fresh and state(folder)["done"].get("phase") == phases[len(killed)]:
+                break
+            time.sleep(0.005)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(0, 0.4))
+        if process.poll() is None:
             before = state(folder)["rounds"]
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            assert state(folder)["rounds"][: len(before)] == before, f"kill {number} lost a round"
-    if not (folder / "model").is_dir():
-        resume = ["--resume"] if (folder / "run_state.json").is_file() else []
-        last = run(recipe, folder, *resume)
-        assert last.returncode == 0, last.stderr
+            killed.append(state(folder)["done"]["phase"])
+            assert state(folder)["rounds"][: len(before)] == before, f"killed in {killed}: a round is lost"
+        else:
+            assert process.returncode == 0, process.stderr.read()
+            assert_same_result(folder, whole)
+            shutil.rmtree(folder)
+    last = run(recipe, folder, *(["--resume"] if (folder / "run_state.json").is_file() else []))
+    assert last.returncode == 0, last.stderr
     assert_same_result(folder, whole)
+    assert len(killed) == len(phases) and len(set(killed)) > 1, killed
 
 
 def test_killed_at_random_moments(recipe, tmp_path, whole):
-    kill_and_resume(recipe, tmp_path / "cut", whole, kills=3, seed=0)
+    kill_and_resume(recipe, tmp_path / "cut", whole, ("checkpoint", "healing", "scoring"), seed=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 6))
-def test_killed_at_many_random_moments(recipe, tmp_path, whole, seed):
-    kill_and_resume(recipe, tmp_path / "cut", whole, kills=4, seed=seed)
+@pytest.mark.parametrize("seed, name", list(enumerate(SETTINGS, start=1)), ids=list(SETTINGS))
+def test_killed_at_many_random_moments(recipe, tmp_path, seed, name):
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | SETTINGS[name]))
+    assert run(recipe, tmp_path / "whole").returncode == 0
+    phases = random.Random(seed).sample(PHASES, len(PHASES))
+    kill_and_resume(recipe, tmp_path / "cut", tmp_path / "whole", phases, seed)
 
 
 def test_a_full_disk_is_one_line(recipe, tmp_path, whole):
@@ -218,11 +242,12 @@ def test_any_other_error_stays_what_it_is(make, monkeypatch):
         trainer.train()
 
 
-def test_a_round_that_was_changed_is_refused(make, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])  # which holds the plan
+def test_a_round_that_was_changed_is_refused(make, tmp_path, name):
     make(target_num_layers=4).train()
-    weights = tmp_path / "run" / "rounds" / "01" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
+    path = tmp_path / "run" / "rounds" / "01" / name
+    content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    weights.write_bytes(bytes(content))
-    with pytest.raises(LayerPruneError, match="model.safetensors is damaged: it is not what round 1 saved"):
+    path.write_bytes(bytes(content))
+    with pytest.raises(LayerPruneError, match=f"{name} is damaged: it is not what round 1 saved"):
         make().train(resume_from_checkpoint=True)

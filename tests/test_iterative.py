@@ -1,6 +1,5 @@
 import copy
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -8,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_batches, tiny_config, tiny_model
+from conftest import load, random_batches, read_report, tiny_config, tiny_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from hf_layerprune import (
     IterativeLayerDistillTrainer,
-    LayerDistillCallback,
     LayerPlan,
     LayerPruneError,
     evaluate_model,
@@ -24,32 +22,6 @@ from hf_layerprune import (
     score_layers,
 )
 from hf_layerprune.surgery import plan_of
-
-
-@pytest.fixture
-def make(tmp_path, tokenizer, texts):
-    """Build a trainer on the embedded text; `folder` names its output folder."""
-
-    def build(teacher=None, folder="run", callbacks=None, peft_config=None, eval_dataset=texts, **changes):
-        return IterativeLayerDistillTrainer(
-            model=tiny_model() if teacher is None else teacher,
-            args=tiny_config(tmp_path / folder, **changes),
-            train_dataset=texts,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            peft_config=peft_config,
-        )
-
-    return build
-
-
-def read_report(folder):
-    return json.loads((folder / "report.json").read_text())
-
-
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_two_rounds_end_to_end(make, tmp_path):
@@ -216,148 +188,6 @@ Path({str(tmp_path)!r}, "rank" + os.environ["RANK"]).write_text(json.dumps(seen)
     assert load(tmp_path / "run" / "model").config.num_hidden_layers == 3
 
 
-class Killed(Exception):
-    pass
-
-
-class KillAt(LayerDistillCallback):
-    """Raise at the n-th call of one event, as a power cut would."""
-
-    def __init__(self, event, count):
-        self.count = count
-
-        def die(*_, **__):
-            self.count -= 1
-            if self.count == 0:
-                raise Killed
-
-        setattr(self, event, die)
-
-
-@pytest.mark.parametrize(
-    "event, count",
-    [
-        ("on_phase_begin", 2),  # before the first scoring
-        ("on_phase_step", 3),
-        ("on_step_end", 2),  # inside the first healing, before a checkpoint
-        ("on_step_end", 4),  # behind a checkpoint
-        ("on_round_end", 1),
-        ("on_phase_begin", 6),  # healed, not yet evaluated
-        ("on_phase_begin", 7),  # second round
-        ("on_step_end", 9),
-        ("on_round_end", 2),  # all is done
-    ],
-)
-def test_resume_continues_where_it_was_and_ends_the_same(make, tmp_path, event, count):
-    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
-    make(folder="whole", **settings).train()
-    with pytest.raises(Killed):
-        make(folder="cut", callbacks=[KillAt(event, count)], **settings).train()
-    started = []
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            started.append(state.global_step)
-
-    resumed = make(folder="cut", callbacks=[Watch()], **settings)
-    resumed.train(resume_from_checkpoint=True)
-    if (event, count) == ("on_step_end", 4):
-        assert started[0] == 3, "the healing did not go on from its checkpoint"
-    whole, cut = read_report(tmp_path / "whole"), read_report(tmp_path / "cut")
-    for a, b in zip(whole["rounds"], cut["rounds"], strict=True):
-        assert a["removed_layers"] == b["removed_layers"]
-        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-5)
-        assert a["train_tokens"] == b["train_tokens"]
-    for a, b in zip(load(tmp_path / "whole" / "model").parameters(), load(tmp_path / "cut" / "model").parameters(),
-                    strict=True):  # fmt: skip
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert not list((tmp_path / "cut" / "rounds").glob("*/checkpoint-*"))
-    assert resumed.model.config.num_hidden_layers == 3
-    assert resumed.evaluate()["eval_loss"] == pytest.approx(cut["rounds"][-1]["loss"], rel=1e-5)
-
-
-def test_half_written_checkpoint_is_passed_over(make, tmp_path):
-    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "target_num_layers": 4}
-    with pytest.raises(Killed):
-        make(callbacks=[KillAt("on_step_end", 5)], **settings).train()
-    (tmp_path / "run" / "rounds" / "01" / "checkpoint-4" / "trainer_state.json").write_text('{"half')
-    make(**settings).train(resume_from_checkpoint=True)
-    assert len(read_report(tmp_path / "run")["rounds"]) == 1
-
-
-def test_a_finished_run_can_go_deeper(make, tmp_path):
-    make(target_num_layers=4).train()
-    make(target_num_layers=3).train(resume_from_checkpoint=True)
-    assert [record["num_layers"] for record in read_report(tmp_path / "run")["rounds"]] == [4, 3]
-    assert load(tmp_path / "run" / "model").config.num_hidden_layers == 3
-
-
-def test_runs_are_not_mixed_up(make, tmp_path):
-    make(target_num_layers=4).train()
-    with pytest.raises(LayerPruneError, match="holds another run"):
-        make(target_num_layers=4).train()
-    with pytest.raises(LayerPruneError, match="trained_layers"):
-        make(target_num_layers=3, trained_layers="neighbours").train(resume_from_checkpoint=True)
-    for changes, message in (
-        ({"num_eval_samples": 2}, "evaluation_text"),
-        ({"num_calibration_samples": 2}, "calibration_text"),
-        ({"weight_decay": 0.3}, "weight_decay"),
-        ({"teacher": tiny_model(seed=9)}, "model="),
-    ):
-        with pytest.raises(LayerPruneError, match=message):
-            make(target_num_layers=3, **{"teacher": None, **changes}).train(resume_from_checkpoint=True)
-    with pytest.raises(LayerPruneError, match="holds no run"):
-        make(folder="other").train(resume_from_checkpoint=True)
-    with pytest.raises(LayerPruneError, match="its own folder"):
-        make(target_num_layers=3).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
-    (tmp_path / "run" / "run_state.json").write_text("{")
-    with pytest.raises(LayerPruneError, match="damaged"):
-        make(target_num_layers=3).train(resume_from_checkpoint=True)
-
-
-def test_loss_that_is_no_number_stops_and_keeps_the_last_round(make, tmp_path):
-    class Poison(LayerDistillCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 1 and model.config.num_hidden_layers == 3:
-                with torch.no_grad():
-                    next(model.parameters()).fill_(math.nan)
-
-    with pytest.raises(LayerPruneError, match="nan at step 2 of 3"):
-        make(callbacks=[Poison()]).train()
-    assert load(tmp_path / "run" / "rounds" / "01").config.num_hidden_layers == 4
-    assert len(read_report(tmp_path / "run")["rounds"]) == 1
-    make(learning_rate=1e-4).train(resume_from_checkpoint=True)  # as the message says
-    assert len(read_report(tmp_path / "run")["rounds"]) == 2
-
-
-def test_checkpoints_of_a_ruined_healing_go(make, tmp_path):
-    class Poison(LayerDistillCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 1:
-                with torch.no_grad():
-                    next(model.parameters()).fill_(math.nan)
-
-    settings = {"save_strategy": "steps", "save_steps": 1, "target_num_layers": 4}
-    with pytest.raises(LayerPruneError, match="nan at step 2"):
-        make(callbacks=[Poison()], **settings).train()
-    make(**settings).train(resume_from_checkpoint=True)
-    assert len(read_report(tmp_path / "run")["rounds"]) == 1
-
-
-def test_another_target_within_a_round(make, tmp_path):
-    settings = {"layers_per_round": 2, "max_steps": 2}
-    with pytest.raises(Killed):
-        make(callbacks=[KillAt("on_step_end", 1)], target_num_layers=3, **settings).train()
-    with pytest.raises(LayerPruneError, match="at 3 already"):
-        make(target_num_layers=4, **settings).train(resume_from_checkpoint=True)
-    make(target_num_layers=2, **settings).train(resume_from_checkpoint=True)
-    rounds = read_report(tmp_path / "run")["rounds"]
-    assert [len(record["removed_layers"]) for record in rounds] == [2, 1]
-    for record in rounds:
-        plan = LayerPlan.from_dict(record["plan"])
-        assert plan.depth == record["num_layers"] and set(record["removed_layers"]) <= set(plan.removed_layers)
-
-
 def test_the_trained_student_is_independent_of_the_users_model(make):
     teacher = tiny_model()
     before = copy.deepcopy(teacher.state_dict())
@@ -367,19 +197,6 @@ def test_the_trained_student_is_independent_of_the_users_model(make):
         for parameter in trainer.model.parameters():
             parameter.add_(1)
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
-
-
-def test_weights_ruined_by_the_very_last_step_are_noticed(make, tmp_path):
-    with pytest.raises(LayerPruneError, match="no numbers|became|loss is"):
-        make(target_num_layers=4, max_steps=1, learning_rate=1e38, max_grad_norm=1e38, optim="sgd").train()
-    assert not (tmp_path / "run" / "model").exists()
-    assert not (tmp_path / "run" / "rounds" / "01" / "config.json").exists()
-
-
-def test_a_target_above_what_is_reached_is_refused(make):
-    make(target_num_layers=3).train()
-    with pytest.raises(LayerPruneError, match="at 3 already"):
-        make(target_num_layers=4).train(resume_from_checkpoint=True)
 
 
 def test_adapters_stay_on_the_layers_to_heal(make):
@@ -392,24 +209,6 @@ def test_adapters_stay_on_the_layers_to_heal(make):
             folder="other", target_num_layers=4,
             peft_config=LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]),
         ).train()  # fmt: skip
-
-
-@pytest.mark.parametrize("count", [4, 6])  # behind a checkpoint; at the start of round 2
-def test_lora_resumes_inside_its_healing(make, tmp_path, count):
-    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    settings = {
-        "max_steps": 5,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "peft_config": config,
-    }
-    make(folder="whole", **settings).train()
-    with pytest.raises(Killed):
-        make(callbacks=[KillAt("on_step_end", count)], **settings).train()
-    make(**settings).train(resume_from_checkpoint=True)
-    whole, cut = load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model")
-    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("measure_speed", [True, False])

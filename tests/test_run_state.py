@@ -2,43 +2,74 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import tiny_config, tiny_model
+from safetensors.torch import save_file
 
 from hf_layerprune import LayerPlan, LayerPruneError, budget
 from hf_layerprune.budget import Budget, Gauge, ModelSizes
 from hf_layerprune.edits import EditSpace
 from hf_layerprune.files import replace_folder, to_json, write_atomically
 from hf_layerprune.latency import BlockLatency
-from hf_layerprune.trainer.run_state import (
-    CHECKPOINT_FILES,
-    RunState,
-    check_target,
-    gauge_of_run,
-    last_whole_checkpoint,
-    open_run,
+from hf_layerprune.trainer.checkpoints import (
+    SEAL,
+    Checkpoint,
+    drop_ruined_checkpoints,
+    last_checkpoint,
+    load_trained,
+    seal,
 )
+from hf_layerprune.trainer.run_state import RunState, check_target, gauge_of_run, open_run
 
 
-def checkpoint(folder, step, max_steps=10, without=()):
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    for name in (*CHECKPOINT_FILES, "model.safetensors"):
-        if name not in without:
-            (path / name).write_text(json.dumps({"global_step": step, "max_steps": max_steps}))
-    return path
+def checkpoint(folder, step, weight=1.0):
+    found = Checkpoint(str(folder / f"checkpoint-{step}"), balance=step / 7, seconds=2.0 * step)
+    (path := folder / f"checkpoint-{step}").mkdir(parents=True)
+    save_file({"a": torch.zeros(3), "b": torch.full((2,), weight)}, path / "model.safetensors")
+    (path / "shards").mkdir()
+    (path / "shards" / "optimizer").write_text(str(step))
+    seal(found)
+    return found
 
 
-def test_the_newest_whole_checkpoint_with_steps_left(tmp_path):
-    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+def test_the_newest_checkpoint_that_is_as_it_was_sealed(tmp_path, caplog):
+    assert last_checkpoint(tmp_path / "nowhere") is None
     whole = checkpoint(tmp_path, 4)
-    checkpoint(tmp_path, 6, without=("trainer_state.json",))
-    checkpoint(tmp_path, 7, without=("model.safetensors",))
-    checkpoint(tmp_path, 8, without=("optimizer.pt",))
-    checkpoint(tmp_path, 10)
+    for step, damage in (
+        (6, lambda path: (path / "model.safetensors").write_bytes(b"")),
+        (7, lambda path: (path / "shards" / "optimizer").unlink()),
+        (8, lambda path: (path / SEAL).write_text("{")),
+        (10, lambda path: (path / SEAL).write_text("{}")),
+        (11, lambda path: (path / SEAL).unlink()),  # cut off before it was whole
+    ):
+        checkpoint(tmp_path, step)
+        damage(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-of-mine").mkdir()
-    assert last_whole_checkpoint(tmp_path) == str(whole)
-    newer = checkpoint(tmp_path, 9)
-    assert last_whole_checkpoint(tmp_path) == str(newer)
+    assert last_checkpoint(tmp_path) == whole
+    assert [f"checkpoint-{step} is damaged" in caplog.text for step in (6, 7, 8, 10, 11)] == [True] * 4 + [False]
+    (tmp_path / "checkpoint-4" / "of-mine").write_text("")
+    assert last_checkpoint(tmp_path) == whole
+    newer = checkpoint(tmp_path, 12)
+    assert last_checkpoint(tmp_path) == newer
+
+
+def test_only_checkpoints_of_numbers_are_left(tmp_path):
+    for step, weight in ((1, 1.0), (2, float("nan")), (3, float("inf")), (4, 2.0)):
+        checkpoint(tmp_path, step, weight)
+    (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"")
+    drop_ruined_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_only_trained_weights_are_loaded(tmp_path):
+    checkpoint(tmp_path, 1, 5.0)
+    model = torch.nn.ParameterDict({"a": torch.ones(3), "b": torch.ones(2)})
+    model["a"].requires_grad_(False)
+    load_trained(model, tmp_path / "checkpoint-1")
+    assert model["a"].tolist() == [1, 1, 1] and model["b"].tolist() == [5, 5]
+    model["c"] = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(LayerPruneError, match="lacks c"):
+        load_trained(model, tmp_path / "checkpoint-1")
 
 
 def test_state_round_trip(tmp_path):
@@ -60,7 +91,7 @@ def test_open_run(tmp_path):
             open_run(tmp_path, *arguments)
 
     checkpoint(tmp_path / "rounds" / "02", 4)
-    with pytest.raises(LayerPruneError, match="learning_rate"):
+    with pytest.raises(LayerPruneError, match="learning_rate.*delete .*02 to heal its round from the start"):
         open_run(tmp_path, found, changed, True)
     shutil.rmtree(tmp_path / "rounds")
     assert open_run(tmp_path, found, changed, True).settings == changed

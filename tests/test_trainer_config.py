@@ -34,6 +34,7 @@ def test_every_own_field_is_documented_twice():
         {"loss_preset": "paper", "lm_weight": 0.1},
         {"trained_layers": "some"},
         {"kl_weight": 0.0, "hidden_weight": 0.0},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     ],
 )
 def test_values_out_of_range_are_refused(tmp_path, changes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import suppress
 from dataclasses import fields
 from enum import Enum
@@ -24,6 +25,7 @@ from ..progress import RunProgress
 from ..report import rich_table
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.checks import check_has_text
+from ..trainer.engines import launch_line
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
 from .arguments import CompressArguments
@@ -80,10 +82,19 @@ def compress(argv: list[str]) -> None:
         try:
             trainer.train()
         except KeyboardInterrupt:
-            line = f"hf-layerprune compress --config {folder / 'recipe.yaml'} --resume true"
+            if not trainer.is_world_process_zero():
+                raise
+            line = resume_line(folder, trainer.accelerator.num_processes)
             raise KeyboardInterrupt(f"what is done is kept; to go on: {line}") from None
     console.print(rich_table(trainer.run.teacher, trainer.run.rounds))
     console.print(f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
+
+
+def resume_line(folder: Path, processes: int) -> str:
+    """What to type to go on with a run; the other options of a launcher are for the user to repeat."""
+    options = "" if processes == 1 else " (with the options it was launched with)"
+    recipe = shlex.quote(str(folder / "recipe.yaml"))
+    return f"{launch_line(processes)} compress --config {recipe} --resume true{options}"
 
 
 def with_default_recipe(argv: list[str]) -> list[str]:

@@ -287,6 +287,11 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(
                 "activation_offloading=True moves activations off a GPU, and there is none; leave it out"
             )
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise LayerPruneError(
+                "gradient_checkpointing_kwargs={'use_reentrant': True} gives layers behind frozen ones no gradient; "
+                "leave it out"
+            )
         self.named_trained_layers()
         self._check_choice()
 

@@ -25,12 +25,24 @@ def splits_model(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
+def launch_line(processes: int) -> str:
+    """How the command line is started, on so many processes of this machine."""
+    if processes == 1:
+        return "hf-layerprune"
+    return f"accelerate launch --num_processes {processes} -m hf_layerprune.cli"
+
+
 def check_engine(accelerator: Accelerator, args: Any) -> None:
     """Raise [`LayerPruneError`] if a run cannot work in the engine it was launched with."""
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED) and "MULTI_" not in str(kind):
         raise LayerPruneError(
             f"distributed_type={kind.value} is not supported; launch with DDP, FSDP2 or DeepSpeed ZeRO"
+        )
+    if args.n_gpu > 1:  # a Trainer would wrap the student in nn.DataParallel, and the loss would be n times too large
+        raise LayerPruneError(
+            f"one process sees {args.n_gpu} GPUs; start one process for each, `{launch_line(args.n_gpu)} ...`, or "
+            "leave it one, CUDA_VISIBLE_DEVICES=0"
         )
     if not splits_model(accelerator):
         return

@@ -6,7 +6,9 @@ padding masked out. https://huggingface.co/papers/2511.05085
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..data import Batch, valid_next_tokens
-from ..errors import LayerPruneError
+from ..errors import NotANumber
 from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_loss, relative_hidden_state_mse
 from ..surgery import plan_of
 from ._trl import leave_weights, log_metric, redirect_forward, swap_model
+from .checkpoints import Checkpoint, load_trained
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, fill, frozen_head, outline, second_copy, splits_model
 from .targets import HiddenStateMap
@@ -97,6 +100,7 @@ class LayerHealingTrainer(SFTTrainer):
     teacher_cache: TeacherCache | None = None
     frozen_head: nn.Linear | None = None
     _peft_config: Any | None = None
+    _step_loss: Tensor | None = None  # sum of the micro-batches of the step in progress
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.balance = Balance()
@@ -108,8 +112,7 @@ class LayerHealingTrainer(SFTTrainer):
         student: PreTrainedModel,
         blocks: list[int],
         save_dtype: torch.dtype,
-        checkpoint: str | None = None,
-        balance: float = 1.0,
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[PreTrainedModel, TrainOutput]:
         """Train a student on `self.train_dataset` against `self.teacher`.
 
@@ -117,15 +120,15 @@ class LayerHealingTrainer(SFTTrainer):
             student ([`~transformers.PreTrainedModel`]): may share weights with the teacher; what is trained is copied.
             blocks (`list[int]`): positions of the blocks whose weights change; all weights where `args` say so.
             save_dtype (`torch.dtype`): what the trained weights are rounded to in the end.
-            checkpoint (`str`, *optional*): folder of the checkpoint to go on from.
-            balance (`float`, *optional*): [`Balance.weight`] at that checkpoint.
+            checkpoint ([`Checkpoint`], *optional*): to go on from.
 
         Raises:
-            [`LayerPruneError`]: if the loss or a weight is no number.
+            [`NotANumber`]: if the loss or a weight is no number.
         """
         self.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(self.teacher), blocks)
         trained = make_trainable(student, blocks, self.args.trained_layers == "all", self._peft_config)
-        self.shared_depth, self.balance = shared_depth(trained, self.teacher), Balance(balance)
+        self.shared_depth = shared_depth(trained, self.teacher)
+        self.balance, self._step_loss = Balance(1.0 if checkpoint is None else checkpoint.balance), None
         reason = why_nothing_is_shared(trained, self.teacher)
         if reason is not None and self.args.trained_layers != "all":  # which trains the embedding, as was asked for
             self._say_once("prefix", f"student and teacher both run in full, which takes longer: {reason}")
@@ -138,7 +141,7 @@ class LayerHealingTrainer(SFTTrainer):
         self.frozen_head = None if empty is None else frozen_head(empty)
         swap_model(self, trained)
         leave_weights(self, trained)
-        output = super().train(resume_from_checkpoint=checkpoint)
+        output = super().train(resume_from_checkpoint=None if checkpoint is None else checkpoint.folder)
         if self.teacher_cache is not None:
             self.teacher_cache.flush()
         healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -150,6 +153,12 @@ class LayerHealingTrainer(SFTTrainer):
         if self.accelerator.is_main_process and topic not in self._said:
             logger.warning(message)
         self._said.add(topic)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if splits_model(self.accelerator) or is_peft_model(self.model):  # they load parts of their own only
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self.model, Path(resume_from_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model so that `from_pretrained` loads it; in a healing that of its last step."""
@@ -206,12 +215,17 @@ class LayerHealingTrainer(SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise LayerPruneError(
-                f"the healing loss became {loss.item()} at step {self.state.global_step + 1} of "
-                f"{self.state.max_steps}; lower the learning rate (now {self.args.learning_rate:g}) or train in "
-                "higher precision"
-            )
+        self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
         if self.accelerator.sync_gradients:
+            self._check_step_loss()
             self.balance.step(self.accelerator)
         return loss
+
+    def _check_step_loss(self) -> None:
+        """All processes stop where the loss of one is no number."""
+        value, self._step_loss = self.accelerator.reduce(self._step_loss, "sum").item(), None
+        if not math.isfinite(value):
+            raise NotANumber(
+                f"the healing loss became {value} at step {self.state.global_step + 1} of {self.state.max_steps}; "
+                f"lower the learning rate (now {self.args.learning_rate:g}) or train in higher precision"
+            )

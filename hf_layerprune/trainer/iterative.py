@@ -18,12 +18,12 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import TrainOutput, set_seed
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 
 from ..budget import Gauge
 from ..data import Batch, check_batches, collated_batches
 from ..edits import Edit
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, NotANumber
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
 from ..hub import TAGS
@@ -34,6 +34,7 @@ from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
+from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
 from .checks import check_enough_rows, check_has_text, check_request
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
@@ -43,10 +44,7 @@ from .interrupts import explained
 from .keeping import RunKeeping
 from .publishing import HubPublishing
 from .records import add_speed, round_record, task_record, teacher_record
-from .run_state import (
-    RunState,
-    last_whole_checkpoint,
-)
+from .run_state import RunState
 from .students import publish_student
 from .targets import trained_blocks
 
@@ -199,7 +197,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             raise
         finally:
             self.teacher.train(was_training)
-            self._lock = None  # which releases it
+            self._release_lock()
 
     def _run_rounds(self, run: RunState, folder: Path) -> TrainOutput:
         student, output = self._student_of(folder, run), TrainOutput(0, 0.0, {})
@@ -272,17 +270,21 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         set_seed(self.args.seed + self._round)  # adapters are drawn at random: the same ones after a resume
         self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self._round)  # other rows every round
         self._phase("healing", num_layers=plan.depth)
-        checkpoint = self._agreed(last_whole_checkpoint(target))
-        kept = current if checkpoint else {}
-        self._healing_started = time.perf_counter() - kept.get("seconds_healing", 0.0)
+        checkpoint = self._on_main(lambda: last_checkpoint(target))
+        self._healing_started = time.perf_counter() - (0.0 if checkpoint is None else checkpoint.seconds)
         try:
-            student, output = self.heal(student, blocks, self.save_dtype, checkpoint, kept.get("balance", 1.0))
-        except LayerPruneError:  # the weights are no numbers any more, and so may be those in the checkpoints
-            if self.args.should_save:
-                shutil.rmtree(target, ignore_errors=True)
-            raise
+            student, output = self.heal(student, blocks, self.save_dtype, checkpoint)
+        except NotANumber as error:
+            raise NotANumber(f"{error}{self._on_main(lambda: self._what_is_left(target))}") from error
         seconds = time.perf_counter() - self._healing_started
         return self._keep(student, run, folder, int(self.state.num_input_tokens_seen), seconds), output
+
+    def _what_is_left(self, target: Path) -> str:
+        """Of the checkpoints of a ruined healing, for its message."""
+        drop_ruined_checkpoints(target)
+        if (left := last_checkpoint(target)) is None:
+            return ""
+        return f". {left.folder} is left to go on from; delete {target} to heal this round from the start"
 
     def _finish_round(self, student: PreTrainedModel, run: RunState, folder: Path) -> None:
         after = self._evaluate_phase(student)
@@ -350,9 +352,20 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
                 getattr(callback, name)(self.args, self.state, self.control, **details)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        seconds = time.perf_counter() - self._healing_started
-        self.run.current |= {"seconds_healing": seconds, "balance": self.balance.weight}
+        """With a seal behind it, but for the last step: a `Trainer` that resumes there takes one more."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones stay until it is sealed
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        folder = self._get_output_dir(trial)
+        if self.args.should_save:
+            if self.state.global_step < self.state.max_steps:
+                seconds = time.perf_counter() - self._healing_started
+                path = Path(folder, f"checkpoint-{self.state.global_step}")
+                seal(Checkpoint(str(path), self.balance.weight, seconds))
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
         self._save_run(self.run, Path(self.args.output_dir), "checkpoint", step=self.state.global_step)
 
     def _get_output_dir(self, trial: Any) -> str:

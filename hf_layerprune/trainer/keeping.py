@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..budget import Gauge
 from ..data import Batch
 from ..errors import LayerPruneError
-from ..files import round_folder
+from ..files import digests, round_folder
 from ..loading import load_model
 from ..surgery import plan_of, prune
 from ..tasks import PreparedTask
 from ._trl import swap_model
 from .checks import check_budget
 from .config import IterativeLayerDistillConfig
-from .run_state import RunState, check_target, decisive_settings, gauge_of_run, lock_run, open_run
-from .students import check_weights, save_student, weight_digests
+from .run_state import STATE_FILE, RunState, check_target, decisive_settings, gauge_of_run, lock_run, open_run
+from .students import check_student, save_student
 from .teacher_cache import TeacherCache, open_cache
 from .towers import share_equal_weights
 
@@ -60,29 +61,47 @@ class RunKeeping:
         data = (self.all_train_rows, self.calibration_batches, self.eval_batches, self.tasks)
         settings = decisive_settings(self.args, self.start, self.teacher, data, self._peft_config)
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
-        self.run = open_run(folder, self._agreed(RunState.load(folder)), settings, resume_from_checkpoint)
-        self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
-        self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, self.teacher, self.accelerator)
-        check_budget(self.model_name, self.gauge, plan_of(self.start))
-        check_target(self.run, plan_of(self.start), self.gauge)
-        self._take_lock(folder)
-        self._save_run(self.run, folder, "opened")
+        self._on_main(lambda: self._take_lock(folder))  # before anything is read: what is read stays true
+        try:
+            self.run = self._on_main(lambda: open_run(folder, RunState.load(folder), settings, resume_from_checkpoint))
+            self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
+            self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, self.teacher, self.accelerator)
+            check_budget(self.model_name, self.gauge, plan_of(self.start))
+            check_target(self.run, plan_of(self.start), self.gauge)
+            self._save_run(self.run, folder, "opened")
+        except BaseException:
+            self._release_lock()
+            raise
         self._opened = True
         return self.run
 
     def _take_lock(self, folder: Path) -> None:
-        refused = None
-        if self.args.should_save:
-            try:
-                self._lock = lock_run(folder)
-            except LayerPruneError as error:
-                refused = str(error)
-        if refused := self._agreed(refused):
-            raise LayerPruneError(refused)
+        self._lock = lock_run(folder)
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            path = Path(self._lock.lock_file)
+            if not (path.parent / STATE_FILE).exists():  # refused: the folder is left as it was
+                path.unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
 
     def _agreed(self, value: Any) -> Any:
         """The main process's value, on every process."""
         return broadcast_object_list([value])[0]
+
+    def _on_main(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns on the main process, which alone runs it, or the error it raises, on every process."""
+        value, error = None, None
+        if self.accelerator.is_main_process:
+            try:
+                value = act()
+            except Exception as raised:
+                error = raised
+        value, refused = self._agreed((value, None if error is None else str(error)))
+        if refused is not None:
+            raise error or LayerPruneError(refused)
+        return value
 
     def _student_of(self, folder: Path, run: RunState) -> PreTrainedModel:
         """The student the next round starts from."""
@@ -90,8 +109,8 @@ class RunKeeping:
             return prune(self.start, [], share_weights=True)
         return self._load_student(round_folder(folder, len(run.rounds)), run.rounds[-1].get("weights", {}))
 
-    def _load_student(self, folder: Path, digests: dict[str, str]) -> PreTrainedModel:
-        check_weights(folder, digests)
+    def _load_student(self, folder: Path, files: dict[str, str]) -> PreTrainedModel:
+        check_student(folder, files)
         student = load_model(str(folder), dtype=self.start.dtype).to(self.args.device)
         share_equal_weights(student, self.teacher)
         return student
@@ -105,7 +124,7 @@ class RunKeeping:
             save_student(student, self.processing_class, self.save_dtype, round_folder(folder, self._round))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            run.current["weights"] = weight_digests(round_folder(folder, self._round))
+            run.current["weights"] = digests(round_folder(folder, self._round))
         run.current["train_tokens"] = tokens
         self._save_run(run, folder, "healing")
         return student

@@ -20,12 +20,11 @@ from ..latency import BlockLatency
 from ..plan import LayerPlan
 from ..surgery import plan_of
 from ..tasks import PreparedTask
+from .checkpoints import sealed_checkpoints
 from .config import IterativeLayerDistillConfig
 
 STATE_FILE = "run_state.json"
 LOCK_FILE = ".lock"
-CHECKPOINT_FILES = ("trainer_state.json", "scheduler.pt")
-OPTIMIZER_STATES = ("optimizer.pt", "optimizer.bin", "latest")  # of a Trainer, of FSDP, of DeepSpeed
 # What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
 DECISIVE = (
     "edits", "max_group_size", "criterion", "tasks", "one_shot", "race_confidence", "compensation", "layers_per_round",
@@ -120,16 +119,18 @@ def open_run(folder: Path, found: RunState | None, settings: dict[str, Any], res
             f"output_dir={folder} holds another run of {len(found.rounds)} rounds; resume it "
             "(resume_from_checkpoint) or choose another folder"
         )
-    in_healing = last_whole_checkpoint(round_folder(folder, len(found.rounds) + 1)) is not None
+    healing = round_folder(folder, len(found.rounds) + 1)
+    in_healing = bool(sealed_checkpoints(healing))
     if set(found.settings) != set(settings):
         raise LayerPruneError(f"{folder} holds a run of another version of hf_layerprune; choose another output_dir")
     for key, value in found.settings.items():
         if key in PER_HEALING and not in_healing:
             continue
         if value != settings.get(key):
+            start = f"delete {healing} to heal its round from the start, " if key in PER_HEALING else ""
             raise LayerPruneError(
                 f"{folder} holds a run with {key}={value!r}, now it is {settings.get(key)!r}; resume with the same "
-                "settings, model and data, or choose another output_dir"
+                f"settings, model and data, {start}or choose another output_dir"
             )
     found.settings = settings
     return found
@@ -188,22 +189,3 @@ def decisive_settings(
     values |= {f"{name}_text": fingerprint(parts) for name, parts in texts.items()}
     values["peft"] = None if peft_config is None else json.dumps(peft_config.to_dict(), default=str, sort_keys=True)
     return json.loads(json.dumps(values, default=str))
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest `checkpoint-N` in `folder` to train on from.
-
-    It must have been written to its end (`trainer_state.json` comes last) and have steps left: a `Trainer` that
-    resumes behind the last step takes one more.
-    """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text())
-            whole = all((path / name).is_file() for name in CHECKPOINT_FILES) and any(path.glob("*.safetensors"))
-            whole = whole and any((path / name).is_file() for name in OPTIMIZER_STATES)
-            if whole and state["global_step"] < state["max_steps"]:
-                return str(path)
-        except (OSError, ValueError, KeyError):
-            continue
-    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError
-from ..files import replace_folder
+from ..files import digest, replace_folder
 from ..surgery import prune
 
 
@@ -27,28 +26,15 @@ def save_student(
     replace_folder(temporary, target)
 
 
-def weight_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of weights."""
-    return {path.name: _digest(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def check_weights(folder: Path, digests: dict[str, str]) -> None:
-    """Raise [`LayerPruneError`] unless the weights of a round are the files it ended with."""
-    for name, digest in digests.items():
+def check_student(folder: Path, files: dict[str, str]) -> None:
+    """Raise [`LayerPruneError`] unless the student of a round is made of the files it ended with."""
+    for name, expected in files.items():
         path = folder / name
-        if not path.is_file() or _digest(path) != digest:
+        if not path.is_file() or digest(path) != expected:
             raise LayerPruneError(
                 f"{path} is {'damaged' if path.is_file() else 'missing'}: it is not what round {int(folder.name)} "
                 "saved; put it back, or start again in another output_dir"
             )
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def publish_student(source: Path, target: Path, files: list[Path]) -> None:

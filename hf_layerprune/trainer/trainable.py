@@ -10,7 +10,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, NotANumber
 from ..surgery import unshare_parameters
 from ._trl import restore_forward
 
@@ -82,7 +82,7 @@ def make_plain(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     Those are the weights that will be saved, so they are what is measured.
 
     Raises:
-        [`LayerPruneError`]: if a weight is no number any more, in `dtype`.
+        [`NotANumber`]: if a weight is no number any more, in `dtype`.
     """
     trained = None if is_peft_model(student) else [p for p in student.parameters() if p.requires_grad]
     student = student.merge_and_unload() if is_peft_model(student) else student
@@ -91,7 +91,7 @@ def make_plain(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
         for parameter in student.parameters() if trained is None else trained:
             parameter.copy_(parameter.to(dtype))
             if not torch.isfinite(parameter).all():
-                raise LayerPruneError(
+                raise NotANumber(
                     f"healing left weights that are no numbers in {str(dtype).removeprefix('torch.')} after its last "
                     "step; lower the learning rate or train in higher precision"
                 )

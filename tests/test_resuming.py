@@ -1,0 +1,324 @@
+"""A run that stopped, for whatever reason, goes on from where it was, or says why it does not."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load, read_report, tiny_model
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from hf_layerprune import LayerDistillCallback, LayerPlan, LayerPruneError
+from hf_layerprune.trainer import iterative
+from hf_layerprune.trainer.checkpoints import Checkpoint, seal, sealed_checkpoints
+from hf_layerprune.trainer.run_state import RunState, lock_run
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(LayerDistillCallback):
+    """Raise at the n-th call of one event, as a power cut would."""
+
+    def __init__(self, event, count):
+        self.count = count
+
+        def die(*_, **__):
+            self.count -= 1
+            if self.count == 0:
+                raise Killed
+
+        setattr(self, event, die)
+
+
+@pytest.mark.parametrize(
+    "event, count",
+    [
+        ("on_phase_begin", 2),  # before the first scoring
+        ("on_phase_step", 3),
+        ("on_step_end", 2),  # inside the first healing, before a checkpoint
+        ("on_step_end", 4),  # behind a checkpoint
+        ("on_round_end", 1),
+        ("on_phase_begin", 6),  # healed, not yet evaluated
+        ("on_phase_begin", 7),  # second round
+        ("on_step_end", 9),
+        ("on_round_end", 2),  # all is done
+    ],
+)
+def test_resume_continues_where_it_was_and_ends_the_same(make, tmp_path, event, count):
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    make(folder="whole", **settings).train()
+    with pytest.raises(Killed):
+        make(folder="cut", callbacks=[KillAt(event, count)], **settings).train()
+    started = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            started.append(state.global_step)
+
+    resumed = make(folder="cut", callbacks=[Watch()], **settings)
+    resumed.train(resume_from_checkpoint=True)
+    if (event, count) == ("on_step_end", 4):
+        assert started[0] == 3, "the healing did not go on from its checkpoint"
+    whole, cut = read_report(tmp_path / "whole"), read_report(tmp_path / "cut")
+    for a, b in zip(whole["rounds"], cut["rounds"], strict=True):
+        assert a["removed_layers"] == b["removed_layers"]
+        assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-5)
+        assert a["train_tokens"] == b["train_tokens"]
+    for a, b in zip(load(tmp_path / "whole" / "model").parameters(), load(tmp_path / "cut" / "model").parameters(),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not list((tmp_path / "cut" / "rounds").glob("*/checkpoint-*"))
+    assert resumed.model.config.num_hidden_layers == 3
+    assert resumed.evaluate()["eval_loss"] == pytest.approx(cut["rounds"][-1]["loss"], rel=1e-5)
+
+
+WITH_CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "target_num_layers": 4, "measure_speed": False}
+
+
+def assert_same_weights(*models):
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over_and_the_teacher_stays(make, tmp_path, name):
+    settings = WITH_CHECKPOINTS | {"trained_layers": "neighbours"}
+    make(folder="whole", **settings).train()
+    with pytest.raises(Killed):
+        make(callbacks=[KillAt("on_step_end", 3)], **settings).train()
+    path = tmp_path / "run" / "rounds" / "01" / "checkpoint-2" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(bytes(content))
+    steps = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    teacher = tiny_model()
+    make(teacher, callbacks=[Watch()], **settings).train(resume_from_checkpoint=True)
+    assert steps == [1, 2]
+    assert_same_weights(teacher, tiny_model())
+    assert_same_weights(load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model"))
+
+
+def test_resuming_writes_nothing_into_the_weights_that_are_the_teachers(make, tmp_path):
+    settings = WITH_CHECKPOINTS | {"trained_layers": "neighbours"}
+    with pytest.raises(Killed):
+        make(callbacks=[KillAt("on_step_end", 3)], **settings).train()
+    weights = tmp_path / "run" / "rounds" / "01" / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"] + 1}, weights)
+    seal(Checkpoint(str(weights.parent), balance=1.0, seconds=0.0))
+    teacher = tiny_model()
+    make(teacher, **settings).train(resume_from_checkpoint=True)
+    assert_same_weights(teacher, tiny_model())
+
+
+def test_cut_off_behind_a_checkpoint_the_balance_is_that_of_the_checkpoint(make, tmp_path, monkeypatch):
+    settings = WITH_CHECKPOINTS | {"loss_preset": "balanced", "save_total_limit": 1}
+    make(folder="whole", **settings).train()
+    trainer = make(**settings)
+    save = trainer._save_run
+
+    def die(run, folder, done, **details):
+        if details.get("step") == 2:
+            raise Killed
+        save(run, folder, done, **details)
+
+    monkeypatch.setattr(trainer, "_save_run", die)
+    with pytest.raises(Killed):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "run" / "rounds" / "01").iterdir()] == ["checkpoint-2"]
+    make(**settings).train(resume_from_checkpoint=True)
+    assert_same_weights(load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model"))
+
+
+def test_an_older_checkpoint_stays_until_the_new_one_is_sealed(make, tmp_path, monkeypatch):
+    def die(checkpoint):
+        if checkpoint.folder.endswith("checkpoint-2"):
+            raise Killed
+        seal(checkpoint)
+
+    monkeypatch.setattr(iterative, "seal", die)
+    with pytest.raises(Killed):
+        make(**WITH_CHECKPOINTS, save_total_limit=1).train()
+    assert [path.name for path in sealed_checkpoints(tmp_path / "run" / "rounds" / "01")] == ["checkpoint-1"]
+
+
+def test_a_finished_run_can_go_deeper(make, tmp_path):
+    make(target_num_layers=4).train()
+    make(target_num_layers=3).train(resume_from_checkpoint=True)
+    assert [record["num_layers"] for record in read_report(tmp_path / "run")["rounds"]] == [4, 3]
+    assert load(tmp_path / "run" / "model").config.num_hidden_layers == 3
+
+
+def test_runs_are_not_mixed_up(make, tmp_path):
+    make(target_num_layers=4).train()
+    with pytest.raises(LayerPruneError, match="holds another run"):
+        make(target_num_layers=4).train()
+    with pytest.raises(LayerPruneError, match="trained_layers"):
+        make(target_num_layers=3, trained_layers="neighbours").train(resume_from_checkpoint=True)
+    for changes, message in (
+        ({"num_eval_samples": 2}, "evaluation_text"),
+        ({"num_calibration_samples": 2}, "calibration_text"),
+        ({"weight_decay": 0.3}, "weight_decay"),
+        ({"teacher": tiny_model(seed=9)}, "model="),
+    ):
+        with pytest.raises(LayerPruneError, match=message):
+            make(target_num_layers=3, **{"teacher": None, **changes}).train(resume_from_checkpoint=True)
+    with pytest.raises(LayerPruneError, match="holds no run"):
+        make(folder="other").train(resume_from_checkpoint=True)
+    with pytest.raises(LayerPruneError, match="its own folder"):
+        make(target_num_layers=3).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+    (tmp_path / "run" / "run_state.json").write_text("{")
+    with pytest.raises(LayerPruneError, match="damaged"):
+        make(target_num_layers=3).train(resume_from_checkpoint=True)
+
+
+def test_loss_that_is_no_number_stops_and_keeps_the_last_round(make, tmp_path):
+    class Poison(LayerDistillCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1 and model.config.num_hidden_layers == 3:
+                with torch.no_grad():
+                    next(model.parameters()).fill_(math.nan)
+
+    with pytest.raises(LayerPruneError, match="nan at step 2 of 3"):
+        make(callbacks=[Poison()]).train()
+    assert load(tmp_path / "run" / "rounds" / "01").config.num_hidden_layers == 4
+    assert len(read_report(tmp_path / "run")["rounds"]) == 1
+    make(learning_rate=1e-4).train(resume_from_checkpoint=True)  # as the message says
+    assert len(read_report(tmp_path / "run")["rounds"]) == 2
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end"])
+def test_only_ruined_checkpoints_of_a_ruined_healing_go(make, tmp_path, event):
+    class Poison(LayerDistillCallback):
+        def poison(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:  # before the third step, or behind the second, which is then saved
+                with torch.no_grad():
+                    next(model.parameters()).fill_(math.nan)
+
+    setattr(Poison, event, Poison.poison)
+    left = {"on_step_begin": "checkpoint-2", "on_step_end": "checkpoint-1"}[event]
+    with pytest.raises(
+        LayerPruneError, match=f"nan at step 3 of 3.*{left} is left to go on from; delete .*01 to heal"
+    ):
+        make(callbacks=[Poison()], **WITH_CHECKPOINTS).train()
+    names = sorted(path.name for path in (tmp_path / "run" / "rounds" / "01").iterdir())
+    assert names == ["checkpoint-1", "checkpoint-2"][: int(left[-1])]
+    with pytest.raises(LayerPruneError, match="learning_rate=.*delete .*01 to heal its round from the start"):
+        make(learning_rate=1e-4, **WITH_CHECKPOINTS).train(resume_from_checkpoint=True)
+    make(**WITH_CHECKPOINTS).train(resume_from_checkpoint=True)
+    assert len(read_report(tmp_path / "run")["rounds"]) == 1
+
+
+def test_no_number_on_one_process_ends_all_of_them_with_one_message(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import math, os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import conftest
+from pathlib import Path
+from hf_layerprune import IterativeLayerDistillTrainer
+args = conftest.tiny_config(Path({str(tmp_path / "run")!r}), save_strategy="steps", save_steps=1, target_num_layers=4)
+texts = conftest.embedded_dataset("calibration").select(range(12))
+trainer = IterativeLayerDistillTrainer(model=conftest.tiny_model(), args=args, train_dataset=texts,
+                                       processing_class=conftest.byte_tokenizer())
+whole = trainer.compute_loss
+poisoned = lambda *args, **kwargs: whole(*args, **kwargs) * (math.nan if trainer.state.global_step == 1 else 1)
+if os.environ["RANK"] == "1":
+    trainer.compute_loss = poisoned
+try:
+    trainer.train()
+except ValueError as error:
+    Path({str(tmp_path)!r}, "rank" + os.environ["RANK"]).write_text(str(error))
+""")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run(launch, check=True, stdin=subprocess.DEVNULL, timeout=200)
+    first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert first == second and "nan at step 2 of 3" in first and "checkpoint-1 is left" in first
+
+
+def test_other_errors_leave_all_checkpoints(make, tmp_path):
+    class Refuse(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise LayerPruneError("something else")
+
+    with pytest.raises(LayerPruneError, match="something else$"):
+        make(callbacks=[Refuse()], **WITH_CHECKPOINTS).train()
+    assert [path.name for path in (tmp_path / "run" / "rounds" / "01").iterdir()] == ["checkpoint-1"]
+
+
+def test_what_is_on_disk_is_read_behind_the_lock(make, tmp_path, monkeypatch):
+    folder, load_state, locked = tmp_path / "run", RunState.load, []
+
+    def load(folder):
+        with pytest.raises(LayerPruneError, match="another run is working in it"):
+            lock_run(folder)
+        locked.append(folder)
+        return load_state(folder)
+
+    monkeypatch.setattr(RunState, "load", load)
+    with pytest.raises(LayerPruneError, match="holds no run"):
+        make().open_run(resume_from_checkpoint=True)
+    assert not list(folder.iterdir())
+    make(target_num_layers=4, max_steps=1, measure_speed=False).train()
+    before = (folder / "run_state.json").read_text()
+    for resume, words in ((None, "holds another run"), (True, "trained_layers")):
+        with pytest.raises(LayerPruneError, match=words):
+            make(trained_layers="neighbours", max_steps=1).open_run(resume)
+        lock_run(folder).release()  # a run that was refused keeps nobody out
+    assert len(locked) == 4 and (folder / "run_state.json").read_text() == before
+
+
+def test_another_target_within_a_round(make, tmp_path):
+    settings = {"layers_per_round": 2, "max_steps": 2}
+    with pytest.raises(Killed):
+        make(callbacks=[KillAt("on_step_end", 1)], target_num_layers=3, **settings).train()
+    with pytest.raises(LayerPruneError, match="at 3 already"):
+        make(target_num_layers=4, **settings).train(resume_from_checkpoint=True)
+    make(target_num_layers=2, **settings).train(resume_from_checkpoint=True)
+    rounds = read_report(tmp_path / "run")["rounds"]
+    assert [len(record["removed_layers"]) for record in rounds] == [2, 1]
+    for record in rounds:
+        plan = LayerPlan.from_dict(record["plan"])
+        assert plan.depth == record["num_layers"] and set(record["removed_layers"]) <= set(plan.removed_layers)
+
+
+def test_weights_ruined_by_the_very_last_step_are_noticed(make, tmp_path):
+    with pytest.raises(LayerPruneError, match="no numbers|became|loss is"):
+        make(target_num_layers=4, max_steps=1, learning_rate=1e38, max_grad_norm=1e38, optim="sgd").train()
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "rounds" / "01" / "config.json").exists()
+
+
+def test_a_target_above_what_is_reached_is_refused(make):
+    make(target_num_layers=3).train()
+    with pytest.raises(LayerPruneError, match="at 3 already"):
+        make(target_num_layers=4).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("count", [4, 6])  # behind a checkpoint; at the start of round 2
+def test_lora_resumes_inside_its_healing(make, tmp_path, count):
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    settings = {
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "peft_config": config,
+    }
+    make(folder="whole", **settings).train()
+    with pytest.raises(Killed):
+        make(callbacks=[KillAt("on_step_end", count)], **settings).train()
+    make(**settings).train(resume_from_checkpoint=True)
+    whole, cut = load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model")
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
