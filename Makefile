@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/hf-layerprune compress --output_dir runs/demo
 
 test: $(INSTALLED) browser
-	$(BIN)/python -m pytest -n auto --dist loadfile --durations 25
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations 25
 
 # The tests of the demo drive a real browser; without one they are skipped, and say so.
 browser:

@@ -4,7 +4,9 @@ from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrai
 
 trainer = IterativeLayerDistillTrainer(
     model="embedded",  # a Hub id, a folder, or a loaded model
-    args=IterativeLayerDistillConfig(output_dir="embedded-14", target_num_layers=14, max_steps=10, max_length=256),
+    args=IterativeLayerDistillConfig(
+        output_dir="embedded-14", target_num_layers=14, max_steps=10, max_length=256, num_calibration_samples=16
+    ),
     train_dataset=embedded_dataset("healing"),  # any dataset trl.SFTTrainer takes
     eval_dataset=embedded_dataset("held_out").select(range(24)),
 )

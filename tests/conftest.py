@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 
@@ -16,34 +17,40 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, embedded_dataset
 
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # they and the processes they start share the cores
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+gc.collect()
+gc.freeze()  # what the imports made is not looked through at every later collection
 
 END = "<|endoftext|>"
 VOCAB_SIZE = 257  # the bytes and the end token
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "eos_token_id": VOCAB_SIZE - 1,
+    "initializer_range": 0.15,
+}
 
 
 def tiny_model(num_layers: int = 5, seed: int = 0, **changes) -> Qwen2ForCausalLM:
     """A random Qwen2 whose layers matter: biases and norms away from their initial values."""
     torch.manual_seed(seed)
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-        "eos_token_id": VOCAB_SIZE - 1,
-        "initializer_range": 0.15,
-    }
-    model = Qwen2ForCausalLM(Qwen2Config(**settings | changes))
+    return with_layers_that_matter(
+        Qwen2ForCausalLM(Qwen2Config(**SHAPE | {"num_hidden_layers": num_layers} | changes))
+    )
+
+
+def with_layers_that_matter(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

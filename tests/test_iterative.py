@@ -278,12 +278,13 @@ def test_a_saved_student_is_compressed_further_in_the_same_indices(make, tmp_pat
 def test_save_model_and_model_card(make, tmp_path):
     trainer = make(target_num_layers=4)
     trainer.train()
-    trainer.create_model_card(model_name="somebody/student", tags="mine")
+    trainer.create_model_card(model_name="somebody/student", tags="our-own")
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert (tmp_path / "run" / "model" / "README.md").is_file() and (
         tmp_path / "run" / "model" / "quality.png"
     ).is_file()
-    assert card.data.library_name == "transformers" and {"layer-pruning", "mine"} <= set(card.data.tags)
+    assert card.data.library_name == "transformers"
+    assert {"layer-pruning", "our-own"} <= set(card.data.tags)
     assert f"{trainer.run.rounds[0]['perplexity']:.2f}" in card.text and "somebody/student" in card.text
     assert str(tmp_path) not in card.content
     trainer.save_model(str(tmp_path / "saved"))

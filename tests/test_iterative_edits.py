@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import random_batches, tiny_model
+from conftest import load, random_batches, read_report, tiny_model
 from peft import LoraConfig
-from test_iterative import KillAt, Killed, load, make, read_report  # noqa: F401  (make is a fixture)
+from test_resuming import KillAt, Killed
 
 import hf_layerprune.budget as budget
 from hf_layerprune import LayerPlan, LayerPruneError, PrunedQwen2ForCausalLM, evaluate_model
@@ -18,7 +18,7 @@ from hf_layerprune.surgery import apply_plan, plan_of
 PAIRS = {"edits": "parallelize", "target_num_layers": 4, "trained_layers": "neighbours", "measure_speed": False}
 
 
-def test_pairs_are_chosen_healed_and_saved(make, tmp_path):  # noqa: F811
+def test_pairs_are_chosen_healed_and_saved(make, tmp_path):
     teacher = tiny_model(num_layers=6)
     before = copy.deepcopy(teacher.state_dict())
     trainer = make(teacher, **PAIRS)
@@ -45,7 +45,7 @@ def test_pairs_are_chosen_healed_and_saved(make, tmp_path):  # noqa: F811
     assert (tmp_path / "run" / "model" / "modeling_pruned_qwen2.py").is_file()
 
 
-def test_only_the_paired_block_moves(make, tmp_path):  # noqa: F811
+def test_only_the_paired_block_moves(make, tmp_path):
     teacher = tiny_model(num_layers=6)
     make(teacher, **PAIRS | {"target_num_layers": 5}).train()
     student = load(tmp_path / "run" / "model")
@@ -55,7 +55,7 @@ def test_only_the_paired_block_moves(make, tmp_path):  # noqa: F811
         assert torch.equal(healed, original) == (f".layers.{block}." not in name), name
 
 
-def test_adapters_on_the_paired_block_are_merged(make, tmp_path):  # noqa: F811
+def test_adapters_on_the_paired_block_are_merged(make, tmp_path):
     teacher = tiny_model(num_layers=6)
     config = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"], task_type="CAUSAL_LM")
     make(teacher, peft_config=config, **PAIRS | {"target_num_layers": 5}).train()
@@ -72,7 +72,7 @@ def test_adapters_on_the_paired_block_are_merged(make, tmp_path):  # noqa: F811
     assert moved == {f"model.layers.{block}.{part}.weight" for part in parts}
 
 
-def test_healing_a_pair_brings_it_back(make):  # noqa: F811
+def test_healing_a_pair_brings_it_back(make):
     teacher = tiny_model(num_layers=6)
     settings = {"max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 8}
     trainer = make(teacher, **PAIRS | settings | {"target_num_layers": 5})
@@ -81,7 +81,7 @@ def test_healing_a_pair_brings_it_back(make):  # noqa: F811
     assert record["kl"] < record["kl_before_healing"] == record["kl_unhealed"]
 
 
-def test_both_kinds_of_edit_under_a_budget_of_latency(make, tmp_path, monkeypatch):  # noqa: F811
+def test_both_kinds_of_edit_under_a_budget_of_latency(make, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "measure_latency", lambda *_: BlockLatency(1.0, (1.0, 1.4)))
     settings = {"edits": "remove,parallelize", "target_num_layers": None, "target_latency": 0.7, "max_steps": 1}
     trainer = make(tiny_model(num_layers=6), measure_speed=False, **settings)
@@ -107,7 +107,7 @@ def test_both_kinds_of_edit_under_a_budget_of_latency(make, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("event, count", [("on_phase_begin", 3), ("on_step_end", 2), ("on_step_end", 4)])
-def test_resume_ends_the_same(make, tmp_path, event, count):  # noqa: F811
+def test_resume_ends_the_same(make, tmp_path, event, count):
     settings = PAIRS | {"edits": "remove,parallelize", "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     make(tiny_model(num_layers=6), folder="whole", **settings).train()
     with pytest.raises(Killed):
@@ -119,7 +119,7 @@ def test_resume_ends_the_same(make, tmp_path, event, count):  # noqa: F811
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_paired_student_is_compressed_further_in_the_same_indices(make, tmp_path):  # noqa: F811
+def test_a_paired_student_is_compressed_further_in_the_same_indices(make, tmp_path):
     teacher = tiny_model(num_layers=6)
     make(teacher, **PAIRS | {"target_num_layers": 5}).train()
     paired = load(tmp_path / "run" / "model")
@@ -148,7 +148,7 @@ def test_a_paired_student_is_compressed_further_in_the_same_indices(make, tmp_pa
         ({"criterion": "block_influence"}, "block_influence'? tells nothing"),
     ],
 )
-def test_requests_that_cannot_work_are_refused(make, tmp_path, changes, message):  # noqa: F811
+def test_requests_that_cannot_work_are_refused(make, tmp_path, changes, message):
     with pytest.raises(LayerPruneError, match=message):
         make(tiny_model(num_layers=6), **PAIRS | changes).open_run()
     assert not (tmp_path / "run" / "run_state.json").exists()

@@ -360,11 +360,10 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         folder = self._get_output_dir(trial)
-        if self.args.should_save:
-            if self.state.global_step < self.state.max_steps:
-                seconds = time.perf_counter() - self._healing_started
-                path = Path(folder, f"checkpoint-{self.state.global_step}")
-                seal(Checkpoint(str(path), self.balance.weight, seconds))
+        if self.args.should_save and self.state.global_step < self.state.max_steps:
+            seconds = time.perf_counter() - self._healing_started
+            path = Path(folder, f"checkpoint-{self.state.global_step}")
+            seal(Checkpoint(str(path), self.balance.weight, seconds))
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
         self._save_run(self.run, Path(self.args.output_dir), "checkpoint", step=self.state.global_step)
 
