@@ -67,6 +67,13 @@ def call(request):
         return {"plan": run.plan.to_dict(), "report": run.report, "revision": run.revision}
     if kind == "train":
         return train(**request)
+    if kind == "python":
+        exec(request["code"], {})
+        return {}
+    if request["argv"][0] == "demo":
+        from hf_layerprune.demo import page
+
+        page.launch_page = lambda built, **options: None  # else it serves until it is interrupted
     out, err = io.StringIO(), io.StringIO()
     token = without("HF_TOKEN") if request["without_token"] else contextlib.nullcontext()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), token:

@@ -96,6 +96,9 @@ def test_the_command_and_a_copied_space_are_served_and_ask_nothing_of_other_host
     first = client_of(start("-c", SERVE, "demo"))
     second = client_of(start("app.py", cwd=tmp_path / "space"))  # the next free port
     assert first.src != second.src and answered(first) and answered(second)
+    for page in (SPACE / "README.md", SPACE.parent / "docs" / "space.md"):
+        (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        exec(re.sub(r'Client\("user/[\w-]+"\)', "client", code), {"client": first})
     port = re.search(r":(\d+)", first.src.removeprefix("http")).group(1)
     taken = start("-c", SERVE, "demo", "--server_port", port)
     said, _ = taken.communicate(timeout=120)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import byte_tokenizer, tiny_model
+from hub_client import TOKEN, USER, Worker, environment
 from hub_server import Fault, HubServer
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +20,6 @@ from hf_layerprune.cli.arguments import CompressArguments, ParallelizeArguments
 from hf_layerprune.cli.parsing import parse
 from hf_layerprune.hub.scrub import hub_id, placed
 
-TOKEN, USER = "hf_writer", "zaphod-beeblebrox"
 WHOLE = {
     "README.md", "config.json", "generation_config.json", "layers.png", "model.safetensors", "plan.json",
     "quality.png", "recipe.yaml", "report.json", "report.md", "tokenizer.json", "tokenizer_config.json",
@@ -67,53 +66,18 @@ def fresh(request):
         request.getfixturevalue(name).reset()
 
 
-def environment(server, home, **changes):
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    path = os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])
-    fixed = {"HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
-             "PYTHONPATH": path, "USER": USER, "LOGNAME": USER, "OMP_NUM_THREADS": "1"}  # fmt: skip
-    return kept | fixed | changes
-
-
-class Worker:
-    """One process of `hub_worker.py`."""
-
-    def __init__(self, server, home, **changes):
-        script = os.path.join(os.path.dirname(__file__), "hub_worker.py")
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        self.process = subprocess.Popen([sys.executable, script], env=environment(server, home, **changes), **pipes)
-
-    def __call__(self, call, **arguments):
-        self.process.stdin.write(json.dumps({"call": call} | arguments) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        assert "crash" not in answer, answer
-        return answer
-
-    def push(self, folder, repo_id="me/student", **options):
-        return self("push", output_dir=str(folder), repo_id=repo_id, **options)
-
-    def run(self, *argv, without_token=False):
-        answer = self("cli", argv=[str(word) for word in argv], without_token=without_token)
-        return answer["status"], answer["out"], answer["err"]
-
-
 @pytest.fixture(scope="module")
 def worker(hub, tmp_path_factory):
     """A client with its default way to upload."""
-    process = Worker(hub, tmp_path_factory.mktemp("cache"))
-    yield process
-    process.process.kill()
-    process.process.wait()
+    with Worker(hub, tmp_path_factory.mktemp("cache")) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
 def lfs_worker(lfs_hub, tmp_path_factory):
     """A client that sends large files by LFS."""
-    process = Worker(lfs_hub, tmp_path_factory.mktemp("cache"), HF_HUB_DISABLE_XET="1")
-    yield process
-    process.process.kill()
-    process.process.wait()
+    with Worker(lfs_hub, tmp_path_factory.mktemp("cache"), HF_HUB_DISABLE_XET="1") as process:
+        yield process
 
 
 # -- what arrives ----------------------------------------------------------------------------------------------------
@@ -658,15 +622,11 @@ def test_a_fault_that_stays_is_one_line_and_a_second_push_completes(request, run
 
 def test_a_pull_waits_no_longer_than_the_client_is_told_to(hub, worker, runs, tmp_path):
     worker.push(runs / "plain")
-    hasty = Worker(hub, tmp_path, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
     hub.delay, hub.faults = 3.0, [Fault("slow", path="resolve", times=1)]
     hub.log.clear()
-    try:
+    with Worker(hub, tmp_path, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1") as hasty:
         assert "plan" in hasty("load", name="me/student")
         assert sum("plan.json" in line for line in hub.log) > 2  # asked once more, then read
-    finally:
-        hasty.process.kill()
-        hasty.process.wait()
 
 
 def test_a_move_that_stopped_halfway_is_completed(hub, worker, runs):

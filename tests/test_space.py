@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 from demo_models import make_run
+from hub_client import Worker
 from hub_server import HubServer
-from test_hub import TOKEN, Worker, environment  # noqa: F401
 
 from hf_layerprune.demo import read_settings, settings_of
 from hf_layerprune.demo.space import write_space
@@ -60,10 +60,8 @@ def hub():
 
 @pytest.fixture(scope="module")
 def worker(hub, tmp_path_factory):
-    process = Worker(hub, tmp_path_factory.mktemp("cache"))
-    yield process
-    process.process.kill()
-    process.process.wait()
+    with Worker(hub, tmp_path_factory.mktemp("cache")) as process:
+        yield process
 
 
 @pytest.fixture

@@ -1,0 +1,171 @@
+"""Every command and every snippet of README and docs is run as it stands there.
+
+What stands for something of the reader's is put in: texts under the names that the pages use, `me` for `user`, and
+tiny models of the same architecture and depth, on a Hub on loopback, for the real ones. Settings appended to a command
+make it short.
+"""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from conftest import byte_tokenizer, tiny_model
+from hub_client import Worker
+from hub_server import HubServer
+from test_recipes import CHAT, QUICK, arguments_of, tiny_config
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_layerprune import PrunedQwen2Config, PrunedQwen2ForCausalLM, embedded_dataset
+from hf_layerprune.cli import VERBS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("recipes/**/README.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and page.name != "cli.md"]
+EXAMPLE = (ROOT / "examples" / "compress.py").read_text()  # see test_readme.py
+GIVEN = """
+from conftest import random_batches
+from hf_layerprune.loading import load_model
+batches, prompts = random_batches(1), "my_prompts.jsonl"
+model, teacher = "qwen-18/model", load_model("qwen-18/model")
+"""
+RUN_ELSEWHERE = {
+    "make": ".ci/run",
+    "pip": "make test installs the package with its extras",
+    "hf": "the Hub's own client, against the Hub",
+    "lm_eval": "lm-eval's own command, for models that fill a GPU",
+    "python": "benchmarks and what made the embedded assets, for hours; test_figure.py runs a short one",
+}
+SHORT = QUICK | {
+    "score": {"num_samples": 2, "max_length": 32, "batch_size": 2},
+    "evaluate": {"num_samples": 2, "max_length": 32, "batch_size": 2},
+    "benchmark": {"prompt_tokens": 4, "new_tokens": 3, "repeats": 1},
+    "plan": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 64},
+}
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [code for language, code in FENCE.findall(page.read_text()) if language in languages]
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def of_the_package(words: list[str]) -> list[str] | None:
+    """The verb and its settings; None for a command of others. What launches it is parsed as accelerate does."""
+    if words[0] == "accelerate":
+        start = words.index("-m")
+        arguments = launch_command_parser().parse_args(words[2:start] + ["script.py"])
+        assert (ROOT / arguments.config_file).is_file() and words[start + 1] == "hf_layerprune.cli"
+        return words[start + 2 :]
+    return words[1:] if words[0] == "hf-layerprune" else None
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_commands_are_known(page):
+    for words in commands(page):
+        ours = of_the_package(words)
+        if ours is not None:
+            assert ours[0] in VERBS, words
+        elif words[0].startswith(".venv/bin/"):
+            assert words[0].endswith(("/python", "/hf-layerprune")), words
+        else:
+            assert words[0] in RUN_ELSEWHERE, words
+        for word in words:
+            if word.startswith(("recipes/", "benchmarks/", "docs/", "tests/")):
+                assert (ROOT / word).exists(), words
+
+
+# ------------------------------------------------------------------------------------------ one reader's afternoon
+
+
+def as_files(model: PreTrainedModel, folder: Path) -> dict[str, bytes]:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """The folder in which a reader types: texts, tasks, recipes, and what README's first command leaves there."""
+    folder = tmp_path_factory.mktemp("desk")
+    texts = [text[:300] for text in embedded_dataset("calibration").select(range(24))["text"]]
+    files = {
+        "my_texts.jsonl": [{"text": text} for text in texts],
+        "my_prompts.jsonl": [{"prompt": text[:40]} for text in texts],
+        "sentences.jsonl": [{"sentence_good": "He reads.", "sentence_bad": "He read reads."}] * 3,
+    }
+    for name, rows in files.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = [{"kind": "minimal_pairs", "name": "grammar", "dataset": str(folder / "sentences.jsonl"),
+              "good": "sentence_good", "bad": "sentence_bad"}]  # fmt: skip
+    (folder / "my_tasks.yaml").write_text(yaml.safe_dump(tasks))
+    recipe = {"model": "Qwen/Qwen2.5-0.5B", "dataset": "my_texts.jsonl", "target_num_layers": 22, "output_dir": "own"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "models.yaml").write_text(next(iter(blocks(ROOT / "docs/space.md", "yaml"))).replace("user/", "me/"))
+    plain = PrunedQwen2ForCausalLM(PrunedQwen2Config(**tiny_model().config.to_dict()))
+    as_files(plain, folder / "pruned-qwen2-without-pairs")
+    (folder / "shape.json").write_text(tiny_config("Qwen/Qwen2.5-3B").to_json_string(use_diff=False))
+    for name in ("recipes", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reader(desk, tmp_path_factory):
+    """Somebody who has read README and typed all of it, one line after the other."""
+    with HubServer() as hub:
+        for model in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-3B"):
+            torch.manual_seed(0)
+            files = as_files(AutoModelForCausalLM.from_config(tiny_config(model)), tmp_path_factory.mktemp("model"))
+            for name in (model, model.replace("3.2-3B", "3.2-1B")):
+                hub.seed(name, files)
+            if model == "Qwen/Qwen2.5-0.5B":
+                hub.seed("me/qwen-parallel", files)
+        with Worker(hub, tmp_path_factory.mktemp("cache"), desk) as worker:
+            types(worker, desk, ROOT / "README.md")
+            typed(worker, desk, shlex.split("hf-layerprune push qwen-29 --repo_id me/qwen-29"))
+            yield worker
+
+
+def typed(worker: Worker, desk: Path, words: list[str]) -> None:
+    verb, *rest = of_the_package(words)
+    if verb == "compress" and "--output_dir" in rest:  # another example under the same name
+        shutil.rmtree(desk / rest[rest.index("--output_dir") + 1], ignore_errors=True)
+    rest = [re.sub(r"^user/", "me/", word) for word in rest]
+    short = SHORT.get(verb, {})
+    if verb == "benchmark" and "Qwen2.5-3B" in rest:
+        rest[rest.index("Qwen2.5-3B")] = "shape.json"
+        rest = [word for word in rest if word != "--compile"]  # takes minutes; see test_benchmark.py
+    if "--tasks" in rest:
+        rest[rest.index("--tasks") + 1] = "my_tasks.yaml"  # the paper's are on the Hub, the default ones take long
+        if verb == "score":
+            short = {}
+    status, _, error = worker.run(verb, *rest, *arguments_of(short))
+    assert status == 0, (words, error)
+
+
+def types(worker: Worker, desk: Path, page: Path) -> None:
+    for words in commands(page):
+        if of_the_package(words):
+            typed(worker, desk, words)
+    snippets = [code for code in blocks(page, "python") if code not in EXAMPLE and "gradio_client" not in code]
+    if snippets:
+        code = "\n".join([GIVEN, *snippets]).replace("user/", "me/")
+        worker("python", code=re.sub(r"(?<=max_new_tokens=)\d+", "4", code))
+
+
+@pytest.mark.parametrize("page", PAGES_OF_DOCS, ids=lambda page: page.name)
+def test_a_reader_types_what_stands_there(reader, desk, page):
+    types(reader, desk, page)
