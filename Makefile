@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-slow browser lint clean
+.PHONY: demo test test-slow browser lint dist clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -26,6 +26,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The sdist, the wheel made of it, and the README's Python run with that wheel alone: no clone, no network.
+dist: $(INSTALLED)
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(PYTHON) -m venv build/trial
+	build/trial/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd build/trial && HF_HUB_OFFLINE=1 bin/python -I ../../examples/compress.py
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'hf_layerprune needs Python >= 3.10')"
 	$(PYTHON) -m venv $(VENV)
@@ -35,4 +43,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs dist build
