@@ -4,12 +4,13 @@ from .benchmark import BenchmarkReport, benchmark_model
 from .budget import Budget
 from .compensation import compensate
 from .conversion import convert
-from .data import EMBEDDED_MODEL, embedded_dataset
+from .data import EMBEDDED_MODEL, embedded_dataset, tokenized_batches
 from .edits import Edit
 from .errors import LayerPruneError
 from .evaluation import EvaluationReport, evaluate_model
 from .generation_data import HealingDataConfig, HealingDataReport, generate_healing_data
 from .hub import load_run, push_run
+from .loading import load_model, load_tokenizer
 from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM, PrunedQwen2Model
 from .plan import LayerPlan
 from .scoring import LayerScores, Race, contiguous_block, register_criterion, score_edits, score_layers
@@ -47,7 +48,9 @@ __all__ = [
     "evaluate_model",
     "find_parallel_range",
     "generate_healing_data",
+    "load_model",
     "load_run",
+    "load_tokenizer",
     "parallelize",
     "prune",
     "push_run",
@@ -55,5 +58,6 @@ __all__ = [
     "score_edits",
     "score_layers",
     "search_plan",
+    "tokenized_batches",
     "unparallelize",
 ]

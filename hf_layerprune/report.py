@@ -360,6 +360,6 @@ def plot_scores(scores: LayerScores, title: str) -> Figure:
     if min(scores.values.values()) > 0:
         axes.set_yscale("log")
     axes.set_xlabel("layer (green: safest to remove)")
-    axes.set_ylabel(CRITERION_UNITS[scores.criterion], fontsize=8)
+    axes.set_ylabel(CRITERION_UNITS.get(scores.criterion, scores.criterion), fontsize=8)
     axes.set_title(title)
     return figure

@@ -34,7 +34,9 @@ class CompressArguments(DataArguments):
 
     eval_dataset: str | None = field(
         default=None,
-        metadata={"help": "Held-out text for the quality numbers; without it a tenth of --dataset is held out."},
+        metadata={
+            "help": "Held-out text for the quality numbers; without it a tenth of --dataset, at most 1,000 rows."
+        },
     )
     calibration_dataset: str | None = field(
         default=None, metadata={"help": "Text that scores the layers; without it rows of --dataset."}

@@ -44,7 +44,7 @@ def score(argv: list[str]) -> None:
         scores = score_layers(model, batches, arguments.criterion, race=race, tasks=prepared, tokenizer=tokenizer)
     unit = "examples" if tasks else "tokens"
     seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
-    table = Table(title=CRITERION_UNITS[scores.criterion] + seen)
+    table = Table(title=CRITERION_UNITS.get(scores.criterion, scores.criterion) + seen)
     for column in ("layer", "cost", "error", ""):
         table.add_column(column, justify="left" if not column else "right")
     for layer, value in sorted(scores.values.items()):

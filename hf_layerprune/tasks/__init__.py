@@ -9,7 +9,7 @@ from .chunks import ChoiceChunk, Chunk, GenerationChunk, PreparedTask, TokenChun
 from .evaluation import TaskReport, TaskResult, evaluate_prepared, evaluate_tasks, prepare_tasks
 from .generation import CopyTask, GenerationTask
 from .lm_eval_task import LmEvalTask, PreparedLmEvalTask
-from .specs import load_tasks
+from .specs import load_tasks, register_task
 from .task import PromptedTask, Task
 from .text import KLTask, PerplexityTask
 
@@ -36,4 +36,5 @@ __all__ = [
     "evaluate_tasks",
     "load_tasks",
     "prepare_tasks",
+    "register_task",
 ]

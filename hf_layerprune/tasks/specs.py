@@ -28,6 +28,19 @@ FILE_SETTINGS = ("split", "config_name", "few_shot_dataset", "few_shot_split")
 """What says where on the Hub rows lie; a local file in its place knows nothing of it."""
 
 
+def register_task(task: type[Task]) -> None:
+    """Make a kind of task of your own: `kind:` with its `kind` then works in YAML files.
+
+    Args:
+        task (`type`): a dataclass that is a [`Task`], with a `kind` of its own.
+
+    Raises:
+        [`LayerPruneError`]: if there is another kind of that name.
+    """
+    if KINDS.setdefault(task.kind, task) is not task:
+        raise LayerPruneError(f"there is a kind of task {task.kind!r} already; choose another `kind`")
+
+
 def load_tasks(spec: str) -> list[Task]:
     """The tasks a user names.
 

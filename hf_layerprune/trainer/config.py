@@ -126,7 +126,10 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     target_num_layers: int | None = field(
         default=None,
-        metadata={"help": "Depth at which to stop: rounds go on until the student has this many layers."},
+        metadata={
+            "help": "Depth at which to stop: rounds go on until the student has this many layers. On the command line "
+            "three quarters of the model's, if no target is given."
+        },
     )
     target_latency: float | None = field(
         default=None,

@@ -76,8 +76,8 @@ def explained(error: Exception, folder: Path, doing: str) -> LayerPruneError | N
         isinstance(error, RuntimeError) and any(part in text for part in NO_MEMORY)
     ):
         return LayerPruneError(
-            f"out of memory while {doing}: {first_line(error)}. Lower per_device_train_batch_size, "
-            "per_device_eval_batch_size or max_length, or set gradient_checkpointing; the rounds before are kept"
+            f"out of memory while {doing}: {first_line(error)}. Resume with gradient_checkpointing=True, or start "
+            "in another folder with fewer rows per batch or a lower max_length; the rounds before are kept"
         )
     if isinstance(error, (OSError, SafetensorError, RuntimeError)) and any(part in text for part in NO_ROOM):
         return LayerPruneError(
