@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--parts", help="only those whose names have this in them; others stay in the file as they are")
     arguments = parser.parse_args()
     teacher, tokenizer = load_model("embedded", dtype="float32"), load_tokenizer("embedded")
     text = embedded_dataset("calibration")
@@ -227,21 +228,25 @@ def main() -> None:
     random_model = Qwen2ForCausalLM(Qwen2Config(**RANDOM)).eval()
     large_head = Qwen2ForCausalLM(Qwen2Config(**LARGE_HEAD)).eval()
     short = [{"input_ids": torch.randint(4096, (8, 16))} for _ in range(8)]
+    wide = [{"input_ids": torch.randint(4096, (8, 256))}]
     rows = torch.cat([b["input_ids"] for b in tokenized_batches(text, tokenizer, max_length=64, num_rows=512)])
     student = prune(teacher, [1, 2])  # the first two choices are clear; from here on they are not
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "embedded": lambda: compare(teacher, batches, arguments.repeats),
         "random, 24 layers x 512": lambda: compare(random_model, short, arguments.repeats),
         "block influence, embedded": lambda: compare_influence(teacher, batches, arguments.repeats),
-        "block influence, random": lambda: compare_influence(random_model, short, arguments.repeats),
+        "block influence, random": lambda: compare_influence(random_model, wide, arguments.repeats),
         "block influence, random, vocabulary of 151,936": lambda: compare_influence(
-            large_head, short, arguments.repeats
+            large_head, wide, arguments.repeats
         ),
         "races, embedded": lambda: trials(teacher, rows, arguments.trials, 64),
         "races, embedded, two layers removed": lambda: trials(student, rows, arguments.trials, 64),
     }
-    results = {"environment": environment()}
+    kept = json.loads(arguments.output.read_text()) if arguments.parts and arguments.output.is_file() else {}
+    results = kept | {"environment": environment()}
     for name, measure in parts.items():
+        if (arguments.parts or "") not in name:
+            continue
         results[name] = measure()
         print(name, json.dumps(results[name], indent=1), flush=True)
         write_atomically(arguments.output, to_json(results))

@@ -151,6 +151,14 @@ def collated_batches(
     return DataLoader(rows, batch_size=batch_size, collate_fn=collator)
 
 
+def split_rows(batch: Batch, rows: int) -> list[Batch]:
+    """A batch in pieces of at most `rows` rows."""
+    if len(batch["input_ids"]) <= rows:
+        return [batch]
+    parts = {key: value.split(rows) for key, value in batch.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
 def tokenized_batches(
     dataset: Iterable[Mapping[str, str]],
     tokenizer: PreTrainedTokenizerBase,

@@ -10,7 +10,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES=""
 )
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +24,7 @@ from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrai
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # they and the processes they start share the cores
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-gc.collect()
-gc.freeze()  # what the imports made is not looked through at every later collection
+gc.freeze()  # what the imports made is not looked through at every later collection, nor what a file of tests left
 
 END = "<|endoftext|>"
 VOCAB_SIZE = 257  # the bytes and the end token
@@ -86,6 +85,13 @@ def batches() -> list[dict]:
 def byte_tokenizer() -> Qwen2Tokenizer:
     vocab = {character: index for index, character in enumerate(sorted(ByteLevel.alphabet()))} | {END: VOCAB_SIZE - 1}
     return Qwen2Tokenizer(vocab=vocab, merges=[])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Batch
+from ..data import Batch, split_rows
 from ..forward import to_device
 from ..tasks import GenerationChunk, PreparedLmEvalTask, PreparedTask
 from ..tasks.evaluation import sums_by_row
@@ -64,7 +64,7 @@ class TextMeasure:
             (fold, part)
             for fold, batches in enumerate(folds)
             for batch in batches
-            for part in _split(batch, rows_per_chunk)
+            for part in (split_rows(batch, rows_per_chunk) if rows_per_chunk else [batch])
         ]
         self.num_chunks = len(self.batches)
 
@@ -124,7 +124,7 @@ def row_sums(
     states_of_row = batch["input_ids"].shape[1] * config.hidden_size * runs.model.dtype.itemsize
     rows = max(1, max_state_bytes // (states_of_row * (config.num_hidden_layers + 1 + len(which))))
     found = []
-    for part in _split(batch, rows):
+    for part in split_rows(batch, rows):
         part = to_device(part, runs.model.device)
         found.append(sums_by_row(runs.model, runs.final_states(part, which, fold), part, statistic, teacher))
     sums, counts = zip(*found, strict=True)
@@ -141,10 +141,3 @@ def halves(batches: Sequence[Batch]) -> list[list[Batch]]:
             half += [part] if len(part["input_ids"]) else []
         seen += len(batch["input_ids"])
     return found
-
-
-def _split(batch: Batch, rows: int | None) -> list[Batch]:
-    if rows is None or len(batch["input_ids"]) <= rows:
-        return [batch]
-    parts = {key: value.split(rows) for key, value in batch.items()}
-    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
