@@ -3,21 +3,27 @@
     python benchmarks/demo_speed.py --output benchmarks/results/demo_speed.json
 
 The same two models, prompts of the same length and as many new tokens, in turns, so that what else the machine does
-falls on both: the benchmark, then a comparison by the demo, which is launched as `hf-layerprune demo` launches it and
-asked through its API. The verdict is the last line, and the exit status. Run it on a quiet machine.
+falls on both: the benchmark, then a comparison by `hf-layerprune demo`, a process of its own that is asked through its
+API. The verdict is the last line, and the exit status. Run it on a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
+import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
+
+from gradio_client import Client
 
 from hf_layerprune import embedded_dataset
 from hf_layerprune.benchmark import benchmark_models
-from hf_layerprune.demo import launch, open_catalog, settings_of
+from hf_layerprune.demo import open_catalog, settings_of
 from hf_layerprune.demo.store import ModelStore
 from hf_layerprune.report import environment
 
@@ -38,10 +44,18 @@ def main() -> None:
     logging.disable(logging.WARNING)
 
     settings = settings_of(arguments.models)
-    _, url, _ = launch(settings, prevent_thread_lock=True, quiet=True)
-    from gradio_client import Client  # after `launch`, which tells Gradio to send nothing home
-
-    client = Client(url, verbose=False)
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "hf_layerprune.cli", "demo", *arguments.models],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    atexit.register(demo.kill)
+    said = ""
+    while not (url := re.search(r"http://[\d.]+:\d+", said)):
+        line = demo.stdout.readline()
+        if not line:
+            raise SystemExit(f"the demo was not served: {said}")
+        said += line
+    client = Client(url.group(), verbose=False)
     pairing = open_catalog(settings).first
     sources = {"original": pairing.teacher, "compressed": pairing.students[pairing.depth(0)]}
     store = ModelStore(len(sources), settings.dtype)

@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--parts", help="only those whose names have this in them; others stay in the file as they are")
+    parser.add_argument("--parts", help="only those with this in their name; others stay as they are")
     arguments = parser.parse_args()
     teacher, tokenizer = load_model("embedded", dtype="float32"), load_tokenizer("embedded")
     text = embedded_dataset("calibration")

@@ -375,3 +375,18 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("hf_layerprune.demo.serving.find_spec", lambda name: None)
     assert cli.main(["demo"]) == 2
     assert "hf-layerprune[demo]" in capsys.readouterr().err
+
+
+def test_nothing_computes_in_a_thread_that_stays(tmp_path, monkeypatch):
+    """Every thread that did keeps a team of OpenMP threads, and more teams than cores halve the speed."""
+    threads, forward = set(), torch.nn.functional.linear
+
+    def watched(*args, **kwargs):
+        threads.add(threading.current_thread())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    demo = make_service(tmp_path)
+    demo.warm_up()
+    assert last(demo).ended and demo.inspect("It was a night", "tiny run", 3)
+    assert len(threads) >= 3 and not any(thread.is_alive() for thread in threads)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
 
 Function = TypeVar("Function", bound=Callable)
+Result = TypeVar("Result")
 GPU_SECONDS = 60
 """Longest call on ZeroGPU: a longer one is refused to visitors whose share of the day is small."""
 STARTING_SECONDS, SECONDS_PER_TOKEN = 15, 0.1
@@ -19,6 +21,17 @@ STARTING_SECONDS, SECONDS_PER_TOKEN = 15, 0.1
 def default_device() -> str:
     """The GPU, or the CPU where there is none."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def in_passing_thread(function: Callable[..., Result], *args: object) -> Result:
+    """Call `function` in a thread that ends with the call.
+
+    Every thread that ever computed on the CPU keeps a team of OpenMP threads for as long as it lives. Where the teams
+    have more threads than there are cores, all of them wait by sleeping, and `generate` takes twice as long. So
+    nothing computes in a thread that stays.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(function, *args).result()
 
 
 def on_zero_gpu() -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..errors import LayerPruneError
 from .catalog import Catalog
 from .comparison import Comparer, Prepared, Request, Snapshot
-from .device import gpu_call, on_zero_gpu, seconds_on_gpu
+from .device import gpu_call, in_passing_thread, on_zero_gpu, seconds_on_gpu
 from .difference import difference
 from .next_tokens import Position, compare_next_tokens
 from .prompts import clean, encode_text
@@ -53,7 +53,7 @@ class DemoService:
         for pairing in pairings:
             self.comparer.facts(pairing)
         for pairing in pairings[: self.limits.max_models // 2] if on_zero_gpu() else pairings[:1]:
-            self.comparer.preload(pairing)
+            in_passing_thread(self.comparer.preload, pairing)
 
     def stream(self, request: Request, stop: threading.Event | None = None) -> Iterator[Snapshot]:
         """Snapshots of a comparison until it has ended, or `stop` is set; the models have let go of the device then.
@@ -63,7 +63,7 @@ class DemoService:
         """
         job = self.comparer.prepare(request)
         if on_zero_gpu():  # loading would be time on the GPU, and lost with the process that gets it
-            self.comparer.preload(self.catalog[job.model], job.depth)
+            in_passing_thread(self.comparer.preload, self.catalog[job.model], job.depth)
         running = self._on_device(job)
         last = None
         try:
@@ -91,7 +91,7 @@ class DemoService:
                 "Shorten it."
             )
         job = Reading(pairing.name, pairing.depth(depth), ids)
-        self._models(job)
+        in_passing_thread(self._models, job)
         (positions,) = self._on_device(job)
         return positions
 
@@ -100,7 +100,8 @@ class DemoService:
         if isinstance(job, Prepared):
             yield from self.comparer.run(job)
             return
-        yield compare_next_tokens(*self._models(job), self.store.tokenizer(self.catalog[job.model]), job.ids)
+        tokenizer = self.store.tokenizer(self.catalog[job.model])
+        yield in_passing_thread(compare_next_tokens, *self._models(job), tokenizer, job.ids)
 
     def _models(self, job: Reading) -> list[PreTrainedModel]:
         pairing = self.catalog[job.model]
