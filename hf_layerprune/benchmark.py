@@ -263,6 +263,12 @@ def _cache_bytes(cache: Cache) -> int:
     return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
 
 
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of its parameters and buffers; what is shared counts once."""
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
 def _peak_memory(
     model: PreTrainedModel,
     prompt_tokens: int,
@@ -271,8 +277,7 @@ def _peak_memory(
     cache: StaticCache | None,
     compile: bool,
 ) -> int:
-    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    weights = sum(tensors.values())
+    weights = weight_bytes(model)
     if model.device.type == "cuda":  # other models may lie on the device as well: only what generating adds counts
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device) - (0 if cache is None else _cache_bytes(cache))

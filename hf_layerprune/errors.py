@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
 
 class LayerPruneError(ValueError):
     """A request that cannot work as given. The command line prints its message as one line and exits with status 2."""
@@ -15,3 +19,10 @@ def first_line(error: Exception) -> str:
     """The first line of what another library's error says."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of the device or of the machine is used up."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in NO_MEMORY)

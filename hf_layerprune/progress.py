@@ -18,6 +18,11 @@ HEAD_LAYERS = 2  # projecting to the vocabulary costs about as much as this many
 BACKWARD = 2  # a backward pass costs about two forward passes
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: names of files and tasks may hold brackets, and paths are copied whole."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class RunProgress(LayerDistillCallback):
     """Follows an [`IterativeLayerDistillTrainer`]. Work is counted in layer passes over one row of data."""
 
@@ -53,7 +58,7 @@ class RunProgress(LayerDistillCallback):
 
     def __enter__(self) -> RunProgress:
         for notice in self.notices:
-            self.console.print(notice, highlight=False)
+            say(self.console, notice)
         self.bar.start()
         return self
 
@@ -129,14 +134,14 @@ class RunProgress(LayerDistillCallback):
         perplexity = f"{record['perplexity']:.2f}"
         if was_healed(record):
             perplexity = f"{record['perplexity_before_healing']:.2f} -> {perplexity} healed"
-        self.console.print(
+        say(
+            self.console,
             f"round {record['round']}: {edits}; {record['num_layers']} layers; perplexity {perplexity}; "
             f"KL {record['kl']:.4f}",
-            highlight=False,
         )
         for scores in record["all_scores"]:
             if scores["margin"] is not None and not scores["margin"] >= CLEAR_MARGIN:
-                self.console.print(f"  {scores['certainty']}", highlight=False)
+                say(self.console, f"  {scores['certainty']}")
 
 
 def _expected_depth(trainer: IterativeLayerDistillTrainer) -> int:

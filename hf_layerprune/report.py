@@ -50,6 +50,16 @@ CRITERION_UNITS = {
     "tail": "the last layer first",
     "random": "at random",
 }
+QUALITY_CURVES = {
+    "perplexity_unhealed": "never healed",
+    "perplexity_before_healing": "just before healing",
+    "perplexity": "healed",
+}
+
+
+def criterion_unit(criterion: str) -> str:
+    """What a cost by a criterion is; of one that was added its name."""
+    return CRITERION_UNITS.get(criterion, criterion)
 
 
 def report_of(
@@ -116,6 +126,11 @@ def recovery(teacher: dict[str, Any], record: dict[str, Any]) -> float | None:
 def was_healed(record: dict[str, Any]) -> bool:
     """Whether a record is of a round with healing, or of a plan that was only searched for."""
     return "loss_unhealed" in record
+
+
+def quality_curves(rounds: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The curves of quality against depth: what of a record each shows, and its name; one where nothing was healed."""
+    return QUALITY_CURVES if any(map(was_healed, rounds)) else {"perplexity": "without training"}
 
 
 def columns(rounds: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -300,15 +315,13 @@ def plot_quality(teacher: dict[str, Any], rounds: Sequence[dict[str, Any]]) -> F
     depths = [teacher["num_layers"], *(record["num_layers"] for record in rounds)]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    curves = (
-        ("perplexity_unhealed", "never healed", {"color": "#c44e52", "linestyle": ":", "marker": "v"}),
-        ("perplexity_before_healing", "just before healing", {"color": "#dd8452", "linestyle": "--", "marker": "s"}),
-        ("perplexity", "healed", {"color": "#1f6f8b", "linestyle": "-", "marker": "o", "linewidth": 2}),
-    )
-    if not any(was_healed(record) for record in rounds):
-        curves = (("perplexity", "without training", curves[-1][-1]),)
-    for key, label, style in curves:
-        axes.plot(depths, [teacher["perplexity"], *(record[key] for record in rounds)], label=label, **style)
+    styles = {
+        "perplexity_unhealed": {"color": "#c44e52", "linestyle": ":", "marker": "v"},
+        "perplexity_before_healing": {"color": "#dd8452", "linestyle": "--", "marker": "s"},
+        "perplexity": {"color": "#1f6f8b", "linestyle": "-", "marker": "o", "linewidth": 2},
+    }
+    for key, label in quality_curves(rounds).items():
+        axes.plot(depths, [teacher["perplexity"], *(record[key] for record in rounds)], label=label, **styles[key])
     axes.axhline(teacher["perplexity"], color="#888888", linewidth=1, label="original")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -360,6 +373,6 @@ def plot_scores(scores: LayerScores, title: str) -> Figure:
     if min(scores.values.values()) > 0:
         axes.set_yscale("log")
     axes.set_xlabel("layer (green: safest to remove)")
-    axes.set_ylabel(CRITERION_UNITS.get(scores.criterion, scores.criterion), fontsize=8)
+    axes.set_ylabel(criterion_unit(scores.criterion), fontsize=8)
     axes.set_title(title)
     return figure

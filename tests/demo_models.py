@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import yaml
 from conftest import byte_tokenizer, tiny_model
 
 from hf_layerprune import LayerPlan, prune
 from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, open_catalog
 from hf_layerprune.demo.settings import embedded_entry
+from hf_layerprune.evaluation import EvaluationReport
+from hf_layerprune.hub.scrub import placed
+from hf_layerprune.trainer.records import teacher_record
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -37,9 +41,8 @@ def make_run(folder: Path, chat: bool = False) -> Path:
     """A run of three rounds and the teacher it started from: `run` and `teacher` in a folder."""
     tokenizer = chat_tokenizer() if chat else byte_tokenizer()
     teacher = endless(tiny_model(DEPTHS[0], vocab_size=len(tokenizer), max_position_embeddings=4096))
-    for place, model in ((folder / "teacher", teacher),):
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
+    teacher.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
     student, records = teacher, []
     for number, layer in enumerate((1, 3, 2), 1):
         scores = {str(other): 0.1 * other + 0.01 for other in LayerPlan.from_dict(plan_of(student)).layers}
@@ -55,14 +58,14 @@ def make_run(folder: Path, chat: bool = False) -> Path:
         )  # fmt: skip
     student.save_pretrained(folder / "run" / "model")
     tokenizer.save_pretrained(folder / "run" / "model")
-    quality = {"loss": 3.9, "perplexity": 49.0, "num_tokens": 100, "evaluated_on": "a text"}
-    base = {"name": str(folder / "teacher"), "num_layers": 6, "num_parameters": teacher.num_parameters()}
+    quality, name = EvaluationReport(3.9, 49.0, None, None, 100), placed(str(folder / "teacher"))
     report = {
-        "teacher": base | quality,
+        "teacher": teacher_record(name, teacher, quality, "a text"),
         "rounds": records,
-        "settings": {"trained_layers": "neighbours", "model": str(folder / "teacher")},
+        "settings": {"trained_layers": "neighbours", "model": "0123456789abcdef"},
         "environment": {"hardware": "a CPU"},
     }
+    (folder / "run" / "recipe.yaml").write_text(yaml.safe_dump({"model": name, "teacher": None}))
     (folder / "run" / "report.json").write_text(json.dumps(report))
     (folder / "run" / "plan.json").write_text(json.dumps(plan_of(student)))
     return folder / "run"

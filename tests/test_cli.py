@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -63,6 +64,21 @@ def test_recipe_holds_the_exact_settings(tmp_path, model_folder, text_file):
     assert recipe["model"] == str(model_folder) and recipe["dataset"] == str(text_file)
     assert "use_cpu" not in recipe and "model_init_kwargs" not in recipe
     assert recipe["target_num_layers"] == 4 and recipe["learning_rate"] == 1e-3 and recipe["criterion"] == "kl"
+
+
+def test_a_length_without_limit_is_in_the_recipe(tmp_path, model_folder, text_file):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"model: {model_folder}\ndataset: {text_file}\nmax_length: null\n")
+    length = QUICK.index("--max_length")
+    quick = [*QUICK[:length], *QUICK[length + 2 :], "--packing", "false"]
+    assert run("compress", "--config", recipe, "--output_dir", tmp_path / "out", *quick) == 0
+    written = tmp_path / "out" / "recipe.yaml"
+    assert yaml.safe_load(written.read_text())["max_length"] is None
+    assert "pad_to_multiple_of" not in written.read_text()  # which nobody chose
+    assert run("compress", "--config", written, "--output_dir", tmp_path / "again") == 0
+    settings = [json.loads((tmp_path / name / "report.json").read_text())["settings"] for name in ("out", "again")]
+    assert settings[0] == settings[1] and settings[0]["max_length"] is None
+    assert run("compress", "--config", written, "--resume", "true", "--target_num_layers", 3) == 0
 
 
 def test_without_a_target_three_quarters_are_kept(tmp_path, model_folder, text_file):
@@ -237,3 +253,46 @@ def test_the_installed_command_runs(tmp_path):
     )
     assert result.returncode == 2 and "no config.json" in result.stderr and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path, model_folder, text_file, capsys):
+    base = ("--model", model_folder, "--dataset", text_file)
+    few = ("--max_length", 32, "--num_samples", 4)
+    folders = [tmp_path / "all [x]" / f"[/{verb}]" for verb in ("score", "parallelize", "compress")]
+    assert run("score", *base, *few, "--output_dir", folders[0]) == 0
+    pairs = ("--num_eval_samples", 4, "--measure_speed", "false", "--pairs", "1,2")
+    assert run("parallelize", *base, *few, *pairs, "--output_dir", folders[1]) == 0
+    assert run("compress", *base, *QUICK, "--output_dir", folders[2]) == 0
+    printed = capsys.readouterr().out
+    for path in (folders[0] / "scores.json", folders[1] / "model", folders[2] / "model"):
+        assert f"{path}   " in printed
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "why? " * 80, "choices": ["a", "b"], "answer": 0}))
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text("- {kind: multiple_choice, dataset: rows.jsonl, prompt: '{q}', name: 'my [/x] rows'}")
+    assert run("score", "--model", model_folder, "--tasks", tasks, "--output_dir", tmp_path / "scores") == 0
+    assert "task my [/x] rows: prompts too long" in capsys.readouterr().out
+    assert run("evaluate", *base, *few, "--tasks", tasks) == 0
+    assert "my [/x] rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), MemoryError(),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["device", "python", "cpu"],
+)  # fmt: skip
+def test_out_of_memory_is_one_line(error, tmp_path, model_folder, text_file, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("hf_layerprune.cli.measure.score_layers", fail)
+    assert run("score", "--model", model_folder, "--dataset", text_file, "--output_dir", tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("hf-layerprune: out of memory: ") and told.count("\n") == 1 and "batch_size" in told
+
+
+def test_any_other_error_is_no_users_mistake(tmp_path, model_folder, text_file, monkeypatch):
+    monkeypatch.setattr("hf_layerprune.cli.measure.score_layers", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("score", "--model", model_folder, "--dataset", text_file, "--output_dir", tmp_path / "out")

@@ -64,6 +64,11 @@ def test_the_search_for_a_range(run, tmp_path):
     plan = LayerPlan.from_json((tmp_path / "out" / "plan.json").read_text())
     assert [list(pair) for pair in plan.parallel_pairs] == best["pairs"]
     assert (tmp_path / "out" / "range.png").stat().st_size > 5_000
+    again = tmp_path / "again"
+    repeat = ["--config", tmp_path / "out" / "recipe.yaml", "--output_dir", again]
+    assert cli.main(["parallelize", *map(str, repeat)]) == 0
+    assert (again / "plan.json").read_text() == (tmp_path / "out" / "plan.json").read_text()
+    assert [record["criterion"] for record in json.loads((again / "report.json").read_text())["rounds"]] == ["loss"]
 
 
 def test_both_kinds_of_edit_on_a_pruned_checkpoint_in_its_own_dtype(run, tmp_path, tokenizer):

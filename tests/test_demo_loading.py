@@ -8,8 +8,18 @@ import pytest
 from demo_models import make_run, make_service
 from transformers import GenerationConfig
 
-from hf_layerprune import LayerPruneError
-from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, facts, generation, open_catalog, store
+from hf_layerprune import LayerPruneError, cli
+from hf_layerprune.demo import (
+    DemoService,
+    DemoSettings,
+    Limits,
+    ModelEntry,
+    facts,
+    generation,
+    open_catalog,
+    settings_of,
+    store,
+)
 from hf_layerprune.demo.comparison import Request
 from hf_layerprune.demo.generation import DONE, STOPPED
 from hf_layerprune.demo.render import render_inside
@@ -138,3 +148,21 @@ def test_a_report_that_cannot_be_drawn_is_left_out_and_told(tmp_path, changes, i
 def test_the_list_of_the_tests_can_be_drawn(tmp_path):
     service = make_service(tmp_path)
     assert open_catalog(service.settings, draw=render_inside).names == service.catalog.names
+
+
+def test_the_original_of_a_run_is_the_model_it_was_made_from(tmp_path, model_folder, monkeypatch):
+    """Not what happens to have the name of its folder, which is all that the report tells."""
+    settings = ["--max_length", "32", "--num_samples", "2", "--num_eval_samples", "2", "--measure_speed", "false"]
+    out = tmp_path / "out"
+    assert cli.main(["parallelize", "--model", str(model_folder), "--output_dir", str(out), *settings]) == 0
+    (tmp_path / "elsewhere" / "tiny-model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert open_catalog(settings_of([str(out)])).first.teacher.name == str(model_folder)
+    service = one_run(tmp_path)
+    assert service.catalog.first.teacher.name == str(tmp_path / "teacher")
+    for run in (out, tmp_path / "run"):
+        (run / "recipe.yaml").unlink()
+        with pytest.raises(LayerPruneError, match="which is no model on the Hub; name its original, as teacher"):
+            open_catalog(settings_of([str(run)]))
+        entry = ModelEntry("named", run=str(run), teacher=str(model_folder))
+        assert open_catalog(DemoSettings((entry,))).first.teacher.name == str(model_folder)

@@ -14,17 +14,9 @@ from hf_layerprune import LayerPlan
 from hf_layerprune.demo.comparison import AT_ONCE, Snapshot
 from hf_layerprune.demo.generation import DONE, FAILED, LOADING, STOPPED, WRITING, Answer
 from hf_layerprune.demo.next_tokens import Position
-from hf_layerprune.demo.render import (
-    notice,
-    render_comparison,
-    render_empty,
-    render_importance,
-    render_layers,
-    render_positions,
-    render_quality,
-    summary_of,
-)
-from hf_layerprune.demo.render.layers import healed_layers
+from hf_layerprune.demo.render import notice, render_comparison, render_empty, render_positions, summary_of
+from hf_layerprune.demo.render.charts import render_importance, render_quality
+from hf_layerprune.demo.render.layers import healed_layers, render_layers
 from hf_layerprune.demo.render.text import escaped
 
 REPORT = json.loads((Path(__file__).parent.parent / "recipes/tiny/results/report.json").read_text())
@@ -119,7 +111,8 @@ def test_healed_are_the_layers_a_run_trained():
     record = {"plan": plan, "edits": ["2"], "loss_unhealed": 1.0}
     assert healed_layers([record], {"trained_layers": "neighbours"}) == {1, 3}
     assert healed_layers([record], {"trained_layers": "all"}) == {0, 1, 3, 4}
-    assert healed_layers([record], {"trained_layers": [0, 2]}) == {0}
+    assert healed_layers([record], {"trained_layers": "0,2"}) == {0}
+    assert healed_layers([record], {"trained_layers": "3, 0"}) == {0, 3}
     assert healed_layers([{"plan": plan, "edits": ["2"]}], {"trained_layers": "all"}) == set()
 
 

@@ -509,7 +509,7 @@ def test_no_token(hub, worker, runs):
     [
         ([], "which run?"),
         (["{run}"], "--repo_id user/name"),
-        (["{run}", "{run}", "--repo_id", "me/x"], "are 2 folders"),
+        (["{run}", "{run}", "--repo_id", "me/x"], "are 2 words where one goes"),
         (["{run}", "--output_dir", "{run}", "--repo_id", "me/x"], "named twice"),
         (["{run}", "--repo_id", "a b"], "no name of a repository"),
         (["{run}", "--repo_id", "me/x", "--base_model", "./model"], "base_model='./model'"),

@@ -69,7 +69,7 @@ def pushed(hub, tmp_path):
     """A student on the Hub, made from a model that is there too, with a tag of another depth."""
     hub.reset()
     run = make_run(tmp_path)
-    report = (run / "report.json").read_text().replace(str(tmp_path / "teacher"), "me/teacher")
+    report = (run / "report.json").read_text().replace('"name": "teacher"', '"name": "me/teacher"')
     for name, folder in (("me/teacher", tmp_path / "teacher"), ("me/student", run / "model")):
         hub.seed(name, {path.name: path.read_bytes() for path in folder.iterdir()})
     files = {"plan.json": (run / "plan.json").read_bytes(), "report.json": report.encode()}
@@ -175,3 +175,10 @@ def test_copying_the_space_is_enough(tmp_path):
     """What stands in the folder needs nothing beside it."""
     shutil.copytree(SPACE, tmp_path / "space")
     assert read_settings(tmp_path / "space" / "models.yaml").models[0].teacher == "embedded"
+
+
+def test_a_pushed_run_whose_original_is_only_a_name_asks_for_it(hub, worker, pushed):
+    student = hub.repos["me/student"].files()
+    hub.seed("me/local", student | {"report.json": student["report.json"].replace(b"me/teacher", b"teacher")})
+    status, _, err = worker.run("demo", "me/local")
+    assert status == 2 and "made from teacher, which is no model on the Hub; name its original" in err

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in VERBS:
         sys.stderr.write(f"hf-layerprune: no verb {argv[0]!r}; choose one of {', '.join(VERBS)}\n")
         return 2
-    from ..errors import LayerPruneError
+    from ..errors import LayerPruneError, first_line, is_out_of_memory
     from .benchmark import benchmark
     from .compress import compress
     from .convert import convert
@@ -65,6 +65,12 @@ def main(argv: list[str] | None = None) -> int:
         goes_on = str(stop) or ("what is done is kept, the same command goes on" if argv[0] == "generate" else "")
         sys.stderr.write(f"hf-layerprune: stopped{'; ' if goes_on else ''}{goes_on}\n")
         return 130
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        less = "give fewer rows at a time (batch_size), shorter ones (max_length), or a smaller model or dtype"
+        sys.stderr.write(f"hf-layerprune: out of memory: {first_line(error)}; {less}\n")
+        return 2
     return 0
 
 

@@ -18,12 +18,13 @@ from ..benchmark import benchmark_models, check_settings
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import EMBEDDED
+from ..progress import say
 from ..report import environment
 from ..shapes import load_shape, random_model, random_models
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments
 from .measure import device, load_on_device
-from .parsing import names_option, parse, words_apart
+from .parsing import parse, positional
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,20 +45,18 @@ def benchmark(argv: list[str]) -> None:
     console = Console()
     console.print(_table(entries))
     if folder is not None:
-        console.print(f"numbers: {folder / 'benchmark.json'}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"numbers: {folder / 'benchmark.json'}")
 
 
 def _spelled_out(argv: list[str]) -> list[str]:
     """Words that belong to no option are `--models`; a `--config` that is no YAML file is a `--shape`."""
-    words, rest = words_apart(argv, BenchmarkArguments)
-    if rest and rest[-1] == "--config":
+    words = positional(argv, BenchmarkArguments, "models")
+    if words and words[-1] == "--config":
         raise LayerPruneError("--config needs a shape, such as Qwen2.5-3B, or the path of a YAML file")
-    if words and any(names_option(argument, "--models") for argument in rest):
-        raise LayerPruneError("models are named twice; give them either without an option or with --models")
-    for position, (option, value) in enumerate(zip(rest, rest[1:], strict=False)):
+    for position, (option, value) in enumerate(zip(words, words[1:], strict=False)):
         if option == "--config" and not value.lower().endswith((".yaml", ".yml")):
-            rest[position] = "--shape"
-    return ["--models", *words, *rest] if words else rest
+            words[position] = "--shape"
+    return words
 
 
 def _check(arguments: BenchmarkArguments) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
 from ..hub.scrub import placed_settings
 from ..loading import load_config, load_model, load_tokenizer
-from ..progress import RunProgress
+from ..progress import RunProgress, say
 from ..report import rich_table
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.checks import check_has_text
@@ -87,7 +87,7 @@ def compress(argv: list[str]) -> None:
             line = resume_line(folder, trainer.accelerator.num_processes)
             raise KeyboardInterrupt(f"what is done is kept; to go on: {line}") from None
     console.print(rich_table(trainer.run.teacher, trainer.run.rounds))
-    console.print(f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
+    say(console, f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
 
 def resume_line(folder: Path, processes: int) -> str:
@@ -171,7 +171,8 @@ def _write_recipe(path: Path, arguments: CompressArguments, config: Any) -> None
             continue  # set because there is no other device here, not because somebody asked for it
         if "checkpointing" in item.name and not value:
             continue  # transformers fills in the old and the new name of this one
-        said = item.name in type(config).__annotations__ or (value != item.default and value not in ([], None))
+        filled_in = value == [] or (value is None and item.default in (MISSING, "auto"))
+        said = item.name in type(config).__annotations__ or (value != item.default and not filled_in)
         if said and isinstance(value, plain) and item.name not in NOT_IN_RECIPE:
             settings[item.name] = value
     settings |= {"output_dir": config.output_dir, "report_to": config.report_to or "none"}

@@ -15,6 +15,7 @@ from ..errors import LayerPruneError
 from ..files import replace_folder
 from ..forward import measuring
 from ..loading import load_config, load_model, load_tokenizer
+from ..progress import say
 from .arguments import ConvertArguments
 from .parsing import check_new_folder, parse
 
@@ -46,17 +47,15 @@ def convert(argv: list[str]) -> None:
         read_by_others = _check_tokenizer(target, tokenizer)
         replace_folder(target, folder)
     console = Console()
-    console.print(
+    say(
+        console,
         f"{before} as {type(written).__name__}: {folder}   logits differ by {difference:.1e} of their size",
-        highlight=False,
-        soft_wrap=True,
     )
     if not read_by_others:
-        console.print(
+        say(
+            console,
             f"transformers' AutoTokenizer takes any tokenizer beside a {type(written).__name__} for Qwen2's and would "
             f"split text differently; elsewhere load it with PreTrainedTokenizerFast.from_pretrained({str(folder)!r})",
-            highlight=False,
-            soft_wrap=True,
         )
 
 

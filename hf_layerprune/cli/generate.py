@@ -9,6 +9,7 @@ from ..data import load_text_dataset
 from ..generation_data import HealingDataConfig, generate_healing_data
 from ..generation_data.generate import processes
 from ..loading import load_model, load_tokenizer
+from ..progress import say
 from .arguments import GenerateArguments
 from .parsing import parse
 
@@ -37,10 +38,8 @@ def generate(argv: list[str]) -> None:
     cut = f", {report.num_truncated:,} cut at {config.max_new_tokens} tokens" if report.num_truncated else ""
     cut += " and left out" if cut and not config.keep_truncated else ""
     empty = f", {report.num_empty:,} empty and left out" if report.num_empty else ""
-    console.print(
+    say(
+        console,
         f"answers: {arguments.output_file}   {report.num_rows:,} rows, {report.num_tokens:,} tokens{cut}{empty}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     state.destroy_process_group()

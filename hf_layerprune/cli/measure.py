@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +19,8 @@ from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_model, load_tokenizer
-from ..report import CRITERION_UNITS, plot_scores, save_plot
+from ..progress import say
+from ..report import criterion_unit, plot_scores, save_plot
 from ..scoring import Race, score_layers
 from ..tasks import KLTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments
@@ -39,12 +41,12 @@ def score(argv: list[str]) -> None:
         model = load_on_device(arguments.model, arguments.dtype, **more)
         prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
         for notice in filter(None, (task.notice for task in prepared)):
-            console.print(notice, highlight=False)
+            say(console, notice)
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is known before the work
         scores = score_layers(model, batches, arguments.criterion, race=race, tasks=prepared, tokenizer=tokenizer)
     unit = "examples" if tasks else "tokens"
     seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
-    table = Table(title=CRITERION_UNITS.get(scores.criterion, scores.criterion) + seen)
+    table = Table(title=escape(criterion_unit(scores.criterion)) + seen)
     for column in ("layer", "cost", "error", ""):
         table.add_column(column, justify="left" if not column else "right")
     for layer, value in sorted(scores.values.items()):
@@ -56,10 +58,10 @@ def score(argv: list[str]) -> None:
         table.add_row(str(layer), f"{value:.5f}", spread, _bar(value, scores.values.values()) + mark)
     console.print(table)
     if scores.certainty:
-        console.print(scores.certainty, highlight=False)
+        say(console, scores.certainty)
     write_atomically(folder / "scores.json", to_json(scores.to_dict()))
     save_plot(plot_scores(scores, f"{Path(arguments.model).name}: importance of its layers"), folder / "scores.png")
-    console.print(f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
+    say(console, f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
 
 
 def device() -> torch.device:
@@ -108,9 +110,7 @@ def evaluate(argv: list[str]) -> None:
         console.print(_task_table(of_tasks))
     for name, value in report.to_dict().items():
         if value is not None:
-            console.print(
-                f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}", highlight=False
-            )
+            say(console, f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}")
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def _without_teacher(tasks: list[Task], console: Console) -> list[Task]:
     names = ", ".join(task.name for task in left_out)
     if len(left_out) == len(tasks):
         raise LayerPruneError(f"task {names}: KL needs a teacher to compare with; name it with --teacher")
-    console.print(f"left out: {names}; KL needs a teacher to compare with (--teacher)", highlight=False)
+    say(console, f"left out: {names}; KL needs a teacher to compare with (--teacher)")
     return [task for task in tasks if not isinstance(task, KLTask)]
 
 
@@ -135,7 +135,7 @@ def _task_table(report: TaskReport) -> Table:
     for name, result in report.results.items():
         error = "" if result.standard_error is None else f"± {result.standard_error:.4f}"
         numbers = (f"{result.quality:.4f}", f"{result.cost:.4f}", error, f"{result.num_examples:,}")
-        table.add_row(name, result.measure, *numbers, *([f"{result.num_truncated:,}"] if cut else []))
+        table.add_row(escape(name), escape(result.measure), *numbers, *([f"{result.num_truncated:,}"] if cut else []))
     return table
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ..hub import RunFolder, read_plan, run_card
 from ..hub.scrub import placed, placed_settings, without_places
 from ..loading import load_tokenizer
 from ..plan import LayerPlan
+from ..progress import say
 from ..report import plot_range, rich_table, save_plot, write_report
 from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of
@@ -71,7 +71,7 @@ def parallelize(argv: list[str]) -> None:
     for name in ("README.md", "quality.png", "layers.png"):
         write_atomically(folder / "model" / name, (folder / name).read_bytes())
     console.print(rich_table(teacher, rounds))
-    console.print(f"model: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
+    say(console, f"model: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
 
 def _record(
@@ -79,9 +79,8 @@ def _record(
 ) -> dict[str, Any]:
     edits, scores, plan = step
     student = apply_plan(model, plan, share_weights=True)
-    return student_record(
-        number, student, edits, arguments.criterion, scores, evaluate_model(student, evaluation, model)
-    )
+    criterion = "loss" if arguments.search == "range" else arguments.criterion  # of a range: the perplexity
+    return student_record(number, student, edits, criterion, scores, evaluate_model(student, evaluation, model))
 
 
 def _check(arguments: ParallelizeArguments) -> None:
@@ -143,13 +142,13 @@ def _steps(
     if all(target is None for target in targets.values()):
         targets["depth"] = max(1, round(0.75 * depth))
     if arguments.search == "range":
-        arguments.criterion = "loss"
         found = find_parallel_range(model, batches)
         wanted = found.best(targets["depth"])
         return [(_edits_between(plan, wanted), [], wanted)], found
-    tell: Callable[[SearchStep], None] = lambda step: console.print(  # noqa: E731
-        f"{step.edit}: {step.plan.depth} layers, {arguments.criterion} {step.cost:.4f}", highlight=False
-    )
+
+    def tell(step: SearchStep) -> None:
+        say(console, f"{step.edit}: {step.plan.depth} layers, {arguments.criterion} {step.cost:.4f}")
+
     result = search_plan(
         model,
         batches,

@@ -25,10 +25,26 @@ def names_option(argument: str, *options: str) -> bool:
     return any(argument == option or argument.startswith(option + "=") for option in options)
 
 
+def positional(argv: list[str], settings: type, name: str) -> list[str]:
+    """`argv` with the words that belong to no option behind the option `name`, which `settings` has.
+
+    Raises:
+        [`LayerPruneError`]: if the option is there too, or takes one word and there are more.
+    """
+    words, rest = words_apart(argv, settings)
+    if not words:
+        return rest
+    option = f"--{name}"
+    if any(names_option(argument, option, option.replace("_", "-")) for argument in rest):
+        raise LayerPruneError(f"{name} named twice: {' '.join(words)} and {option}; leave one out")
+    if len(words) > 1 and not _kinds(settings)[name].startswith("list"):
+        raise LayerPruneError(f"{' '.join(words)} are {len(words)} words where one goes, as {option}")
+    return [option, *words, *rest]
+
+
 def words_apart(argv: list[str], settings: type) -> tuple[list[str], list[str]]:
     """The words that belong to no option, and the rest; `settings` has a field for every option."""
-    # a parser that has run leaves types where their names stood
-    kinds = {item.name: getattr(item.type, "__name__", str(item.type)) for item in fields(settings)}
+    kinds = _kinds(settings)
     words: list[str] = []
     rest: list[str] = []
     room, kind = 0.0, ""  # of the last option: words it still takes, and its type
@@ -44,6 +60,11 @@ def words_apart(argv: list[str], settings: type) -> tuple[list[str], list[str]]:
             words.append(argument)
             room = 0
     return words, rest
+
+
+def _kinds(settings: type) -> dict[str, str]:
+    """Names of the fields' types; a parser that has run leaves types where their names stood."""
+    return {item.name: getattr(item.type, "__name__", str(item.type)) for item in fields(settings)}
 
 
 def _config_apart(argv: list[str]) -> list[str]:

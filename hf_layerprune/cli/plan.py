@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -31,6 +30,7 @@ from ..planning import (
     scoring_flops,
     tokens_per_step,
 )
+from ..progress import say
 from ..shapes import load_shape, shape_names
 from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
@@ -77,15 +77,15 @@ def plan(argv: list[str]) -> None:
     best = recommended(settings, memory, arguments.dtype, args.trained_layers, arguments.lora_r)
     content = _content(arguments, shape, memory, settings, best)
     console = Console()
-    console.print(_heading(content), highlight=False, soft_wrap=True)
+    say(console, _heading(content))
     console.print(_table(settings, memory))
     for line in _answers(content, settings, best):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     if arguments.output_file is not None:
         path = Path(arguments.output_file)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, to_json(content))
-        console.print(f"numbers: {path}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"numbers: {path}")
 
 
 def recommended(
@@ -180,7 +180,7 @@ def _content(
 
 
 def _heading(content: dict[str, Any]) -> str:
-    name, depth = escape(content["model"]), content["num_layers"]
+    name, depth = content["model"], content["num_layers"]
     text = f"{name}: {depth} layers, {_count(content['parameters'])} parameters"
     if content["rounds"] is None:
         unit, value = content["target"]["unit"], content["target"]["value"]

@@ -13,6 +13,7 @@ from ..errors import LayerPruneError, first_line
 from ..hub import RunFolder, load_run
 from ..hub.client import READING, patiently
 from ..hub.push import depth_tag
+from ..hub.scrub import hub_id
 from ..loading import EMBEDDED, load_config
 from ..plan import LayerPlan
 from ..surgery import plan_of
@@ -185,8 +186,7 @@ def _local_run(entry: ModelEntry) -> Pairing:
         plans[plan.depth] = plan
     if not students:
         raise LayerPruneError(f"{entry.run} no longer holds any student")
-    source = entry.teacher or run.settings.get("teacher") or run.report["teacher"]["name"]
-    return _pairing(entry, ModelSource(source), students, plans, run.report)
+    return _pairing(entry, _teacher(entry, run.report, run.settings), students, plans, run.report)
 
 
 def _single_or_pushed(entry: ModelEntry) -> Pairing:
@@ -200,8 +200,22 @@ def _single_or_pushed(entry: ModelEntry) -> Pairing:
             plan, tag = LayerPlan.from_dict(record["plan"]), depth_tag(record["num_layers"])
             if tag in tags and plan.depth not in students:
                 students[plan.depth], plans[plan.depth] = ModelSource(run.name, tags[tag]), plan
-    source = entry.teacher or run.report["teacher"]["name"]
-    return _pairing(entry, ModelSource(source), students, plans, run.report)
+    settings = RunFolder.open(str(entry.run)).settings if run.revision is None else {}
+    return _pairing(entry, _teacher(entry, run.report, settings), students, plans, run.report)
+
+
+def _teacher(entry: ModelEntry, report: dict[str, Any], settings: dict[str, Any]) -> ModelSource:
+    """The original: what the list says, else the run: its `settings` where it lies here, else its report.
+
+    A report tells of a local model the name of its folder only, which elsewhere may be anything.
+    """
+    if entry.teacher:
+        return ModelSource(entry.teacher)
+    name = str(settings.get("teacher") or settings.get("model") or report["teacher"]["name"])
+    if name == EMBEDDED or hub_id(name) is not None or settings and Path(name).is_absolute():
+        return ModelSource(name)
+    origin = f"{name}, which is no model on the Hub" if name else "what it does not say"
+    raise LayerPruneError(f"{entry.run} was made from {origin}; name its original, as teacher")
 
 
 def _pairing(
@@ -211,7 +225,5 @@ def _pairing(
     plans: dict[int, LayerPlan],
     report: dict[str, Any] | None,
 ) -> Pairing:
-    if not teacher.name:
-        raise LayerPruneError(f"{entry.run} does not say what it was made from; name its original, as teacher")
     ordered = dict(sorted(students.items(), reverse=True))
     return Pairing(entry.name, teacher, ordered, plans, report, entry.description, entry.examples)

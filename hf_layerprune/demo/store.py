@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..benchmark import kv_bytes_per_token
+from ..benchmark import kv_bytes_per_token, weight_bytes
 from ..errors import LayerPruneError
 from ..loading import load_model, load_tokenizer
 from ..surgery import apply_plan, plan_of
@@ -136,12 +136,11 @@ def _prepared(model: PreTrainedModel, device: torch.device) -> LoadedModel:
     if not on_zero_gpu():  # which lends its GPU only to the calls that are marked for it
         ids = torch.zeros((1, 8), dtype=torch.long, device=device)
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     return LoadedModel(
         model=model,
         num_parameters=model.num_parameters(),
         num_layers=plan_of(model).depth,
-        weight_bytes=sum(tensors.values()),
+        weight_bytes=weight_bytes(model),
         kv_bytes_per_token=kv_bytes,
     )
 

@@ -12,9 +12,9 @@ from ..data import EMBEDDED_TEXTS
 from ..layer_map import layer_map_text, made_edits, plan_of_record
 from ..loading import EMBEDDED
 from ..report import (
-    CRITERION_UNITS,
     EDIT_BAR,
     SPEED_EXPLAINED,
+    criterion_unit,
     millions,
     quality_table,
     speed_measured,
@@ -299,7 +299,7 @@ def _beside_next(label: str, costs: dict[str, float]) -> list[str]:
 
 def _cost_explained(report: dict[str, Any]) -> str:
     criterion, saved = report["rounds"][-1].get("criterion", ""), weighed_by(report["settings"])
-    unit = CRITERION_UNITS.get(criterion, criterion).replace("without the layer", "with the edit made")
+    unit = criterion_unit(criterion).replace("without the layer", "with the edit made")
     return unit + (f", weighed by the {saved} an edit saves" if saved else "")
 
 

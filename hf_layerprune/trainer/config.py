@@ -13,6 +13,7 @@ from ..compensation import COMPENSATIONS, check_compensation
 from ..edits import EditSpace
 from ..errors import LayerPruneError
 from ..scoring import MEASURED, Race, criteria
+from .targets import named_layers
 
 
 def has_bf16(use_cpu: bool) -> bool:
@@ -22,7 +23,6 @@ def has_bf16(use_cpu: bool) -> bool:
     return is_torch_bf16_gpu_available()
 
 
-TRAINED_LAYERS = ("neighbours", "all")
 LOSS_PRESETS = ("paper", "balanced")
 HIDDEN_DISTANCES = ("mse", "cosine")
 HIDDEN_TARGETS = ("states", "updates")
@@ -354,12 +354,4 @@ class IterativeLayerDistillConfig(SFTConfig):
         Raises:
             [`LayerPruneError`]: if it is neither a known word nor a list of integers.
         """
-        if self.trained_layers in TRAINED_LAYERS:
-            return None
-        try:
-            return tuple(sorted({int(part) for part in self.trained_layers.split(",")}))
-        except ValueError:
-            raise LayerPruneError(
-                f"trained_layers={self.trained_layers!r} is neither one of {', '.join(TRAINED_LAYERS)} nor a list of "
-                "layers such as '3,4,10'"
-            ) from None
+        return named_layers(self.trained_layers)

@@ -12,11 +12,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError, first_line, is_out_of_memory
 from .callbacks import LayerDistillCallback
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 NO_ROOM = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
 
 
@@ -71,14 +70,12 @@ class StopWhereNothingIsLost(LayerDistillCallback):
 
 def explained(error: Exception, folder: Path, doing: str) -> LayerPruneError | None:
     """What a user can do about an error of the machine; `None` for any other error."""
-    text = str(error).lower()
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(part in text for part in NO_MEMORY)
-    ):
+    if is_out_of_memory(error):
         return LayerPruneError(
             f"out of memory while {doing}: {first_line(error)}. Resume with gradient_checkpointing=True, or start "
             "in another folder with fewer rows per batch or a lower max_length; the rounds before are kept"
         )
+    text = str(error).lower()
     if isinstance(error, (OSError, SafetensorError, RuntimeError)) and any(part in text for part in NO_ROOM):
         return LayerPruneError(
             f"{folder} cannot be written while {doing}: {first_line(error)}. Make room and resume; the rounds before "

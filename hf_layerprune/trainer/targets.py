@@ -8,6 +8,8 @@ from ..edits import Edit
 from ..errors import LayerPruneError
 from ..plan import LayerPlan
 
+TRAINED_LAYERS = ("neighbours", "all")
+
 
 def touched_blocks(plan: LayerPlan, edits: list[Edit]) -> list[int]:
     """Positions of the blocks beside the gap each removal left, and of those that were put together."""
@@ -21,6 +23,23 @@ def touched_blocks(plan: LayerPlan, edits: list[Edit]) -> list[int]:
             behind = [position for position, block in enumerate(plan.blocks) if block[-1] > layer]
             chosen |= set(before[-1:]) | set(behind[:1])
     return sorted(chosen)
+
+
+def named_layers(trained_layers: str) -> tuple[int, ...] | None:
+    """The teacher layers that a setting such as `"3,4,10"` names, or `None` where it is a word.
+
+    Raises:
+        [`LayerPruneError`]: if it is neither a known word nor a list of integers.
+    """
+    if trained_layers in TRAINED_LAYERS:
+        return None
+    try:
+        return tuple(sorted({int(part) for part in trained_layers.split(",")}))
+    except ValueError:
+        raise LayerPruneError(
+            f"trained_layers={trained_layers!r} is neither one of {', '.join(TRAINED_LAYERS)} nor a list of layers "
+            "such as '3,4,10'"
+        ) from None
 
 
 def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tuple[int, ...]) -> list[int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ...report import millions
 from ..catalog import Pairing
 from ..comparison import Snapshot
 from ..difference import Piece, difference
 from ..generation import DONE, FAILED, LOADING, STOPPED, WAITING, WRITING, Answer
 from .summary import summary_of
-from .text import count, duration, escaped, memory, notice, rate
+from .text import duration, escaped, memory, notice, rate
 
 STATES = {
     WAITING: "waits",
@@ -20,7 +21,7 @@ STATES = {
     STOPPED: "stopped",
     FAILED: "error",
 }
-CUT = {"length": "Cut at the longest answer you allowed.", "time": "Cut: this took as long as an answer may."}
+CUT = "Cut: this took as long as an answer may."
 NOTHING = "\u2013"
 LEGEND = '<p class="lp-legend"><mark class="lp-first">Here</mark> the answers part'
 MARKED = "; <mark>marked</mark> words are not in the other answer at that place"
@@ -89,7 +90,7 @@ def _headline(answer: Answer) -> str:
 
 def _size_line(layers: int | None, parameters: int | None) -> str:
     texts = [f"{layers} layers"] if layers else []
-    texts += [f"{count(parameters)} parameters"] if parameters else []
+    texts += [f"{millions(parameters)} parameters"] if parameters else []
     return ", ".join(texts)
 
 
@@ -131,7 +132,7 @@ def _end(answer: Answer) -> str:
         return f'<p class="lp-problem" role="alert">{escaped(answer.error)}</p>'
     if answer.state == DONE and not answer.text:
         return '<p class="lp-hint">It ended at once, without a word.</p>'
-    return f'<p class="lp-hint">{CUT[answer.cut]}</p>' if answer.cut == "time" else ""
+    return f'<p class="lp-hint">{CUT}</p>' if answer.cut == "time" else ""
 
 
 def _facts(answer: Answer, original: Answer) -> str:
@@ -148,7 +149,7 @@ def _facts(answer: Answer, original: Answer) -> str:
         "first token": shown(answer.time_to_first_token, duration),
         "tokens": str(answer.num_tokens) if answer.num_tokens else NOTHING,
         "peak memory" if answer.memory_measured else "memory (est.)": shown(answer.peak_memory_bytes, memory),
-        "parameters": shown(answer.num_parameters, count),
+        "parameters": shown(answer.num_parameters, millions),
         "layers": NOTHING if answer.num_layers is None else str(answer.num_layers),
     }
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())

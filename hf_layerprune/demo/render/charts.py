@@ -7,18 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...layer_map import last_costs, made_edits
-from ...report import CRITERION_UNITS, was_healed
+from ...report import criterion_unit, quality_curves
 from .text import escaped
 
 WIDTH, HEIGHT = 440, 260
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 14, 40
 CHARACTER = 7.0
 """Width of a digit in a label, with some room."""
-CURVES = (
-    ("perplexity_unhealed", "never healed", "lp-never"),
-    ("perplexity_before_healing", "just before healing", "lp-before"),
-    ("perplexity", "healed", "lp-healed"),
-)
+KINDS = {"perplexity_unhealed": "lp-never", "perplexity_before_healing": "lp-before", "perplexity": "lp-healed"}
+"""Style of each curve."""
 STRONG = ' class="lp-strong"'
 Scale = Callable[[float], float]
 
@@ -28,10 +25,10 @@ def render_quality(report: dict[str, Any] | None, depth: int) -> str:
     if not report or not report["rounds"]:
         return _hint("No run was recorded for this pair of models, so there is no quality to show.")
     teacher, rounds = report["teacher"], report["rounds"]
-    curves = CURVES if any(was_healed(r) for r in rounds) else (("perplexity", "without training", "lp-healed"),)
+    curves = quality_curves(rounds)
     depths = [teacher["num_layers"], *(record["num_layers"] for record in rounds)]
     start = _finite(teacher.get("perplexity"))
-    values = {key: [start, *(_finite(record.get(key)) for record in rounds)] for key, _, _ in curves}
+    values = {key: [start, *(_finite(record.get(key)) for record in rounds)] for key in curves}
     numbers = [value for line in values.values() for value in line if value is not None]
     if not numbers:
         return _hint("The run has no perplexity that could be drawn.")
@@ -41,9 +38,10 @@ def render_quality(report: dict[str, Any] | None, depth: int) -> str:
     parts.append(
         f'<line class="lp-chosen" x1="{x(depth):.1f}" x2="{x(depth):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
     )
-    for key, label, kind in curves:
+    for key, label in curves.items():
         points = [(x(d), y(v), d, v) for d, v in zip(depths, values[key], strict=True) if v is not None]
         line = " ".join(f"{px:.1f},{py:.1f}" for px, py, _, _ in points)
+        kind = KINDS[key]
         parts.append(f'<polyline class="{kind}" points="{line}"/>')
         parts += [
             f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="4"><title>{d} layers, {label}: perplexity {v:.2f}'
@@ -51,7 +49,7 @@ def render_quality(report: dict[str, Any] | None, depth: int) -> str:
             for px, py, d, v in points
         ]
     parts.append(_axis_name("layers"))
-    key = "".join(f'<li><i class="{kind}"></i>{label}</li>' for _, label, kind in curves)
+    key = "".join(f'<li><i class="{KINDS[key]}"></i>{label}</li>' for key, label in curves.items())
     last = dict(zip(depths[1:], values["perplexity"][1:], strict=True)).get(depth)
     told = "" if last is None or start is None else f"{depth} layers: {last:.2f}, the original {start:.2f}."
     return _figure(parts, "Perplexity against depth", key, f"Held-out perplexity, lower is better. {told}")
@@ -88,7 +86,7 @@ def render_importance(rounds: Sequence[dict[str, Any]]) -> str:
     kinds = {"lp-other": "left as it is", "lp-gone": "removed", "lp-together": "put in parallel"}
     used = {"lp-other"} | {"lp-gone" if edit.kind == "remove" else "lp-together" for edit in made}
     key = "".join(f'<li><i class="{kind}"></i>{text}</li>' for kind, text in kinds.items() if kind in used)
-    unit = CRITERION_UNITS.get(rounds[-1]["criterion"], rounds[-1]["criterion"])
+    unit = criterion_unit(rounds[-1]["criterion"])
     scale = " Each line is ten times the one below it." if logarithmic else ""
     return _figure(parts, f"Cost of every edit: {unit}", key, f"{unit}, when it was measured last.{scale}")
 

@@ -8,8 +8,8 @@ from typing import Any
 from ...edits import Edit
 from ...layer_map import last_costs
 from ...plan import LayerPlan
-from ...report import CRITERION_UNITS, was_healed
-from ...trainer.targets import trained_blocks
+from ...report import criterion_unit, was_healed
+from ...trainer.targets import named_layers, trained_blocks
 from .text import escaped
 
 SIZE, GAP = 44, 4
@@ -58,14 +58,14 @@ def render_layers(plan: LayerPlan, rounds: Sequence[dict[str, Any]], settings: d
 def healed_layers(rounds: Sequence[dict[str, Any]], settings: dict[str, Any]) -> set[int]:
     """Layers of the original whose weights healing changed, in any of the rounds."""
     layers: set[int] = set()
-    named = settings.get("trained_layers", "neighbours")
+    told = settings.get("trained_layers", "neighbours")
+    trained = named_layers(told) or told
     for record in rounds:
         if not was_healed(record):
             continue
         plan = LayerPlan.from_dict(record["plan"])
         edits = [Edit.from_label(label) for label in record["edits"]]
-        known = named if isinstance(named, str) else tuple(layer for layer in named if layer in plan.layers)
-        blocks = trained_blocks(plan, edits, known) if known in ("neighbours", "all") or type(known) is tuple else []
+        blocks = trained_blocks(plan, edits, trained)
         layers |= {layer for position in blocks for layer in plan.blocks[position]}
     return layers
 
@@ -97,7 +97,7 @@ def _told(
     if several and set(group) & healed:
         parts[0] += ", and healed"
     if edit in costs:
-        unit = CRITERION_UNITS.get(rounds[-1]["criterion"], rounds[-1]["criterion"]).replace(" without the layer", "")
+        unit = criterion_unit(rounds[-1]["criterion"]).replace(" without the layer", "")
         verb = "Cost" if edit in when else "Would cost"
         parts.append(f"{verb} {costs[edit]:.4f}: {unit}")
     return ". ".join(parts) + "."

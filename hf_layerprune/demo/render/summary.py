@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ...report import millions
 from ..comparison import AT_ONCE, Snapshot
 from ..difference import words_in_common
 from ..generation import DONE, FAILED, LOADING, STOPPED, Answer
-from .text import count, rate
+from .text import rate
 
 FEW_TOKENS = 16
 """With fewer, a speed is a guess."""
@@ -63,7 +64,7 @@ def _size(original: Answer, compressed: Answer) -> str:
     if abs(share) < 0.005:
         return f"It has {depths} and as many parameters."
     more = "fewer" if share > 0 else "more"
-    return f"It has {depths} and {abs(share):.0%} {more} parameters ({count(sizes[1])})."
+    return f"It has {depths} and {abs(share):.0%} {more} parameters ({millions(sizes[1])})."
 
 
 def _words(first: str, second: str) -> str:

@@ -23,11 +23,6 @@ def _visible(character: str) -> str:
     return chr(0x2400 + code) if code < 32 else f"\u2039U+{code:04X}\u203a"
 
 
-def count(number: int) -> str:
-    """Parameters, shortened: `7.09M`."""
-    return f"{number / 1e6:.2f}M" if number < 1e9 else f"{number / 1e9:.2f}B"
-
-
 def memory(size: int) -> str:
     """Bytes, shortened: `14.2 MB`."""
     return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
