@@ -28,7 +28,7 @@ from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
 from ..hub import TAGS
 from ..hub.scrub import placed
-from ..loading import FOR_CONFIG, keep_models_whole, load_config, load_model, load_tokenizer, name_of
+from ..loading import beside_weights, keep_models_whole, load_config, load_model, load_tokenizer, name_of
 from ..plan import LayerPlan
 from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
@@ -107,17 +107,17 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             raise LayerPruneError("train_dataset is missing; healing needs text")
         keep_models_whole()
         self.model_name = placed(model if isinstance(model, str) else name_of(model))
+        files: dict[str, Any] = {}  # which files of that name, and with what right they are read
         if isinstance(model, str):
             init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
             init |= args.model_init_kwargs or {}
             model = load_model(model, **init)
-            self.save_dtype = (
-                load_config(self.model_name, **{k: init[k] for k in FOR_CONFIG if k in init}).dtype or model.dtype
-            )
+            files = beside_weights(init)
+            self.save_dtype = load_config(self.model_name, **files).dtype or model.dtype
         else:
             self.save_dtype = model.dtype
         if processing_class is None:
-            processing_class = load_tokenizer(self.model_name)
+            processing_class = load_tokenizer(self.model_name, **files)
         self.teacher_name = self.model_name if teacher is None else placed(name_of(teacher))
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
@@ -261,8 +261,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         """Train the student of this round; a checkpoint of an interrupted healing is taken up."""
         plan, current, target = plan_of(student), run.current, round_folder(folder, self._round)
         if "train_tokens" in current:  # a run that was interrupted behind its healing: the student is on disk
-            swap_model(self, self._load_student(target, current.get("weights", {})))
-            return self.model, TrainOutput(0, 0.0, {})
+            return self._kept(run, folder), TrainOutput(0, 0.0, {})
         if not self.args.heal:
             return self._keep(student, run, folder), TrainOutput(0, 0.0, {})
         trained = self.args.named_trained_layers() or self.args.trained_layers
