@@ -1,4 +1,4 @@
-"""What `hf_layerprune/trainer/_trl.py` and the trainers take from TRL and transformers without a promise of theirs.
+"""What `hf_layerprune/_trl.py` and the trainers take from TRL and transformers without a promise of theirs.
 
 When one of these fails after an upgrade, that is where to look.
 """
@@ -15,7 +15,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from hf_layerprune.trainer._trl import log_metric, redirect_forward, restore_forward, swap_model
+from hf_layerprune._trl import log_metric, redirect_forward, restore_forward, swap_model
 
 
 def test_chunked_divergence_takes_heads_and_beta_and_returns_two_tensors():

@@ -20,6 +20,7 @@ from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 
+from .._trl import prepared_for_evaluation, restore_forward, swap_model
 from ..budget import Gauge
 from ..data import Batch, check_batches, collated_batches
 from ..edits import Edit
@@ -32,7 +33,6 @@ from ..loading import beside_weights, keep_models_whole, load_config, load_model
 from ..plan import LayerPlan
 from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
-from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
 from .checks import check_enough_rows, check_has_text, check_request
@@ -326,10 +326,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         batches = self.eval_batches
         if eval_dataset is not None:
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-            prepared = self._prepare_dataset(
-                eval_dataset, self.processing_class, self.args, packing, self._formatting_func, "eval"
-            )
-            batches = self._batches(prepared, None, "evaluation data")
+            batches = self._batches(prepared_for_evaluation(self, eval_dataset, packing), None, "evaluation data")
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if is_peft_model(student) else student
         report = evaluate_model(student, batches, self.teacher)

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._trl import swap_model
 from ..budget import Gauge
 from ..data import Batch
 from ..errors import LayerPruneError
@@ -20,7 +21,6 @@ from ..files import digests, replace_folder, round_folder
 from ..loading import load_model
 from ..surgery import plan_of, prune
 from ..tasks import PreparedTask
-from ._trl import swap_model
 from .checks import check_budget
 from .config import IterativeLayerDistillConfig
 from .run_state import STATE_FILE, RunState, check_not_past_target, decisive_settings, gauge_of_run, lock_run, open_run
