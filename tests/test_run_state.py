@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from datasets import Dataset
 from safetensors.torch import save_file
 
 from hf_layerprune import LayerPlan, LayerPruneError, budget
@@ -19,7 +20,7 @@ from hf_layerprune.trainer.checkpoints import (
     load_trained,
     seal,
 )
-from hf_layerprune.trainer.run_state import RunState, check_not_past_target, gauge_of_run, open_run
+from hf_layerprune.trainer.run_state import RunState, check_not_past_target, decisive_settings, gauge_of_run, open_run
 
 
 def checkpoint(folder, step, weight=1.0):
@@ -91,11 +92,30 @@ def test_open_run(tmp_path):
         with pytest.raises(LayerPruneError):
             open_run(tmp_path, *arguments)
 
+    with pytest.raises(LayerPruneError, match="another version of hf_layerprune; choose another output_dir"):
+        open_run(tmp_path, found, {**same, "data_seed": None}, True)
+
     checkpoint(tmp_path / "rounds" / "02", 4)
     with pytest.raises(LayerPruneError, match="learning_rate.*delete .*02 to heal its round from the start"):
         open_run(tmp_path, found, changed, True)
-    shutil.rmtree(tmp_path / "rounds")
+    found.current = {"train_tokens": 96}  # healed, though its student is not where the checkpoints are yet
     assert open_run(tmp_path, found, changed, True).settings == changed
+    found.current = {}
+    shutil.rmtree(tmp_path / "rounds")
+    assert open_run(tmp_path, found, same, True).settings == same
+
+
+@pytest.mark.parametrize("number", [1, 5, 64, 1000])
+def test_another_text_to_heal_on_is_told_by_rows_from_all_over(tmp_path, number):
+    def settings(rows):
+        data = (Dataset.from_dict({"input_ids": rows}), [], [], [])
+        return decisive_settings(tiny_config(tmp_path), model, model, data, None)["healing_text"]
+
+    model, rows = tiny_model(2), [[n, n + 1] for n in range(number)]
+    before = settings(rows)
+    assert settings(rows) == before
+    for other in (rows[:-1] + [[0, 7]], rows[:8] + [[7, *row] for row in rows[8:]] + [[1]], [[9, 9], *rows[1:]]):
+        assert settings(other) != before
 
 
 def gauge(**target):
