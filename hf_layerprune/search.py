@@ -116,7 +116,9 @@ def search_plan(
         tasks = prepare_tasks(tasks, model, tokenizer)
     student, steps = model, []
     while not gauge.met(plan_of(student)):
-        steps.append(next_step(student, batches, gauge, criterion, teacher, race=race, tasks=tasks, tokenizer=tokenizer))
+        steps.append(
+            next_step(student, batches, gauge, criterion, teacher, race=race, tasks=tasks, tokenizer=tokenizer)
+        )
         student = apply_plan(student, steps[-1].plan, share_weights=True)
         on_step(steps[-1])
     return PlanSearch(plan_of(student), steps, budget, gauge.latency)
