@@ -66,8 +66,9 @@ def check_form(batches: Iterable[Batch], what: str = "calibration data") -> list
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
             of = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
             raise LayerPruneError(
-                f"{what}: item {number} is no batch but a {type(batch).__name__}{of}; give a list of batches, dicts with token ids as a "
-                "tensor input_ids of shape (rows, tokens), as hf_layerprune.tokenized_batches makes them of a data set"
+                f"{what}: item {number} is no batch but a {type(batch).__name__}{of}; give a list of "
+                "batches, dicts with token ids as a tensor input_ids of shape (rows, tokens), as "
+                "hf_layerprune.tokenized_batches makes them of a data set"
             )
     return batches
 

@@ -556,7 +556,7 @@ def test_budgets_that_are_none_are_refused(model, few, budget, message):
         ({"budget": {"depth": 4}, "max_group_size": 1}, "max_group_size=1"),
         ({"budget": {"depth": 4}, "criterion": "cosine"}, "criterion='cosine'"),
         ({"budget": {"depth": 4}, "criterion": "tasks"}, "needs the model's tokenizer"),
-        ({"budget": {"depth": 4}, "tasks": [PerplexityTask([])]}, "tasks are for criterion='tasks'"),
+        ({"budget": {"depth": 4}, "tasks": [PerplexityTask("none")]}, "tasks are for criterion='tasks'"),
         ({"budget": {"depth": 4}, "batches": None}, "no token to score"),
         ({"budget": {"depth": 4}, "criterion": "block_influence"}, "tells nothing about 'parallelize"),
         ({"budget": {"depth": 4}, "batches": []}, "no token to score"),
@@ -586,7 +586,7 @@ def test_removals_can_be_chosen_by_block_influence(few):
 
 def test_tasks_choose_what_goes(tokenizer, texts):
     model, student = tiny_model(6), tiny_model(6)
-    tasks = [PerplexityTask(list(texts), name="text", max_length=32, limit=6)]
+    tasks = [PerplexityTask(texts, name="text", max_length=32, limit=6)]
     found = search_plan(model, None, {"depth": 4}, "remove", criterion="tasks", tasks=tasks, tokenizer=tokenizer)
     for step in found.steps:
         safest = score_layers(student, None, "tasks", tasks=tasks, tokenizer=tokenizer).safest
