@@ -10,12 +10,23 @@ from .errors import LayerPruneError
 from .evaluation import EvaluationReport, evaluate_model
 from .generation_data import HealingDataConfig, HealingDataReport, generate_healing_data
 from .hub import load_run, push_run
+from .latency import BlockLatency
 from .loading import load_model, load_tokenizer
 from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM, PrunedQwen2Model
 from .plan import LayerPlan
-from .scoring import LayerScores, Race, contiguous_block, register_criterion, score_edits, score_layers
+from .scoring import (
+    Guess,
+    LayerScores,
+    Question,
+    Race,
+    contiguous_block,
+    register_criterion,
+    score_edits,
+    score_layers,
+)
 from .search import PlanSearch, find_parallel_range, search_plan
 from .surgery import apply_plan, parallelize, prune, unparallelize
+from .tasks import load_tasks
 from .trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, LayerDistillCallback
 
 __version__ = "0.1.0"
@@ -23,9 +34,11 @@ __version__ = "0.1.0"
 __all__ = [
     "EMBEDDED_MODEL",
     "BenchmarkReport",
+    "BlockLatency",
     "Budget",
     "Edit",
     "EvaluationReport",
+    "Guess",
     "HealingDataConfig",
     "HealingDataReport",
     "IterativeLayerDistillConfig",
@@ -38,6 +51,7 @@ __all__ = [
     "PrunedQwen2Config",
     "PrunedQwen2ForCausalLM",
     "PrunedQwen2Model",
+    "Question",
     "Race",
     "apply_plan",
     "benchmark_model",
@@ -50,6 +64,7 @@ __all__ = [
     "generate_healing_data",
     "load_model",
     "load_run",
+    "load_tasks",
     "load_tokenizer",
     "parallelize",
     "prune",

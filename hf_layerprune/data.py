@@ -54,13 +54,32 @@ def valid_next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     return valid, target[counts]
 
 
+def check_form(batches: Iterable[Batch], what: str = "calibration data") -> list[Batch]:
+    """The batches as a list.
+
+    Raises:
+        [`LayerPruneError`]: if one of them is something else, such as a row of text.
+    """
+    batches = list(batches)
+    for number, batch in enumerate(batches):
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            of = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+            raise LayerPruneError(
+                f"{what}: item {number} is no batch but a {type(batch).__name__}{of}; give a list of "
+                "batches, dicts with token ids as a tensor input_ids of shape (rows, tokens), as "
+                "hf_layerprune.tokenized_batches makes them of a data set"
+            )
+    return batches
+
+
 def check_batches(batches: Iterable[Batch], vocab_size: int, what: str = "batches") -> list[Batch]:
     """The batches as a list, once they are known to hold something to score, without what a collator made beside them.
 
     Raises:
-        [`LayerPruneError`]: if there is no batch, no position to score, or a token id outside the vocabulary.
+        [`LayerPruneError`]: if they are no batches, hold no position to score, or a token id outside the vocabulary.
     """
-    batches = [{key: batch[key] for key in BATCH_KEYS if key in batch} for batch in batches]
+    batches = [{key: batch[key] for key in BATCH_KEYS if key in batch} for batch in check_form(batches, what)]
     if not any(valid_next_tokens(batch)[0].any() for batch in batches):
         raise LayerPruneError(f"{what}: no token to score; give at least one batch with two unpadded tokens in a row")
     for number, batch in enumerate(batches):

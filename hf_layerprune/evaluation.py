@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .data import Batch, check_batches, valid_next_tokens
 from .forward import check_same_vocabulary, final_states, measuring, to_device
-from .losses import token_statistics
+from .losses import perplexity_of, token_statistics
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def evaluate_model(
     loss = nll / num_tokens
     return EvaluationReport(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=perplexity_of(loss),
         kl=None if teacher is None else kl / num_tokens,
         agreement=None if teacher is None else agreement / num_tokens,
         num_tokens=num_tokens,

@@ -34,12 +34,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
-def replace_folder(source: Path, target: Path) -> None:
-    """Put the finished folder `source` in the place of `target`; its files are on disk before it is seen there."""
-    for path in source.rglob("*"):
+def sync_folder(folder: Path) -> None:
+    """Wait until every file in a folder is on disk."""
+    for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Put the finished folder `source` in the place of `target`; its files are on disk before it is seen there.
+
+    These are two moves. After a kill between them there is no `target`: `source` lies where it was, and what was
+    replaced beside the target, its name ending in `.old`. Doing it again is the remedy.
+    """
+    sync_folder(source)
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data import Batch
@@ -21,6 +22,29 @@ def final_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Hidden states behind the final norm: `(B, T, H)`."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+class _Reached(Exception):
+    """Thrown at the layer that is not run any more."""
+
+
+def call_of_layer(decoder: PreTrainedModel, inputs: Batch, position: int) -> tuple[Tensor, dict[str, Any]]:
+    """The input state `(B, T, H)` and the keyword arguments of the layer at `position`; only those before it run."""
+    call: list[Any] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call.extend((args[0], kwargs))
+        raise _Reached
+
+    handle = decoder.layers[position].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        decoder(**inputs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    state, kwargs = call
+    return state, kwargs
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from .surgery import plan_of
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-FOR_CONFIG = ("revision", "trust_remote_code", "token")
-"""Options of a model that its config needs too."""
+BESIDE_WEIGHTS = ("revision", "trust_remote_code", "token")
+"""Options of a model that its config and its tokenizer need too."""
 EMBEDDED = "embedded"
 """Name of the model that comes with the package, wherever a model is named."""
 
@@ -61,6 +62,11 @@ def _options(name_or_path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     options = {"trust_remote_code": False} | kwargs
     revision = one_revision(name_or_path, kwargs.get("revision"))
     return options if revision is None else options | {"revision": revision}
+
+
+def beside_weights(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options a model is loaded with, those its config and its tokenizer are loaded with."""
+    return {key: options[key] for key in BESIDE_WEIGHTS if key in options}
 
 
 def name_of(model: PreTrainedModel) -> str:
@@ -105,7 +111,7 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise LayerPruneError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     keep_models_whole()
-    load_config(name_or_path, **{key: kwargs[key] for key in FOR_CONFIG if key in kwargs})
+    load_config(name_or_path, **beside_weights(kwargs))
     try:
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -15,11 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+from ._trl import ChunkedDivergenceFunction
 
 # Logits held at a time: 4 MiB of float32 on a CPU, about what a core keeps in its caches; 512 MiB on a GPU.
 MAX_LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**27}
 MIN_ROWS_PER_CHUNK = 64  # fewer make the matrix products slow, whatever the vocabulary
+
+
+def perplexity_of(loss: float) -> float:
+    """`exp(loss)`, of nats per token; infinite where that is no float any more."""
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def divergence(

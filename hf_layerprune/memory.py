@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
 
 from . import losses
+from ._trl import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
 from .edits import Edit
 from .surgery import apply_plan, plan_of
 from .trainer import IterativeLayerDistillConfig

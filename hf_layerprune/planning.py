@@ -254,14 +254,14 @@ def _needs(
 ) -> Callable[[int], StepNeeds]:
     """The needs of a step at any depth, from two shallow models where all layers are alike, else at its own."""
 
+    alike = args.named_trained_layers() is None and not plan_of(shape.config).parallel_pairs
+
     def measured(depth: int) -> StepNeeds:
-        own = plan_of(shape.config).parallel_pairs or args.named_trained_layers() is not None
-        config = shape.config if own else _shallow(shape.config, depth)
+        config = _shallow(shape.config, depth) if alike else shape.config
         edits = _edits_of(shape, plan_of(config), depth)
         return step_needs(config, args, edits, rows, dtype, lora_config(lora_r), shape.on_gpu, count_flops)
 
     shallow = 3 * args.layers_per_round + 1
-    alike = args.named_trained_layers() is None and not plan_of(shape.config).parallel_pairs
     if not alike or shallow + 1 >= shape.depth:
         at_full_depth = measured(shape.depth)
         return lambda _: at_full_depth
@@ -269,11 +269,11 @@ def _needs(
     return lambda depth: needs_at_depth(both[0], shallow, both[1], shallow + 1, depth)
 
 
-def lora_config(r: int | None) -> Any:
+def lora_config(r: int | None, alpha: int = 32) -> Any:
     """The adapters `compress --lora_r` trains; `None` for none."""
     from peft import LoraConfig
 
-    return None if r is None else LoraConfig(r=r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return None if r is None else LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _edits_of(shape: RunShape, plan: LayerPlan, depth: int) -> Sequence[Edit]:
@@ -290,7 +290,7 @@ def _edits_of(shape: RunShape, plan: LayerPlan, depth: int) -> Sequence[Edit]:
 def _shallow(config: PretrainedConfig, depth: int) -> PretrainedConfig:
     config = copy.deepcopy(config)
     config.num_hidden_layers, config.layer_types = depth, ["full_attention"] * depth
-    config.layer_plan = None
+    config.layer_plan = LayerPlan.identity(depth).to_dict()
     return config
 
 

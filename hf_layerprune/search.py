@@ -7,21 +7,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .architectures import check_supported
 from .budget import Budget, Gauge
 from .data import Batch, check_batches
 from .edits import EDIT_KINDS, Edit, EditSpace
 from .errors import LayerPruneError
 from .latency import BlockLatency
+from .losses import perplexity_of
 from .plan import LayerPlan
 from .scoring import EditScores, Race, score_edits, score_plans
-from .surgery import apply_plan, plan_of
+from .surgery import apply_plan, check_model, plan_of
+from .tasks import PreparedTask, Task, prepare_tasks
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PlanSearch:
 
 def search_plan(
     model: PreTrainedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None,
     budget: Budget | Mapping[str, float],
     edits: Iterable[str] | str = EDIT_KINDS,
     max_group_size: int = 2,
@@ -69,12 +70,15 @@ def search_plan(
     latency: BlockLatency | None = None,
     race: Race | None = None,
     on_step: Callable[[SearchStep], None] = lambda step: None,
+    tasks: Sequence[Task | PreparedTask] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PlanSearch:
     """Greedy search over edits: each step takes the edit with the least quality lost per unit saved.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model to make shallower; never changed.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score_layers`].
+        batches (`Iterable[dict[str, Tensor]]`, *optional*):
+            Calibration data, as in [`score_layers`]; `"tasks"` need none.
         budget ([`Budget`] or `dict`):
             Where to stop: `{"depth": blocks}`, `{"latency": share of the original's time per token}` or
             `{"parameters": count}`. Its unit is what edits are weighed by. Latency is measured on `model`'s device.
@@ -88,6 +92,8 @@ def search_plan(
         latency ([`BlockLatency`], *optional*): measured before; saves the time to measure it.
         race ([`Race`], *optional*): drop edits early that are worse beyond doubt; see [`score_layers`].
         on_step (`Callable[[SearchStep], None]`, *optional*): called after every step.
+        tasks (`Sequence[Task]`, *optional*): what `"tasks"` asks; tokenized once.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the model's own, for `"tasks"`.
 
     Returns:
         [`PlanSearch`]: the plan and the steps to it; [`apply_plan`] builds it.
@@ -95,19 +101,24 @@ def search_plan(
     Raises:
         [`LayerPruneError`]: if the budget is out of reach, met already, or the request makes no sense.
     """
-    check_supported(model.config)
+    check_model(model)
     budget, plan, teacher = Budget.of(budget), plan_of(model), model if teacher is None else teacher
     space = EditSpace(edits, max_group_size, protect_first_layers, protect_last_layers)
-    batches = check_batches(batches, model.config.vocab_size, "calibration data")
+    if batches is not None or criterion != "tasks":
+        batches = check_batches([] if batches is None else batches, model.config.vocab_size, "calibration data")
     gauge = Gauge.of(budget, space, model, plan_of(teacher), latency)
     if gauge.met(plan):
         raise LayerPruneError(
             f"the model meets {budget.unit}={budget.target:g} already: it has {gauge.size(plan):.4g}"
         )
     gauge.check_reachable(plan)
+    if criterion == "tasks" and tokenizer is not None:  # else the first step says what is missing
+        tasks = prepare_tasks(tasks, model, tokenizer)
     student, steps = model, []
     while not gauge.met(plan_of(student)):
-        steps.append(next_step(student, batches, gauge, criterion, teacher, race=race))
+        steps.append(
+            next_step(student, batches, gauge, criterion, teacher, race=race, tasks=tasks, tokenizer=tokenizer)
+        )
         student = apply_plan(student, steps[-1].plan, share_weights=True)
         on_step(steps[-1])
     return PlanSearch(plan_of(student), steps, budget, gauge.latency)
@@ -115,7 +126,7 @@ def search_plan(
 
 def next_step(
     student: PreTrainedModel,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None,
     gauge: Gauge,
     criterion: str,
     teacher: PreTrainedModel,
@@ -196,7 +207,7 @@ def find_parallel_range(
     Raises:
         [`LayerPruneError`]: if no run of pairs leads to `target_depth`, or the model has parallel blocks.
     """
-    check_supported(model.config)
+    check_model(model)
     plan = plan_of(model)
     if plan.parallel_pairs:
         raise LayerPruneError(f"the model runs layers {list(plan.parallel_pairs)} in parallel already")
@@ -213,8 +224,8 @@ def find_parallel_range(
     plans = [_run_of_pairs(plan, start, count) for count in counts for start in range(1, plan.depth - 2 * count)]
     scores = score_plans(model, batches, plans, "loss", on_batch=on_batch)
     _ = scores.safest  # raises where no loss is a number
-    perplexities = {plan: _exp(loss) for plan, loss in scores.values.items()}
-    return ParallelRange(perplexities, _exp(scores.baseline), target_depth)
+    perplexities = {plan: perplexity_of(loss) for plan, loss in scores.values.items()}
+    return ParallelRange(perplexities, perplexity_of(scores.baseline), target_depth)
 
 
 def _run_of_pairs(plan: LayerPlan, start: int, count: int) -> LayerPlan:
@@ -223,10 +234,6 @@ def _run_of_pairs(plan: LayerPlan, start: int, count: int) -> LayerPlan:
     pairs = [(layers[n], layers[n + 1]) for n in range(start, end, 2)]
     blocks: list[Any] = [*plan.blocks[:start], *pairs, *plan.blocks[end:]]
     return LayerPlan(tuple(blocks), plan.num_teacher_layers)
-
-
-def _exp(loss: float) -> float:
-    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def _nan_last(value: float) -> float:

@@ -24,6 +24,15 @@ NOT_OF_PLAIN = ("model_type", "architectures", "auto_map", "attention_bias", "qk
 """Entries of a PrunedQwen2's config that a plain model does not take over."""
 
 
+def check_model(model: PreTrainedModel) -> None:
+    """Raise [`LayerPruneError`] unless `model` is a causal language model of a supported family, without a wrapper."""
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "lm_head"):
+        raise LayerPruneError(
+            f"{type(model).__name__} is no plain causal language model; unwrap it, or merge its adapters into it"
+        )
+    check_supported(model.config)
+
+
 def plan_of(model: PreTrainedModel | PretrainedConfig) -> LayerPlan:
     """The plan a model carries in its config; the identity plan for a model that was never pruned.
 
@@ -61,7 +70,7 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share_weights: bool 
     Raises:
         [`LayerPruneError`]: for an unsupported architecture, a layer the model does not have, or no layer left.
     """
-    check_supported(model.config)
+    check_model(model)
     plan, layers = plan_of(model), list(layers)
     if len(set(layers)) != len(layers):
         raise LayerPruneError(f"layers={layers} names a layer twice")
@@ -94,7 +103,7 @@ def parallelize(
     Raises:
         [`LayerPruneError`]: for an unsupported architecture, or layers that are not neighbours or not in the model.
     """
-    check_supported(model.config)
+    check_model(model)
     return apply_plan(model, plan_of(model).with_pairs(pairs), share_weights=share_weights)
 
 
@@ -145,7 +154,7 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     Raises:
         [`LayerPruneError`]: for an unsupported architecture or a layer `model` does not have.
     """
-    check_supported(model.config)
+    check_model(model)
     current = plan_of(model)
     if plan.num_teacher_layers != current.num_teacher_layers:
         raise LayerPruneError(
@@ -196,11 +205,6 @@ def unshare_parameters(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _rearranged(model: PreTrainedModel, plan: LayerPlan) -> PrunedQwen2ForCausalLM:
-    if not isinstance(model, (PrunedQwen2ForCausalLM, architecture_of(model.config).model_class)):
-        raise LayerPruneError(
-            f"{type(model).__name__} cannot be rearranged, only a causal language model; unwrap it, or merge its "
-            "adapters into it"
-        )
     try:
         return PrunedQwen2ForCausalLM.from_plain(model, plan)
     except ValueError as error:
@@ -213,7 +217,7 @@ def to_pruned_qwen2(model: PreTrainedModel) -> PrunedQwen2ForCausalLM:
     Raises:
         [`LayerPruneError`]: if `model` is of a family whose layers the blocks of PrunedQwen2 cannot hold.
     """
-    check_supported(model.config)
+    check_model(model)
     return _rearranged(model, plan_of(model))
 
 

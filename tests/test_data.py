@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_layerprune import LayerPruneError, embedded_dataset
+from hf_layerprune import LayerPruneError, embedded_dataset, evaluate_model, score_layers
 from hf_layerprune.data import check_batches, load_text_dataset, tokenized_batches, valid_next_tokens
 
 
@@ -28,6 +28,24 @@ def test_batches_without_a_token_or_from_another_tokenizer_are_refused():
         check_batches([{"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 0]])}], 10)
     with pytest.raises(LayerPruneError, match="token id 10.* 10 entries"):
         check_batches([{"input_ids": torch.tensor([[1, 10]])}], 10)
+
+
+@pytest.mark.parametrize(
+    "batches, what",
+    [
+        (embedded_dataset("held_out"), "a dict of text;"),
+        (Dataset.from_dict({"input_ids": [[1, 2, 3]]}), "a dict of input_ids;"),
+        ({"input_ids": torch.tensor([[1, 2, 3]])}, "a str;"),
+        ([{"input_ids": torch.tensor([1, 2, 3])}], "a dict of input_ids;"),
+        ([{"input_ids": torch.rand(2, 3)}], "a dict of input_ids;"),
+        ([torch.tensor([[1, 2, 3]])], "a Tensor;"),
+    ],
+    ids=["data set", "tokenized data set", "one batch", "one row", "no integers", "bare tensor"],
+)
+def test_what_is_no_batches_is_refused_with_the_remedy(model, batches, what):
+    for act in (evaluate_model, score_layers, lambda *given: score_layers(*given, compensation="scale")):
+        with pytest.raises(LayerPruneError, match=f"item 0 is no batch but {what}.* hf_layerprune.tokenized_batches"):
+            act(model, batches)
 
 
 def test_embedded_texts():

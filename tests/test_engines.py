@@ -36,7 +36,7 @@ from conftest import byte_tokenizer, random_batches, tiny_model
 from hf_layerprune import evaluate_model, prune
 from hf_layerprune.loading import load_model
 from hf_layerprune.surgery import plan_of
-from hf_layerprune.trainer._trl import redirect_forward
+from hf_layerprune._trl import redirect_forward
 from hf_layerprune.trainer.engines import fill, frozen_head, outline, second_copy
 from hf_layerprune.trainer.healing import LayerHealingTrainer
 from hf_layerprune.trainer.students import save_student

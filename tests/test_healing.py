@@ -8,8 +8,8 @@ from transformers import TrainerCallback
 from trl.models.activation_offloading import OffloadActivations
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, prune
+from hf_layerprune._trl import leave_weights, swap_model
 from hf_layerprune.surgery import plan_of, unshare_parameters
-from hf_layerprune.trainer._trl import leave_weights, swap_model
 from hf_layerprune.trainer.targets import HiddenStateMap
 from hf_layerprune.trainer.towers import shared_depth
 from hf_layerprune.trainer.trainable import make_trainable

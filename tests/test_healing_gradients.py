@@ -8,8 +8,8 @@ from peft import LoraConfig
 from test_healing import gradients, make_trainer
 
 from hf_layerprune import IterativeLayerDistillTrainer, prune
+from hf_layerprune._trl import swap_model
 from hf_layerprune.surgery import plan_of
-from hf_layerprune.trainer._trl import swap_model
 from hf_layerprune.trainer.healing import Balance
 from hf_layerprune.trainer.targets import HiddenStateMap
 from hf_layerprune.trainer.teacher_cache import TeacherCache

@@ -273,11 +273,32 @@ def test_plan_and_report_come_back(hub, worker, runs):
     assert len(worker("load", name="me/student", revision="5-layers")["report"]["rounds"]) == 1
 
 
+QUICK = ("--max_length", 32, "--num_calibration_samples", 2, "--max_steps", 1, "--num_eval_samples", 2,
+         "--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2, "--save_strategy", "no",
+         "--report_to", "none", "--measure_speed", "false")  # fmt: skip
+OF_A_BRANCH = """
+from conftest import embedded_dataset, tiny_config
+from hf_layerprune import IterativeLayerDistillTrainer
+args = tiny_config({folder!r}, target_num_layers=2, model_init_kwargs={{"revision": "side"}})
+texts = embedded_dataset("calibration").select(range(12))
+trainer = IterativeLayerDistillTrainer(model="me/aside", args=args, train_dataset=texts)
+assert len(trainer.processing_class) == 257
+"""
+
+
+def test_the_tokenizer_is_that_of_the_revision_the_model_is_of(hub, worker, runs, tmp_path):
+    worker.push(runs / "plain", "me/aside", revision="side")
+    assert hub.repos["me/aside"].files() == {}  # nothing to load on main
+    assert worker("python", code=OF_A_BRANCH.format(folder=str(tmp_path / "by-hand"))) == {}
+    command = ["compress", "--model", "me/aside", "--model_init_kwargs", '{"revision": "side"}', *QUICK]
+    more = ["--dataset", runs / "diary.txt", "--target_num_layers", 2, "--output_dir", tmp_path / "on"]
+    status, _, err = worker.run(*command, *more)
+    assert status == 0, err
+
+
 def test_compress_continues_from_a_pushed_student(hub, worker, runs, tmp_path):
     worker.push(runs / "plain", depth_tags=True)
-    quick = ["--dataset", runs / "diary.txt", "--max_length", 32, "--num_calibration_samples", 2, "--max_steps", 1,
-             "--num_eval_samples", 2, "--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2,
-             "--save_strategy", "no", "--report_to", "none", "--measure_speed", "false"]  # fmt: skip
+    quick = ["--dataset", runs / "diary.txt", *QUICK]
     out, teacher = tmp_path / "on", runs / "tiny-model"
     command = ["compress", "--model", "me/student@4-layers", "--teacher", teacher, "--target_num_layers", 3]
     status, _, err = worker.run(*command, "--output_dir", out, *quick)

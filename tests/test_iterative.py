@@ -1,4 +1,5 @@
 import copy
+import inspect
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from conftest import load, random_batches, read_report, tiny_config, tiny_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from hf_layerprune import (
     IterativeLayerDistillTrainer,
@@ -308,6 +309,15 @@ def test_save_model_and_model_card(make, tmp_path):
 def test_requests_that_cannot_work_are_refused(make, changes, message):
     with pytest.raises(LayerPruneError, match=message):
         make(**changes)
+
+
+def test_a_push_takes_what_other_trainers_take_and_nothing_misspelt(make):
+    trainer = make()
+    taken = inspect.signature(trainer.push_to_hub).parameters
+    for other in (Trainer.push_to_hub, trainer.create_model_card):
+        assert set(inspect.signature(other).parameters) - {"self", "kwargs"} <= set(taken)
+    with pytest.raises(TypeError, match="privat'"):
+        trainer.push_to_hub(privat=True)
 
 
 def test_vocabularies_must_match(tmp_path, tokenizer, texts):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,3 +117,8 @@ def test_token_statistics_equal_the_plain_formulas(problem, monkeypatch, chunk):
     (alone,) = losses.token_statistics([student], head, labels)
     assert alone.kl is None and alone.agreement is None
     assert torch.equal(alone.nll, first.nll)
+
+
+def test_perplexity_of_any_loss_is_a_float():
+    assert losses.perplexity_of(2.0) == math.exp(2) and losses.perplexity_of(1e6) == math.inf
+    assert math.isnan(losses.perplexity_of(math.nan))

@@ -9,9 +9,9 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_layerprune import IterativeLayerDistillTrainer, evaluate_model, prune
+from hf_layerprune._trl import swap_model
 from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.surgery import plan_of
-from hf_layerprune.trainer._trl import swap_model
 from hf_layerprune.trainer.targets import HiddenStateMap
 from hf_layerprune.trainer.towers import shared_depth
 from hf_layerprune.trainer.trainable import make_trainable

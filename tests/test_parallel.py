@@ -220,7 +220,7 @@ def test_what_cannot_be_rearranged_is_refused():
     with pytest.raises(LayerPruneError, match="not in parallel"):
         unparallelize(parallelize(model_of(), [(2, 3)]), (2, 3))
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(LayerPruneError, match="PeftModelForCausalLM cannot be rearranged"):
+    with pytest.raises(LayerPruneError, match="PeftModelForCausalLM is no plain causal"):
         parallelize(get_peft_model(model_of(), lora), [(2, 3)])
     adapted = model_of()
     adapted.add_adapter(lora)

@@ -9,6 +9,7 @@ from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
 from hf_layerprune.budget import ModelSizes
 from hf_layerprune.memory import LiveBytes, StepNeeds
 from hf_layerprune.planning import RunShape, disk_bytes, healing_settings, parse_size, planned_setting
+from hf_layerprune.surgery import to_pruned_qwen2
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160}
 
@@ -60,6 +61,15 @@ def test_the_planned_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, 
     assert len(watch.peaks) == shape.rounds == 2 and setting.accumulation == 4 // rows
     assert setting.peak == pytest.approx(max(watch.peaks), rel=0.15), (trained, watch.peaks, setting)
     assert setting.peak == setting.weights + setting.optimizer + setting.activations
+
+
+def test_a_pruned_qwen2_without_pairs_needs_what_the_plain_model_does(tmp_path):
+    args, model = tiny_config(tmp_path, trained_layers="neighbours", target_num_layers=6), tiny_model(8, **SIZES)
+    plain, paired = (
+        planned_setting(RunShape(config, args, on_gpu=False), args, None, "float32")
+        for config in (model.config, to_pruned_qwen2(model).config)
+    )
+    assert paired.weights == plain.weights and paired.peak == pytest.approx(plain.peak, rel=0.05)
 
 
 def test_models_are_made_once_to_count_their_parameters(tmp_path, monkeypatch):

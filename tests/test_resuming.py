@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_layerprune import LayerDistillCallback, LayerPlan, LayerPruneError
-from hf_layerprune.trainer import iterative
+from hf_layerprune.files import replace_folder
+from hf_layerprune.trainer import iterative, keeping
 from hf_layerprune.trainer.checkpoints import Checkpoint, seal, sealed_checkpoints
 from hf_layerprune.trainer.run_state import RunState, lock_run
 
@@ -108,6 +109,34 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_teacher_stays(make, tmp_pat
     assert_same_weights(load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model"))
 
 
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_killed_while_a_healed_student_takes_the_place_of_its_checkpoints(make, tmp_path, monkeypatch, moment):
+    make(folder="whole", **WITH_CHECKPOINTS).train()
+
+    def die(source, target):
+        if moment == "between":
+            target.rename(target.with_name(target.name + ".old"))
+        if moment == "after":
+            replace_folder(source, target)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(keeping, "replace_folder", die)
+        make(**WITH_CHECKPOINTS).train()
+    steps = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    make(callbacks=[Watch()], **WITH_CHECKPOINTS).train(resume_from_checkpoint=True)
+    assert not steps, "what was healed was healed again"
+    assert_same_weights(load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model"))
+    assert [path.name for path in (tmp_path / "run" / "rounds").iterdir()] == ["01"]
+    whole, cut = (read_report(tmp_path / name)["rounds"][0] for name in ("whole", "run"))
+    assert cut["train_tokens"] == whole["train_tokens"] and cut["seconds_healing"] > 0
+
+
 def test_resuming_writes_nothing_into_the_weights_that_are_the_teachers(make, tmp_path):
     settings = WITH_CHECKPOINTS | {"trained_layers": "neighbours"}
     with pytest.raises(Killed):
@@ -169,6 +198,8 @@ def test_runs_are_not_mixed_up(make, tmp_path):
         ({"num_eval_samples": 2}, "evaluation_text"),
         ({"num_calibration_samples": 2}, "calibration_text"),
         ({"weight_decay": 0.3}, "weight_decay"),
+        ({"data_seed": 3}, "data_seed"),
+        ({"optim_args": "rank=4"}, "optim_args"),
         ({"teacher": tiny_model(seed=9)}, "model="),
     ):
         with pytest.raises(LayerPruneError, match=message):

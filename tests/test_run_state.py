@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from datasets import Dataset
 from safetensors.torch import save_file
 
 from hf_layerprune import LayerPlan, LayerPruneError, budget
@@ -19,7 +20,7 @@ from hf_layerprune.trainer.checkpoints import (
     load_trained,
     seal,
 )
-from hf_layerprune.trainer.run_state import RunState, check_target, gauge_of_run, open_run
+from hf_layerprune.trainer.run_state import RunState, check_not_past_target, decisive_settings, gauge_of_run, open_run
 
 
 def checkpoint(folder, step, weight=1.0):
@@ -53,12 +54,13 @@ def test_the_newest_checkpoint_that_is_as_it_was_sealed(tmp_path, caplog):
     assert last_checkpoint(tmp_path) == newer
 
 
-def test_only_checkpoints_of_numbers_are_left(tmp_path):
-    for step, weight in ((1, 1.0), (2, float("nan")), (3, float("inf")), (4, 2.0)):
+def test_only_checkpoints_with_a_weight_that_is_no_number_go(tmp_path):
+    for step, weight in ((1, 1.0), (2, float("nan")), (3, float("inf")), (4, 2.0), (5, 2.0)):
         checkpoint(tmp_path, step, weight)
-    (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"")  # tells nothing of what was saved
+    (tmp_path / "checkpoint-5" / "model.safetensors").unlink()  # FSDP saves its shards in a folder, in another form
     drop_ruined_checkpoints(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
 
 
 def test_only_trained_weights_are_loaded(tmp_path):
@@ -90,11 +92,30 @@ def test_open_run(tmp_path):
         with pytest.raises(LayerPruneError):
             open_run(tmp_path, *arguments)
 
+    with pytest.raises(LayerPruneError, match="another version of hf_layerprune; choose another output_dir"):
+        open_run(tmp_path, found, {**same, "data_seed": None}, True)
+
     checkpoint(tmp_path / "rounds" / "02", 4)
     with pytest.raises(LayerPruneError, match="learning_rate.*delete .*02 to heal its round from the start"):
         open_run(tmp_path, found, changed, True)
-    shutil.rmtree(tmp_path / "rounds")
+    found.current = {"train_tokens": 96}  # healed, though its student is not where the checkpoints are yet
     assert open_run(tmp_path, found, changed, True).settings == changed
+    found.current = {}
+    shutil.rmtree(tmp_path / "rounds")
+    assert open_run(tmp_path, found, same, True).settings == same
+
+
+@pytest.mark.parametrize("number", [1, 5, 64, 1000])
+def test_another_text_to_heal_on_is_told_by_rows_from_all_over(tmp_path, number):
+    def settings(rows):
+        data = (Dataset.from_dict({"input_ids": rows}), [], [], [])
+        return decisive_settings(tiny_config(tmp_path), model, model, data, None)["healing_text"]
+
+    model, rows = tiny_model(2), [[n, n + 1] for n in range(number)]
+    before = settings(rows)
+    assert settings(rows) == before
+    for other in (rows[:-1] + [[0, 7]], rows[:8] + [[7, *row] for row in rows[8:]] + [[1]], [[9, 9], *rows[1:]]):
+        assert settings(other) != before
 
 
 def gauge(**target):
@@ -103,17 +124,17 @@ def gauge(**target):
     )
 
 
-def test_check_target():
+def test_a_run_past_its_target_is_refused():
     start = LayerPlan.identity(8)
     plans = [start.remove(3), start.remove(3).parallelize(4, 5)]
     run = RunState({}, rounds=[{"plan": plan.to_dict()} for plan in plans], current={"wanted": 2})
-    check_target(run, start, gauge(depth=4))
+    check_not_past_target(run, start, gauge(depth=4))
     with pytest.raises(LayerPruneError, match="target_num_layers=5 but the run is at 4 already"):
-        check_target(run, start, gauge(depth=5))
+        check_not_past_target(run, start, gauge(depth=5))
     run.current = {}
-    check_target(run, start, gauge(latency=0.85))  # the last round went a little further: 6.5 of 8
+    check_not_past_target(run, start, gauge(latency=0.85))  # the last round went a little further: 6.5 of 8
     with pytest.raises(LayerPruneError, match="target_latency=0.9 but the run is at 0.8125 already"):
-        check_target(run, start, gauge(latency=0.9))
+        check_not_past_target(run, start, gauge(latency=0.9))
 
 
 def test_latencies_are_measured_once_a_run(tmp_path, monkeypatch):

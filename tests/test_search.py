@@ -10,13 +10,14 @@ from conftest import random_batches, tiny_model
 from parallel_reference import literal
 
 import hf_layerprune.budget as module
-from hf_layerprune import LayerPlan, LayerPruneError, evaluate_model, parallelize, prune
+from hf_layerprune import LayerPlan, LayerPruneError, evaluate_model, parallelize, prune, score_layers
 from hf_layerprune.budget import Budget, Gauge, ModelSizes
 from hf_layerprune.edits import EDIT_KINDS, Edit, EditSpace
 from hf_layerprune.latency import BlockLatency
 from hf_layerprune.scoring import EditScores
 from hf_layerprune.search import ParallelRange, find_parallel_range, search_plan
 from hf_layerprune.surgery import apply_plan, plan_of
+from hf_layerprune.tasks import PerplexityTask
 
 BOTH = EDIT_KINDS
 KINDS = (("remove",), ("parallelize",), BOTH)
@@ -554,6 +555,9 @@ def test_budgets_that_are_none_are_refused(model, few, budget, message):
         ({"budget": {"depth": 4}, "edits": []}, "choose remove or parallelize"),
         ({"budget": {"depth": 4}, "max_group_size": 1}, "max_group_size=1"),
         ({"budget": {"depth": 4}, "criterion": "cosine"}, "criterion='cosine'"),
+        ({"budget": {"depth": 4}, "criterion": "tasks"}, "needs the model's tokenizer"),
+        ({"budget": {"depth": 4}, "tasks": [PerplexityTask("none")]}, "tasks are for criterion='tasks'"),
+        ({"budget": {"depth": 4}, "batches": None}, "no token to score"),
         ({"budget": {"depth": 4}, "criterion": "block_influence"}, "tells nothing about 'parallelize"),
         ({"budget": {"depth": 4}, "batches": []}, "no token to score"),
         ({"budget": {"depth": 4}, "teacher": SimpleNamespace()}, "vocabulary"),
@@ -578,3 +582,14 @@ def test_removals_can_be_chosen_by_block_influence(few):
     model = planted(tiny_model(6), (1, 3))
     found = search_plan(model, few, {"depth": 4}, ["remove"], criterion="block_influence")
     assert found.plan.removed_layers == (1, 3)
+
+
+def test_tasks_choose_what_goes(tokenizer, texts):
+    model, student = tiny_model(6), tiny_model(6)
+    tasks = [PerplexityTask(texts, name="text", max_length=32, limit=6)]
+    found = search_plan(model, None, {"depth": 4}, "remove", criterion="tasks", tasks=tasks, tokenizer=tokenizer)
+    for step in found.steps:
+        safest = score_layers(student, None, "tasks", tasks=tasks, tokenizer=tokenizer).safest
+        assert step.edit == Edit.remove(safest)
+        student = prune(student, [safest])
+    assert found.plan == plan_of(student)

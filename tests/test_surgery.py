@@ -6,9 +6,21 @@ import sys
 import pytest
 import torch
 from conftest import random_batches, tiny_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
-from hf_layerprune import LayerPlan, LayerPruneError, PrunedQwen2ForCausalLM, prune
+from hf_layerprune import (
+    Edit,
+    LayerPlan,
+    LayerPruneError,
+    PrunedQwen2ForCausalLM,
+    apply_plan,
+    find_parallel_range,
+    prune,
+    score_edits,
+    score_layers,
+    search_plan,
+)
 from hf_layerprune.surgery import plan_of, to_plain, to_pruned_qwen2, unshare_parameters
 
 
@@ -128,6 +140,26 @@ def test_bad_requests_are_refused(model, tmp_path):
     model.config.layer_plan = {"num_teacher_layers": 9, "blocks": [[0], [1]]}
     with pytest.raises(LayerPruneError, match="2 blocks"):
         plan_of(model)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda model, batches: prune(model, [3]),
+        lambda model, batches: apply_plan(model, LayerPlan.identity(5).remove(3)),
+        lambda model, batches: to_pruned_qwen2(model),
+        lambda model, batches: score_layers(model, batches),
+        lambda model, batches: score_edits(model, batches, [Edit.remove(3)]),
+        lambda model, batches: search_plan(model, batches, {"depth": 4}),
+        lambda model, batches: find_parallel_range(model, batches),
+    ],
+)
+def test_what_is_no_whole_plain_language_model_is_refused(model, batches, act):
+    with pytest.raises(LayerPruneError, match="Qwen2Model is no plain causal language model"):
+        act(model.model, batches)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(LayerPruneError, match="PeftModelForCausalLM is no plain.*merge its adapters"):
+        act(adapted, batches)
 
 
 def test_reloaded_student_continues_from_its_plan(model, tmp_path):

@@ -1,4 +1,4 @@
-"""What `hf_layerprune/trainer/_trl.py` and the trainers take from TRL and transformers without a promise of theirs.
+"""What `hf_layerprune/_trl.py` and the trainers take from TRL and transformers without a promise of theirs.
 
 When one of these fails after an upgrade, that is where to look.
 """
@@ -13,9 +13,17 @@ from packaging.version import Version
 from torch import nn
 from transformers import Trainer
 from trl import SFTTrainer
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from hf_layerprune.trainer._trl import log_metric, redirect_forward, restore_forward, swap_model
+from hf_layerprune._trl import (
+    TOKEN_CHUNK_SIZE,
+    VOCAB_CHUNK_SIZE,
+    ChunkedDivergenceFunction,
+    log_metric,
+    prepared_for_evaluation,
+    redirect_forward,
+    restore_forward,
+    swap_model,
+)
 
 
 def test_chunked_divergence_takes_heads_and_beta_and_returns_two_tensors():
@@ -24,6 +32,12 @@ def test_chunked_divergence_takes_heads_and_beta_and_returns_two_tensors():
         "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta",
         "temperature",
     ]  # fmt: skip
+
+
+def test_the_tiles_of_its_logits_have_a_size():
+    source = inspect.getsource(inspect.getmodule(ChunkedDivergenceFunction))
+    for name, value in (("TOKEN_CHUNK_SIZE", TOKEN_CHUNK_SIZE), ("VOCAB_CHUNK_SIZE", VOCAB_CHUNK_SIZE)):
+        assert type(value) is int and value > 0 and source.count(name) > 1, f"{name} no longer bounds the tiles"
 
 
 def test_sft_trainer_puts_its_head_in_the_instance_and_it_can_be_removed(tmp_path, tokenizer):
@@ -47,8 +61,10 @@ def test_sft_trainer_puts_its_head_in_the_instance_and_it_can_be_removed(tmp_pat
     other = tiny_model(seed=1)
     swap_model(trainer, other)
     assert trainer.model is other and trainer.optimizer is None
-    for name in ("_get_output_dir", "_prepare_dataset"):
+    for name in ("_get_output_dir", "_prepare_dataset", "_formatting_func"):
         assert hasattr(trainer, name), name
+    rows = prepared_for_evaluation(trainer, Dataset.from_dict({"text": ["some text"] * 4}), packing=False)
+    assert len(rows) == 4 and rows[0]["input_ids"][:2] == tokenizer("some text")["input_ids"][:2]
 
 
 def test_trainer_asks_get_output_dir_where_checkpoints_go():

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from peft import LoraConfig
 from rich.console import Console
 from transformers.trainer_callback import PrinterCallback
 
@@ -20,7 +19,8 @@ from ..data import ASSETS, load_text_dataset
 from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
 from ..hub.scrub import placed_settings
-from ..loading import load_config, load_model, load_tokenizer
+from ..loading import beside_weights, load_config, load_model, load_tokenizer
+from ..planning import lora_config
 from ..progress import RunProgress, say
 from ..report import rich_table
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
@@ -40,9 +40,10 @@ def compress(argv: list[str]) -> None:
     """Rounds of score, remove, heal, evaluate; see [`IterativeLayerDistillTrainer`]."""
     argv = with_default_recipe(argv)
     arguments, config = parse((CompressArguments, IterativeLayerDistillConfig), argv)
-    choose_target(config, argv, load_config(arguments.model).num_hidden_layers)
-    config.disable_tqdm = True
     init_kwargs = config.model_init_kwargs
+    files = beside_weights({"trust_remote_code": config.trust_remote_code} | (init_kwargs or {}))
+    choose_target(config, argv, load_config(arguments.model, **files).num_hidden_layers)
+    config.disable_tqdm = True
     config.model_init_kwargs = (init_kwargs or {}) | {"dtype": arguments.dtype}
     resume = {"true": True, "false": None, "none": None}.get(
         str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
@@ -59,7 +60,7 @@ def compress(argv: list[str]) -> None:
             train_dataset=train,
             eval_dataset=held_out,
             calibration_dataset=calibration,
-            processing_class=load_tokenizer(arguments.model),
+            processing_class=load_tokenizer(arguments.model, **files),
             teacher=_teacher(arguments, config),
             peft_config=_lora(arguments),
         )
@@ -150,13 +151,9 @@ def _teacher(arguments: CompressArguments, config: Any) -> Any:
 
 
 def _lora(arguments: CompressArguments) -> Any:
-    if arguments.lora_r is None:
-        return None
-    if arguments.lora_r < 1:
+    if arguments.lora_r is not None and arguments.lora_r < 1:
         raise LayerPruneError(f"lora_r={arguments.lora_r} is out of range; it must be at least 1")
-    return LoraConfig(
-        r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    return lora_config(arguments.lora_r, arguments.lora_alpha)
 
 
 def _write_recipe(path: Path, arguments: CompressArguments, config: Any) -> None:
@@ -175,5 +172,7 @@ def _write_recipe(path: Path, arguments: CompressArguments, config: Any) -> None
         said = item.name in type(config).__annotations__ or (value != item.default and not filled_in)
         if said and isinstance(value, plain) and item.name not in NOT_IN_RECIPE:
             settings[item.name] = value
+    if isinstance(settings.get("model_init_kwargs"), dict):  # a token is for this machine alone
+        settings["model_init_kwargs"] = {k: v for k, v in settings["model_init_kwargs"].items() if k != "token"}
     settings |= {"output_dir": config.output_dir, "report_to": config.report_to or "none"}
     write_atomically(path, yaml.safe_dump(placed_settings(settings), sort_keys=False))

@@ -8,7 +8,6 @@ answers.jsonl.lock             held by the run that is at work; gone at the end
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import LayerPruneError
-from ..files import to_json, write_atomically
+from ..files import digest, to_json, write_atomically
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Journal:
             return None
         try:
             found = json.loads(self.run_file.read_text())
-            settings, report, digest = found["settings"], found["report"], found["sha256"]
+            settings, report, sha256 = found["settings"], found["report"], found["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise LayerPruneError(f"{self.run_file} is damaged; {another}") from error
         for key in sorted({*settings, *self.settings}):
@@ -96,7 +95,7 @@ class Journal:
                 )
         if report is None:
             return None
-        if not self.output_file.is_file() or _digest(self.output_file) != digest:
+        if not self.output_file.is_file() or digest(self.output_file) != sha256:
             raise LayerPruneError(
                 f"{self.output_file} is not as it was written; {another}, or delete it and {self.run_file.name}"
             )
@@ -149,7 +148,7 @@ class Journal:
         """Put the rows in their place."""
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.output_file, lines)
-        self._write_run_file(asdict(report), _digest(self.output_file))
+        self._write_run_file(asdict(report), digest(self.output_file))
         self.clear()
 
     def clear(self) -> None:
@@ -162,10 +161,6 @@ class Journal:
         found = here.iterdir() if here.is_dir() else ()
         return sorted(path for path in found if path.name.startswith(start) and path.suffix == ".partial")
 
-    def _write_run_file(self, report: dict[str, int] | None, digest: str | None) -> None:
-        content = {"settings": self.settings, "report": report, "sha256": digest}
+    def _write_run_file(self, report: dict[str, int] | None, sha256: str | None) -> None:
+        content = {"settings": self.settings, "report": report, "sha256": sha256}
         write_atomically(self.run_file, to_json(content))
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

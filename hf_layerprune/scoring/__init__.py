@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..architectures import check_supported
 from ..compensation import Repair, check_compensation, find_repairs
-from ..data import Batch, check_batches
+from ..data import Batch, check_batches, check_form
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, measuring
 from ..plan import LayerPlan
-from ..surgery import plan_of
+from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from .angles import measure_angles
 from .candidates import CandidateRuns
@@ -117,7 +116,7 @@ def score_layers(
     Raises:
         [`LayerPruneError`]: for an unknown criterion or layer, an unsupported model, or data without a token to score.
     """
-    check_supported(model.config)
+    check_model(model)
     layers = list(dict.fromkeys(plan_of(model).layers if layers is None else layers))
     if not layers:
         raise LayerPruneError("no layer to score: all are protected")
@@ -159,8 +158,8 @@ def score_edits(
     Raises:
         [`LayerPruneError`]: as [`score_layers`]; if there is no edit, or the criterion cannot judge one of them.
     """
-    check_supported(model.config)
-    edits, plan, batches = list(edits), plan_of(model), [] if batches is None else list(batches)
+    check_model(model)
+    edits, plan, batches = list(edits), plan_of(model), check_form([] if batches is None else batches)
     if not edits:
         raise LayerPruneError("no edit to score: all layers are protected")
     _check_request(model, criterion, len(edits), race, savings, compensation, tasks)
@@ -273,7 +272,7 @@ def score_plans(
     """
     if criterion not in TOKEN_MEASURES:
         raise LayerPruneError(f"criterion={criterion!r} cannot judge plans; choose {' or '.join(TOKEN_MEASURES)}")
-    check_supported(model.config)
+    check_model(model)
     plans = list(plans)
     return PlanScores(criterion, **scores_of(*_measure(model, [batches], plans, criterion, teacher, on_batch), plans))
 
@@ -292,7 +291,7 @@ def contiguous_block(
     Raises:
         [`LayerPruneError`]: if there is no such stretch, or the model has parallel blocks.
     """
-    check_supported(model.config)
+    check_model(model)
     plan = plan_of(model)
     allowed = set(plan.layers if layers is None else layers)
     starts = [n for n in range(plan.depth - size + 1) if allowed.issuperset(plan.layers[n : n + size])]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..data import Batch, valid_next_tokens
 from ..errors import LayerPruneError
-from ..forward import to_device
+from ..forward import call_of_layer, to_device
 from ..losses import token_statistics
 from ..plan import LayerPlan
 from ..surgery import plan_of
@@ -157,27 +157,10 @@ def _sums(
     return found
 
 
-class _Caught(Exception):
-    """Thrown at the first layer, with what it was called with."""
-
-
 def _layer_inputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
     """The input state `(B, T, H)` of the first layer, and the keyword arguments of every layer."""
-    caught: list[Any] = []
-
-    def catch(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args[0], kwargs))
-        raise _Caught
-
-    first = model.base_model.layers[0]
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        model.base_model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False)
-    except _Caught:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return call_of_layer(model.base_model, inputs | {"use_cache": False}, 0)
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:

@@ -6,7 +6,6 @@ A cost is lower-is-better; the mean cost of a task is the sum of its costs over 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayerPruneError
+from ..losses import perplexity_of
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class PreparedTask:
         For a generation task this is the mean score of its samples; the corpus value needs the texts.
         """
         if self.measure == "perplexity":
-            return math.exp(cost) if cost < 700 else math.inf
+            return perplexity_of(cost)
         return cost if self.measure == "kl" else 1 - cost
 
     @property

@@ -64,23 +64,18 @@ def last_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def drop_ruined_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of a round whose weights are not all finite numbers."""
+    """Delete the checkpoints of a round with a weight that is no finite number; what cannot be read stays."""
     for path in folder.glob("checkpoint-*"):
-        if not _is_finite(path):
+        if any(_is_ruined(file) for file in path.glob("*.safetensors")):
             shutil.rmtree(path)
 
 
-def _is_finite(checkpoint: Path) -> bool:
-    files = list(checkpoint.glob("*.safetensors"))
+def _is_ruined(weights: Path) -> bool:
     try:
-        return bool(files) and all(_all_finite(file) for file in files)
+        with safe_open(weights, framework="pt") as file:
+            return not all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
     except (OSError, SafetensorError):
         return False
-
-
-def _all_finite(path: Path) -> bool:
-    with safe_open(path, framework="pt") as file:
-        return all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
 
 
 @torch.no_grad()

@@ -20,11 +20,11 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from .._trl import leave_weights, log_metric, redirect_forward, swap_model
 from ..data import Batch, valid_next_tokens
 from ..errors import NotANumber
 from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_loss, relative_hidden_state_mse
 from ..surgery import plan_of
-from ._trl import leave_weights, log_metric, redirect_forward, swap_model
 from .checkpoints import Checkpoint, load_trained
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, fill, frozen_head, outline, second_copy, splits_model

@@ -20,6 +20,7 @@ from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 
+from .._trl import prepared_for_evaluation, restore_forward, swap_model
 from ..budget import Gauge
 from ..data import Batch, check_batches, collated_batches
 from ..edits import Edit
@@ -28,11 +29,10 @@ from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
 from ..hub import TAGS
 from ..hub.scrub import placed
-from ..loading import FOR_CONFIG, keep_models_whole, load_config, load_model, load_tokenizer, name_of
+from ..loading import beside_weights, keep_models_whole, load_config, load_model, load_tokenizer, name_of
 from ..plan import LayerPlan
 from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
-from ._trl import restore_forward, swap_model
 from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
 from .checks import check_enough_rows, check_has_text, check_request
@@ -107,17 +107,17 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             raise LayerPruneError("train_dataset is missing; healing needs text")
         keep_models_whole()
         self.model_name = placed(model if isinstance(model, str) else name_of(model))
+        files: dict[str, Any] = {}  # which files of that name, and with what right they are read
         if isinstance(model, str):
             init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
             init |= args.model_init_kwargs or {}
             model = load_model(model, **init)
-            self.save_dtype = (
-                load_config(self.model_name, **{k: init[k] for k in FOR_CONFIG if k in init}).dtype or model.dtype
-            )
+            files = beside_weights(init)
+            self.save_dtype = load_config(self.model_name, **files).dtype or model.dtype
         else:
             self.save_dtype = model.dtype
         if processing_class is None:
-            processing_class = load_tokenizer(self.model_name)
+            processing_class = load_tokenizer(self.model_name, **files)
         self.teacher_name = self.model_name if teacher is None else placed(name_of(teacher))
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
@@ -261,8 +261,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         """Train the student of this round; a checkpoint of an interrupted healing is taken up."""
         plan, current, target = plan_of(student), run.current, round_folder(folder, self._round)
         if "train_tokens" in current:  # a run that was interrupted behind its healing: the student is on disk
-            swap_model(self, self._load_student(target, current.get("weights", {})))
-            return self.model, TrainOutput(0, 0.0, {})
+            return self._kept(run, folder), TrainOutput(0, 0.0, {})
         if not self.args.heal:
             return self._keep(student, run, folder), TrainOutput(0, 0.0, {})
         trained = self.args.named_trained_layers() or self.args.trained_layers
@@ -327,10 +326,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         batches = self.eval_batches
         if eval_dataset is not None:
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-            prepared = self._prepare_dataset(
-                eval_dataset, self.processing_class, self.args, packing, self._formatting_func, "eval"
-            )
-            batches = self._batches(prepared, None, "evaluation data")
+            batches = self._batches(prepared_for_evaluation(self, eval_dataset, packing), None, "evaluation data")
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if is_peft_model(student) else student
         report = evaluate_model(student, batches, self.teacher)

@@ -13,18 +13,18 @@ from datasets import Dataset, IterableDataset
 from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._trl import swap_model
 from ..budget import Gauge
 from ..data import Batch
 from ..errors import LayerPruneError
-from ..files import digests, round_folder
+from ..files import digests, replace_folder, round_folder
 from ..loading import load_model
 from ..surgery import plan_of, prune
 from ..tasks import PreparedTask
-from ._trl import swap_model
 from .checks import check_budget
 from .config import IterativeLayerDistillConfig
-from .run_state import STATE_FILE, RunState, check_target, decisive_settings, gauge_of_run, lock_run, open_run
-from .students import check_student, save_student
+from .run_state import STATE_FILE, RunState, check_not_past_target, decisive_settings, gauge_of_run, lock_run, open_run
+from .students import check_student, put_in_place, write_student
 from .teacher_cache import TeacherCache, open_cache
 from .towers import share_equal_weights
 
@@ -67,7 +67,7 @@ class RunKeeping:
             self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
             self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, self.teacher, self.accelerator)
             check_budget(self.model_name, self.gauge, plan_of(self.start))
-            check_target(self.run, plan_of(self.start), self.gauge)
+            check_not_past_target(self.run, plan_of(self.start), self.gauge)
             self._save_run(self.run, folder, "opened")
         except BaseException:
             self._release_lock()
@@ -116,17 +116,30 @@ class RunKeeping:
         return student
 
     def _keep(self, student: Any, run: RunState, folder: Path, tokens: int = 0, seconds: float = 0.0) -> Any:
-        """Save the student of this round, which took so many tokens and seconds to heal."""
-        run.current["seconds_healing"] = seconds
+        """Save the student of this round, which took so many tokens and seconds to heal.
+
+        It takes the place of its healing's checkpoints, so the run says first that it is done and of which files;
+        [`_kept`] finds it from there on, wherever a kill has left it.
+        """
+        target, current = round_folder(folder, self._round), run.current
         swap_model(self, student)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            save_student(student, self.processing_class, self.save_dtype, round_folder(folder, self._round))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            run.current["weights"] = digests(round_folder(folder, self._round))
-        run.current["train_tokens"] = tokens
+            written = write_student(student, self.processing_class, self.save_dtype, target)
+            current["weights"] = digests(written)
+        current |= {"seconds_healing": seconds, "train_tokens": tokens}
         self._save_run(run, folder, "healing")
+        if self.args.should_save:
+            replace_folder(written, target)
+        self.accelerator.wait_for_everyone()
+        return student
+
+    def _kept(self, run: RunState, folder: Path) -> PreTrainedModel:
+        """The student of this round, which was saved before the run was cut off."""
+        target, files = round_folder(folder, self._round), run.current.get("weights", {})
+        self._on_main(lambda: put_in_place(target, files))
+        student = self._load_student(target, files)
+        swap_model(self, student)
         return student
 
     def _save_run(self, run: RunState, folder: Path, done: str, **details: Any) -> None:

@@ -53,7 +53,7 @@ class HubPublishing:
         depth_tags: bool = False,
         tags: str | list[str] | None = None,
         dataset_name: str | list[str] | None = None,
-        **kwargs: Any,
+        model_name: str | None = None,
     ) -> CommitInfo | Any:
         """Push the run in `args.output_dir`; see [`push_run`]. Only the main process does.
 
@@ -68,7 +68,7 @@ class HubPublishing:
             depth_tags (`bool`, *optional*, defaults to `False`): every depth, each with a tag such as `28-layers`.
             tags (`str` or `list[str]`, *optional*): tags of the card, beside the library's own.
             dataset_name (`str` or `list[str]`, *optional*): Hub id of the data the run worked on, for the card.
-            kwargs: `model_name` of other trainers; the card is named after the repository.
+            model_name (`str`, *optional*): taken as other trainers take it; the card is named after the repository.
 
         Returns:
             `CommitInfo`, or with `blocking=False` its `Future`; `None` on other processes.

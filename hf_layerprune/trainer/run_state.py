@@ -25,6 +25,7 @@ from .config import IterativeLayerDistillConfig
 
 STATE_FILE = "run_state.json"
 LOCK_FILE = ".lock"
+ROWS_LOOKED_AT = 64  # of the text to heal on, to tell it from another
 # What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
 DECISIVE = (
     "edits", "max_group_size", "criterion", "tasks", "one_shot", "race_confidence", "compensation", "layers_per_round",
@@ -32,7 +33,7 @@ DECISIVE = (
     "hidden_distance", "hidden_target", "lm_weight", "temperature", "loss_preset", "weight_decay", "optim",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_steps", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_length", "packing", "packing_strategy", "completion_only_loss",
-    "assistant_only_loss", "seed",
+    "assistant_only_loss", "seed", "data_seed", "optim_args",
 )  # fmt: skip
 # May change between two healings, so that one that diverged can be tried again.
 PER_HEALING = (
@@ -120,7 +121,7 @@ def open_run(folder: Path, found: RunState | None, settings: dict[str, Any], res
             "(resume_from_checkpoint) or choose another folder"
         )
     healing = round_folder(folder, len(found.rounds) + 1)
-    in_healing = bool(sealed_checkpoints(healing))
+    in_healing = "train_tokens" not in found.current and bool(sealed_checkpoints(healing))
     if set(found.settings) != set(settings):
         raise LayerPruneError(f"{folder} holds a run of another version of hf_layerprune; choose another output_dir")
     for key, value in found.settings.items():
@@ -136,7 +137,7 @@ def open_run(folder: Path, found: RunState | None, settings: dict[str, Any], res
     return found
 
 
-def check_target(run: RunState, start: LayerPlan, gauge: Gauge) -> None:
+def check_not_past_target(run: RunState, start: LayerPlan, gauge: Gauge) -> None:
     """Raise [`LayerPruneError`] if a run that started from `start` went further than its target already."""
     plans = [start, *(LayerPlan.from_dict(record["plan"]) for record in run.rounds)]
     size = gauge.size(plans[-1])
@@ -160,6 +161,13 @@ def gauge_of_run(run: RunState, args: IterativeLayerDistillConfig, teacher: PreT
     return gauge
 
 
+def _some_rows(rows: Dataset | IterableDataset) -> list[Any]:
+    if isinstance(rows, IterableDataset):
+        return list(rows.take(ROWS_LOOKED_AT))
+    spread = {number * (len(rows) - 1) // (ROWS_LOOKED_AT - 1) for number in range(ROWS_LOOKED_AT)}
+    return [len(rows), rows[sorted(spread)]]
+
+
 def decisive_settings(
     args: IterativeLayerDistillConfig,
     start: PreTrainedModel,
@@ -169,7 +177,8 @@ def decisive_settings(
 ) -> dict[str, Any]:
     """What must not change within a run: settings, models and data, the last two as short fingerprints.
 
-    `data` are the rows to heal on, the calibration and evaluation batches, and the tasks that choose layers.
+    `data` are the rows to heal on, of which some from all over are looked at (of a stream the first), the calibration
+    and evaluation batches, and the tasks that choose layers.
     """
     rows, calibration, evaluation, tasks = data
     values = {name: getattr(args, name, None) for name in (*DECISIVE, *PER_HEALING)}
@@ -181,7 +190,7 @@ def decisive_settings(
         "teacher": fingerprint_model(teacher),
     }
     texts = {
-        "healing": list(rows.take(8)) if isinstance(rows, IterableDataset) else [len(rows), rows[:8]],
+        "healing": _some_rows(rows),
         "calibration": [tensor for batch in calibration for tensor in batch.values()],
         "evaluation": [tensor for batch in evaluation for tensor in batch.values()],
         "tasks": [part for task in tasks for part in task.fingerprint()],

@@ -9,21 +9,41 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError
-from ..files import digest, replace_folder
+from ..files import digest, digests, replace_folder, sync_folder
 from ..surgery import prune
 
 
 def save_student(
     student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, target: Path
 ) -> None:
-    """Write a student in `dtype` so that `target` is either as it was or the whole student."""
+    """Write a student in `dtype`, so that nothing half written is ever seen at `target`; see [`replace_folder`]."""
+    replace_folder(write_student(student, tokenizer, dtype, target), target)
+
+
+def write_student(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, target: Path
+) -> Path:
+    """Write a student in `dtype` beside `target`, to the folder that is given back; it is on disk then."""
     if dtype != student.dtype:
         student = prune(student, [], share_weights=True).to(dtype)
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = _beside(target)
     shutil.rmtree(temporary, ignore_errors=True)
     student.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    replace_folder(temporary, target)
+    sync_folder(temporary)
+    return temporary
+
+
+def put_in_place(target: Path, files: dict[str, str]) -> None:
+    """Finish what a kill left of moving a written student, one of `files`, to `target`; if it is there, do nothing."""
+    temporary = _beside(target)
+    if temporary.is_dir() and digests(temporary) == files:
+        replace_folder(temporary, target)
+    shutil.rmtree(target.with_name(target.name + ".old"), ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(target.name + ".tmp")
 
 
 def check_student(folder: Path, files: dict[str, str]) -> None:
@@ -38,8 +58,11 @@ def check_student(folder: Path, files: dict[str, str]) -> None:
 
 
 def publish_student(source: Path, target: Path, files: list[Path]) -> None:
-    """Copy a saved student, and `files` beside it, so that `target` is either as it was or the whole copy."""
-    temporary = target.with_name(target.name + ".tmp")
+    """Copy a saved student, and `files` beside it, so that no half of a copy is ever seen at `target`.
+
+    A kill between the two moves of [`replace_folder`] leaves no `target`; the run that resumes publishes again.
+    """
+    temporary = _beside(target)
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
     for path in files:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..data import Batch
 from ..errors import LayerPruneError
-from ..files import to_json, write_atomically
+from ..files import digest, to_json, write_atomically
 from ..fingerprint import fingerprint, fingerprint_model
 
 SHARD_BYTES = 256 * 2**20
@@ -191,12 +191,9 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _check(file: Path, sha256: str) -> None:
-    digest = hashlib.sha256()
     try:
-        with file.open("rb") as content:
-            while part := content.read(2**24):
-                digest.update(part)
+        found = digest(file)
     except OSError as error:
         raise LayerPruneError(f"{file} cannot be read ({error}); delete {file.parent}") from error
-    if digest.hexdigest() != sha256:
+    if found != sha256:
         raise LayerPruneError(f"{file} is damaged: its checksum is another; delete {file.parent}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import BATCH_KEYS, Batch
+from ..forward import call_of_layer
 from ..surgery import plan_of
 from .targets import HiddenStateMap
 from .teacher_cache import TeacherCache
@@ -135,40 +136,18 @@ def run_towers(
             if known is None:
                 teacher_final = reference(**inputs).last_hidden_state
             else:
-                state, _ = _call_of(reference, inputs, begin)
+                state, _ = call_of_layer(reference, inputs, begin)
         if known is not None:
             teacher_final, missing = known
             if missing is not None:
                 part = {key: inputs[key][missing] for key in BATCH_KEYS if key in inputs} | {"use_cache": False}
-                _, kwargs = _call_of(reference, part, 0)
+                _, kwargs = call_of_layer(reference, part, 0)
                 teacher_final[missing] = _run_from(reference, begin, state[missing], kwargs)
         if cache is not None:
             cache.add(inputs, teacher_final)
     with own:
         student_final = decoder(**inputs).last_hidden_state if shared is None else _run_from(decoder, shared, *call)
     return TowerStates(student_final[valid], teacher_final[valid], own.states(valid), its.states(valid))
-
-
-class _Enough(Exception):
-    """Thrown before the first layer that is not needed."""
-
-
-def _call_of(decoder: PreTrainedModel, inputs: Batch, position: int) -> list[Any]:
-    """The input state and the keyword arguments of the layer at `position`; only the layers before it run."""
-    call: list[Any] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call.extend((args[0], kwargs))
-        raise _Enough
-
-    handle = decoder.layers[position].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        decoder(**inputs)
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-    return call
 
 
 def _run_from(decoder: PreTrainedModel, position: int, state: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -10,9 +10,9 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from .._trl import restore_forward
 from ..errors import LayerPruneError, NotANumber
 from ..surgery import unshare_parameters
-from ._trl import restore_forward
 
 
 def make_trainable(

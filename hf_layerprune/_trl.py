@@ -1,4 +1,4 @@
-"""Everything the trainers need of TRL and transformers that is not public, in one place.
+"""Everything the library needs of TRL and transformers that is not public, in one place.
 
 `tests/test_trl_internals.py` fails loudly when one of these moves.
 """
@@ -8,10 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
+from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
 from trl.models.utils import _ForwardRedirection
+
+__all__ = [
+    "TOKEN_CHUNK_SIZE",
+    "VOCAB_CHUNK_SIZE",
+    "ChunkedDivergenceFunction",
+    "leave_weights",
+    "log_metric",
+    "prepared_for_evaluation",
+    "redirect_forward",
+    "restore_forward",
+    "swap_model",
+]
 
 redirect_forward: Callable[..., Any] = _ForwardRedirection()
 """`redirect_forward(wrapper, module, method, *args)`: call `method` as if it were `module`'s forward, through the
@@ -40,6 +54,14 @@ def leave_weights(trainer: SFTTrainer, model: nn.Module) -> None:
     """Tell TRL's activation offloading, where it is on, which saved tensors are weights of `model` and stay."""
     if trainer.args.activation_offloading:
         trainer.maybe_activation_offload_context.update_model_params(model)
+
+
+def prepared_for_evaluation(
+    trainer: SFTTrainer, rows: Dataset | IterableDataset, packing: bool
+) -> Dataset | IterableDataset:
+    """Rows of text tokenized as the trainer does with the evaluation data it is made with."""
+    how = (trainer.processing_class, trainer.args, packing, trainer._formatting_func)
+    return trainer._prepare_dataset(rows, *how, "eval")
 
 
 def log_metric(trainer: SFTTrainer, name: str, value: float) -> None:
