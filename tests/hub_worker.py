@@ -6,6 +6,7 @@ plots of one report are drawn once: they take longer than the rest of a push.
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from hf_layerprune.demo import DemoSettings, ModelEntry, open_catalog
 from hf_layerprune.demo.space import push_space
 from hf_layerprune.hub import load_run, push_run, staging
 
+gc.freeze()  # what the imports made is not looked through at every later collection
 drawn = {}
 
 

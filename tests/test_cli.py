@@ -68,13 +68,16 @@ def test_recipe_holds_the_exact_settings(tmp_path, model_folder, text_file):
 
 def test_a_length_without_limit_is_in_the_recipe(tmp_path, model_folder, text_file):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(f"model: {model_folder}\ndataset: {text_file}\nmax_length: null\n")
+    secret = "model_init_kwargs: {token: hf_of_nobody_else}\n"
+    recipe.write_text(f"model: {model_folder}\ndataset: {text_file}\nmax_length: null\n{secret}")
     length = QUICK.index("--max_length")
     quick = [*QUICK[:length], *QUICK[length + 2 :], "--packing", "false"]
     assert run("compress", "--config", recipe, "--output_dir", tmp_path / "out", *quick) == 0
     written = tmp_path / "out" / "recipe.yaml"
     assert yaml.safe_load(written.read_text())["max_length"] is None
     assert "pad_to_multiple_of" not in written.read_text()  # which nobody chose
+    for file in (tmp_path / "out").rglob("*.*"):
+        assert b"hf_of_nobody_else" not in file.read_bytes(), file
     assert run("compress", "--config", written, "--output_dir", tmp_path / "again") == 0
     settings = [json.loads((tmp_path / name / "report.json").read_text())["settings"] for name in ("out", "again")]
     assert settings[0] == settings[1] and settings[0]["max_length"] is None

@@ -37,6 +37,8 @@ except ImportError as missing:
 from hf_layerprune.demo import DemoService  # noqa: E402
 from hf_layerprune.demo.page import build_page, launch_page  # noqa: E402
 
+expect.set_options(timeout=20_000)  # a page may wait long for a core that others use
+
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):

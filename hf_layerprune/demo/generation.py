@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextStreamer,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from ..errors import LayerPruneError, first_line
 from .sampling import Sampling
@@ -86,15 +86,17 @@ class _Watch(StoppingCriteria):
         return torch.full((len(input_ids),), end, dtype=torch.bool, device=input_ids.device)
 
 
-class _Words(TextStreamer):
-    """Keeps the text that is final, as it comes."""
+class _Tokens(BaseStreamer):
+    """Keeps the new tokens; whoever reads them makes words of them, so that `generate` does not wait for it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.parts: list[str] = []
+    def __init__(self) -> None:
+        self.ids: list[int] | None = None  # until the prompt has been handed over
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.parts.append(text)
+    def put(self, value: Tensor) -> None:
+        self.ids = [] if self.ids is None else self.ids + value.flatten().tolist()
+
+    def end(self) -> None:
+        pass
 
 
 class Generation:
@@ -124,7 +126,8 @@ class Generation:
         self._max_seconds = max_seconds
         self._alone = alone
         self._stop = threading.Event()
-        self._words = _Words(tokenizer)
+        self._tokenizer = tokenizer
+        self._tokens = _Tokens()
         self._watch: _Watch | None = None
         self._started_at = 0.0
         self._base = Answer()
@@ -151,7 +154,8 @@ class Generation:
     def answer(self) -> Answer:
         """What there is by now."""
         base, times = self._base, list(self._watch.times) if self._watch else []
-        text = "".join(list(self._words.parts))
+        text = self._tokenizer.decode(self._tokens.ids or [], skip_special_tokens=True)
+        text = text if base.ended else text.rstrip("\ufffd")  # of a character whose bytes are not all there
         first = times[0] - self._started_at if times else None
         rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
         return replace(base, text=text, num_tokens=len(times), time_to_first_token=first, tokens_per_second=rate)
@@ -196,7 +200,7 @@ class Generation:
             generation_config=self._config(model.generation_config),
             logits_processor=self._sampling.processors(model.device),
             stopping_criteria=StoppingCriteriaList([watch]),
-            streamer=self._words,
+            streamer=self._tokens,
         )
         cache = loaded.kv_bytes_per_token * output.shape[1]
         measured = on_gpu and self._alone
