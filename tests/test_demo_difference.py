@@ -11,6 +11,8 @@ def test_words_where_answers_part():
         assert "".join(piece.text for piece in pieces) == text
     assert words_in_common("a b c", "a b d") == 2 and words_in_common("a b", "a  b") is None
     assert words_in_common("a b", "a b c") == 2 and difference("", "") == ([], [])
+    begun, nothing = difference("a b", " ")
+    assert not any(piece.parts for piece in begun + nothing)  # the other has not begun
 
 
 def test_where_little_is_shared_or_much_is_repeated_only_the_parting_word_is_marked(monkeypatch):

@@ -32,6 +32,8 @@ def difference(first: str, second: str) -> tuple[list[Piece], list[Piece]]:
     Where they share less than half of their words, or so many are repeated that a match would take long, only the word
     at which they part is marked: more would tell nothing.
     """
+    if not (first.strip() and second.strip()):  # one has not begun: nothing parts yet
+        return tuple([Piece(text, False)] if text else [] for text in (first, second))
     texts = [WORD.findall(text) for text in (first, second)]
     words = [[word.strip() for word in text] for text in texts]
     pieces: tuple[list[Piece], list[Piece]] = ([], [])
