@@ -137,6 +137,8 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
                     f"dataset {source}: file type {path.suffix!r} is none of {', '.join(FILE_BUILDERS)}"
                 )
             dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
+        elif path.suffix in FILE_BUILDERS and not path.exists():
+            raise LayerPruneError(f"dataset {source}: there is no such file")
         else:
             dataset = load_dataset(source, config_name, split=split)
     except LayerPruneError:

@@ -107,3 +107,9 @@ def test_another_tokenizer_is_one_line(run, tasks_file, tmp_path, model_folder, 
     status, _, error = run(verb, "--tasks", tasks_file("pairs"), "--model", tmp_path / "small")
     assert status == 2 and error.count("\n") == 1
     assert f"task pairs holds token id {VOCAB_SIZE - 1}, but the model's vocabulary has 100 entries" in error
+
+
+def test_a_criterion_nobody_knows_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["score", "--criterion", "nope"]) == 2
+    assert "criterion='nope' is unknown; choose one of kl" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -426,7 +426,7 @@ def test_the_command_writes_goes_on_and_reads_its_settings_from_yaml(tmp_path, m
     "extra, message",
     [
         (["--model", "{folder}/nowhere"], "cannot be loaded as a model"),
-        (["--dataset", "{folder}/nowhere.jsonl"], "cannot be loaded"),
+        (["--dataset", "{folder}/nowhere.jsonl"], "there is no such file"),
         (["--temperature", "-1"], "temperature=-1.0"),
         (["--output_file", "{folder}/out.txt"], "ends in .jsonl"),
         (["--output_file", "{folder}/texts.txt/out.jsonl"], "texts.txt"),

@@ -21,7 +21,7 @@ from ..files import to_json, write_atomically
 from ..loading import load_config, load_model, load_tokenizer
 from ..progress import say
 from ..report import criterion_unit, plot_scores, save_plot
-from ..scoring import Race, score_layers
+from ..scoring import Race, check_criterion, score_layers
 from ..tasks import KLTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments
 from .parsing import parse
@@ -30,6 +30,7 @@ from .parsing import parse
 def score(argv: list[str]) -> None:
     """Print and plot what each layer costs."""
     (arguments,) = parse((ScoreArguments,), argv)
+    check_criterion(arguments.criterion)
     tasks, console = load_tasks(arguments.tasks) if arguments.tasks else [], Console()
     folder = Path(arguments.output_dir or "layerprune-scores")
     tokenizer = load_tokenizer(arguments.model)

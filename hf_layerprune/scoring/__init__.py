@@ -21,7 +21,7 @@ from .angles import measure_angles
 from .candidates import CandidateRuns
 from .evidence import Evidence
 from .measures import MAX_STATE_BYTES, MEASURED, TOKEN_MEASURES, Measure, TaskMeasure, TextMeasure, halves
-from .proxies import PROXIES, Guess, Question, criteria, register_criterion
+from .proxies import PROXIES, Guess, Question, check_criterion, criteria, register_criterion
 from .race import Race, collect
 from .scores import EditScores, LayerScores, PlanScores, Scores, scores_of
 from .sweep import is_offloaded, sweep
@@ -37,6 +37,7 @@ __all__ = [
     "Question",
     "Race",
     "Scores",
+    "check_criterion",
     "contiguous_block",
     "criteria",
     "register_criterion",
@@ -212,8 +213,7 @@ def _check_request(
     tasks: Sequence[Task | PreparedTask],
 ) -> None:
     """Do the arguments of [`score_edits`] fit together?"""
-    if criterion not in criteria():
-        raise LayerPruneError(f"criterion={criterion!r} is unknown; choose one of {', '.join(criteria())}")
+    check_criterion(criterion)
     check_compensation(compensation)
     if tasks and criterion != "tasks":
         raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")

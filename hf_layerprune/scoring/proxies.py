@@ -101,6 +101,12 @@ def criteria() -> tuple[str, ...]:
     return (*MEASURED, *PROXIES)
 
 
+def check_criterion(name: str) -> None:
+    """Raise [`LayerPruneError`] unless there is a criterion of that name."""
+    if name not in criteria():
+        raise LayerPruneError(f"criterion={name!r} is unknown; choose one of {', '.join(criteria())}")
+
+
 def register_criterion(name: str, guess: Callable[[Question], Guess | Evidence], needs_data: bool = True) -> None:
     """Make a criterion of your own: `criterion=name` then works in [`score_layers`] and the trainer.
 

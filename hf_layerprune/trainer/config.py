@@ -12,7 +12,7 @@ from ..budget import TARGETS, Budget
 from ..compensation import COMPENSATIONS, check_compensation
 from ..edits import EditSpace
 from ..errors import LayerPruneError
-from ..scoring import MEASURED, Race, criteria
+from ..scoring import MEASURED, Race, check_criterion, criteria
 from .targets import named_layers
 
 
@@ -263,8 +263,7 @@ class IterativeLayerDistillConfig(SFTConfig):
                 raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
         if self.temperature <= 0:
             raise LayerPruneError(f"temperature={self.temperature} is out of range; it must be above 0")
-        if self.criterion not in criteria():
-            raise LayerPruneError(f"criterion={self.criterion!r} is unknown; choose one of {', '.join(criteria())}")
+        check_criterion(self.criterion)
         if self.loss_preset not in (None, *LOSS_PRESETS):
             raise LayerPruneError(
                 f"loss_preset={self.loss_preset!r} is unknown; choose {', '.join(LOSS_PRESETS)} or none"
