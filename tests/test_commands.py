@@ -34,7 +34,7 @@ GIVEN = """
 from conftest import random_batches
 from hf_layerprune.loading import load_model
 batches, prompts = random_batches(1), "my_prompts.jsonl"
-model, teacher = "qwen-18/model", load_model("qwen-18/model")
+model, teacher = "qwen-18/model", load_model("Qwen/Qwen2.5-0.5B")
 """
 RUN_ELSEWHERE = {
     "make": ".ci/run",
@@ -163,7 +163,8 @@ def types(worker: Worker, desk: Path, page: Path) -> None:
     snippets = [code for code in blocks(page, "python") if code not in EXAMPLE and "gradio_client" not in code]
     if snippets:
         code = "\n".join([GIVEN, *snippets]).replace("user/", "me/")
-        worker("python", code=re.sub(r"(?<=max_new_tokens=)\d+", "4", code))
+        answer = worker("python", code=re.sub(r"(?<=max_new_tokens=)\d+", "4", code))
+        assert "error" not in answer, (page.name, answer)
 
 
 @pytest.mark.parametrize("page", PAGES_OF_DOCS, ids=lambda page: page.name)

@@ -200,6 +200,12 @@ def test_the_trained_student_is_independent_of_the_users_model(make):
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
+def test_adapters_on_every_linear_module_of_a_few_layers(make, tmp_path):
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    make(tiny_model(3), target_num_layers=2, trained_layers="neighbours", peft_config=config).train()
+    assert len(load(tmp_path / "run" / "model").model.layers) == 2
+
+
 def test_adapters_stay_on_the_layers_to_heal(make):
     with pytest.raises(LayerPruneError, match="outside the layers"):
         make(

@@ -54,6 +54,11 @@ def _add_adapters(student: PreTrainedModel, blocks: list[int], peft_config: Any)
     config = copy.deepcopy(peft_config)
     config.layers_to_transform = blocks
     layers = student.base_model.layers
+    if config.target_modules == "all-linear":  # PEFT would name each in full, and then not look at the layers
+        parts = (part for position in blocks for part in layers[position].named_modules())
+        config.target_modules = sorted(
+            {name.rsplit(".", 1)[-1] for name, part in parts if isinstance(part, nn.Linear)}
+        )
     unshare_parameters(
         p for position in blocks for p in layers[position].parameters()
     )  # merging changes them in place
