@@ -290,7 +290,7 @@ def test_save_model_and_model_card(make, tmp_path):
     assert (tmp_path / "run" / "model" / "README.md").is_file() and (
         tmp_path / "run" / "model" / "quality.png"
     ).is_file()
-    assert card.data.library_name == "transformers"
+    assert card.data.get("library_name") == "transformers"
     assert {"layer-pruning", "our-own"} <= set(card.data.tags)
     assert f"{trainer.run.rounds[0]['perplexity']:.2f}" in card.text and "somebody/student" in card.text
     assert str(tmp_path) not in card.content
