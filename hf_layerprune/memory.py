@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import losses
 from ._trl import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
@@ -119,7 +120,8 @@ def step_needs(
     """
     with FakeTensorMode(), LiveBytes() as live, _tiles_of(on_gpu), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the other name that checkpointing has had
-        teacher = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        teacher = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_attention(args))
+        teacher.eval().requires_grad_(False)
         plan = plan_of(teacher)
         for edit in edits:
             plan = edit.apply(plan)
@@ -187,9 +189,7 @@ def _step(
     without_divergence = copy.copy(args)
     if on_gpu:
         without_divergence.kl_weight, without_divergence.loss_preset = 0, None
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if args.packing and args.packing_strategy == "wrapped":  # full rows of one text: no mask, whatever tracing assumes
-        inputs["attention_mask"] = {"full_attention": None}
+    inputs = {"input_ids": ids}
     half = torch.float16 if args.fp16 else torch.bfloat16
 
     def step() -> list[int]:
@@ -219,6 +219,15 @@ def _step(
         return peaks
 
     return step
+
+
+def _attention(args: IterativeLayerDistillConfig) -> str:
+    """Full rows of one text need no mask. For tensors without memory models make one, whatever is in them, unless
+    their attention has no masks at all."""
+    if not (args.packing and args.packing_strategy == "wrapped"):
+        return "sdpa"
+    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+    return "sdpa_without_mask"
 
 
 def _first_difference(student: PreTrainedModel, teacher: PreTrainedModel) -> int:

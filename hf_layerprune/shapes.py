@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,21 +18,28 @@ from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 
 CONFIGS = ASSETS / "configs"
+PUBLISHERS = re.compile(r"^(Qwen|meta-llama|mistralai)/")
 
 
 def shape_names() -> list[str]:
-    """Names of the shapes that come with the package, small to large."""
-    names = [path.stem for path in CONFIGS.glob("*.json")]
-    return sorted(names, key=lambda name: float(name.rsplit("-", 1)[1].removesuffix("B")))
+    """Names of the shapes that come with the package: by family, small to large."""
+    names = (path.stem.rsplit("-", 1) for path in CONFIGS.glob("*.json"))
+    families = sorted((family, float(size.removesuffix("B")), size) for family, size in names)
+    return [f"{family}-{size}" for family, _, size in families]
+
+
+def short_name(name_or_path: str) -> str:
+    """What is left of a model's name without who published it; a path stays as it is."""
+    return PUBLISHERS.sub("", name_or_path)
 
 
 def load_shape(name_or_path: str) -> PretrainedConfig:
-    """The config of a named shape, such as `"Qwen2.5-3B"`, or of a `config.json` on disk.
+    """The config of a named shape, such as `"Qwen2.5-3B"` or `"Qwen/Qwen2.5-3B"`, or of a `config.json` on disk.
 
     Raises:
         [`LayerPruneError`]: if there is none, or its architecture is not supported.
     """
-    names, name = shape_names(), name_or_path.removeprefix("Qwen/")
+    names, name = shape_names(), short_name(name_or_path)
     path = CONFIGS / f"{name}.json" if name in names else Path(name_or_path)
     if not path.is_file():
         raise LayerPruneError(

@@ -1,8 +1,9 @@
 """What the recipes of `compress` cost, from their settings alone: counted operations and bytes, no GPU.
 
 Healing is counted by running one micro-batch on tensors that have shapes and no memory (`hf_layerprune.memory`), with
-the layer in the middle removed and every row as long as `max_length`. Scoring is counted by layer passes. GPU hours
-are these operations over what a GPU computes in an hour at `SHARE` of its peak, which is assumed, not measured.
+the layer in the middle removed (or run beside the next) and every row as long as `max_length`. Scoring is counted by
+layer passes. GPU hours are these operations over what a GPU computes in an hour at `SHARE` of its peak, which is
+assumed, not measured.
 
     python recipes/cost.py --output recipes/cost.md
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, Qwen2Config
+from transformers import PretrainedConfig
 
 from hf_layerprune import IterativeLayerDistillConfig
 from hf_layerprune.cli.arguments import CompressArguments
@@ -26,17 +27,6 @@ from hf_layerprune.shapes import load_shape
 
 PEAK, SHARE = 989e12, 0.4  # operations a second of an H100 in bfloat16, and how much of it a run is taken to reach
 HERE = Path(__file__).parent
-# Of models whose shape does not come with the package: a Qwen2 of the same sizes computes as much.
-SIZES = {
-    "Qwen/Qwen3-8B": {
-        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 151936,
-    },
-    "meta-llama/Llama-3.2-3B": {
-        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,11 +51,6 @@ class Cost:
     memory: float
 
 
-def shape_of(model: str) -> PretrainedConfig:
-    """The config of a model, or of a Qwen2 of its sizes."""
-    return Qwen2Config(**SIZES[model]) if model in SIZES else load_shape(model.removesuffix("-Instruct"))
-
-
 def scoring_operations(config: PretrainedConfig, args: IterativeLayerDistillConfig) -> float:
     """Operations of all rounds: each layer left out in turn, below it the model runs once."""
     width, inner = config.hidden_size, config.intermediate_size
@@ -84,9 +69,11 @@ def cost_of(path: Path, processes: int) -> Cost:
     """What a recipe costs; `processes` is what its `gradient_accumulation_steps` is written for."""
     argv = ["--config", str(path), "--use_cpu", "true", "--bf16", "true"]
     arguments, args = parse((CompressArguments, IterativeLayerDistillConfig), argv)
-    config, rows = shape_of(arguments.model), args.per_device_train_batch_size
+    config, rows = load_shape(arguments.model.removesuffix("-Instruct")), args.per_device_train_batch_size
     depth = config.num_hidden_layers
-    needs = step_needs(config, args, [Edit.remove(depth // 2)], rows, getattr(torch, arguments.dtype))
+    middle = depth // 2
+    edit = Edit.remove(middle) if "remove" in args.edit_space().kinds else Edit.parallelize(middle, middle + 1)
+    needs = step_needs(config, args, [edit], rows, getattr(torch, arguments.dtype))
     micro_batches = args.gradient_accumulation_steps * processes * args.max_steps * (depth - args.target_num_layers)
     hours = 3600 * SHARE * PEAK
     return Cost(

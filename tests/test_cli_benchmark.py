@@ -174,7 +174,7 @@ def bad_requests():
         "layers without a shape": (["{model}", "--layers", "3"], "--layers 3 needs --config"),
         "layers of the embedded model": (["--layers", "3", "4/3"], "--layers 3 4/3 needs --config"),
         "models named twice": (["{model}", "--models", "{model}"], "twice"),
-        "unknown shape": (["--config", "Qwen9-3B"], "Qwen2.5-72B, or a path to a config.json"),
+        "unknown shape": (["--config", "Qwen9-3B"], "Qwen3-32B, or a path to a config.json"),
         "shape without a name": (["--config"], "--config needs a shape"),
         "more layers than there are": (["--config", "{shape}", "--layers", "5", "6"], "num_layers=6"),
         "fewer blocks than pairs make": (["--config", "{shape}", "--layers", "5/2"], "num_blocks=2"),

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import tiny_model
+from families import family_model
 from transformers import GPT2Config
 
 from hf_layerprune import cli
@@ -54,6 +55,17 @@ def test_says_what_fits_and_writes_every_number(tmp_path, shape, monkeypatch, ca
     assert "rough" in printed and "640" in printed and "in 2 rounds" in printed
     table = [line for line in printed.splitlines() if line.startswith(("neighbours", "all"))]
     assert len(table) == 12 and max(map(len, table)) <= 80 and "…" not in printed
+
+
+def test_pairs_of_another_family(tmp_path, capsys):
+    family_model("llama", 4).config.save_pretrained(tmp_path)
+    model, file = tmp_path / "config.json", tmp_path / "plan.json"
+    status = run(
+        "--model", model, "--target_num_layers", 3, "--edits", "parallelize", "--gpu_memory", "24GiB",
+        "--output_file", file, "--packing", "true", "--packing_strategy", "wrapped", *QUICK,
+    )  # fmt: skip
+    assert status == 0, capsys.readouterr().err
+    assert all(setting["peak"] > setting["weights"] > 0 for setting in json.loads(file.read_text())["settings"])
 
 
 def test_a_recipe_is_read_as_compress_reads_it(tmp_path, shape, capsys):

@@ -1,14 +1,16 @@
-"""Every command and every snippet of README and docs is run as it stands there.
+"""Every command and every snippet of README, docs and recipes is run as it stands there.
 
 What stands for something of the reader's is put in: texts under the names that the pages use, `me` for `user`, and
 tiny models of the same architecture and depth, on a Hub on loopback, for the real ones. Settings appended to a command
-make it short.
+make it short; data sets of the recipes are local rows.
 """
 
 import json
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,13 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("recipes/**/README.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
+WHOLE_COMMAND = re.compile(r"`(hf-layerprune [\w-]+ --[^`<]*)`")  # within a sentence
+STANDS_FOR_SOMETHING = re.compile(r"[A-Z]+|user/name")
+
 PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and page.name != "cli.md"]
+RECIPES = sorted(ROOT.glob("recipes/*/README.md"))
+MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-3B")
+MODELS_OF_RECIPES = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-8B")
 EXAMPLE = (ROOT / "examples" / "compress.py").read_text()  # see test_readme.py
 GIVEN = """
 from conftest import random_batches
@@ -57,7 +65,9 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 def commands(page: Path) -> list[list[str]]:
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    found = [words for line in lines if (words := shlex.split(line, comments=True))]
+    whole = [shlex.split(command) for command in WHOLE_COMMAND.findall(FENCE.sub("", page.read_text()))]
+    return found + [words for words in whole if not any(map(STANDS_FOR_SOMETHING.fullmatch, words))]
 
 
 def of_the_package(words: list[str]) -> list[str] | None:
@@ -103,6 +113,7 @@ def desk(tmp_path_factory):
     texts = [text[:300] for text in embedded_dataset("calibration").select(range(24))["text"]]
     files = {
         "my_texts.jsonl": [{"text": text} for text in texts],
+        "rows.jsonl": [{"text": text, "prompt": text[:40]} for text in texts],  # of the recipes
         "my_prompts.jsonl": [{"prompt": text[:40]} for text in texts],
         "sentences.jsonl": [{"sentence_good": "He reads.", "sentence_bad": "He read reads."}] * 3,
     }
@@ -122,11 +133,11 @@ def desk(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def reader(desk, tmp_path_factory):
-    """Somebody who has read README and typed all of it, one line after the other."""
+@contextmanager
+def a_terminal(desk: Path, models: tuple[str, ...], tmp_path_factory) -> Iterator[Worker]:
+    """A process with the Hub's client, and tiny models of these names on the Hub."""
     with HubServer() as hub:
-        for model in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-3B"):
+        for model in models:
             torch.manual_seed(0)
             files = as_files(AutoModelForCausalLM.from_config(tiny_config(model)), tmp_path_factory.mktemp("model"))
             for name in (model, model.replace("3.2-3B", "3.2-1B")):
@@ -134,20 +145,35 @@ def reader(desk, tmp_path_factory):
             if model == "Qwen/Qwen2.5-0.5B":
                 hub.seed("me/qwen-parallel", files)
         with Worker(hub, tmp_path_factory.mktemp("cache"), desk) as worker:
-            types(worker, desk, ROOT / "README.md")
-            typed(worker, desk, shlex.split("hf-layerprune push qwen-29 --repo_id me/qwen-29"))
             yield worker
+
+
+@pytest.fixture(scope="module")
+def reader(desk, tmp_path_factory):
+    """Somebody who has read README and typed all of it, one line after the other."""
+    with a_terminal(desk, MODELS, tmp_path_factory) as worker:
+        types(worker, desk, ROOT / "README.md")
+        typed(worker, desk, shlex.split("hf-layerprune push qwen-29 --repo_id me/qwen-29"))
+        yield worker
 
 
 def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     verb, *rest = of_the_package(words)
-    if verb == "compress" and "--output_dir" in rest:  # another example under the same name
-        shutil.rmtree(desk / rest[rest.index("--output_dir") + 1], ignore_errors=True)
     rest = [re.sub(r"^user/", "me/", word) for word in rest]
     short = SHORT.get(verb, {})
     if verb == "benchmark" and "Qwen2.5-3B" in rest:
         rest[rest.index("Qwen2.5-3B")] = "shape.json"
         rest = [word for word in rest if word != "--compile"]  # takes minutes; see test_benchmark.py
+    config = rest[rest.index("--config") + 1] if "--config" in rest and verb in QUICK else ""
+    recipe = yaml.safe_load((desk / config).read_text()) if config.endswith(".yaml") else {}
+    if config.startswith("recipes/"):
+        if not (desk / recipe["dataset"]).exists():  # else `generate` has written it
+            short = short | {"dataset": "rows.jsonl"}
+        if "tasks" in recipe:
+            short = short | {"tasks": "my_tasks.yaml"}
+    output_dir = rest[rest.index("--output_dir") + 1] if "--output_dir" in rest else recipe.get("output_dir")
+    if verb == "compress" and output_dir and "--resume" not in rest:  # another example under the same name
+        shutil.rmtree(desk / output_dir, ignore_errors=True)
     if "--tasks" in rest:
         rest[rest.index("--tasks") + 1] = "my_tasks.yaml"  # the paper's are on the Hub, the default ones take long
         if verb == "score":
@@ -170,3 +196,15 @@ def types(worker: Worker, desk: Path, page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES_OF_DOCS, ids=lambda page: page.name)
 def test_a_reader_types_what_stands_there(reader, desk, page):
     types(reader, desk, page)
+
+
+@pytest.fixture(scope="module")
+def terminal(desk, tmp_path_factory):
+    with a_terminal(desk, MODELS + MODELS_OF_RECIPES, tmp_path_factory) as worker:
+        yield worker
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.parent.name)
+def test_a_reader_types_a_recipe(terminal, desk, page):
+    types(terminal, desk, page)

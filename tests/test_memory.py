@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from families import FAMILIES, family_model
 from peft import LoraConfig
 
 from hf_layerprune import memory
@@ -30,6 +31,21 @@ def test_fake_tensors_need_what_real_ones_do(tmp_path, trained, checkpointing, a
     model = tiny_model(6)
     assert fake.weights >= 4 * model.num_parameters() and fake.trained > 0
     assert fake.peak > fake.weights + fake.optimizer and fake.flops > 0
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("packing", ["wrapped", "bfd", None])
+@pytest.mark.parametrize("trained", ["neighbours", "all"])
+@pytest.mark.parametrize("edit", [Edit.remove(3), Edit.parallelize(2, 3)], ids=str)
+def test_every_family_and_edit(tmp_path, family, packing, trained, edit, monkeypatch):
+    changes = {"packing": packing is not None, "packing_strategy": packing or "bfd"}
+    args = tiny_config(tmp_path, trained_layers=trained, max_length=32, bf16=False, edits=edit.kind, **changes)
+    config = family_model(family, 6).config
+    fake = step_needs(config, args, [edit], 4, torch.float32)
+    monkeypatch.setattr(memory, "FakeTensorMode", nullcontext)
+    real = step_needs(config, args, [edit], 4, torch.float32)
+    assert (fake.weights, fake.trained, fake.flops) == (real.weights, real.trained, real.flops)
+    assert fake.peak == pytest.approx(real.peak, rel=0.15)
 
 
 def test_bytes_are_counted_while_they_live():

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import GPT2Config, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen2ForCausalLM
 
 from hf_layerprune import LayerPruneError, prune
 from hf_layerprune.models import PrunedQwen2ForCausalLM
@@ -11,10 +11,12 @@ from hf_layerprune.shapes import load_shape, random_model, shape_names, shape_pl
 
 
 def test_shapes_are_listed_small_to_large():
-    assert shape_names() == [f"Qwen2.5-{size}B" for size in ("0.5", "1.5", "3", "7", "14", "32", "72")]
+    llama = ["Llama-2-7B", "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.2-3B", "Mistral-7B"]
+    qwen2 = [f"Qwen2.5-{size}B" for size in ("0.5", "1.5", "3", "7", "14", "32", "72")]
+    assert shape_names() == llama + qwen2 + [f"Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")]
 
 
-@pytest.mark.parametrize("name", shape_names())
+@pytest.mark.parametrize("name", [name for name in shape_names() if name.startswith("Qwen2.5")])
 def test_shipped_shapes_are_qwen2(name):
     config = load_shape(f"Qwen/{name}")
     assert type(config) is Qwen2Config and config.dtype == torch.bfloat16 and not config.use_sliding_window
@@ -22,12 +24,19 @@ def test_shipped_shapes_are_qwen2(name):
     assert config.rms_norm_eps == 1e-6 and config.hidden_size % config.num_attention_heads == 0
 
 
-@pytest.mark.parametrize(
-    "name, count", [("Qwen2.5-0.5B", 494_032_768), ("Qwen2.5-3B", 3_085_938_688), ("Qwen2.5-7B", 7_615_616_512)]
-)
+PUBLISHED = {  # numbers of parameters, with a tied head counted once
+    "Qwen/Qwen2.5-0.5B": 494_032_768, "Qwen/Qwen2.5-3B": 3_085_938_688, "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen3-32B": 32_762_123_264,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400, "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248, "meta-llama/Llama-2-7B": 6_738_415_616,
+    "mistralai/Mistral-7B": 7_248_023_552,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, count", PUBLISHED.items())
 def test_shipped_shapes_have_the_size_of_the_model(name, count):
     with torch.device("meta"):
-        assert Qwen2ForCausalLM(load_shape(name)).num_parameters() == count
+        assert AutoModelForCausalLM.from_config(load_shape(name)).num_parameters() == count
 
 
 def test_a_shape_can_be_a_file(tmp_path):
@@ -53,7 +62,9 @@ def test_a_file_that_is_no_shape_is_named(tmp_path, content, message):
 
 
 def test_an_unknown_shape_is_told_which_there_are():
-    with pytest.raises(LayerPruneError, match="'Qwen/Qwen9'.*Qwen2.5-0.5B.*Qwen2.5-72B, or a path to a config.json"):
+    with pytest.raises(
+        LayerPruneError, match="'Qwen/Qwen9'.*Llama-3.2-3B.*Qwen2.5-72B.*Qwen3-32B, or a path to a config.json"
+    ):
         load_shape("Qwen/Qwen9")
 
 

@@ -1,18 +1,20 @@
 """Scoring a model whose layers are not in memory: the same numbers from one reading of its weights."""
 
+import gc
+
 import pytest
 import torch
 from accelerate.utils.offload import OffloadedWeightsLoader
-from conftest import random_batches, tiny_model
+from conftest import VOCAB_SIZE, random_batches, tiny_model
 from safetensors.torch import load_file
 
-import hf_layerprune.scoring as scoring
 from hf_layerprune import LayerPruneError, parallelize, prune, score_layers
 from hf_layerprune.cli.measure import device_map
 from hf_layerprune.edits import Edit
 from hf_layerprune.loading import load_model
 from hf_layerprune.scoring import Race, contiguous_block, score_edits
 from hf_layerprune.scoring.sweep import is_offloaded, sweep
+from hf_layerprune.surgery import plan_of
 
 
 def on_disk(model, folder, **kwargs):
@@ -74,7 +76,7 @@ def test_every_weight_of_a_layer_is_read_once(model, tmp_path, read):
 
 
 def test_little_memory_takes_more_sweeps_and_changes_nothing(model, batches, tmp_path, read):
-    plans = [Edit.remove(n).apply(scoring.plan_of(model)) for n in range(5)]
+    plans = [Edit.remove(n).apply(plan_of(model)) for n in range(5)]
     with torch.no_grad():
         offloaded = on_disk(model, tmp_path)
         whole = sweep(offloaded, batches, plans, "kl", offloaded)
@@ -82,6 +84,28 @@ def test_little_memory_takes_more_sweeps_and_changes_nothing(model, batches, tmp
         tight = sweep(offloaded, batches, plans, "kl", offloaded, max_state_bytes=1)
     assert sum(read) == 6 * read_once
     torch.testing.assert_close(tight.parts[0].sums, whole.parts[0].sums)
+
+
+@pytest.mark.parametrize("allowed", [3, 4, 7])
+def test_no_more_states_are_held_than_allowed(model, tmp_path, allowed):
+    batches = [{"input_ids": batch} for batch in torch.randint(0, VOCAB_SIZE, (5, 2, 8))]
+    plans = [Edit.remove(n).apply(plan_of(model)) for n in range(5)]
+    shape, most = (2, 8, model.config.hidden_size), 0
+
+    def count(*_):
+        nonlocal most
+        gc.collect()
+        held = {t.data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == shape}
+        most = max(most, len(held))
+
+    with torch.no_grad():
+        offloaded = on_disk(model, tmp_path)
+        for layer in offloaded.model.layers:
+            layer.mlp.register_forward_pre_hook(count)
+        bytes_of_all = 5 * 2 * 8 * model.config.hidden_size * 4
+        sweep(offloaded, batches, plans, "kl", offloaded, max_state_bytes=allowed * bytes_of_all)
+    inside = 4  # of the layer that runs: residual, normalized input, output of attention, their sum
+    assert 5 * (allowed - 1) < most <= 5 * allowed + inside
 
 
 def test_what_a_sweep_cannot_do_is_said(model, batches, tmp_path):

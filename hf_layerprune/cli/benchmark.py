@@ -20,7 +20,7 @@ from ..files import to_json, write_atomically
 from ..loading import EMBEDDED
 from ..progress import say
 from ..report import environment
-from ..shapes import load_shape, random_model, random_models
+from ..shapes import load_shape, random_model, random_models, short_name
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments
 from .measure import device, load_on_device
@@ -102,7 +102,7 @@ def _random_models(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedM
 def _label(shape: str) -> str:
     """Short name of a shape, for the table: that of its file, or of the folder a `config.json` lies in."""
     if not shape.endswith(".json"):
-        return shape.removeprefix("Qwen/")
+        return short_name(shape)
     path = Path(shape).absolute()
     return path.parent.name if path.name == "config.json" else path.stem
 

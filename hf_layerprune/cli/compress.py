@@ -24,7 +24,7 @@ from ..planning import lora_config
 from ..progress import RunProgress, say
 from ..report import rich_table
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
-from ..trainer.checks import check_has_text
+from ..trainer.checks import with_text
 from ..trainer.engines import launch_line
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
@@ -126,8 +126,7 @@ def _compress_datasets(arguments: CompressArguments, text_field: str, seed: int)
 
     def load(source: str) -> Any:
         dataset = load_text_dataset(source, arguments.dataset_split, arguments.dataset_config)
-        check_has_text(dataset, text_field, source)
-        return dataset
+        return with_text(dataset, text_field, source)
 
     if arguments.dataset is None:
         train, held_out = load("embedded:healing"), load(arguments.eval_dataset or "embedded:held_out")

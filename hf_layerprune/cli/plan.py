@@ -31,7 +31,7 @@ from ..planning import (
     tokens_per_step,
 )
 from ..progress import say
-from ..shapes import load_shape, shape_names
+from ..shapes import load_shape, shape_names, short_name
 from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
 from ..trainer.checks import check_budget
@@ -122,7 +122,7 @@ def _memory(arguments: PlanArguments) -> int:
 
 def _config(name: str) -> PretrainedConfig:
     """Of a named shape, a `config.json`, a model folder or a model on the Hub; no weights are looked at."""
-    if name.removeprefix("Qwen/") in shape_names() or Path(name).is_file():
+    if short_name(name) in shape_names() or Path(name).is_file():
         return load_shape(name)
     return load_config(name)
 

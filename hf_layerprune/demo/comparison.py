@@ -148,9 +148,15 @@ class Comparer:
         pairing = self.catalog[asked.model]
         sources = (pairing.teacher, pairing.students[asked.depth])
         at_once = asked.order == AT_ONCE
-        tokenizer, rest = self.store.tokenizer(pairing), (asked.sampling, asked.max_seconds, not at_once)
+        answer = partial(
+            Generation,
+            tokenizer=self.store.tokenizer(pairing),
+            sampling=asked.sampling,
+            max_seconds=asked.max_seconds,
+            alone=not at_once,
+        )
         both = [
-            Generation(partial(self.store.get, source), tokenizer, ids, *rest)
+            answer(partial(self.store.get, source), prompt=ids)
             for source, ids in zip(sources, asked.prompts, strict=True)
         ]
         try:

@@ -9,16 +9,19 @@ beyond the open stretches: hooks add up and forget.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data import Batch, split_rows
-from ..forward import final_states, to_device
+from ..data import Batch, check_batches, split_rows
+from ..errors import LayerPruneError
+from ..forward import final_states, measuring, to_device
+from ..surgery import check_model, plan_of
 from .evidence import Evidence
 from .sharding import gathered, own_share
+from .sweep import is_offloaded, needs_memory
 
 ANGLES: dict[str, Callable[[Tensor], Tensor]] = {
     "block_influence": lambda cosine: 1 - cosine,
@@ -94,3 +97,32 @@ def with_lengths(states: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32; a state of zeros has a length that divides."""
     states = states.float()
     return states, torch.linalg.vector_norm(states, dim=-1).clamp_min(1e-8)
+
+
+def contiguous_block(
+    model: PreTrainedModel, batches: Iterable[Batch], size: int, layers: Iterable[int] | None = None
+) -> tuple[int, ...]:
+    """The stretch of `size` neighbouring layers that turns its input least, by angular distance.
+
+    [The Unreasonable Ineffectiveness of the Deeper Layers](https://huggingface.co/papers/2403.17887) removes it in one
+    go. Of equal stretches the deeper one.
+
+    Args:
+        layers (`Iterable[int]`, *optional*): teacher layers that may be in it; all by default.
+
+    Raises:
+        [`LayerPruneError`]: if there is no such stretch, or the model has parallel blocks.
+    """
+    check_model(model)
+    plan = plan_of(model)
+    allowed = set(plan.layers if layers is None else layers)
+    starts = [n for n in range(plan.depth - size + 1) if allowed.issuperset(plan.layers[n : n + size])]
+    if plan.parallel_pairs or not starts or size < 1:
+        raise LayerPruneError(f"no stretch of {size} neighbouring single layers among {sorted(allowed)}")
+    if is_offloaded(model):
+        raise needs_memory("'angular_distance'")
+    batches = check_batches(batches, model.config.vocab_size, "calibration data")
+    with measuring(model):
+        evidence = measure_angles(model, batches, [(n, n + size) for n in starts], "angular_distance")
+    best = min(range(len(starts)), key=lambda index: (evidence.value(index + 1), -starts[index]))
+    return plan.layers[starts[best] : starts[best] + size]

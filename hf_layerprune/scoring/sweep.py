@@ -33,6 +33,14 @@ def is_offloaded(model: PreTrainedModel) -> bool:
     return any(getattr(hook, "offload", False) for _, hook in _hooks(model.base_model.layers))
 
 
+def needs_memory(what: str) -> LayerPruneError:
+    """The error to raise where only a model that is in memory as a whole can be scored."""
+    return LayerPruneError(
+        "a model on disk or in CPU memory is read once, for all the text at a time, to measure 'kl' or 'loss'; leave "
+        f"out {what}, or load it into memory as a whole"
+    )
+
+
 def sweep(
     model: PreTrainedModel,
     batches: Sequence[Batch],
@@ -63,7 +71,8 @@ def sweep(
     max_state_bytes = _free_memory(device) // 2 if max_state_bytes is None else max_state_bytes
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     bytes_each = tokens * model.config.hidden_size * model.dtype.itemsize
-    at_once = max(1, max_state_bytes // bytes_each - 1)
+    others = 1 + (criterion == "kl")  # the model as it is, and what all are compared with
+    at_once = max(1, max_state_bytes // bytes_each - others)
     references = None
     if criterion == "kl" and teacher is not model:
         references = next(iter(_final_states(teacher, batches, [frozenset()], execution_device(teacher))))
@@ -73,6 +82,7 @@ def sweep(
         states = _final_states(model, batches, skips, device)
         collected.append(_sums(model, teacher, batches, states, references, criterion, device))
         references = states[0] if references is None and criterion == "kl" else references
+        del states  # before those of the next sweep are made
     for number, batch in enumerate(batches):
         of_model = collected[0][number][:1]
         sums = torch.cat([of_model, *(part[number][1:] for part in collected)])
@@ -113,6 +123,8 @@ def _final_states(
     with _held(decoder.embed_tokens):
         inputs = [_layer_inputs(model, to_device(batch, device)) for batch in batches]
     shared = [state for state, _ in inputs]  # of the candidates that have skipped nothing yet
+    arguments = [kwargs for _, kwargs in inputs]
+    del inputs
     own: dict[int, list[Tensor]] = {}
     for position, layer in enumerate(decoder.layers):
         for index, skipped in enumerate(skips):
@@ -121,13 +133,19 @@ def _final_states(
         with _held(layer):
             for index, states in own.items():
                 if position not in skips[index]:
-                    own[index] = [layer(state, **kwargs) for state, (_, kwargs) in zip(states, inputs, strict=True)]
+                    _advance(states, layer, arguments)
             if len(own) < len(skips):
-                shared = [layer(state, **kwargs) for state, (_, kwargs) in zip(shared, inputs, strict=True)]
+                _advance(shared, layer, arguments)
     with _held(decoder.norm):
-        shared = [decoder.norm(state) for state in shared]
-        own = {index: [decoder.norm(state) for state in states] for index, states in own.items()}
+        for states in (shared, *own.values()):
+            _advance(states, decoder.norm, [{}] * len(states))
     return [own.get(index, shared) for index in range(len(skips))]
+
+
+def _advance(states: list[Tensor], module: nn.Module, arguments: Sequence[dict[str, Any]]) -> None:
+    """Replace each state by what `module` makes of it, so that the old and the new of one batch live side by side."""
+    for number, kwargs in enumerate(arguments):
+        states[number] = module(states[number], **kwargs)
 
 
 def _sums(

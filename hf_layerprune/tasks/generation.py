@@ -46,7 +46,13 @@ class GenerationTask(PromptedTask):
             raise LayerPruneError(f"{self.title}: max_new_tokens={self.max_new_tokens} must be at least 1")
         if "" in self.stop_strings:
             raise LayerPruneError(f"{self.title}: a stop string is empty; it would end every text at once")
-        self.load_metric()
+        if self.is_generated:
+            self.load_metric()
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether a model writes the answer, which a metric then compares with the reference."""
+        return True
 
     def load_metric(self) -> SampleMetric:
         """The metric by its name.
@@ -153,8 +159,9 @@ class CopyTask(GenerationTask):
                 f"{self.title}: max_words={self.max_words} and start_words={self.start_words} leave nothing to copy"
             )
 
-    def load_metric(self) -> SampleMetric:
-        return None if self.judged_by == "likelihood" else super().load_metric()
+    @property
+    def is_generated(self) -> bool:
+        return self.judged_by == "generation"
 
     def prompt_and_reference(self, row: Row) -> tuple[str, str]:
         text = self.template("text").render(row.values, row.where).strip()
@@ -171,7 +178,7 @@ class CopyTask(GenerationTask):
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, max_length: int | None = None
     ) -> PreparedTask:
-        if self.judged_by == "generation":
+        if self.is_generated:
             return super().prepare(tokenizer, batch_size, max_length)
         limit, rows = length_limit(tokenizer, max_length), []
         for row, opening in self.examples():

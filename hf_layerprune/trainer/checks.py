@@ -15,7 +15,7 @@ from ..plan import LayerPlan
 from ..surgery import plan_of
 from .config import IterativeLayerDistillConfig
 
-TEXT_COLUMNS = ("input_ids", "messages", "prompt", "conversations")
+TEXT_COLUMNS = ("input_ids", "messages", "conversations")
 
 
 def check_request(
@@ -64,8 +64,12 @@ def check_budget(name: str, gauge: Gauge, plan: LayerPlan) -> None:
     gauge.check_reachable(plan, setting)
 
 
-def check_has_text(dataset: Dataset | IterableDataset, text_field: str, name: str) -> None:
-    """Raise [`LayerPruneError`] unless the data set has a column TRL makes text of."""
+def with_text(dataset: Dataset | IterableDataset, text_field: str, name: str) -> Dataset | IterableDataset:
+    """The data set as TRL can make text of it: without prompts that no completion belongs to, where it has more.
+
+    Raises:
+        [`LayerPruneError`]: if there is no column to make text of, or none of its rows holds any.
+    """
     columns = column_names(dataset)
     if text_field in columns and not isinstance(dataset, IterableDataset):
         texts = dataset[text_field]
@@ -74,11 +78,13 @@ def check_has_text(dataset: Dataset | IterableDataset, text_field: str, name: st
                 raise LayerPruneError(f"{name}: row {number} has {text!r} in column {text_field!r}, which is no text")
         if not any(text.strip() for text in texts):
             raise LayerPruneError(f"{name}: column {text_field!r} holds no text, only blank rows")
-    if text_field not in columns and not set(TEXT_COLUMNS) & set(columns):
+    pairs = {"prompt", "completion"} <= set(columns)
+    if not pairs and text_field not in columns and not set(TEXT_COLUMNS) & set(columns):
         raise LayerPruneError(
             f"{name} has columns {columns} but no text; name the text column with dataset_text_field (now "
             f"{text_field!r}), or bring messages or prompt and completion"
         )
+    return dataset.remove_columns("prompt") if "prompt" in columns and not pairs else dataset
 
 
 def check_enough_rows(rows: Dataset | IterableDataset, args: IterativeLayerDistillConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
@@ -26,7 +27,25 @@ def has_bf16(use_cpu: bool) -> bool:
 LOSS_PRESETS = ("paper", "balanced")
 HIDDEN_DISTANCES = ("mse", "cosine")
 HIDDEN_TARGETS = ("states", "updates")
-FRACTIONS = ("kl_weight", "hidden_weight", "lm_weight", "teacher_cache_size")
+WHOLE_NUMBERS = {  # and the least they may be
+    "target_num_layers": 1,
+    "target_num_parameters": 1,
+    "layers_per_round": 1,
+    "protect_first_layers": 0,
+    "protect_last_layers": 0,
+    "num_calibration_samples": 1,
+    "num_eval_samples": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+}
+NUMBERS = {"kl_weight": 0, "hidden_weight": 0, "lm_weight": 0, "teacher_cache_size": 0}
+
+
+def _joined(value: Any) -> Any:
+    """A list, or a single number, as YAML reads it, in the form of the command line."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return str(value) if isinstance(value, int) else value
 
 
 @dataclass
@@ -236,40 +255,32 @@ class IterativeLayerDistillConfig(SFTConfig):
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         super().__post_init__()
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
-        if isinstance(self.trained_layers, (int, list, tuple)):  # as YAML reads a layer, or a list of them
-            named = self.trained_layers if not isinstance(self.trained_layers, int) else [self.trained_layers]
-            self.trained_layers = ",".join(map(str, named))
-        if isinstance(self.tasks, (list, tuple)):
-            self.tasks = ",".join(map(str, self.tasks))
-        for name, least in (
-            ("target_num_layers", 1),
-            ("target_num_parameters", 1),
-            ("layers_per_round", 1),
-            ("protect_first_layers", 0),
-            ("protect_last_layers", 0),
-            ("num_calibration_samples", 1),
-            ("num_eval_samples", 1),
-            ("per_device_train_batch_size", 1),
-            ("per_device_eval_batch_size", 1),
-            ("kl_weight", 0),
-            ("hidden_weight", 0),
-            ("teacher_cache_size", 0),
-            ("lm_weight", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and name not in FRACTIONS and value != int(value):
-                raise LayerPruneError(f"{name}={value} is no whole number")
-            if value is not None and value < least:
-                raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
-        if self.temperature <= 0:
+        self.trained_layers, self.tasks = _joined(self.trained_layers), _joined(self.tasks)
+        self._check_numbers()
+        self._check_loss()
+        self._check_memory()
+        self.named_trained_layers()
+        self._check_choice()
+
+    def _check_numbers(self) -> None:
+        for names, whole in ((WHOLE_NUMBERS, True), (NUMBERS, False)):
+            for name, least in names.items():
+                value = getattr(self, name)
+                if value is not None and whole and value != int(value):
+                    raise LayerPruneError(f"{name}={value} is no whole number")
+                if value is not None and not value >= least:
+                    raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
+        if not self.temperature > 0:
             raise LayerPruneError(f"temperature={self.temperature} is out of range; it must be above 0")
-        check_criterion(self.criterion)
+        if not 0 <= self.beta <= 1:
+            raise LayerPruneError(f"beta={self.beta} is out of range; it must lie between 0 and 1")
+
+    def _check_loss(self) -> None:
+        """Do the settings of the loss fit together?"""
         if self.loss_preset not in (None, *LOSS_PRESETS):
             raise LayerPruneError(
                 f"loss_preset={self.loss_preset!r} is unknown; choose {', '.join(LOSS_PRESETS)} or none"
             )
-        if not 0 <= self.beta <= 1:
-            raise LayerPruneError(f"beta={self.beta} is out of range; it must lie between 0 and 1")
         for name, choices in (("hidden_distance", HIDDEN_DISTANCES), ("hidden_target", HIDDEN_TARGETS)):
             if getattr(self, name) not in choices:
                 raise LayerPruneError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(choices)}")
@@ -285,6 +296,9 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(
                 "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
             )
+
+    def _check_memory(self) -> None:
+        """Can activations be kept and made again as is asked?"""
         if self.activation_offloading and self.use_cpu:
             raise LayerPruneError(
                 "activation_offloading=True moves activations off a GPU, and there is none; leave it out"
@@ -294,11 +308,10 @@ class IterativeLayerDistillConfig(SFTConfig):
                 "gradient_checkpointing_kwargs={'use_reentrant': True} gives layers behind frozen ones no gradient; "
                 "leave it out"
             )
-        self.named_trained_layers()
-        self._check_choice()
 
     def _check_choice(self) -> None:
         """Do the settings that choose layers fit together?"""
+        check_criterion(self.criterion)
         if self.criterion == "tasks" and self.tasks is None:
             self.tasks = "default"
         if self.tasks is not None and self.criterion != "tasks":

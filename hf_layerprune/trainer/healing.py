@@ -209,8 +209,16 @@ class LayerHealingTrainer(SFTTrainer):
         student = student.get_base_model() if is_peft_model(student) else student
         valid, labels = valid_next_tokens(inputs)
         forward_inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        how = (self.hidden_state_map, self.shared_depth, self.args.hidden_target == "updates", self.teacher_cache)
-        towers = run_towers(student, self.teacher, forward_inputs, valid, *how)
+        towers = run_towers(
+            student,
+            self.teacher,
+            forward_inputs,
+            valid,
+            self.hidden_state_map,
+            self.shared_depth,
+            updates=self.args.hidden_target == "updates",
+            cache=self.teacher_cache,
+        )
         return parts_of_loss(towers, self.frozen_head or student.lm_head, self.teacher.lm_head, labels, self.args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -35,7 +35,7 @@ from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
-from .checks import check_enough_rows, check_has_text, check_request
+from .checks import check_enough_rows, check_request, with_text
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import check_engine, check_whole
@@ -127,9 +127,13 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         check_request(self.model_name, self.start, self.teacher, args, processing_class)
         if isinstance(eval_dataset, dict):
             raise LayerPruneError("eval_dataset is a dict; every round is measured on one data set, join them")
-        for dataset, name in ((train_dataset, "train"), (eval_dataset, "eval"), (calibration_dataset, "calibration")):
-            if dataset is not None and "formatting_func" not in kwargs:
-                check_has_text(dataset, args.dataset_text_field, f"{name}_dataset")
+        datasets = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
+        datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
+        self._has_text = "formatting_func" not in kwargs
+        if self._has_text:
+            for name, dataset in datasets.items():
+                datasets[name] = with_text(dataset, args.dataset_text_field, f"{name}_dataset")
+        train_dataset = datasets.pop("train")
 
         self.run: RunState | None = None  # what train() has done: `run.teacher`, `run.rounds`
         self._opened = False
@@ -137,8 +141,6 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         self._doing = "starting"
         self._peft_config = peft_config
         self._round = 0
-        datasets = {"eval": eval_dataset, "calibration": calibration_dataset}
-        datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
         args = copy.copy(args)  # the user's own stays as it is
         args.model_init_kwargs = None  # they have done their work; SFTTrainer would warn of them
         super().__init__(
@@ -241,8 +243,18 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         while len(current["edits"]) < current["wanted"] and not self.gauge.met(plan):
             self._phase("scoring", num_layers=plan.depth)
             start = time.perf_counter()
-            how = (self.gauge, self.teacher, self.args, run, self._phase_step, self.tasks)
-            label, scores = self._agreed(next_edit(student, self.calibration_batches, *how, self.processing_class))
+            found = next_edit(
+                student,
+                self.calibration_batches,
+                gauge=self.gauge,
+                teacher=self.teacher,
+                args=self.args,
+                run=run,
+                on_batch=self._phase_step,
+                tasks=self.tasks,
+                tokenizer=self.processing_class,
+            )
+            label, scores = self._agreed(found)
             current["seconds_scoring"] += time.perf_counter() - start
             current["scores"] += [] if scores is None else [scores.to_dict()]
             current["edits"].append(label)
@@ -325,6 +337,8 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         `eval_agreement`, all weighted by tokens."""
         batches = self.eval_batches
         if eval_dataset is not None:
+            if self._has_text:
+                eval_dataset = with_text(eval_dataset, self.args.dataset_text_field, "eval_dataset")
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
             batches = self._batches(prepared_for_evaluation(self, eval_dataset, packing), None, "evaluation data")
         student = self.accelerator.unwrap_model(self.model)
