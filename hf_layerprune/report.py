@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from rich import box
 from rich.table import Table
 
@@ -92,10 +93,24 @@ def write_report_files(folder: Path, report: dict[str, Any]) -> None:
 
 
 def save_report_plots(folder: Path, report: dict[str, Any]) -> None:
-    """Write `quality.png` and `layers.png`; each says in its metadata which report it shows."""
-    drawn = {"Report": report_digest(report)}
-    save_plot(plot_quality(report["teacher"], report["rounds"]), folder / "quality.png", drawn)
-    save_plot(plot_layer_map(report["rounds"], cost_unit(report)), folder / "layers.png", drawn)
+    """Write `quality.png` and `layers.png`, unless they show this report already: their metadata says which."""
+    shown = {"Report": report_digest(report)}
+    plots = {
+        "quality.png": lambda: plot_quality(report["teacher"], report["rounds"]),
+        "layers.png": lambda: plot_layer_map(report["rounds"], cost_unit(report)),
+    }
+    for name, plot in plots.items():
+        if _shown_in(folder / name) != shown["Report"]:
+            save_plot(plot(), folder / name, shown)
+
+
+def _shown_in(path: Path) -> str | None:
+    """Digest of the report that a plot shows; `None` where there is no plot that says so."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Report")
+    except OSError:
+        return None
 
 
 def weighed_by(settings: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ class Worker:
     """One process of `hub_worker.py`."""
 
     def __init__(self, server: HubServer, home: Path, cwd: Path | None = None, **changes: str) -> None:
+        self.typed: list[list[str]] = []  # commands, see test_commands.py
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self.process = subprocess.Popen(
             [sys.executable, str(TESTS / "hub_worker.py")], cwd=cwd, env=environment(server, home, **changes), **pipes

@@ -17,14 +17,15 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import byte_tokenizer, tiny_model
+from conftest import tiny_model
 from hub_client import Worker
 from hub_server import HubServer
-from test_recipes import CHAT, QUICK, arguments_of, tiny_config
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from test_recipes import QUICK, RECIPES, arguments_of, as_files, content_of, tiny_config, verb_of
+from transformers import AutoModelForCausalLM
 
 from hf_layerprune import PrunedQwen2Config, PrunedQwen2ForCausalLM, embedded_dataset
 from hf_layerprune.cli import VERBS
+from hf_layerprune.surgery import plan_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("recipes/**/README.md"))]
@@ -34,7 +35,7 @@ WHOLE_COMMAND = re.compile(r"`(hf-layerprune [\w-]+ --[^`<]*)`")  # within a sen
 STANDS_FOR_SOMETHING = re.compile(r"[A-Z]+|user/name")
 
 PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and page.name != "cli.md"]
-RECIPES = sorted(ROOT.glob("recipes/*/README.md"))
+PAGES_OF_RECIPES = sorted(ROOT.glob("recipes/**/README.md"))
 MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-3B")
 MODELS_OF_RECIPES = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-8B")
 EXAMPLE = (ROOT / "examples" / "compress.py").read_text()  # see test_readme.py
@@ -98,14 +99,6 @@ def test_commands_are_known(page):
 # ------------------------------------------------------------------------------------------ one reader's afternoon
 
 
-def as_files(model: PreTrainedModel, folder: Path) -> dict[str, bytes]:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     """The folder in which a reader types: texts, tasks, recipes, and what README's first command leaves there."""
@@ -158,6 +151,10 @@ def reader(desk, tmp_path_factory):
 
 
 def typed(worker: Worker, desk: Path, words: list[str]) -> None:
+    """Type a command, unless this very one was typed before."""
+    if words in worker.typed:
+        return
+    worker.typed.append(words)
     verb, *rest = of_the_package(words)
     rest = [re.sub(r"^user/", "me/", word) for word in rest]
     short = SHORT.get(verb, {})
@@ -204,7 +201,24 @@ def terminal(desk, tmp_path_factory):
         yield worker
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES_OF_RECIPES, ids=lambda page: page.parent.name)
 def test_a_reader_types_a_recipe(terminal, desk, page):
     types(terminal, desk, page)
+    for path in RECIPES:
+        if path.parent == page.parent:
+            check_result(desk, path)
+
+
+def check_result(desk: Path, path: Path) -> None:
+    """A recipe leaves answers, or a student of the depth it asks for made by its kind of edit."""
+    recipe = content_of(path)
+    if verb_of(path) == "generate":
+        answers = [json.loads(line) for line in (desk / recipe["output_file"]).read_text().splitlines()]
+        assert answers and all({"prompt", "completion"} <= set(answer) for answer in answers)
+        return
+    plan = plan_of(AutoModelForCausalLM.from_pretrained(desk / recipe["output_dir"] / "model"))
+    depth = tiny_config(recipe["model"]).num_hidden_layers
+    gone = depth - recipe["target_num_layers"]
+    assert (plan.depth, plan.num_teacher_layers) == (recipe["target_num_layers"], depth)
+    pairs = verb_of(path) == "parallelize" or recipe.get("edits") == "parallelize"
+    assert (len(plan.parallel_pairs), len(plan.removed_layers)) == ((gone, 0) if pairs else (0, gone))

@@ -1,4 +1,4 @@
-"""Every recipe is parsed as strictly as the command line does, and runs on a tiny random model of its architecture."""
+"""Every recipe is parsed as strictly as the command line does; `test_commands.py` runs them on tiny models."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import VOCAB_SIZE, byte_tokenizer
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hf_layerprune import IterativeLayerDistillConfig, cli
 from hf_layerprune.cli.arguments import CompressArguments, GenerateArguments, ParallelizeArguments
@@ -168,82 +168,40 @@ def tiny_config(model: str) -> PretrainedConfig:
     return type(config)(**{name: getattr(config, name) for name in kept} | SMALL)
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """Folder of a tiny random model of the same architecture, made once."""
-    folders: dict[str, Path] = {}
-
-    def make(model: str) -> Path:
-        if model not in folders:
-            folders[model] = tmp_path_factory.mktemp("model")
-            torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(tiny_config(model)).save_pretrained(folders[model])
-            tokenizer = byte_tokenizer()
-            tokenizer.chat_template = CHAT
-            tokenizer.save_pretrained(folders[model])
-        return folders[model]
-
-    return make
-
-
-@pytest.fixture
-def tiny_data(tmp_path):
-    """Local rows in place of what a recipe reads from the Hub: the settings that name them."""
-
-    def rows(name: str, content: list[dict]) -> str:
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in content))
-        return str(path)
-
-    def tasks() -> str:
-        entries = yaml.safe_load((ASSETS / "tasks" / "paper.yaml").read_text())
-        for entry in entries:
-            (row,) = (row for part, row in PAPER_ROWS.items() if part in entry["name"])
-            rows(entry["name"], [row] * 2)
-            entry |= {"num_few_shot": 1, "limit": 1} | ({"max_new_tokens": 2} if "max_new_tokens" in entry else {})
-        (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(entries))
-        return f"{tmp_path / 'tasks.yaml'}:{tmp_path}"
-
-    def make(verb: str, recipe: dict) -> dict[str, str]:
-        texts = [text[:300] for text in embedded_text("calibration")[:24]]
-        if verb == "generate":
-            content = [{recipe.get("prompt_column", "prompt"): text[:40]} for text in texts]
-        elif recipe["dataset"].endswith(".jsonl"):  # which `generate` wrote
-            say = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
-            content = [{"prompt": say("user", t[:20]), "completion": say("assistant", t[20:40])} for t in texts]
-        else:
-            content = [{recipe.get("dataset_text_field", "text"): text} for text in texts]
-        few = {"tasks": tasks(), "protect_first_layers": 30} if "tasks" in recipe else {}  # they take long
-        return {"dataset": rows("rows", content)} | few
-
-    return make
-
-
 def arguments_of(settings: dict) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_recipe_runs_on_a_tiny_model_of_its_architecture(path, tiny_model, tiny_data, tmp_path, capsys):
-    verb, recipe = verb_of(path), content_of(path)
-    config = tiny_config(recipe["model"])
-    settings = QUICK[verb] | {"model": tiny_model(recipe["model"])} | tiny_data(verb, recipe)
-    place = tmp_path / "out"
-    if verb == "generate":
-        settings["output_file"] = place.with_suffix(".jsonl")
-    else:
-        settings |= {"output_dir": place, "target_num_layers": config.num_hidden_layers - 1}
-        assert recipe["target_num_layers"] < config.num_hidden_layers
-    status = cli.main([verb, "--config", str(path), *arguments_of(settings)])
+def as_files(model: PreTrainedModel, folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint with its tokenizer."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_round_of_the_paper_scored_by_its_seven_data_sets(tmp_path, capsys):
+    """What its commands do otherwise is run in test_commands.py."""
+    path = ROOT / "recipes" / "qwen2.5-3b" / "paper.yaml"
+    entries = yaml.safe_load((ASSETS / "tasks" / "paper.yaml").read_text())
+    files = {"rows": [{"text": text[:300]} for text in embedded_text("calibration")[:24]]}
+    for entry in entries:
+        (row,) = (row for part, row in PAPER_ROWS.items() if part in entry["name"])
+        files[entry["name"]] = [row] * 2
+        entry |= {"num_few_shot": 1, "limit": 1} | ({"max_new_tokens": 2} if "max_new_tokens" in entry else {})
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(entries))
+    torch.manual_seed(0)
+    as_files(AutoModelForCausalLM.from_config(tiny_config(content_of(path)["model"])), tmp_path / "model")
+    settings = QUICK["compress"] | {
+        "model": tmp_path / "model", "dataset": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out",
+        "tasks": f"{tmp_path / 'tasks.yaml'}:{tmp_path}", "target_num_layers": 35,
+        "protect_first_layers": 33,  # scoring all layers takes long
+    }  # fmt: skip
+    status = cli.main(["compress", "--config", str(path), *arguments_of(settings)])
     assert status == 0, capsys.readouterr().err
-    if verb == "generate":
-        written = [json.loads(line) for line in settings["output_file"].read_text().splitlines()]
-        assert written and {"prompt", "completion"} <= set(written[0])
-        return
-    student = AutoModelForCausalLM.from_pretrained(place / "model")
-    plan = plan_of(student)
-    assert plan.depth == config.num_hidden_layers - 1 and plan.num_teacher_layers == config.num_hidden_layers
-    pairs = verb == "parallelize" or recipe.get("edits") == "parallelize"
-    assert len(plan.parallel_pairs) == pairs and len(plan.removed_layers) == (not pairs)
-    report = json.loads((place / "report.json").read_text())
-    assert len(report["rounds"]) == 1 and report["rounds"][0]["perplexity"] > 1
+    (record,) = json.loads((tmp_path / "out" / "report.json").read_text())["rounds"]
+    assert len(record["scores"]) == 3 and set(record["tasks"]["results"]) == {entry["name"] for entry in entries}
+    assert plan_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")).depth == 35
