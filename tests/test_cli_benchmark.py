@@ -7,7 +7,7 @@ from conftest import tiny_model
 import hf_layerprune.cli.benchmark as module
 from hf_layerprune import cli, prune
 from hf_layerprune.benchmark import BenchmarkReport
-from hf_layerprune.shapes import load_shape, random_model
+from hf_layerprune.shapes import load_shape, random_models
 
 QUICK = ["--prompt_tokens", "8", "--new_tokens", "4", "--repeats", "1"]
 
@@ -121,10 +121,10 @@ def test_the_dtype_of_a_shape_is_its_own_unless_asked_for(shape, timed, dtype, e
 
 
 def test_a_shape_that_comes_with_the_package_is_named(monkeypatch, timed, capsys):
-    def on_meta(config, layers, blocks, dtype, device):
-        return random_model(config, layers, blocks, dtype, "meta")
+    def on_meta(config, sizes, dtype, device):
+        return random_models(config, sizes, dtype, "meta")
 
-    monkeypatch.setattr(module, "random_model", on_meta)
+    monkeypatch.setattr(module, "random_models", on_meta)
     assert load_shape("Qwen/Qwen2.5-3B").to_dict() == load_shape("Qwen2.5-3B").to_dict()
     assert run("--config", "Qwen2.5-3B", "--layers", "36", "36/29") == 0
     assert depths(timed) == [[36, 29]] and timed[0][0][0].config.hidden_size == 2048

@@ -32,6 +32,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob(
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 WHOLE_COMMAND = re.compile(r"`(hf-layerprune [\w-]+ --[^`<]*)`")  # within a sentence
+DEFAULT_FOLDERS = {"compress": "trainer_output", "parallelize": "layerprune-parallel"}
 STANDS_FOR_SOMETHING = re.compile(r"[A-Z]+|user/name")
 
 PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and page.name != "cli.md"]
@@ -99,10 +100,8 @@ def test_commands_are_known(page):
 # ------------------------------------------------------------------------------------------ one reader's afternoon
 
 
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    """The folder in which a reader types: texts, tasks, recipes, and what README's first command leaves there."""
-    folder = tmp_path_factory.mktemp("desk")
+def a_desk(folder: Path) -> Path:
+    """The folder in which somebody types: texts, tasks and recipes."""
     texts = [text[:300] for text in embedded_dataset("calibration").select(range(24))["text"]]
     files = {
         "my_texts.jsonl": [{"text": text} for text in texts],
@@ -142,6 +141,11 @@ def a_terminal(desk: Path, models: tuple[str, ...], tmp_path_factory) -> Iterato
 
 
 @pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    return a_desk(tmp_path_factory.mktemp("desk"))
+
+
+@pytest.fixture(scope="module")
 def reader(desk, tmp_path_factory):
     """Somebody who has read README and typed all of it, one line after the other."""
     with a_terminal(desk, MODELS, tmp_path_factory) as worker:
@@ -169,7 +173,8 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
         if "tasks" in recipe:
             short = short | {"tasks": "my_tasks.yaml"}
     output_dir = rest[rest.index("--output_dir") + 1] if "--output_dir" in rest else recipe.get("output_dir")
-    if verb == "compress" and output_dir and "--resume" not in rest:  # another example under the same name
+    output_dir = output_dir or DEFAULT_FOLDERS.get(verb)
+    if verb in DEFAULT_FOLDERS and "--resume" not in rest:  # another example under the same name
         shutil.rmtree(desk / output_dir, ignore_errors=True)
     if "--tasks" in rest:
         rest[rest.index("--tasks") + 1] = "my_tasks.yaml"  # the paper's are on the Hub, the default ones take long
@@ -196,17 +201,22 @@ def test_a_reader_types_what_stands_there(reader, desk, page):
 
 
 @pytest.fixture(scope="module")
-def terminal(desk, tmp_path_factory):
-    with a_terminal(desk, MODELS + MODELS_OF_RECIPES, tmp_path_factory) as worker:
+def another_desk(tmp_path_factory):
+    return a_desk(tmp_path_factory.mktemp("desk"))
+
+
+@pytest.fixture(scope="module")
+def terminal(another_desk, tmp_path_factory):
+    with a_terminal(another_desk, MODELS + MODELS_OF_RECIPES, tmp_path_factory) as worker:
         yield worker
 
 
 @pytest.mark.parametrize("page", PAGES_OF_RECIPES, ids=lambda page: page.parent.name)
-def test_a_reader_types_a_recipe(terminal, desk, page):
-    types(terminal, desk, page)
+def test_a_reader_types_a_recipe(terminal, another_desk, page):
+    types(terminal, another_desk, page)
     for path in RECIPES:
         if path.parent == page.parent:
-            check_result(desk, path)
+            check_result(another_desk, path)
 
 
 def check_result(desk: Path, path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,12 +48,22 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer, texts):
+    """A folder with a model, texts and a recipe."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny_model().save_pretrained(folder / "tiny-model")
+    tokenizer.save_pretrained(folder / "tiny-model")
+    texts.to_json(folder / "texts.jsonl")
+    named = {"model": str(folder / "tiny-model"), "dataset": str(folder / "texts.jsonl")}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | named))
+    return folder
+
+
 @pytest.fixture
-def recipe(tmp_path, model_folder, texts):
-    texts.to_json(tmp_path / "texts.jsonl")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | {"model": str(model_folder), "dataset": str(tmp_path / "texts.jsonl")}))
-    return path
+def recipe(place, tmp_path):
+    """One that a test may change."""
+    return Path(shutil.copy(place / "recipe.yaml", tmp_path))
 
 
 def command(recipe, folder, *more, slowly=False):
@@ -94,11 +105,12 @@ def assert_same_result(folder, whole):
         assert torch.equal(a, b), name
 
 
-@pytest.fixture
-def whole(recipe, tmp_path):
-    done = run(recipe, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(place):
+    """What a run that nothing ends leaves."""
+    done = run(place / "recipe.yaml", place / "whole")
     assert done.returncode == 0, done.stderr
-    return tmp_path / "whole"
+    return place / "whole"
 
 
 def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(recipe, tmp_path, whole):

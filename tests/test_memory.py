@@ -34,8 +34,7 @@ def test_fake_tensors_need_what_real_ones_do(tmp_path, trained, checkpointing, a
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("packing", ["wrapped", "bfd", None])
-@pytest.mark.parametrize("trained", ["neighbours", "all"])
+@pytest.mark.parametrize("packing, trained", [("wrapped", "neighbours"), ("wrapped", "all"), (None, "neighbours")])
 @pytest.mark.parametrize("edit", [Edit.remove(3), Edit.parallelize(2, 3)], ids=str)
 def test_every_family_and_edit(tmp_path, family, packing, trained, edit, monkeypatch):
     changes = {"packing": packing is not None, "packing_strategy": packing or "bfd"}

@@ -116,7 +116,8 @@ def finished(page):
 
 def choose(page, name):
     page.click("#lp-model input")
-    page.get_by_role("option", name=name).click()
+    with page.expect_response(lambda response: "/run/predict" in response.url):  # what follows the choice
+        page.get_by_role("option", name=name).click()
 
 
 def words(page, side):
@@ -172,8 +173,13 @@ def set_sampling(page, name, value):
     if not page.locator("#lp-sampling input[type=number]").first.is_visible():
         page.click("#lp-sampling button")
     field = page.locator("#lp-sampling input[type=number]").nth(SAMPLING.index(name))
-    field.fill(str(value))
-    field.press("Tab")
+    for _ in range(20):  # a page that has not drawn all of it yet takes the value back
+        field.fill(str(value))
+        field.press("Tab")
+        page.wait_for_timeout(300)
+        if field.input_value() == str(value):
+            return
+    raise AssertionError(f"{name} is {field.input_value()}, not {value}")
 
 
 def test_what_is_refused_can_be_put_right(visit):

@@ -36,6 +36,7 @@ class ModelChoice:
             )
             self.depth = gr.Slider(elem_id="lp-depth", min_width=260, **_slider(first))
         self.about = gr.HTML(_about(first), padding=False)
+        self.shown = gr.State((first.name, first.depths[-1]))  # what the page below follows
         self.catalog = catalog
 
     def changed(self, service: DemoService, compare: CompareTab, inside: InsideTab) -> None:
@@ -45,20 +46,22 @@ class ModelChoice:
             pairing = self.catalog[name]
             depth = pairing.depths[-1]
             shown = len(self.catalog.names) > 1 or len(pairing.depths) > 1
-            own = [gr.Row(visible=shown), gr.Slider(**_slider(pairing)), _about(pairing)]
+            own = [gr.Row(visible=shown), gr.Slider(**_slider(pairing)), _about(pairing), (name, depth)]
             return [*own, *compare.follow(pairing, depth), *inside.follow(pairing, depth)]
 
-        def on_depth(name: str, depth: float, mode: str) -> list[object]:
+        def on_depth(name: str, depth: float, mode: str, shown: tuple[str, int]) -> list[object]:
             pairing = self.catalog[name]
             nearest = pairing.depth(depth)
-            return [*compare.follow_depth(pairing, nearest, mode), *inside.follow(pairing, nearest)]
+            if (name, nearest) == tuple(shown):  # the page drew the slider: answers that came since stay
+                return [gr.skip()] * len(followers)
+            return [(name, nearest), *compare.follow_depth(pairing, nearest, mode), *inside.follow(pairing, nearest)]
 
         # Drawings are quick and wait for nobody: not for what runs on the device, nor do they fill the queue.
         hidden = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-        everything = [self.row, self.depth, self.about, *compare.followers, *inside.followers]
+        everything = [self.row, self.depth, self.about, self.shown, *compare.followers, *inside.followers]
         self.model.input(on_model, self.model, everything, **hidden)
-        followers = [*compare.depth_followers, *inside.followers]
-        chosen = [self.model, self.depth, compare.chatting]
+        followers = [self.shown, *compare.depth_followers, *inside.followers]
+        chosen = [self.model, self.depth, compare.chatting, self.shown]
         # `change`, unlike `release`, is for the keyboard as well. It also comes while the range changes with the
         # model, when the depth is still that of the one before: the range is not checked, the nearest depth is taken.
         self.depth.change(on_depth, chosen, followers, trigger_mode="always_last", preprocess=False, **hidden)
