@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from .errors import LayerPruneError, first_line
-from .forward import measuring
+from .forward import check_causal, measuring
 
 CACHE_IMPLEMENTATIONS = ("dynamic", "static")
 
@@ -119,6 +119,8 @@ def benchmark_models(
         [`LayerPruneError`]: for a setting that cannot work, or a model that cannot be compiled.
     """
     check_settings(prompt_tokens, new_tokens, batch_size, repeats, cache_implementation, compile)
+    for model in models:
+        check_causal(model)
     length = prompt_tokens + new_tokens
     seconds: list[list[tuple[float, float]]] = [[] for _ in models]
     with measuring(*models), _as_loaded(models), _compiling(models) if compile else nullcontext():

@@ -42,14 +42,16 @@ BATCH_KEYS = ("input_ids", "attention_mask", "labels", "position_ids")
 def valid_next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     """Which positions count, and what follows them: a boolean mask `(B, T)` and the labels `(N,)` of its true places.
 
-    A position counts where it and the next one are no padding and the next one is to be scored.
+    A position counts where it and the next one are no padding, of one document, and the next one is to be scored.
     """
-    ids = batch["input_ids"]
+    ids, positions = batch["input_ids"], batch.get("position_ids")
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     target = ids[:, 1:] if labels is None else labels[:, 1:]
     counts = target != -100
     if mask is not None:
         counts = counts & mask[:, :-1].bool() & mask[:, 1:].bool()
+    elif positions is not None:  # what begins another document follows nothing
+        counts = counts & (positions[:, 1:] != 0)
     valid = torch.nn.functional.pad(counts, (0, 1))
     return valid, target[counts]
 
@@ -60,10 +62,12 @@ def check_form(batches: Iterable[Batch], what: str = "calibration data") -> list
     Raises:
         [`LayerPruneError`]: if one of them is something else, such as a row of text.
     """
+    if not isinstance(batches, Iterable):
+        raise LayerPruneError(f"{what}: {batches!r:.80} is no list of batches; give dicts with input_ids")
     batches = list(batches)
     for number, batch in enumerate(batches):
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
             of = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
             raise LayerPruneError(
                 f"{what}: item {number} is no batch but a {type(batch).__name__}{of}; give a list of "
@@ -79,9 +83,17 @@ def check_batches(batches: Iterable[Batch], vocab_size: int, what: str = "batche
     Raises:
         [`LayerPruneError`]: if they are no batches, hold no position to score, or a token id outside the vocabulary.
     """
-    batches = [{key: batch[key] for key in BATCH_KEYS if key in batch} for batch in check_form(batches, what)]
+    batches = [
+        {key: batch[key] for key in BATCH_KEYS if batch.get(key) is not None}
+        for batch in check_form(batches, what)
+        if batch["input_ids"].numel()
+    ]
+    for number, batch in enumerate(batches):
+        _check_beside_ids(batch, vocab_size, f"{what}: batch {number}")
     if not any(valid_next_tokens(batch)[0].any() for batch in batches):
-        raise LayerPruneError(f"{what}: no token to score; give at least one batch with two unpadded tokens in a row")
+        raise LayerPruneError(
+            f"{what}: no token to score; give text of two tokens or more, and a max_length that leaves as many"
+        )
     for number, batch in enumerate(batches):
         low, high = int(batch["input_ids"].min()), int(batch["input_ids"].max())
         if low < 0 or high >= vocab_size:
@@ -90,6 +102,24 @@ def check_batches(batches: Iterable[Batch], vocab_size: int, what: str = "batche
                 f"{vocab_size} entries; was the text tokenized with another tokenizer?"
             )
     return batches
+
+
+def _check_beside_ids(batch: Batch, vocab_size: int, where: str) -> None:
+    """Raise [`LayerPruneError`] unless mask, labels and positions are tensors that fit the token ids."""
+    shape = tuple(batch["input_ids"].shape)
+    for key, value in batch.items():
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise LayerPruneError(
+                f"{where}: {key} is {given}, but input_ids have the shape {shape}; give a tensor like it"
+            )
+    labels = batch.get("labels")
+    if labels is not None:
+        scored = labels[labels != -100]
+        if labels.is_floating_point() or len(scored) and not 0 <= int(scored.min()) <= int(scored.max()) < vocab_size:
+            raise LayerPruneError(
+                f"{where}: labels must be token ids below {vocab_size}, or -100 where none is scored"
+            )
 
 
 @cache
@@ -144,7 +174,9 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
     except LayerPruneError:
         raise
     except Exception as error:  # datasets raises many types, for a missing file as for a broken row
-        raise LayerPruneError(f"dataset {source} cannot be loaded: {first_line(error)}") from error
+        cause = error.__cause__ or error  # datasets says itself only that an error occurred
+        told = f"{source} is empty" if path.is_file() and not path.stat().st_size else first_line(cause)
+        raise LayerPruneError(f"dataset {source} cannot be loaded: {told}") from error
     if path.is_file() and path.suffix == ".txt":
         dataset = dataset.filter(lambda row: bool(row["text"].strip()))
     if len(dataset) == 0:
@@ -206,7 +238,8 @@ def tokenized_batches(
     ids: list[int] = []
     for row in dataset:
         if not isinstance(row.get(text_field), str):
-            raise LayerPruneError(f"the data has no text in column {text_field!r}; its columns are {sorted(row)}")
+            has = f"{row[text_field]!r:.80}" if text_field in row else f"none of that name, only {sorted(row)}"
+            raise LayerPruneError(f"the data has no text in column {text_field!r} but {has}")
         ids += tokenizer(row[text_field])["input_ids"] + end
         if len(ids) >= num_rows * max_length:
             break

@@ -49,11 +49,11 @@ def evaluate_model(
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
 
     Raises:
-        [`LayerPruneError`]: for data without a token to score, or a teacher with another vocabulary.
+        [`LayerPruneError`]: for data without a token to score, what is no such model, or a teacher with another
+            vocabulary.
     """
     models = [model] if teacher is None else [model, teacher]
-    if teacher is not None:
-        check_same_vocabulary(model, teacher)
+    check_same_vocabulary(model, models[-1])
     batches = check_batches(batches, model.config.vocab_size, "evaluation data")
     nll = kl = agreement = 0.0
     num_tokens = 0

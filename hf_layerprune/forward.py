@@ -61,8 +61,20 @@ def measuring(*models: PreTrainedModel) -> Iterator[None]:
             model.train(mode)
 
 
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise [`LayerPruneError`] unless `model` is a causal language model with an output head."""
+    if isinstance(model, str):
+        raise LayerPruneError(f"{model!r} is a name, not a model; load it with hf_layerprune.load_model({model!r})")
+    if not isinstance(model, nn.Module) or not hasattr(model, "lm_head"):
+        raise LayerPruneError(
+            f"{type(model).__name__} is no causal language model, it has no lm_head; load it by AutoModelForCausalLM"
+        )
+
+
 def check_same_vocabulary(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless both models predict over the same number of tokens."""
+    """Raise [`LayerPruneError`] unless both are causal language models over the same number of tokens."""
+    check_causal(model)
+    check_causal(teacher)
     if teacher.config.vocab_size != model.config.vocab_size:
         raise LayerPruneError(
             f"the teacher's vocabulary has {teacher.config.vocab_size} entries and the student's "

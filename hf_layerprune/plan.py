@@ -9,6 +9,7 @@ the student is called a block.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,21 @@ from .errors import LayerPruneError
 MAX_LAYERS = 10_000
 """Deeper than any teacher; a plan from outside that asks for more is a mistake, or meant to fill the memory."""
 MAX_JSON_CHARACTERS = 1_000_000
+
+
+def layer_indices(layers: Iterable[int], what: str = "layers") -> list[int]:
+    """Layer indices as a list of integers, whatever they came in.
+
+    Raises:
+        [`LayerPruneError`]: if they are anything else.
+    """
+    try:
+        found = list(layers)
+        if any(isinstance(layer, bool) for layer in found):
+            raise TypeError
+        return [operator.index(layer) for layer in found]
+    except TypeError:
+        raise LayerPruneError(f"{what}={layers!r:.200} is no list of layer indices, such as [4, 9]") from None
 
 
 @dataclass(frozen=True)
@@ -121,10 +137,10 @@ class LayerPlan:
         Raises:
             [`LayerPruneError`]: if a layer is named twice, or a group is not made of whole neighbouring blocks.
         """
-        pairs = list(pairs)
-        if not pairs or not all(isinstance(pair, Iterable) for pair in pairs):
+        pairs = list(pairs) if isinstance(pairs, Iterable) else pairs
+        if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, Iterable) for pair in pairs):
             raise LayerPruneError(f"pairs={pairs} is no list of groups of neighbouring layers, such as [(4, 5)]")
-        pairs = [list(pair) for pair in pairs]
+        pairs = [layer_indices(pair, "a group of pairs") for pair in pairs]
         named = [layer for pair in pairs for layer in pair]
         if len(set(named)) != len(named):
             raise LayerPruneError(
@@ -171,6 +187,8 @@ class LayerPlan:
         Raises:
             [`LayerPruneError`]: if `text` is not JSON, names a key twice, is too long, or is not a valid plan.
         """
+        if not isinstance(text, (str, bytes)):
+            raise LayerPruneError(f"layer plan {text!r:.80} is no text; from_dict reads a dict")
         if len(text) > MAX_JSON_CHARACTERS:
             raise LayerPruneError(f"layer plan has {len(text):,} characters; at most {MAX_JSON_CHARACTERS:,} are read")
         try:

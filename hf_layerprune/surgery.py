@@ -18,7 +18,7 @@ from .architectures import Architecture, architecture_of, check_supported, keep_
 from .errors import LayerPruneError
 from .models import PLAIN_MODELS, PrunedQwen2ForCausalLM
 from .models.modeling_pruned_qwen2 import adopt_weights
-from .plan import LayerPlan
+from .plan import LayerPlan, layer_indices
 
 NOT_OF_PLAIN = ("model_type", "architectures", "auto_map", "attention_bias", "qk_norm")
 """Entries of a PrunedQwen2's config that a plain model does not take over."""
@@ -30,6 +30,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise LayerPruneError(
             f"{type(model).__name__} is no plain causal language model; unwrap it, or merge its adapters into it"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise LayerPruneError("the model carries adapters; merge them into it first")
     check_supported(model.config)
 
 
@@ -71,7 +73,7 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share_weights: bool 
         [`LayerPruneError`]: for an unsupported architecture, a layer the model does not have, or no layer left.
     """
     check_model(model)
-    plan, layers = plan_of(model), list(layers)
+    plan, layers = plan_of(model), layer_indices(layers)
     if len(set(layers)) != len(layers):
         raise LayerPruneError(f"layers={layers} names a layer twice")
     for layer in layers:
@@ -121,7 +123,10 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
     Raises:
         [`LayerPruneError`]: if a group is no parallel block of the model.
     """
+    check_model(model)
     plan = plan_of(model)
+    if pairs is not None and not isinstance(pairs, Iterable):
+        raise LayerPruneError(f"pairs={pairs} is no list of parallel blocks; the model's are {plan.parallel_pairs}")
     wanted = list(plan.parallel_pairs if pairs is None else pairs)
     if unknown := [
         pair for pair in wanted if not isinstance(pair, Iterable) or tuple(pair) not in plan.parallel_pairs
@@ -156,6 +161,10 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     """
     check_model(model)
     current = plan_of(model)
+    if not isinstance(plan, LayerPlan):
+        raise LayerPruneError(
+            f"plan={plan!r:.80} is no LayerPlan; make one with LayerPlan(blocks, num_teacher_layers)"
+        )
     if plan.num_teacher_layers != current.num_teacher_layers:
         raise LayerPruneError(
             f"the plan is for a teacher of {plan.num_teacher_layers} layers; the model's has "
@@ -168,10 +177,17 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     if share_weights:
         return student.requires_grad_(False)
     trained = {parameter.data_ptr(): parameter.requires_grad for parameter in model.parameters()}
-    any_layer = any(parameter.requires_grad for parameter in model.base_model.layers.parameters())
+    of_layer = {
+        layer: any(parameter.requires_grad for parameter in module.parameters())
+        for block, module in zip(current.blocks, model.base_model.layers, strict=True)
+        for layer in block
+    }
     shared = [parameter for parameter in student.parameters() if parameter.data_ptr() in trained]
+    for block, module in zip(plan.blocks, student.base_model.layers, strict=True):
+        for parameter in module.parameters():  # new where the block is: as those it is made of
+            parameter.requires_grad_(trained.get(parameter.data_ptr(), any(of_layer[layer] for layer in block)))
     for parameter in student.parameters():
-        parameter.requires_grad_(trained.get(parameter.data_ptr(), any_layer))
+        parameter.requires_grad_(trained.get(parameter.data_ptr(), parameter.requires_grad))
     unshare_parameters(shared)
     return student
 

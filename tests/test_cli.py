@@ -84,6 +84,25 @@ def test_a_length_without_limit_is_in_the_recipe(tmp_path, model_folder, text_fi
     assert run("compress", "--config", written, "--resume", "true", "--target_num_layers", 3) == 0
 
 
+def test_options_may_have_dashes(tmp_path, model_folder, text_file):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"model: {model_folder}\ndataset: {text_file}\ntarget_num_parameters: 1\n")
+    quick = [part.replace("_", "-") if part.startswith("--") else part for part in QUICK]
+    assert run("compress", "--config", recipe, "--output-dir", tmp_path / "out", *quick, "--criterion", "tail") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [record["num_layers"] for record in report["rounds"]] == [4]
+
+
+def test_rows_without_text_among_others_are_no_trouble(tmp_path, model_folder, texts):
+    rows = [{"text": text if number % 3 else ""} for number, text in enumerate(list(texts["text"]) * 10)]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model", model_folder, "--dataset", tmp_path / "some.jsonl", "--output_dir", tmp_path / "out"]
+    alone = ["--packing", "false", "--per_device_train_batch_size", "1", "--max_steps", "8"]
+    for preset in ([], ["--loss_preset", "balanced"]):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert run("compress", *arguments, *QUICK, *alone, *preset) == 0
+
+
 def test_without_a_target_three_quarters_are_kept(tmp_path, model_folder, text_file):
     arguments = [argument for argument in QUICK if argument not in ("--target_num_layers", "4")]
     assert (
@@ -142,7 +161,25 @@ def bad_requests():
         "batch size of nothing": (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size=0"),
         "schedule that lacks a setting": (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
         "adapters of no rank": (["--lora_r", "0"], "lora_r=0"),
+        "adapters of no scale": (["--lora_r", "2", "--lora_alpha", "0"], "lora_alpha=0"),
         "tracker that is none": (["--report_to", "foo"], "foo"),
+        "tracker that is not installed": (["--report_to", "comet_ml"], "comet"),
+        "steps of nothing": (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0"),
+        "learning rate that is no number": (["--learning_rate", "nan"], "learning_rate=nan"),
+        "learning rate below nothing": (["--learning_rate", "-1"], "learning_rate=-1"),
+        "optimizer's setting out of range": (["--adam_beta1", "2"], "optim='adamw"),
+        "optimizer's setting that is none": (["--optim_args", "foo"], "optim='adamw"),
+        "optimizer that is not installed": (["--optim", "galore_adamw"], "galore_adamw"),
+        "epochs that are no number": (["--max_steps", "-1", "--num_train_epochs", "nan"], "num_train_epochs=nan"),
+        "workers below nothing": (["--dataloader_num_workers", "-1"], "dataloader_num_workers=-1"),
+        "cache without end": (["--teacher_cache_size", "inf"], "teacher_cache_size=inf"),
+        "weight without end": (["--hidden_weight", "inf"], "hidden_weight=inf"),
+        "temperature without end": (["--temperature", "inf"], "temperature=inf"),
+        "seed below nothing": (["--seed", "-1"], "seed=-1"),
+        "rows below nothing": (["--max_length", "-5"], "max_length=-5"),
+        "loss of another trainer": (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1"),
+        "noise where the teacher reads": (["--neftune_noise_alpha", "5"], "neftune_noise_alpha=5"),
+        "file of nothing": (["--dataset", "{nothing}"], "nothing.jsonl is empty"),
         "target not below the depth": (["--target_num_layers", "5"], "choose 1..4"),
         "target of nothing": (["--target_num_layers", "0"], "target_num_layers=0"),
         "folder that is no model": (["--model", "{empty}"], "no config.json"),
@@ -174,7 +211,8 @@ def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_pa
              "no_text": tmp_path / "no_text.csv", "short": tmp_path / "short.txt", "bad_yaml": tmp_path / "bad.yaml",
              "broken_yaml": tmp_path / "broken.yaml", "other_vocabulary": tmp_path / "other",
              "no_tokenizer": tmp_path / "bare", "number": tmp_path / "number.jsonl", "null": tmp_path / "null.jsonl",
-             "blank": tmp_path / "blank.jsonl"}  # fmt: skip
+             "blank": tmp_path / "blank.jsonl", "nothing": tmp_path / "nothing.jsonl"}  # fmt: skip
+    files["nothing"].write_text("")
     files["number"].write_text('{"text": 5}\n' * 20)
     files["null"].write_text('{"text": null}\n{"text": "word"}\n' * 20)
     files["blank"].write_text('{"text": " "}\n' * 400)

@@ -21,6 +21,44 @@ def test_valid_next_tokens_needs_both_sides_and_a_label():
     assert valid.int().tolist() == [[1, 1, 1, 0]] and labels.tolist() == [6, 7, 8]
 
 
+def test_what_begins_another_document_follows_nothing(model):
+    ids, positions = torch.randint(250, (1, 12)), torch.tensor([[0, 1, 2] * 4])
+    packed = evaluate_model(model, [{"input_ids": ids, "position_ids": positions}])
+    apart = evaluate_model(model, [{"input_ids": ids.view(4, 3)}])
+    assert packed.num_tokens == apart.num_tokens == 8
+    assert packed.loss == pytest.approx(apart.loss, rel=1e-5)
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    "beside, message",
+    [
+        ({"attention_mask": torch.ones(2, 2)}, r"attention_mask is \(2, 2\), but input_ids have the shape \(2, 3\)"),
+        ({"attention_mask": [[1, 1, 1]] * 2}, "attention_mask is list"),
+        ({"labels": torch.ones(1, 3, dtype=torch.long)}, r"labels is \(1, 3\)"),
+        ({"labels": IDS + 300}, "labels must be token ids below 257"),
+        ({"labels": IDS * 0 - 1}, "labels must be token ids"),
+        ({"labels": IDS.float()}, "labels must be token ids"),
+    ],
+)
+def test_what_does_not_fit_the_token_ids_is_named(model, beside, message):
+    for act in (evaluate_model, score_layers):
+        with pytest.raises(LayerPruneError, match=f"batch 0: {message}"):
+            act(model, [{"input_ids": IDS} | beside])
+
+
+def test_what_is_nothing_is_left_out(model):
+    whole = evaluate_model(model, [{"input_ids": IDS}])
+    empty = {"input_ids": torch.zeros(0, 3, dtype=torch.long)}
+    given = [{"input_ids": IDS.int(), "attention_mask": None, "labels": None}, empty]
+    assert evaluate_model(model, given).loss == pytest.approx(whole.loss)
+    for nothing in (None, 3):
+        with pytest.raises(LayerPruneError, match="no list of batches"):
+            evaluate_model(model, nothing)
+
+
 def test_batches_without_a_token_or_from_another_tokenizer_are_refused():
     with pytest.raises(LayerPruneError, match="no token to score"):
         check_batches([], 10)

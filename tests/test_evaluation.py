@@ -38,8 +38,10 @@ def test_the_result_does_not_depend_on_the_batch_split(model):
 
 def test_modes_come_back_even_after_an_error(model):
     model.train()
-    with pytest.raises(IndexError):
-        evaluate_model(model, [{"input_ids": torch.tensor([[1, 2, 3]]), "position_ids": torch.ones(1, 2)}])
+    with pytest.raises(RuntimeError, match="rotary|size|must match"):
+        positions = torch.ones(1, 3, dtype=torch.long)
+        model.model.rotary_emb.register_buffer("inv_freq", torch.ones(3), persistent=False)
+        evaluate_model(model, [{"input_ids": torch.tensor([[1, 2, 3]]), "position_ids": positions}])
     assert model.training
 
 

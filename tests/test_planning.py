@@ -39,15 +39,28 @@ class PeakOfHealing(TrainerCallback):
         self.peaks.append(self.live.take_peak())
 
 
+LOWEST_GAPS = {"criterion": "tail", "protect_last_layers": 6}
+LOWEST_PAIRS = {"edits": "parallelize", "protect_last_layers": 4}
+
+
 @pytest.mark.parametrize(
-    "trained, lora_r, rows",
-    [("neighbours", None, 4), ("all", None, 4), ("all", None, 2), ("neighbours", 4, 4), ("2,5", None, 4)],
+    "trained, lora_r, rows, edits",
+    [
+        ("neighbours", None, 4, LOWEST_GAPS),
+        ("all", None, 4, LOWEST_GAPS),
+        ("all", None, 2, LOWEST_GAPS),
+        ("neighbours", 4, 4, LOWEST_GAPS),
+        ("2,5", None, 4, LOWEST_GAPS),
+        ("neighbours", None, 4, LOWEST_PAIRS),
+        ("all", None, 4, LOWEST_PAIRS),
+        ("neighbours", 4, 4, LOWEST_PAIRS),
+    ],
 )
-def test_the_planned_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, lora_r, rows):
+def test_the_planned_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, lora_r, rows, edits):
     args = tiny_config(
         tmp_path, trained_layers=trained, max_length=128, max_steps=2, target_num_layers=6, measure_speed=False,
         per_device_train_batch_size=rows, gradient_accumulation_steps=4 // rows, num_eval_samples=1,
-        criterion="tail", protect_last_layers=6, num_calibration_samples=1,
+        num_calibration_samples=1, **edits,
     )  # fmt: skip
     with LiveBytes() as live:
         model = tiny_model(8, **SIZES)

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..budget import TARGETS
 from ..data import ASSETS, load_text_dataset
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError, first_line, is_out_of_memory
 from ..files import write_atomically
 from ..hub.scrub import placed_settings
 from ..loading import beside_weights, load_config, load_model, load_tokenizer
@@ -29,7 +29,7 @@ from ..trainer.engines import launch_line
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
 from .arguments import CompressArguments
-from .parsing import check_new_folder, names_option, parse
+from .parsing import check_new_folder, default_depth, names_option, parse
 
 NOT_IN_RECIPE = (
     "resume_from_checkpoint", "hub_token", "disable_tqdm", "include_num_input_tokens_seen", "dataloader_pin_memory",
@@ -69,7 +69,9 @@ def compress(argv: list[str]) -> None:
         if made_by_us:  # Trainer makes the folder before all checks are done; an empty one helps nobody
             with suppress(OSError):
                 folder.rmdir()
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, LayerPruneError):
+        # RuntimeError: a service named in report_to whose package is missing
+        expected = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and not is_out_of_memory(error)
+        if expected and not isinstance(error, LayerPruneError):
             raise LayerPruneError(first_line(error)) from error
         raise
     config.model_init_kwargs = init_kwargs
@@ -111,7 +113,7 @@ def choose_target(config: IterativeLayerDistillConfig, argv: list[str], depth: i
         for name in set(TARGETS.values()) - set(named):
             setattr(config, name, None)
     if config.budget() is None:
-        config.target_num_layers = max(1, round(0.75 * depth))
+        config.target_num_layers = default_depth(depth)
 
 
 def _check_output_folder(folder: Path, resume: Any) -> None:
@@ -152,6 +154,8 @@ def _teacher(arguments: CompressArguments, config: Any) -> Any:
 def _lora(arguments: CompressArguments) -> Any:
     if arguments.lora_r is not None and arguments.lora_r < 1:
         raise LayerPruneError(f"lora_r={arguments.lora_r} is out of range; it must be at least 1")
+    if arguments.lora_alpha < 1:
+        raise LayerPruneError(f"lora_alpha={arguments.lora_alpha} is out of range; it must be at least 1")
     return lora_config(arguments.lora_r, arguments.lora_alpha)
 
 

@@ -33,6 +33,7 @@ def score(argv: list[str]) -> None:
     check_criterion(arguments.criterion)
     tasks, console = load_tasks(arguments.tasks) if arguments.tasks else [], Console()
     folder = Path(arguments.output_dir or "layerprune-scores")
+    load_config(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer)
     race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
@@ -43,8 +44,14 @@ def score(argv: list[str]) -> None:
         prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
         for notice in filter(None, (task.notice for task in prepared)):
             say(console, notice)
+        made_by_us = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is known before the work
-        scores = score_layers(model, batches, arguments.criterion, race=race, tasks=prepared, tokenizer=tokenizer)
+        try:
+            scores = score_layers(model, batches, arguments.criterion, race=race, tasks=prepared, tokenizer=tokenizer)
+        except LayerPruneError:
+            if made_by_us:
+                folder.rmdir()
+            raise
     unit = "examples" if tasks else "tokens"
     seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
     table = Table(title=escape(criterion_unit(scores.criterion)) + seen)
@@ -98,7 +105,11 @@ def evaluate(argv: list[str]) -> None:
     tasks = load_tasks(arguments.tasks) if arguments.tasks else []
     if tasks and arguments.teacher is None:
         tasks = _without_teacher(tasks, console)
+    load_config(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
+    folder = None if arguments.output_dir is None else Path(arguments.output_dir)
+    if folder is not None and any(path.is_file() for path in (folder, *folder.parents)):
+        raise LayerPruneError(f"output_dir={folder} is, or lies in, a file; choose a folder")
     batches = _measuring_batches(arguments, "embedded:held_out", tokenizer)
     teacher = None if arguments.teacher is None else load_on_device(arguments.teacher, arguments.dtype)
     model = load_on_device(arguments.model, arguments.dtype)
@@ -112,8 +123,7 @@ def evaluate(argv: list[str]) -> None:
     for name, value in report.to_dict().items():
         if value is not None:
             say(console, f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}")
-    if arguments.output_dir is not None:
-        folder = Path(arguments.output_dir)
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "evaluation.json", to_json(results))
 

@@ -30,7 +30,7 @@ from ..trainer.records import add_speed, student_record, teacher_record
 from ..trainer.students import save_student
 from .arguments import ParallelizeArguments
 from .measure import load_on_device
-from .parsing import check_new_folder, parse
+from .parsing import check_new_folder, default_depth, parse
 
 SEARCHES = ("greedy", "range")
 NOT_FOR_RANGE = (
@@ -140,7 +140,7 @@ def _steps(
     depth = plan.depth
     targets = {unit: getattr(arguments, name) for unit, name in TARGETS.items()}
     if all(target is None for target in targets.values()):
-        targets["depth"] = max(1, round(0.75 * depth))
+        targets["depth"] = default_depth(depth)
     if arguments.search == "range":
         found = find_parallel_range(model, batches)
         wanted = found.best(targets["depth"])

@@ -13,6 +13,11 @@ from trl import TrlParser
 from ..errors import LayerPruneError
 
 
+def default_depth(depth: int) -> int:
+    """Three quarters of a model's layers, where no target is named; at least one goes."""
+    return max(1, min(depth - 1, round(0.75 * depth)))
+
+
 def check_new_folder(folder: Path, instead: str = "") -> None:
     """Raise [`LayerPruneError`] unless `folder` can be made, or is there and empty; `instead` says what else to do."""
     if any(path.is_file() for path in (folder, *folder.parents)):
@@ -22,7 +27,9 @@ def check_new_folder(folder: Path, instead: str = "") -> None:
 
 
 def names_option(argument: str, *options: str) -> bool:
-    return any(argument == option or argument.startswith(option + "=") for option in options)
+    """Whether a word of the command line is one of these options, with dashes or underscores in its name."""
+    name = argument.partition("=")[0]
+    return any(name in (option, option.replace("_", "-")) for option in options)
 
 
 def positional(argv: list[str], settings: type, name: str) -> list[str]:
@@ -35,7 +42,7 @@ def positional(argv: list[str], settings: type, name: str) -> list[str]:
     if not words:
         return rest
     option = f"--{name}"
-    if any(names_option(argument, option, option.replace("_", "-")) for argument in rest):
+    if any(names_option(argument, option) for argument in rest):
         raise LayerPruneError(f"{name} named twice: {' '.join(words)} and {option}; leave one out")
     if len(words) > 1 and not _kinds(settings)[name].startswith("list"):
         raise LayerPruneError(f"{' '.join(words)} are {len(words)} words where one goes, as {option}")
@@ -89,5 +96,5 @@ def parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
         return tuple(Parser(types).parse_args_and_config(_config_apart(argv)))
     except LayerPruneError:
         raise
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, ImportError, yaml.YAMLError) as error:
         raise LayerPruneError(str(error)) from error

@@ -78,6 +78,10 @@ def generate_healing_data(
         raise LayerPruneError(f"prompts are {type(dataset).__name__}, which cannot be resumed; give a Dataset")
     if isinstance(model, str):
         model = load_model(model).to(state.device)
+    if len(tokenizer) > model.config.vocab_size:
+        raise LayerPruneError(
+            f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's own"
+        )
     sampling = _sampling(model, tokenizer, config)
     questions = read_prompts(dataset, tokenizer, config, _longest_prompt(model, config))
     journal = Journal(Path(output_file), _settings(model, tokenizer, questions, sampling, config))

@@ -14,7 +14,7 @@ from ..data import Batch, check_batches, check_form
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, measuring
-from ..plan import LayerPlan
+from ..plan import LayerPlan, layer_indices
 from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from .candidates import CandidateRuns
@@ -99,7 +99,7 @@ def score_layers(
         [`LayerPruneError`]: for an unknown criterion or layer, an unsupported model, or data without a token to score.
     """
     check_model(model)
-    layers = list(dict.fromkeys(plan_of(model).layers if layers is None else layers))
+    layers = list(dict.fromkeys(plan_of(model).layers if layers is None else layer_indices(layers)))
     if not layers:
         raise LayerPruneError("no layer to score: all are protected")
     edits = [Edit.remove(layer) for layer in layers]
@@ -155,7 +155,7 @@ def score_edits(
     edits, plan, batches = list(edits), plan_of(model), check_form([] if batches is None else batches)
     if not edits:
         raise LayerPruneError("no edit to score: all layers are protected")
-    _check_request(model, criterion, len(edits), race, savings, compensation, tasks)
+    _check_request(model, criterion, len(edits), race, savings, compensation, tasks, max_state_bytes)
     if criterion in PROXIES:
         return _guess(model, batches, edits, criterion, seed, on_batch)
     teacher = model if teacher is None else teacher
@@ -208,10 +208,15 @@ def _check_request(
     savings: Sequence[float] | None,
     compensation: str,
     tasks: Sequence[Task | PreparedTask],
+    max_state_bytes: int | None,
 ) -> None:
     """Do the arguments of [`score_edits`] fit together?"""
     check_criterion(criterion)
     check_compensation(compensation)
+    if race is not None and not isinstance(race, Race):
+        raise LayerPruneError(f"race={race!r} is no Race; give Race({race!r}), say")
+    if max_state_bytes is not None and max_state_bytes < 1:
+        raise LayerPruneError(f"max_state_bytes={max_state_bytes} is out of range; it must be at least 1")
     if tasks and criterion != "tasks":
         raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
     if criterion not in MEASURED:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from peft import PeftConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_scheduler
 
 from ..architectures import check_supported
 from ..budget import TARGETS, Gauge
@@ -12,10 +16,38 @@ from ..data import column_names
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary
 from ..plan import LayerPlan
+from ..scoring import MEASURED
 from ..surgery import plan_of
 from .config import IterativeLayerDistillConfig
 
-TEXT_COLUMNS = ("input_ids", "messages", "conversations")
+OF_A_CHAT = ("tools", "chat_template_kwargs")  # what a chat template may be given beside messages
+
+
+NOT_TAKEN = {
+    "optimizers": "each round makes its own; give optimizer_cls_and_kwargs",
+    "compute_loss_func": "the loss is that of distillation; see the settings of IterativeLayerDistillConfig",
+    "compute_metrics": "no logits are kept; evaluate() tells loss, perplexity, KL and agreement",
+    "preprocess_logits_for_metrics": "no logits are kept; evaluate() tells loss, perplexity, KL and agreement",
+}
+"""Arguments of other trainers that would change nothing here, and what to do instead."""
+
+
+def check_arguments(
+    args: IterativeLayerDistillConfig,
+    train_dataset: Dataset | IterableDataset,
+    peft_config: Any,
+    others: Mapping[str, Any],
+) -> None:
+    """Raise [`LayerPruneError`] unless a trainer can be made of these, as far as no model is needed to tell."""
+    if not isinstance(args, IterativeLayerDistillConfig):
+        raise LayerPruneError(f"args is {type(args).__name__}; give an IterativeLayerDistillConfig")
+    for name, instead in NOT_TAKEN.items():
+        if others.get(name) not in (None, (None, None)):
+            raise LayerPruneError(f"{name} is not taken: {instead}")
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise LayerPruneError(f"peft_config={peft_config!r:.80} is no PeftConfig; give a LoraConfig")
+    if args.heal and isinstance(train_dataset, IterableDataset) and args.max_steps < 1:
+        raise LayerPruneError("train_dataset is a stream, whose length nobody knows; set max_steps")
 
 
 def check_request(
@@ -37,12 +69,13 @@ def check_request(
         raise LayerPruneError(
             f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's own"
         )
-    try:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, args.lr_scheduler_kwargs or {})
-    except (ValueError, TypeError) as error:
-        raise LayerPruneError(f"lr_scheduler_type={args.lr_scheduler_type.value!r}: {first_line(error)}") from error
+    _check_optimizer(args)
     plan, teacher_plan = plan_of(model), plan_of(teacher)
+    if plan.parallel_pairs and args.criterion not in MEASURED:
+        raise LayerPruneError(
+            f"criterion={args.criterion!r} tells nothing of layers in parallel, and {name} has {plan.parallel_pairs}; "
+            f"choose one of {', '.join(MEASURED)}"
+        )
     if plan.num_teacher_layers != teacher_plan.num_teacher_layers or not set(plan.layers) <= set(teacher_plan.layers):
         raise LayerPruneError(
             f"the student's layers {list(plan.layers)} of {plan.num_teacher_layers} are not all layers of the teacher "
@@ -52,6 +85,21 @@ def check_request(
         raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
     if args.budget().unit != "latency":  # which is measured when the run is opened
         check_budget(name, Gauge.of(args.budget(), args.edit_space(), model, teacher_plan), plan)
+
+
+def _check_optimizer(args: IterativeLayerDistillConfig) -> None:
+    """Make one of a single weight, with its schedule."""
+    weight, setting = torch.zeros(1, requires_grad=True), f"optim={getattr(args.optim, 'value', args.optim)!r}"
+    needs_model = args.optim_target_modules is not None or "layerwise" in setting or "lomo" in setting
+    try:
+        optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], lr=1.0)
+        if not needs_model:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+            optimizer = kind([weight], **options)
+        setting = f"lr_scheduler_type={args.lr_scheduler_type.value!r}"
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, args.lr_scheduler_kwargs or {})
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise LayerPruneError(f"{setting}: {first_line(error)}") from error
 
 
 def check_budget(name: str, gauge: Gauge, plan: LayerPlan) -> None:
@@ -65,26 +113,75 @@ def check_budget(name: str, gauge: Gauge, plan: LayerPlan) -> None:
 
 
 def with_text(dataset: Dataset | IterableDataset, text_field: str, name: str) -> Dataset | IterableDataset:
-    """The data set as TRL can make text of it: without prompts that no completion belongs to, where it has more.
+    """The data set with what TRL should make text of alone: token ids, else `text_field`, else prompts with their
+    completions, else messages.
 
     Raises:
-        [`LayerPruneError`]: if there is no column to make text of, or none of its rows holds any.
+        [`LayerPruneError`]: if it has none of these, or a row of them cannot be read.
     """
-    columns = column_names(dataset)
-    if text_field in columns and not isinstance(dataset, IterableDataset):
-        texts = dataset[text_field]
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise LayerPruneError(f"{name}: row {number} has {text!r} in column {text_field!r}, which is no text")
-        if not any(text.strip() for text in texts):
-            raise LayerPruneError(f"{name}: column {text_field!r} holds no text, only blank rows")
-    pairs = {"prompt", "completion"} <= set(columns)
-    if not pairs and text_field not in columns and not set(TEXT_COLUMNS) & set(columns):
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise LayerPruneError(
+            f"{name} is a {type(dataset).__name__}; give one datasets.Dataset, such as Dataset.from_list(rows)"
+        )
+    columns, first = column_names(dataset), next(iter(dataset), {})
+    if _are_ids(first.get("input_ids")):
+        return dataset
+    if text_field in columns:
+        kept = [text_field]
+    elif {"prompt", "completion"} <= set(columns):
+        kept = ["prompt", "completion"]
+    elif "messages" in columns:
+        kept = ["messages"]
+    elif "conversations" in columns:
+        kept = ["conversations"]
+        if _is_message((first["conversations"] or [None])[0]):
+            dataset, kept = dataset.rename_column("conversations", "messages"), ["messages"]
+    else:
         raise LayerPruneError(
             f"{name} has columns {columns} but no text; name the text column with dataset_text_field (now "
             f"{text_field!r}), or bring messages or prompt and completion"
         )
-    return dataset.remove_columns("prompt") if "prompt" in columns and not pairs else dataset
+    more = [] if kept == [text_field] else [column for column in OF_A_CHAT if column in columns]
+    dataset = dataset.select_columns(kept + more)
+    if not isinstance(dataset, IterableDataset):
+        _check_rows(dataset, kept, text_field, name)
+    return dataset
+
+
+def _check_rows(dataset: Dataset, columns: list[str], text_field: str, name: str) -> None:
+    """Raise [`LayerPruneError`] for the first row that is neither text nor messages, or not as the rows before it."""
+    kinds: set[type] = set()
+    for number, row in enumerate(zip(*(dataset[column] for column in columns), strict=True)):
+        for column, value in zip(columns, row, strict=True):
+            what = "no text or messages"
+            if column == text_field:
+                good, what = isinstance(value, str), "no text"
+            elif column == "conversations":
+                good = isinstance(value, list) and bool(value)
+            else:
+                good = _are_messages(value) or (column != "messages" and isinstance(value, str))
+            if good and kinds - {type(value)}:
+                good, what = False, "of another kind than those before"
+            if not good:
+                raise LayerPruneError(f"{name}: row {number} has {value!r:.80} in column {column!r}, which is {what}")
+            kinds.add(type(value))
+    if columns == [text_field] and not any(text.strip() for text in dataset[text_field]):
+        raise LayerPruneError(f"{name}: column {text_field!r} holds no text, only blank rows")
+
+
+def _are_ids(value: Any) -> bool:
+    value = value.tolist() if hasattr(value, "tolist") else value  # of a data set in the form of tensors
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(n, int) for n in value)
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return value.get("content") is not None or bool(value.get("tool_calls"))
 
 
 def check_enough_rows(rows: Dataset | IterableDataset, args: IterativeLayerDistillConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +36,22 @@ WHOLE_NUMBERS = {  # and the least they may be
     "protect_last_layers": 0,
     "num_calibration_samples": 1,
     "num_eval_samples": 1,
+    "max_length": 2,
+    "seed": 0,
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
 }
-NUMBERS = {"kl_weight": 0, "hidden_weight": 0, "lm_weight": 0, "teacher_cache_size": 0}
+NUMBERS = {  # the same
+    "kl_weight": 0,
+    "hidden_weight": 0,
+    "lm_weight": 0,
+    "teacher_cache_size": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "num_train_epochs": 0,
+}
 
 
 def _joined(value: Any) -> Any:
@@ -263,14 +276,15 @@ class IterativeLayerDistillConfig(SFTConfig):
         self._check_choice()
 
     def _check_numbers(self) -> None:
-        for names, whole in ((WHOLE_NUMBERS, True), (NUMBERS, False)):
-            for name, least in names.items():
-                value = getattr(self, name)
-                if value is not None and whole and value != int(value):
-                    raise LayerPruneError(f"{name}={value} is no whole number")
-                if value is not None and not value >= least:
-                    raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
-        if not self.temperature > 0:
+        for name, least in (WHOLE_NUMBERS | NUMBERS).items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not math.isfinite(value) or value < least:
+                raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
+            if name in WHOLE_NUMBERS and value != int(value):
+                raise LayerPruneError(f"{name}={value} is no whole number")
+        if not 0 < self.temperature < math.inf:
             raise LayerPruneError(f"temperature={self.temperature} is out of range; it must be above 0")
         if not 0 <= self.beta <= 1:
             raise LayerPruneError(f"beta={self.beta} is out of range; it must lie between 0 and 1")
@@ -292,6 +306,14 @@ class IterativeLayerDistillConfig(SFTConfig):
             )
         if self.loss_preset == "balanced" and not self.kl_weight:
             raise LayerPruneError("loss_preset='balanced' rescales to the divergence, which kl_weight=0 leaves out")
+        for name in ("label_smoothing_factor", "loss_type"):
+            if getattr(self, name) != getattr(SFTConfig, name):
+                raise LayerPruneError(f"{name}={getattr(self, name)!r} is of another loss than this one; leave it out")
+        if self.neftune_noise_alpha and self.trained_layers != "all":
+            raise LayerPruneError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} is noise on an embedding that the teacher reads for "
+                "both models; leave it out, or set trained_layers='all'"
+            )
         if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
             raise LayerPruneError(
                 "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"

@@ -59,7 +59,7 @@ class Balance:
         """At the end of each optimizer step."""
         if self.sums is not None:
             divergence, hidden = accelerator.reduce(self.sums, "sum").tolist()
-            self.weight, self.sums = divergence / hidden if hidden > 0 else 1.0, None
+            self.weight, self.sums = divergence / hidden if hidden > 0 else self.weight, None
 
 
 def parts_of_loss(
@@ -197,7 +197,8 @@ class LayerHealingTrainer(SFTTrainer):
                 self.balance.add(args.kl_weight * parts["kl"], hidden)
             if args.lm_weight:
                 total = total + args.lm_weight * parts["lm"]
-            loss = total / (num_tokens if num_items_in_batch is None else num_items_in_batch)
+            items = num_tokens if num_items_in_batch is None else max(num_items_in_batch, 1)  # 0: rows without text
+            loss = total / items
             if args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * self.accelerator.num_processes  # DDP averages the gradients over processes
         for name, value in parts.items():

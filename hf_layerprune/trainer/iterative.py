@@ -35,7 +35,7 @@ from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
-from .checks import check_enough_rows, check_request, with_text
+from .checks import check_arguments, check_enough_rows, check_request, with_text
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import check_engine, check_whole
@@ -71,7 +71,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             Text to score layers on. By default the first rows of `train_dataset`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer; by default the model's own.
-        teacher ([`~transformers.PreTrainedModel`], *optional*):
+        teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Model to score and heal against, where `model` is a student already. By default `model` itself.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Heal with adapters on the trained layers; they are merged at the end of each round.
@@ -98,13 +98,14 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         eval_dataset: Dataset | None = None,
         calibration_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        teacher: PreTrainedModel | None = None,
+        teacher: str | PreTrainedModel | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
         if train_dataset is None:
             raise LayerPruneError("train_dataset is missing; healing needs text")
+        check_arguments(args, train_dataset, peft_config, kwargs)
         keep_models_whole()
         self.model_name = placed(model if isinstance(model, str) else name_of(model))
         files: dict[str, Any] = {}  # which files of that name, and with what right they are read
@@ -117,16 +118,20 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         else:
             self.save_dtype = model.dtype
         if processing_class is None:
+            if not self.model_name:
+                raise LayerPruneError(
+                    "processing_class is missing; the model was not loaded by name, give its tokenizer"
+                )
             processing_class = load_tokenizer(self.model_name, **files)
+        if isinstance(teacher, str):
+            teacher = load_model(teacher, dtype=model.dtype, trust_remote_code=args.trust_remote_code)
         self.teacher_name = self.model_name if teacher is None else placed(name_of(teacher))
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
         self.teacher = (teacher if teacher is not None else model).to(args.device)
         self.start = model.to(args.device)  # what the first round starts from
         self.gauge: Gauge | None = None  # what students are measured by; made when the run is opened
-        check_request(self.model_name, self.start, self.teacher, args, processing_class)
-        if isinstance(eval_dataset, dict):
-            raise LayerPruneError("eval_dataset is a dict; every round is measured on one data set, join them")
+        check_request(self.model_name or type(model).__name__, self.start, self.teacher, args, processing_class)
         datasets = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
         datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
         self._has_text = "formatting_func" not in kwargs

@@ -106,7 +106,9 @@ class RunKeeping:
     def _student_of(self, folder: Path, run: RunState) -> PreTrainedModel:
         """The student the next round starts from."""
         if not run.rounds:
-            return prune(self.start, [], share_weights=True)
+            student = prune(self.start, [], share_weights=True)
+            share_equal_weights(student, self.teacher)
+            return student
         return self._load_student(round_folder(folder, len(run.rounds)), run.rounds[-1].get("weights", {}))
 
     def _load_student(self, folder: Path, files: dict[str, str]) -> PreTrainedModel:
