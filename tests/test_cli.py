@@ -179,6 +179,7 @@ def bad_requests():
         "rows below nothing": (["--max_length", "-5"], "max_length=-5"),
         "loss of another trainer": (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1"),
         "noise where the teacher reads": (["--neftune_noise_alpha", "5"], "neftune_noise_alpha=5"),
+        "dtype in another place": (["--model_init_kwargs", '{{"dtype": "bfloat16"}}'], "--dtype"),
         "file of nothing": (["--dataset", "{nothing}"], "nothing.jsonl is empty"),
         "target not below the depth": (["--target_num_layers", "5"], "choose 1..4"),
         "target of nothing": (["--target_num_layers", "0"], "target_num_layers=0"),

@@ -41,6 +41,8 @@ def compress(argv: list[str]) -> None:
     argv = with_default_recipe(argv)
     arguments, config = parse((CompressArguments, IterativeLayerDistillConfig), argv)
     init_kwargs = config.model_init_kwargs
+    if {"dtype", "torch_dtype"} & set(init_kwargs or {}):
+        raise LayerPruneError(f"model_init_kwargs={init_kwargs} names a dtype; give it with --dtype")
     files = beside_weights({"trust_remote_code": config.trust_remote_code} | (init_kwargs or {}))
     choose_target(config, argv, load_config(arguments.model, **files).num_hidden_layers)
     config.disable_tqdm = True

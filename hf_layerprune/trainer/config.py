@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -280,6 +281,8 @@ class IterativeLayerDistillConfig(SFTConfig):
             value = getattr(self, name)
             if value is None:
                 continue
+            if not isinstance(value, Real):
+                raise LayerPruneError(f"{name}={value!r} is no number")
             if not math.isfinite(value) or value < least:
                 raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
             if name in WHOLE_NUMBERS and value != int(value):
