@@ -185,7 +185,7 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    return dataset.column_names or list(next(iter(dataset)))
+    return dataset.column_names or list(next(iter(dataset), {}))
 
 
 def collated_batches(

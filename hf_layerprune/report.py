@@ -129,7 +129,7 @@ def cost_unit(report: dict[str, Any]) -> str:
 
 def report_digest(report: dict[str, Any]) -> str:
     """SHA-256 of what the plots show."""
-    return sha256(to_json([report["teacher"], report["rounds"]]).encode()).hexdigest()
+    return sha256(to_json([report["teacher"], report["rounds"], cost_unit(report)]).encode()).hexdigest()
 
 
 def recovery(teacher: dict[str, Any], record: dict[str, Any]) -> float | None:

@@ -1,6 +1,7 @@
 """What TRL can make text of is taken; what it would stumble over is put right or told."""
 
 import pytest
+import torch
 from conftest import byte_tokenizer, tiny_config, tiny_model
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig
@@ -21,7 +22,21 @@ FORMS = {
     "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
     "conversations of messages": {"conversations": TURNS},
     "text with labels of its own": {"text": TEXT, "labels": "fiction", "input_ids": "no ids"},
+    "text rendered from messages": {"text": "<user>Hi", "messages": TURNS},
+    "no text beside messages": {"text": None, "messages": TURNS},
     "token ids": {"input_ids": list(range(20))},
+}
+ALL_TURNS = "<user>Hi\n<assistant>Ho\n"
+READ = {  # what is read, and what of it the loss is on
+    "messages": (ALL_TURNS, ALL_TURNS),
+    "messages and their prompt": (ALL_TURNS, ALL_TURNS),
+    "prompt and completion": ("HiHo", "Ho"),
+    "prompt, completion and text": ("HiHo", "Ho"),
+    "conversational prompt and completion": (ALL_TURNS, "<assistant>Ho\n"),
+    "ShareGPT": ("<human>Hi\n<gpt>Ho\n",) * 2,
+    "conversations of messages": (ALL_TURNS, ALL_TURNS),
+    "text rendered from messages": (ALL_TURNS, ALL_TURNS),
+    "no text beside messages": (ALL_TURNS, ALL_TURNS),
 }
 
 
@@ -38,6 +53,11 @@ def test_every_form_is_scored_and_healed(tmp_path, form, streaming):
         eval_dataset=rows,
         processing_class=tokenizer,
     )
+    if form != "token ids":
+        batch = trainer.eval_batches[0]
+        ids, labels = batch["input_ids"][0], batch.get("labels", batch["input_ids"])[0]
+        read = [tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[labels != -100])]
+        assert tuple(read) == READ.get(form, (TEXT, TEXT))
     trainer.train()
     assert trainer.run.rounds[0]["train_tokens"] > 0
     whole = trainer.evaluate()["eval_loss"]
@@ -139,3 +159,65 @@ def test_a_student_from_disk_shares_what_is_the_teachers(tmp_path):
     )
     trainer.train()
     assert trainer.shared_depth == 3  # of 5: the last went, and the one before it is trained
+
+
+def test_data_sets_in_other_forms(tmp_path):
+    rows = Dataset.from_list([{"text": TEXT, "k": 1}] * 3)
+    for form in ({"type": "torch", "columns": ["k"]}, {"type": "arrow"}, {"type": "numpy"}):
+        assert with_text(rows.with_format(**form), "text", "train_dataset")[0] == {"text": TEXT}
+    ids = Dataset.from_list([{"input_ids": [1, 2, 3]}] * 3).with_format("torch")
+    assert with_text(ids, "text", "train_dataset").column_names == ["input_ids"]
+    for rows in (IterableDataset.from_generator(lambda: iter([])), Dataset.from_dict({"conversations": []})):
+        try:
+            with_text(rows, "text", "train_dataset")
+        except LayerPruneError as error:
+            assert "no text" in str(error)
+
+
+@pytest.mark.parametrize("field", ["prompt", "messages"])
+def test_a_text_field_that_is_read_otherwise_is_refused(field):
+    with pytest.raises(LayerPruneError, match=f"dataset_text_field='{field}'.* rename that column"):
+        with_text(Dataset.from_list([{field: TEXT}]), field, "train_dataset")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "tool_calls": [{"type": "function"}]},
+        {"content": None, "function_call": {"name": "look"}},
+        {"thinking": "Well"},
+        {"content": ""},
+        {"content": [{"type": "text", "text": "Ho"}]},
+    ],
+)
+def test_what_a_message_says_is_the_templates_business(said):
+    rows = Dataset.from_list([{"messages": [{"role": "assistant"} | said]}])
+    assert with_text(rows, "text", "train_dataset").column_names == ["messages"]
+
+
+def test_pictures_are_left_for_trl_to_refuse():
+    rows = with_text(Dataset.from_list([{"messages": TURNS, "images": ["x"], "id": 1}]), "text", "train_dataset")
+    assert set(rows.column_names) == {"messages", "images"}
+
+
+@pytest.mark.parametrize("formatting_func", [None, lambda row: row["body"]])
+def test_a_formatting_func_writes_the_text(tmp_path, formatting_func):
+    rows = Dataset.from_list([{"body": TEXT, "text": "other"}] * 20)
+    settings = {"args": tiny_config(tmp_path), "processing_class": byte_tokenizer()}
+    settings |= {"formatting_func": formatting_func, "train_dataset": rows}
+    trainer = IterativeLayerDistillTrainer(tiny_model(), **settings)
+    read = byte_tokenizer().decode(trainer.calibration_batches[0]["input_ids"][0])
+    assert read.startswith("other" if formatting_func is None else TEXT)
+    with pytest.raises(LayerPruneError, match="eval_dataset is a dict"):
+        IterativeLayerDistillTrainer(tiny_model(), eval_dataset={"a": rows}, **settings)
+
+
+def test_an_optimizer_that_is_given_is_the_one_that_is_checked(tmp_path):
+    rows = Dataset.from_list([{"text": TEXT}] * 20)
+    settings = {"train_dataset": rows, "processing_class": byte_tokenizer()}
+    args = tiny_config(tmp_path, optim="lion_8bit")  # whose package is not installed
+    given = (torch.optim.SGD, {"lr": 0.1})
+    IterativeLayerDistillTrainer(tiny_model(), args, optimizer_cls_and_kwargs=given, **settings)
+    IterativeLayerDistillTrainer(tiny_model(), tiny_config(tmp_path, optim="lion_8bit", heal=False), **settings)
+    with pytest.raises(LayerPruneError, match="optim='lion_8bit'"):
+        IterativeLayerDistillTrainer(tiny_model(), args, **settings)

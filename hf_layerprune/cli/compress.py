@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from ..budget import TARGETS
 from ..data import ASSETS, load_text_dataset
-from ..errors import LayerPruneError, first_line, is_out_of_memory
+from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
 from ..hub.scrub import placed_settings
 from ..loading import beside_weights, load_config, load_model, load_tokenizer
@@ -51,6 +52,7 @@ def compress(argv: list[str]) -> None:
         str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
     )
     resume = True if arguments.resume else resume
+    _check_report_to(config.report_to)
     folder = Path(config.output_dir)
     _check_output_folder(folder, resume)
     train, held_out, calibration = _compress_datasets(arguments, config.dataset_text_field, config.seed)
@@ -71,9 +73,7 @@ def compress(argv: list[str]) -> None:
         if made_by_us:  # Trainer makes the folder before all checks are done; an empty one helps nobody
             with suppress(OSError):
                 folder.rmdir()
-        # RuntimeError: a service named in report_to whose package is missing
-        expected = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and not is_out_of_memory(error)
-        if expected and not isinstance(error, LayerPruneError):
+        if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, LayerPruneError):
             raise LayerPruneError(first_line(error)) from error
         raise
     config.model_init_kwargs = init_kwargs
@@ -116,6 +116,15 @@ def choose_target(config: IterativeLayerDistillConfig, argv: list[str], depth: i
             setattr(config, name, None)
     if config.budget() is None:
         config.target_num_layers = default_depth(depth)
+
+
+def _check_report_to(names: list[str]) -> None:
+    """Are the packages of the services there?"""
+    try:
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise LayerPruneError(f"report_to={','.join(names)}: {first_line(error)}") from error
 
 
 def _check_output_folder(folder: Path, resume: Any) -> None:

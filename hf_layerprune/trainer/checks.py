@@ -20,7 +20,8 @@ from ..scoring import MEASURED
 from ..surgery import plan_of
 from .config import IterativeLayerDistillConfig
 
-OF_A_CHAT = ("tools", "chat_template_kwargs")  # what a chat template may be given beside messages
+OF_A_CHAT = ("tools", "chat_template_kwargs", "image", "images")  # beside messages; TRL refuses pictures, and says so
+RESERVED = ("prompt", "completion", "messages", "conversations")
 
 
 NOT_TAKEN = {
@@ -56,6 +57,7 @@ def check_request(
     teacher: PreTrainedModel,
     args: IterativeLayerDistillConfig,
     tokenizer: PreTrainedTokenizerBase,
+    optimizer: tuple[Any, dict[str, Any]] | None = None,
 ) -> None:
     """Raise [`LayerPruneError`] unless `model` can be compressed against `teacher` as `args` ask."""
     check_supported(model.config)
@@ -69,7 +71,8 @@ def check_request(
         raise LayerPruneError(
             f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's own"
         )
-    _check_optimizer(args)
+    if args.heal and args.deepspeed is None:
+        _check_optimizer(args, optimizer)
     plan, teacher_plan = plan_of(model), plan_of(teacher)
     if plan.parallel_pairs and args.criterion not in MEASURED:
         raise LayerPruneError(
@@ -87,14 +90,14 @@ def check_request(
         check_budget(name, Gauge.of(args.budget(), args.edit_space(), model, teacher_plan), plan)
 
 
-def _check_optimizer(args: IterativeLayerDistillConfig) -> None:
-    """Make one of a single weight, with its schedule."""
+def _check_optimizer(args: IterativeLayerDistillConfig, given: tuple[Any, dict[str, Any]] | None) -> None:
+    """Make one of a single weight, with its schedule; `given` is a class and its options, in place of `args.optim`."""
     weight, setting = torch.zeros(1, requires_grad=True), f"optim={getattr(args.optim, 'value', args.optim)!r}"
     needs_model = args.optim_target_modules is not None or "layerwise" in setting or "lomo" in setting
     try:
         optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], lr=1.0)
         if not needs_model:
-            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+            kind, options = given or Trainer.get_optimizer_cls_and_kwargs(args)
             optimizer = kind([weight], **options)
         setting = f"lr_scheduler_type={args.lr_scheduler_type.value!r}"
         get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, args.lr_scheduler_kwargs or {})
@@ -112,21 +115,34 @@ def check_budget(name: str, gauge: Gauge, plan: LayerPlan) -> None:
     gauge.check_reachable(plan, setting)
 
 
-def with_text(dataset: Dataset | IterableDataset, text_field: str, name: str) -> Dataset | IterableDataset:
-    """The data set with what TRL should make text of alone: token ids, else `text_field`, else prompts with their
-    completions, else messages.
-
-    Raises:
-        [`LayerPruneError`]: if it has none of these, or a row of them cannot be read.
-    """
+def check_data_set(dataset: Any, name: str) -> None:
+    """Raise [`LayerPruneError`] unless it is one data set."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise LayerPruneError(
             f"{name} is a {type(dataset).__name__}; give one datasets.Dataset, such as Dataset.from_list(rows)"
         )
+
+
+def with_text(dataset: Dataset | IterableDataset, text_field: str, name: str) -> Dataset | IterableDataset:
+    """The data set with what TRL should make text of alone, so that other columns do no harm.
+
+    That is token ids; else a text column that was named (`text_field`, if not `"text"`); else, in TRL's order, prompts
+    with their completions, messages, or text.
+
+    Raises:
+        [`LayerPruneError`]: if it has none of these, or a row of them cannot be read.
+    """
+    check_data_set(dataset, name)
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # which TRL refuses, and says why
+        dataset = dataset.with_format(None)
     columns, first = column_names(dataset), next(iter(dataset), {})
     if _are_ids(first.get("input_ids")):
         return dataset
-    if text_field in columns:
+    if text_field in RESERVED:
+        raise LayerPruneError(
+            f"dataset_text_field={text_field!r} names what TRL reads otherwise; rename that column of {name} to 'text'"
+        )
+    if text_field in columns and text_field != "text":
         kept = [text_field]
     elif {"prompt", "completion"} <= set(columns):
         kept = ["prompt", "completion"]
@@ -134,8 +150,10 @@ def with_text(dataset: Dataset | IterableDataset, text_field: str, name: str) ->
         kept = ["messages"]
     elif "conversations" in columns:
         kept = ["conversations"]
-        if _is_message((first["conversations"] or [None])[0]):
+        if _is_message((first.get("conversations") or [None])[0]):
             dataset, kept = dataset.rename_column("conversations", "messages"), ["messages"]
+    elif text_field in columns:
+        kept = [text_field]
     else:
         raise LayerPruneError(
             f"{name} has columns {columns} but no text; name the text column with dataset_text_field (now "
@@ -143,7 +161,7 @@ def with_text(dataset: Dataset | IterableDataset, text_field: str, name: str) ->
         )
     more = [] if kept == [text_field] else [column for column in OF_A_CHAT if column in columns]
     dataset = dataset.select_columns(kept + more)
-    if not isinstance(dataset, IterableDataset):
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         _check_rows(dataset, kept, text_field, name)
     return dataset
 
@@ -179,9 +197,10 @@ def _are_messages(value: Any) -> bool:
 
 
 def _is_message(value: Any) -> bool:
+    """What it says is between the row and the chat template: text, parts, calls of tools, or thoughts."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
-    return value.get("content") is not None or bool(value.get("tool_calls"))
+    return value.get("content") is not None or any(part for key, part in value.items() if key != "role")
 
 
 def check_enough_rows(rows: Dataset | IterableDataset, args: IterativeLayerDistillConfig) -> None:

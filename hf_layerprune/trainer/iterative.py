@@ -35,7 +35,7 @@ from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
-from .checks import check_arguments, check_enough_rows, check_request, with_text
+from .checks import check_arguments, check_data_set, check_enough_rows, check_request, with_text
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import check_engine, check_whole
@@ -124,19 +124,23 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
                 )
             processing_class = load_tokenizer(self.model_name, **files)
         if isinstance(teacher, str):
-            teacher = load_model(teacher, dtype=model.dtype, trust_remote_code=args.trust_remote_code)
+            init = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+            init = {name: value for name, value in init.items() if name not in ("revision", "subfolder")}
+            teacher = load_model(teacher, **init | {"dtype": model.dtype})
         self.teacher_name = self.model_name if teacher is None else placed(name_of(teacher))
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
         self.teacher = (teacher if teacher is not None else model).to(args.device)
         self.start = model.to(args.device)  # what the first round starts from
         self.gauge: Gauge | None = None  # what students are measured by; made when the run is opened
-        check_request(self.model_name or type(model).__name__, self.start, self.teacher, args, processing_class)
+        name, optimizer = self.model_name or type(model).__name__, kwargs.get("optimizer_cls_and_kwargs")
+        check_request(name, self.start, self.teacher, args, processing_class, optimizer)
         datasets = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
         datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
-        self._has_text = "formatting_func" not in kwargs
-        if self._has_text:
-            for name, dataset in datasets.items():
+        self._has_text = kwargs.get("formatting_func") is None
+        for name, dataset in datasets.items():
+            check_data_set(dataset, f"{name}_dataset")
+            if self._has_text:
                 datasets[name] = with_text(dataset, args.dataset_text_field, f"{name}_dataset")
         train_dataset = datasets.pop("train")
 
@@ -342,6 +346,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         `eval_agreement`, all weighted by tokens."""
         batches = self.eval_batches
         if eval_dataset is not None:
+            check_data_set(eval_dataset, "eval_dataset")
             if self._has_text:
                 eval_dataset = with_text(eval_dataset, self.args.dataset_text_field, "eval_dataset")
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
