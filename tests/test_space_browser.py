@@ -153,17 +153,14 @@ def test_both_models_stream_and_are_measured(visit):
 
 def test_stop_works_at_once_and_the_next_comparison_runs(visit):
     page = visit()
-    page.click("#lp-sampling button")
-    page.locator("#lp-sampling input[type=number]").first.fill("1000")
-    page.locator("#lp-sampling input[type=number]").first.press("Tab")
+    set_sampling(page, "max_new_tokens", 1000)
     ask(page)
     expect(page.locator("#lp-answers .lp-state.lp-writing")).to_be_visible()
     page.click("#lp-stop")
     expect(page.locator("#lp-run")).to_be_enabled(timeout=5000)
     expect(page.locator("#lp-answers .lp-state.lp-stopped")).to_have_count(2)
     assert "Stopped." in page.locator("#lp-answers .lp-notice").inner_text()
-    page.locator("#lp-sampling input[type=number]").first.fill("12")
-    page.locator("#lp-sampling input[type=number]").first.press("Tab")
+    set_sampling(page, "max_new_tokens", 12)
     ask(page)
     finished(page)
     assert facts(page, 0)["tokens"] == "12"
@@ -176,8 +173,11 @@ def set_sampling(page, name, value):
     for _ in range(20):  # a page that has not drawn all of it yet takes the value back
         field.fill(str(value))
         field.press("Tab")
-        page.wait_for_timeout(300)
-        if field.input_value() == str(value):
+        seen = set()
+        for _ in range(2):
+            page.wait_for_timeout(300)
+            seen.add(field.input_value())
+        if seen == {str(value)}:
             return
     raise AssertionError(f"{name} is {field.input_value()}, not {value}")
 
