@@ -53,7 +53,7 @@ def evaluate_model(
             vocabulary.
     """
     models = [model] if teacher is None else [model, teacher]
-    check_same_vocabulary(model, models[-1])
+    check_same_vocabulary(model, model if teacher is None else teacher)
     batches = check_batches(batches, model.config.vocab_size, "evaluation data")
     nll = kl = agreement = 0.0
     num_tokens = 0

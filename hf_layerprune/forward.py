@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Batch
 from .errors import LayerPruneError
@@ -68,6 +68,14 @@ def check_causal(model: PreTrainedModel) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "lm_head"):
         raise LayerPruneError(
             f"{type(model).__name__} is no causal language model, it has no lm_head; load it by AutoModelForCausalLM"
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Raise [`LayerPruneError`] if a tokenizer knows tokens that the model called `name` does not."""
+    if len(tokenizer) > model.config.vocab_size:
+        raise LayerPruneError(
+            f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's own"
         )
 
 

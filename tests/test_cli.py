@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from hf_layerprune import LayerPlan, cli, prune
 from hf_layerprune.cli.compress import resume_line
+from hf_layerprune.cli.parsing import default_depth
 
 QUICK = [
     "--target_num_layers", "4", "--max_steps", "2", "--num_calibration_samples", "2", "--num_eval_samples", "2",
@@ -338,3 +339,20 @@ def test_any_other_error_is_no_users_mistake(tmp_path, model_folder, text_file, 
     monkeypatch.setattr("hf_layerprune.cli.measure.score_layers", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("score", "--model", model_folder, "--dataset", text_file, "--output_dir", tmp_path / "out")
+
+
+def test_a_place_that_cannot_be_written_to_is_known_before_the_work(text_file, capsys):
+    assert run("evaluate", "--output_dir", text_file, "--model", "nobody/nothing") == 2
+    assert run("evaluate", "--output_dir", text_file, "--num_samples", "1", "--max_length", "16") == 2
+    assert "in, a file" in capsys.readouterr().err
+
+
+def test_scores_that_cannot_be_taken_leave_no_folder(tmp_path, model_folder, text_file, capsys):
+    arguments = ["--model", model_folder, "--dataset", text_file, "--max_length", "16", "--race_confidence", "0.9"]
+    assert run("score", *arguments, "--criterion", "taylor", "--output_dir", tmp_path / "scores") == 2
+    assert "race" in capsys.readouterr().err and not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize("depth, kept", [(2, 1), (3, 2), (16, 12), (36, 27)])
+def test_the_default_depth_is_below_the_models(depth, kept):
+    assert default_depth(depth) == kept

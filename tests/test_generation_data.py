@@ -346,6 +346,13 @@ def test_what_cannot_work_is_said_before_anything_is_written(tmp_path, tokenizer
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, tokenizer):
+    model = tiny_model(vocab_size=200, eos_token_id=0)
+    with pytest.raises(LayerPruneError, match="257 tokens but .* only 200"):
+        generate_healing_data(model, "embedded:calibration", tmp_path / "out.jsonl", tokenizer=tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stream_is_refused(tmp_path, tokenizer):
     rows = IterableDataset.from_generator(lambda: iter([{"text": "a"}]))
     with pytest.raises(LayerPruneError, match="IterableDataset, which cannot be resumed"):

@@ -24,7 +24,7 @@ from ..report import criterion_unit, plot_scores, save_plot
 from ..scoring import Race, check_criterion, score_layers
 from ..tasks import KLTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments
-from .parsing import parse
+from .parsing import check_no_file, parse
 
 
 def score(argv: list[str]) -> None:
@@ -108,8 +108,8 @@ def evaluate(argv: list[str]) -> None:
     load_config(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
-    if folder is not None and any(path.is_file() for path in (folder, *folder.parents)):
-        raise LayerPruneError(f"output_dir={folder} is, or lies in, a file; choose a folder")
+    if folder is not None:
+        check_no_file(folder)
     batches = _measuring_batches(arguments, "embedded:held_out", tokenizer)
     teacher = None if arguments.teacher is None else load_on_device(arguments.teacher, arguments.dtype)
     model = load_on_device(arguments.model, arguments.dtype)

@@ -18,10 +18,15 @@ def default_depth(depth: int) -> int:
     return max(1, min(depth - 1, round(0.75 * depth)))
 
 
-def check_new_folder(folder: Path, instead: str = "") -> None:
-    """Raise [`LayerPruneError`] unless `folder` can be made, or is there and empty; `instead` says what else to do."""
+def check_no_file(folder: Path) -> None:
+    """Raise [`LayerPruneError`] if `folder` cannot be made or written to, as a file stands in its place."""
     if any(path.is_file() for path in (folder, *folder.parents)):
         raise LayerPruneError(f"output_dir={folder} is, or lies in, a file; choose a folder")
+
+
+def check_new_folder(folder: Path, instead: str = "") -> None:
+    """Raise [`LayerPruneError`] unless `folder` can be made, or is there and empty; `instead` says what else to do."""
+    check_no_file(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise LayerPruneError(f"output_dir={folder} is not empty; {instead}choose another folder")
 

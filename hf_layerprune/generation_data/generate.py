@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..data import load_text_dataset
 from ..errors import LayerPruneError, first_line
 from ..fingerprint import fingerprint, fingerprint_model
-from ..forward import measuring, to_device
+from ..forward import check_tokenizer, measuring, to_device
 from ..loading import load_model, load_tokenizer, name_of
 from ..scoring.sharding import shard
 from ..tasks.encoding import left_padded, pad_id
@@ -78,10 +78,7 @@ def generate_healing_data(
         raise LayerPruneError(f"prompts are {type(dataset).__name__}, which cannot be resumed; give a Dataset")
     if isinstance(model, str):
         model = load_model(model).to(state.device)
-    if len(tokenizer) > model.config.vocab_size:
-        raise LayerPruneError(
-            f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's own"
-        )
+    check_tokenizer(tokenizer, model, name)
     sampling = _sampling(model, tokenizer, config)
     questions = read_prompts(dataset, tokenizer, config, _longest_prompt(model, config))
     journal = Journal(Path(output_file), _settings(model, tokenizer, questions, sampling, config))

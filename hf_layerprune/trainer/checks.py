@@ -14,7 +14,7 @@ from ..architectures import check_supported
 from ..budget import TARGETS, Gauge
 from ..data import column_names
 from ..errors import LayerPruneError, first_line
-from ..forward import check_same_vocabulary
+from ..forward import check_same_vocabulary, check_tokenizer
 from ..plan import LayerPlan
 from ..scoring import MEASURED
 from ..surgery import plan_of
@@ -67,10 +67,7 @@ def check_request(
     if args.one_shot and args.criterion == "angular_distance" and args.budget().unit != "depth":
         raise LayerPruneError("one_shot=True with criterion='angular_distance' needs target_num_layers")
     check_same_vocabulary(model, teacher)
-    if len(tokenizer) > model.config.vocab_size:
-        raise LayerPruneError(
-            f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's own"
-        )
+    check_tokenizer(tokenizer, model, name)
     if args.heal and args.deepspeed is None:
         _check_optimizer(args, optimizer)
     plan, teacher_plan = plan_of(model), plan_of(teacher)
