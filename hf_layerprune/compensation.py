@@ -18,8 +18,8 @@ Shapes: B batch, T positions, N unpadded positions, H hidden, I neurons of a blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from .architectures import check_supported, output_projections
 from .data import Batch, check_batches
 from .errors import LayerPruneError
-from .forward import check_same_vocabulary, final_states, measuring, to_device
+from .forward import Reached, check_same_vocabulary, final_states, measuring, to_device
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 
@@ -309,8 +309,9 @@ def _refitted(
     outputs = {position + 1 for position in positions}  # what leaves a block enters the next
     for batch in batches:
         with ExitStack() as stack:
-            wanted, _ = stack.enter_context(_recorded(teacher, targets, ()))
-            states, neurons = stack.enter_context(_recorded(model, outputs, positions))
+            apart = teacher is not model  # then neither runs further than it is read
+            wanted, _ = stack.enter_context(_recorded(teacher, targets, (), stop=apart))
+            states, neurons = stack.enter_context(_recorded(model, outputs, positions, stop=apart))
             valid = _run(model, batch)
             if teacher is not model:
                 _run(teacher, batch)
@@ -371,24 +372,31 @@ def _groups(model: PreTrainedModel, gaps: Sequence[_Gap], max_bytes: int) -> lis
 def _run(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Run the decoder for its hooks; returns which positions are no padding, `(B, T)`."""
     batch = to_device(batch, model.device)
-    final_states(model, batch)
+    with suppress(Reached):
+        final_states(model, batch)
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 @contextmanager
 def _recorded(
-    model: PreTrainedModel, entries: Iterable[int], positions: Iterable[int]
+    model: PreTrainedModel, entries: Collection[int], positions: Iterable[int], stop: bool = False
 ) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    """What one forward pass feeds into blocks, the norm behind the last counted as one, and into their `down_proj`.
+    """What one forward pass feeds into blocks, the norm after the last counted as one, and into their `down_proj`.
 
-    Filled when the model runs: states `(B, T, H)` by entry and activations `(B, T, I)` by position.
+    Filled when the model runs: states `(B, T, H)` by entry and activations `(B, T, I)` by position. With `stop` the
+    pass ends at the last of `entries`, which must come after all of `positions`.
     """
     states: dict[int, Tensor] = {}
     neurons: dict[int, Tensor] = {}
 
     def keep(into: dict[int, Tensor], key: int, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        return module.register_forward_pre_hook(lambda _, args: into.__setitem__(key, args[0]))
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            into[key] = args[0]
+            if stop and into is states and key == max(entries):
+                raise Reached
+
+        return module.register_forward_pre_hook(record)
 
     layers, norm = model.base_model.layers, model.base_model.norm
     handles = [keep(states, entry, [*layers, norm][entry]) for entry in entries]

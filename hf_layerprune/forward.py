@@ -24,8 +24,8 @@ def final_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
-class _Reached(Exception):
-    """Thrown at the layer that is not run any more."""
+class Reached(Exception):
+    """Raised by a hook at the first layer that need not run."""
 
 
 def call_of_layer(decoder: PreTrainedModel, inputs: Batch, position: int) -> tuple[Tensor, dict[str, Any]]:
@@ -34,12 +34,12 @@ def call_of_layer(decoder: PreTrainedModel, inputs: Batch, position: int) -> tup
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call.extend((args[0], kwargs))
-        raise _Reached
+        raise Reached
 
     handle = decoder.layers[position].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         decoder(**inputs)
-    except _Reached:
+    except Reached:
         pass
     finally:
         handle.remove()

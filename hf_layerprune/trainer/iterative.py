@@ -38,7 +38,7 @@ from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, s
 from .checks import check_arguments, check_data_set, check_enough_rows, check_request, with_text
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
-from .engines import check_engine, check_whole
+from .engines import autocast, check_engine, check_whole
 from .healing import LayerHealingTrainer
 from .interrupts import explained
 from .keeping import RunKeeping
@@ -247,27 +247,30 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         current = run.current
         repair = (self.calibration_batches, self.teacher, self.args.compensation, self.save_dtype)
         for label in current["edits"]:
-            student = edited(student, Edit.from_label(label), *repair)
+            with autocast(self.accelerator):
+                student = edited(student, Edit.from_label(label), *repair)
         plan = plan_of(student)
         while len(current["edits"]) < current["wanted"] and not self.gauge.met(plan):
             self._phase("scoring", num_layers=plan.depth)
             start = time.perf_counter()
-            found = next_edit(
-                student,
-                self.calibration_batches,
-                gauge=self.gauge,
-                teacher=self.teacher,
-                args=self.args,
-                run=run,
-                on_batch=self._phase_step,
-                tasks=self.tasks,
-                tokenizer=self.processing_class,
-            )
+            with autocast(self.accelerator):  # what is compared is rounded alike, and scoring takes half of the time
+                found = next_edit(
+                    student,
+                    self.calibration_batches,
+                    gauge=self.gauge,
+                    teacher=self.teacher,
+                    args=self.args,
+                    run=run,
+                    on_batch=self._phase_step,
+                    tasks=self.tasks,
+                    tokenizer=self.processing_class,
+                )
             label, scores = self._agreed(found)
             current["seconds_scoring"] += time.perf_counter() - start
             current["scores"] += [] if scores is None else [scores.to_dict()]
             current["edits"].append(label)
-            student = edited(student, Edit.from_label(label), *repair)
+            with autocast(self.accelerator):
+                student = edited(student, Edit.from_label(label), *repair)
             plan = plan_of(student)
             self._save_run(run, folder, "scoring")
         if "before_healing" not in current and self.args.heal:
