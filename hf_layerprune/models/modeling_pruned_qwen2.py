@@ -109,6 +109,14 @@ def rearrange(state_dict, blocks, wanted):
     return result
 
 
+def is_tied(model):
+    """Whether the language-model head of `model` is its embedding, whatever its config says."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return model.config.tie_word_embeddings
+    return getattr(head, "weight", None) is model.get_input_embeddings().weight  # a quantized head may have none
+
+
 def adopt_weights(rebuilt, model, tensors):
     """Fill `rebuilt`, made on the meta device, with `tensors` and with all that `model` has beside its weights."""
     rebuilt.load_state_dict(tensors, strict=True, assign=True)
@@ -222,6 +230,7 @@ class PrunedQwen2Loading:
             layer_plan = recorded.get("layer_plan") or {"num_teacher_layers": len(blocks), "blocks": blocks}
         if layer_plan is None:
             model, info = checked(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+            model.config.tie_word_embeddings = is_tied(model)
         else:
             checked_plan(layer_plan)
             for name in ("tp_plan", "device_mesh", "quantization_config"):
@@ -251,6 +260,7 @@ class PrunedQwen2Loading:
                 quantized, carries adapters, or lies on several devices.
         """
         config = PrunedQwen2Config.from_plain(model.config, layer_plan)
+        config.tie_word_embeddings = is_tied(model)
         if getattr(model.config, "quantization_config", None) is not None:
             raise ValueError("the model is quantized; rearrange the original and quantize the result")
         if getattr(model, "_hf_peft_config_loaded", False):
