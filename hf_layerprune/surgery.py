@@ -16,7 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import Architecture, architecture_of, check_supported, keep_layers
 from .errors import LayerPruneError
-from .models import PLAIN_MODELS, PrunedQwen2ForCausalLM
+from .models import PLAIN_MODELS, PrunedQwen2Config, PrunedQwen2ForCausalLM
+from .models.configuration_pruned_qwen2 import older_rope
 from .models.modeling_pruned_qwen2 import adopt_weights, is_tied
 from .plan import LayerPlan, layer_indices
 
@@ -212,6 +213,7 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
     keep_layers(config, kept)
     config.layer_plan = wanted.to_dict()
     config.tie_word_embeddings = is_tied(student)
+    _write_rope_twice(config)
     return student
 
 
@@ -267,4 +269,11 @@ def rebuilt_as(
     with torch.device("meta"):
         plain = architecture.model_class(config)
     adopt_weights(plain, model, tensors)
+    _write_rope_twice(config)
     return plain
+
+
+def _write_rope_twice(config: PretrainedConfig) -> None:
+    """Let `config` be saved with the older names of `rope_parameters` as well, in place."""
+    if not isinstance(config, PrunedQwen2Config):  # which does so itself
+        vars(config).update(older_rope(config))  # past the property that sets `rope_parameters`
