@@ -125,6 +125,12 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     return model
 
 
+def saved_dtype(name_or_path: str, **kwargs: Any) -> torch.dtype:
+    """The dtype of a checkpoint: what its config says or, where it says nothing, what its weights have."""
+    options = beside_weights(kwargs)
+    return load_config(name_or_path, **options).dtype or load_model(name_or_path, device_map="meta", **options).dtype
+
+
 def keep_models_whole() -> None:
     """Keep the engine that a process was launched with from loading models in parts: each process has whole models of
     its own here, but for the student while an engine trains it.

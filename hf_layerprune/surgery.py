@@ -16,8 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import Architecture, architecture_of, check_supported, keep_layers
 from .errors import LayerPruneError
-from .models import PLAIN_MODELS, PrunedQwen2ForCausalLM
-from .models.modeling_pruned_qwen2 import adopt_weights
+from .models import PLAIN_MODELS, PrunedQwen2Config, PrunedQwen2ForCausalLM
+from .models.configuration_pruned_qwen2 import older_rope
+from .models.modeling_pruned_qwen2 import adopt_weights, is_tied
 from .plan import LayerPlan, layer_indices
 
 NOT_OF_PLAIN = ("model_type", "architectures", "auto_map", "attention_bias", "qk_norm")
@@ -211,6 +212,8 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
         layer.get_submodule(attention).layer_idx = position  # the KV cache is indexed by it
     keep_layers(config, kept)
     config.layer_plan = wanted.to_dict()
+    config.tie_word_embeddings = is_tied(student)
+    _write_rope_twice(config)
     return student
 
 
@@ -253,6 +256,7 @@ def rebuilt_as(
 ) -> PreTrainedModel:
     """A plain model of `architecture` made of `tensors`, and of what else belongs to `model`."""
     values = {key: value for key, value in model.config.to_dict().items() if key not in NOT_OF_PLAIN}
+    values["tie_word_embeddings"] = is_tied(model)
     config_class = architecture.config_class
     known = {item.name for item in fields(config_class)}
     for name, value in PLAIN_MODELS[architecture.model_type].items():
@@ -265,4 +269,11 @@ def rebuilt_as(
     with torch.device("meta"):
         plain = architecture.model_class(config)
     adopt_weights(plain, model, tensors)
+    _write_rope_twice(config)
     return plain
+
+
+def _write_rope_twice(config: PretrainedConfig) -> None:
+    """Let `config` be saved with the older names of `rope_parameters` as well, in place."""
+    if not isinstance(config, PrunedQwen2Config):  # which does so itself
+        vars(config).update(older_rope(config))  # past the property that sets `rope_parameters`

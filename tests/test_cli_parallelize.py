@@ -82,6 +82,18 @@ def test_both_kinds_of_edit_on_a_pruned_checkpoint_in_its_own_dtype(run, tmp_pat
     assert plan.depth == 4 and plan.num_teacher_layers == 7 and 2 in plan.removed_layers
 
 
+def test_a_student_is_saved_in_the_checkpoints_dtype_and_measured_as_it_is_saved(run, tmp_path, tokenizer):
+    half, out = tmp_path / "half", tmp_path / "out" / "model"
+    tiny_model().bfloat16().save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    assert run("--pairs", "1,2", "--dtype", "float32", "--measure_speed", "false", model=half)[0] == 0
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    arguments = ["--model", out, "--teacher", half, "--dtype", "float32", "--max_length", 32, "--num_samples", 4]
+    assert cli.main(["evaluate", *map(str, arguments), "--output_dir", str(tmp_path)]) == 0
+    measured = json.loads((tmp_path / "out" / "report.json").read_text())["rounds"][0]
+    assert measured["kl"] == pytest.approx(json.loads((tmp_path / "evaluation.json").read_text())["kl"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "extra, message",
     [

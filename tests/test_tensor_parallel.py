@@ -5,6 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+import torch.distributed as dist
+from families import family_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from hf_layerprune import parallelize
+
 ROOT = Path(__file__).parent.parent
 EMBEDDING = 1
 
@@ -35,4 +46,52 @@ def test_every_family_with_parallel_layers_computes_the_same_in_two_processes(tm
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     worker = [str(ROOT / "tests" / "tensor_parallel_worker.py"), str(tmp_path)]
     result = subprocess.run([*command, *worker], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.fixture
+def attention():
+    """A pair of Qwen3 layers: 8 heads of queries, 4 of keys, of two layers."""
+    return parallelize(family_model("qwen3"), [(1, 2)]).model.layers[1].self_attn
+
+
+def norms_here(attention, heads, rank, size):
+    """What the norm of the queries, or keys, gives of this process's heads, and what it gives of these heads whole."""
+    norm = attention.q_norm if heads == 8 else attention.k_norm
+    states = torch.randn(2, 3, heads, 16, generator=torch.Generator().manual_seed(0))
+    split = states.repeat_interleave(max(size // heads, 1), dim=2).chunk(size, dim=2)
+    whole = torch.stack([nn.functional.rms_norm(states[..., n, :], (16,), eps=1e-6) for n in range(heads)], dim=2)
+    whole = whole * norm.weight.repeat_interleave(heads // 2, dim=0)
+    return norm(split[rank]), whole.repeat_interleave(max(size // heads, 1), dim=2).chunk(size, dim=2)[rank]
+
+
+def test_a_process_takes_the_gains_of_its_own_heads_wherever_it_is_on_a_mesh(attention):
+    dist.init_process_group("fake", rank=2, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tp", "dp"))["tp"]  # 2 and 3 have the second half
+        weight = DTensor.from_local(attention.o_proj.weight.data.chunk(2, dim=1)[1], mesh, [Shard(1)])
+        attention.o_proj.weight = nn.Parameter(weight)
+        for heads in (8, 4):
+            torch.testing.assert_close(*norms_here(attention, heads, 1, 2))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size, rank", [(2, 1), (4, 2), (8, 5)])
+def test_vllm_says_which_heads_are_here(attention, size, rank):
+    attention.o_proj.tp_rank, attention.o_proj.tp_size = rank, size  # with 8, two processes have the same head of keys
+    for heads in (8, 4):
+        torch.testing.assert_close(*norms_here(attention, heads, rank, size))
+
+
+def test_heads_that_nobody_can_place_are_refused(attention):
+    with pytest.raises(ValueError, match="4 of 8 heads are here, but o_proj is split over 1 processes"):
+        attention.q_norm(torch.randn(1, 2, 4, 16))
+
+
+@pytest.mark.slow
+def test_blocks_with_norms_of_heads_compute_the_same_wherever_a_mesh_has_tensor_parallelism():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    worker = str(ROOT / "tests" / "mesh_worker.py")
+    result = subprocess.run([*command, worker], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -165,7 +165,7 @@ class ParallelizeArguments(MeasureArguments):
     protect_last_layers: int = field(default=0, metadata={"help": "Number of last layers that stay as they are."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "dtype of the weights, as they are measured and saved; 'auto' is the model's."},
+        metadata={"help": "dtype of the weights in memory; 'auto' is the checkpoint's, in which students are saved."},
     )
     eval_dataset: str | None = field(
         default=None,

@@ -16,6 +16,7 @@ from ..files import replace_folder
 from ..forward import measuring
 from ..loading import load_config, load_model, load_tokenizer
 from ..progress import say
+from ..trainer.students import write_student
 from .arguments import ConvertArguments
 from .parsing import check_new_folder, parse
 
@@ -38,9 +39,7 @@ def convert(argv: list[str]) -> None:
     converted = convert_model(model, arguments.to)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        target = Path(temporary) / "model"
-        converted.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        target = write_student(converted, tokenizer, converted.dtype, Path(temporary) / "model")
         del model, converted
         written = load_model(str(target))
         difference = _check(written, expected)

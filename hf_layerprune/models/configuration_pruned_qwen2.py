@@ -71,6 +71,9 @@ class PrunedQwen2Config(Qwen2Config):
         config.intermediate_size = width * self.intermediate_size
         return config
 
+    def to_dict(self):
+        return super().to_dict() | older_rope(self)
+
     @classmethod
     def from_plain(cls, config, layer_plan):
         """The configuration of a model of `config` with its layers rearranged into `layer_plan`.
@@ -90,7 +93,7 @@ class PrunedQwen2Config(Qwen2Config):
                 f"{had['num_teacher_layers']}"
             )
         first = [position_of[block[0]] for block in plan["blocks"]]
-        values = config.to_dict() | cls.attention_of(config)
+        values = config.to_dict() | older_rope(config) | cls.attention_of(config)
         values |= {"layer_plan": plan, "num_hidden_layers": len(plan["blocks"])}
         if "layer_types" in values:
             values["layer_types"] = [config.layer_types[position] for position in first]
@@ -123,6 +126,17 @@ class PrunedQwen2Config(Qwen2Config):
             return checked_plan(recorded)
         blocks = [[layer] for layer in range(config.num_hidden_layers)]
         return {"num_teacher_layers": config.num_hidden_layers, "blocks": blocks}
+
+
+def older_rope(config):
+    """The `rope_parameters` of `config` as transformers 4 reads them, which does not know that name."""
+    scaling = dict(getattr(config, "rope_parameters", None) or {})
+    if "rope_theta" not in scaling:
+        return {}
+    theta, kind = scaling.pop("rope_theta"), scaling.get("rope_type", "default")
+    if kind == "yarn" and scaling.get("original_max_position_embeddings") == config.max_position_embeddings:
+        del scaling["original_max_position_embeddings"]  # the default, but transformers 4 then ignores the factor
+    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
 
 
 def checked_plan(plan):

@@ -109,6 +109,14 @@ def rearrange(state_dict, blocks, wanted):
     return result
 
 
+def is_tied(model):
+    """Whether the language-model head of `model` is its embedding, whatever its config says."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return model.config.tie_word_embeddings
+    return getattr(head, "weight", None) is model.get_input_embeddings().weight  # a quantized head may have none
+
+
 def adopt_weights(rebuilt, model, tensors):
     """Fill `rebuilt`, made on the meta device, with `tensors` and with all that `model` has beside its weights."""
     rebuilt.load_state_dict(tensors, strict=True, assign=True)
@@ -130,20 +138,33 @@ def adopt_weights(rebuilt, model, tensors):
 class HeadGroupRMSNorm(nn.Module):
     """RMSNorm of every head, where each of `width` equal groups of neighbouring heads has a gain of its own."""
 
-    def __init__(self, width, heads, head_dim, eps):
+    def __init__(self, width, heads, head_dim, eps, attention):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width, head_dim))
         self.heads, self.variance_epsilon = heads, eps
+        self.attention = (attention,)  # in a tuple: it holds this norm, not the other way round
 
     def forward(self, hidden_states):  # (B, T, heads, D)
         gain = self.weight.repeat_interleave(self.heads // len(self.weight), dim=0)
         here = hidden_states.shape[-2]
-        if here != self.heads:  # heads are split over processes, in the order of their ranks
-            rank = torch.distributed.get_rank() % (self.heads // here)
-            gain = gain[rank * here : (rank + 1) * here]
+        if here != self.heads:  # before the norm, so that vLLM does not take this for an RMSNorm with a single gain
+            first = self.first_head(here)
+            gain = gain[first : first + here]
         states = hidden_states.float()
         states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return gain * states.to(hidden_states.dtype)
+
+    def first_head(self, here):
+        """The first of the heads that this process has, `here` in number, read from how its weights are split."""
+        output = self.attention[0].o_proj  # whose input are the heads
+        rank, size = getattr(output, "tp_rank", 0), getattr(output, "tp_size", 1)  # as vLLM's layers know it
+        for dimension, placement in enumerate(getattr(output.weight, "placements", ())):  # of a DTensor
+            if placement.is_shard(1):
+                mesh = output.weight.device_mesh
+                rank, size = mesh.get_coordinate()[dimension], mesh.size(dimension)
+        if here != max(self.heads // size, 1):
+            raise ValueError(f"{here} of {self.heads} heads are here, but o_proj is split over {size} processes")
+        return rank * self.heads // size
 
 
 class PrunedQwen2DecoderLayer(Qwen2DecoderLayer):
@@ -155,7 +176,7 @@ class PrunedQwen2DecoderLayer(Qwen2DecoderLayer):
         if config.qk_norm:
             self.self_attn = Qwen3Attention(block, layer_idx)
             if (width := len(config.layer_plan["blocks"][layer_idx])) > 1:
-                shape = (block.head_dim, block.rms_norm_eps)
+                shape = (block.head_dim, block.rms_norm_eps, self.self_attn)
                 self.self_attn.q_norm = HeadGroupRMSNorm(width, block.num_attention_heads, *shape)
                 self.self_attn.k_norm = HeadGroupRMSNorm(width, block.num_key_value_heads, *shape)
         elif not config.attention_bias:
@@ -222,6 +243,7 @@ class PrunedQwen2Loading:
             layer_plan = recorded.get("layer_plan") or {"num_teacher_layers": len(blocks), "blocks": blocks}
         if layer_plan is None:
             model, info = checked(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+            model.config.tie_word_embeddings = is_tied(model)
         else:
             checked_plan(layer_plan)
             for name in ("tp_plan", "device_mesh", "quantization_config"):
@@ -251,6 +273,7 @@ class PrunedQwen2Loading:
                 quantized, carries adapters, or lies on several devices.
         """
         config = PrunedQwen2Config.from_plain(model.config, layer_plan)
+        config.tie_word_embeddings = is_tied(model)
         if getattr(model.config, "quantization_config", None) is not None:
             raise ValueError("the model is quantized; rearrange the original and quantize the result")
         if getattr(model, "_hf_peft_config_loaded", False):

@@ -29,7 +29,7 @@ from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
 from ..hub import TAGS
 from ..hub.scrub import placed
-from ..loading import beside_weights, keep_models_whole, load_config, load_model, load_tokenizer, name_of
+from ..loading import beside_weights, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..plan import LayerPlan
 from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
@@ -114,7 +114,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             init |= args.model_init_kwargs or {}
             model = load_model(model, **init)
             files = beside_weights(init)
-            self.save_dtype = load_config(self.model_name, **files).dtype or model.dtype
+            self.save_dtype = saved_dtype(self.model_name, **files)
         else:
             self.save_dtype = model.dtype
         if processing_class is None:

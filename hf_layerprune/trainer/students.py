@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -24,14 +25,28 @@ def write_student(
     student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, target: Path
 ) -> Path:
     """Write a student in `dtype` beside `target`, to the folder that is given back; it is on disk then."""
-    if dtype != student.dtype:
-        student = prune(student, [], share_weights=True).to(dtype)
+    student = prune(student, [], share_weights=True).to(dtype)
     temporary = _beside(target)
     shutil.rmtree(temporary, ignore_errors=True)
     student.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    _save_tokenizer(tokenizer, temporary)
     sync_folder(temporary)
     return temporary
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer so that transformers 4 reads it as well, which needs the names it had there."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values["tokenizer_class"] == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in values:
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    ids = tokenizer("a").input_ids  # in tokenizer.json, but transformers 4 adds a BOS token to Llama's by default
+    values["add_bos_token"] = ids[:1] == [tokenizer.bos_token_id]
+    values["add_eos_token"] = ids[-1:] == [tokenizer.eos_token_id]
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def put_in_place(target: Path, files: dict[str, str]) -> None:
