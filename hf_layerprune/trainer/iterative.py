@@ -35,7 +35,7 @@ from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
-from .checks import check_arguments, check_data_set, check_enough_rows, check_request, with_text
+from .checks import check_added_tokens, check_arguments, check_data_set, check_enough_rows, check_request, with_text
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import check_engine, check_whole
@@ -162,6 +162,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             **kwargs,
         )
         check_engine(self.accelerator, args)
+        check_added_tokens(self.processing_class, self.start, args)
         restore_forward(self.model)
         self.all_train_rows = self.train_dataset
         datasets = self.eval_dataset or {}
