@@ -149,9 +149,8 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        hint = (
-            "; name a GGUF file of it with gguf_file" if "not appear to have a file named config" in str(error) else ""
-        )
+        without = not folder.exists() and "config.json" in str(error)
+        hint = "; if it holds GGUF files, name one with gguf_file" if without else ""
         raise LayerPruneError(f"{name} cannot be loaded as a model: {first_line(error)}{hint}") from error
     try:
         if path is not None:

@@ -58,9 +58,9 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            The model to compress, by name or loaded; its weights are never changed, but a loaded model is moved to
-            `args.device`. Loaded by name it is held in float32 and the students are saved in the checkpoint's own
-            dtype; the numbers reported are those of the saved students.
+            The model to compress, by name (see [`load_model`]) or loaded; its weights are never changed, but a loaded
+            model is moved to `args.device`. Loaded by name it is held in float32 and the students are saved in the
+            checkpoint's own dtype; the numbers reported are those of the saved students.
         args ([`IterativeLayerDistillConfig`]):
             Settings; a target, such as `target_num_layers`, is required.
         train_dataset ([`~datasets.Dataset`]):
