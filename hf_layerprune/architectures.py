@@ -82,8 +82,15 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
 
 def check_supported(config: PretrainedConfig) -> None:
-    """Raise [`LayerPruneError`] unless `config` is of a supported family, with full attention in every layer."""
+    """Raise [`LayerPruneError`] unless `config` is of a supported family, not quantized, with full attention only."""
     architecture = architecture_of(config)
+    if quantized := getattr(config, "quantization_config", None):
+        values = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        method = values.get("quant_method", "quant_method is missing")
+        raise LayerPruneError(
+            f"this {architecture.name} model is quantized ({getattr(method, 'value', method)}), which works for GGUF "
+            "files only; use the checkpoint it was made from"
+        )
     kinds = set(getattr(config, "layer_types", None) or ())
     if "sliding_attention" in kinds or architecture.sliding(config):
         hint = "; load it with use_sliding_window=False" if getattr(config, "use_sliding_window", False) else ""

@@ -14,22 +14,32 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.integrations.gguf import read_gguf_metadata
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import cached_file, is_gguf_available
 
 from .architectures import check_supported
 from .data import EMBEDDED_MODEL
 from .errors import LayerPruneError, first_line
 from .surgery import plan_of
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-BESIDE_WEIGHTS = ("revision", "trust_remote_code", "token")
+BESIDE_WEIGHTS = ("revision", "trust_remote_code", "token", "gguf_file")
 """Options of a model that its config and its tokenizer need too."""
+OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only")
+GGUF_DTYPE = torch.bfloat16
+"""A GGUF file names no dtype to save a student in: it counts as a checkpoint in this one, and is rounded to it."""
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192
+}  # fmt: skip
 EMBEDDED = "embedded"
 """Name of the model that comes with the package, wherever a model is named."""
 
@@ -57,11 +67,60 @@ def one_revision(name_or_path: str, revision: str | None) -> str | None:
     return revision if named is None else named
 
 
-def _options(name_or_path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Options of `from_pretrained`: the revision the name says, and no code of the repository's unless asked for."""
+def gguf_name(name_or_path: str, gguf_file: str | None) -> str:
+    """One name for a GGUF file in a folder or a repository: `"folder/file.gguf"`, `"user/name/file.gguf@revision"`.
+
+    Raises:
+        [`LayerPruneError`]: if `gguf_file` is not the name of such a file.
+    """
+    if gguf_file is None:
+        return name_or_path
+    if not gguf_file.lower().endswith(".gguf"):
+        raise LayerPruneError(f"gguf_file={gguf_file!r} is not a GGUF file; give a name that ends with .gguf")
+    name, revision = split_revision(name_or_path)
+    return f"{name.rstrip('/')}/{gguf_file}" + (f"@{revision}" if revision else "")
+
+
+def is_gguf(name_or_path: str) -> bool:
+    """Whether a name is that of a GGUF file, here or in a repository on the Hub."""
+    name = split_revision(name_or_path)[0]
+    return name.lower().endswith(".gguf") and not Path(name).is_dir()
+
+
+def _gguf_path(name_or_path: str, options: Mapping[str, Any]) -> Path:
+    """Where a GGUF file lies on this machine; a file on the Hub is downloaded."""
+    if not is_gguf_available():
+        raise LayerPruneError(
+            f"{name_or_path} is a GGUF file, and the package that reads it is missing: pip install gguf"
+        )
+    name = split_revision(name_or_path)[0]
+    if Path(name).is_file():
+        return Path(name).absolute()
+    user, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    if not (user and repository and file):
+        raise LayerPruneError(f"{name_or_path} does not exist; give the path of a GGUF file, or user/name/file.gguf")
+    try:
+        found = cached_file(
+            f"{user}/{repository}", file, **{key: options[key] for key in OF_THE_HUB if key in options}
+        )
+    except LOADING_ERRORS as error:
+        raise LayerPruneError(f"{name_or_path} cannot be loaded: {first_line(error)}") from error
+    return Path(found)
+
+
+def _source(name_or_path: str, kwargs: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """The name of a model, and what `from_pretrained` is called with: where the model lies, and options, with the
+    revision that the name says and no code of the repository's unless asked for."""
     options = {"trust_remote_code": False} | kwargs
-    revision = one_revision(name_or_path, kwargs.get("revision"))
-    return options if revision is None else options | {"revision": revision}
+    name = gguf_name(name_or_path, options.pop("gguf_file", None))
+    if (revision := one_revision(name, kwargs.get("revision"))) is not None:
+        options["revision"] = revision
+    if not is_gguf(name):
+        return name, resolve(name), options
+    path = _gguf_path(name, options)
+    options.pop("revision", None)  # of the repository; the file is here
+    return name, str(path.parent), options | {"gguf_file": str(path)}
 
 
 def beside_weights(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,27 +140,64 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     Raises:
         [`LayerPruneError`]: if there is none, or its architecture is not supported.
     """
-    folder = Path(resolve(name_or_path))
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise LayerPruneError(f"{name_or_path} is no model: it has no config.json; give a model folder or a Hub id")
+    name, source, options = _source(name_or_path, kwargs)
+    folder, path = Path(source), options.get("gguf_file")
+    if path is None and folder.exists() and not (folder / "config.json").is_file():
+        files = sorted(path.name for path in folder.glob("*.gguf")) if folder.is_dir() else ()
+        instead = f"name one of its GGUF files, {', '.join(files)}" if files else "give a model folder or a Hub id"
+        raise LayerPruneError(f"{name} is no model: it has no config.json; {instead}")
     try:
-        config = AutoConfig.from_pretrained(resolve(name_or_path), **_options(name_or_path, kwargs))
+        config = AutoConfig.from_pretrained(source, **options)
+    except LOADING_ERRORS as error:
+        without = not folder.exists() and "config.json" in str(error)
+        hint = "; if it holds GGUF files, name one with gguf_file" if without else ""
+        raise LayerPruneError(f"{name} cannot be loaded as a model: {first_line(error)}{hint}") from error
+    try:
+        if path is not None:
+            config.name_or_path, config.dtype = name, GGUF_DTYPE
+            _complete(config, path)
         check_supported(config)
         plan_of(config)
     except LayerPruneError as error:
-        raise LayerPruneError(f"{name_or_path}: {error}") from None
-    except LOADING_ERRORS as error:
-        raise LayerPruneError(f"{name_or_path} cannot be loaded as a model: {first_line(error)}") from error
+        raise LayerPruneError(f"{name}: {error}") from None
     return config
 
 
+def _complete(config: PretrainedConfig, path: str) -> None:
+    """Add what transformers does not read from a GGUF file: how Llama 3's rotary positions are scaled.
+
+    Raises:
+        [`LayerPruneError`]: if they are scaled in another way, or other files hold a part of the model.
+    """
+    metadata, tensors = read_gguf_metadata(path)
+    if (parts := metadata.get("split.count", 1)) > 1:
+        raise LayerPruneError(f"it is one of {parts} files; merge them with llama.cpp's llama-gguf-split --merge")
+    kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none")
+    if "rope_freqs.weight" in tensors:
+        from gguf import GGUFReader
+
+        (factors,) = (tensor.data for tensor in GGUFReader(path).tensors if tensor.name == "rope_freqs.weight")
+        factors, plain = torch.tensor(factors), config.rope_parameters
+        config.rope_parameters = plain | LLAMA3_ROPE | {"factor": factors.max().item()}
+        expected = factors * ROPE_INIT_FUNCTIONS["llama3"](config)[0]
+        exponents = torch.arange(len(factors)) / len(factors)
+        kind = "none" if torch.allclose(expected, plain["rope_theta"] ** -exponents, rtol=1e-4) else "rope_freqs"
+    if kind != "none":
+        raise LayerPruneError(
+            f"its rotary positions are scaled ({kind}), which is not read; use the original checkpoint"
+        )
+
+
 def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
-    """Load a causal language model from a folder or the Hub, safetensors only.
+    """Load a causal language model from a folder or the Hub: safetensors, or a GGUF file.
+
+    The weights of a GGUF file are dequantized and rounded to bfloat16.
 
     Args:
-        name_or_path (`str`): local folder, or Hub id, maybe with a revision: `"user/name@28-layers"`.
+        name_or_path (`str`): local folder, or Hub id, maybe with a revision: `"user/name@28-layers"`. Or a GGUF file:
+            its path, or `"user/name/file.gguf"` for one on the Hub (`gguf_file="file.gguf"` says the same).
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights in memory; `"auto"` is
-            the checkpoint's own.
+            the checkpoint's own, and bfloat16 for a GGUF file.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -111,17 +207,23 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise LayerPruneError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     keep_models_whole()
-    load_config(name_or_path, **beside_weights(kwargs))
+    config = load_config(name_or_path, **beside_weights(kwargs))
+    name, source, options = _source(name_or_path, kwargs)
+    if packed := "gguf_file" in options:
+        options |= {"config": config, "quantization_config": GgufConfig(dequantize=True)}
+    options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        model, info = AutoModelForCausalLM.from_pretrained(
-            resolve(name_or_path), **options, **_options(name_or_path, kwargs)
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        raise LayerPruneError(f"{name_or_path} cannot be loaded as a model: {first_line(error)}") from error
+        raise LayerPruneError(f"{name} cannot be loaded as a model: {first_line(error)}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
     if wrong:
-        raise LayerPruneError(f"{name_or_path}: weights do not fit the config: {', '.join(wrong[:5])}")
+        raise LayerPruneError(f"{name}: weights do not fit the config: {', '.join(wrong[:5])}")
+    if packed:
+        model.name_or_path = model.config.name_or_path = name
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(GGUF_DTYPE))
     return model
 
 
@@ -152,28 +254,26 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     Raises:
         [`LayerPruneError`]: if there is none.
     """
-    folder = Path(resolve(name_or_path))
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    name, source, options = _source(name_or_path, kwargs)
+    folder, packed = Path(source), "gguf_file" in options
+    if not packed and folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         # transformers would make an empty tokenizer without a word
-        raise LayerPruneError(
-            f"{name_or_path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one beside the model"
-        )
-    kwargs = _options(name_or_path, kwargs)
+        raise LayerPruneError(f"{name} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one beside the model")
     # beside a model of type qwen2 AutoTokenizer takes every tokenizer for Qwen2's; a converted model has another
-    loader = PreTrainedTokenizerFast if _is_converted(name_or_path, kwargs) else AutoTokenizer
+    loader = PreTrainedTokenizerFast if not packed and _is_converted(source, options) else AutoTokenizer
     try:
-        return loader.from_pretrained(resolve(name_or_path), **kwargs)
+        return loader.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
         raise LayerPruneError(
-            f"{name_or_path} has no tokenizer that can be loaded; save one beside the model or name another"
+            f"{name} has no tokenizer that can be loaded; save one beside the model or name another"
         ) from error
 
 
-def _is_converted(name_or_path: str, kwargs: dict[str, Any]) -> bool:
+def _is_converted(source: str, options: dict[str, Any]) -> bool:
     """Whether a model came from another family by [`~conversion.convert`]."""
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    hub = {key: options[key] for key in OF_THE_HUB if key in options}
     try:
-        values, _ = PretrainedConfig.get_config_dict(resolve(name_or_path), **hub)
+        values, _ = PretrainedConfig.get_config_dict(source, **hub)
     except LOADING_ERRORS:
         return False  # a folder with nothing but a tokenizer
     return values.get("converted_from") is not None

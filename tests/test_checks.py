@@ -221,3 +221,20 @@ def test_an_optimizer_that_is_given_is_the_one_that_is_checked(tmp_path):
     IterativeLayerDistillTrainer(tiny_model(), tiny_config(tmp_path, optim="lion_8bit", heal=False), **settings)
     with pytest.raises(LayerPruneError, match="optim='lion_8bit'"):
         IterativeLayerDistillTrainer(tiny_model(), args, **settings)
+
+
+def test_a_chat_template_with_tokens_that_the_model_lacks_is_refused_before_the_first_step(tmp_path):
+    other = byte_tokenizer()
+    other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    other.chat_template = CHAT
+    other.save_pretrained(tmp_path / "other")
+    rows = Dataset.from_list([{"messages": TURNS}] * 8)
+
+    def make(path):
+        args = tiny_config(tmp_path / "run", chat_template_path=str(path))
+        return IterativeLayerDistillTrainer(tiny_model(), args, rows, processing_class=byte_tokenizer())
+
+    with pytest.raises(LayerPruneError, match=r"chat_template_path=.*other' the tokenizer has 320 tokens.*only 257"):
+        make(tmp_path / "other")
+    (tmp_path / "chat.jinja").write_text(CHAT)
+    assert make(tmp_path / "chat.jinja").processing_class.chat_template == CHAT

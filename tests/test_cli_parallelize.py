@@ -168,3 +168,14 @@ def test_a_target_on_the_command_line_replaces_that_of_the_recipe(tmp_path, mode
     arguments = ["--config", recipe, "--output_dir", tmp_path / "again", *COMPRESS]
     assert cli.main(["compress", *map(str, arguments)]) == 2
     assert "target_num_layers and target_latency are both set" in capsys.readouterr().err
+
+
+def test_what_cannot_be_saved_is_known_before_the_search(run, tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise ValueError("no template")
+
+    monkeypatch.setattr("hf_layerprune.cli.parallelize._steps", pytest.fail)
+    monkeypatch.setattr("transformers.Qwen2Tokenizer.save_pretrained", refuse)
+    status, error = run("--target_num_layers", 3)
+    assert status == 2 and "the students' tokenizer cannot be saved" in error and "no template" in error
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -6,8 +7,9 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from hf_layerprune import LayerPruneError, prune
+from hf_layerprune import LayerPruneError, cli, prune
 from hf_layerprune.loading import load_config, load_model, load_tokenizer
+from hf_layerprune.shapes import load_shape
 from hf_layerprune.surgery import plan_of
 
 
@@ -29,6 +31,34 @@ def test_architecture_that_is_not_supported(tmp_path):
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(LayerPruneError, match="gpt2.*not supported"):
         load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+        {"quant_method": "awq", "bits": 4, "version": "gemm"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"load_in_8bit": True},
+    ],
+    ids=lambda values: values.get("quant_method", "without a name"),
+)
+def test_quantized_checkpoints_are_refused_before_weights_are_read(quantization, model, tmp_path, monkeypatch, capsys):
+    model.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("hf_layerprune.loading.AutoModelForCausalLM.from_pretrained", pytest.fail)
+    named = re.escape(f"{tmp_path}: this Qwen2 model is quantized ({quantization.get('quant_method', '')}")
+    for load in (load_config, load_model):
+        with pytest.raises(LayerPruneError, match=named):
+            load(str(tmp_path))
+    for verb in ("score --model", "compress --model", "benchmark", "plan --gpu_memory 1GiB --model", "demo embedded"):
+        assert cli.main([*verb.split(), str(tmp_path)]) == 2
+        assert re.search(named, capsys.readouterr().err)
+    with pytest.raises(LayerPruneError, match="is quantized"):
+        load_shape(str(tmp_path / "config.json"))
 
 
 def test_config_field_of_the_wrong_type(model, tmp_path):

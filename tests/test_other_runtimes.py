@@ -2,10 +2,10 @@
 
 import json
 
-import gguf
 import pytest
 import torch
 from conftest import random_batches, tiny_model
+from gguf_writer import write_gguf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,28 +18,7 @@ def student(request):
 
 
 def test_a_gguf_file_holds_the_same_model(student, tmp_path):
-    config, path = student.config, tmp_path / "student.gguf"
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    student.save_pretrained(tmp_path / "student")
-    for name, tensor in load_file(tmp_path / "student" / "model.safetensors").items():
-        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert known, f"{name} has no place in a GGUF file of a Qwen2"
-        writer.add_tensor(known, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
+    path = write_gguf(student, tmp_path / "student.gguf")
     again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
     (batch,) = random_batches(1)
     assert type(again) is type(student) and again.config.num_hidden_layers == 3

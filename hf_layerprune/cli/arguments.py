@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import LayerPruneError
+from ..loading import gguf_name
 
 OF_TEXT = ("dataset", "dataset_config", "dataset_split", "dataset_text_field", "max_length", "num_samples")
 
@@ -15,7 +16,14 @@ class DataArguments:
     """Which model and which text."""
 
     model: str = field(
-        default="embedded", metadata={"help": "Model folder, Hub id, user/name@revision, or 'embedded'."}
+        default="embedded", metadata={"help": "Model folder, GGUF file, Hub id, user/name@revision, or 'embedded'."}
+    )
+    gguf_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "GGUF file in that folder or Hub repository to read, dequantized; --model user/name/file.gguf "
+            "means the same."
+        },
     )
     dataset: str | None = field(
         default=None,
@@ -26,6 +34,9 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a data set on the Hub or in a folder."})
+
+    def __post_init__(self) -> None:
+        self.model, self.gguf_file = gguf_name(self.model, self.gguf_file), None
 
 
 @dataclass
@@ -115,6 +126,7 @@ class ScoreArguments(MeasureArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.criterion == "tasks" and self.tasks is None:
             self.tasks = "default"
         if self.tasks is None:
@@ -208,8 +220,8 @@ class BenchmarkArguments:
     models: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Model folders or Hub ids, timed interleaved; they can also stand on their own, without "
-            "the option. The first is what the others are compared with. Default: embedded."
+            "help": "Model folders, GGUF files or Hub ids, timed interleaved; they can also stand on their own, "
+            "without the option. The first is what the others are compared with. Default: embedded."
         },
     )
     shape: str | None = field(
@@ -253,7 +265,9 @@ class BenchmarkArguments:
 class ConvertArguments:
     """Settings of `convert`."""
 
-    model: str | None = field(default=None, metadata={"help": "Model folder, Hub id, or user/name@revision."})
+    model: str | None = field(
+        default=None, metadata={"help": "Model folder, GGUF file, Hub id, or user/name@revision."}
+    )
     to: str | None = field(
         default=None,
         metadata={

@@ -25,9 +25,9 @@ from ..plan import LayerPlan
 from ..progress import say
 from ..report import plot_range, rich_table, save_plot, write_report
 from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
-from ..surgery import apply_plan, plan_of
+from ..surgery import apply_plan, plan_of, prune
 from ..trainer.records import add_speed, student_record, teacher_record
-from ..trainer.students import save_student
+from ..trainer.students import check_saving, save_student
 from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments
 from .measure import load_on_device
@@ -52,6 +52,7 @@ def parallelize(argv: list[str]) -> None:
     tokenizer = load_tokenizer(arguments.model)
     calibration, evaluation = _batches(arguments, tokenizer)
     model = load_on_device(arguments.model, arguments.dtype)
+    check_saving(prune(model, [], share_weights=True), tokenizer)
     console = Console()
     steps, found = _steps(arguments, model, calibration, console)
     dtype = saved_dtype(arguments.model)

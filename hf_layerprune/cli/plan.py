@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from ..budget import Gauge
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
-from ..loading import load_config
+from ..loading import is_gguf, load_config
 from ..planning import (
     SPARE,
     HealingSetting,
@@ -121,8 +121,8 @@ def _memory(arguments: PlanArguments) -> int:
 
 
 def _config(name: str) -> PretrainedConfig:
-    """Of a named shape, a `config.json`, a model folder or a model on the Hub; no weights are looked at."""
-    if short_name(name) in shape_names() or Path(name).is_file():
+    """Read that of a named shape, a `config.json`, a GGUF file, or a model folder or Hub id, without the weights."""
+    if short_name(name) in shape_names() or (Path(name).is_file() and not is_gguf(name)):
         return load_shape(name)
     return load_config(name)
 

@@ -10,7 +10,7 @@ from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from transformers import GenerationConfig
 
 from ..errors import LayerPruneError
-from ..loading import load_config, resolve, split_revision
+from ..loading import is_gguf, load_config, resolve, split_revision
 from .catalog import ModelSource, Pairing, revision_of
 from .sampling import Sampling
 from .settings import Limits
@@ -56,6 +56,8 @@ def read_facts(pairing: Pairing, store: ModelStore, limits: Limits) -> Facts:
 
 def _generation_config(source: ModelSource) -> GenerationConfig | None:
     """An empty one where the checkpoint has none; `None` if it could not be read this time."""
+    if is_gguf(source.name):
+        return GenerationConfig()
     name, revision = resolve(source.name), source.revision or split_revision(source.name)[1]
     try:
         return GenerationConfig.from_pretrained(name, revision=revision or "main")

@@ -19,7 +19,7 @@ from ..hub import load_run
 from ..hub.client import patiently
 from ..hub.scrub import check_nothing_local, hub_id, placed
 from ..hub.target import HARMLESS, check_account, check_names
-from ..loading import EMBEDDED, split_revision
+from ..loading import EMBEDDED, is_gguf, split_revision
 from .settings import DemoSettings, ModelEntry, read_settings
 
 TEMPLATES = Path(__file__).parent.parent / "templates" / "space"
@@ -94,7 +94,8 @@ def write_space(
     """
     title = title or settings.title
     write_atomically(folder / "app.py", (TEMPLATES / "app.py.jinja").read_text(encoding="utf-8"))
-    write_atomically(folder / "requirements.txt", f"hf-layerprune[demo]>={version('hf-layerprune')}\n")
+    extras = "demo,gguf" if any(map(is_gguf, _named(settings))) else "demo"
+    write_atomically(folder / "requirements.txt", f"hf-layerprune[{extras}]>={version('hf-layerprune')}\n")
     write_atomically(folder / MODELS_FILE, models_yaml(settings, title))
     card = SpaceCard.from_template(
         _metadata(settings, title, hardware),
@@ -121,9 +122,13 @@ def models_yaml(settings: DemoSettings, title: str) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
 
 
+def _named(settings: DemoSettings) -> list[str]:
+    names = (name for entry in settings.models for name in (entry.run, entry.student, entry.teacher))
+    return [name for name in names if name is not None]
+
+
 def _metadata(settings: DemoSettings, title: str, hardware: str | None) -> SpaceCardData:
-    named = [name for entry in settings.models for name in (entry.run, entry.student, entry.teacher)]
-    models = list(dict.fromkeys(name for name in map(hub_id, named) if name is not None))
+    models = list(dict.fromkeys(name for name in map(hub_id, _named(settings)) if name is not None))
     more = {"suggested_hardware": hardware} if hardware else {}
     return SpaceCardData(
         title=title,
@@ -184,7 +189,7 @@ def _check_there(api: HfApi, entry: ModelEntry, on_message: Callable[[str], None
     for name in (entry.run, entry.student, teacher):
         if name in (None, EMBEDDED):
             continue
-        repo_id, revision = split_revision(name)
+        repo_id, revision = hub_id(name) or name, split_revision(name)[1]
         try:
             info = patiently(f"looking at {name}", api.model_info, repo_id, revision=revision)
         except LayerPruneError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data import FILE_BUILDERS
 from ..errors import LayerPruneError
-from ..loading import EMBEDDED
+from ..loading import EMBEDDED, is_gguf
 
 INPUTS = ("model", "teacher", "dataset", "eval_dataset", "calibration_dataset", "tasks", "plan")
 """Settings that may name a file or folder of the author's."""
@@ -64,10 +64,12 @@ def is_place(text: str) -> bool:
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` without its revision if it is the id of a repository on the Hub, else `None`."""
-    if name is None or is_place(name) or not HUB_ID.fullmatch(name):
+    """The repository on the Hub that `name` means, perhaps with a revision or a GGUF file of it; `None` for others."""
+    if name is None or is_place(name):
         return None
-    return name.split("@")[0]
+    if is_gguf(name):  # user/name/file.gguf
+        name = "/".join(name.split("/")[:2]) if name.count("/") > 1 else ""
+    return name.split("@")[0] if HUB_ID.fullmatch(name) else None
 
 
 def names_in(settings: dict[str, Any], key: str) -> list[str]:

@@ -87,6 +87,17 @@ def check_request(
         check_budget(name, Gauge.of(args.budget(), args.edit_space(), model, teacher_plan), plan)
 
 
+def check_added_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, args: IterativeLayerDistillConfig
+) -> None:
+    """Raise [`LayerPruneError`] if the tokenizer has more tokens than the model since TRL prepared it."""
+    if len(tokenizer) > model.config.vocab_size:
+        raise LayerPruneError(
+            f"with chat_template_path={args.chat_template_path!r} the tokenizer has {len(tokenizer)} tokens but the "
+            f"model only {model.config.vocab_size}; save the template alone to a .jinja file and name that file"
+        )
+
+
 def _check_optimizer(args: IterativeLayerDistillConfig, given: tuple[Any, dict[str, Any]] | None) -> None:
     """Make one of a single weight, with its schedule; `given` is a class and its options, in place of `args.optim`."""
     weight, setting = torch.zeros(1, requires_grad=True), f"optim={getattr(args.optim, 'value', args.optim)!r}"

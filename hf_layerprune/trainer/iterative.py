@@ -29,13 +29,13 @@ from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
 from ..hub import TAGS
 from ..hub.scrub import placed
-from ..loading import beside_weights, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
+from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..plan import LayerPlan
 from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
-from .checks import check_arguments, check_data_set, check_enough_rows, check_request, with_text
+from .checks import check_added_tokens, check_arguments, check_data_set, check_enough_rows, check_request, with_text
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, check_engine, check_whole
@@ -58,9 +58,9 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            The model to compress, by name or loaded; its weights are never changed, but a loaded model is moved to
-            `args.device`. Loaded by name it is held in float32 and the students are saved in the checkpoint's own
-            dtype; the numbers reported are those of the saved students.
+            The model to compress, by name (see [`load_model`]) or loaded; its weights are never changed, but a loaded
+            model is moved to `args.device`. Loaded by name it is held in float32 and the students are saved in the
+            checkpoint's own dtype; the numbers reported are those of the saved students.
         args ([`IterativeLayerDistillConfig`]):
             Settings; a target, such as `target_num_layers`, is required.
         train_dataset ([`~datasets.Dataset`]):
@@ -107,16 +107,16 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             raise LayerPruneError("train_dataset is missing; healing needs text")
         check_arguments(args, train_dataset, peft_config, kwargs)
         keep_models_whole()
-        self.model_name = placed(model if isinstance(model, str) else name_of(model))
         files: dict[str, Any] = {}  # which files of that name, and with what right they are read
         if isinstance(model, str):
             init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
             init |= args.model_init_kwargs or {}
-            model = load_model(model, **init)
+            self.model_name = placed(gguf_name(model, init.pop("gguf_file", None)))
+            model = load_model(self.model_name, **init)
             files = beside_weights(init)
             self.save_dtype = saved_dtype(self.model_name, **files)
         else:
-            self.save_dtype = model.dtype
+            self.model_name, self.save_dtype = placed(name_of(model)), model.dtype
         if processing_class is None:
             if not self.model_name:
                 raise LayerPruneError(
@@ -125,7 +125,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             processing_class = load_tokenizer(self.model_name, **files)
         if isinstance(teacher, str):
             init = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-            init = {name: value for name, value in init.items() if name not in ("revision", "subfolder")}
+            init = {name: value for name, value in init.items() if name not in ("revision", "subfolder", "gguf_file")}
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
         self.teacher_name = self.model_name if teacher is None else placed(name_of(teacher))
         for given in (model, model if teacher is None else teacher):
@@ -162,6 +162,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             **kwargs,
         )
         check_engine(self.accelerator, args)
+        check_added_tokens(self.processing_class, self.start, args)
         restore_forward(self.model)
         self.all_train_rows = self.train_dataset
         datasets = self.eval_dataset or {}

@@ -24,7 +24,7 @@ from ..tasks import PreparedTask
 from .checks import check_budget
 from .config import IterativeLayerDistillConfig
 from .run_state import STATE_FILE, RunState, check_not_past_target, decisive_settings, gauge_of_run, lock_run, open_run
-from .students import check_student, put_in_place, write_student
+from .students import check_saving, check_student, drop_ignored, put_in_place, write_student
 from .teacher_cache import TeacherCache, open_cache
 from .towers import share_equal_weights
 
@@ -58,6 +58,7 @@ class RunKeeping:
             [`LayerPruneError`]: see `train`; nothing has been written then.
         """
         folder = Path(self.args.output_dir)
+        self._on_main(lambda: check_saving(self._unpruned(), self.processing_class))
         data = (self.all_train_rows, self.calibration_batches, self.eval_batches, self.tasks)
         settings = decisive_settings(self.args, self.start, self.teacher, data, self._peft_config)
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
@@ -103,10 +104,15 @@ class RunKeeping:
             raise error or LayerPruneError(refused)
         return value
 
+    def _unpruned(self) -> PreTrainedModel:
+        student = prune(self.start, [], share_weights=True)
+        drop_ignored(student)
+        return student
+
     def _student_of(self, folder: Path, run: RunState) -> PreTrainedModel:
         """The student the next round starts from."""
         if not run.rounds:
-            student = prune(self.start, [], share_weights=True)
+            student = self._unpruned()
             share_equal_weights(student, self.teacher)
             return student
         return self._load_student(round_folder(folder, len(run.rounds)), run.rounds[-1].get("weights", {}))

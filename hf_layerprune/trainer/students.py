@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +49,29 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     values["add_bos_token"] = ids[:1] == [tokenizer.bos_token_id]
     values["add_eos_token"] = ids[-1:] == [tokenizer.eos_token_id]
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def drop_ignored(model: PreTrainedModel) -> None:
+    """Unset the generation settings that transformers ignores, such as a temperature of greedy decoding: it saves them
+    as they were loaded, but no more once a `Trainer` has set the special tokens."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        for name in re.findall(r"^- `(\w+)`: ", str(error), re.MULTILINE):
+            setattr(model.generation_config, name, None)
+
+
+def check_saving(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise [`LayerPruneError`] unless a student can be saved: all but its weights is, to a temporary folder."""
+    with TemporaryDirectory(prefix="hf-layerprune-") as folder:
+        for name in ("config", "generation_config", "tokenizer"):
+            try:
+                (tokenizer if name == "tokenizer" else getattr(student, name)).save_pretrained(folder)
+            except Exception as error:  # what transformers, or a class of the user's, cannot write
+                reason = " ".join(str(error).split())
+                raise LayerPruneError(
+                    f"the students' {name} cannot be saved, correct the model's: {reason}"
+                ) from error
 
 
 def put_in_place(target: Path, files: dict[str, str]) -> None:

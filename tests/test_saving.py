@@ -1,0 +1,68 @@
+"""A student that cannot be saved is known before it is made; what only transformers minds is put right."""
+
+import json
+
+import pytest
+import torch
+from conftest import load, tiny_model
+from transformers import GenerationConfig
+
+from hf_layerprune import LayerPruneError, load_model, prune
+from hf_layerprune.trainer import keeping
+from hf_layerprune.trainer.students import check_saving, drop_ignored, save_student
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "top_k": 20},  # as many older chat models have it
+        {"temperature": 0.9, "pad_token_id": -1},
+        {"num_beams": 1, "early_stopping": True, "length_penalty": 0.5},
+        {"output_scores": True, "use_cache": False, "cache_implementation": "static"},
+    ],
+)
+def test_generation_settings_that_are_ignored_anyway_keep_no_student_from_being_saved(tmp_path, ignored, tokenizer):
+    teacher = tiny_model()
+    teacher.generation_config.update(**ignored, max_new_tokens=7, eos_token_id=[5, 6])
+    with pytest.raises(LayerPruneError, match="generation_config cannot be saved"):
+        check_saving(teacher, tokenizer)
+    student = prune(teacher, [1])
+    drop_ignored(student)
+    check_saving(student, tokenizer)
+    save_student(student, tokenizer, torch.bfloat16, tmp_path / "student")
+    saved = GenerationConfig.from_pretrained(tmp_path / "student")
+    saved.validate(strict=True)
+    assert (saved.max_new_tokens, saved.eos_token_id) == (7, [5, 6]) and not saved.do_sample
+    assert all(getattr(teacher.generation_config, name) == value for name, value in ignored.items())
+
+
+def test_settings_of_a_model_that_samples_are_saved(tmp_path, tokenizer):
+    teacher = tiny_model()
+    teacher.generation_config.update(do_sample=True, temperature=0.6, top_k=20)
+    drop_ignored(teacher)
+    save_student(prune(teacher, [1]), tokenizer, torch.float32, tmp_path / "student")
+    saved = GenerationConfig.from_pretrained(tmp_path / "student")
+    assert (saved.do_sample, saved.temperature, saved.top_k) == (True, 0.6, 20)
+
+
+def test_a_run_whose_student_could_not_be_saved_goes_on(make, model_folder, tmp_path, monkeypatch):
+    """Without the check it healed first and failed then, in every resume again."""
+    (model_folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
+    teacher = load_model(str(model_folder))
+    with monkeypatch.context() as before:
+        before.setattr(keeping, "check_saving", lambda *_: None)
+        before.setattr(keeping, "drop_ignored", lambda model: None)
+        with pytest.raises(ValueError, match="temperature"):
+            make(teacher, target_num_layers=4).train()
+    make(teacher, target_num_layers=4, save_strategy="steps", save_steps=2).train(resume_from_checkpoint=True)
+    assert load(tmp_path / "run" / "model").generation_config.temperature is None
+    assert teacher.generation_config.temperature == 0.6
+
+
+def test_what_cannot_be_saved_is_known_before_anything_is_written(make, tmp_path):
+    teacher = tiny_model()
+    teacher.config.custom = object()
+    trainer = make(teacher)
+    with pytest.raises(LayerPruneError, match="config cannot be saved.* not JSON serializable"):
+        trainer.train()
+    assert not list(tmp_path.glob("run/*"))
