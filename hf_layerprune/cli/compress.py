@@ -24,8 +24,8 @@ from ..loading import beside_weights, load_config, load_model, load_tokenizer
 from ..planning import lora_config
 from ..progress import RunProgress, say
 from ..report import rich_table
+from ..rows import with_text
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
-from ..trainer.checks import with_text
 from ..trainer.engines import launch_line
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
