@@ -196,11 +196,16 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
     return dataset
 
 
-def check_length(max_length: int | None, config: PretrainedConfig, name: str) -> None:
-    """Raise [`LayerPruneError`] if rows of `max_length` tokens are longer than the model was made for."""
+def num_positions(config: PretrainedConfig) -> int:
+    """Tokens of the longest row a model was made for."""
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
-    positions = max(config.max_position_embeddings, int(original * (rope.get("factor") or 1)))
+    return max(config.max_position_embeddings, int(original * (rope.get("factor") or 1)))
+
+
+def check_length(max_length: int | None, config: PretrainedConfig, name: str) -> None:
+    """Raise [`LayerPruneError`] if rows of `max_length` tokens are longer than the model called `name` can read."""
+    positions = num_positions(config)
     if max_length is not None and max_length > positions:
         raise LayerPruneError(f"max_length={max_length} but {name} has {positions} positions; choose 2..{positions}")
 

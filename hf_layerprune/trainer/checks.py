@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_
 
 from ..architectures import check_supported
 from ..budget import TARGETS, Gauge
+from ..data import check_length
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary, check_tokenizer
 from ..plan import LayerPlan
@@ -63,6 +64,8 @@ def check_request(
         raise LayerPruneError("one_shot=True with criterion='angular_distance' needs target_num_layers")
     check_same_vocabulary(model, teacher)
     check_tokenizer(tokenizer, model, name)
+    for reader, called in ((model, name), (teacher, "the teacher")):
+        check_length(args.max_length, reader.config, called)
     if args.heal and args.deepspeed is None:
         _check_optimizer(args, optimizer)
     plan, teacher_plan = plan_of(model), plan_of(teacher)

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from .._trl import leave_weights, log_metric, redirect_forward, swap_model
-from ..data import Batch, valid_next_tokens
+from ..data import Batch, num_positions, valid_next_tokens
 from ..errors import LayerPruneError, NotANumber, first_line
 from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_loss, relative_hidden_state_mse
 from ..rows import column_names, tell_of_dropped
@@ -181,6 +181,12 @@ class LayerHealingTrainer(SFTTrainer):
             raise LayerPruneError(f"{name} does not fit the chat template: {first_line(error)}") from error
         if isinstance(rows, Dataset) and (cut or not packing):
             tell_of_dropped(name, len(dataset) - len(rows), len(dataset), args.max_length)
+        positions = num_positions(self.teacher.config)
+        if args.max_length is None and isinstance(rows, Dataset) and max(map(len, rows["input_ids"])) > positions:
+            raise LayerPruneError(
+                f"the {name} has rows of more tokens than the model has positions ({positions}), and max_length=None "
+                "does not cut them; set it"
+            )
         return super()._prepare_dataset(rows, processing_class, args, True, None, dataset_name) if cut else rows
 
     def _say_once(self, topic: str, message: str) -> None:
