@@ -394,7 +394,7 @@ def test_every_verb_that_reads_text_reads_chats(tmp_path, model_folder, capsys, 
     assert run("score", *base, *few, "--output_dir", tmp_path / "scores") == 0
     capsys.readouterr()
     assert run("evaluate", *base, *few, "--output_dir", tmp_path / "evaluated") == 0
-    assert ("of the completions only" in capsys.readouterr().out) == ("completion" in form)
+    assert ("on the completions only" in capsys.readouterr().out) == ("completion" in form)
     pairs = ("--num_eval_samples", 4, "--measure_speed", "false", "--pairs", "1,2", "--batch_size", 2)
     assert run("parallelize", *base, *few, *pairs, "--output_dir", tmp_path / "pairs") == 0, capsys.readouterr().err
     report, of_pairs = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "pairs"))

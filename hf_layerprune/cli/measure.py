@@ -127,7 +127,7 @@ def evaluate(argv: list[str]) -> None:
             say(console, f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}")
     labelled = [batch for batch in batches if "labels" in batch]
     if prompts := sum(int(((b["labels"] == -100) & (b["attention_mask"] == 1)).sum()) for b in labelled):
-        say(console, f"all of the completions only; {prompts:,} tokens of the prompts before them are not scored")
+        say(console, f"measured on the completions only; {prompts:,} tokens of their prompts are not scored")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "evaluation.json", to_json(results))

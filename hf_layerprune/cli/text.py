@@ -24,8 +24,8 @@ def check_sources(arguments: DataArguments, *others: str | None) -> None:
     """
     if arguments.dataset is None and not is_embedded(arguments.model):
         raise LayerPruneError(
-            f"--dataset is missing; {arguments.model} needs text of its own kind (or name the English books that come "
-            "with the package, such as embedded:healing)"
+            f"--dataset is missing: which text is {arguments.model} to read? (The English books that come with the "
+            "package are embedded:healing, embedded:calibration and embedded:held_out)"
         )
     named = [source for source in (arguments.dataset, *others) if source is not None]
     for name in ("dataset_split", "dataset_config"):
