@@ -29,7 +29,8 @@ def with_text(dataset: Dataset | IterableDataset, text_field: str | None, name: 
     Without `text_field` (a formatting function makes the text) only token ids are touched.
 
     Raises:
-        [`LayerPruneError`]: if it has none of these, or a row of them cannot be read.
+        [`LayerPruneError`]: if it has none of these, only blank ones, or a row that is neither text nor messages, or
+            not of the first one's kind; a stream raises it once it gets there.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise LayerPruneError(
@@ -44,11 +45,18 @@ def with_text(dataset: Dataset | IterableDataset, text_field: str | None, name: 
     if text_field is None:
         return dataset
     kept = _read_columns(columns, text_field, name)
-    if kept == ["conversations"] and _is_message((first.get("conversations") or [None])[0]):
-        dataset, kept = dataset.rename_column("conversations", "messages"), ["messages"]
     more = [] if kept == [text_field] else [column for column in OF_A_CHAT if column in columns]
     dataset = dataset.select_columns(kept + more)
-    return dataset if transformed else _readable_rows(dataset, kept, text_field, name)
+    first = next((row for row in dataset if not _is_blank(row, kept)), None)
+    if first is None:
+        raise LayerPruneError(f"{name}: column {' and '.join(map(repr, kept))} holds no text, only blank rows")
+    sample = first[kept[0]]
+    if kept == ["conversations"] and isinstance(sample, list) and _is_message(sample[0]):
+        dataset, kept = dataset.rename_column("conversations", "messages"), ["messages"]
+    if transformed:
+        return dataset
+    how = {"columns": kept, "text_field": text_field, "kind": type(sample), "name": name}
+    return _some_rows(dataset, _is_readable, how, f"{name}: blank rows left out")
 
 
 def _read_columns(columns: Sequence[str], text_field: str, name: str) -> list[str]:
@@ -66,23 +74,6 @@ def _read_columns(columns: Sequence[str], text_field: str, name: str) -> list[st
         f"{name} has columns {list(columns)} but no text; name the text column with dataset_text_field (now "
         f"{text_field!r}), or bring messages or prompt and completion"
     )
-
-
-def _readable_rows(
-    dataset: Dataset | IterableDataset, columns: list[str], text_field: str, name: str
-) -> Dataset | IterableDataset:
-    """The rows that are not blank.
-
-    Raises:
-        [`LayerPruneError`]: for the first row that is neither text nor messages, or not of the first one's kind; a
-            stream raises it once it gets there. At once, if all rows are blank.
-    """
-    sample = next((row for row in dataset if not _is_blank(row, columns)), None)
-    if sample is None:
-        raise LayerPruneError(f"{name}: column {' and '.join(map(repr, columns))} holds no text, only blank rows")
-    kind = type(sample[columns[0]])
-    how = {"columns": columns, "text_field": text_field, "kind": kind, "name": name}
-    return _some_rows(dataset, _is_readable, how, f"{name}: blank rows left out")
 
 
 def _some_rows(
@@ -112,7 +103,7 @@ def tell_of_dropped(name: str, dropped: int, total: int, max_length: int | None)
 
 
 def _is_blank(row: dict[str, Any], columns: list[str]) -> bool:
-    """Whether one of the cells is empty."""
+    """Whether a cell of these columns is empty."""
     cells = (row[column] for column in columns)
     return any(cell is None or not (cell.strip() if isinstance(cell, str) else cell) for cell in cells)
 

@@ -92,7 +92,9 @@ def test_columns_without_text_are_named(row):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("form", ["text", "messages", "prompt and completion", "ShareGPT"])
+@pytest.mark.parametrize(
+    "form", ["text", "messages", "prompt and completion", "ShareGPT", "conversations of messages"]
+)
 def test_blank_rows_do_no_harm(form, streaming):
     row = FORMS[form]
     column = list(row)[-1]
@@ -101,7 +103,8 @@ def test_blank_rows_do_no_harm(form, streaming):
         dataset = Dataset.from_list(rows)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
         if left:
-            assert list(with_text(dataset, "text", "train_dataset")) == [row] * left
+            expected = {"messages": TURNS} if form == "conversations of messages" else row
+            assert list(with_text(dataset, "text", "train_dataset")) == [expected] * left
             continue
         with pytest.raises(LayerPruneError, match=f"train_dataset: .*'{column}' holds no text, only blank rows"):
             with_text(dataset, "text", "train_dataset")
