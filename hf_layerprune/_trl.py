@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
 from trl.models.utils import _ForwardRedirection
@@ -25,6 +26,7 @@ __all__ = [
     "redirect_forward",
     "restore_forward",
     "swap_model",
+    "tokenized",
 ]
 
 redirect_forward: Callable[..., Any] = _ForwardRedirection()
@@ -62,6 +64,19 @@ def prepared_for_evaluation(
     """Rows of text tokenized as the trainer does with the evaluation data it is made with."""
     how = (trainer.processing_class, trainer.args, packing, trainer._formatting_func)
     return trainer._prepare_dataset(rows, *how, "eval")
+
+
+def tokenized(
+    rows: IterableDataset, columns: list[str], tokenizer: PreTrainedTokenizerBase, text_field: str
+) -> IterableDataset:
+    """Rows as an [`SFTTrainer`] with default settings tokenizes them, but uncut: `input_ids` and `labels`."""
+    end = SimpleNamespace(eos_token=tokenizer.eos_token or "")
+    only_completions = {"prompt", "completion"} <= set(columns)
+    trainer = SimpleNamespace(_tokenizer=end, chat_template=None, completion_only_loss=only_completions)
+    args = SimpleNamespace(
+        dataset_text_field=text_field, assistant_only_loss=False, max_length=None, shuffle_dataset=False
+    )
+    return SFTTrainer._prepare_dataset(trainer, rows, tokenizer, args, False, None, "")
 
 
 def log_metric(trainer: SFTTrainer, name: str, value: float) -> None:

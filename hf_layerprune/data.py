@@ -12,18 +12,21 @@ import lzma
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ._trl import tokenized
 from .errors import LayerPruneError, first_line
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+from .rows import column_names, tell_of_dropped, with_text
 
 ASSETS = Path(str(files("hf_layerprune"))) / "assets"
 EMBEDDED_MODEL = str(ASSETS / "teacher")
@@ -133,12 +136,15 @@ def embedded_text(name: str) -> tuple[str, ...]:
 def embedded_dataset(name: str) -> Dataset:
     """An embedded text as a [`~datasets.Dataset`] with one column, `text`; or `"minimal_pairs"`, with BLiMP's columns
     `sentence_good`, `sentence_bad`, `linguistics_term` and `UID`."""
-    from datasets import Dataset
-
     if name == EMBEDDED_PAIRS:
         lines = lzma.decompress((ASSETS / "text" / f"{name}.jsonl.xz").read_bytes()).decode().splitlines()
         return Dataset.from_list([json.loads(line) for line in lines])
     return Dataset.from_dict({"text": list(embedded_text(name))})
+
+
+def has_splits(source: str) -> bool:
+    """Whether the data set a user names may have splits: an embedded text, a file and a saved `Dataset` have none."""
+    return not (source.startswith("embedded:") or Path(source).is_file() or Path(source, "state.json").is_file())
 
 
 def load_text_dataset(source: str, split: str = "train", config_name: str | None = None) -> Dataset:
@@ -147,9 +153,9 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
     Args:
         source (`str`):
             `"embedded:calibration"`, `"embedded:healing"`, `"embedded:held_out"`, `"embedded:minimal_pairs"`; the path
-            of a `.txt` (one text a line), `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder
-            `datasets.load_dataset` understands; or the id of a data set on the Hub.
-        split (`str`, *optional*, defaults to `"train"`): split of a folder or Hub data set.
+            of a `.txt` (one text a line), `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder that `save_to_disk`
+            wrote or `datasets.load_dataset` understands; or the id of a data set on the Hub.
+        split (`str`, *optional*, defaults to `"train"`): split, where the data set [`has_splits`].
         config_name (`str`, *optional*): configuration of a Hub data set.
 
     Raises:
@@ -157,8 +163,6 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
     """
     if source.startswith("embedded:"):
         return embedded_dataset(source.removeprefix("embedded:"))
-    from datasets import load_dataset
-
     path = Path(source)
     try:
         if path.is_file():
@@ -169,6 +173,14 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
             dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
         elif path.suffix in FILE_BUILDERS and not path.exists():
             raise LayerPruneError(f"dataset {source}: there is no such file")
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            dataset = load_from_disk(source)
+            if isinstance(dataset, DatasetDict):
+                if split not in dataset:
+                    raise LayerPruneError(
+                        f"dataset {source} has no split {split!r}; choose one of {', '.join(dataset)} (dataset_split)"
+                    )
+                dataset = dataset[split]
         else:
             dataset = load_dataset(source, config_name, split=split)
     except LayerPruneError:
@@ -184,8 +196,18 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
     return dataset
 
 
-def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    return dataset.column_names or list(next(iter(dataset), {}))
+def num_positions(config: PretrainedConfig) -> int:
+    """Tokens of the longest row a model was made for."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    return max(config.max_position_embeddings, int(original * (rope.get("factor") or 1)))
+
+
+def check_length(max_length: int | None, config: PretrainedConfig, name: str) -> None:
+    """Raise [`LayerPruneError`] if rows of `max_length` tokens are longer than the model called `name` can read."""
+    positions = num_positions(config)
+    if max_length is not None and max_length > positions:
+        raise LayerPruneError(f"max_length={max_length} but {name} has {positions} positions; choose 2..{positions}")
 
 
 def collated_batches(
@@ -195,8 +217,6 @@ def collated_batches(
 
     One that puts all rows of a batch end to end (`padding_free`) gets one row at a time: rows are what is measured.
     """
-    from datasets import IterableDataset
-
     rows = rows.select_columns([name for name in ("input_ids", "labels", "seq_lengths") if name in column_names(rows)])
     if limit is not None:
         rows = rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
@@ -213,38 +233,78 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
 
 
 def tokenized_batches(
-    dataset: Iterable[Mapping[str, str]],
+    dataset: Dataset | IterableDataset | Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     text_field: str = "text",
     max_length: int = 512,
     num_rows: int = 64,
     batch_size: int = 8,
 ) -> list[dict[str, Tensor]]:
-    """Pack texts end to end into full rows: up to `num_rows` rows of `max_length` tokens, in batches.
+    """Up to `num_rows` rows in batches, of the columns and the tokens that [`IterativeLayerDistillTrainer`] reads.
+
+    Texts are packed end to end into full rows of `max_length` tokens. Prompts with completions (whose `labels` leave
+    the prompts out), messages and rows of token ids are a row each, cut at `max_length` and padded with a mask.
 
     Args:
-        dataset (`Iterable[dict]`): rows with a text in `text_field`; read only as far as needed.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): an end token goes behind each text.
+        dataset (`Dataset`, `IterableDataset` or `Iterable[dict]`): rows; read only as far as needed.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): an end token goes after each text.
+        text_field (`str`, *optional*, defaults to `"text"`): column of the text.
         max_length (`int`, *optional*, defaults to `512`): T, tokens per row.
         num_rows (`int`, *optional*, defaults to `64`): rows in all.
         batch_size (`int`, *optional*, defaults to `8`): B, rows per batch.
 
     Raises:
-        [`LayerPruneError`]: if there is no such column, or not enough text for one row.
+        [`LayerPruneError`]: if there is no such column, a row that cannot be read, or not enough text for one row.
     """
     if min(num_rows, batch_size) < 1 or max_length < 2:
         raise LayerPruneError(f"rows={num_rows} of {max_length} tokens, {batch_size} at a time: all must be positive")
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    try:
+        stream = with_text(_as_stream(dataset, num_rows * max_length), text_field, "the data")
+        columns = column_names(stream)
+        rows = tokenized(stream, columns, tokenizer, text_field)
+        return (_packed if columns == [text_field] else _padded)(rows, max_length, num_rows, batch_size)
+    except LayerPruneError:
+        raise
+    except (TemplateError, ValueError) as error:  # of the tokenizer's chat template
+        raise LayerPruneError(f"the data cannot be tokenized: {first_line(error)}") from error
+
+
+def _as_stream(dataset: Iterable[Mapping[str, Any]], most: int) -> IterableDataset:
+    """A data set or rows, at most so many, as a stream: what is done with it is done with the rows that are read."""
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        return dataset.with_format(None).to_iterable_dataset()
+    return Dataset.from_list([dict(row) for row in islice(dataset, most)]).to_iterable_dataset()
+
+
+def _packed(
+    rows: Iterable[dict[str, list[int]]], max_length: int, num_rows: int, batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Rows end to end in full ones."""
     ids: list[int] = []
-    for row in dataset:
-        if not isinstance(row.get(text_field), str):
-            has = f"{row[text_field]!r:.80}" if text_field in row else f"none of that name, only {sorted(row)}"
-            raise LayerPruneError(f"the data has no text in column {text_field!r} but {has}")
-        ids += tokenizer(row[text_field])["input_ids"] + end
+    for row in rows:
+        ids += row["input_ids"]
         if len(ids) >= num_rows * max_length:
             break
     count = min(num_rows, len(ids) // max_length)
     if count == 0:
         raise LayerPruneError(f"the data has {len(ids)} tokens, less than one row of {max_length}; give more text")
-    rows = torch.tensor(ids[: count * max_length]).view(count, max_length)
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(batch_size)]
+    full = torch.tensor(ids[: count * max_length]).view(count, max_length)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in full.split(batch_size)]
+
+
+def _padded(
+    rows: Iterable[dict[str, list[int]]], max_length: int, num_rows: int, batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Rows each on its own, cut, as far as something of them is to be scored."""
+    examples, dropped = [], 0
+    for row in rows:
+        example = {key: row[key][:max_length] for key in ("input_ids", "labels")}
+        scored = any(label != -100 for label in example["labels"])
+        examples, dropped = examples + [example] * scored, dropped + (not scored)
+        if len(examples) == num_rows:
+            break
+    tell_of_dropped("the data", dropped, dropped + len(examples), max_length)
+    collator = DataCollatorForLanguageModeling(pad_token_id=0)
+    return [collator(examples[n : n + batch_size]) for n in range(0, len(examples), batch_size)]

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_model
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from hf_layerprune import LayerPlan, cli, prune
+from hf_layerprune import LayerPlan, cli, load_tokenizer, prune
 from hf_layerprune.cli.compress import resume_line
 from hf_layerprune.cli.parsing import default_depth
 
@@ -156,7 +158,15 @@ def bad_requests():
     """Name, arguments, and what the message must name. `{...}` is filled in from the test's files."""
     return {
         "text that is a number": (["--dataset", "{number}"], "number.jsonl: row 0"),
-        "text that is null": (["--dataset", "{null}"], "null.jsonl: row 0"),
+        "text that is null": (["--dataset", "{null}"], "only blank rows"),
+        "no text for a model of the user's": (["--dataset", None], "--dataset is missing"),
+        "split of a file": (["--dataset_split", "test"], "dataset_split='test' is for a data set on the Hub"),
+        "configuration of a file": (["--dataset_config", "en"], "dataset_config='en' is for a data set on the Hub"),
+        "split that is not there": (["--dataset", "{saved}", "--dataset_split", "test"], "no split 'test'"),
+        "stream": (["--streaming", "true"], "--streaming"),
+        "rows longer than the model": (["--max_length", "257"], "max_length=257 but"),
+        "rows as long as they are": (["--max_length", "None", "--packing", "false"], "max_length=None does not cut"),
+        "completions of plain text": (["--completion_only_loss", "true"], "completion_only_loss=True"),
         "text that is blank": (["--dataset", "{blank}"], "only blank rows"),
         "output folder in a file": (["--output_dir", "{text}/x"], "in, a file"),
         "batch size of nothing": (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size=0"),
@@ -213,11 +223,14 @@ def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_pa
              "no_text": tmp_path / "no_text.csv", "short": tmp_path / "short.txt", "bad_yaml": tmp_path / "bad.yaml",
              "broken_yaml": tmp_path / "broken.yaml", "other_vocabulary": tmp_path / "other",
              "no_tokenizer": tmp_path / "bare", "number": tmp_path / "number.jsonl", "null": tmp_path / "null.jsonl",
-             "blank": tmp_path / "blank.jsonl", "nothing": tmp_path / "nothing.jsonl"}  # fmt: skip
+             "blank": tmp_path / "blank.jsonl", "nothing": tmp_path / "nothing.jsonl",
+             "saved": tmp_path / "saved"}  # fmt: skip
     files["nothing"].write_text("")
     files["number"].write_text('{"text": 5}\n' * 20)
-    files["null"].write_text('{"text": null}\n{"text": "word"}\n' * 20)
+    files["null"].write_text('{"text": null}\n' * 20)
+    DatasetDict({"train": Dataset.from_dict({"text": ["word"] * 20})}).save_to_disk(files["saved"])
     files["blank"].write_text('{"text": " "}\n' * 400)
+    text_file.write_text(text_file.read_text() + "\n" + "long " * 60)
     files["empty"].mkdir()
     GPT2Config().save_pretrained(files["gpt2"])
     (files["gpt2"] / "config.toml").write_text("")
@@ -232,9 +245,9 @@ def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_pa
     tiny_model().save_pretrained(files["no_tokenizer"])
 
     extra, expected = bad_requests()[name]
-    extra = [argument.format(**files) for argument in extra]
     defaults = {"--model": model_folder, "--dataset": text_file, "--output_dir": tmp_path / "out"}
     arguments = [part for pair in defaults.items() if pair[0] not in extra for part in pair]
+    extra = [] if None in extra else [argument.format(**files) for argument in extra]
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     capsys.readouterr()
     status = run("compress", *QUICK, *arguments, *extra)
@@ -330,15 +343,17 @@ def test_out_of_memory_is_one_line(error, tmp_path, model_folder, text_file, mon
         raise error
 
     monkeypatch.setattr("hf_layerprune.cli.measure.score_layers", fail)
-    assert run("score", "--model", model_folder, "--dataset", text_file, "--output_dir", tmp_path / "out") == 2
+    arguments = ["--model", model_folder, "--dataset", text_file, "--max_length", 32]
+    assert run("score", *arguments, "--output_dir", tmp_path / "out") == 2
     told = capsys.readouterr().err
     assert told.startswith("hf-layerprune: out of memory: ") and told.count("\n") == 1 and "batch_size" in told
 
 
 def test_any_other_error_is_no_users_mistake(tmp_path, model_folder, text_file, monkeypatch):
     monkeypatch.setattr("hf_layerprune.cli.measure.score_layers", lambda *_, **__: 1 / 0)
+    arguments = ["--model", model_folder, "--dataset", text_file, "--max_length", 32]
     with pytest.raises(ZeroDivisionError):
-        run("score", "--model", model_folder, "--dataset", text_file, "--output_dir", tmp_path / "out")
+        run("score", *arguments, "--output_dir", tmp_path / "out")
 
 
 def test_a_place_that_cannot_be_written_to_is_known_before_the_work(text_file, capsys):
@@ -356,3 +371,49 @@ def test_scores_that_cannot_be_taken_leave_no_folder(tmp_path, model_folder, tex
 @pytest.mark.parametrize("depth, kept", [(2, 1), (3, 2), (16, 12), (36, 27)])
 def test_the_default_depth_is_below_the_models(depth, kept):
     assert default_depth(depth) == kept
+
+
+CHATS = {
+    "messages": {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}]},
+    "conversations": {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "A cat."}]},
+    "prompt and completion": {"prompt": "Who was it? ", "completion": "A cat."},
+}
+
+
+@pytest.mark.parametrize("form", CHATS)
+def test_every_verb_that_reads_text_reads_chats(tmp_path, model_folder, capsys, form):
+    tokenizer = load_tokenizer(str(model_folder))
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(model_folder)
+    saved = str(tmp_path / "saved")  # blank cells do no harm
+    Dataset.from_list([CHATS[form]] * 8 + [dict.fromkeys(CHATS[form])]).save_to_disk(saved)
+    base = ("--model", model_folder, "--dataset", saved)
+    few = ("--max_length", 32, "--num_samples", 4)
+    assert run("compress", *base, "--eval_dataset", saved, "--heal", "false", *QUICK, "--packing", "false",
+               "--num_eval_samples", 4, "--output_dir", tmp_path / "run") == 0, capsys.readouterr().err  # fmt: skip
+    assert run("score", *base, *few, "--output_dir", tmp_path / "scores") == 0
+    capsys.readouterr()
+    assert run("evaluate", *base, *few, "--output_dir", tmp_path / "evaluated") == 0
+    assert ("on the completions only" in capsys.readouterr().out) == ("completion" in form)
+    pairs = ("--num_eval_samples", 4, "--measure_speed", "false", "--pairs", "1,2", "--batch_size", 2)
+    assert run("parallelize", *base, *few, *pairs, "--output_dir", tmp_path / "pairs") == 0, capsys.readouterr().err
+    report, of_pairs = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "pairs"))
+    evaluated = json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())
+    assert evaluated["loss"] == pytest.approx(report["teacher"]["loss"], rel=1e-5)
+    assert evaluated["loss"] == pytest.approx(of_pairs["teacher"]["loss"], rel=1e-5)
+    assert evaluated["num_tokens"] == report["teacher"].get("num_tokens", evaluated["num_tokens"])
+
+
+@pytest.mark.parametrize("verb", ["score", "evaluate", "parallelize", "generate", "plan"])
+def test_what_a_verb_cannot_read_is_one_line(tmp_path, model_folder, text_file, monkeypatch, capsys, verb):
+    monkeypatch.chdir(tmp_path)
+    text = ["--dataset", text_file]
+    cases = [([], "--dataset is missing"), ([*text, "--dataset_split", "test"], "dataset_split='test' is for a")]
+    if verb == "plan":
+        cases = [(["--max_length", "300", "--gpu_memory", "24GiB"], "max_length=300 but .* has 256 positions")]
+    elif verb != "generate":
+        cases.append(([*text, "--max_length", "300"], "max_length=300 but .* has 256 positions; choose 2..256"))
+    for arguments, message in cases:
+        assert run(verb, "--model", model_folder, *arguments) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error) and error.count("\n") == 1, error

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune import LayerPlan, PrunedQwen2ForCausalLM, cli, parallelize, prune
 from hf_layerprune.surgery import plan_of
 
+TEXTS = ["--dataset", "embedded:calibration", "--eval_dataset", "embedded:held_out"]
 QUICK = ["--max_length", "32", "--num_samples", "4", "--num_eval_samples", "4", "--batch_size", "2"]
 
 
@@ -18,7 +19,8 @@ def run(tmp_path, model_folder, capsys):
     """Run the verb on the tiny model; the exit status and what it wrote to stderr."""
 
     def call(*extra, model=model_folder, folder="out"):
-        arguments = ["--model", model, "--output_dir", tmp_path / folder, *QUICK, *extra]
+        texts = [] if "--dataset" in extra else TEXTS
+        arguments = ["--model", model, "--output_dir", tmp_path / folder, *texts, *QUICK, *extra]
         status = cli.main(["parallelize", *map(str, arguments)])
         return status, capsys.readouterr().err
 

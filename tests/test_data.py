@@ -127,7 +127,7 @@ def test_tokenized_batches_are_full_rows(tokenizer):
     assert tokenizer.decode(batches[0]["input_ids"][0], skip_special_tokens=True) == "abcdefghabcde"
     with pytest.raises(LayerPruneError, match="less than one row"):
         tokenized_batches(rows, tokenizer, max_length=1000)
-    with pytest.raises(LayerPruneError, match="column 'content'"):
+    with pytest.raises(LayerPruneError, match="no text; name the text column .*'content'"):
         tokenized_batches(rows, tokenizer, text_field="content")
     with pytest.raises(LayerPruneError, match="must be positive"):
         tokenized_batches(rows, tokenizer, num_rows=0)

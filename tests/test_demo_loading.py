@@ -152,7 +152,8 @@ def test_the_list_of_the_tests_can_be_drawn(tmp_path):
 
 def test_the_original_of_a_run_is_the_model_it_was_made_from(tmp_path, model_folder, monkeypatch):
     """Not what happens to have the name of its folder, which is all that the report tells."""
-    settings = ["--max_length", "32", "--num_samples", "2", "--num_eval_samples", "2", "--measure_speed", "false"]
+    settings = ["--dataset", "embedded:held_out", "--max_length", "32", "--num_samples", "2"]
+    settings += ["--num_eval_samples", "2", "--measure_speed", "false"]
     out = tmp_path / "out"
     assert cli.main(["parallelize", "--model", str(model_folder), "--output_dir", str(out), *settings]) == 0
     (tmp_path / "elsewhere" / "tiny-model").mkdir(parents=True)

@@ -93,11 +93,12 @@ def test_block_influence_equals_the_formula_over_all_hidden_states(model, batche
 @pytest.mark.parametrize("criterion", [c for c in criteria() if c != "tasks"])
 def test_padding_never_counts(model, criterion):
     short = random_batches(1, rows=2, length=6, padded=False)
-    ids = torch.cat([short[0]["input_ids"], torch.full((2, 5), 9)], dim=1)
-    mask = torch.cat([torch.ones(2, 6), torch.zeros(2, 5)], dim=1).long()
-    padded = [{"input_ids": ids, "attention_mask": mask}]
     expected = score_layers(model, short, criterion)
-    assert score_layers(model, padded, criterion).values == pytest.approx(expected.values, abs=1e-5)
+    for before, after in ((0, 5), (5, 0)):
+        ids = torch.nn.functional.pad(short[0]["input_ids"], (before, after), value=9)
+        mask = torch.nn.functional.pad(short[0]["attention_mask"], (before, after))
+        padded = score_layers(model, [{"input_ids": ids, "attention_mask": mask}], criterion)
+        assert padded.values == pytest.approx(expected.values, abs=1e-5)
 
 
 def test_students_are_scored_in_teacher_indices_against_the_original_teacher(model, batches):

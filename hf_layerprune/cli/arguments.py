@@ -28,8 +28,8 @@ class DataArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Text: a .txt/.json/.jsonl/.csv/.parquet file, a Hub id, or 'embedded:healing', "
-            "'embedded:calibration', 'embedded:held_out'."
+            "help": "Text or chats: a .txt/.json/.jsonl/.csv/.parquet file, a save_to_disk folder, a Hub id, or "
+            "'embedded:healing', 'embedded:calibration', 'embedded:held_out'. Only the embedded model has a default."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
@@ -86,7 +86,9 @@ class PlanArguments(CompressArguments):
 class MeasureArguments(DataArguments):
     """How much text `score` and `evaluate` look at."""
 
-    max_length: int = field(default=512, metadata={"help": "Tokens per row."})
+    max_length: int = field(
+        default=512, metadata={"help": "Tokens per row; texts are packed into full rows, chats are a row each."}
+    )
     num_samples: int = field(default=64, metadata={"help": "Rows of text."})
     batch_size: int = field(default=8, metadata={"help": "Rows at a time."})
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds the text."})

@@ -16,7 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from ..budget import TARGETS
-from ..data import ASSETS, load_text_dataset
+from ..data import ASSETS
 from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
 from ..hub.scrub import placed_settings
@@ -24,13 +24,14 @@ from ..loading import beside_weights, load_config, load_model, load_tokenizer
 from ..planning import lora_config
 from ..progress import RunProgress, say
 from ..report import rich_table
+from ..rows import with_text
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
-from ..trainer.checks import with_text
 from ..trainer.engines import launch_line
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
 from .arguments import CompressArguments
 from .parsing import check_new_folder, default_depth, names_option, parse
+from .text import check_sources, read_dataset
 
 NOT_IN_RECIPE = (
     "resume_from_checkpoint", "hub_token", "disable_tqdm", "include_num_input_tokens_seen", "dataloader_pin_memory",
@@ -138,9 +139,9 @@ def _compress_datasets(arguments: CompressArguments, text_field: str, seed: int)
     """Healing, held-out and calibration text. `None` for calibration: rows of the healing text."""
 
     def load(source: str) -> Any:
-        dataset = load_text_dataset(source, arguments.dataset_split, arguments.dataset_config)
-        return with_text(dataset, text_field, source)
+        return with_text(read_dataset(arguments, source), text_field, source)
 
+    check_sources(arguments, arguments.eval_dataset, arguments.calibration_dataset)
     if arguments.dataset is None:
         train, held_out = load("embedded:healing"), load(arguments.eval_dataset or "embedded:held_out")
         return train, held_out, load(arguments.calibration_dataset or "embedded:calibration")

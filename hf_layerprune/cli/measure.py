@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import load_text_dataset, tokenized_batches
+from ..data import Batch, check_length, tokenized_batches
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
@@ -25,6 +25,7 @@ from ..scoring import Race, check_criterion, score_layers
 from ..tasks import KLTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments
 from .parsing import check_no_file, parse
+from .text import check_sources, is_embedded, read_dataset
 
 
 def score(argv: list[str]) -> None:
@@ -33,9 +34,9 @@ def score(argv: list[str]) -> None:
     check_criterion(arguments.criterion)
     tasks, console = load_tasks(arguments.tasks) if arguments.tasks else [], Console()
     folder = Path(arguments.output_dir or "layerprune-scores")
-    load_config(arguments.model)
+    config = load_config(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
-    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer)
+    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer, config)
     race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
     with TemporaryDirectory() as offload_folder:
         where = device_map(arguments.model, device()) if arguments.offload else None
@@ -105,24 +106,28 @@ def evaluate(argv: list[str]) -> None:
     tasks = load_tasks(arguments.tasks) if arguments.tasks else []
     if tasks and arguments.teacher is None:
         tasks = _without_teacher(tasks, console)
-    load_config(arguments.model)
+    config = load_config(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     if folder is not None:
         check_no_file(folder)
-    batches = _measuring_batches(arguments, "embedded:held_out", tokenizer)
+    only_tasks = bool(tasks) and arguments.dataset is None and not is_embedded(arguments.model)
+    batches = [] if only_tasks else _measuring_batches(arguments, "embedded:held_out", tokenizer, config)
     teacher = None if arguments.teacher is None else load_on_device(arguments.teacher, arguments.dtype)
     model = load_on_device(arguments.model, arguments.dtype)
     prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
-    report = evaluate_model(model, batches, teacher)
-    results = report.to_dict()
+    results = evaluate_model(model, batches, teacher).to_dict() if batches else {}
+    numbers = dict(results)
     if prepared:
         of_tasks = evaluate_prepared(model, prepared, tokenizer, teacher)
         results["tasks"] = of_tasks.to_dict()["results"]
         console.print(_task_table(of_tasks))
-    for name, value in report.to_dict().items():
+    for name, value in numbers.items():
         if value is not None:
             say(console, f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}")
+    labelled = [batch for batch in batches if "labels" in batch]
+    if prompts := sum(int(((b["labels"] == -100) & (b["attention_mask"] == 1)).sum()) for b in labelled):
+        say(console, f"measured on the completions only; {prompts:,} tokens of their prompts are not scored")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "evaluation.json", to_json(results))
@@ -150,10 +155,13 @@ def _task_table(report: TaskReport) -> Table:
     return table
 
 
-def _measuring_batches(arguments: MeasureArguments, default: str, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    dataset = load_text_dataset(arguments.dataset or default, arguments.dataset_split, arguments.dataset_config)
+def _measuring_batches(
+    arguments: MeasureArguments, default: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> list[Batch]:
+    check_sources(arguments)
+    check_length(arguments.max_length, config, arguments.model)
     return tokenized_batches(
-        dataset,
+        read_dataset(arguments, arguments.dataset or default),
         tokenizer,
         text_field=arguments.dataset_text_field,
         max_length=arguments.max_length,

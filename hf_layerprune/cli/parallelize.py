@@ -7,20 +7,20 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import TARGETS, Budget
-from ..data import Batch, load_text_dataset, tokenized_batches
+from ..data import Batch, check_length, tokenized_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..hub import RunFolder, read_plan, run_card
 from ..hub.scrub import placed, placed_settings, without_places
-from ..loading import load_tokenizer, saved_dtype
+from ..loading import load_config, load_tokenizer, saved_dtype
 from ..plan import LayerPlan
 from ..progress import say
 from ..report import plot_range, rich_table, save_plot, write_report
@@ -32,6 +32,7 @@ from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments
 from .measure import load_on_device
 from .parsing import check_new_folder, default_depth, parse
+from .text import check_sources, read_dataset
 
 SEARCHES = ("greedy", "range")
 NOT_FOR_RANGE = (
@@ -49,6 +50,9 @@ def parallelize(argv: list[str]) -> None:
     _check(arguments)
     folder = Path(arguments.output_dir or "layerprune-parallel")
     check_new_folder(folder)
+    config = load_config(arguments.model)
+    check_sources(arguments, arguments.eval_dataset)
+    check_length(arguments.max_length, config, arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     calibration, evaluation = _batches(arguments, tokenizer)
     model = load_on_device(arguments.model, arguments.dtype)
@@ -118,13 +122,15 @@ def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase
     """Calibration and evaluation text."""
 
     def read(source: str, rows: int) -> list[Batch]:
-        dataset = load_text_dataset(source, arguments.dataset_split, arguments.dataset_config)
         text = (arguments.dataset_text_field, arguments.max_length)
-        return tokenized_batches(dataset, tokenizer, *text, num_rows=rows, batch_size=1)
+        return tokenized_batches(read_dataset(arguments, source), tokenizer, *text, num_rows=rows, batch_size=1)
 
     def stacked(rows: list[Batch]) -> list[Batch]:
         parts = [rows[n : n + arguments.batch_size] for n in range(0, len(rows), arguments.batch_size)]
-        return [{key: torch.cat([row[key] for row in part]) for key in part[0]} for part in parts]
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        return [
+            {key: pad_sequence([row[key][0] for row in part], True, fill[key]) for key in part[0]} for part in parts
+        ]
 
     if min(arguments.num_samples, arguments.num_eval_samples, arguments.batch_size) < 1:
         raise LayerPruneError("num_samples, num_eval_samples and batch_size must be at least 1")

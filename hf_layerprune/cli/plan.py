@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..budget import Gauge
+from ..data import check_length
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import is_gguf, load_config
@@ -64,6 +65,7 @@ def plan(argv: list[str]) -> None:
     choose_target(args, argv, config.num_hidden_layers)
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
     _check_target(arguments.model, args, config, teacher or config)
+    check_length(args.max_length, config, arguments.model)
     shape = RunShape(config, args, teacher, args.on_gpu)
     with Progress(
         TextColumn("measuring on tensors without memory"), BarColumn(), MofNCompleteColumn(), transient=True,

@@ -35,7 +35,7 @@ class Prompt:
 def read_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: HealingDataConfig, limit: int
 ) -> list[Prompt]:
-    """The prompts of a data set, each of at most `limit` tokens; blank texts are left out.
+    """The prompts of a data set, each of at most `limit` tokens; blank cells are left out.
 
     Raises:
         [`LayerPruneError`]: if there is no column of prompts or nothing in it, or a row cannot be a prompt.
@@ -77,6 +77,8 @@ def without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str
 def _content(
     value: Any, column: str, tokenizer: PreTrainedTokenizerBase, config: HealingDataConfig, where: str
 ) -> str | Messages | None:
+    if value is None or value == []:
+        return None
     if isinstance(value, list):
         return _messages(value, where)
     if not isinstance(value, str):

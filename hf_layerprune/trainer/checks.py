@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,17 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_
 
 from ..architectures import check_supported
 from ..budget import TARGETS, Gauge
-from ..data import column_names
+from ..data import check_length
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary, check_tokenizer
 from ..plan import LayerPlan
 from ..scoring import MEASURED
 from ..surgery import plan_of
 from .config import IterativeLayerDistillConfig
-
-OF_A_CHAT = ("tools", "chat_template_kwargs", "image", "images")  # beside messages; TRL refuses pictures, and says so
-RESERVED = ("prompt", "completion", "messages", "conversations")
-
 
 NOT_TAKEN = {
     "optimizers": "each round makes its own; give optimizer_cls_and_kwargs",
@@ -68,6 +64,8 @@ def check_request(
         raise LayerPruneError("one_shot=True with criterion='angular_distance' needs target_num_layers")
     check_same_vocabulary(model, teacher)
     check_tokenizer(tokenizer, model, name)
+    for reader, called in ((model, name), (teacher, "the teacher")):
+        check_length(args.max_length, reader.config, called)
     if args.heal and args.deepspeed is None:
         _check_optimizer(args, optimizer)
     plan, teacher_plan = plan_of(model), plan_of(teacher)
@@ -121,94 +119,6 @@ def check_budget(name: str, gauge: Gauge, plan: LayerPlan) -> None:
         least = f"1..{plan.depth - 1}" if gauge.budget.unit == "depth" else f"less than {size:.6g}"
         raise LayerPruneError(f"{setting}={gauge.budget.target:g} but {name} has {what}; choose {least}")
     gauge.check_reachable(plan, setting)
-
-
-def check_data_set(dataset: Any, name: str) -> None:
-    """Raise [`LayerPruneError`] unless it is one data set."""
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise LayerPruneError(
-            f"{name} is a {type(dataset).__name__}; give one datasets.Dataset, such as Dataset.from_list(rows)"
-        )
-
-
-def with_text(dataset: Dataset | IterableDataset, text_field: str, name: str) -> Dataset | IterableDataset:
-    """The data set with what TRL should make text of alone, so that other columns do no harm.
-
-    That is token ids; else a text column that was named (`text_field`, if not `"text"`); else, in TRL's order, prompts
-    with their completions, messages, or text.
-
-    Raises:
-        [`LayerPruneError`]: if it has none of these, or a row of them cannot be read.
-    """
-    check_data_set(dataset, name)
-    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # which TRL refuses, and says why
-        dataset = dataset.with_format(None)
-    columns, first = column_names(dataset), next(iter(dataset), {})
-    if _are_ids(first.get("input_ids")):
-        return dataset
-    if text_field in RESERVED:
-        raise LayerPruneError(
-            f"dataset_text_field={text_field!r} names what TRL reads otherwise; rename that column of {name} to 'text'"
-        )
-    if text_field in columns and text_field != "text":
-        kept = [text_field]
-    elif {"prompt", "completion"} <= set(columns):
-        kept = ["prompt", "completion"]
-    elif "messages" in columns:
-        kept = ["messages"]
-    elif "conversations" in columns:
-        kept = ["conversations"]
-        if _is_message((first.get("conversations") or [None])[0]):
-            dataset, kept = dataset.rename_column("conversations", "messages"), ["messages"]
-    elif text_field in columns:
-        kept = [text_field]
-    else:
-        raise LayerPruneError(
-            f"{name} has columns {columns} but no text; name the text column with dataset_text_field (now "
-            f"{text_field!r}), or bring messages or prompt and completion"
-        )
-    more = [] if kept == [text_field] else [column for column in OF_A_CHAT if column in columns]
-    dataset = dataset.select_columns(kept + more)
-    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
-        _check_rows(dataset, kept, text_field, name)
-    return dataset
-
-
-def _check_rows(dataset: Dataset, columns: list[str], text_field: str, name: str) -> None:
-    """Raise [`LayerPruneError`] for the first row that is neither text nor messages, or not as the rows before it."""
-    kinds: set[type] = set()
-    for number, row in enumerate(zip(*(dataset[column] for column in columns), strict=True)):
-        for column, value in zip(columns, row, strict=True):
-            what = "no text or messages"
-            if column == text_field:
-                good, what = isinstance(value, str), "no text"
-            elif column == "conversations":
-                good = isinstance(value, list) and bool(value)
-            else:
-                good = _are_messages(value) or (column != "messages" and isinstance(value, str))
-            if good and kinds - {type(value)}:
-                good, what = False, "of another kind than those before"
-            if not good:
-                raise LayerPruneError(f"{name}: row {number} has {value!r:.80} in column {column!r}, which is {what}")
-            kinds.add(type(value))
-    if columns == [text_field] and not any(text.strip() for text in dataset[text_field]):
-        raise LayerPruneError(f"{name}: column {text_field!r} holds no text, only blank rows")
-
-
-def _are_ids(value: Any) -> bool:
-    value = value.tolist() if hasattr(value, "tolist") else value  # of a data set in the form of tensors
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(n, int) for n in value)
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
-
-
-def _is_message(value: Any) -> bool:
-    """What it says is between the row and the chat template: text, parts, calls of tools, or thoughts."""
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        return False
-    return value.get("content") is not None or any(part for key, part in value.items() if key != "role")
 
 
 def check_enough_rows(rows: Dataset | IterableDataset, args: IterativeLayerDistillConfig) -> None:

@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from .._trl import leave_weights, log_metric, redirect_forward, swap_model
-from ..data import Batch, valid_next_tokens
-from ..errors import NotANumber
+from ..data import Batch, num_positions, valid_next_tokens
+from ..errors import LayerPruneError, NotANumber, first_line
 from ..losses import cosine_distance, divergence, hidden_state_mse, next_token_loss, relative_hidden_state_mse
+from ..rows import column_names, tell_of_dropped
 from ..surgery import plan_of
 from .checkpoints import Checkpoint, load_trained
 from .config import IterativeLayerDistillConfig
@@ -147,6 +150,44 @@ class LayerHealingTrainer(SFTTrainer):
         healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         healed = healed if empty is None else fill(empty, healed, self.args.device)
         return make_plain(healed, save_dtype), output
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: IterativeLayerDistillConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        """Tokenize as TRL does, which leaves out rows without a token that counts: here with a word, and also before
+        they are packed."""
+        columns, name = set(column_names(dataset)), f"{dataset_name} data"
+        has_completions = {"prompt", "completion"} <= columns
+        if args.completion_only_loss is None and formatting_func is None:
+            self.completion_only_loss = has_completions  # of each data set; TRL's is that of the training data
+        nothing_to_do = not (has_completions or columns & {"completion_mask", "labels"})
+        if args.completion_only_loss and nothing_to_do and dataset_name == "train":
+            raise LayerPruneError(
+                f"completion_only_loss=True, but the {name} has columns {sorted(columns)}; bring prompt and "
+                "completion, or leave it out"
+            )
+        cut = packing and args.packing_strategy == "bfd"  # which cuts rows, whatever is left of them
+        try:
+            rows = super()._prepare_dataset(
+                dataset, processing_class, args, packing and not cut, formatting_func, dataset_name
+            )
+        except TemplateError as error:
+            raise LayerPruneError(f"{name} does not fit the chat template: {first_line(error)}") from error
+        if isinstance(rows, Dataset) and (cut or not packing):
+            tell_of_dropped(name, len(dataset) - len(rows), len(dataset), args.max_length)
+        positions = num_positions(self.teacher.config)
+        if args.max_length is None and isinstance(rows, Dataset) and max(map(len, rows["input_ids"])) > positions:
+            raise LayerPruneError(
+                f"the {name} has rows of more tokens than the model has positions ({positions}), and max_length=None "
+                "does not cut them; set it"
+            )
+        return super()._prepare_dataset(rows, processing_class, args, True, None, dataset_name) if cut else rows
 
     def _say_once(self, topic: str, message: str) -> None:
         """Warn of something in the first round it comes up in."""

@@ -32,10 +32,11 @@ from ..hub.scrub import placed
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..plan import LayerPlan
 from ..report import write_report
+from ..rows import with_text
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
-from .checks import check_added_tokens, check_arguments, check_data_set, check_enough_rows, check_request, with_text
+from .checks import check_added_tokens, check_arguments, check_enough_rows, check_request
 from .choosing import edited, next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, check_engine, check_whole
@@ -136,12 +137,12 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         name, optimizer = self.model_name or type(model).__name__, kwargs.get("optimizer_cls_and_kwargs")
         check_request(name, self.start, self.teacher, args, processing_class, optimizer)
         datasets = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
-        datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
-        self._has_text = kwargs.get("formatting_func") is None
-        for name, dataset in datasets.items():
-            check_data_set(dataset, f"{name}_dataset")
-            if self._has_text:
-                datasets[name] = with_text(dataset, args.dataset_text_field, f"{name}_dataset")
+        self._text_field = args.dataset_text_field if kwargs.get("formatting_func") is None else None
+        datasets = {
+            name: with_text(dataset, self._text_field, f"{name}_dataset")
+            for name, dataset in datasets.items()
+            if dataset is not None
+        }
         train_dataset = datasets.pop("train")
 
         self.run: RunState | None = None  # what train() has done: `run.teacher`, `run.rounds`
@@ -350,9 +351,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         `eval_agreement`, all weighted by tokens."""
         batches = self.eval_batches
         if eval_dataset is not None:
-            check_data_set(eval_dataset, "eval_dataset")
-            if self._has_text:
-                eval_dataset = with_text(eval_dataset, self.args.dataset_text_field, "eval_dataset")
+            eval_dataset = with_text(eval_dataset, self._text_field, "eval_dataset")
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
             batches = self._batches(prepared_for_evaluation(self, eval_dataset, packing), None, "evaluation data")
         student = self.accelerator.unwrap_model(self.model)
