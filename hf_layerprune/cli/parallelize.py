@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from torch.nn.utils.rnn import pad_sequence
