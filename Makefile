@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-slow browser lint dist clean
+.PHONY: demo real test test-slow browser lint dist clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
 	$(BIN)/hf-layerprune compress --output_dir runs/demo
+
+# A real model: SmolLM2-135M-Instruct loses a third of its layers; an hour and a half of two plain cores.
+real: $(INSTALLED)
+	recipes/smollm2-135m-instruct/run.sh
 
 test: $(INSTALLED) browser
 	$(BIN)/python -m pytest -n auto --dist worksteal --durations 25

@@ -18,13 +18,14 @@ from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 
 CONFIGS = ASSETS / "configs"
-PUBLISHERS = re.compile(r"^(Qwen|meta-llama|mistralai)/")
+PUBLISHERS = re.compile(r"^(Qwen|meta-llama|mistralai|HuggingFaceTB)/")
 
 
 def shape_names() -> list[str]:
     """Names of the shapes that come with the package: by family, small to large."""
     names = (path.stem.rsplit("-", 1) for path in CONFIGS.glob("*.json"))
-    families = sorted((family, float(size.removesuffix("B")), size) for family, size in names)
+    millions = {"M": 1, "B": 1000}
+    families = sorted((family, float(size[:-1]) * millions[size[-1]], size) for family, size in names)
     return [f"{family}-{size}" for family, _, size in families]
 
 

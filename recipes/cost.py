@@ -11,6 +11,7 @@ assumed, not measured.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def cost_of(path: Path, processes: int) -> Cost:
     middle = depth // 2
     edit = Edit.remove(middle) if "remove" in args.edit_space().kinds else Edit.parallelize(middle, middle + 1)
     needs = step_needs(config, args, [edit], rows, getattr(torch, arguments.dtype))
-    micro_batches = args.gradient_accumulation_steps * processes * args.max_steps * (depth - args.target_num_layers)
+    rounds = math.ceil((depth - args.target_num_layers) / args.layers_per_round)
+    micro_batches = args.gradient_accumulation_steps * processes * args.max_steps * rounds
     hours = 3600 * SHARE * PEAK
     return Cost(
         f"{path.parent.name}/{path.name}",

@@ -38,7 +38,7 @@ STANDS_FOR_SOMETHING = re.compile(r"[A-Z]+|user/name")
 PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and page.name != "cli.md"]
 PAGES_OF_RECIPES = sorted(ROOT.glob("recipes/**/README.md"))
 MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-3B")
-MODELS_OF_RECIPES = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-8B")
+MODELS_OF_RECIPES = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-8B", "HuggingFaceTB/SmolLM2-135M-Instruct")
 EXAMPLE = (ROOT / "examples" / "compress.py").read_text()  # see test_readme.py
 GIVEN = """
 from conftest import random_batches
@@ -170,6 +170,7 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     if config.startswith("recipes/"):
         if not (desk / recipe["dataset"]).exists():  # else `generate` has written it
             short = short | {"dataset": "rows.jsonl"}
+            short = short | ({"eval_dataset": "rows.jsonl"} if "eval_dataset" in recipe else {})
         if "tasks" in recipe:
             short = short | {"tasks": "my_tasks.yaml"}
     output_dir = rest[rest.index("--output_dir") + 1] if "--output_dir" in rest else recipe.get("output_dir")

@@ -24,7 +24,7 @@ from hf_layerprune.shapes import load_shape
 from hf_layerprune.surgery import plan_of
 
 ROOT = Path(__file__).parent.parent
-OF_OTHERS = ("accelerate", "figure")  # accelerate's own files, see below; of a benchmark, see test_figure.py
+OF_OTHERS = ("accelerate", "figure", "data")  # accelerate's own files, see below; of a benchmark; tasks
 RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.parent.name not in OF_OTHERS)
 TYPES = {
     "compress": (CompressArguments, IterativeLayerDistillConfig),
@@ -121,7 +121,8 @@ def test_the_costs_are_of_these_recipes():
             depth = tiny_config(content_of(path)["model"]).num_hidden_layers
             rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
             rows *= 8 if path.stem == "paper" else 1  # processes
-            tokens = rows * config.max_length * config.max_steps * (depth - config.target_num_layers) / 1e6
+            rounds = -(-(depth - config.target_num_layers) // config.layers_per_round)
+            tokens = rows * config.max_length * config.max_steps * rounds / 1e6
             layers = f"{depth} -> {config.target_num_layers}"
             line = f"| `{path.parent.name}/{path.name}` | {layers} | {rows} | {tokens:,.1f}M |"
             assert line in table, "run `python recipes/cost.py --output recipes/cost.md`"

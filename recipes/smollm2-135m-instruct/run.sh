@@ -23,26 +23,31 @@ fi
 
 # One run, every depth: the students of all rounds stay in $out/NAME/rounds.
 compress() {
-  name=$1; shift
+  name=$1 config=$2; shift 2
   [ -f $out/$name/plan.json ] && return
   resume=(); [ -f $out/$name/run_state.json ] && resume=(--resume)
-  $prune compress --config $recipe/recipe.yaml --model "$model" --output_dir $out/$name "$@" "${resume[@]}"
+  $prune compress --config $recipe/$config.yaml --model "$model" --dataset $out/data/healing.jsonl \
+    --eval_dataset $out/data/held_out_chat.jsonl --output_dir $out/$name "$@" "${resume[@]}"
 }
 measure() {
   $python benchmarks/real_models.py --teacher "$model" --held_out $out/data --repair_on $out/data/healing.jsonl \
     --output_dir $recipe/results/measured "$@"
 }
 
-compress ours
-measure teacher="$model" {ours-24=$out/ours/rounds/03,ours-20=$out/ours/rounds/05}
+compress ours recipe
+ours=$out/ours/rounds
+measure teacher="$model" ours-24=$ours/03 ours-20=$ours/05
+measure --no_generation ours-24-unhealed=$ours/03:unhealed ours-20-unhealed=$ours/05:unhealed \
+  ours-24-repaired=$ours/03:repaired ours-20-repaired=$ours/05:repaired
 if [ -n "${BASELINES:-}" ]; then
-  compress kl --compensation none
-  compress block_influence --compensation none --criterion block_influence --race_confidence None
-  compress shortgpt --compensation none --criterion block_influence --one_shot true
-  compress tail --compensation none --criterion tail --one_shot true
-  compress lora --compensation none --one_shot true --lora_r 16
-  compress parallel --compensation none --edits parallelize --max_group_size 4
+  compress kl baseline --criterion kl --race_confidence 0.95
+  compress block_influence baseline
+  compress shortgpt baseline --one_shot true
+  compress tail baseline --criterion tail --one_shot true
+  compress lora baseline --criterion kl --one_shot true --lora_r 16
+  compress parallel baseline --criterion kl --race_confidence 0.95 --edits parallelize --max_group_size 4
   for name in kl block_influence shortgpt tail lora parallel; do
     measure --no_generation $name-24=$out/$name/rounds/03 $name-20=$out/$name/rounds/05
   done
 fi
+$python benchmarks/real_table.py $recipe/results
