@@ -169,7 +169,7 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     recipe = yaml.safe_load((desk / config).read_text()) if config.endswith(".yaml") else {}
     if config.startswith("recipes/"):
         if not (desk / recipe["dataset"]).exists():  # else `generate` has written it
-            short = short | {"dataset": "rows.jsonl"}
+            short = short | {"dataset": "rows.jsonl", "dataset_split": "train"}
         if "tasks" in recipe:
             short = short | {"tasks": "my_tasks.yaml"}
     output_dir = rest[rest.index("--output_dir") + 1] if "--output_dir" in rest else recipe.get("output_dir")
