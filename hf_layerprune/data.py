@@ -142,9 +142,12 @@ def embedded_dataset(name: str) -> Dataset:
     return Dataset.from_dict({"text": list(embedded_text(name))})
 
 
-def has_splits(source: str) -> bool:
-    """Whether the data set a user names may have splits: an embedded text, a file and a saved `Dataset` have none."""
-    return not (source.startswith("embedded:") or Path(source).is_file() or Path(source, "state.json").is_file())
+def may_have(source: str, split: str) -> bool:
+    """Whether the data set a user names may have this split: a file is one, `"train"`, of which slices can be taken
+    (`"train[:100]"`); an embedded text and a `Dataset` saved to disk have none."""
+    if Path(source).is_file():
+        return split.partition("[")[0] == "train"
+    return not (source.startswith("embedded:") or Path(source, "state.json").is_file())
 
 
 def load_text_dataset(source: str, split: str = "train", config_name: str | None = None) -> Dataset:
@@ -155,7 +158,7 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
             `"embedded:calibration"`, `"embedded:healing"`, `"embedded:held_out"`, `"embedded:minimal_pairs"`; the path
             of a `.txt` (one text a line), `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder that `save_to_disk`
             wrote or `datasets.load_dataset` understands; or the id of a data set on the Hub.
-        split (`str`, *optional*, defaults to `"train"`): split, where the data set [`has_splits`].
+        split (`str`, *optional*, defaults to `"train"`): split, where the data set [`may_have`] it; else all is read.
         config_name (`str`, *optional*): configuration of a Hub data set.
 
     Raises:
@@ -170,7 +173,8 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
                 raise LayerPruneError(
                     f"dataset {source}: file type {path.suffix!r} is none of {', '.join(FILE_BUILDERS)}"
                 )
-            dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
+            part = split if may_have(source, split) else "train"
+            dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split=part)
         elif path.suffix in FILE_BUILDERS and not path.exists():
             raise LayerPruneError(f"dataset {source}: there is no such file")
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

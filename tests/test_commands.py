@@ -169,7 +169,7 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     recipe = yaml.safe_load((desk / config).read_text()) if config.endswith(".yaml") else {}
     if config.startswith("recipes/"):
         if not (desk / recipe["dataset"]).exists():  # else `generate` has written it
-            short = short | {"dataset": "rows.jsonl"}
+            short = short | {"dataset": "rows.jsonl", "dataset_split": "train"}
             short = short | ({"eval_dataset": "rows.jsonl"} if "eval_dataset" in recipe else {})
         if "tasks" in recipe:
             short = short | {"tasks": "my_tasks.yaml"}

@@ -107,6 +107,7 @@ def test_local_files(tmp_path, suffix):
     else:
         Dataset.from_dict({"text": texts}).to_parquet(path)
     assert load_text_dataset(str(path))["text"] == texts
+    assert load_text_dataset(str(path), "train[:1]")["text"] == texts[:1]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,12 @@ class DataArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a data set on the Hub or in a folder."})
+    dataset_split: str = field(
+        default="train",
+        metadata={
+            "help": "Split of a data set on the Hub or in a folder, or a slice of it or a file: 'train[:1000]'."
+        },
+    )
 
     def __post_init__(self) -> None:
         self.model, self.gguf_file = gguf_name(self.model, self.gguf_file), None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datasets import Dataset
 
-from ..data import EMBEDDED_MODEL, has_splits, load_text_dataset
+from ..data import EMBEDDED_MODEL, load_text_dataset, may_have
 from ..errors import LayerPruneError
 from ..loading import resolve
 from .arguments import DataArguments
@@ -28,12 +28,12 @@ def check_sources(arguments: DataArguments, *others: str | None) -> None:
             "package are embedded:healing, embedded:calibration and embedded:held_out)"
         )
     named = [source for source in (arguments.dataset, *others) if source is not None]
-    for name in ("dataset_split", "dataset_config"):
+    whole = " and ".join(named) or "the embedded text"
+    for name, split in (("dataset_split", arguments.dataset_split), ("dataset_config", "any")):
         value = getattr(arguments, name)
-        if value != getattr(DataArguments, name) and not any(map(has_splits, named)):
+        if value != getattr(DataArguments, name) and not any(may_have(source, split) for source in named):
             raise LayerPruneError(
-                f"{name}={value!r} is for a data set on the Hub or a folder, not for {' and '.join(named) or 'the '}"
-                f"{'' if named else 'embedded text'}; leave it out"
+                f"{name}={value!r} is for a data set on the Hub or a folder, not for {whole}; leave it out"
             )
 
 
