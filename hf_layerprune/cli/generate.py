@@ -6,17 +6,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..data import load_text_dataset
-from ..generation_data import HealingDataConfig, generate_healing_data
-from ..generation_data.generate import processes
+from ..generation_data.generate import generate_healing_data, processes
 from ..loading import load_model, load_tokenizer
 from ..progress import say
-from .arguments import GenerateArguments
 from .parsing import parse
 
 
 def generate(argv: list[str]) -> None:
     """Write the file, or what is missing of it; see [`generate_healing_data`]."""
-    arguments, config = parse((GenerateArguments, HealingDataConfig), argv)
+    arguments, config = parse("generate", argv)
     prompts = load_text_dataset(
         arguments.dataset or "embedded:healing", arguments.dataset_split, arguments.dataset_config
     )

@@ -7,8 +7,8 @@ from transformers import TrainerCallback
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
 from hf_layerprune.budget import ModelSizes
+from hf_layerprune.estimate import RunShape, disk_bytes, healing_settings, parse_size, planned_setting
 from hf_layerprune.memory import LiveBytes, StepNeeds
-from hf_layerprune.planning import RunShape, disk_bytes, healing_settings, parse_size, planned_setting
 from hf_layerprune.surgery import to_pruned_qwen2
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160}
@@ -88,7 +88,7 @@ def test_a_pruned_qwen2_without_pairs_needs_what_the_plain_model_does(tmp_path):
 def test_models_are_made_once_to_count_their_parameters(tmp_path, monkeypatch):
     made, count = [], ModelSizes.of
     monkeypatch.setattr(ModelSizes, "of", lambda model: made.append(model) or count(model))
-    monkeypatch.setattr("hf_layerprune.planning.step_needs", lambda *_: StepNeeds(1, 1, (1,), 1))
+    monkeypatch.setattr("hf_layerprune.estimate.step_needs", lambda *_: StepNeeds(1, 1, (1,), 1))
     args = tiny_config(tmp_path, target_num_layers=6, trained_layers="neighbours")
     shape = RunShape(tiny_model(8).config, args, tiny_model(9).config, on_gpu=False)
     settings = healing_settings(shape, "float32", None)
