@@ -158,22 +158,19 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
     if source.startswith("embedded:"):
         return embedded_dataset(source.removeprefix("embedded:"))
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     path = Path(source)
+    if path.is_file() and path.suffix not in FILE_BUILDERS:
+        raise LayerPruneError(f"dataset {source}: file type {path.suffix!r} is none of {', '.join(FILE_BUILDERS)}")
+    if path.suffix in FILE_BUILDERS and not path.exists():
+        raise LayerPruneError(f"dataset {source}: there is no such file")
     try:
         if path.is_file():
-            if path.suffix not in FILE_BUILDERS:
-                raise LayerPruneError(
-                    f"dataset {source}: file type {path.suffix!r} is none of {', '.join(FILE_BUILDERS)}"
-                )
             dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
-        elif path.suffix in FILE_BUILDERS and not path.exists():
-            raise LayerPruneError(f"dataset {source}: there is no such file")
         else:
             dataset = load_dataset(source, config_name, split=split)
-    except LayerPruneError:
-        raise
-    except Exception as error:  # datasets raises many types, for a missing file as for a broken row
+    except (DatasetsError, OSError, ValueError, RuntimeError, ImportError, StopIteration) as error:
         cause = error.__cause__ or error  # datasets says itself only that an error occurred
         told = f"{source} is empty" if path.is_file() and not path.stat().st_size else first_line(cause)
         raise LayerPruneError(f"dataset {source} cannot be loaded: {told}") from error

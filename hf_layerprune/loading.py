@@ -23,7 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deeps
 
 from .architectures import check_supported
 from .data import EMBEDDED_MODEL
-from .errors import LayerPruneError, first_line
+from .errors import LayerPruneError, first_line, is_out_of_memory
 from .surgery import plan_of
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
@@ -35,8 +35,14 @@ EMBEDDED = "embedded"
 
 
 def resolve(name_or_path: str) -> str:
-    """Where a named model lies: the package's own folder for `"embedded"`, else the name without its `@revision`."""
-    return EMBEDDED_MODEL if name_or_path == EMBEDDED else split_revision(name_or_path)[0]
+    """Where a named model lies: the package's own folder for `"embedded"`, `model` in the output folder of a run, else
+    the name without its `@revision`."""
+    if name_or_path == EMBEDDED:
+        return EMBEDDED_MODEL
+    folder = Path(name_or_path)
+    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    return split_revision(name_or_path)[0]
 
 
 def split_revision(name_or_path: str) -> tuple[str, str | None]:
@@ -84,14 +90,16 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     folder = Path(resolve(name_or_path))
     if folder.exists() and not (folder / "config.json").is_file():
         raise LayerPruneError(f"{name_or_path} is no model: it has no config.json; give a model folder or a Hub id")
+    options = _options(name_or_path, kwargs)
     try:
-        config = AutoConfig.from_pretrained(resolve(name_or_path), **_options(name_or_path, kwargs))
+        config = AutoConfig.from_pretrained(resolve(name_or_path), **options)
+    except LOADING_ERRORS as error:
+        raise LayerPruneError(f"{name_or_path} cannot be loaded as a model: {first_line(error)}") from error
+    try:
         check_supported(config)
         plan_of(config)
     except LayerPruneError as error:
         raise LayerPruneError(f"{name_or_path}: {error}") from None
-    except LOADING_ERRORS as error:
-        raise LayerPruneError(f"{name_or_path} cannot be loaded as a model: {first_line(error)}") from error
     return config
 
 
@@ -112,12 +120,12 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
         raise LayerPruneError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     keep_models_whole()
     load_config(name_or_path, **beside_weights(kwargs))
+    options = _options(name_or_path, kwargs) | {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        model, info = AutoModelForCausalLM.from_pretrained(
-            resolve(name_or_path), **options, **_options(name_or_path, kwargs)
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(resolve(name_or_path), **options)
     except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise LayerPruneError(f"{name_or_path} cannot be loaded as a model: {first_line(error)}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
     if wrong:
