@@ -18,7 +18,6 @@ from transformers.trainer_callback import PrinterCallback
 from ..budget import TARGETS
 from ..data import ASSETS, load_text_dataset
 from ..errors import LayerPruneError, first_line
-from ..estimate import lora_config
 from ..files import write_atomically
 from ..hub.scrub import placed_settings
 from ..loading import beside_weights, load_config, load_model, load_tokenizer
@@ -29,6 +28,7 @@ from ..trainer.checks import with_text
 from ..trainer.engines import launch_line
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
+from ..trainer.trainable import lora_config
 from .arguments import CompressArguments
 from .parsing import check_new_folder, default_depth, names_option, parse
 

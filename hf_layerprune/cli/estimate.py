@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -65,15 +64,7 @@ def estimate(argv: list[str]) -> None:
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
     _check_target(arguments.model, args, config, teacher or config)
     shape = RunShape(config, args, teacher, args.on_gpu)
-    with Progress(
-        TextColumn("measuring on tensors without memory"), BarColumn(), MofNCompleteColumn(), transient=True,
-        console=Console(stderr=True),
-    ) as progress:  # fmt: skip
-        task = progress.add_task("")
-        settings = healing_settings(
-            shape, arguments.dtype, arguments.lora_r,
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+    settings = healing_settings(shape, arguments.dtype, arguments.lora_r)
     best = recommended(settings, memory, arguments.dtype, args.trained_layers, arguments.lora_r)
     content = _content(arguments, shape, memory, settings, best)
     console = Console()
