@@ -102,7 +102,7 @@ class RunShape:
         config ([`~transformers.Qwen2Config`]): of the model the run starts from.
         args ([`IterativeLayerDistillConfig`]): the settings of the run.
         teacher ([`~transformers.Qwen2Config`], *optional*): of the teacher, where it is another model.
-        on_gpu (`bool`, *optional*, defaults to `True`): plan for a GPU, not for a CPU.
+        on_gpu (`bool`, *optional*, defaults to `True`): estimate for a GPU, not for a CPU.
     """
 
     config: PretrainedConfig

@@ -94,7 +94,7 @@ def recommended(
 
 def _check(arguments: EstimateArguments, args: IterativeLayerDistillConfig) -> None:
     if not args.heal:
-        raise LayerPruneError("heal=False trains nothing, and the plan is of what training needs; leave it out")
+        raise LayerPruneError("heal=False trains nothing, and what is estimated is training; leave it out")
     if arguments.dtype not in DTYPES:
         raise LayerPruneError(f"dtype={arguments.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if arguments.lora_r is not None and arguments.lora_r < 1:
