@@ -10,27 +10,12 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from hf_layerprune import HealingDataConfig, IterativeLayerDistillConfig
+from hf_layerprune import IterativeLayerDistillConfig
 from hf_layerprune.cli import USAGE, VERBS
-from hf_layerprune.cli import arguments as a
+from hf_layerprune.cli.parsing import settings_of
 from hf_layerprune.files import write_atomically
 
 PAGE = Path(__file__).parent / "cli.md"
-SETTINGS: dict[str, tuple[type, ...]] = {
-    "compress": (a.CompressArguments, IterativeLayerDistillConfig),
-    "parallelize": (a.ParallelizeArguments,),
-    "generate": (a.GenerateArguments, HealingDataConfig),
-    "score": (a.ScoreArguments,),
-    "evaluate": (a.EvaluateArguments,),
-    "benchmark": (a.BenchmarkArguments,),
-    "plan": (a.PlanArguments, IterativeLayerDistillConfig),
-    "convert": (a.ConvertArguments,),
-    "push": (a.PushArguments,),
-    "push-space": (a.PushSpaceArguments,),
-    "demo": (a.DemoArguments,),
-}
-"""Verb to the dataclasses it is parsed into, as the verb's own call of `parse` names them."""
-
 HEAD = """\
 # Settings of every command
 
@@ -48,14 +33,13 @@ OF_TRL = (
 
 def reference() -> str:
     """The page."""
-    if missing := set(VERBS) - set(SETTINGS):
-        raise KeyError(f"docs/make_cli.py does not say what {', '.join(missing)} can be told; add it to SETTINGS")
     said = dict(re.findall(r"^  ([\w-]+) +(\S.*)$", USAGE, re.MULTILINE))
     parts = [HEAD]
     for verb in VERBS:
         parts.append(f"## {verb}\n\n{said[verb][0].upper()}{said[verb][1:]}.\n")
-        for kind in SETTINGS[verb]:
-            if kind is IterativeLayerDistillConfig:
+        for kind in settings_of(verb):
+            if issubclass(kind, IterativeLayerDistillConfig):
+                kind = IterativeLayerDistillConfig
                 parts.append(OF_TRL + "\n")
             parts.append(_table(kind))
     return "\n".join(parts)

@@ -1,78 +1,38 @@
 """Make language models of the Qwen2, Qwen3, Llama and Mistral families shallower: measure, remove, heal, share."""
 
-from .benchmark import BenchmarkReport, benchmark_model
-from .budget import Budget
-from .compensation import compensate
-from .conversion import convert
-from .data import EMBEDDED_MODEL, embedded_dataset, tokenized_batches
-from .edits import Edit
-from .errors import LayerPruneError
-from .evaluation import EvaluationReport, evaluate_model
-from .generation_data import HealingDataConfig, HealingDataReport, generate_healing_data
-from .hub import load_run, push_run
-from .latency import BlockLatency
-from .loading import load_model, load_tokenizer
-from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM, PrunedQwen2Model
-from .plan import LayerPlan
-from .scoring import (
-    Guess,
-    LayerScores,
-    Question,
-    Race,
-    contiguous_block,
-    register_criterion,
-    score_edits,
-    score_layers,
-)
-from .search import PlanSearch, find_parallel_range, search_plan
-from .surgery import apply_plan, parallelize, prune, unparallelize
-from .tasks import load_tasks
-from .trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, LayerDistillCallback
+import ast
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "EMBEDDED_MODEL",
-    "BenchmarkReport",
-    "BlockLatency",
-    "Budget",
-    "Edit",
-    "EvaluationReport",
-    "Guess",
-    "HealingDataConfig",
-    "HealingDataReport",
-    "IterativeLayerDistillConfig",
-    "IterativeLayerDistillTrainer",
-    "LayerDistillCallback",
-    "LayerPlan",
-    "LayerPruneError",
-    "LayerScores",
-    "PlanSearch",
-    "PrunedQwen2Config",
-    "PrunedQwen2ForCausalLM",
-    "PrunedQwen2Model",
-    "Question",
-    "Race",
-    "apply_plan",
-    "benchmark_model",
-    "compensate",
-    "contiguous_block",
-    "convert",
-    "embedded_dataset",
-    "evaluate_model",
-    "find_parallel_range",
-    "generate_healing_data",
-    "load_model",
-    "load_run",
-    "load_tasks",
-    "load_tokenizer",
-    "parallelize",
-    "prune",
-    "push_run",
-    "register_criterion",
-    "score_edits",
-    "score_layers",
-    "search_plan",
-    "tokenized_batches",
-    "unparallelize",
-]
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_MODULE_OF = {
+    alias.name: f".{item.module}" for item in _STUB.body if isinstance(item, ast.ImportFrom) for alias in item.names
+}
+"""Public name to the module it is imported from on first use; the list itself is `__init__.pyi`."""
+
+__all__ = sorted(_MODULE_OF)
+
+# Importing `models` registers PrunedQwen2 with the Auto classes, which takes torch and transformers. The command line
+# (for `python -m hf_layerprune.cli` argv[0] is still "-m" here) imports them when a verb needs them.
+if Path("".join(sys.argv[:1])).stem not in ("hf-layerprune", "-m"):
+    from . import models as models
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name], __name__), name)
+    elif find_spec(f"{__name__}.{name}"):
+        value = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

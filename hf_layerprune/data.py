@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -167,34 +168,30 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
     if source.startswith("embedded:"):
         return embedded_dataset(source.removeprefix("embedded:"))
     path = Path(source)
+    if path.is_file() and path.suffix not in FILE_BUILDERS:
+        raise LayerPruneError(f"dataset {source}: file type {path.suffix!r} is none of {', '.join(FILE_BUILDERS)}")
+    if path.suffix in FILE_BUILDERS and not path.exists():
+        raise LayerPruneError(f"dataset {source}: there is no such file")
     try:
         if path.is_file():
-            if path.suffix not in FILE_BUILDERS:
-                raise LayerPruneError(
-                    f"dataset {source}: file type {path.suffix!r} is none of {', '.join(FILE_BUILDERS)}"
-                )
             part = split if may_have(source, split) else "train"
             dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split=part)
-        elif path.suffix in FILE_BUILDERS and not path.exists():
-            raise LayerPruneError(f"dataset {source}: there is no such file")
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             dataset = load_from_disk(source)
-            if isinstance(dataset, DatasetDict):
-                if split not in dataset:
-                    raise LayerPruneError(
-                        f"dataset {source} has no split {split!r}; choose one of {', '.join(dataset)} (dataset_split)"
-                    )
-                dataset = dataset[split]
         else:
             dataset = load_dataset(source, config_name, split=split)
-    except LayerPruneError:
-        raise
-    except Exception as error:  # datasets raises many types, for a missing file as for a broken row
+    except (DatasetsError, OSError, ValueError, RuntimeError, ImportError, StopIteration) as error:
         cause = error.__cause__ or error  # datasets says itself only that an error occurred
         told = f"{source} is empty" if path.is_file() and not path.stat().st_size else first_line(cause)
         raise LayerPruneError(f"dataset {source} cannot be loaded: {told}") from error
     if path.is_file() and path.suffix == ".txt":
         dataset = dataset.filter(lambda row: bool(row["text"].strip()))
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise LayerPruneError(
+                f"dataset {source} has no split {split!r}; choose one of {', '.join(dataset)} (dataset_split)"
+            )
+        dataset = dataset[split]
     if len(dataset) == 0:
         raise LayerPruneError(f"dataset {source} is empty")
     return dataset

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -22,7 +20,10 @@ def first_line(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the memory of the device or of the machine is used up."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    """Whether an error says that the memory of the device or of the machine is used up.
+
+    `torch.OutOfMemoryError` is a `RuntimeError` whose message says so.
+    """
+    if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in NO_MEMORY)

@@ -27,7 +27,7 @@ from transformers.utils import cached_file, is_gguf_available
 
 from .architectures import check_supported
 from .data import EMBEDDED_MODEL
-from .errors import LayerPruneError, first_line
+from .errors import LayerPruneError, first_line, is_out_of_memory
 from .surgery import plan_of
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
@@ -45,8 +45,14 @@ EMBEDDED = "embedded"
 
 
 def resolve(name_or_path: str) -> str:
-    """Where a named model lies: the package's own folder for `"embedded"`, else the name without its `@revision`."""
-    return EMBEDDED_MODEL if name_or_path == EMBEDDED else split_revision(name_or_path)[0]
+    """Where a named model lies: the package's own folder for `"embedded"`, `model` in the output folder of a run, else
+    the name without its `@revision`."""
+    if name_or_path == EMBEDDED:
+        return EMBEDDED_MODEL
+    folder = Path(name_or_path)
+    if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    return split_revision(name_or_path)[0]
 
 
 def split_revision(name_or_path: str) -> tuple[str, str | None]:
@@ -215,6 +221,8 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise LayerPruneError(f"{name} cannot be loaded as a model: {first_line(error)}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
     if wrong:

@@ -19,7 +19,6 @@ import torch
 from transformers import PretrainedConfig
 
 from hf_layerprune import IterativeLayerDistillConfig
-from hf_layerprune.cli.arguments import CompressArguments
 from hf_layerprune.cli.parsing import parse
 from hf_layerprune.edits import Edit
 from hf_layerprune.files import write_atomically
@@ -69,7 +68,7 @@ def scoring_operations(config: PretrainedConfig, args: IterativeLayerDistillConf
 def cost_of(path: Path, processes: int) -> Cost:
     """What a recipe costs; `processes` is what its `gradient_accumulation_steps` is written for."""
     argv = ["--config", str(path), "--use_cpu", "true", "--bf16", "true"]
-    arguments, args = parse((CompressArguments, IterativeLayerDistillConfig), argv)
+    arguments, args = parse("compress", argv)
     config, rows = load_shape(arguments.model.removesuffix("-Instruct")), args.per_device_train_batch_size
     depth = config.num_hidden_layers
     middle = depth // 2

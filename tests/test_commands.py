@@ -57,7 +57,7 @@ SHORT = QUICK | {
     "score": {"num_samples": 2, "max_length": 32, "batch_size": 2},
     "evaluate": {"num_samples": 2, "max_length": 32, "batch_size": 2},
     "benchmark": {"prompt_tokens": 4, "new_tokens": 3, "repeats": 1},
-    "plan": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 64},
+    "estimate": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 64},
 }
 
 

@@ -1,17 +1,26 @@
 """`hf-layerprune <verb>`: the library on the command line.
 
 Every setting of a verb can stand in a YAML file (`--config`) or on the command line, which wins. A user's mistake is
-one line on stderr and exit status 2.
+one line on stderr and exit status 2; anything else keeps its traceback. Only the verb that runs is imported.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
 
-VERBS = (
-    "compress", "parallelize", "generate", "score", "evaluate", "benchmark", "plan", "convert", "push", "push-space",
-    "demo",
-)  # fmt: skip
+from .. import __version__
+from ..errors import LayerPruneError, first_line, is_out_of_memory
+
+VERBS = {
+    "compress": "compress", "parallelize": "parallelize", "generate": "generate", "score": "measure",
+    "evaluate": "measure", "benchmark": "benchmark", "estimate": "estimate", "convert": "convert", "push": "push",
+    "push-space": "push_space", "demo": "demo",
+}  # fmt: skip
+"""Verb to the module here that runs it."""
+FORMER_NAMES = {"plan": "estimate"}
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
@@ -21,14 +30,15 @@ usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
   score        measure and plot the importance of every layer
   evaluate     measure a checkpoint, alone or against a teacher
   benchmark    measure speed and memory of one or more checkpoints, side by side
-  plan         say what a run needs before it starts: memory, disk, tokens, rough time
+  estimate     estimate what a run needs before it starts: memory, disk, tokens, rough time
   convert      write a checkpoint in another family's form, such as Llama as Qwen2, with the same logits
   push         put the student of a run on the Hub, with its report and a card
   push-space   make or update a Space on the Hub that compares students with their originals
   demo         compare original and compressed side by side, in the browser
 
-hf-layerprune <verb> --help lists the settings of a verb. Without --model those that need one work on the small English
-teacher that comes with the package.
+hf-layerprune <verb> --help lists the settings of a verb, --version prints the version. --debug after a verb shows the
+traceback of an error that is otherwise one line. Without --model those that need one work on the small English teacher
+that comes with the package.
 """
 
 
@@ -38,40 +48,49 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0
-    if argv[0] not in VERBS:
-        sys.stderr.write(f"hf-layerprune: no verb {argv[0]!r}; choose one of {', '.join(VERBS)}\n")
+    if argv[0] == "--version":
+        sys.stdout.write(f"hf-layerprune {__version__}\n")
+        return 0
+    verb, rest = FORMER_NAMES.get(argv[0], argv[0]), [word for word in argv[1:] if word != "--debug"]
+    if verb not in VERBS:
+        sys.stderr.write(f"hf-layerprune: no verb {verb!r}; choose one of {', '.join(VERBS)}\n")
         return 2
-    from ..errors import LayerPruneError, first_line, is_out_of_memory
-    from .benchmark import benchmark
-    from .compress import compress
-    from .convert import convert
-    from .demo import demo
-    from .generate import generate
-    from .measure import evaluate, score
-    from .parallelize import parallelize
-    from .plan import plan
-    from .push import push
-    from .push_space import push_space
-
-    every = (compress, parallelize, generate, score, evaluate, benchmark, plan, convert, push, push_space, demo)
-    verbs = dict(zip(VERBS, every, strict=True))
-    _quiet()
     try:
-        verbs[argv[0]](argv[1:])
-    except (LayerPruneError, OSError) as error:  # OSError: a full disk, a folder that is a file, no permission
-        sys.stderr.write(f"hf-layerprune: {' '.join(str(error).split())}\n")
-        return 2
+        if {"-h", "--help"} & set(rest):
+            from .parsing import parse
+
+            parse(verb, ["--help"])
+        module = import_module(f".{VERBS[verb]}", __name__)
+        _quiet()
+        getattr(module, verb.replace("-", "_"))(rest)
     except KeyboardInterrupt as stop:
-        goes_on = str(stop) or ("what is done is kept, the same command goes on" if argv[0] == "generate" else "")
+        goes_on = str(stop) or ("what is done is kept, the same command goes on" if verb == "generate" else "")
         sys.stderr.write(f"hf-layerprune: stopped{'; ' if goes_on else ''}{goes_on}\n")
         return 130
     except Exception as error:
-        if not is_out_of_memory(error):
+        line = _users_mistake(error)
+        if line is None:
             raise
-        less = "give fewer rows at a time (batch_size), shorter ones (max_length), or a smaller model or dtype"
-        sys.stderr.write(f"hf-layerprune: out of memory: {first_line(error)}; {less}\n")
+        if "--debug" in argv:
+            traceback.print_exc()
+        sys.stderr.write(f"hf-layerprune: {line}\n")
         return 2
     return 0
+
+
+def _users_mistake(error: Exception) -> str | None:
+    """The line about an error that a user can do something about; `None` for an error of ours."""
+    if isinstance(error, LayerPruneError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:  # no permission, a folder that is a file
+        ours = Path(__file__).parent.parent in Path(str(error.filename)).parents
+        return None if ours else str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # a full disk
+        return str(error)
+    if is_out_of_memory(error):
+        less = "give fewer rows at a time (batch_size), shorter ones (max_length), or a smaller model or dtype"
+        return f"out of memory: {first_line(error)}; {less}"
+    return None
 
 
 def _quiet() -> None:

@@ -74,8 +74,8 @@ class CompressArguments(DataArguments):
 
 
 @dataclass
-class PlanArguments(CompressArguments):
-    """What `plan` is asked, beside the settings of a run; `model` may be a named shape such as Qwen2.5-3B."""
+class EstimateArguments(CompressArguments):
+    """What `estimate` is asked, beside the settings of a run; `model` may be a named shape such as Qwen2.5-3B."""
 
     gpu_memory: str | None = field(
         default=None,
@@ -337,6 +337,8 @@ class DemoArguments:
 
     def __post_init__(self) -> None:
         self.names = list(map(str, _as_list(self.names)))
+        if self.server_port is not None and not 1 <= self.server_port <= 65535:
+            raise LayerPruneError(f"server_port={self.server_port} is out of range; choose 1..65535")
 
 
 @dataclass

@@ -31,7 +31,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def benchmark(argv: list[str]) -> None:
     """Print speed and memory of models, timed interleaved, for every batch size."""
-    (arguments,) = parse((BenchmarkArguments,), _spelled_out(argv))
+    (arguments,) = parse("benchmark", _spelled_out(argv))
     _check(arguments)
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     if folder is not None:

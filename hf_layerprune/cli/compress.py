@@ -21,7 +21,6 @@ from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
 from ..hub.scrub import placed_settings
 from ..loading import beside_weights, load_config, load_model, load_tokenizer
-from ..planning import lora_config
 from ..progress import RunProgress, say
 from ..report import rich_table
 from ..rows import with_text
@@ -29,6 +28,7 @@ from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.engines import launch_line
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
+from ..trainer.trainable import lora_config
 from .arguments import CompressArguments
 from .parsing import check_new_folder, default_depth, names_option, parse
 from .text import check_sources, read_dataset
@@ -41,7 +41,7 @@ NOT_IN_RECIPE = (
 def compress(argv: list[str]) -> None:
     """Rounds of score, remove, heal, evaluate; see [`IterativeLayerDistillTrainer`]."""
     argv = with_default_recipe(argv)
-    arguments, config = parse((CompressArguments, IterativeLayerDistillConfig), argv)
+    arguments, config = parse("compress", argv)
     init_kwargs = config.model_init_kwargs
     if {"dtype", "torch_dtype"} & set(init_kwargs or {}):
         raise LayerPruneError(f"model_init_kwargs={init_kwargs} names a dtype; give it with --dtype")
@@ -70,12 +70,10 @@ def compress(argv: list[str]) -> None:
             peft_config=_lora(arguments),
         )
         trainer.open_run(resume)
-    except Exception as error:
+    except BaseException:
         if made_by_us:  # Trainer makes the folder before all checks are done; an empty one helps nobody
             with suppress(OSError):
                 folder.rmdir()
-        if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, LayerPruneError):
-            raise LayerPruneError(first_line(error)) from error
         raise
     config.model_init_kwargs = init_kwargs
     if config.should_save:

@@ -17,7 +17,6 @@ from ..forward import measuring
 from ..loading import load_config, load_model, load_tokenizer
 from ..progress import say
 from ..trainer.students import write_student
-from .arguments import ConvertArguments
 from .parsing import check_new_folder, parse
 
 TOLERANCE = {torch.float32: 1e-4}
@@ -27,7 +26,7 @@ PROBE = "The year 2024, 12345 words:\n\n    naïve café, it's 3.14159 — don't
 
 def convert(argv: list[str]) -> None:
     """Convert, save beside the output folder, read back and compare, and only then put it there."""
-    (arguments,) = parse((ConvertArguments,), argv)
+    (arguments,) = parse("convert", argv)
     if arguments.model is None or arguments.output_dir is None:
         raise LayerPruneError("which model, and where to? give --model MODEL --output_dir DIR")
     folder = Path(arguments.output_dir)

@@ -16,7 +16,7 @@ from .parsing import parse, positional
 
 def demo(argv: list[str]) -> None:
     """Serve the demo until it is interrupted."""
-    (arguments,) = parse((DemoArguments,), positional(argv, DemoArguments, "names"))
+    (arguments,) = parse("demo", positional(argv, DemoArguments, "names"))
     if arguments.models is not None and arguments.names:
         raise LayerPruneError(
             f"{' '.join(arguments.names)} and --models {arguments.models} are both given; the list can name them too"

@@ -5,18 +5,16 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..generation_data import HealingDataConfig, generate_healing_data
-from ..generation_data.generate import processes
+from ..generation_data.generate import generate_healing_data, processes
 from ..loading import load_model, load_tokenizer
 from ..progress import say
-from .arguments import GenerateArguments
 from .parsing import parse
 from .text import check_sources, read_dataset
 
 
 def generate(argv: list[str]) -> None:
     """Write the file, or what is missing of it; see [`generate_healing_data`]."""
-    arguments, config = parse((GenerateArguments, HealingDataConfig), argv)
+    arguments, config = parse("generate", argv)
     check_sources(arguments)
     prompts = read_dataset(arguments, arguments.dataset or "embedded:healing")
     state = processes()

@@ -23,14 +23,14 @@ from ..progress import say
 from ..report import criterion_unit, plot_scores, save_plot
 from ..scoring import Race, check_criterion, score_layers
 from ..tasks import KLTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
-from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments
+from .arguments import MeasureArguments
 from .parsing import check_no_file, parse
 from .text import check_sources, is_embedded, read_dataset
 
 
 def score(argv: list[str]) -> None:
     """Print and plot what each layer costs."""
-    (arguments,) = parse((ScoreArguments,), argv)
+    (arguments,) = parse("score", argv)
     check_criterion(arguments.criterion)
     tasks, console = load_tasks(arguments.tasks) if arguments.tasks else [], Console()
     folder = Path(arguments.output_dir or "layerprune-scores")
@@ -101,7 +101,7 @@ def _bar(value: float, values: Iterable[float], width: int = 30) -> str:
 
 def evaluate(argv: list[str]) -> None:
     """Print perplexity and, against a teacher, KL and top-1 agreement."""
-    (arguments,) = parse((EvaluateArguments,), argv)
+    (arguments,) = parse("evaluate", argv)
     console = Console()
     tasks = load_tasks(arguments.tasks) if arguments.tasks else []
     if tasks and arguments.teacher is None:

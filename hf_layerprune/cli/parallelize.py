@@ -47,7 +47,7 @@ Step = tuple[list[str], list[dict[str, Any]], LayerPlan]
 
 def parallelize(argv: list[str]) -> None:
     """Find or take a plan, build it, measure it, and write model, plan and report."""
-    (arguments,) = parse((ParallelizeArguments,), argv)
+    (arguments,) = parse("parallelize", argv)
     _check(arguments)
     folder = Path(arguments.output_dir or "layerprune-parallel")
     check_new_folder(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ import yaml
 from trl import TrlParser
 
 from ..errors import LayerPruneError
+from . import arguments
 
 
 def default_depth(depth: int) -> int:
@@ -88,18 +90,61 @@ def _config_apart(argv: list[str]) -> list[str]:
     ]
 
 
-def parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
-    """Read YAML and command line into the dataclasses; strict about unknown keys."""
+def settings_of(verb: str) -> tuple[type, ...]:
+    """The dataclasses a verb is parsed into."""
+    if verb == "compress":
+        from ..trainer import IterativeLayerDistillConfig
+
+        return arguments.CompressArguments, IterativeLayerDistillConfig
+    if verb == "estimate":
+        from .estimate import EstimatedRunConfig
+
+        return arguments.EstimateArguments, EstimatedRunConfig
+    if verb == "generate":
+        from ..generation_data.config import HealingDataConfig
+
+        return arguments.GenerateArguments, HealingDataConfig
+    return (getattr(arguments, f"{verb.title().replace('-', '')}Arguments"),)
+
+
+def parse(verb: str, argv: list[str]) -> tuple[Any, ...]:
+    """Read YAML and command line into the dataclasses of a verb; strict about unknown keys."""
+    command, types = f"hf-layerprune {verb}", settings_of(verb)
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            raise LayerPruneError(f"{message}; see --help")
+            raise LayerPruneError(f"{message}; see {command} --help")
 
-    if argv and argv[-1] == "--config":
+    argv = _config_apart(argv)
+    file = argv[argv.index("--config") + 1 :][:1] if "--config" in argv else None
+    if file == []:
         raise LayerPruneError("--config needs the path of a YAML file")
+    parser = Parser(types, prog=command, epilog="--config FILE reads settings from YAML, --debug shows tracebacks.")
     try:
-        return tuple(Parser(types).parse_args_and_config(_config_apart(argv)))
+        *parsed, of_file, of_line = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
     except LayerPruneError:
         raise
-    except (OSError, ValueError, TypeError, ImportError, yaml.YAMLError) as error:
+    except (OSError, ValueError, ImportError, yaml.YAMLError) as error:
         raise LayerPruneError(str(error)) from error
+    except TypeError as error:  # a value that YAML read as a list, say
+        if file is None:
+            raise
+        raise LayerPruneError(f"{file[0]}: {error}") from error
+    if of_file:
+        key = of_file[0].removeprefix("--")
+        raise LayerPruneError(f"{file[0]}: unknown key {key!r}{_nearest(key, parser, '')}")
+    if of_line:
+        option = next((word.split("=")[0] for word in of_line if word.startswith("-")), None)
+        if option is None:
+            raise LayerPruneError(f"{of_line[0]!r} belongs to no option; see {command} --help")
+        raise LayerPruneError(f"unknown option {option}{_nearest(option, parser, '--')}")
+    return tuple(parsed)
+
+
+def _nearest(name: str, parser: TrlParser, dashes: str) -> str:
+    """The end of a message about a wrong name: the known one that is most like it, or where all of them are."""
+    known = [action.dest for action in parser._actions]
+    near = get_close_matches(name.strip("-").replace("-", "_"), known, n=1)
+    return f"; did you mean {dashes}{near[0]}?" if near else f"; see {parser.prog} --help"

@@ -16,7 +16,7 @@ from .parsing import parse, positional
 
 def push(argv: list[str]) -> None:
     """Push the student of a run, or every depth of it."""
-    (arguments,) = parse((PushArguments,), positional(argv, PushArguments, "output_dir"))
+    (arguments,) = parse("push", positional(argv, PushArguments, "output_dir"))
     if arguments.output_dir is None:
         raise LayerPruneError("which run? give its output folder: hf-layerprune push OUTPUT_DIR --repo_id user/name")
     if arguments.repo_id is None:

@@ -15,7 +15,7 @@ from .parsing import parse, positional
 
 def push_space(argv: list[str]) -> None:
     """Make the Space, or update it."""
-    (arguments,) = parse((PushSpaceArguments,), positional(argv, PushSpaceArguments, "runs"))
+    (arguments,) = parse("push-space", positional(argv, PushSpaceArguments, "runs"))
     if arguments.repo_id is None:
         raise LayerPruneError("where to? give --repo_id user/name")
     if bool(arguments.runs) == (arguments.models is not None):

@@ -15,6 +15,13 @@ from ..errors import LayerPruneError, NotANumber
 from ..surgery import unshare_parameters
 
 
+def lora_config(r: int | None, alpha: int = 32) -> Any:
+    """The adapters `compress --lora_r` trains; `None` for none."""
+    from peft import LoraConfig
+
+    return None if r is None else LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def make_trainable(
     student: PreTrainedModel, blocks: list[int], everything: bool, peft_config: Any | None = None
 ) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a plan says of a run is what the run then takes."""
+"""What is estimated of a run is what the run then takes."""
 
 import pytest
 from conftest import tiny_config, tiny_model
@@ -7,8 +7,8 @@ from transformers import TrainerCallback
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
 from hf_layerprune.budget import ModelSizes
-from hf_layerprune.memory import LiveBytes, StepNeeds
-from hf_layerprune.planning import RunShape, disk_bytes, healing_settings, parse_size, planned_setting
+from hf_layerprune.estimate import RunShape, disk_bytes, healing_setting, healing_settings, parse_size
+from hf_layerprune.memory import LiveBytes, StepMeter
 from hf_layerprune.surgery import to_pruned_qwen2
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160}
@@ -56,7 +56,7 @@ LOWEST_PAIRS = {"edits": "parallelize", "protect_last_layers": 4}
         ("neighbours", 4, 4, LOWEST_PAIRS),
     ],
 )
-def test_the_planned_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, lora_r, rows, edits):
+def test_the_estimated_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, lora_r, rows, edits):
     args = tiny_config(
         tmp_path, trained_layers=trained, max_length=128, max_steps=2, target_num_layers=6, measure_speed=False,
         per_device_train_batch_size=rows, gradient_accumulation_steps=4 // rows, num_eval_samples=1,
@@ -70,7 +70,7 @@ def test_the_planned_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, 
             model, args, texts, processing_class=tokenizer, peft_config=peft, callbacks=[watch]
         ).train()
     shape = RunShape(model.config, args, on_gpu=False)
-    setting = planned_setting(shape, args, lora_r, "float32")
+    setting = healing_setting(shape, args, lora_r, "float32", StepMeter(model.config, args))
     assert len(watch.peaks) == shape.rounds == 2 and setting.accumulation == 4 // rows
     assert setting.peak == pytest.approx(max(watch.peaks), rel=0.15), (trained, watch.peaks, setting)
     assert setting.peak == setting.weights + setting.optimizer + setting.activations
@@ -79,7 +79,7 @@ def test_the_planned_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, 
 def test_a_pruned_qwen2_without_pairs_needs_what_the_plain_model_does(tmp_path):
     args, model = tiny_config(tmp_path, trained_layers="neighbours", target_num_layers=6), tiny_model(8, **SIZES)
     plain, paired = (
-        planned_setting(RunShape(config, args, on_gpu=False), args, None, "float32")
+        healing_setting(RunShape(config, args, on_gpu=False), args, None, "float32", StepMeter(config, args))
         for config in (model.config, to_pruned_qwen2(model).config)
     )
     assert paired.weights == plain.weights and paired.peak == pytest.approx(plain.peak, rel=0.05)
@@ -88,7 +88,6 @@ def test_a_pruned_qwen2_without_pairs_needs_what_the_plain_model_does(tmp_path):
 def test_models_are_made_once_to_count_their_parameters(tmp_path, monkeypatch):
     made, count = [], ModelSizes.of
     monkeypatch.setattr(ModelSizes, "of", lambda model: made.append(model) or count(model))
-    monkeypatch.setattr("hf_layerprune.planning.step_needs", lambda *_: StepNeeds(1, 1, (1,), 1))
     args = tiny_config(tmp_path, target_num_layers=6, trained_layers="neighbours")
     shape = RunShape(tiny_model(8).config, args, tiny_model(9).config, on_gpu=False)
     settings = healing_settings(shape, "float32", None)

@@ -13,7 +13,7 @@ QUICK = ["--max_length", "32", "--per_device_train_batch_size", "2"]
 
 
 def run(*arguments):
-    return cli.main([str(argument) for argument in ("plan", *arguments)])
+    return cli.main([str(argument) for argument in ("estimate", *arguments)])
 
 
 @pytest.fixture

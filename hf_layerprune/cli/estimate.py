@@ -1,4 +1,4 @@
-"""`hf-layerprune plan`: what a run of `compress` needs, before it starts."""
+"""`hf-layerprune estimate`: what a run of `compress` needs, before it starts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..budget import Gauge
 from ..data import check_length
 from ..errors import LayerPruneError
-from ..files import to_json, write_atomically
-from ..loading import is_gguf, load_config
-from ..planning import (
+from ..estimate import (
     SPARE,
     HealingSetting,
     RunShape,
@@ -31,12 +28,14 @@ from ..planning import (
     scoring_flops,
     tokens_per_step,
 )
+from ..files import to_json, write_atomically
+from ..loading import is_gguf, load_config
 from ..progress import say
 from ..shapes import load_shape, shape_names, short_name
 from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
 from ..trainer.checks import check_budget
-from .arguments import PlanArguments
+from .arguments import EstimateArguments
 from .compress import choose_target, with_default_recipe
 from .parsing import parse
 
@@ -44,7 +43,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
-class PlannedRunConfig(IterativeLayerDistillConfig):
+class EstimatedRunConfig(IterativeLayerDistillConfig):
     """The settings of a run on a GPU that need not be here: `bf16` unless they say otherwise, or `use_cpu`."""
 
     def __post_init__(self) -> None:
@@ -55,10 +54,10 @@ class PlannedRunConfig(IterativeLayerDistillConfig):
         super().__post_init__()
 
 
-def plan(argv: list[str]) -> None:
+def estimate(argv: list[str]) -> None:
     """Print what fits in the memory of a device, and what the run takes of disk and time."""
     argv = with_default_recipe(argv)
-    arguments, args = parse((PlanArguments, PlannedRunConfig), argv)
+    arguments, args = parse("estimate", argv)
     _check(arguments, args)
     memory = _memory(arguments)
     config = _config(arguments.model)
@@ -67,15 +66,7 @@ def plan(argv: list[str]) -> None:
     _check_target(arguments.model, args, config, teacher or config)
     check_length(args.max_length, config, arguments.model)
     shape = RunShape(config, args, teacher, args.on_gpu)
-    with Progress(
-        TextColumn("measuring on tensors without memory"), BarColumn(), MofNCompleteColumn(), transient=True,
-        console=Console(stderr=True),
-    ) as progress:  # fmt: skip
-        task = progress.add_task("")
-        settings = healing_settings(
-            shape, arguments.dtype, arguments.lora_r,
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+    settings = healing_settings(shape, arguments.dtype, arguments.lora_r)
     best = recommended(settings, memory, arguments.dtype, args.trained_layers, arguments.lora_r)
     content = _content(arguments, shape, memory, settings, best)
     console = Console()
@@ -103,9 +94,9 @@ def recommended(
     return max(fitting, key=rank, default=None)
 
 
-def _check(arguments: PlanArguments, args: IterativeLayerDistillConfig) -> None:
+def _check(arguments: EstimateArguments, args: IterativeLayerDistillConfig) -> None:
     if not args.heal:
-        raise LayerPruneError("heal=False trains nothing, and the plan is of what training needs; leave it out")
+        raise LayerPruneError("heal=False trains nothing, and what is estimated is training; leave it out")
     if arguments.dtype not in DTYPES:
         raise LayerPruneError(f"dtype={arguments.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if arguments.lora_r is not None and arguments.lora_r < 1:
@@ -114,7 +105,7 @@ def _check(arguments: PlanArguments, args: IterativeLayerDistillConfig) -> None:
         raise LayerPruneError(f"device_tflops={arguments.device_tflops} is out of range; it must be above 0")
 
 
-def _memory(arguments: PlanArguments) -> int:
+def _memory(arguments: EstimateArguments) -> int:
     if arguments.gpu_memory is not None:
         return parse_size(arguments.gpu_memory)
     if not torch.cuda.is_available():
@@ -144,7 +135,7 @@ def _check_target(
 
 
 def _content(
-    arguments: PlanArguments,
+    arguments: EstimateArguments,
     shape: RunShape,
     memory: int,
     settings: list[HealingSetting],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import product
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from .budget import ModelSizes
 from .edits import Edit
 from .errors import LayerPruneError
-from .memory import DEFAULT_LENGTH, StepNeeds, needs_at_depth, step_needs
+from .memory import DEFAULT_LENGTH, StepMeter, StepNeeds
 from .plan import LayerPlan
 from .scoring.measures import TOKEN_MEASURES
 from .surgery import plan_of
@@ -102,7 +102,7 @@ class RunShape:
         config ([`~transformers.Qwen2Config`]): of the model the run starts from.
         args ([`IterativeLayerDistillConfig`]): the settings of the run.
         teacher ([`~transformers.Qwen2Config`], *optional*): of the teacher, where it is another model.
-        on_gpu (`bool`, *optional*, defaults to `True`): plan for a GPU, not for a CPU.
+        on_gpu (`bool`, *optional*, defaults to `True`): estimate for a GPU, not for a CPU.
     """
 
     config: PretrainedConfig
@@ -168,52 +168,42 @@ class RunShape:
         return [Edit.parallelize(2 * n, 2 * n + 1) for n in range(min(wanted, depth // 2))]
 
 
-def healing_settings(
-    shape: RunShape,
-    dtype: str,
-    lora_r: int | None,
-    on_setting: Callable[[int, int], None] = lambda done, total: None,
-) -> list[HealingSetting]:
+def healing_settings(shape: RunShape, dtype: str, lora_r: int | None) -> list[HealingSetting]:
     """What can be healed how, the settings that are asked for first.
 
     Args:
         shape ([`RunShape`]): the run.
-        dtype (`str`): the dtype asked for; bfloat16 is planned beside it.
-        lora_r (`int`, *optional*): the rank asked for; LoRA is planned anyway.
-        on_setting (`Callable[[int, int], None]`, *optional*): called with how many are done, and of how many.
+        dtype (`str`): the dtype asked for; bfloat16 is estimated as well.
+        lora_r (`int`, *optional*): the rank asked for; LoRA is estimated anyway.
     """
     args = shape.args
     ways = dict.fromkeys([(args.trained_layers, lora_r), ("neighbours", None), ("all", None), ("neighbours", 16)])
     checkpointing = bool(args.gradient_checkpointing)
-    dtypes = dict.fromkeys([dtype, "bfloat16"])
-    cases = [(*way, d, c) for way in ways for d in dtypes for c in (checkpointing, not checkpointing)]
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = [n for n in sorted({*ROWS, args.per_device_train_batch_size}) if per_step % n == 0]
-    flops: dict[tuple[Any, ...], int] = {}
     settings = []
-    for number, (trained, rank, name, recompute) in enumerate(cases):
+    meter = StepMeter(shape.config, args, shape.on_gpu)
+    for (trained, rank), name in product(ways, dict.fromkeys([dtype, "bfloat16"])):
         case = copy.copy(args)
-        case.trained_layers, case.gradient_checkpointing = trained, recompute
-        for n in rows:
-            case.per_device_train_batch_size, case.gradient_accumulation_steps = n, per_step // n
-            key = (trained, rank, recompute)
-            setting = planned_setting(shape, case, rank, name, key not in flops)
-            flops.setdefault(key, setting.flops // n)
-            settings.append(replace(setting, flops=flops[key] * n))
-        on_setting(number + 1, len(cases))
+        case.trained_layers = trained
+        for case.gradient_checkpointing in (checkpointing, not checkpointing):
+            for n in rows:
+                case.per_device_train_batch_size, case.gradient_accumulation_steps = n, per_step // n
+                settings.append(healing_setting(shape, case, rank, name, meter))
     return settings
 
 
-def planned_setting(
-    shape: RunShape,
-    args: IterativeLayerDistillConfig,
-    lora_r: int | None,
-    dtype_name: str,
-    count_flops: bool = True,
+def healing_setting(
+    shape: RunShape, args: IterativeLayerDistillConfig, lora_r: int | None, dtype_name: str, meter: StepMeter
 ) -> HealingSetting:
     """What healing as `args` say needs at the worst moment of a run."""
-    dtype, rows = getattr(torch, dtype_name), args.per_device_train_batch_size
-    at = _needs(shape, args, lora_r, dtype, rows, count_flops)
+    dtype = getattr(torch, dtype_name)
+    alike = args.named_trained_layers() is None and not plan_of(shape.config).parallel_pairs
+
+    def at(depth: int) -> StepNeeds:
+        plan = LayerPlan.identity(depth) if alike else plan_of(shape.config)
+        return meter.step(plan, _edits_of(shape, plan, depth), args, dtype, lora_r)
+
     first, layer = at(shape.depth), shape.layer_parameters * dtype.itemsize
     needs = [(first, first.weights, first.peak)]
     if shape.edits and args.trained_layers == "neighbours":
@@ -233,7 +223,7 @@ def planned_setting(
         lora_r=lora_r,
         dtype=dtype_name,
         gradient_checkpointing=bool(args.gradient_checkpointing),
-        rows=rows,
+        rows=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         weights=weights,
         optimizer=worst.optimizer,
@@ -242,38 +232,6 @@ def planned_setting(
         flops=first.flops,
         checkpoint=checkpoint,
     )
-
-
-def _needs(
-    shape: RunShape,
-    args: IterativeLayerDistillConfig,
-    lora_r: int | None,
-    dtype: torch.dtype,
-    rows: int,
-    count_flops: bool,
-) -> Callable[[int], StepNeeds]:
-    """The needs of a step at any depth, from two shallow models where all layers are alike, else at its own."""
-
-    alike = args.named_trained_layers() is None and not plan_of(shape.config).parallel_pairs
-
-    def measured(depth: int) -> StepNeeds:
-        config = _shallow(shape.config, depth) if alike else shape.config
-        edits = _edits_of(shape, plan_of(config), depth)
-        return step_needs(config, args, edits, rows, dtype, lora_config(lora_r), shape.on_gpu, count_flops)
-
-    shallow = 3 * args.layers_per_round + 1
-    if not alike or shallow + 1 >= shape.depth:
-        at_full_depth = measured(shape.depth)
-        return lambda _: at_full_depth
-    both = measured(shallow), measured(shallow + 1)
-    return lambda depth: needs_at_depth(both[0], shallow, both[1], shallow + 1, depth)
-
-
-def lora_config(r: int | None, alpha: int = 32) -> Any:
-    """The adapters `compress --lora_r` trains; `None` for none."""
-    from peft import LoraConfig
-
-    return None if r is None else LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _edits_of(shape: RunShape, plan: LayerPlan, depth: int) -> Sequence[Edit]:
@@ -285,13 +243,6 @@ def _edits_of(shape: RunShape, plan: LayerPlan, depth: int) -> Sequence[Edit]:
         edits.append(possible[1] if len(possible) > 1 else possible[0])
         plan = edits[-1].apply(plan)
     return edits
-
-
-def _shallow(config: PretrainedConfig, depth: int) -> PretrainedConfig:
-    config = copy.deepcopy(config)
-    config.num_hidden_layers, config.layer_types = depth, ["full_attention"] * depth
-    config.layer_plan = LayerPlan.identity(depth).to_dict()
-    return config
 
 
 def scoring_bytes(shape: RunShape, setting: HealingSetting) -> int:
