@@ -144,8 +144,8 @@ def next_step(
     if not all(saving > 0 for saving in savings):
         race = savings = None
     scores = score_edits(student, batches, edits, criterion, teacher, on_batch, race, savings, **options)
-    edit = gauge.best(scores, plan)
-    return SearchStep(edit, scores, edit.apply(plan), gauge.size(edit.apply(plan)))
+    after = scores.safest.apply(plan)
+    return SearchStep(scores.safest, scores, after, gauge.size(after))
 
 
 @dataclass(frozen=True)
