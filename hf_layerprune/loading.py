@@ -23,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deeps
 
 from .architectures import check_supported
 from .data import EMBEDDED_MODEL
+from .environment import native_dtype
 from .errors import LayerPruneError, first_line
 from .surgery import plan_of
 
@@ -95,13 +96,20 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     return config
 
 
-def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    name_or_path: str,
+    dtype: str | torch.dtype = "auto",
+    for_device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """Load a causal language model from a folder or the Hub, safetensors only.
 
     Args:
         name_or_path (`str`): local folder, or Hub id, maybe with a revision: `"user/name@28-layers"`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights in memory; `"auto"` is
             the checkpoint's own.
+        for_device (`str` or `torch.device`, *optional*): where the model will compute. `"auto"` is then float32 if
+            that is a CPU which would have to emulate the checkpoint's dtype.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -111,7 +119,9 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise LayerPruneError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     keep_models_whole()
-    load_config(name_or_path, **beside_weights(kwargs))
+    config = load_config(name_or_path, **beside_weights(kwargs))
+    if dtype == "auto" and for_device is not None:
+        dtype = native_dtype(config.dtype, torch.device(for_device)) or "auto"
     try:
         options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -7,7 +7,16 @@ import torch
 from conftest import tiny_model
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerPlan, PrunedQwen2ForCausalLM, cli, parallelize, prune
+from hf_layerprune import (
+    LayerPlan,
+    PrunedQwen2ForCausalLM,
+    cli,
+    embedded_dataset,
+    evaluate_model,
+    parallelize,
+    prune,
+)
+from hf_layerprune.data import tokenized_batches
 from hf_layerprune.surgery import plan_of
 
 QUICK = ["--max_length", "32", "--num_samples", "4", "--num_eval_samples", "4", "--batch_size", "2"]
@@ -69,6 +78,22 @@ def test_the_search_for_a_range(run, tmp_path):
     assert cli.main(["parallelize", *map(str, repeat)]) == 0
     assert (again / "plan.json").read_text() == (tmp_path / "out" / "plan.json").read_text()
     assert [record["criterion"] for record in json.loads((again / "report.json").read_text())["rounds"]] == ["loss"]
+
+
+def test_on_a_cpu_that_emulates_bfloat16_it_computes_in_float32_and_saves_what_was_measured(
+    run, tmp_path, tokenizer, monkeypatch
+):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    tiny_model(num_layers=5).bfloat16().save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    assert run("--pairs", "1,2", model=tmp_path / "half")[0] == 0
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert student.dtype == torch.bfloat16
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["teacher"]["dtype"] == report["rounds"][0]["dtype"] == "float32"  # the speed
+    batches = tokenized_batches(embedded_dataset("held_out"), tokenizer, max_length=32, num_rows=4, batch_size=2)
+    assert report["rounds"][0]["loss"] == pytest.approx(evaluate_model(student.float(), batches).loss, abs=1e-6)
 
 
 def test_both_kinds_of_edit_on_a_pruned_checkpoint_in_its_own_dtype(run, tmp_path, tokenizer):

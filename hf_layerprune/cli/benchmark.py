@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from ..benchmark import benchmark_models, check_settings
+from ..environment import native_dtype
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import EMBEDDED
@@ -92,7 +93,8 @@ def _checkpoints(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedMod
 def _random_models(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedModel]]:
     config = load_shape(arguments.shape)
     sizes = [_layers_and_blocks(text) for text in arguments.layers]
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype != "auto" else config.dtype or torch.float32
+    own = native_dtype(config.dtype or torch.float32, device()) or torch.float32
+    dtype = own if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     name = _label(arguments.shape)
     if not sizes:
         return [(name, random_model(config, dtype=dtype, device=device()))]
@@ -138,7 +140,9 @@ def _measure(
     for (name, model), report in zip(models, reports, strict=True):
         plan = plan_of(model)
         layers = f"{len(plan.layers)}/{plan.depth}" if plan.parallel_pairs else str(plan.depth)
-        entries.append({"model": name, "num_layers": plan.depth, "layers": layers, **report.to_dict()})
+        dtype = str(model.dtype).removeprefix("torch.")
+        facts = {"model": name, "num_layers": plan.depth, "layers": layers, "dtype": dtype}
+        entries.append(facts | report.to_dict())
     return entries
 
 

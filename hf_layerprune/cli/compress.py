@@ -20,7 +20,7 @@ from ..data import ASSETS, load_text_dataset
 from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
 from ..hub.scrub import placed_settings
-from ..loading import beside_weights, load_config, load_model, load_tokenizer
+from ..loading import beside_weights, load_config, load_tokenizer
 from ..planning import lora_config
 from ..progress import RunProgress, say
 from ..report import rich_table
@@ -65,7 +65,7 @@ def compress(argv: list[str]) -> None:
             eval_dataset=held_out,
             calibration_dataset=calibration,
             processing_class=load_tokenizer(arguments.model, **files),
-            teacher=_teacher(arguments, config),
+            teacher=arguments.teacher,
             peft_config=_lora(arguments),
         )
         trainer.open_run(resume)
@@ -154,12 +154,6 @@ def _compress_datasets(arguments: CompressArguments, text_field: str, seed: int)
         )
     split = train.train_test_split(test_size=max(1, min(1000, len(train) // 10)), seed=seed)
     return split["train"], split["test"], calibration
-
-
-def _teacher(arguments: CompressArguments, config: Any) -> Any:
-    if arguments.teacher is None:
-        return None
-    return load_model(arguments.teacher, dtype=arguments.dtype, trust_remote_code=config.trust_remote_code)
 
 
 def _lora(arguments: CompressArguments) -> Any:

@@ -22,7 +22,7 @@ def generate(argv: list[str]) -> None:
     )
     state = processes()
     console = Console(quiet=not state.is_main_process)
-    model = load_model(arguments.model, dtype=arguments.dtype).to(state.device)
+    model = load_model(arguments.model, arguments.dtype, state.device).to(state.device)
     tokenizer = load_tokenizer(arguments.model)
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:

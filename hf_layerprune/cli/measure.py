@@ -79,7 +79,7 @@ def device() -> torch.device:
 
 def load_on_device(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
     """A model on that device, or where a `device_map` says."""
-    model = load_model(name, dtype=dtype, **kwargs)
+    model = load_model(name, dtype, device(), **kwargs)
     return model if kwargs.get("device_map") else model.to(device())
 
 

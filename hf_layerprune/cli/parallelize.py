@@ -20,7 +20,7 @@ from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..hub import RunFolder, read_plan, run_card
 from ..hub.scrub import placed, placed_settings, without_places
-from ..loading import load_tokenizer
+from ..loading import load_config, load_tokenizer
 from ..plan import LayerPlan
 from ..progress import say
 from ..report import plot_range, rich_table, save_plot, write_report
@@ -28,6 +28,7 @@ from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of
 from ..trainer.records import add_speed, student_record, teacher_record
 from ..trainer.students import save_student
+from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments
 from .measure import load_on_device
 from .parsing import check_new_folder, default_depth, parse
@@ -51,18 +52,19 @@ def parallelize(argv: list[str]) -> None:
     tokenizer = load_tokenizer(arguments.model)
     calibration, evaluation = _batches(arguments, tokenizer)
     model = load_on_device(arguments.model, arguments.dtype)
+    save_dtype = (load_config(arguments.model).dtype if arguments.dtype == "auto" else None) or model.dtype
     console = Console()
     steps, found = _steps(arguments, model, calibration, console)
-    student = apply_plan(model, steps[-1][-1], share_weights=True)
-    save_student(student, tokenizer, student.dtype, folder / "model")  # first of all: the rest only measures it
+    student = _as_saved(model, steps[-1][-1], save_dtype)
+    save_student(student, tokenizer, save_dtype, folder / "model")  # first of all: the rest only measures it
     write_atomically(folder / "plan.json", plan_of(student).to_json() + "\n")
     if found is not None:
         write_atomically(folder / "range.json", to_json(_content(found)))
         save_plot(plot_range(found), folder / "range.png")
     teacher = teacher_record(placed(arguments.model), model, evaluate_model(model, evaluation), "evaluation data")
-    rounds = [_record(arguments, number, model, step, evaluation) for number, step in enumerate(steps, 1)]
+    rounds = [_record(arguments, number, model, step, evaluation, save_dtype) for number, step in enumerate(steps, 1)]
     if arguments.measure_speed:
-        add_speed(model, teacher, rounds, student.dtype)
+        add_speed(model, teacher, rounds, save_dtype)
     settings = placed_settings(asdict(arguments))
     write_report(folder, teacher, rounds, without_places(settings), model.device)
     write_atomically(folder / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -75,12 +77,24 @@ def parallelize(argv: list[str]) -> None:
 
 
 def _record(
-    arguments: ParallelizeArguments, number: int, model: PreTrainedModel, step: Step, evaluation: list[Batch]
+    arguments: ParallelizeArguments,
+    number: int,
+    model: PreTrainedModel,
+    step: Step,
+    evaluation: list[Batch],
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     edits, scores, plan = step
-    student = apply_plan(model, plan, share_weights=True)
+    student = _as_saved(model, plan, dtype)
     criterion = "loss" if arguments.search == "range" else arguments.criterion  # of a range: the perplexity
     return student_record(number, student, edits, criterion, scores, evaluate_model(student, evaluation, model))
+
+
+def _as_saved(model: PreTrainedModel, plan: LayerPlan, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` by a plan, with the weights that its file will hold."""
+    student = apply_plan(model, plan, share_weights=True)
+    round_weights(student, dtype)
+    return student
 
 
 def _check(arguments: ParallelizeArguments) -> None:

@@ -8,23 +8,15 @@ from numbers import Real
 from typing import Any
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from ..budget import TARGETS, Budget
 from ..compensation import COMPENSATIONS, check_compensation
 from ..edits import EditSpace
+from ..environment import has_bf16
 from ..errors import LayerPruneError
 from ..scoring import MEASURED, Race, check_criterion, criteria
 from .targets import named_layers
-
-
-def has_bf16(use_cpu: bool) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself; emulated they are slower than float32."""
-    if use_cpu:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return is_torch_bf16_gpu_available()
-
 
 LOSS_PRESETS = ("paper", "balanced")
 HIDDEN_DISTANCES = ("mse", "cosine")

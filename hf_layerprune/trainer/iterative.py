@@ -112,7 +112,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         if isinstance(model, str):
             init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
             init |= args.model_init_kwargs or {}
-            model = load_model(model, **init)
+            model = load_model(model, for_device=args.device, **init)
             files = beside_weights(init)
             self.save_dtype = load_config(self.model_name, **files).dtype or model.dtype
         else:

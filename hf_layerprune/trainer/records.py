@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..architectures import architecture_of
 from ..benchmark import benchmark_models
 from ..edits import Edit
+from ..environment import native_dtype
 from ..evaluation import EvaluationReport
 from ..hub.scrub import without_places
 from ..plan import LayerPlan
@@ -93,10 +94,12 @@ def task_record(
 def add_speed(
     teacher: PreTrainedModel, teacher_entry: dict[str, Any], rounds: list[dict[str, Any]], dtype: torch.dtype
 ) -> None:
-    """Time every depth side by side, in the dtype the students are saved in, and add it to the records.
+    """Time every depth side by side, in the dtype the students are saved in (float32 where the CPU would emulate it),
+    and add it to the records.
 
     Speed depends on shapes and dtype only: no student is loaded.
     """
+    dtype = native_dtype(dtype, teacher.device) or dtype
     models = [teacher if teacher.dtype == dtype else prune(teacher, [], share_weights=True).to(dtype)]
     for record in rounds:  # each made of the one before, so that blocks they have in common are one in memory
         models.append(apply_plan(models[-1], LayerPlan.from_dict(record["plan"]), share_weights=True))
