@@ -1,9 +1,10 @@
-"""What numbers were measured with: versions and hardware."""
+"""What numbers were measured with: versions and hardware; and how long it took."""
 
 from __future__ import annotations
 
 import os
 import platform
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,16 @@ def native_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype
     """`dtype`, or float32 where a CPU would have to emulate it, many times slower; `None` is one not known yet."""
     native = {torch.float32, torch.float64} | ({torch.bfloat16} if has_bf16(use_cpu=True) else set())
     return dtype if device.type != "cpu" or dtype in native else torch.float32
+
+
+def wall_time(seconds: dict[str, Any]) -> str:
+    """One sentence on how long a run took, and its phases, the longest first."""
+
+    def told(value: float) -> str:
+        return f"{value:.1f} s" if value < 60 else str(timedelta(seconds=round(value)))
+
+    phases = sorted(seconds["phases"].items(), key=lambda phase: -phase[1])
+    return f"The run took {told(seconds['total'])}: {', '.join(f'{name} {told(value)}' for name, value in phases)}."
 
 
 def hardware(device: torch.device | None) -> str:

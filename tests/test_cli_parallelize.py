@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import errors_of, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import (
@@ -29,7 +29,7 @@ def run(tmp_path, model_folder, capsys):
     def call(*extra, model=model_folder, folder="out"):
         arguments = ["--model", model, "--output_dir", tmp_path / folder, *QUICK, *extra]
         status = cli.main(["parallelize", *map(str, arguments)])
-        return status, capsys.readouterr().err
+        return status, errors_of(capsys)
 
     return call
 
@@ -164,7 +164,7 @@ def text(tmp_path):
 def test_compress_exposes_the_edits(tmp_path, model_folder, text, capsys):
     arguments = ["--model", model_folder, "--dataset", text, "--output_dir", tmp_path / "out", *COMPRESS, "--edits",
                  "remove,parallelize", "--max_group_size", 3, "--target_num_layers", 3]  # fmt: skip
-    assert cli.main(["compress", *map(str, arguments)]) == 0, capsys.readouterr().err
+    assert cli.main(["compress", *map(str, arguments)]) == 0, errors_of(capsys)
     plan = LayerPlan.from_json((tmp_path / "out" / "plan.json").read_text())
     assert plan.depth == 3
     assert "edits: remove,parallelize" in (tmp_path / "out" / "recipe.yaml").read_text()
@@ -175,9 +175,9 @@ def test_a_target_on_the_command_line_replaces_that_of_the_recipe(tmp_path, mode
     recipe.write_text(f"model: {model_folder}\ndataset: {text}\ntarget_num_layers: 2\n")
     target = prune(tiny_model(), [0]).num_parameters()
     arguments = ["--config", recipe, "--output_dir", tmp_path / "out", *COMPRESS, "--target_num_parameters", target]
-    assert cli.main(["compress", *map(str, arguments)]) == 0, capsys.readouterr().err
+    assert cli.main(["compress", *map(str, arguments)]) == 0, errors_of(capsys)
     assert LayerPlan.from_json((tmp_path / "out" / "plan.json").read_text()).depth == 4
     recipe.write_text(recipe.read_text() + "target_latency: 0.5\n")
     arguments = ["--config", recipe, "--output_dir", tmp_path / "again", *COMPRESS]
     assert cli.main(["compress", *map(str, arguments)]) == 2
-    assert "target_num_layers and target_latency are both set" in capsys.readouterr().err
+    assert "target_num_layers and target_latency are both set" in errors_of(capsys)

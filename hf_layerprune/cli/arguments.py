@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, make_whole
 
 AUTO = "the checkpoint's own, or float32 on a CPU that would emulate it"
 OF_TEXT = ("dataset", "dataset_config", "dataset_split", "dataset_text_field", "max_length", "num_samples")
@@ -27,6 +27,9 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a data set on the Hub or in a folder."})
+
+    def __post_init__(self) -> None:
+        make_whole(self)
 
 
 @dataclass
@@ -117,6 +120,7 @@ class ScoreArguments(MeasureArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.criterion == "tasks" and self.tasks is None:
             self.tasks = "default"
         if self.tasks is None:
@@ -244,6 +248,7 @@ class BenchmarkArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write benchmark.json to."})
 
     def __post_init__(self) -> None:
+        make_whole(self)
         # in YAML a list of one may stand without brackets, and a depth is a number
         self.models, self.layers, self.batch_size = map(_as_list, (self.models, self.layers, self.batch_size))
         self.models, self.layers = list(map(str, self.models)), list(map(str, self.layers))
@@ -313,6 +318,7 @@ class DemoArguments:
     inbrowser: bool = field(default=False, metadata={"help": "Open the page in a browser."})
 
     def __post_init__(self) -> None:
+        make_whole(self)
         self.names = list(map(str, _as_list(self.names)))
 
 

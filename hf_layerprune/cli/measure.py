@@ -19,10 +19,10 @@ from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_model, load_tokenizer
-from ..progress import say
+from ..progress import Phases, say
 from ..report import criterion_unit, plot_scores, save_plot
-from ..scoring import Race, check_criterion, score_layers
-from ..tasks import KLTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
+from ..scoring import LayerScores, Race, check_criterion, score_layers
+from ..tasks import KLTask, PreparedTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments, MeasureArguments, ScoreArguments
 from .parsing import check_no_file, parse
 
@@ -31,27 +31,13 @@ def score(argv: list[str]) -> None:
     """Print and plot what each layer costs."""
     (arguments,) = parse((ScoreArguments,), argv)
     check_criterion(arguments.criterion)
-    tasks, console = load_tasks(arguments.tasks) if arguments.tasks else [], Console()
+    tasks = load_tasks(arguments.tasks) if arguments.tasks else []
     folder = Path(arguments.output_dir or "layerprune-scores")
     load_config(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
-    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer)
-    race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
-    with TemporaryDirectory() as offload_folder:
-        where = device_map(arguments.model, device()) if arguments.offload else None
-        more = {"device_map": where, "offload_folder": offload_folder} if where else {}
-        model = load_on_device(arguments.model, arguments.dtype, **more)
-        prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
-        for notice in filter(None, (task.notice for task in prepared)):
-            say(console, notice)
-        made_by_us = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is known before the work
-        try:
-            scores = score_layers(model, batches, arguments.criterion, race=race, tasks=prepared, tokenizer=tokenizer)
-        except LayerPruneError:
-            if made_by_us:
-                folder.rmdir()
-            raise
+    with Phases() as phases:
+        scores = _scores(arguments, tasks, tokenizer, folder, phases)
+    console = Console()
     unit = "examples" if tasks else "tokens"
     seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
     table = Table(title=escape(criterion_unit(scores.criterion)) + seen)
@@ -70,6 +56,41 @@ def score(argv: list[str]) -> None:
     write_atomically(folder / "scores.json", to_json(scores.to_dict()))
     save_plot(plot_scores(scores, f"{Path(arguments.model).name}: importance of its layers"), folder / "scores.png")
     say(console, f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
+
+
+def _scores(
+    arguments: ScoreArguments, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, folder: Path, phases: Phases
+) -> LayerScores:
+    """Read, load and score, and make the folder on the way."""
+    phases.phase("reading the text")
+    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer)
+    race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
+    with TemporaryDirectory() as offload_folder:
+        where = device_map(arguments.model, device()) if arguments.offload else None
+        more = {"device_map": where, "offload_folder": offload_folder} if where else {}
+        phases.phase(f"loading {arguments.model}")
+        model = load_on_device(arguments.model, arguments.dtype, **more)
+        prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
+        for notice in filter(None, (task.notice for task in prepared)):
+            say(phases.out, notice)
+        made_by_us = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is known before the work
+        depth = model.config.num_hidden_layers
+        phases.phase(f"scoring {depth} layers by {arguments.criterion}", len(batches or ()) or num_chunks(prepared))
+        try:
+            return score_layers(
+                model,
+                batches,
+                arguments.criterion,
+                on_batch=phases.step,
+                race=race,
+                tasks=prepared,
+                tokenizer=tokenizer,
+            )
+        except LayerPruneError:
+            if made_by_us:
+                folder.rmdir()
+            raise
 
 
 def device() -> torch.device:
@@ -110,14 +131,23 @@ def evaluate(argv: list[str]) -> None:
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     if folder is not None:
         check_no_file(folder)
-    batches = _measuring_batches(arguments, "embedded:held_out", tokenizer)
-    teacher = None if arguments.teacher is None else load_on_device(arguments.teacher, arguments.dtype)
-    model = load_on_device(arguments.model, arguments.dtype)
-    prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
-    report = evaluate_model(model, batches, teacher)
+    with Phases() as phases:
+        phases.phase("reading the text")
+        batches = _measuring_batches(arguments, "embedded:held_out", tokenizer)
+        teacher = None
+        if arguments.teacher is not None:
+            phases.phase(f"loading {arguments.teacher}")
+            teacher = load_on_device(arguments.teacher, arguments.dtype)
+        phases.phase(f"loading {arguments.model}")
+        model = load_on_device(arguments.model, arguments.dtype)
+        prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
+        phases.phase("evaluating", len(batches))
+        report = evaluate_model(model, batches, teacher, phases.step)
+        if prepared:
+            phases.phase("evaluating tasks", num_chunks(prepared))
+            of_tasks = evaluate_prepared(model, prepared, tokenizer, teacher, phases.step)
     results = report.to_dict()
     if prepared:
-        of_tasks = evaluate_prepared(model, prepared, tokenizer, teacher)
         results["tasks"] = of_tasks.to_dict()["results"]
         console.print(_task_table(of_tasks))
     for name, value in report.to_dict().items():
@@ -138,6 +168,11 @@ def _without_teacher(tasks: list[Task], console: Console) -> list[Task]:
         raise LayerPruneError(f"task {names}: KL needs a teacher to compare with; name it with --teacher")
     say(console, f"left out: {names}; KL needs a teacher to compare with (--teacher)")
     return [task for task in tasks if not isinstance(task, KLTask)]
+
+
+def num_chunks(tasks: list[PreparedTask]) -> int:
+    """Pieces that tasks are measured in, for a progress bar."""
+    return sum(max(1, len(task.chunks)) for task in tasks)
 
 
 def _task_table(report: TaskReport) -> Table:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, default_of
 
 
 def default_depth(depth: int) -> int:
@@ -103,3 +105,19 @@ def parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
         raise
     except (OSError, ValueError, TypeError, ImportError, yaml.YAMLError) as error:
         raise LayerPruneError(str(error)) from error
+
+
+def names_given(argv: list[str]) -> set[str]:
+    """The settings that a command line names, itself or in its YAML file, once it is parsed without a mistake."""
+    words = _config_apart(argv)
+    named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+    if "config" in named:
+        named |= set(yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8")))
+    return named
+
+
+def given(settings: Any, values: Mapping[str, Any], named: set[str]) -> dict[str, Any]:
+    """Of `values` of a dataclass of settings those that were named, or differ from its defaults."""
+    found = {item.name: (values[item.name], default_of(item)) for item in fields(settings)}
+    plain = {name: value.value if isinstance(value, Enum) else value for name, (value, _) in found.items()}
+    return {name: plain[name] for name, (value, default) in found.items() if name in named or value != default}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -30,7 +30,7 @@ from ..planning import (
     scoring_flops,
     tokens_per_step,
 )
-from ..progress import say
+from ..progress import Phases, say
 from ..shapes import load_shape, shape_names, short_name
 from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
@@ -65,15 +65,10 @@ def plan(argv: list[str]) -> None:
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
     _check_target(arguments.model, args, config, teacher or config)
     shape = RunShape(config, args, teacher, args.on_gpu)
-    with Progress(
-        TextColumn("measuring on tensors without memory"), BarColumn(), MofNCompleteColumn(), transient=True,
-        console=Console(stderr=True),
-    ) as progress:  # fmt: skip
-        task = progress.add_task("")
+    with Phases() as phases:
         settings = healing_settings(
-            shape, arguments.dtype, arguments.lora_r,
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )  # fmt: skip
+            shape, arguments.dtype, arguments.lora_r, partial(phases.done, "measuring on tensors without memory")
+        )
     best = recommended(settings, memory, arguments.dtype, args.trained_layers, arguments.lora_r)
     content = _content(arguments, shape, memory, settings, best)
     console = Console()

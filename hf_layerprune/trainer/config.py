@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..budget import TARGETS, Budget
 from ..compensation import COMPENSATIONS, check_compensation
 from ..edits import EditSpace
 from ..environment import has_bf16
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, make_whole
 from ..scoring import MEASURED, Race, check_criterion, criteria
 from .targets import named_layers
 
@@ -256,12 +257,14 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        make_whole(self)
+        self.trained_layers, self.tasks = _joined(self.trained_layers), _joined(self.tasks)
+        self.as_given = {item.name: deepcopy(getattr(self, item.name)) for item in fields(self)}  # nothing derived yet
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         super().__post_init__()
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
-        self.trained_layers, self.tasks = _joined(self.trained_layers), _joined(self.tasks)
         self._check_numbers()
         self._check_loss()
         self._check_memory()
@@ -277,8 +280,6 @@ class IterativeLayerDistillConfig(SFTConfig):
                 raise LayerPruneError(f"{name}={value!r} is no number")
             if not math.isfinite(value) or value < least:
                 raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
-            if name in WHOLE_NUMBERS and value != int(value):
-                raise LayerPruneError(f"{name}={value} is no whole number")
         if not 0 < self.temperature < math.inf:
             raise LayerPruneError(f"temperature={self.temperature} is out of range; it must be above 0")
         if not 0 <= self.beta <= 1:

@@ -31,9 +31,7 @@ from ..hub import TAGS
 from ..hub.scrub import placed
 from ..loading import beside_weights, keep_models_whole, load_config, load_model, load_tokenizer, name_of
 from ..plan import LayerPlan
-from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
-from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
 from .checks import check_arguments, check_data_set, check_enough_rows, check_request, with_text
 from .choosing import edited, next_edit, prepared_tasks
@@ -43,7 +41,7 @@ from .healing import LayerHealingTrainer
 from .interrupts import explained
 from .keeping import RunKeeping
 from .publishing import HubPublishing
-from .records import add_speed, round_record, task_record, teacher_record
+from .records import add_speed, round_record, speed_runs, task_record, teacher_record
 from .run_state import RunState
 from .students import publish_student
 from .targets import trained_blocks
@@ -105,6 +103,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
     ) -> None:
         if train_dataset is None:
             raise LayerPruneError("train_dataset is missing; healing needs text")
+        began = time.perf_counter()
         check_arguments(args, train_dataset, peft_config, kwargs)
         keep_models_whole()
         self.model_name = placed(model if isinstance(model, str) else name_of(model))
@@ -147,7 +146,6 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         self.run: RunState | None = None  # what train() has done: `run.teacher`, `run.rounds`
         self._opened = False
         self._lock: FileLock | None = None
-        self._doing = "starting"
         self._peft_config = peft_config
         self._round = 0
         args = copy.copy(args)  # the user's own stays as it is
@@ -174,6 +172,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             self.eval_batches = self._batches(self.eval_dataset, args.num_eval_samples, "evaluation data")
         check_enough_rows(self.all_train_rows, args)
         self.tasks = prepared_tasks(args, self.start, processing_class)
+        self.seconds_before = time.perf_counter() - began
 
     def _batches(self, rows: Dataset | IterableDataset, limit: int | None, what: str) -> list[Batch]:
         batches = collated_batches(rows, self.data_collator, self.args.per_device_eval_batch_size, limit)
@@ -227,11 +226,14 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             student, output = self._heal(student, run, folder)
             self._finish_round(student, run, folder)
         if self.args.measure_speed and run.rounds and "decode_tokens_per_second" not in run.rounds[-1]:
-            self._phase("measuring speed")
+            self._phase("measuring speed", num_runs=speed_runs(run.rounds))
             if self.args.should_save:
-                add_speed(self.teacher, run.teacher, run.rounds, self.save_dtype)
+                add_speed(self.teacher, run.teacher, run.rounds, self.save_dtype, self._phase_step)
         self._save_run(run, folder, "all")
+        self._phase("writing")
         self._publish(folder, run)
+        if self.args.should_save and run.rounds:
+            self._write_report()  # once more, now that the time is known
         if self.args.push_to_hub:
             self.push_to_hub()
         unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
@@ -323,13 +325,13 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         run.current = {}
         self._save_run(run, folder, "round")
         if self.args.should_save:
-            write_report(folder, run.teacher, run.rounds, run.settings, self.args.device)
+            self._write_report()
         self._event("on_round_end", record=record)
 
     def _publish(self, folder: Path, run: RunState) -> None:
         """Fill in what a user looks for first: the final model and its plan."""
         if self.args.should_save and run.rounds:
-            write_report(folder, run.teacher, run.rounds, run.settings, self.args.device)
+            self._write_report()
             self.create_model_card()
             files = [folder / name for name in ("README.md", "quality.png", "layers.png")]
             publish_student(round_folder(folder, len(run.rounds)), folder / "model", files)
@@ -358,18 +360,6 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _phase(self, phase: str, **details: Any) -> None:
-        self._doing = phase
-        self._event("on_phase_begin", phase=phase, **details)
-
-    def _phase_step(self) -> None:
-        self._event("on_phase_step")
-
-    def _event(self, name: str, **details: Any) -> None:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, LayerDistillCallback):
-                getattr(callback, name)(self.args, self.state, self.control, **details)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """With a seal behind it, but for the last step: a `Trainer` that resumes there takes one more."""
