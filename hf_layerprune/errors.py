@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from numbers import Integral
 from typing import Any, get_args, get_type_hints
 
@@ -53,8 +53,3 @@ def _whole(name: str, value: Any) -> Any:
     if isinstance(value, float) and not value.is_integer():
         raise LayerPruneError(f"{name}={value} is not a whole number")
     return int(value) if isinstance(value, (float, Integral)) and not isinstance(value, bool) else value
-
-
-def default_of(item: Field) -> Any:
-    """The default of a dataclass's field."""
-    return item.default if item.default_factory is MISSING else item.default_factory()

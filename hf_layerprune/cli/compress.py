@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..trainer.engines import launch_line
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
 from .arguments import CompressArguments
-from .parsing import check_new_folder, default_depth, given, names_given, names_option, parse
+from .parsing import check_new_folder, default_depth, names_given, names_option, parse
 
 NOT_IN_RECIPE = ("resume", "resume_from_checkpoint", "hub_token", "disable_tqdm")
 
@@ -184,7 +185,9 @@ def _write_recipe(
 
     What was derived from them on this machine, such as `bf16`, is derived again there.
     """
-    settings = given(arguments, vars(arguments), named | {"model"}) | given(config, config.as_given, named)
+    values = vars(arguments) | config.as_given
+    settings = {name: value for name, value in values.items() if name in named or name == "model"}
+    settings = {name: value.value if isinstance(value, Enum) else value for name, value in settings.items()}
     for name in NOT_IN_RECIPE:
         settings.pop(name, None)
     for target in TARGETS.values():  # the command line may have replaced that of a recipe

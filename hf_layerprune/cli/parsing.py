@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import fields
-from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
-from ..errors import LayerPruneError, default_of
+from ..errors import LayerPruneError
 
 
 def default_depth(depth: int) -> int:
@@ -100,7 +98,7 @@ def parse(types: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     if argv and argv[-1] == "--config":
         raise LayerPruneError("--config needs the path of a YAML file")
     try:
-        return tuple(Parser(types).parse_args_and_config(_config_apart(argv)))
+        return tuple(Parser(types, allow_abbrev=False).parse_args_and_config(_config_apart(argv)))
     except LayerPruneError:
         raise
     except (OSError, ValueError, TypeError, ImportError, yaml.YAMLError) as error:
@@ -113,11 +111,4 @@ def names_given(argv: list[str]) -> set[str]:
     named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
     if "config" in named:
         named |= set(yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8")))
-    return named
-
-
-def given(settings: Any, values: Mapping[str, Any], named: set[str]) -> dict[str, Any]:
-    """Of `values` of a dataclass of settings those that were named, or differ from its defaults."""
-    found = {item.name: (values[item.name], default_of(item)) for item in fields(settings)}
-    plain = {name: value.value if isinstance(value, Enum) else value for name, (value, _) in found.items()}
-    return {name: plain[name] for name, (value, default) in found.items() if name in named or value != default}
+    return named | {name.removeprefix("no_") for name in named}  # --no_heal is a way to say --heal false
