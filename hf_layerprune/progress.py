@@ -123,8 +123,10 @@ class RunProgress(LayerDistillCallback):
         args = trainer.args
         self.phases = phases
         self.notices = [task.notice for task in trainer.tasks if task.notice]
-        self.target = min(plan_of(trainer.start).depth - 1, expected_depth(args.budget(), trainer.teacher))
-        rounds = -(-(plan_of(trainer.start).depth - self.target) // args.layers_per_round)
+        depth = plan_of(trainer.start).depth
+        self.heals_only = args.budget().depth == depth
+        self.target = min(depth - (not self.heals_only), expected_depth(args.budget(), trainer.teacher))
+        rounds = max(1, -(-(depth - self.target) // args.layers_per_round))
         self.rounds = f"/{rounds}" if args.budget().unit == "depth" else ""  # else it shows on the way
         self.kinds = len(args.edit_space().kinds)
         self.teacher_depth = trainer.teacher.config.num_hidden_layers
@@ -151,6 +153,8 @@ class RunProgress(LayerDistillCallback):
 
     def _rounds_cost(self, depth: int) -> float:
         """Of all rounds from a student of `depth` layers on."""
+        if self.heals_only:
+            return self.evaluations * self._evaluation_cost(depth) + self._healing_cost(depth)
         total = 0.0
         while depth > self.target:
             for _ in range(min(self.layers_per_round, depth - self.target)):
@@ -220,7 +224,7 @@ class RunProgress(LayerDistillCallback):
         record: dict[str, Any],
         **_: Any,
     ) -> None:
-        edits = ", ".join(str(Edit.from_label(label)) for label in record["edits"])
+        edits = ", ".join(str(Edit.from_label(label)) for label in record["edits"]) or "no edit"
         perplexity = f"{record['perplexity']:.2f}"
         if was_healed(record):
             perplexity = f"{record['perplexity_before_healing']:.2f} -> {perplexity} healed"

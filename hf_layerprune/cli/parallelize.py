@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import TARGETS, Budget
 from ..data import Batch, load_text_dataset, tokenized_batches
-from ..edits import Edit
+from ..edits import edits_between
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
@@ -151,10 +151,10 @@ def _steps(
     plan = plan_of(model)
     if arguments.pairs:
         wanted = plan.with_pairs([_pair(text) for text in arguments.pairs])
-        return [(_edits_between(plan, wanted), [], wanted)], None
+        return [([edit.label for edit in edits_between(plan, wanted)], [], wanted)], None
     if arguments.plan:
         wanted = read_plan(arguments.plan)
-        return [(_edits_between(plan, wanted), [], wanted)], None
+        return [([edit.label for edit in edits_between(plan, wanted)], [], wanted)], None
     targets = {unit: getattr(arguments, name) for unit, name in TARGETS.items()}
     if all(target is None for target in targets.values()):
         targets["depth"] = default_depth(plan.depth)
@@ -162,7 +162,7 @@ def _steps(
         phases.phase("measuring every run of pairs", len(batches))
         found = find_parallel_range(model, batches, on_batch=phases.step)
         wanted = found.best(targets["depth"])
-        return [(_edits_between(plan, wanted), [], wanted)], found
+        return [([edit.label for edit in edits_between(plan, wanted)], [], wanted)], found
 
     return _searched(arguments, model, batches, Budget(**targets), phases), None
 
@@ -215,9 +215,3 @@ def _pair(text: str) -> list[int]:
     if not re.fullmatch(r"\d+([,|]\d+)+", text):
         raise LayerPruneError(f"--pairs {text!r} is no group of layers; write it as 4,5")
     return [int(layer) for layer in re.split(r"[,|]", text)]
-
-
-def _edits_between(before: LayerPlan, after: LayerPlan) -> list[str]:
-    removed = [Edit.remove(layer) for layer in before.layers if layer not in after.layers]
-    merged = [Edit.parallelize(*block) for block in after.parallel_pairs if block not in before.blocks]
-    return [edit.label for edit in (*removed, *merged)]

@@ -133,7 +133,7 @@ def _check_target(
     if budget.unit != "latency":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        check_budget(name, Gauge.of(budget, space, model, plan_of(teacher)), plan_of(config))
+        check_budget(name, Gauge.of(budget, space, model, plan_of(teacher)), plan_of(config), args.heal)
 
 
 def _content(

@@ -69,13 +69,17 @@ class IterativeLayerDistillConfig(SFTConfig):
     Parameters:
         target_num_layers (`int`, *optional*):
             Depth at which to stop: rounds of score, remove, heal, evaluate go on until the student has this many
-            layers (parallel ones count as one). Must be below the model's depth.
+            layers (parallel ones count as one). Below the model's depth; a student may stay at its own, and is healed
+            in one round without an edit.
         target_latency (`float`, *optional*):
             In place of `target_num_layers`: time per generated token to reach, as a share of the teacher's, measured
             on this machine in the dtype in memory. Edits are then weighed by what they save of it.
         target_num_parameters (`int`, *optional*):
             In place of `target_num_layers`: number of parameters to reach. Running layers in parallel saves none to
             speak of.
+        plan (`str`, *optional*):
+            Where the model is a student whose config does not say which of its teacher's layers it holds: a file that
+            does, such as `plan.json`. By default they are found by comparing weights.
         edits (`str`, *optional*, defaults to `"remove"`):
             What a round may do: `"remove"` a layer, `"parallelize"` two neighbours
             ([Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790)), or
@@ -163,6 +167,10 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
     target_num_parameters: int | None = field(
         default=None, metadata={"help": "Instead: number of parameters to reach."}
+    )
+    plan: str | None = field(
+        default=None,
+        metadata={"help": "Of a student made elsewhere: the plan.json of the teacher's layers it holds; else found."},
     )
     edits: str = field(
         default="remove",

@@ -23,13 +23,14 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 from .._trl import prepared_for_evaluation, restore_forward, swap_model
 from ..budget import Gauge
 from ..data import Batch, check_batches, collated_batches
-from ..edits import Edit
+from ..edits import Edit, edits_between
 from ..errors import LayerPruneError, NotANumber
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
-from ..hub import TAGS
+from ..hub import TAGS, read_plan
 from ..hub.scrub import placed
 from ..loading import beside_weights, keep_models_whole, load_config, load_model, load_tokenizer, name_of
+from ..matching import with_plan
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
@@ -127,6 +128,8 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             init = {name: value for name, value in init.items() if name not in ("revision", "subfolder")}
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
         self.teacher_name = self.model_name if teacher is None else placed(name_of(teacher))
+        if teacher is not None:
+            model = with_plan(model, teacher, None if args.plan is None else read_plan(args.plan))
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
         self.teacher = (teacher if teacher is not None else model).to(args.device)
@@ -219,7 +222,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             run.teacher = teacher_record(self.teacher_name, self.teacher, report, evaluated_on)
             run.teacher |= task_record(self.teacher, self.tasks, self.processing_class, self.teacher)
             self._save_run(run, folder, "evaluating teacher")
-        while not self.gauge.met(plan_of(student)):
+        while self.only_heals(run) or not self.gauge.met(plan_of(student)):
             self._round = len(run.rounds) + 1
             self._event("on_round_begin", number=self._round, depth=plan_of(student).depth)
             student = self._choose_and_edit(student, run, folder)
@@ -288,7 +291,8 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         if not self.args.heal:
             return self._keep(student, run, folder), TrainOutput(0, 0.0, {})
         trained = self.args.named_trained_layers() or self.args.trained_layers
-        blocks = trained_blocks(plan, [Edit.from_label(label) for label in current["edits"]], trained)
+        edits = [Edit.from_label(label) for label in current["edits"]] or edits_between(plan_of(self.teacher), plan)
+        blocks = trained_blocks(plan, edits, trained)
         set_seed(self.args.seed + self._round)  # adapters are drawn at random: the same ones after a resume
         self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self._round)  # other rows every round
         self._phase("healing", num_layers=plan.depth)

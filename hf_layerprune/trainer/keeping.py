@@ -73,7 +73,7 @@ class RunKeeping:
             self.run = self._on_main(lambda: open_run(folder, RunState.load(folder), settings, resume_from_checkpoint))
             self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
             self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, self.teacher, self.accelerator)
-            check_budget(self.model_name, self.gauge, plan_of(self.start))
+            check_budget(self.model_name, self.gauge, plan_of(self.start), self.args.heal)
             check_not_past_target(self.run, plan_of(self.start), self.gauge)
             self._save_run(self.run, folder, "opened")
         except BaseException:
@@ -169,6 +169,10 @@ class RunKeeping:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, LayerDistillCallback):
                 getattr(callback, name)(self.args, self.state, self.control, **details)
+
+    def only_heals(self, run: RunState) -> bool:
+        """Whether the round to come heals a student that is as deep as it shall be, before any edit."""
+        return not run.rounds and self.gauge.met(plan_of(self.start))
 
     def _count_seconds(self) -> None:
         """Add the time since the last call to the phase that is going on."""
