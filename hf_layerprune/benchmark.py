@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -100,6 +100,7 @@ def benchmark_models(
     *,
     cache_implementation: str | None = None,
     compile: bool = False,
+    on_run: Callable[[], None] = lambda: None,
 ) -> list[BenchmarkReport]:
     """Time greedy `generate` of several models, interleaved, after a warm-up each; medians over `repeats`.
 
@@ -114,6 +115,7 @@ def benchmark_models(
             start, or `"dynamic"`, which grows and is the default.
         compile (`bool`, *optional*, defaults to `False`): whether `generate` decodes with `torch.compile` (the prompt
             is never compiled); needs the static cache. Drops what was compiled before in this process.
+        on_run (`Callable[[], None]`, *optional*): called after each of the `num_runs`, for progress bars.
 
     Raises:
         [`LayerPruneError`]: for a setting that cannot work, or a model that cannot be compiled.
@@ -125,11 +127,12 @@ def benchmark_models(
     seconds: list[list[tuple[float, float]]] = [[] for _ in models]
     with measuring(*models), _as_loaded(models), _compiling(models) if compile else nullcontext():
         caches = [_static_cache(model, length) if cache_implementation == "static" else None for model in models]
-        for repeat in range(-2 if compile else -1, repeats):  # a CUDA graph is recorded in the second run
+        for repeat in range(repeats - num_runs(1, repeats, compile), repeats):
             for index, model in enumerate(models):
                 run = _time_generate(model, prompt_tokens, new_tokens, batch_size, caches[index], compile)
                 if repeat >= 0:
                     seconds[index].append(run)
+                on_run()
         return [
             BenchmarkReport(
                 prefill_tokens_per_second=batch_size * prompt_tokens / statistics.median(first for first, _ in runs),
@@ -143,6 +146,11 @@ def benchmark_models(
             )
             for model, cache, runs in zip(models, caches, seconds, strict=True)
         ]
+
+
+def num_runs(num_models: int, repeats: int, compile: bool = False) -> int:
+    """Runs of [`benchmark_models`], warm-ups included: two where compiled, the second records a CUDA graph."""
+    return num_models * (repeats + (2 if compile else 1))
 
 
 def check_settings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,6 @@ from .edits import Edit, EditSpace
 from .errors import LayerPruneError
 from .latency import BlockLatency, measure_latency
 from .plan import LayerPlan
-from .scoring import EditScores
 from .surgery import plan_of
 
 TARGETS = {"depth": "target_num_layers", "latency": "target_latency", "parameters": "target_num_parameters"}
@@ -170,26 +168,3 @@ class Gauge:
         """What each edit saves, in the budget's unit. What it saves beyond the budget does not count."""
         size = self.size(plan)
         return [size - max(self.size(edit.apply(plan)), self.budget.target) for edit in edits]
-
-    def best(self, scores: EditScores, plan: LayerPlan) -> Edit:
-        """The edit that costs least per unit saved, of those that left no race.
-
-        An edit that costs nothing, or less, comes before all that do.
-
-        Raises:
-            [`LayerPruneError`]: if no score is a finite number.
-        """
-        _ = scores.safest  # raises where no cost is a number
-        edits = [edit for edit in scores.ranking if edit not in scores.left]
-        savings = dict(zip(edits, self.savings(edits, plan), strict=True))
-
-        def price(edit: Edit) -> tuple[int, float]:
-            saved = savings[edit]
-            cost = scores.values[edit] - scores.baseline
-            if not math.isfinite(cost):
-                return 3, 0.0
-            if saved <= 0:  # a step on the way to an edit that saves
-                return 2, cost
-            return (1, cost / saved) if cost > 0 else (0, cost * saved)
-
-        return min(edits, key=price)

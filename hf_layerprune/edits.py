@@ -121,3 +121,9 @@ class EditSpace:
 
     def _mergeable(self, layers: tuple[int, ...], plan: LayerPlan) -> bool:
         return len(layers) <= self.max_group_size and self._free(layers, plan)
+
+
+def edits_between(before: LayerPlan, after: LayerPlan) -> list[Edit]:
+    """Edits that lead from one plan to another made of its layers: all removals, then the parallel blocks."""
+    removed = [Edit.remove(layer) for layer in before.layers if layer not in after.layers]
+    return removed + [Edit.parallelize(*block) for block in after.parallel_pairs if block not in before.blocks]

@@ -1,14 +1,16 @@
-"""What numbers were measured with: versions and hardware."""
+"""What numbers were measured with: versions and hardware; and how long it took."""
 
 from __future__ import annotations
 
 import os
 import platform
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
@@ -18,6 +20,29 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("hf-layerprune", "torch", "transformers", "trl")},
     }
+
+
+def has_bf16(use_cpu: bool) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself; emulated they are slower than float32."""
+    if use_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return is_torch_bf16_gpu_available()
+
+
+def native_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """`dtype`, or float32 where a CPU would have to emulate it, many times slower; `None` is one not known yet."""
+    native = {torch.float32, torch.float64} | ({torch.bfloat16} if has_bf16(use_cpu=True) else set())
+    return dtype if device.type != "cpu" or dtype in native else torch.float32
+
+
+def wall_time(seconds: dict[str, Any]) -> str:
+    """One sentence on how long a run took, and its phases, the longest first."""
+
+    def told(value: float) -> str:
+        return f"{value:.1f} s" if value < 60 else str(timedelta(seconds=round(value)))
+
+    phases = sorted(seconds["phases"].items(), key=lambda phase: -phase[1])
+    return f"The run took {told(seconds['total'])}: {', '.join(f'{name} {told(value)}' for name, value in phases)}."
 
 
 def hardware(device: torch.device | None) -> str:

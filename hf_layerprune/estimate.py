@@ -151,12 +151,13 @@ class RunShape:
 
     @property
     def rounds(self) -> int | None:
-        return None if self.edits is None else math.ceil(self.edits / self.args.layers_per_round)
+        return None if self.edits is None else max(1, math.ceil(self.edits / self.args.layers_per_round))
 
     def students(self) -> list[int]:
         """Parameters of the student of every round; of the first one only, where there is no telling how many."""
         per_round = self.args.layers_per_round
-        done = [min(n * per_round, self.edits or per_round) for n in range(1, (self.rounds or 1) + 1)]
+        most = per_round if self.edits is None else self.edits
+        done = [min(n * per_round, most) for n in range(1, (self.rounds or 1) + 1)]
         return [self.parameters - self.layer_parameters * edits * self.removes for edits in done]
 
     def first_edits(self, depth: int) -> list[Edit]:

@@ -27,6 +27,7 @@ from transformers.utils import cached_file, is_gguf_available
 
 from .architectures import check_supported
 from .data import EMBEDDED_MODEL
+from .environment import native_dtype
 from .errors import LayerPruneError, first_line, is_out_of_memory
 from .surgery import plan_of
 
@@ -194,7 +195,12 @@ def _complete(config: PretrainedConfig, path: str) -> None:
         )
 
 
-def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    name_or_path: str,
+    dtype: str | torch.dtype = "auto",
+    for_device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """Load a causal language model from a folder or the Hub: safetensors, or a GGUF file.
 
     The weights of a GGUF file are dequantized and rounded to bfloat16.
@@ -204,6 +210,8 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
             its path, or `"user/name/file.gguf"` for one on the Hub (`gguf_file="file.gguf"` says the same).
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights in memory; `"auto"` is
             the checkpoint's own, and bfloat16 for a GGUF file.
+        for_device (`str` or `torch.device`, *optional*): where the model will compute. `"auto"` is then float32 if
+            that is a CPU which would have to emulate the checkpoint's dtype.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -217,6 +225,8 @@ def load_model(name_or_path: str, dtype: str | torch.dtype = "auto", **kwargs: A
     name, source, options = _source(name_or_path, kwargs)
     if packed := "gguf_file" in options:
         options |= {"config": config, "quantization_config": GgufConfig(dequantize=True)}
+    if dtype == "auto" and for_device is not None:
+        dtype = native_dtype(config.dtype, torch.device(for_device)) or "auto"
     options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, **options)

@@ -1,13 +1,19 @@
-"""The terminal during a run: a bar with the round, what is happening and the time left; a line per finished round."""
+"""The terminal during a verb: what is happening and the time left; of a run also the round and a line about each."""
 
 from __future__ import annotations
 
+import sys
+import time
+from datetime import timedelta
 from typing import Any
 
+import datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
+from .budget import Budget
 from .edits import Edit
 from .report import was_healed
 from .scoring.scores import CLEAR_MARGIN
@@ -16,6 +22,8 @@ from .trainer import IterativeLayerDistillTrainer, LayerDistillCallback
 
 HEAD_LAYERS = 2  # projecting to the vocabulary costs about as much as this many layers of a small model
 BACKWARD = 2  # a backward pass costs about two forward passes
+SECONDS_BETWEEN_LINES = 30
+SPEED_SECONDS = 600  # the time left is estimated from the speed of the last ten minutes
 
 
 def say(console: Console, text: str) -> None:
@@ -23,15 +31,102 @@ def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+class Phases:
+    """Says on stderr what a verb is doing: in a terminal by a bar with the time left, elsewhere by a line per phase
+    and, within a long one, one every 30 seconds.
+
+    Args:
+        console ([`~rich.console.Console`], *optional*): another place than stderr.
+        quiet (`bool`, *optional*, defaults to `False`): say nothing, as one of several processes.
+
+    Attributes:
+        out ([`~rich.console.Console`]): for results that are printed meanwhile: stdout, by way of the bar where both
+            are one terminal.
+    """
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True, quiet=quiet)
+        self.in_terminal = self.console.is_terminal
+        self.out = self.console if console or (self.in_terminal and sys.stdout.isatty()) else Console(quiet=quiet)
+        self.bar = Progress(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            speed_estimate_period=SPEED_SECONDS,
+            transient=True,
+            disable=not self.in_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=None)
+        self._said = 0.0
+
+    def __enter__(self) -> Phases:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def phase(self, name: str, total: float | None = None) -> None:
+        """Begin a phase of so many steps; one whose length nobody knows has no bar but those of the libraries."""
+        self.bar.reset(self.task, description=name)
+        self.bar.tasks[0].total = total
+        self.bar.advance(self.task, 0)  # speed counts from here
+        if self.in_terminal and not self.console.quiet:
+            for libraries in (logging, datasets.utils.logging):
+                (libraries.enable_progress_bar if total is None else libraries.disable_progress_bar)()
+        if total is not None:
+            self.bar.start()
+        else:
+            self.bar.stop()
+        if total is None or not self.in_terminal:
+            self._say(f"{name} ...")
+
+    def describe(self, name: str) -> None:
+        """Go on with the same bar in another part of the phase."""
+        self.bar.update(self.task, description=name)
+        if not self.in_terminal:
+            self._say(self._state())
+
+    def step(self, count: float = 1.0) -> None:
+        """So many steps of the phase are done."""
+        self.bar.advance(self.task, count)
+        if not self.in_terminal and time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
+            self._say(self._state())
+
+    def done(self, name: str, count: int, total: int) -> None:
+        """So many of all steps of the phase `name` are done; the first call begins it, maybe with some from before."""
+        task = self.bar.tasks[0]
+        if task.description == name:
+            self.step(count - task.completed)
+        else:
+            self.phase(name, total)
+            task.completed = count
+
+    def _state(self) -> str:
+        task = self.bar.tasks[0]
+        left = task.time_remaining
+        time_left = "" if left is None else f", {timedelta(seconds=round(left))} left"
+        return f"{task.description}: {task.percentage:.0f} %{time_left}"
+
+    def _say(self, text: str) -> None:
+        say(self.console, text)
+        self._said = time.monotonic()
+
+
 class RunProgress(LayerDistillCallback):
     """Follows an [`IterativeLayerDistillTrainer`]. Work is counted in layer passes over one row of data."""
 
-    def __init__(self, trainer: IterativeLayerDistillTrainer, console: Console) -> None:
+    def __init__(self, trainer: IterativeLayerDistillTrainer, phases: Phases) -> None:
         args = trainer.args
-        self.console = console
+        self.phases = phases
         self.notices = [task.notice for task in trainer.tasks if task.notice]
-        self.target = _expected_depth(trainer)
-        rounds = -(-(plan_of(trainer.start).depth - self.target) // args.layers_per_round)
+        depth = plan_of(trainer.start).depth
+        self.heals_only = args.budget().depth == depth
+        self.target = min(depth - (not self.heals_only), expected_depth(args.budget(), trainer.teacher))
+        rounds = max(1, -(-(depth - self.target) // args.layers_per_round))
         self.rounds = f"/{rounds}" if args.budget().unit == "depth" else ""  # else it shows on the way
         self.kinds = len(args.edit_space().kinds)
         self.teacher_depth = trainer.teacher.config.num_hidden_layers
@@ -42,33 +137,24 @@ class RunProgress(LayerDistillCallback):
         rows = args.max_steps * self.step_rows if args.max_steps > 0 else args.num_train_epochs * _length(trainer)
         self.healing_rows = rows if args.heal else 0
         self.evaluations = 3 if args.heal else 1  # of a round: before healing, never healed, after
-        self.phase, self.depth, self.number, self.step_cost = "", self.teacher_depth, 0, 0.0
+        self.depth, self.number = self.teacher_depth, 0
+        self.phase_step, self.healing_step = 0.0, 0.0  # work in one batch, and in one step of the optimizer
         self.layers_per_round = args.layers_per_round
         self.total = self._evaluation_cost(self.teacher_depth) + self._rounds_cost(plan_of(trainer.start).depth)
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self.task = self.bar.add_task("starting", total=self.total)
 
     def __enter__(self) -> RunProgress:
         for notice in self.notices:
-            say(self.console, notice)
-        self.bar.start()
+            say(self.phases.out, notice)
+        self.phases.phase("starting", self.total)
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            self.bar.update(self.task, completed=self.bar.tasks[0].total)
-        self.bar.stop()
+    def __exit__(self, *_: object) -> None:
+        self.phases.bar.stop()
 
     def _rounds_cost(self, depth: int) -> float:
         """Of all rounds from a student of `depth` layers on."""
+        if self.heals_only:
+            return self.evaluations * self._evaluation_cost(depth) + self._healing_cost(depth)
         total = 0.0
         while depth > self.target:
             for _ in range(min(self.layers_per_round, depth - self.target)):
@@ -100,26 +186,34 @@ class RunProgress(LayerDistillCallback):
         **_: Any,
     ) -> None:
         self.number, self.depth = number, depth
-        self.bar.update(self.task, completed=self.total - self._rounds_cost(depth))
+        self.phases.bar.update(self.phases.task, completed=self.total - self._rounds_cost(depth))
 
     def on_phase_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, phase: str, **details: Any
     ) -> None:
-        self.phase = phase
+        if phase == "measuring speed":  # at the end; its work is counted in runs
+            self.phase_step = 1.0
+            self.phases.phase(phase, details["num_runs"])
+            return
+        if phase == "writing":
+            self.phases.describe(phase)
+            return
         self.depth = details.get("num_layers", self.depth)
         cost = {"scoring": self._scoring_cost, "healing": self._healing_cost}.get(phase, self._evaluation_cost)(
             self.depth
         )
         steps = {"scoring": self.calibration_rows, "healing": self.healing_rows}.get(phase, self.eval_rows)
-        self.step_cost = cost / max(1, steps)
+        self.phase_step, self.healing_step = (
+            rows * cost / max(1, steps) for rows in (self.batch_rows, self.step_rows)
+        )
         where = f"round {self.number}{self.rounds}, {self.depth} layers: " if self.number else ""
-        self.bar.update(self.task, description=where + phase)
+        self.phases.describe(where + phase)
 
     def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.advance(self.task, self.step_cost * self.batch_rows)
+        self.phases.step(self.phase_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.advance(self.task, self.step_cost * self.step_rows)
+        self.phases.step(self.healing_step)
 
     def on_round_end(
         self,
@@ -130,25 +224,25 @@ class RunProgress(LayerDistillCallback):
         record: dict[str, Any],
         **_: Any,
     ) -> None:
-        edits = ", ".join(str(Edit.from_label(label)) for label in record["edits"])
+        edits = ", ".join(str(Edit.from_label(label)) for label in record["edits"]) or "no edit"
         perplexity = f"{record['perplexity']:.2f}"
         if was_healed(record):
             perplexity = f"{record['perplexity_before_healing']:.2f} -> {perplexity} healed"
         say(
-            self.console,
+            self.phases.out,
             f"round {record['round']}: {edits}; {record['num_layers']} layers; perplexity {perplexity}; "
             f"KL {record['kl']:.4f}",
         )
         for scores in record["all_scores"]:
             if scores["margin"] is not None and not scores["margin"] >= CLEAR_MARGIN:
-                say(self.console, f"  {scores['certainty']}")
+                say(self.phases.out, f"  {scores['certainty']}")
 
 
-def _expected_depth(trainer: IterativeLayerDistillTrainer) -> int:
-    """Depth at which the run will end: known for a target of depth, else guessed from the share that is to stay."""
-    budget, depth = trainer.args.budget(), trainer.teacher.config.num_hidden_layers
-    whole = {"depth": depth, "latency": 1, "parameters": trainer.teacher.num_parameters()}[budget.unit]
-    return min(plan_of(trainer.start).depth - 1, max(1, round(depth * budget.target / whole)))
+def expected_depth(budget: Budget, original: PreTrainedModel) -> int:
+    """Depth at which a search will end: known for a budget of depth, else guessed from the share that is to stay."""
+    depth = original.config.num_hidden_layers
+    whole = {"depth": depth, "latency": 1, "parameters": original.num_parameters()}[budget.unit]
+    return max(1, round(depth * budget.target / whole))
 
 
 def _length(trainer: IterativeLayerDistillTrainer) -> int:

@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 
 from .edits import Edit
-from .environment import environment
+from .environment import environment, wall_time
 from .files import to_json, write_atomically
 from .layer_map import plot_layer_map
 from .scoring import LayerScores
@@ -68,9 +68,11 @@ def report_of(
     rounds: list[dict[str, Any]],
     settings: dict[str, Any],
     device: torch.device | None = None,
+    seconds: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The content of `report.json`, measured on a device."""
-    return {"teacher": teacher, "rounds": rounds, "settings": settings, "environment": environment(device)}
+    """The content of `report.json`, measured on a device; `seconds` is what each phase of the run took."""
+    time = {} if seconds is None else {"seconds": {"total": sum(seconds.values()), "phases": seconds}}
+    return {"teacher": teacher, "rounds": rounds, "settings": settings, "environment": environment(device)} | time
 
 
 def write_report(
@@ -79,9 +81,10 @@ def write_report(
     rounds: list[dict[str, Any]],
     settings: dict[str, Any],
     device: torch.device | None = None,
+    seconds: dict[str, float] | None = None,
 ) -> None:
     """Write the report of a run that was measured here, on a device, into its output folder."""
-    write_report_files(folder, report_of(teacher, rounds, settings, device))
+    write_report_files(folder, report_of(teacher, rounds, settings, device, seconds))
 
 
 def write_report_files(folder: Path, report: dict[str, Any]) -> None:
@@ -238,6 +241,7 @@ def render_markdown(report: dict[str, Any]) -> str:
         + ", ".join(f"{k} {v}" for k, v in env.items() if k != "hardware")
         + "."
         + (f" Speed: {how}." if (how := speed_measured(teacher)) else "")
+        + (f" {wall_time(report['seconds'])}" if "seconds" in report else "")
     ]
     return "\n".join(lines) + "\n"
 

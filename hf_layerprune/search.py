@@ -72,6 +72,7 @@ def search_plan(
     on_step: Callable[[SearchStep], None] = lambda step: None,
     tasks: Sequence[Task | PreparedTask] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> PlanSearch:
     """Greedy search over edits: each step takes the edit with the least quality lost per unit saved.
 
@@ -94,6 +95,7 @@ def search_plan(
         on_step (`Callable[[SearchStep], None]`, *optional*): called after every step.
         tasks (`Sequence[Task]`, *optional*): what `"tasks"` asks; tokenized once.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the model's own, for `"tasks"`.
+        on_batch (`Callable[[], None]`, *optional*): called after every batch of a step, for progress bars.
 
     Returns:
         [`PlanSearch`]: the plan and the steps to it; [`apply_plan`] builds it.
@@ -117,7 +119,7 @@ def search_plan(
     student, steps = model, []
     while not gauge.met(plan_of(student)):
         steps.append(
-            next_step(student, batches, gauge, criterion, teacher, race=race, tasks=tasks, tokenizer=tokenizer)
+            next_step(student, batches, gauge, criterion, teacher, on_batch, race, tasks=tasks, tokenizer=tokenizer)
         )
         student = apply_plan(student, steps[-1].plan, share_weights=True)
         on_step(steps[-1])
@@ -144,8 +146,8 @@ def next_step(
     if not all(saving > 0 for saving in savings):
         race = savings = None
     scores = score_edits(student, batches, edits, criterion, teacher, on_batch, race, savings, **options)
-    edit = gauge.best(scores, plan)
-    return SearchStep(edit, scores, edit.apply(plan), gauge.size(edit.apply(plan)))
+    after = scores.safest.apply(plan)
+    return SearchStep(scores.safest, scores, after, gauge.size(after))
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,16 @@ def make(tmp_path, tokenizer, texts):
     return build
 
 
+def errors_of(capsys) -> str:
+    """What went to stderr, without the lines that say what a verb is doing."""
+    return errors_in(capsys.readouterr().err)
+
+
+def errors_in(told: str) -> str:
+    lines = told.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.endswith(" ...\n") and " %" not in line)
+
+
 def read_report(folder):
     return json.loads((folder / "report.json").read_text())
 

@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_layerprune"
 # A module may import only from those before it.
 ORDER = (
-    "errors", "files", "fingerprint", "plan", "edits", "models", "architectures", "surgery", "conversion", "_trl",
-    "losses", "rows", "data", "loading", "forward", "tasks", "compensation", "scoring", "generation_data",
-    "evaluation", "shapes", "benchmark", "latency", "budget", "search", "layer_map", "environment", "report", "hub",
-    "trainer", "memory", "estimate", "progress", "demo", "cli", "__init__",
+    "errors", "files", "fingerprint", "plan", "edits", "models", "architectures", "surgery", "matching", "conversion",
+    "_trl", "losses", "rows", "data", "environment", "loading", "forward", "tasks", "compensation", "scoring",
+    "generation_data", "evaluation", "shapes", "benchmark", "latency", "budget", "search", "layer_map", "report",
+    "hub", "trainer", "memory", "estimate", "progress", "demo", "cli", "__init__",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = sorted((PACKAGE / "models").glob("*_pruned_qwen2.py"))

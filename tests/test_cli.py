@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
+from conftest import errors_of, tiny_model
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -66,7 +66,19 @@ def test_recipe_holds_the_exact_settings(tmp_path, model_folder, text_file):
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert recipe["model"] == str(model_folder) and recipe["dataset"] == str(text_file)
     assert "use_cpu" not in recipe and "model_init_kwargs" not in recipe
-    assert recipe["target_num_layers"] == 4 and recipe["learning_rate"] == 1e-3 and recipe["criterion"] == "kl"
+    assert recipe["target_num_layers"] == 4 and recipe["learning_rate"] == 1e-3
+
+
+def test_the_recipe_stores_what_was_given_and_nothing_that_was_derived(tmp_path, model_folder, text_file, monkeypatch):
+    monkeypatch.setattr("hf_layerprune.trainer.config.has_bf16", lambda use_cpu: False)
+    mine, flags = tmp_path / "mine.yaml", (*QUICK, "--heal", "false", "--criterion", "tail")
+    mine.write_text(f"model: {model_folder}\ndataset: {text_file}\nlayers_per_round: 2.0\nkl_weight: 1.0\n")
+    assert run("compress", "--config", mine, "--output_dir", tmp_path / "out", *flags) == 0
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    expected = {flag[2:] for flag in flags if flag.startswith("--")}
+    assert set(recipe) == expected | {"model", "dataset", "layers_per_round", "kl_weight", "output_dir"}
+    assert type(recipe["layers_per_round"]) is int and recipe["heal"] is False
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["bf16"] is None
 
 
 def test_a_length_without_limit_is_in_the_recipe(tmp_path, model_folder, text_file):
@@ -251,7 +263,7 @@ def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_pa
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     capsys.readouterr()
     status = run("compress", *QUICK, *arguments, *extra)
-    error = capsys.readouterr().err
+    error = errors_of(capsys)
     assert status == 2, error
     assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and expected in error
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
@@ -274,7 +286,7 @@ def test_a_run_killed_in_its_first_second_can_be_resumed(tmp_path, model_folder,
     with monkeypatch.context() as patch:
         patch.setattr(module, "evaluate_model", die)
         assert run("compress", *arguments) == 130
-    assert "--resume true" in capsys.readouterr().err
+    assert "--resume true" in errors_of(capsys)
     assert run("compress", "--config", tmp_path / "out" / "recipe.yaml", "--resume_from_checkpoint", "true") == 0
 
 
@@ -286,7 +298,7 @@ def test_the_line_that_goes_on_can_be_pasted():
 
 def test_unknown_verb(capsys):
     assert run("shrink") == 2
-    assert "shrink" in capsys.readouterr().err
+    assert "shrink" in errors_of(capsys)
 
 
 def test_loss_that_is_no_number_names_the_step_and_keeps_what_is_done(tmp_path, model_folder, text_file, capsys):
@@ -297,7 +309,7 @@ def test_loss_that_is_no_number_names_the_step_and_keeps_what_is_done(tmp_path, 
     broken = [*arguments, "--learning_rate", "1e30", "--max_grad_norm", "1e30", "--trained_layers", "all",
               "--max_steps", "5", "--output_dir", tmp_path / "nan"]  # fmt: skip
     assert run("compress", *broken) == 2
-    error = capsys.readouterr().err
+    error = errors_of(capsys)
     assert error.count("\n") == 1 and "at step" in error and ("nan" in error or "inf" in error)
     assert AutoModelForCausalLM.from_pretrained(out / "rounds" / "01").config.num_hidden_layers == 4
 
@@ -345,7 +357,7 @@ def test_out_of_memory_is_one_line(error, tmp_path, model_folder, text_file, mon
     monkeypatch.setattr("hf_layerprune.cli.measure.score_layers", fail)
     arguments = ["--model", model_folder, "--dataset", text_file, "--max_length", 32]
     assert run("score", *arguments, "--output_dir", tmp_path / "out") == 2
-    told = capsys.readouterr().err
+    told = errors_of(capsys)
     assert told.startswith("hf-layerprune: out of memory: ") and told.count("\n") == 1 and "batch_size" in told
 
 
@@ -359,13 +371,13 @@ def test_any_other_error_is_no_users_mistake(tmp_path, model_folder, text_file, 
 def test_a_place_that_cannot_be_written_to_is_known_before_the_work(text_file, capsys):
     assert run("evaluate", "--output_dir", text_file, "--model", "nobody/nothing") == 2
     assert run("evaluate", "--output_dir", text_file, "--num_samples", "1", "--max_length", "16") == 2
-    assert "in, a file" in capsys.readouterr().err
+    assert "in, a file" in errors_of(capsys)
 
 
 def test_scores_that_cannot_be_taken_leave_no_folder(tmp_path, model_folder, text_file, capsys):
     arguments = ["--model", model_folder, "--dataset", text_file, "--max_length", "16", "--race_confidence", "0.9"]
     assert run("score", *arguments, "--criterion", "taylor", "--output_dir", tmp_path / "scores") == 2
-    assert "race" in capsys.readouterr().err and not (tmp_path / "scores").exists()
+    assert "race" in errors_of(capsys) and not (tmp_path / "scores").exists()
 
 
 @pytest.mark.parametrize("depth, kept", [(2, 1), (3, 2), (16, 12), (36, 27)])

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import errors_of, tiny_model
 
 import hf_layerprune.cli.benchmark as module
 from hf_layerprune import cli, prune
@@ -36,7 +36,7 @@ def timed(monkeypatch):
     """The models of each call and its settings, in place of timing them."""
     calls = []
 
-    def benchmark_models(models, prompt_tokens, new_tokens, batch_size, repeats, **options):
+    def benchmark_models(models, prompt_tokens, new_tokens, batch_size, repeats, on_run, **options):
         calls.append((models, (prompt_tokens, new_tokens, batch_size, repeats), options))
         return [BenchmarkReport(543210.9, 12345.6, 145 * 2**30, 327_680, batch_size, 12.3456, 10.25, 0.5)
                 for _ in models]  # fmt: skip
@@ -161,7 +161,7 @@ def test_what_was_measured_before_the_memory_ran_out_is_kept(tmp_path, monkeypat
 
     monkeypatch.setattr(module, "benchmark_models", too_much)
     assert run(model_folder, "--batch_size", 1, 4, "--output_dir", tmp_path) == 2
-    error = capsys.readouterr().err
+    error = errors_of(capsys)
     assert error.count("\n") == 1 and "batch_size=4" in error
     assert len(json.loads((tmp_path / "benchmark.json").read_text())["reports"]) == 1
 
@@ -199,6 +199,6 @@ def test_bad_input_is_one_line_and_exit_status_2(name, tmp_path, model_folder, s
     files = {"model": model_folder, "shape": shape, "yaml": tmp_path / "settings.yaml"}
     capsys.readouterr()
     assert run(*(argument.format(**files) for argument in arguments)) == 2
-    error = capsys.readouterr().err
+    error = errors_of(capsys)
     assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and expected in error
     assert not timed

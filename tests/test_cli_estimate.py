@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import tiny_model
+from conftest import errors_of, tiny_model
 from families import family_model
 from transformers import GPT2Config
 
@@ -64,7 +64,7 @@ def test_pairs_of_another_family(tmp_path, capsys):
         "--model", model, "--target_num_layers", 3, "--edits", "parallelize", "--gpu_memory", "24GiB",
         "--output_file", file, "--packing", "true", "--packing_strategy", "wrapped", *QUICK,
     )  # fmt: skip
-    assert status == 0, capsys.readouterr().err
+    assert status == 0, errors_of(capsys)
     assert all(setting["peak"] > setting["weights"] > 0 for setting in json.loads(file.read_text())["settings"])
 
 
@@ -110,6 +110,6 @@ def test_bad_input_is_one_line_and_exit_status_2(tmp_path, shape, capsys, argume
     capsys.readouterr()
     given = [] if "--model" in arguments else ["--model", shape]
     assert run(*given, *(argument.format(**files) for argument in arguments)) == 2
-    error = capsys.readouterr().err
+    error = errors_of(capsys)
     assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and expected in error
     assert not Path("trainer_output").exists()

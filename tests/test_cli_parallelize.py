@@ -4,10 +4,19 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import errors_of, tiny_model
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerPlan, PrunedQwen2ForCausalLM, cli, parallelize, prune
+from hf_layerprune import (
+    LayerPlan,
+    PrunedQwen2ForCausalLM,
+    cli,
+    embedded_dataset,
+    evaluate_model,
+    parallelize,
+    prune,
+)
+from hf_layerprune.data import tokenized_batches
 from hf_layerprune.surgery import plan_of
 
 TEXTS = ["--dataset", "embedded:calibration", "--eval_dataset", "embedded:held_out"]
@@ -22,7 +31,7 @@ def run(tmp_path, model_folder, capsys):
         texts = [] if "--dataset" in extra else TEXTS
         arguments = ["--model", model, "--output_dir", tmp_path / folder, *texts, *QUICK, *extra]
         status = cli.main(["parallelize", *map(str, arguments)])
-        return status, capsys.readouterr().err
+        return status, errors_of(capsys)
 
     return call
 
@@ -71,6 +80,22 @@ def test_the_search_for_a_range(run, tmp_path):
     assert cli.main(["parallelize", *map(str, repeat)]) == 0
     assert (again / "plan.json").read_text() == (tmp_path / "out" / "plan.json").read_text()
     assert [record["criterion"] for record in json.loads((again / "report.json").read_text())["rounds"]] == ["loss"]
+
+
+def test_on_a_cpu_that_emulates_bfloat16_it_computes_in_float32_and_saves_what_was_measured(
+    run, tmp_path, tokenizer, monkeypatch
+):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    tiny_model(num_layers=5).bfloat16().save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    assert run("--pairs", "1,2", model=tmp_path / "half")[0] == 0
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert student.dtype == torch.bfloat16
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["teacher"]["dtype"] == report["rounds"][0]["dtype"] == "float32"  # the speed
+    batches = tokenized_batches(embedded_dataset("held_out"), tokenizer, max_length=32, num_rows=4, batch_size=2)
+    assert report["rounds"][0]["loss"] == pytest.approx(evaluate_model(student.float(), batches).loss, abs=1e-6)
 
 
 def test_both_kinds_of_edit_on_a_pruned_checkpoint_in_its_own_dtype(run, tmp_path, tokenizer):
@@ -153,7 +178,7 @@ def text(tmp_path):
 def test_compress_exposes_the_edits(tmp_path, model_folder, text, capsys):
     arguments = ["--model", model_folder, "--dataset", text, "--output_dir", tmp_path / "out", *COMPRESS, "--edits",
                  "remove,parallelize", "--max_group_size", 3, "--target_num_layers", 3]  # fmt: skip
-    assert cli.main(["compress", *map(str, arguments)]) == 0, capsys.readouterr().err
+    assert cli.main(["compress", *map(str, arguments)]) == 0, errors_of(capsys)
     plan = LayerPlan.from_json((tmp_path / "out" / "plan.json").read_text())
     assert plan.depth == 3
     assert "edits: remove,parallelize" in (tmp_path / "out" / "recipe.yaml").read_text()
@@ -164,12 +189,12 @@ def test_a_target_on_the_command_line_replaces_that_of_the_recipe(tmp_path, mode
     recipe.write_text(f"model: {model_folder}\ndataset: {text}\ntarget_num_layers: 2\n")
     target = prune(tiny_model(), [0]).num_parameters()
     arguments = ["--config", recipe, "--output_dir", tmp_path / "out", *COMPRESS, "--target_num_parameters", target]
-    assert cli.main(["compress", *map(str, arguments)]) == 0, capsys.readouterr().err
+    assert cli.main(["compress", *map(str, arguments)]) == 0, errors_of(capsys)
     assert LayerPlan.from_json((tmp_path / "out" / "plan.json").read_text()).depth == 4
     recipe.write_text(recipe.read_text() + "target_latency: 0.5\n")
     arguments = ["--config", recipe, "--output_dir", tmp_path / "again", *COMPRESS]
     assert cli.main(["compress", *map(str, arguments)]) == 2
-    assert "target_num_layers and target_latency are both set" in capsys.readouterr().err
+    assert "target_num_layers and target_latency are both set" in errors_of(capsys)
 
 
 def test_what_cannot_be_saved_is_known_before_the_search(run, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import VOCAB_SIZE, tiny_model
+from conftest import VOCAB_SIZE, errors_in, tiny_model
 
 from hf_layerprune import LayerPruneError, cli
 from hf_layerprune.cli import measure
@@ -38,7 +38,7 @@ def run(tmp_path, model_folder, capsys):
         arguments = ["--model", model_folder, "--output_dir", tmp_path / "out", *arguments]
         status = cli.main([verb, *map(str, arguments)])
         output = capsys.readouterr()
-        return status, output.out, output.err
+        return status, output.out, errors_in(output.err)
 
     return call
 

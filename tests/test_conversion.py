@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import END, VOCAB_SIZE, random_batches
+from conftest import END, VOCAB_SIZE, errors_of, random_batches
 from families import family_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
@@ -175,7 +175,7 @@ def test_mistakes_are_one_line_and_leave_nothing(llama_folder, tmp_path, capsys)
         (["--model", str(tmp_path), *target], "no config.json"),
     ):
         assert cli.main(["convert", *argv]) == 2
-        error = capsys.readouterr().err
+        error = errors_of(capsys)
         assert message in error and error.count("\n") == 1, error
     assert not out.exists() and (full / "file").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "gated", "llama"]
@@ -192,5 +192,5 @@ def test_nothing_is_left_where_the_result_does_not_compute_the_same(llama_folder
 
     monkeypatch.setattr(verb, "convert_model", broken)
     assert cli.main(["convert", "--model", str(llama_folder), "--output_dir", str(tmp_path / "out")]) == 2
-    assert "logits differ" in capsys.readouterr().err
+    assert "logits differ" in errors_of(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]

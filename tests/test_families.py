@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import byte_tokenizer, random_batches, tiny_config
+from conftest import byte_tokenizer, errors_of, random_batches, tiny_config
 from families import BLOCKS, FAMILIES, family_model
 from parallel_reference import literal
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
@@ -315,6 +315,6 @@ def test_the_command_line_refuses_in_one_line(verb, kind, tmp_path, capsys):
     if verb == "benchmark":
         argv = [verb, str(tmp_path / "model")]
     assert cli.main(argv) == 2
-    error = capsys.readouterr().err
+    error = errors_of(capsys)
     assert f"model_type='{kind}'" in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import END, VOCAB_SIZE, byte_tokenizer, tiny_config, tiny_model
+from conftest import END, VOCAB_SIZE, byte_tokenizer, errors_of, tiny_config, tiny_model
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import Qwen2Tokenizer
 
@@ -443,7 +443,7 @@ def test_bad_input_is_one_line_and_exit_status_2(tmp_path, model_folder, write, 
     arguments = ["--model", model_folder, "--dataset", write("texts.txt", "\n".join(TEXTS)),
                  "--output_file", tmp_path / "out.jsonl", *QUICK]  # fmt: skip
     assert run(*arguments, *(part.format(folder=tmp_path) for part in extra)) == 2
-    error = capsys.readouterr().err
+    error = errors_of(capsys)
     assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and message in error
 
 
@@ -454,4 +454,4 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, model_folder, write, capsys, monkey
     monkeypatch.setattr("transformers.Qwen2ForCausalLM.generate", interrupted)
     text = write("texts.txt", "\n".join(TEXTS))
     assert run("--model", model_folder, "--dataset", text, "--output_file", tmp_path / "out.jsonl", *QUICK) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command goes on" in errors_of(capsys)

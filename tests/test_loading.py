@@ -7,7 +7,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from hf_layerprune import LayerPruneError, cli, prune
+from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, prune
 from hf_layerprune.loading import load_config, load_model, load_tokenizer
 from hf_layerprune.shapes import load_shape
 from hf_layerprune.surgery import plan_of
@@ -130,3 +130,24 @@ def test_pickles_are_not_read(model, tmp_path):
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(LayerPruneError, match="cannot be loaded as a model"):
         load_model(str(tmp_path))
+
+
+@pytest.fixture
+def cpu_without_bfloat16(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+
+
+def test_auto_computes_in_float32_where_the_cpu_would_emulate_the_checkpoints_dtype(cpu_without_bfloat16, tmp_path):
+    for dtype, expected in (("bfloat16", torch.float32), ("float16", torch.float32), ("float64", torch.float64)):
+        tiny_model(dtype=getattr(torch, dtype)).to(getattr(torch, dtype)).save_pretrained(tmp_path / dtype)
+        assert load_model(str(tmp_path / dtype), for_device="cpu").dtype == expected
+        assert load_model(str(tmp_path / dtype)).dtype == load_model(str(tmp_path / dtype), for_device="cuda").dtype
+        assert load_model(str(tmp_path / dtype)).dtype == getattr(torch, dtype)
+    assert load_model("embedded", "bfloat16", "cpu").dtype == torch.bfloat16  # as was asked for
+    assert IterativeLayerDistillConfig(str(tmp_path), use_cpu=True).bf16 is False
+
+
+def test_with_native_bfloat16_auto_is_the_checkpoints_own(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert load_model("embedded", for_device="cpu").dtype == torch.bfloat16

@@ -5,8 +5,9 @@ import pytest
 from conftest import tiny_config, tiny_model
 from rich.console import Console
 
-from hf_layerprune import IterativeLayerDistillTrainer
-from hf_layerprune.progress import RunProgress
+import hf_layerprune.progress as module
+from hf_layerprune import IterativeLayerDistillTrainer, cli
+from hf_layerprune.progress import Phases, RunProgress
 
 
 def run(tmp_path, tokenizer, texts, **changes):
@@ -16,12 +17,13 @@ def run(tmp_path, tokenizer, texts, **changes):
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=120)
     seen = []
-    with RunProgress(trainer, console) as progress:
+    with RunProgress(trainer, Phases(console)) as progress:
         trainer.add_callback(progress)
-        update = progress.bar.update
-        progress.bar.update = lambda task, **values: (seen.append(values.get("description")), update(task, **values))
+        bar = progress.phases.bar
+        update = bar.update
+        bar.update = lambda task, **values: (seen.append(values.get("description")), update(task, **values))
         trainer.train()
-        task = progress.bar.tasks[0]
+        task = bar.tasks[0]
         assert task.completed == pytest.approx(task.total, rel=0.01), "the time left was wrong"
     return progress, [text for text in seen if text], console.file.getvalue()
 
@@ -30,7 +32,6 @@ def test_the_bar_tells_the_round_and_what_is_happening_and_ends_near_its_end(tmp
     progress, seen, printed = run(tmp_path, tokenizer, texts)
     assert seen[0] == "evaluating teacher"
     assert "round 1/2, 5 layers: scoring" in seen and "round 2/2, 3 layers: healing" in seen
-    assert progress.bar.tasks[0].finished
     assert printed.count(": remove ") == 2
 
 
@@ -43,7 +44,7 @@ def test_prompts_that_were_cut_are_told(tmp_path, tokenizer, texts):
         processing_class=tokenizer,
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=120)
-    with RunProgress(trainer, console):
+    with RunProgress(trainer, Phases(console)):
         pass
     assert "task rows: prompts too long for the model lost their beginning (2)" in console.file.getvalue()
 
@@ -55,3 +56,68 @@ def test_rounds_without_healing(tmp_path, tokenizer, texts):
 def test_several_layers_a_round(tmp_path, tokenizer, texts):
     progress, seen, _ = run(tmp_path, tokenizer, texts, layers_per_round=2, target_num_layers=2)
     assert progress.rounds == "/2"
+
+
+def test_away_from_a_terminal_a_line_begins_each_phase_and_a_long_one_says_more_every_half_minute(monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: seconds[0])
+    console = Console(file=io.StringIO(), width=120)
+    phases = Phases(console)
+    phases.bar.get_time = lambda: seconds[0]
+    with phases:
+        phases.phase("loading [a model]")
+        phases.phase("scoring", 10)
+        for _ in range(9):
+            seconds[0] += 10
+            phases.step()
+    assert console.file.getvalue().splitlines() == [
+        "loading [a model] ...", "scoring ...", "scoring: 30 %, 0:01:10 left", "scoring: 60 %, 0:00:40 left",
+        "scoring: 90 %, 0:00:10 left",
+    ]  # fmt: skip
+
+
+def test_in_a_terminal_a_phase_has_a_bar(monkeypatch):
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with Phases(console) as phases:
+        phases.phase("loading")
+        assert "loading ..." in console.file.getvalue() and not phases.bar.live.is_started
+        phases.phase("scoring", 10)
+        assert phases.bar.live.is_started
+        phases.step(5)
+        phases.bar.refresh()
+        assert "50%" in console.file.getvalue()
+    assert not phases.bar.live.is_started
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["score", "--num_samples", "4"], ["reading the text", "loading", "scoring 5 layers by kl"]),
+        (["evaluate", "--num_samples", "4"], ["reading the text", "loading", "evaluating"]),
+        (
+            ["benchmark", "--prompt_tokens", "4", "--new_tokens", "3"],
+            ["loading", "measuring speed of 1 models, batch 1"],
+        ),
+        (
+            ["parallelize", "--num_samples", "4", "--num_eval_samples", "4", "--measure_speed", "true"],
+            ["reading the text", "loading", "searching", "writing", "evaluating the model and", "measuring speed"],
+        ),
+        (["generate", "--num_prompts", "4", "--max_new_tokens", "4"], ["reading the prompts", "loading", "answering"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_every_verb_says_what_it_is_doing_and_counts_its_steps(
+    argv, said, tmp_path, model_folder, monkeypatch, capsys
+):
+    ends = []
+    leave = Phases.__exit__
+    monkeypatch.setattr(
+        Phases, "__exit__", lambda self, *error: (ends.append(self.bar.tasks[0]), leave(self, *error))[1]
+    )
+    out = ["--output_file", tmp_path / "rows.jsonl"] if argv[0] == "generate" else ["--output_dir", tmp_path / "out"]
+    name = "--models" if argv[0] == "benchmark" else "--model"
+    short = [] if argv[0] in ("benchmark", "generate") else ["--max_length", "32"]
+    assert cli.main([*map(str, (*argv, *short, name, model_folder, *out))]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(said) and all(line.startswith(begin) for line, begin in zip(lines, said, strict=True))
+    assert ends[-1].completed == pytest.approx(ends[-1].total)

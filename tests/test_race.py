@@ -13,7 +13,7 @@ from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.edits import Edit
 from hf_layerprune.evaluation import evaluate_model
 from hf_layerprune.scoring import EditScores, LayerScores, Race, contiguous_block, score_edits
-from hf_layerprune.scoring.evidence import Evidence, difference_errors, quantile
+from hf_layerprune.scoring.evidence import Evidence, difference_errors, price_factors, quantile
 from hf_layerprune.scoring.race import collect
 from hf_layerprune.scoring.scores import scores_of
 
@@ -91,7 +91,7 @@ def test_differences_are_paired_row_by_row():
     evidence = evidence_of([[0.0] * 4, first, [v + 0.1 for v in first]], [1] * 4)
     assert evidence.standard_error(1) > 1
     assert difference_errors(evidence, 1, [2], {1: 1.0, 2: 1.0})[0] == pytest.approx(0, abs=1e-12)
-    scaled = difference_errors(evidence, 1, [2], {1: 1.0, 2: 2.0})[0]
+    scaled = difference_errors(evidence, 1, [2], {1: 1.0, 2: 0.5})[0]
     assert scaled == pytest.approx(evidence.standard_error(1) / 2)
 
 
@@ -109,9 +109,9 @@ def test_halves_agree_where_one_is_clearly_best_and_not_where_it_is_a_coin():
     noise = torch.randn(2, 100, generator=generator)
     clear = torch.stack([torch.zeros(100), noise[0], noise[1] + 5])
     coin = torch.stack([torch.zeros(100), noise[0], noise[1]])
-    assert evidence_of(clear.tolist(), [1] * 100).half_agreement([1, 2], [1, 1]) == 1
+    assert evidence_of(clear.tolist(), [1] * 100).half_agreement([1, 2], torch.ones(2)) == 1
     coin = coin - coin.mean(1, keepdim=True)  # equal on all rows: what one half gains the other loses
-    assert evidence_of(coin.tolist(), [1] * 100).half_agreement([1, 2], [1, 1]) < 0.1
+    assert evidence_of(coin.tolist(), [1] * 100).half_agreement([1, 2], torch.ones(2)) < 0.1
 
 
 @pytest.mark.parametrize("rows, expected", [(6, 2.571), (11, 2.228), (31, 2.042), (10**6, 1.960)])
@@ -174,6 +174,25 @@ def test_certainty_is_about_the_best_two_by_what_they_save():
     scores = EditScores("kl", **scores_of(evidence, {}, edits, [1.0, 1.0, 10.0]))
     assert scores.contenders == (edits[2], edits[0]) and scores.certainty.startswith("7 is ahead of 5 by")
     assert scores.to_dict()["contenders"] == ["7", "5"]
+
+
+def test_one_price_ranks_says_how_sure_and_races_where_edits_gain():
+    """Edits that lower the measure: of equal gains the larger saving is better, for everything that compares."""
+    noise = table([0.0, 0.0, 0.0], noise=0.1).values
+    costs = torch.tensor([0.0, -1.0, -1.1, 5.0])[:, None]  # gains x savings: -1.0 and -0.55
+    measure = Table(noise + costs)
+    edits, savings = [Edit.remove(3), Edit.parallelize(5, 6), Edit.remove(7)], [2.0, 1.0, 2.0]
+    evidence, left = collect([measure], contestants(3), savings=savings)
+    scores = EditScores("loss", **scores_of(evidence, left, edits, savings))
+    assert scores.safest == scores.ranking[0] == scores.contenders[0] == edits[0]
+    assert scores.contenders[1] == edits[1] and scores.certainty.startswith("3 is ahead of 5|6 by")
+    factors = price_factors(evidence.costs([1, 2]), torch.tensor([2.0, 1.0]))
+    error = difference_errors(evidence, 1, [2], {1: 1.0, 2: 0.5})[0]
+    assert factors.tolist() == [1.0, 0.5]
+    assert scores.margin == pytest.approx(float((evidence.costs([1, 2]) * factors).diff() / error))
+    assert scores.half_agreement == 1 and scores.to_dict()["savings"] == {"3": 2.0, "5|6": 1.0, "7": 2.0}
+    _, left = collect([measure], contestants(3), Race(), savings=savings)
+    assert set(left) == {2, 3}
 
 
 # ------------------------------------------------------------------------------------------------ races

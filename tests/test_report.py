@@ -1,5 +1,6 @@
 import json
 import platform
+import time
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,22 @@ def test_only_edits_that_were_made_are_explained():
 def test_scores_plot_survives_zero_and_nan():
     figure = plot_scores(LayerScores("kl", {0: 0.0, 1: float("nan"), 2: 0.2}, 0.0, 5), "title")
     assert len(figure.axes[0].patches) == 3
+
+
+def test_the_report_says_how_long_the_run_took(make, tmp_path):
+    began = time.perf_counter()
+    trainer = make(target_num_layers=4, measure_speed=True)
+    trainer.train()
+    took = time.perf_counter() - began
+    seconds = json.loads((tmp_path / "run" / "report.json").read_text())["seconds"]
+    assert set(seconds["phases"]) == {
+        "starting", "evaluating teacher", "scoring", "evaluating", "healing", "measuring speed", "writing",
+    }  # fmt: skip
+    assert seconds["total"] == pytest.approx(sum(seconds["phases"].values()))
+    assert took - 1 < seconds["total"] < took
+    told = (tmp_path / "run" / "report.md").read_text().splitlines()[-1]
+    assert f"The run took {seconds['total']:.1f} s: " in told and "measuring speed" in told
+    again = make(target_num_layers=3)  # a session later: the times add up
+    again.train(resume_from_checkpoint=True)
+    later = json.loads((tmp_path / "run" / "report.json").read_text())["seconds"]
+    assert all(later["phases"][name] >= value - 0.1 for name, value in seconds["phases"].items() if name != "writing")

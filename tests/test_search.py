@@ -366,18 +366,22 @@ def gauge_of_four(latency, target):
     return Gauge(Budget(latency=target), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(4), latency)
 
 
+def best_of_four(gauge, values, baseline):
+    savings = dict(zip(values, gauge.savings(values, LayerPlan.identity(4)), strict=True))
+    return EditScores("loss", values, baseline, 1, savings=savings).safest
+
+
 def test_what_an_edit_saves_beyond_the_budget_does_not_count():
     latency, remove, pair = BlockLatency(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
-    scores = EditScores("kl", {remove: 0.02, pair: 0.015}, 0.0, 1)
-    plan = LayerPlan.identity(4)
-    assert gauge_of_four(latency, 0.5).best(scores, plan) == remove  # 0.02 / 0.25 against 0.015 / 0.125
-    assert gauge_of_four(latency, 0.9).best(scores, plan) == pair  # 0.02 / 0.1 against 0.015 / 0.1
+    costs = {remove: 0.02, pair: 0.015}
+    assert best_of_four(gauge_of_four(latency, 0.5), costs, 0.0) == remove  # 0.02 / 0.25 against 0.015 / 0.125
+    assert best_of_four(gauge_of_four(latency, 0.9), costs, 0.0) == pair  # 0.02 / 0.1 against 0.015 / 0.1
 
 
 def test_only_what_an_edit_adds_to_the_measure_is_its_cost():
     latency, remove, pair = BlockLatency(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
-    scores = EditScores("loss", {remove: 3.10, pair: 3.04}, 3.0, 1)
-    assert gauge_of_four(latency, 0.5).best(scores, LayerPlan.identity(4)) == pair  # 0.4 against 0.32 per unit
+    costs = {remove: 3.10, pair: 3.04}
+    assert best_of_four(gauge_of_four(latency, 0.5), costs, 3.0) == pair  # 0.4 against 0.32 per unit
 
 
 def test_edits_that_cost_nothing_come_first_and_of_them_those_that_gain_and_save_most():
@@ -390,18 +394,15 @@ def test_edits_that_cost_nothing_come_first_and_of_them_those_that_gain_and_save
         ({remove: 2.9, pair: 2.9}, remove),  # both gain the same, and to remove saves twice as much
         ({remove: 2.9, pair: 2.7}, pair),
     ):
-        scores = EditScores("loss", costs, 3.0, 1)
-        assert gauge_of_four(latency, 0.5).best(scores, LayerPlan.identity(4)) == expected, costs
+        assert best_of_four(gauge_of_four(latency, 0.5), costs, 3.0) == expected, costs
 
 
 def test_costs_that_are_no_numbers_are_never_chosen():
     remove, pair = Edit.remove(1), Edit.parallelize(2, 3)
     for broken in (math.nan, math.inf):
-        scores = EditScores("loss", {remove: broken, pair: 99.0}, 3.0, 1)
-        assert gauge_of_four(EQUAL, 0.5).best(scores, LayerPlan.identity(4)) == pair
-        scores = EditScores("loss", {remove: broken, pair: math.nan}, 3.0, 1)
+        assert best_of_four(gauge_of_four(EQUAL, 0.5), {remove: broken, pair: 99.0}, 3.0) == pair
         with pytest.raises(LayerPruneError, match="broken"):
-            gauge_of_four(EQUAL, 0.5).best(scores, LayerPlan.identity(4))
+            best_of_four(gauge_of_four(EQUAL, 0.5), {remove: broken, pair: math.nan}, 3.0)
 
 
 # --- what can be reached is reached
@@ -453,7 +454,7 @@ def test_every_depth_within_reach_is_reached_exactly(few, name, kinds, most, fir
             assert all(max(map(len, step.plan.blocks)) <= most for step in found.steps)
 
 
-def test_edits_that_save_nothing_are_tried_only_where_none_saves():
+def test_edits_that_save_nothing_are_tried_only_where_none_saves(few):
     def useful(blocks, depth=1):
         gauge = Gauge(Budget(depth=depth), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(5))
         return [edit.label for edit in gauge.useful_edits(LayerPlan(blocks, 5))]
@@ -461,9 +462,9 @@ def test_edits_that_save_nothing_are_tried_only_where_none_saves():
     assert useful(((0, 1), (2, 3))) == ["0", "1", "2", "3"]  # two of them save one block
     assert useful(((0, 1), (2, 3), (4,))) == ["4"]
     assert useful(((0, 1), (2,), (3,))) == ["2", "3", "2|3"]
-    gauge = Gauge(Budget(depth=1), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(4))
-    scores = EditScores("kl", {Edit.remove(0): 0.3, Edit.remove(2): 0.1, Edit.remove(3): math.nan}, 0.0, 1)
-    assert gauge.best(scores, LayerPlan(((0, 1), (2, 3)), 4)) == Edit.remove(2)
+    student = apply_plan(tiny_model(4), LayerPlan(((0, 1), (2, 3)), 4))
+    first = search_plan(student, few, {"depth": 1}, ("remove",)).steps[0]  # no edit saves: the least cost alone counts
+    assert first.cost == min(first.scores.values.values()) and not first.scores.savings
 
 
 LATENCIES = {

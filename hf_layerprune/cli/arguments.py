@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, make_whole
 from ..loading import gguf_name
 
+AUTO = "the checkpoint's own, or float32 on a CPU that would emulate it"
 OF_TEXT = ("dataset", "dataset_config", "dataset_split", "dataset_text_field", "max_length", "num_samples")
 
 
@@ -41,6 +42,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        make_whole(self)
         self.model, self.gguf_file = gguf_name(self.model, self.gguf_file), None
 
 
@@ -65,7 +67,8 @@ class CompressArguments(DataArguments):
         metadata={"help": "Where --model is a student already: the model to score and heal against, its original."},
     )
     dtype: str = field(
-        default="float32", metadata={"help": "dtype of the weights in memory: float32, bfloat16 or float16."}
+        default="float32",
+        metadata={"help": "dtype of the weights in memory: float32, bfloat16 or float16."},
     )
     lora_r: int | None = field(
         default=None, metadata={"help": "Heal with LoRA adapters of this rank instead of full weights."}
@@ -98,7 +101,7 @@ class MeasureArguments(DataArguments):
     batch_size: int = field(default=8, metadata={"help": "Rows at a time."})
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds the text."})
     dtype: str = field(
-        default="float32", metadata={"help": "dtype of the weights: float32, bfloat16, float16 or auto."}
+        default="float32", metadata={"help": f"dtype of the weights: float32, bfloat16, float16 or auto, {AUTO}."}
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder to write the result (and plot) to; score: layerprune-scores."}
@@ -184,7 +187,9 @@ class ParallelizeArguments(MeasureArguments):
     protect_last_layers: int = field(default=0, metadata={"help": "Number of last layers that stay as they are."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "dtype of the weights in memory; 'auto' is the checkpoint's, in which students are saved."},
+        metadata={
+            "help": f"dtype of the weights in memory; 'auto' is {AUTO}. Students are saved in the checkpoint's own."
+        },
     )
     eval_dataset: str | None = field(
         default=None,
@@ -215,9 +220,7 @@ class GenerateArguments(DataArguments):
     output_file: str = field(
         default="healing-data.jsonl", metadata={"help": "File of JSON lines to write, or to go on with."}
     )
-    dtype: str = field(
-        default="auto", metadata={"help": "dtype of the weights in memory; 'auto' is the checkpoint's."}
-    )
+    dtype: str = field(default="auto", metadata={"help": f"dtype of the weights in memory; 'auto' is {AUTO}."})
 
 
 @dataclass
@@ -245,9 +248,7 @@ class BenchmarkArguments:
             "run in parallel. Default: all layers."
         },
     )
-    dtype: str = field(
-        default="auto", metadata={"help": "dtype of the weights; 'auto' is each checkpoint's or shape's own."}
-    )
+    dtype: str = field(default="auto", metadata={"help": f"dtype of the weights; 'auto' is {AUTO}."})
     prompt_tokens: int = field(default=128, metadata={"help": "Tokens of the prompt."})
     new_tokens: int = field(default=64, metadata={"help": "Tokens to generate."})
     batch_size: list[int] = field(
@@ -263,6 +264,7 @@ class BenchmarkArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write benchmark.json to."})
 
     def __post_init__(self) -> None:
+        make_whole(self)
         # in YAML a list of one may stand without brackets, and a depth is a number
         self.models, self.layers, self.batch_size = map(_as_list, (self.models, self.layers, self.batch_size))
         self.models, self.layers = list(map(str, self.models)), list(map(str, self.layers))
@@ -328,14 +330,13 @@ class DemoArguments:
     models: str | None = field(
         default=None, metadata={"help": "Instead: a YAML file with the list of models that visitors choose from."}
     )
-    dtype: str | None = field(
-        default=None, metadata={"help": "dtype of the weights: auto (each checkpoint's own), float32, ..."}
-    )
+    dtype: str | None = field(default=None, metadata={"help": f"dtype of the weights: auto ({AUTO}), float32, ..."})
     server_name: str = field(default="127.0.0.1", metadata={"help": "Address to serve at; 0.0.0.0 is every one."})
     server_port: int | None = field(default=None, metadata={"help": "Port; by default the first free one from 7860."})
     inbrowser: bool = field(default=False, metadata={"help": "Open the page in a browser."})
 
     def __post_init__(self) -> None:
+        make_whole(self)
         self.names = list(map(str, _as_list(self.names)))
         if self.server_port is not None and not 1 <= self.server_port <= 65535:
             raise LayerPruneError(f"server_port={self.server_port} is out of range; choose 1..65535")

@@ -14,11 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from ..benchmark import benchmark_models, check_settings
+from ..benchmark import benchmark_models, check_settings, num_runs
+from ..environment import native_dtype
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import EMBEDDED
-from ..progress import say
+from ..progress import Phases, say
 from ..report import environment
 from ..shapes import load_shape, random_model, random_models, short_name
 from ..surgery import plan_of
@@ -36,12 +37,15 @@ def benchmark(argv: list[str]) -> None:
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    models = _random_models(arguments) if arguments.shape else _checkpoints(arguments)
     entries: list[dict[str, Any]] = []
-    for batch_size in arguments.batch_size:
-        entries += _measure(models, batch_size, arguments)
-        if folder is not None:  # at every batch size: the next one may be too much for the memory
-            write_atomically(folder / "benchmark.json", to_json(_content(entries, arguments)))
+    with Phases() as phases:
+        models = _random_models(arguments, phases) if arguments.shape else _checkpoints(arguments, phases)
+        for batch_size in arguments.batch_size:
+            runs = num_runs(len(models), arguments.repeats, arguments.compile)
+            phases.phase(f"measuring speed of {len(models)} models, batch {batch_size}", runs)
+            entries += _measure(models, batch_size, arguments, phases)
+            if folder is not None:  # at every batch size: the next one may be too much for the memory
+                write_atomically(folder / "benchmark.json", to_json(_content(entries, arguments)))
     console = Console()
     console.print(_table(entries))
     if folder is not None:
@@ -84,15 +88,20 @@ def _check(arguments: BenchmarkArguments) -> None:
         )
 
 
-def _checkpoints(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedModel]]:
-    names = arguments.models or [EMBEDDED]
-    return [(name, load_on_device(name, arguments.dtype)) for name in names]
+def _checkpoints(arguments: BenchmarkArguments, phases: Phases) -> list[tuple[str, PreTrainedModel]]:
+    models = []
+    for name in arguments.models or [EMBEDDED]:
+        phases.phase(f"loading {name}")
+        models.append((name, load_on_device(name, arguments.dtype)))
+    return models
 
 
-def _random_models(arguments: BenchmarkArguments) -> list[tuple[str, PreTrainedModel]]:
+def _random_models(arguments: BenchmarkArguments, phases: Phases) -> list[tuple[str, PreTrainedModel]]:
+    phases.phase(f"making random weights of the shape {arguments.shape}")
     config = load_shape(arguments.shape)
     sizes = [_layers_and_blocks(text) for text in arguments.layers]
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype != "auto" else config.dtype or torch.float32
+    own = native_dtype(config.dtype or torch.float32, device()) or torch.float32
+    dtype = own if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     name = _label(arguments.shape)
     if not sizes:
         return [(name, random_model(config, dtype=dtype, device=device()))]
@@ -117,7 +126,7 @@ def _layers_and_blocks(text: str) -> tuple[int, int | None]:
 
 
 def _measure(
-    models: Sequence[tuple[str, PreTrainedModel]], batch_size: int, arguments: BenchmarkArguments
+    models: Sequence[tuple[str, PreTrainedModel]], batch_size: int, arguments: BenchmarkArguments, phases: Phases
 ) -> list[dict[str, Any]]:
     """One entry of `benchmark.json` for each model."""
     try:
@@ -129,6 +138,7 @@ def _measure(
             arguments.repeats,
             cache_implementation=arguments.cache_implementation,
             compile=arguments.compile,
+            on_run=phases.step,
         )
     except torch.OutOfMemoryError as error:
         raise LayerPruneError(
@@ -138,7 +148,9 @@ def _measure(
     for (name, model), report in zip(models, reports, strict=True):
         plan = plan_of(model)
         layers = f"{len(plan.layers)}/{plan.depth}" if plan.parallel_pairs else str(plan.depth)
-        entries.append({"model": name, "num_layers": plan.depth, "layers": layers, **report.to_dict()})
+        dtype = str(model.dtype).removeprefix("torch.")
+        facts = {"model": name, "num_layers": plan.depth, "layers": layers, "dtype": dtype}
+        entries.append(facts | report.to_dict())
     return entries
 
 

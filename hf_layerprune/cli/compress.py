@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import time
 from contextlib import suppress
-from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from rich.console import Console
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
@@ -20,8 +18,8 @@ from ..data import ASSETS
 from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
 from ..hub.scrub import placed_settings
-from ..loading import beside_weights, load_config, load_model, load_tokenizer
-from ..progress import RunProgress, say
+from ..loading import beside_weights, load_config, load_tokenizer
+from ..progress import Phases, RunProgress, say
 from ..report import rich_table
 from ..rows import with_text
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
@@ -30,16 +28,15 @@ from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.run_state import STATE_FILE
 from ..trainer.trainable import lora_config
 from .arguments import CompressArguments
-from .parsing import check_new_folder, default_depth, names_option, parse
+from .parsing import check_new_folder, default_depth, names_given, names_option, parse
 from .text import check_sources, read_dataset
 
-NOT_IN_RECIPE = (
-    "resume_from_checkpoint", "hub_token", "disable_tqdm", "include_num_input_tokens_seen", "dataloader_pin_memory",
-)  # fmt: skip
+NOT_IN_RECIPE = ("resume", "resume_from_checkpoint", "hub_token", "disable_tqdm")
 
 
 def compress(argv: list[str]) -> None:
     """Rounds of score, remove, heal, evaluate; see [`IterativeLayerDistillTrainer`]."""
+    began = time.perf_counter()
     argv = with_default_recipe(argv)
     arguments, config = parse("compress", argv)
     init_kwargs = config.model_init_kwargs
@@ -48,7 +45,6 @@ def compress(argv: list[str]) -> None:
     files = beside_weights({"trust_remote_code": config.trust_remote_code} | (init_kwargs or {}))
     choose_target(config, argv, load_config(arguments.model, **files).num_hidden_layers)
     config.disable_tqdm = True
-    config.model_init_kwargs = (init_kwargs or {}) | {"dtype": arguments.dtype}
     resume = {"true": True, "false": None, "none": None}.get(
         str(config.resume_from_checkpoint).lower(), config.resume_from_checkpoint
     )
@@ -56,8 +52,26 @@ def compress(argv: list[str]) -> None:
     _check_report_to(config.report_to)
     folder = Path(config.output_dir)
     _check_output_folder(folder, resume)
+    with Phases(quiet=config.process_index != 0) as phases:
+        _compress(arguments, config, names_given(argv), resume, files, phases, began)
+
+
+def _compress(
+    arguments: CompressArguments,
+    config: IterativeLayerDistillConfig,
+    named: set[str],
+    resume: Any,
+    files: dict[str, Any],
+    phases: Phases,
+    began: float,
+) -> None:
+    """What is left to do once the settings are known to be good."""
+    folder, init_kwargs = Path(config.output_dir), config.model_init_kwargs
+    phases.phase("reading the text")
     train, held_out, calibration = _compress_datasets(arguments, config.dataset_text_field, config.seed)
     made_by_us = not folder.exists()
+    phases.phase(f"loading {arguments.model}")
+    config.model_init_kwargs = (init_kwargs or {}) | {"dtype": arguments.dtype}
     try:
         trainer = IterativeLayerDistillTrainer(
             model=arguments.model,
@@ -66,9 +80,10 @@ def compress(argv: list[str]) -> None:
             eval_dataset=held_out,
             calibration_dataset=calibration,
             processing_class=load_tokenizer(arguments.model, **files),
-            teacher=_teacher(arguments, config),
+            teacher=arguments.teacher,
             peft_config=_lora(arguments),
         )
+        trainer.seconds_before = time.perf_counter() - began
         trainer.open_run(resume)
     except BaseException:
         if made_by_us:  # Trainer makes the folder before all checks are done; an empty one helps nobody
@@ -77,10 +92,9 @@ def compress(argv: list[str]) -> None:
         raise
     config.model_init_kwargs = init_kwargs
     if config.should_save:
-        _write_recipe(folder / "recipe.yaml", arguments, config)
+        _write_recipe(folder / "recipe.yaml", arguments, config, named)
     trainer.remove_callback(PrinterCallback)
-    console = Console(quiet=not trainer.is_world_process_zero())
-    with StopWhereNothingIsLost() as stop, RunProgress(trainer, console) as progress:
+    with StopWhereNothingIsLost() as stop, RunProgress(trainer, phases) as progress:
         trainer.add_callback(stop)
         trainer.add_callback(progress)
         try:
@@ -90,8 +104,8 @@ def compress(argv: list[str]) -> None:
                 raise
             line = resume_line(folder, trainer.accelerator.num_processes)
             raise KeyboardInterrupt(f"what is done is kept; to go on: {line}") from None
-    console.print(rich_table(trainer.run.teacher, trainer.run.rounds))
-    say(console, f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
+    phases.out.print(rich_table(trainer.run.teacher, trainer.run.rounds))
+    say(phases.out, f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
 
 def resume_line(folder: Path, processes: int) -> str:
@@ -155,12 +169,6 @@ def _compress_datasets(arguments: CompressArguments, text_field: str, seed: int)
     return split["train"], split["test"], calibration
 
 
-def _teacher(arguments: CompressArguments, config: Any) -> Any:
-    if arguments.teacher is None:
-        return None
-    return load_model(arguments.teacher, dtype=arguments.dtype, trust_remote_code=config.trust_remote_code)
-
-
 def _lora(arguments: CompressArguments) -> Any:
     if arguments.lora_r is not None and arguments.lora_r < 1:
         raise LayerPruneError(f"lora_r={arguments.lora_r} is out of range; it must be at least 1")
@@ -169,23 +177,22 @@ def _lora(arguments: CompressArguments) -> Any:
     return lora_config(arguments.lora_r, arguments.lora_alpha)
 
 
-def _write_recipe(path: Path, arguments: CompressArguments, config: Any) -> None:
-    """Write every setting of ours and every one of the trainer's that was changed: `--config` repeats the run,
-    from whichever folder."""
-    plain = (str, int, float, bool, list, dict, type(None))
-    settings = {item.name: getattr(arguments, item.name) for item in fields(arguments) if item.name != "resume"}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        value = value.value if isinstance(value, Enum) else value
-        if item.name == "use_cpu" and not torch.accelerator.is_available():
-            continue  # set because there is no other device here, not because somebody asked for it
-        if "checkpointing" in item.name and not value:
-            continue  # transformers fills in the old and the new name of this one
-        filled_in = value == [] or (value is None and item.default in (MISSING, "auto"))
-        said = item.name in type(config).__annotations__ or (value != item.default and not filled_in)
-        if said and isinstance(value, plain) and item.name not in NOT_IN_RECIPE:
-            settings[item.name] = value
+def _write_recipe(
+    path: Path, arguments: CompressArguments, config: IterativeLayerDistillConfig, named: set[str]
+) -> None:
+    """Write the settings that were given: `--config` repeats the run, from whichever folder, on whichever machine.
+
+    What was derived from them on this machine, such as `bf16`, is derived again there.
+    """
+    values = vars(arguments) | config.as_given
+    settings = {name: value for name, value in values.items() if name in named or name == "model"}
+    settings = {name: value.value if isinstance(value, Enum) else value for name, value in settings.items()}
+    for name in NOT_IN_RECIPE:
+        settings.pop(name, None)
+    for target in TARGETS.values():  # the command line may have replaced that of a recipe
+        if getattr(config, target) is None:
+            settings.pop(target, None)
     if isinstance(settings.get("model_init_kwargs"), dict):  # a token is for this machine alone
         settings["model_init_kwargs"] = {k: v for k, v in settings["model_init_kwargs"].items() if k != "token"}
-    settings |= {"output_dir": config.output_dir, "report_to": config.report_to or "none"}
+    settings["output_dir"] = config.output_dir
     write_atomically(path, yaml.safe_dump(placed_settings(settings), sort_keys=False))

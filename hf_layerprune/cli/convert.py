@@ -15,7 +15,7 @@ from ..errors import LayerPruneError
 from ..files import replace_folder
 from ..forward import measuring
 from ..loading import load_config, load_model, load_tokenizer
-from ..progress import say
+from ..progress import Phases, say
 from ..trainer.students import write_student
 from .parsing import check_new_folder, parse
 
@@ -33,7 +33,10 @@ def convert(argv: list[str]) -> None:
     check_new_folder(folder)
     load_config(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
+    phases = Phases()
+    phases.phase(f"loading {arguments.model}")
     model = load_model(arguments.model, dtype=arguments.dtype)
+    phases.phase("converting, writing and comparing")
     expected, before = _logits(model), type(model).__name__
     converted = convert_model(model, arguments.to)
     folder.parent.mkdir(parents=True, exist_ok=True)

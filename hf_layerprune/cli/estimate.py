@@ -30,7 +30,7 @@ from ..estimate import (
 )
 from ..files import to_json, write_atomically
 from ..loading import is_gguf, load_config
-from ..progress import say
+from ..progress import Phases, say
 from ..shapes import load_shape, shape_names, short_name
 from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
@@ -66,7 +66,9 @@ def estimate(argv: list[str]) -> None:
     _check_target(arguments.model, args, config, teacher or config)
     check_length(args.max_length, config, arguments.model)
     shape = RunShape(config, args, teacher, args.on_gpu)
-    settings = healing_settings(shape, arguments.dtype, arguments.lora_r)
+    with Phases() as phases:
+        phases.phase("measuring on tensors without memory")
+        settings = healing_settings(shape, arguments.dtype, arguments.lora_r)
     best = recommended(settings, memory, arguments.dtype, args.trained_layers, arguments.lora_r)
     content = _content(arguments, shape, memory, settings, best)
     console = Console()
@@ -131,7 +133,7 @@ def _check_target(
     if budget.unit != "latency":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        check_budget(name, Gauge.of(budget, space, model, plan_of(teacher)), plan_of(config))
+        check_budget(name, Gauge.of(budget, space, model, plan_of(teacher)), plan_of(config), args.heal)
 
 
 def _content(

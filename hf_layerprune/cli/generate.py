@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from functools import partial
 
 from ..generation_data.generate import generate_healing_data, processes
 from ..loading import load_model, load_tokenizer
-from ..progress import say
+from ..progress import Phases, say
 from .parsing import parse
 from .text import check_sources, read_dataset
 
@@ -16,27 +15,21 @@ def generate(argv: list[str]) -> None:
     """Write the file, or what is missing of it; see [`generate_healing_data`]."""
     arguments, config = parse("generate", argv)
     check_sources(arguments)
-    prompts = read_dataset(arguments, arguments.dataset or "embedded:healing")
     state = processes()
-    console = Console(quiet=not state.is_main_process)
-    model = load_model(arguments.model, dtype=arguments.dtype).to(state.device)
-    tokenizer = load_tokenizer(arguments.model)
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("answering", total=None)
+    with Phases(quiet=not state.is_main_process) as phases:
+        phases.phase("reading the prompts")
+        prompts = read_dataset(arguments, arguments.dataset or "embedded:healing")
+        phases.phase(f"loading {arguments.model}")
+        model = load_model(arguments.model, arguments.dtype, state.device).to(state.device)
+        tokenizer = load_tokenizer(arguments.model)
         report = generate_healing_data(
-            model,
-            prompts,
-            arguments.output_file,
-            config,
-            tokenizer,
-            on_rows=lambda done, total: bar.update(task, completed=done, total=total),
+            model, prompts, arguments.output_file, config, tokenizer, on_rows=partial(phases.done, "answering")
         )
     cut = f", {report.num_truncated:,} cut at {config.max_new_tokens} tokens" if report.num_truncated else ""
     cut += " and left out" if cut and not config.keep_truncated else ""
     empty = f", {report.num_empty:,} empty and left out" if report.num_empty else ""
     say(
-        console,
+        phases.out,
         f"answers: {arguments.output_file}   {report.num_rows:,} rows, {report.num_tokens:,} tokens{cut}{empty}",
     )
     state.destroy_process_group()

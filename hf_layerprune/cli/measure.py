@@ -19,11 +19,11 @@ from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_model, load_tokenizer
-from ..progress import say
+from ..progress import Phases, say
 from ..report import criterion_unit, plot_scores, save_plot
-from ..scoring import Race, check_criterion, score_layers
-from ..tasks import KLTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
-from .arguments import MeasureArguments
+from ..scoring import LayerScores, Race, check_criterion, score_layers
+from ..tasks import KLTask, PreparedTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
+from .arguments import MeasureArguments, ScoreArguments
 from .parsing import check_no_file, parse
 from .text import check_sources, is_embedded, read_dataset
 
@@ -32,27 +32,13 @@ def score(argv: list[str]) -> None:
     """Print and plot what each layer costs."""
     (arguments,) = parse("score", argv)
     check_criterion(arguments.criterion)
-    tasks, console = load_tasks(arguments.tasks) if arguments.tasks else [], Console()
+    tasks = load_tasks(arguments.tasks) if arguments.tasks else []
     folder = Path(arguments.output_dir or "layerprune-scores")
     config = load_config(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
-    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer, config)
-    race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
-    with TemporaryDirectory() as offload_folder:
-        where = device_map(arguments.model, device()) if arguments.offload else None
-        more = {"device_map": where, "offload_folder": offload_folder} if where else {}
-        model = load_on_device(arguments.model, arguments.dtype, **more)
-        prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
-        for notice in filter(None, (task.notice for task in prepared)):
-            say(console, notice)
-        made_by_us = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is known before the work
-        try:
-            scores = score_layers(model, batches, arguments.criterion, race=race, tasks=prepared, tokenizer=tokenizer)
-        except LayerPruneError:
-            if made_by_us:
-                folder.rmdir()
-            raise
+    with Phases() as phases:
+        scores = _scores(arguments, tasks, tokenizer, config, folder, phases)
+    console = Console()
     unit = "examples" if tasks else "tokens"
     seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
     table = Table(title=escape(criterion_unit(scores.criterion)) + seen)
@@ -73,6 +59,46 @@ def score(argv: list[str]) -> None:
     say(console, f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
 
 
+def _scores(
+    arguments: ScoreArguments,
+    tasks: list[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    folder: Path,
+    phases: Phases,
+) -> LayerScores:
+    """Read, load and score, and make the folder on the way."""
+    phases.phase("reading the text")
+    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer, config)
+    race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
+    with TemporaryDirectory() as offload_folder:
+        where = device_map(arguments.model, device()) if arguments.offload else None
+        more = {"device_map": where, "offload_folder": offload_folder} if where else {}
+        phases.phase(f"loading {arguments.model}")
+        model = load_on_device(arguments.model, arguments.dtype, **more)
+        prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
+        for notice in filter(None, (task.notice for task in prepared)):
+            say(phases.out, notice)
+        made_by_us = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is known before the work
+        depth = model.config.num_hidden_layers
+        phases.phase(f"scoring {depth} layers by {arguments.criterion}", len(batches or ()) or num_chunks(prepared))
+        try:
+            return score_layers(
+                model,
+                batches,
+                arguments.criterion,
+                on_batch=phases.step,
+                race=race,
+                tasks=prepared,
+                tokenizer=tokenizer,
+            )
+        except LayerPruneError:
+            if made_by_us:
+                folder.rmdir()
+            raise
+
+
 def device() -> torch.device:
     """The accelerator, if there is one."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -80,7 +106,7 @@ def device() -> torch.device:
 
 def load_on_device(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
     """A model on that device, or where a `device_map` says."""
-    model = load_model(name, dtype=dtype, **kwargs)
+    model = load_model(name, dtype, device(), **kwargs)
     return model if kwargs.get("device_map") else model.to(device())
 
 
@@ -112,14 +138,25 @@ def evaluate(argv: list[str]) -> None:
     if folder is not None:
         check_no_file(folder)
     only_tasks = bool(tasks) and arguments.dataset is None and not is_embedded(arguments.model)
-    batches = [] if only_tasks else _measuring_batches(arguments, "embedded:held_out", tokenizer, config)
-    teacher = None if arguments.teacher is None else load_on_device(arguments.teacher, arguments.dtype)
-    model = load_on_device(arguments.model, arguments.dtype)
-    prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
-    results = evaluate_model(model, batches, teacher).to_dict() if batches else {}
+    with Phases() as phases:
+        phases.phase("reading the text")
+        batches = [] if only_tasks else _measuring_batches(arguments, "embedded:held_out", tokenizer, config)
+        teacher = None
+        if arguments.teacher is not None:
+            phases.phase(f"loading {arguments.teacher}")
+            teacher = load_on_device(arguments.teacher, arguments.dtype)
+        phases.phase(f"loading {arguments.model}")
+        model = load_on_device(arguments.model, arguments.dtype)
+        prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
+        results = {}
+        if batches:
+            phases.phase("evaluating", len(batches))
+            results = evaluate_model(model, batches, teacher, phases.step).to_dict()
+        if prepared:
+            phases.phase("evaluating tasks", num_chunks(prepared))
+            of_tasks = evaluate_prepared(model, prepared, tokenizer, teacher, phases.step)
     numbers = dict(results)
     if prepared:
-        of_tasks = evaluate_prepared(model, prepared, tokenizer, teacher)
         results["tasks"] = of_tasks.to_dict()["results"]
         console.print(_task_table(of_tasks))
     for name, value in numbers.items():
@@ -143,6 +180,11 @@ def _without_teacher(tasks: list[Task], console: Console) -> list[Task]:
         raise LayerPruneError(f"task {names}: KL needs a teacher to compare with; name it with --teacher")
     say(console, f"left out: {names}; KL needs a teacher to compare with (--teacher)")
     return [task for task in tasks if not isinstance(task, KLTask)]
+
+
+def num_chunks(tasks: list[PreparedTask]) -> int:
+    """Pieces that tasks are measured in, for a progress bar."""
+    return sum(max(1, len(task.chunks)) for task in tasks)
 
 
 def _task_table(report: TaskReport) -> Table:

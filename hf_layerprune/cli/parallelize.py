@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -9,13 +10,12 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import TARGETS, Budget
 from ..data import Batch, check_length, tokenized_batches
-from ..edits import Edit
+from ..edits import edits_between
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
@@ -23,11 +23,11 @@ from ..hub import RunFolder, read_plan, run_card
 from ..hub.scrub import placed, placed_settings, without_places
 from ..loading import load_config, load_tokenizer, saved_dtype
 from ..plan import LayerPlan
-from ..progress import say
+from ..progress import Phases, expected_depth, say
 from ..report import plot_range, rich_table, save_plot, write_report
 from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of, prune
-from ..trainer.records import add_speed, student_record, teacher_record
+from ..trainer.records import add_speed, speed_runs, student_record, teacher_record
 from ..trainer.students import check_saving, save_student
 from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments
@@ -55,22 +55,40 @@ def parallelize(argv: list[str]) -> None:
     check_sources(arguments, arguments.eval_dataset)
     check_length(arguments.max_length, config, arguments.model)
     tokenizer = load_tokenizer(arguments.model)
+    with Phases() as phases:
+        _parallelize(arguments, folder, tokenizer, phases)
+
+
+def _parallelize(
+    arguments: ParallelizeArguments, folder: Path, tokenizer: PreTrainedTokenizerBase, phases: Phases
+) -> None:
+    """What is left to do once the settings are known to be good."""
+    phases.phase("reading the text")
     calibration, evaluation = _batches(arguments, tokenizer)
+    phases.phase(f"loading {arguments.model}")
     model = load_on_device(arguments.model, arguments.dtype)
     check_saving(prune(model, [], share_weights=True), tokenizer)
-    console = Console()
-    steps, found = _steps(arguments, model, calibration, console)
-    dtype = saved_dtype(arguments.model)
-    student = _student(model, steps[-1][-1], dtype)
-    save_student(student, tokenizer, dtype, folder / "model")  # first of all: the rest only measures it
+    save_dtype = saved_dtype(arguments.model)
+    steps, found = _steps(arguments, model, calibration, phases)
+    phases.phase(f"writing {folder / 'model'}")
+    student = _as_saved(model, steps[-1][-1], save_dtype)
+    save_student(student, tokenizer, save_dtype, folder / "model")  # first of all: the rest only measures it
     write_atomically(folder / "plan.json", plan_of(student).to_json() + "\n")
     if found is not None:
         write_atomically(folder / "range.json", to_json(_content(found)))
         save_plot(plot_range(found), folder / "range.png")
-    teacher = teacher_record(placed(arguments.model), model, evaluate_model(model, evaluation), "evaluation data")
-    rounds = [_record(arguments, number, model, step, evaluation, dtype) for number, step in enumerate(steps, 1)]
+    phases.phase("evaluating the model and every step", len(evaluation) * (1 + len(steps)))
+    quality = evaluate_model(model, evaluation, on_batch=phases.step)
+    teacher = teacher_record(placed(arguments.model), model, quality, "evaluation data")
+    rounds = []
+    for number, (labels, scores, plan) in enumerate(steps, 1):
+        student = _as_saved(model, plan, save_dtype)
+        report = evaluate_model(student, evaluation, model, phases.step)
+        criterion = "loss" if arguments.search == "range" else arguments.criterion  # of a range: the perplexity
+        rounds.append(student_record(number, student, labels, criterion, scores, report))
     if arguments.measure_speed:
-        add_speed(model, teacher, rounds, dtype)
+        phases.phase("measuring speed", speed_runs(rounds))
+        add_speed(model, teacher, rounds, save_dtype, phases.step)
     settings = placed_settings(asdict(arguments))
     write_report(folder, teacher, rounds, without_places(settings), model.device)
     write_atomically(folder / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
@@ -78,29 +96,15 @@ def parallelize(argv: list[str]) -> None:
     write_atomically(folder / "README.md", str(card))
     for name in ("README.md", "quality.png", "layers.png"):
         write_atomically(folder / "model" / name, (folder / name).read_bytes())
-    console.print(rich_table(teacher, rounds))
-    say(console, f"model: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
+    phases.out.print(rich_table(teacher, rounds))
+    say(phases.out, f"model: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
 
-def _student(model: PreTrainedModel, plan: LayerPlan, dtype: torch.dtype) -> PreTrainedModel:
-    """The student of a plan as it will be read back, its weights rounded to the dtype they are saved in."""
+def _as_saved(model: PreTrainedModel, plan: LayerPlan, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` by a plan, with the weights that its file will hold."""
     student = apply_plan(model, plan, share_weights=True)
     round_weights(student, dtype)
     return student
-
-
-def _record(
-    arguments: ParallelizeArguments,
-    number: int,
-    model: PreTrainedModel,
-    step: Step,
-    evaluation: list[Batch],
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    edits, scores, plan = step
-    student = _student(model, plan, dtype)
-    criterion = "loss" if arguments.search == "range" else arguments.criterion  # of a range: the perplexity
-    return student_record(number, student, edits, criterion, scores, evaluate_model(student, evaluation, model))
 
 
 def _check(arguments: ParallelizeArguments) -> None:
@@ -149,40 +153,61 @@ def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase
 
 
 def _steps(
-    arguments: ParallelizeArguments, model: PreTrainedModel, batches: list[Batch], console: Console
+    arguments: ParallelizeArguments, model: PreTrainedModel, batches: list[Batch], phases: Phases
 ) -> tuple[list[Step], ParallelRange | None]:
     """The steps to the plan that was named or searched for, and all runs of pairs if those were tried."""
     plan = plan_of(model)
     if arguments.pairs:
         wanted = plan.with_pairs([_pair(text) for text in arguments.pairs])
-        return [(_edits_between(plan, wanted), [], wanted)], None
+        return [([edit.label for edit in edits_between(plan, wanted)], [], wanted)], None
     if arguments.plan:
         wanted = read_plan(arguments.plan)
-        return [(_edits_between(plan, wanted), [], wanted)], None
-    depth = plan.depth
+        return [([edit.label for edit in edits_between(plan, wanted)], [], wanted)], None
     targets = {unit: getattr(arguments, name) for unit, name in TARGETS.items()}
     if all(target is None for target in targets.values()):
-        targets["depth"] = default_depth(depth)
+        targets["depth"] = default_depth(plan.depth)
     if arguments.search == "range":
-        found = find_parallel_range(model, batches)
+        phases.phase("measuring every run of pairs", len(batches))
+        found = find_parallel_range(model, batches, on_batch=phases.step)
         wanted = found.best(targets["depth"])
-        return [(_edits_between(plan, wanted), [], wanted)], found
+        return [([edit.label for edit in edits_between(plan, wanted)], [], wanted)], found
 
-    def tell(step: SearchStep) -> None:
-        say(console, f"{step.edit}: {step.plan.depth} layers, {arguments.criterion} {step.cost:.4f}")
+    return _searched(arguments, model, batches, Budget(**targets), phases), None
 
+
+def _searched(
+    arguments: ParallelizeArguments, model: PreTrainedModel, batches: list[Batch], budget: Budget, phases: Phases
+) -> list[Step]:
+    """The steps of a greedy search. A batch costs about the square of the depth."""
+    depth, made = plan_of(model).depth, 0
+    whole = {"depth": depth, "latency": 1.0, "parameters": model.num_parameters()}[budget.unit]
+
+    def work(steps: int) -> int:
+        return len(batches) * sum(max(1, depth - step) ** 2 for step in range(steps))
+
+    def on_step(step: SearchStep) -> None:
+        nonlocal depth, made
+        depth, made = step.plan.depth, made + 1
+        if (saved := whole - step.size) > 0:
+            left = math.ceil(max(0, step.size - budget.target) * made / saved)
+            phases.bar.update(phases.task, total=phases.bar.tasks[0].completed + work(left))
+        say(phases.out, f"{step.edit}: {step.plan.depth} layers, {arguments.criterion} {step.cost:.4f}")
+
+    name = "measuring what a block takes, then searching" if budget.unit == "latency" else "searching"
+    phases.phase(name, work(depth - expected_depth(budget, model)))
     result = search_plan(
         model,
         batches,
-        Budget(**targets),
+        budget,
         arguments.edits,
         arguments.max_group_size,
         arguments.criterion,
         protect_first_layers=arguments.protect_first_layers,
         protect_last_layers=arguments.protect_last_layers,
-        on_step=tell,
+        on_step=on_step,
+        on_batch=lambda: phases.step(depth**2),
     )
-    return [([step.edit.label], [step.scores.to_dict()], step.plan) for step in result.steps], None
+    return [([step.edit.label], [step.scores.to_dict()], step.plan) for step in result.steps]
 
 
 def _content(found: ParallelRange) -> dict[str, Any]:
@@ -198,9 +223,3 @@ def _pair(text: str) -> list[int]:
     if not re.fullmatch(r"\d+([,|]\d+)+", text):
         raise LayerPruneError(f"--pairs {text!r} is no group of layers; write it as 4,5")
     return [int(layer) for layer in re.split(r"[,|]", text)]
-
-
-def _edits_between(before: LayerPlan, after: LayerPlan) -> list[str]:
-    removed = [Edit.remove(layer) for layer in before.layers if layer not in after.layers]
-    merged = [Edit.parallelize(*block) for block in after.parallel_pairs if block not in before.blocks]
-    return [edit.label for edit in (*removed, *merged)]

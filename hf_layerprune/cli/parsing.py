@@ -119,7 +119,12 @@ def parse(verb: str, argv: list[str]) -> tuple[Any, ...]:
     file = argv[argv.index("--config") + 1 :][:1] if "--config" in argv else None
     if file == []:
         raise LayerPruneError("--config needs the path of a YAML file")
-    parser = Parser(types, prog=command, epilog="--config FILE reads settings from YAML, --debug shows tracebacks.")
+    parser = Parser(
+        types,
+        allow_abbrev=False,
+        prog=command,
+        epilog="--config FILE reads settings from YAML, --debug shows tracebacks.",
+    )
     try:
         *parsed, of_file, of_line = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -148,3 +153,12 @@ def _nearest(name: str, parser: TrlParser, dashes: str) -> str:
     known = [action.dest for action in parser._actions]
     near = get_close_matches(name.strip("-").replace("-", "_"), known, n=1)
     return f"; did you mean {dashes}{near[0]}?" if near else f"; see {parser.prog} --help"
+
+
+def names_given(argv: list[str]) -> set[str]:
+    """The settings that a command line names, itself or in its YAML file, once it is parsed without a mistake."""
+    words = _config_apart(argv)
+    named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+    if "config" in named:
+        named |= set(yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8")))
+    return named | {name.removeprefix("no_") for name in named}  # --no_heal is a way to say --heal false

@@ -108,7 +108,7 @@ class ModelStore:
 
     def _load(self, source: ModelSource) -> LoadedModel:
         try:
-            model = load_model(source.name, self.dtype, **revision_of(source))
+            model = load_model(source.name, self.dtype, self.device, **revision_of(source))
             if source.plan is not None:
                 model = apply_plan(model, source.plan)
             self._make_room()  # only now, so that what cannot be loaded sends nothing away

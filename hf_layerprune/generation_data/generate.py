@@ -77,7 +77,7 @@ def generate_healing_data(
     if not isinstance(dataset, Dataset):
         raise LayerPruneError(f"prompts are {type(dataset).__name__}, which cannot be resumed; give a Dataset")
     if isinstance(model, str):
-        model = load_model(model).to(state.device)
+        model = load_model(model, for_device=state.device).to(state.device)
     check_tokenizer(tokenizer, model, name)
     sampling = _sampling(model, tokenizer, config)
     questions = read_prompts(dataset, tokenizer, config, _longest_prompt(model, config))

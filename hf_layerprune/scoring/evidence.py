@@ -7,7 +7,7 @@ over the tokens of all rows over their number.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -17,6 +17,21 @@ from torch import Tensor
 from ..tasks.evaluation import standard_error
 
 LEAST_ROWS = 6  # the spread of fewer is too uncertain to drop a candidate by
+
+
+def price_factors(costs: Tensor, savings: Tensor) -> Tensor:
+    """Multiply costs by these, and candidates that save different amounts can be compared: the lowest price is best.
+
+    A cost above 0 is divided by what is saved. A cost of 0 or less is a gain and multiplied by it: any gain comes
+    before any loss, and of equal gains the larger saving comes first. Savings count as shares of the largest one, so
+    that prices have the unit of the costs.
+
+    Args:
+        costs (`Tensor`): `(C,)`, the measure of each candidate less that of the model as it is.
+        savings (`Tensor`): `(C,)`, what each saves, above 0 in any unit.
+    """
+    shares = savings / max(savings.tolist(), default=1.0)
+    return torch.where(costs > 0, 1 / shares, shares)
 
 
 @dataclass
@@ -69,6 +84,10 @@ class Evidence:
             total += part.weight * float(part.sums[candidate, rows].sum() / part.counts[rows].sum())
         return total / sum(part.weight for part in self.parts)
 
+    def costs(self, candidates: Sequence[int]) -> Tensor:
+        """What each of `candidates` adds to the value of the model as it is: `(len(candidates),)`."""
+        return torch.tensor([self.value(index) - self.value(0) for index in candidates], dtype=torch.float64)
+
     def standard_error(self, candidate: int) -> float:
         """Of `value`; `nan` where a part has fewer than two rows."""
         variance, all_weights = 0.0, sum(part.weight for part in self.parts)
@@ -92,15 +111,14 @@ class Evidence:
             found.append(part.weight / all_weights * (sums - mean * counts) / counts.sum())
         return found
 
-    def half_agreement(self, candidates: Sequence[int], scales: Sequence[float], trials: int = 200) -> float:
+    def half_agreement(self, candidates: Sequence[int], savings: Tensor, trials: int = 200) -> float:
         """How often two random halves of the rows choose the same of `candidates`, which all saw the same rows.
 
-        The lowest `(value - value of the model as it is) / scale` is chosen. `nan` where a part has but one row.
+        Each chooses by the lowest price, see [`price_factors`]. `nan` where a part has only one row.
         """
         if any(len(part.counts) < 2 for part in self.parts):
             return math.nan
         generator, agreed, with_model = torch.Generator().manual_seed(0), 0, [0, *candidates]
-        scale = torch.tensor(list(scales), dtype=torch.float64)
         for _ in range(trials):
             totals = torch.zeros(2, len(with_model), dtype=torch.float64)
             for part in self.parts:
@@ -108,7 +126,8 @@ class Evidence:
                 for half, chosen in enumerate(rows.tensor_split(2)):
                     sums = part.sums[with_model][:, chosen].sum(1)
                     totals[half] += part.weight * sums / part.counts[chosen].sum()
-            first, second = ((totals[:, 1:] - totals[:, :1]) / scale).nan_to_num(math.inf).argmin(1).tolist()
+            costs = totals[:, 1:] - totals[:, :1]
+            first, second = (costs * price_factors(costs, savings)).nan_to_num(math.inf).argmin(1).tolist()
             agreed += first == second
         return agreed / trials
 
@@ -120,21 +139,21 @@ def quantile(probability: float, rows: int) -> float:
 
 
 def difference_errors(
-    evidence: Evidence, best: int, others: Sequence[int], scales: dict[int, float], to_come: Sequence[float] = ()
+    evidence: Evidence, best: int, others: Sequence[int], factors: Mapping[int, float], to_come: Sequence[float] = ()
 ) -> Tensor:
     """Standard errors of the paired differences `price of other - price of best`: `(len(others),)`.
 
-    A price is `(value - value of the model as it is) / scale`, row by row: what moves all alike cancels out. With
+    A price is `(value - value of the model as it is) x factor`, row by row: what moves all alike cancels out. With
     `to_come`, the share of each part that is still unseen, they are those from what all of the data will say.
     """
     parts = evidence.influences([0, best, *others])
     variance = torch.zeros(len(others), dtype=torch.float64)
-    scale = torch.tensor([scales[other] for other in others], dtype=torch.float64)
+    factor = torch.tensor([factors[other] for other in others], dtype=torch.float64)
     for part, unseen in zip(parts, to_come or [1.0] * len(parts), strict=True):
         if unseen == 0:
             continue
         over_model = part[1:] - part[0]
-        difference = over_model[1:] / scale[:, None] - over_model[0] / scales[best]
+        difference = over_model[1:] * factor[:, None] - over_model[0] * factors[best]
         rows = part.shape[1]
         variance += unseen * difference.pow(2).sum(1) * (rows / (rows - 1) if rows > 1 else math.nan)
     return variance.sqrt()

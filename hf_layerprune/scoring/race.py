@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import LayerPruneError
 from .candidates import CandidateRuns
-from .evidence import LEAST_ROWS, Evidence, difference_errors, quantile
+from .evidence import LEAST_ROWS, Evidence, difference_errors, price_factors, quantile
 from .measures import Measure
 from .sharding import gathered, shard
 
@@ -56,14 +57,14 @@ def collect(
         runs ([`CandidateRuns`]): the candidates.
         race ([`Race`], *optional*): drop candidates on the way; by default all see all data.
         savings (`Sequence[float]`, *optional*): what each candidate saves; a race is for the least cost over the model
-            as it is per unit saved. By default all save the same.
+            as it is per unit saved, see [`price_factors`]. By default all save the same.
         on_chunk (`Callable[[], None]`, *optional*): called after every chunk of this process.
 
     Returns:
         The evidence, and the share of the data that each candidate that left had seen.
     """
     count = len(runs.candidates)
-    scales = dict(enumerate([1.0] * (count + 1) if savings is None else [1.0, *savings]))
+    saved = torch.tensor([1.0] * count if savings is None else list(savings), dtype=torch.float64)
     evidence = Evidence(count + 1, [measure.weight for measure in measures])
     alive, left = list(range(1, count + 1)), {}
     chunks = _order(measures, race)
@@ -81,7 +82,7 @@ def collect(
         done = min(1.0, (start + step) / len(chunks))
         if race is not None and done < 1 and len(alive) > 1:
             to_come = [chunks_left / measure.num_chunks for chunks_left, measure in zip(unseen, measures, strict=True)]
-            for index in _beaten(evidence, alive, scales, race.confidence, to_come):
+            for index in _beaten(evidence, alive, saved, race.confidence, to_come):
                 alive.remove(index)
                 left[index] = done
             if len(alive) == 1:
@@ -100,7 +101,7 @@ def _order(measures: Sequence[Measure], race: Race | None) -> list[tuple[int, in
 
 
 def _beaten(
-    evidence: Evidence, alive: list[int], scales: dict[int, float], confidence: float, to_come: Sequence[float]
+    evidence: Evidence, alive: list[int], savings: Tensor, confidence: float, to_come: Sequence[float]
 ) -> list[int]:
     """Which of `alive` are worse than the best of them beyond doubt, with `to_come` of each kind of data not yet seen.
 
@@ -110,15 +111,16 @@ def _beaten(
     unsure = [len(part.counts) for part, share in zip(evidence.parts, to_come, strict=True) if share > 0]
     if min(unsure) < LEAST_ROWS:
         return []
-    base = evidence.value(0)
-    prices = {index: (evidence.value(index) - base) / scales[index] for index in alive}
+    costs = evidence.costs(alive)
+    factor = price_factors(costs, savings[torch.tensor(alive) - 1])
+    prices = dict(zip(alive, (costs * factor).tolist(), strict=True))
     finite = [index for index in alive if math.isfinite(prices[index])]
     if not finite:
         return []
     best = min(finite, key=prices.__getitem__)
     others = [index for index in finite if index != best]
-    errors = difference_errors(evidence, best, others, scales, to_come)
-    least = quantile(1 - (1 - confidence) / (len(scales) - 1), min(unsure))
+    errors = difference_errors(evidence, best, others, dict(zip(alive, factor.tolist(), strict=True)), to_come)
+    least = quantile(1 - (1 - confidence) / len(savings), min(unsure))
     beaten = [
         other
         for other, error in zip(others, errors.tolist(), strict=True)

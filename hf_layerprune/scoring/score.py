@@ -74,7 +74,7 @@ def score_layers(
         layers (`Iterable[int]`, *optional*):
             Teacher layer indices to score; defaults to all that `model` has. Leave out those you want to protect.
         on_batch (`Callable[[], None]`, *optional*):
-            Called after every batch, for progress bars.
+            Called after every batch, for progress bars; of `"tasks"` without batches after every chunk of theirs.
         race ([`Race`], *optional*):
             Drop layers that are worse than the best beyond doubt, by `"kl"` or `"loss"`, before all data is seen: the
             same choice in a fraction of the time.
@@ -170,7 +170,8 @@ def score_edits(
         how: Any = {"race": race, "savings": savings, "repairs": repairs, "max_state_bytes": max_state_bytes}
         evidence, left = _measure_text(model, folds, plans, criterion, teacher, on_batch, **how)
         return EditScores(criterion, **scores_of(evidence, left, edits, savings))
-    on_chunk = _as_often(on_batch, len(batches), sum(measure.num_chunks for measure in measures))
+    chunks = sum(measure.num_chunks for measure in measures)
+    on_chunk = _as_often(on_batch, len(batches) or chunks, chunks)
     with measuring(model, teacher):
         evidence, left = collect(measures, CandidateRuns(model, plans, repairs), race, savings, on_chunk)
     return EditScores(criterion, **scores_of(evidence, left, edits, savings) | {"num_tokens": evidence.num_rows})

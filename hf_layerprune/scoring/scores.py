@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..plan import LayerPlan
-from .evidence import Evidence, difference_errors
+from .evidence import Evidence, difference_errors, price_factors
 
 Key = TypeVar("Key")
 CLEAR_MARGIN = 2.0  # standard errors between the best two
@@ -18,7 +20,7 @@ CLEAR_MARGIN = 2.0  # standard errors between the best two
 
 @dataclass(frozen=True)
 class Scores(Generic[Key]):
-    """The cost of each candidate; lower is better.
+    """The measure of each candidate, and which is best: the one that costs least for what it saves.
 
     Attributes:
         criterion (`str`): what was measured.
@@ -29,10 +31,11 @@ class Scores(Generic[Key]):
             criterion that is no measurement.
         left (`dict[Key, float]`): candidates that a race dropped, and the share of the data they had seen by then;
             their values are over that data only.
+        savings (`dict[Key, float]`): what each saves, above 0; empty where all save the same.
         half_agreement (`float`, *optional*): how often two random halves of the data choose the same.
         margin (`float`, *optional*): how far the best is ahead of the second, in standard errors of their paired
             difference; `nan` where there is too little data to tell, `None` where nothing was left to compare.
-        contenders (`tuple[Key, ...]`): these two, by what they cost for what they save; one if all others left.
+        contenders (`tuple[Key, ...]`): these two; one if all others left.
     """
 
     criterion: str
@@ -41,22 +44,32 @@ class Scores(Generic[Key]):
     num_tokens: int
     standard_errors: dict[Key, float] = field(default_factory=dict)
     left: dict[Key, float] = field(default_factory=dict)
+    savings: dict[Key, float] = field(default_factory=dict)
     half_agreement: float | None = None
     margin: float | None = None
     contenders: tuple[Key, ...] = ()
 
     @property
     def ranking(self) -> tuple[Key, ...]:
-        """Candidates, cheapest first; those that left a race come after those that did not, the later the better.
+        """Candidates by price, see [`price_factors`], the lowest first; those that left a race come after those that
+        did not, the later the better.
 
-        Equal costs go to the deeper layer; a cost that is no number comes last.
+        Equal prices go to the deeper layer; a price that is not a number comes last.
         """
+        prices = self._prices()
 
         def order(key: Key) -> tuple[Any, ...]:
-            value = self.values[key]
-            return (math.isnan(value), -self.left.get(key, 1.0), value, -_depth_of(key))
+            return (math.isnan(prices[key]), -self.left.get(key, 1.0), prices[key], -_depth_of(key))
 
-        return tuple(sorted(self.values, key=order))
+        return tuple(sorted(prices, key=order))
+
+    def _prices(self) -> dict[Key, float]:
+        costs = torch.tensor(list(self.values.values()), dtype=torch.float64) - self.baseline
+        factors = price_factors(costs, self._savings(self.values))
+        return dict(zip(self.values, (costs * factors).tolist(), strict=True))
+
+    def _savings(self, keys: Iterable[Key]) -> torch.Tensor:
+        return torch.tensor([self.savings.get(key, 1.0) for key in keys], dtype=torch.float64)
 
     @property
     def certainty(self) -> str:
@@ -77,7 +90,7 @@ class Scores(Generic[Key]):
 
     @property
     def safest(self) -> Key:
-        """The candidate that costs least.
+        """The candidate that costs least for what it saves.
 
         Raises:
             [`LayerPruneError`]: if none has a finite cost.
@@ -123,33 +136,29 @@ def scores_of(
     evidence: Evidence, left: dict[int, float], keys: Sequence[Key], savings: Sequence[float] | None = None
 ) -> dict[str, Any]:
     """The fields of [`Scores`] from what was measured of the model (index 0) and its candidates (1, 2, ...)."""
-    savings = [1.0] * len(keys) if savings is None else savings
-    scales = dict(enumerate([1.0, *savings]))
-    base = evidence.value(0)
-    survivors = [index for index in range(1, len(keys) + 1) if index not in left]
-    prices = {index: (evidence.value(index) - base) / scales[index] for index in survivors}
-    ranked = sorted(
-        (index for index in survivors if math.isfinite(prices[index])),
-        key=lambda index: (prices[index], -_depth_of(keys[index - 1])),
-    )
-    margin = agreement = None
-    if len(ranked) > 1:
-        best, second = ranked[:2]
-        error = float(difference_errors(evidence, best, [second], scales)[0])
-        ahead = prices[second] - prices[best]
-        margin = ahead / error if error > 0 else math.nan if math.isnan(error) else math.inf if ahead > 0 else 0.0
-        if not left and not math.isnan(margin):
-            agreement = evidence.half_agreement(survivors, [scales[index] for index in survivors])
-    return {
-        "values": {key: evidence.value(index) for index, key in enumerate(keys, 1)},
-        "baseline": base,
+    indices = {key: index for index, key in enumerate(keys, 1)}
+    fields: dict[str, Any] = {
+        "values": {key: evidence.value(index) for key, index in indices.items()},
+        "baseline": evidence.value(0),
         "num_tokens": evidence.count() if len(evidence.parts) == 1 else evidence.num_rows,
-        "standard_errors": {key: evidence.standard_error(index) for index, key in enumerate(keys, 1)},
+        "standard_errors": {key: evidence.standard_error(index) for key, index in indices.items()},
         "left": {keys[index - 1]: share for index, share in left.items()},
-        "half_agreement": agreement,
-        "margin": margin,
-        "contenders": tuple(keys[index - 1] for index in ranked[:2]),
+        "savings": {} if savings is None else dict(zip(keys, savings, strict=True)),
     }
+    scores: Scores[Key] = Scores("", **fields)
+    ranked = [key for key in scores.ranking if key not in scores.left and math.isfinite(scores.values[key])]
+    if len(ranked) > 1:
+        best, second = (indices[key] for key in ranked[:2])
+        costs = evidence.costs([best, second])
+        factors = price_factors(costs, scores._savings(ranked[:2]))
+        ahead = float((costs * factors).diff())
+        by_index = dict(zip((best, second), factors.tolist(), strict=True))
+        error = float(difference_errors(evidence, best, [second], by_index))
+        margin = ahead / error if error > 0 else math.nan if math.isnan(error) else math.inf if ahead > 0 else 0.0
+        fields["margin"] = margin
+        if not left and not math.isnan(margin):
+            fields["half_agreement"] = evidence.half_agreement(list(indices.values()), scores._savings(indices))
+    return fields | {"contenders": tuple(ranked[:2])}
 
 
 def _depth_of(key: Any) -> int:

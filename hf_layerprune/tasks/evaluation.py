@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,8 +107,9 @@ def evaluate_prepared(
     tasks: Iterable[PreparedTask],
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel | None = None,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> TaskReport:
-    """[`evaluate_tasks`] on tasks that are tokenized."""
+    """[`evaluate_tasks`] on tasks that are tokenized; `on_chunk` is called after each of their chunks."""
     tasks = list(tasks)
     check_fits(tasks, model.config.vocab_size)
     if teacher is not None:
@@ -119,7 +120,7 @@ def evaluate_prepared(
                 f"task {task.name}: KL needs a teacher to compare with; give one or leave out the task"
             )
     with measuring(model) if teacher is None else measuring(model, teacher):
-        return TaskReport({task.name: measured(model, task, tokenizer, teacher) for task in tasks})
+        return TaskReport({task.name: measured(model, task, tokenizer, teacher, on_chunk) for task in tasks})
 
 
 def check_names(tasks: Iterable[Task | PreparedTask]) -> list[Task | PreparedTask]:
@@ -147,6 +148,7 @@ def measured(
     task: PreparedTask,
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel | None = None,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> TaskResult:
     """One task's result."""
     costs, weights, written, references = [], [], [], []
@@ -167,6 +169,7 @@ def measured(
             cost, weight = chunk.reduce(*sums)
         costs.append(cost[0].cpu())
         weights.append(weight.cpu())
+        on_chunk()
     cost, weight = torch.cat(costs), torch.cat(weights)
     mean = (cost.sum() / weight.sum()).item()
     quality = task.quality(mean)

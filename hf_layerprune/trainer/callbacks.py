@@ -28,7 +28,8 @@ class LayerDistillCallback(TrainerCallback):
     def on_phase_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, phase: str, **_: Any
     ) -> None:
-        """`phase` starts: `"evaluating teacher"`, `"scoring"`, `"evaluating"`, `"healing"` or `"measuring speed"`."""
+        """`phase` starts: `"evaluating teacher"`, `"scoring"`, `"evaluating"`, `"healing"`, `"measuring speed"` or
+        `"writing"`."""
 
     def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """One batch of a scoring or an evaluation is done."""

@@ -82,7 +82,7 @@ def check_request(
     if missing := [layer for layer in args.named_trained_layers() or () if layer not in plan.layers]:
         raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
     if args.budget().unit != "latency":  # which is measured when the run is opened
-        check_budget(name, Gauge.of(args.budget(), args.edit_space(), model, teacher_plan), plan)
+        check_budget(name, Gauge.of(args.budget(), args.edit_space(), model, teacher_plan), plan, args.heal)
 
 
 def check_added_tokens(
@@ -111,9 +111,14 @@ def _check_optimizer(args: IterativeLayerDistillConfig, given: tuple[Any, dict[s
         raise LayerPruneError(f"{setting}: {first_line(error)}") from error
 
 
-def check_budget(name: str, gauge: Gauge, plan: LayerPlan) -> None:
-    """Raise [`LayerPruneError`] unless the allowed edits lead from `plan` to the target, not met yet."""
+def check_budget(name: str, gauge: Gauge, plan: LayerPlan, heal: bool) -> None:
+    """Raise [`LayerPruneError`] unless the allowed edits lead from `plan` to the target, not met yet.
+
+    A student may have the depth that is asked for, to be healed without an edit.
+    """
     setting, size = TARGETS[gauge.budget.unit], gauge.size(plan)
+    if heal and plan.depth == gauge.budget.depth and plan.blocks != gauge.original.blocks:
+        return
     if gauge.met(plan):
         what = f"{size:,} {gauge.budget.unit}" if gauge.budget.unit != "depth" else f"{plan.depth} layers"
         least = f"1..{plan.depth - 1}" if gauge.budget.unit == "depth" else f"less than {size:.6g}"

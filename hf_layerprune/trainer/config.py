@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from ..budget import TARGETS, Budget
 from ..compensation import COMPENSATIONS, check_compensation
 from ..edits import EditSpace
-from ..errors import LayerPruneError
+from ..environment import has_bf16
+from ..errors import LayerPruneError, make_whole
 from ..scoring import MEASURED, Race, check_criterion, criteria
 from .targets import named_layers
-
-
-def has_bf16(use_cpu: bool) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself; emulated they are slower than float32."""
-    if use_cpu:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return is_torch_bf16_gpu_available()
-
 
 LOSS_PRESETS = ("paper", "balanced")
 HIDDEN_DISTANCES = ("mse", "cosine")
@@ -76,13 +69,17 @@ class IterativeLayerDistillConfig(SFTConfig):
     Parameters:
         target_num_layers (`int`, *optional*):
             Depth at which to stop: rounds of score, remove, heal, evaluate go on until the student has this many
-            layers (parallel ones count as one). Must be below the model's depth.
+            layers (parallel ones count as one). Below the model's depth; a student may stay at its own, and is healed
+            in one round without an edit.
         target_latency (`float`, *optional*):
             In place of `target_num_layers`: time per generated token to reach, as a share of the teacher's, measured
             on this machine in the dtype in memory. Edits are then weighed by what they save of it.
         target_num_parameters (`int`, *optional*):
             In place of `target_num_layers`: number of parameters to reach. Running layers in parallel saves none to
             speak of.
+        plan (`str`, *optional*):
+            Where the model is a student whose config does not say which of its teacher's layers it holds: a file that
+            does, such as `plan.json`. By default they are found by comparing weights.
         edits (`str`, *optional*, defaults to `"remove"`):
             What a round may do: `"remove"` a layer, `"parallelize"` two neighbours
             ([Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790)), or
@@ -170,6 +167,10 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
     target_num_parameters: int | None = field(
         default=None, metadata={"help": "Instead: number of parameters to reach."}
+    )
+    plan: str | None = field(
+        default=None,
+        metadata={"help": "Of a student made elsewhere: the plan.json of the teacher's layers it holds; else found."},
     )
     edits: str = field(
         default="remove",
@@ -264,12 +265,14 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        make_whole(self)
+        self.trained_layers, self.tasks = _joined(self.trained_layers), _joined(self.tasks)
+        self.as_given = {item.name: deepcopy(getattr(self, item.name)) for item in fields(self)}  # nothing derived yet
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         super().__post_init__()
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
-        self.trained_layers, self.tasks = _joined(self.trained_layers), _joined(self.tasks)
         self._check_numbers()
         self._check_loss()
         self._check_memory()
@@ -285,8 +288,6 @@ class IterativeLayerDistillConfig(SFTConfig):
                 raise LayerPruneError(f"{name}={value!r} is no number")
             if not math.isfinite(value) or value < least:
                 raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
-            if name in WHOLE_NUMBERS and value != int(value):
-                raise LayerPruneError(f"{name}={value} is no whole number")
         if not 0 < self.temperature < math.inf:
             raise LayerPruneError(f"temperature={self.temperature} is out of range; it must be above 0")
         if not 0 <= self.beta <= 1:

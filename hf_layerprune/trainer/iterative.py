@@ -23,18 +23,17 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 from .._trl import prepared_for_evaluation, restore_forward, swap_model
 from ..budget import Gauge
 from ..data import Batch, check_batches, collated_batches
-from ..edits import Edit
+from ..edits import Edit, edits_between
 from ..errors import LayerPruneError, NotANumber
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
-from ..hub import TAGS
+from ..hub import TAGS, read_plan
 from ..hub.scrub import placed
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
+from ..matching import with_plan
 from ..plan import LayerPlan
-from ..report import write_report
 from ..rows import with_text
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
-from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
 from .checks import check_added_tokens, check_arguments, check_enough_rows, check_request
 from .choosing import edited, next_edit, prepared_tasks
@@ -44,7 +43,7 @@ from .healing import LayerHealingTrainer
 from .interrupts import explained
 from .keeping import RunKeeping
 from .publishing import HubPublishing
-from .records import add_speed, round_record, task_record, teacher_record
+from .records import add_speed, round_record, speed_runs, task_record, teacher_record
 from .run_state import RunState
 from .students import publish_student
 from .targets import trained_blocks
@@ -106,6 +105,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
     ) -> None:
         if train_dataset is None:
             raise LayerPruneError("train_dataset is missing; healing needs text")
+        began = time.perf_counter()
         check_arguments(args, train_dataset, peft_config, kwargs)
         keep_models_whole()
         files: dict[str, Any] = {}  # which files of that name, and with what right they are read
@@ -113,7 +113,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
             init |= args.model_init_kwargs or {}
             self.model_name = placed(gguf_name(model, init.pop("gguf_file", None)))
-            model = load_model(self.model_name, **init)
+            model = load_model(self.model_name, for_device=args.device, **init)
             files = beside_weights(init)
             self.save_dtype = saved_dtype(self.model_name, **files)
         else:
@@ -129,6 +129,8 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             init = {name: value for name, value in init.items() if name not in ("revision", "subfolder", "gguf_file")}
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
         self.teacher_name = self.model_name if teacher is None else placed(name_of(teacher))
+        if teacher is not None:
+            model = with_plan(model, teacher, None if args.plan is None else read_plan(args.plan))
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
         self.teacher = (teacher if teacher is not None else model).to(args.device)
@@ -148,7 +150,6 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         self.run: RunState | None = None  # what train() has done: `run.teacher`, `run.rounds`
         self._opened = False
         self._lock: FileLock | None = None
-        self._doing = "starting"
         self._peft_config = peft_config
         self._round = 0
         args = copy.copy(args)  # the user's own stays as it is
@@ -176,6 +177,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             self.eval_batches = self._batches(self.eval_dataset, args.num_eval_samples, "evaluation data")
         check_enough_rows(self.all_train_rows, args)
         self.tasks = prepared_tasks(args, self.start, processing_class)
+        self.seconds_before = time.perf_counter() - began
 
     def _batches(self, rows: Dataset | IterableDataset, limit: int | None, what: str) -> list[Batch]:
         batches = collated_batches(rows, self.data_collator, self.args.per_device_eval_batch_size, limit)
@@ -222,18 +224,21 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             run.teacher = teacher_record(self.teacher_name, self.teacher, report, evaluated_on)
             run.teacher |= task_record(self.teacher, self.tasks, self.processing_class, self.teacher)
             self._save_run(run, folder, "evaluating teacher")
-        while not self.gauge.met(plan_of(student)):
+        while self.only_heals(run) or not self.gauge.met(plan_of(student)):
             self._round = len(run.rounds) + 1
             self._event("on_round_begin", number=self._round, depth=plan_of(student).depth)
             student = self._choose_and_edit(student, run, folder)
             student, output = self._heal(student, run, folder)
             self._finish_round(student, run, folder)
         if self.args.measure_speed and run.rounds and "decode_tokens_per_second" not in run.rounds[-1]:
-            self._phase("measuring speed")
+            self._phase("measuring speed", num_runs=speed_runs(run.rounds))
             if self.args.should_save:
-                add_speed(self.teacher, run.teacher, run.rounds, self.save_dtype)
+                add_speed(self.teacher, run.teacher, run.rounds, self.save_dtype, self._phase_step)
         self._save_run(run, folder, "all")
+        self._phase("writing")
         self._publish(folder, run)
+        if self.args.should_save and run.rounds:
+            self._write_report()  # once more, now that the time is known
         if self.args.push_to_hub:
             self.push_to_hub()
         unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
@@ -291,7 +296,8 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         if not self.args.heal:
             return self._keep(student, run, folder), TrainOutput(0, 0.0, {})
         trained = self.args.named_trained_layers() or self.args.trained_layers
-        blocks = trained_blocks(plan, [Edit.from_label(label) for label in current["edits"]], trained)
+        edits = [Edit.from_label(label) for label in current["edits"]] or edits_between(plan_of(self.teacher), plan)
+        blocks = trained_blocks(plan, edits, trained)
         set_seed(self.args.seed + self._round)  # adapters are drawn at random: the same ones after a resume
         self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self._round)  # other rows every round
         self._phase("healing", num_layers=plan.depth)
@@ -328,13 +334,13 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         run.current = {}
         self._save_run(run, folder, "round")
         if self.args.should_save:
-            write_report(folder, run.teacher, run.rounds, run.settings, self.args.device)
+            self._write_report()
         self._event("on_round_end", record=record)
 
     def _publish(self, folder: Path, run: RunState) -> None:
         """Fill in what a user looks for first: the final model and its plan."""
         if self.args.should_save and run.rounds:
-            write_report(folder, run.teacher, run.rounds, run.settings, self.args.device)
+            self._write_report()
             self.create_model_card()
             files = [folder / name for name in ("README.md", "quality.png", "layers.png")]
             publish_student(round_folder(folder, len(run.rounds)), folder / "model", files)
@@ -361,18 +367,6 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _phase(self, phase: str, **details: Any) -> None:
-        self._doing = phase
-        self._event("on_phase_begin", phase=phase, **details)
-
-    def _phase_step(self) -> None:
-        self._event("on_phase_step")
-
-    def _event(self, name: str, **details: Any) -> None:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, LayerDistillCallback):
-                getattr(callback, name)(self.args, self.state, self.control, **details)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """With a seal behind it, but for the last step: a `Trainer` that resumes there takes one more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from ..data import Batch
 from ..errors import LayerPruneError
 from ..files import digests, replace_folder, round_folder
 from ..loading import load_model
+from ..report import write_report
 from ..surgery import plan_of, prune
 from ..tasks import PreparedTask
+from .callbacks import LayerDistillCallback
 from .checks import check_budget
 from .config import IterativeLayerDistillConfig
 from .run_state import STATE_FILE, RunState, check_not_past_target, decisive_settings, gauge_of_run, lock_run, open_run
@@ -50,6 +53,9 @@ class RunKeeping:
     _round: int
     _opened: bool
     _lock: FileLock | None
+    _doing: str = "starting"
+    _since: float  # when the seconds begin that are in no phase yet
+    seconds_before: float = 0.0  # what was spent on the run before it is opened
 
     def open_run(self, resume_from_checkpoint: str | bool | None = None) -> RunState:
         """Start a run in `args.output_dir`, or take up the one that is there; `train()` does it if you do not.
@@ -57,6 +63,7 @@ class RunKeeping:
         Raises:
             [`LayerPruneError`]: see `train`; nothing has been written then.
         """
+        self._since, self.seconds_before, self._doing = time.perf_counter() - self.seconds_before, 0.0, "starting"
         folder = Path(self.args.output_dir)
         self._on_main(lambda: check_saving(self._unpruned(), self.processing_class))
         data = (self.all_train_rows, self.calibration_batches, self.eval_batches, self.tasks)
@@ -67,7 +74,7 @@ class RunKeeping:
             self.run = self._on_main(lambda: open_run(folder, RunState.load(folder), settings, resume_from_checkpoint))
             self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
             self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, self.teacher, self.accelerator)
-            check_budget(self.model_name, self.gauge, plan_of(self.start))
+            check_budget(self.model_name, self.gauge, plan_of(self.start), self.args.heal)
             check_not_past_target(self.run, plan_of(self.start), self.gauge)
             self._save_run(self.run, folder, "opened")
         except BaseException:
@@ -151,6 +158,35 @@ class RunKeeping:
         return student
 
     def _save_run(self, run: RunState, folder: Path, done: str, **details: Any) -> None:
+        self._count_seconds()
         if self.args.should_save:
             run.done = {"round": self._round, "phase": done, **details}
             run.save(folder)
+
+    def _phase(self, phase: str, **details: Any) -> None:
+        self._count_seconds()
+        self._doing = phase
+        self._event("on_phase_begin", phase=phase, **details)
+
+    def _phase_step(self) -> None:
+        self._event("on_phase_step")
+
+    def _event(self, name: str, **details: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LayerDistillCallback):
+                getattr(callback, name)(self.args, self.state, self.control, **details)
+
+    def only_heals(self, run: RunState) -> bool:
+        """Whether the round to come heals a student that is as deep as it shall be, before any edit."""
+        return not run.rounds and self.gauge.met(plan_of(self.start))
+
+    def _count_seconds(self) -> None:
+        """Add the time since the last call to the phase that is going on."""
+        now = time.perf_counter()
+        self.run.seconds[self._doing] = self.run.seconds.get(self._doing, 0.0) + now - self._since
+        self._since = now
+
+    def _write_report(self) -> None:
+        self._count_seconds()
+        folder, run = Path(self.args.output_dir), self.run
+        write_report(folder, run.teacher, run.rounds, run.settings, self.args.device, run.seconds)

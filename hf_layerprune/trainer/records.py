@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import architecture_of
-from ..benchmark import benchmark_models
+from ..benchmark import benchmark_models, num_runs
 from ..edits import Edit
+from ..environment import native_dtype
 from ..evaluation import EvaluationReport
 from ..hub.scrub import without_places
 from ..plan import LayerPlan
@@ -17,8 +19,8 @@ from ..surgery import apply_plan, plan_of, prune
 from ..tasks import PreparedTask
 from ..tasks.evaluation import evaluate_prepared
 
-PROMPT_TOKENS, NEW_TOKENS = 128, 64
-"""How much text speed is measured on."""
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 64, 5
+"""How much text speed is measured on, and how often."""
 
 
 def teacher_record(name: str, teacher: PreTrainedModel, report: EvaluationReport, evaluated_on: str) -> dict[str, Any]:
@@ -90,17 +92,28 @@ def task_record(
     return {"tasks": evaluate_prepared(model, tasks, tokenizer, teacher).to_dict()} if tasks else {}
 
 
+def speed_runs(rounds: list[dict[str, Any]]) -> int:
+    """How often [`add_speed`] calls `on_run`."""
+    return num_runs(1 + len(rounds), REPEATS)
+
+
 def add_speed(
-    teacher: PreTrainedModel, teacher_entry: dict[str, Any], rounds: list[dict[str, Any]], dtype: torch.dtype
+    teacher: PreTrainedModel,
+    teacher_entry: dict[str, Any],
+    rounds: list[dict[str, Any]],
+    dtype: torch.dtype,
+    on_run: Callable[[], None] = lambda: None,
 ) -> None:
-    """Time every depth side by side, in the dtype the students are saved in, and add it to the records.
+    """Time every depth side by side, in the dtype the students are saved in (float32 where the CPU would emulate it),
+    and add it to the records.
 
     Speed depends on shapes and dtype only: no student is loaded.
     """
+    dtype = native_dtype(dtype, teacher.device) or dtype
     models = [teacher if teacher.dtype == dtype else prune(teacher, [], share_weights=True).to(dtype)]
     for record in rounds:  # each made of the one before, so that blocks they have in common are one in memory
         models.append(apply_plan(models[-1], LayerPlan.from_dict(record["plan"]), share_weights=True))
-    reports = benchmark_models(models, PROMPT_TOKENS, NEW_TOKENS, repeats=5)
+    reports = benchmark_models(models, PROMPT_TOKENS, NEW_TOKENS, repeats=REPEATS, on_run=on_run)
     how = {"dtype": str(dtype).removeprefix("torch."), "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
     for record, report in zip([teacher_entry, *rounds], reports, strict=True):
         record |= report.to_dict() | how

@@ -59,6 +59,7 @@ class RunState:
         order (`list[str]`): of a run that scores once: the edits in the order they are made.
         done (`dict`): what was finished last: `round`, `phase` and, within a healing, `step`.
         latency (`dict`, *optional*): what a block costs in time, where the target is one of latency.
+        seconds (`dict`): wall time of each phase, over all sessions of the run.
     """
 
     settings: dict[str, Any]
@@ -68,6 +69,7 @@ class RunState:
     order: list[str] = field(default_factory=list)
     done: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / STATE_FILE, json.dumps(asdict(self), indent=1))
@@ -182,6 +184,7 @@ def decisive_settings(
     """
     rows, calibration, evaluation, tasks = data
     values = {name: getattr(args, name, None) for name in (*DECISIVE, *PER_HEALING)}
+    values["bf16"] = args.as_given["bf16"]  # what was derived from the hardware here is nothing to repeat elsewhere
     values["target"] = args.budget().unit
     values["dtype"] = str(start.dtype)
     values |= {
