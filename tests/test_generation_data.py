@@ -419,13 +419,23 @@ def test_the_command_writes_goes_on_and_reads_its_settings_from_yaml(tmp_path, m
     arguments = ["--model", model_folder, "--dataset", text, "--output_file", out]
     assert run(*arguments, *QUICK) == 0
     printed = capsys.readouterr().out
-    assert "4/4" in printed and "4 rows, " in printed and "cut at 8 tokens" in printed
+    assert "4 rows, " in printed and "cut at 8 tokens" in printed
     assert run(*arguments, *QUICK) == 0 and "4 rows, " in capsys.readouterr().out
     recipe = write("recipe.yaml", f"model: {model_folder}\ndataset: {text}\nnum_prompts: 4\nmax_new_tokens: 8\n"
                    "batch_size: 2\n")  # fmt: skip
     assert run("--config", recipe, "--output_file", tmp_path / "again.jsonl") == 0
     assert out.read_bytes() == (tmp_path / "again.jsonl").read_bytes()
     assert len(rows_of(out)) == 4
+
+
+def test_the_command_says_when_a_chat_model_is_not_asked_as_one(tmp_path, write, capsys):
+    for part in (chat_tokenizer(), tiny_model(vocab_size=VOCAB_SIZE + 1)):
+        part.save_pretrained(tmp_path / "chat")
+    text = write("texts.txt", "\n".join(TEXTS))
+    arguments = ["--model", tmp_path / "chat", "--dataset", text, *QUICK, "--output_file"]
+    assert run(*arguments, tmp_path / "plain.jsonl") == 0 and "--as_chat true" in capsys.readouterr().out
+    assert run(*arguments, tmp_path / "chats.jsonl", "--as_chat", "true") == 0
+    assert "--as_chat" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

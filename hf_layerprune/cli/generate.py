@@ -22,6 +22,8 @@ def generate(argv: list[str]) -> None:
         phases.phase(f"loading {arguments.model}")
         model = load_model(arguments.model, arguments.dtype, state.device).to(state.device)
         tokenizer = load_tokenizer(arguments.model)
+        if tokenizer.chat_template and not config.as_chat and "messages" not in prompts.column_names:
+            say(phases.out, "the prompts are continued as plain text; --as_chat true asks them as a user's messages")
         report = generate_healing_data(
             model, prompts, arguments.output_file, config, tokenizer, on_rows=partial(phases.done, "answering")
         )
