@@ -41,7 +41,7 @@ from hf_layerprune.tasks import evaluate_tasks, load_tasks
 
 DATA = Path(__file__).parent.parent / "recipes" / "data"
 ROWS, LENGTH = 24, 256
-REPAIR_ROWS = 24
+REPAIR_ROWS = 48
 NUM_CODE, CODE_TOKENS = 40, 256
 NUM_CHATS, CHAT_TOKENS = 40, 192
 CODE_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n```", "\n@")

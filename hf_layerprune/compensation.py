@@ -19,7 +19,7 @@ Shapes: B batch, T positions, N unpadded positions, H hidden, I neurons of a blo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from .architectures import check_supported, output_projections
 from .data import Batch, check_batches
 from .errors import LayerPruneError
-from .forward import Reached, check_same_vocabulary, final_states, measuring, to_device
+from .forward import Reached, check_same_vocabulary, measuring, run_for_hooks
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 
@@ -285,7 +285,7 @@ def _scales(
     totals, num_tokens = [0.0] * len(gaps), 0
     for batch in batches:
         with _recorded(teacher, entries, ()) as (states, _):
-            valid = _run(teacher, batch)
+            valid = run_for_hooks(teacher, batch)
         norms = {entry: states[entry][valid].float().norm(dim=-1) for entry in entries}
         for index, gap in enumerate(gaps):
             totals[index] += (norms[gap.behind] / norms[gap.before]).double().sum().item()
@@ -312,9 +312,9 @@ def _refitted(
             apart = teacher is not model  # then neither runs further than it is read
             wanted, _ = stack.enter_context(_recorded(teacher, targets, (), stop=apart))
             states, neurons = stack.enter_context(_recorded(model, outputs, positions, stop=apart))
-            valid = _run(model, batch)
+            valid = run_for_hooks(model, batch)
             if teacher is not model:
-                _run(teacher, batch)
+                run_for_hooks(teacher, batch)
         for gap, equation in zip(gaps, equations, strict=True):
             target = wanted[gap.target].to(model.device)[valid]
             error = target.float() - states[gap.position + 1][valid].float()
@@ -367,15 +367,6 @@ def _groups(model: PreTrainedModel, gaps: Sequence[_Gap], max_bytes: int) -> lis
         groups[-1].append(gap)
         free -= size
     return groups
-
-
-def _run(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Run the decoder for its hooks; returns which positions are no padding, `(B, T)`."""
-    batch = to_device(batch, model.device)
-    with suppress(Reached):
-        final_states(model, batch)
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 @contextmanager

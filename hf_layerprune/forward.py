@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -45,6 +45,15 @@ def call_of_layer(decoder: PreTrainedModel, inputs: Batch, position: int) -> tup
         handle.remove()
     state, kwargs = call
     return state, kwargs
+
+
+def run_for_hooks(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Run the decoder as far as its hooks let it; return which positions are not padding, `(B, T)`."""
+    batch = to_device(batch, model.device)
+    with suppress(Reached):
+        final_states(model, batch)
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from hf_layerprune import IterativeLayerDistillConfig
 from hf_layerprune.cli.parsing import parse
 from hf_layerprune.edits import Edit
 from hf_layerprune.files import write_atomically
-from hf_layerprune.memory import step_needs
+from hf_layerprune.memory import StepMeter
+from hf_layerprune.plan import LayerPlan
 from hf_layerprune.shapes import load_shape
 
 PEAK, SHARE = 989e12, 0.4  # operations a second of an H100 in bfloat16, and how much of it a run is taken to reach
@@ -73,7 +74,8 @@ def cost_of(path: Path, processes: int) -> Cost:
     depth = config.num_hidden_layers
     middle = depth // 2
     edit = Edit.remove(middle) if "remove" in args.edit_space().kinds else Edit.parallelize(middle, middle + 1)
-    needs = step_needs(config, args, [edit], rows, getattr(torch, arguments.dtype))
+    meter, dtype = StepMeter(config, args), getattr(torch, arguments.dtype)
+    needs = meter.step(LayerPlan.identity(depth), [edit], args, dtype)
     rounds = math.ceil((depth - args.target_num_layers) / args.layers_per_round)
     micro_batches = args.gradient_accumulation_steps * processes * args.max_steps * rounds
     hours = 3600 * SHARE * PEAK

@@ -253,7 +253,7 @@ def test_settings_as_yaml_reads_them(tmp_path, tasks_file):
     assert tiny_config(tmp_path, trained_layers=3).named_trained_layers() == (3,)
     assert tiny_config(tmp_path, trained_layers=[3, 4]).named_trained_layers() == (3, 4)
     assert tiny_config(tmp_path, tasks=["default", tasks_file]).tasks == f"default,{tasks_file}"
-    with pytest.raises(LayerPruneError, match="layers_per_round=1.5 is no whole number"):
+    with pytest.raises(LayerPruneError, match="layers_per_round=1.5 is not a whole number"):
         tiny_config(tmp_path, layers_per_round=1.5)
 
 

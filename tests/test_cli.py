@@ -172,8 +172,7 @@ def bad_requests():
         "text that is a number": (["--dataset", "{number}"], "number.jsonl: row 0"),
         "text that is null": (["--dataset", "{null}"], "only blank rows"),
         "no text for a model of the user's": (["--dataset", None], "--dataset is missing"),
-        "split of a file": (["--dataset_split", "test"], "dataset_split='test' is for a data set on the Hub"),
-        "configuration of a file": (["--dataset_config", "en"], "dataset_config='en' is for a data set on the Hub"),
+        "split of a file": (["--dataset_split", "test"], "dataset_split='test' is not in"),
         "split that is not there": (["--dataset", "{saved}", "--dataset_split", "test"], "no split 'test'"),
         "stream": (["--streaming", "true"], "--streaming"),
         "rows longer than the model": (["--max_length", "257"], "max_length=257 but"),
@@ -420,7 +419,7 @@ def test_every_verb_that_reads_text_reads_chats(tmp_path, model_folder, capsys, 
 def test_what_a_verb_cannot_read_is_one_line(tmp_path, model_folder, text_file, monkeypatch, capsys, verb):
     monkeypatch.chdir(tmp_path)
     text = ["--dataset", text_file]
-    cases = [([], "--dataset is missing"), ([*text, "--dataset_split", "test"], "dataset_split='test' is for a")]
+    cases = [([], "--dataset is missing"), ([*text, "--dataset_split", "test"], "dataset_split='test' is not in")]
     if verb == "plan":
         cases = [(["--max_length", "300", "--gpu_memory", "24GiB"], "max_length=300 but .* has 256 positions")]
     elif verb != "generate":

@@ -174,7 +174,7 @@ def bad_requests():
         "layers without a shape": (["{model}", "--layers", "3"], "--layers 3 needs --config"),
         "layers of the embedded model": (["--layers", "3", "4/3"], "--layers 3 4/3 needs --config"),
         "models named twice": (["{model}", "--models", "{model}"], "twice"),
-        "unknown shape": (["--config", "Qwen9-3B"], "Qwen3-32B, or a path to a config.json"),
+        "unknown shape": (["--config", "Qwen9-3B"], "SmolLM2-135M, or a path to a config.json"),
         "shape without a name": (["--config"], "--config needs a shape"),
         "more layers than there are": (["--config", "{shape}", "--layers", "5", "6"], "num_layers=6"),
         "fewer blocks than pairs make": (["--config", "{shape}", "--layers", "5/2"], "num_blocks=2"),
@@ -186,7 +186,7 @@ def bad_requests():
         "prompts that are no number": (["--config", "{yaml}"], "batch_size=many"),
         "unknown dtype": (["{model}", "--dtype", "float7"], "float7"),
         "model that is nowhere": (["{model}/nothing"], "nothing"),
-        "unknown setting": (["{model}", "--layer", "3", "--traget", "1"], "traget"),
+        "unknown setting": (["{model}", "--traget", "1"], "traget"),
         "yaml that is nowhere": (["--config", "none.yaml"], "none.yaml"),
         "output folder that is a file": (["{model}", "--output_dir", "{shape}"], "config.json"),
     }

@@ -103,7 +103,7 @@ def test_an_error_of_ours_is_not_blamed_on_the_model_or_the_data(model_folder, t
     monkeypatch.setattr("hf_layerprune.loading.plan_of", fail)
     with pytest.raises(KeyError, match="ours"):
         run("score", "--model", model_folder)
-    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("hf_layerprune.data.load_dataset", fail)
     with pytest.raises(KeyError, match="ours"):
         load_text_dataset("user/texts")
 
@@ -111,7 +111,7 @@ def test_an_error_of_ours_is_not_blamed_on_the_model_or_the_data(model_folder, t
 def test_a_run_stands_for_its_model(model_folder, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model").symlink_to(model_folder)
-    few = ("--num_samples", 2, "--max_length", 16)
+    few = ("--dataset", "embedded:held_out", "--num_samples", 2, "--max_length", 16)
     assert run("evaluate", "--model", tmp_path / "run", "--teacher", tmp_path / "run", *few) == 0
     assert "kl " in capsys.readouterr().out
     tiny_model().save_pretrained(tmp_path / "run")  # a model itself, whatever lies in it

@@ -116,6 +116,7 @@ def test_a_student_is_saved_in_the_checkpoints_dtype_and_measured_as_it_is_saved
     assert run("--pairs", "1,2", "--dtype", "float32", "--measure_speed", "false", model=half)[0] == 0
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
     arguments = ["--model", out, "--teacher", half, "--dtype", "float32", "--max_length", 32, "--num_samples", 4]
+    arguments += ["--dataset", "embedded:held_out"]
     assert cli.main(["evaluate", *map(str, arguments), "--output_dir", str(tmp_path)]) == 0
     measured = json.loads((tmp_path / "out" / "report.json").read_text())["rounds"][0]
     assert measured["kl"] == pytest.approx(json.loads((tmp_path / "evaluation.json").read_text())["kl"], rel=1e-5)

@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
+from gguf_writer import write_gguf
 from hub_client import Worker
 from hub_server import HubServer
 from test_recipes import QUICK, RECIPES, arguments_of, as_files, content_of, tiny_config, verb_of
@@ -119,6 +120,9 @@ def a_desk(folder: Path) -> Path:
     (folder / "models.yaml").write_text(next(iter(blocks(ROOT / "docs/space.md", "yaml"))).replace("user/", "me/"))
     plain = PrunedQwen2ForCausalLM(PrunedQwen2Config(**tiny_model().config.to_dict()))
     as_files(plain, folder / "pruned-qwen2-without-pairs")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("Qwen/Qwen2.5-0.5B"))
+    write_gguf(model, folder / "SmolLM2-135M-Instruct-Q4_K_M.gguf", byte_tokenizer())
     (folder / "shape.json").write_text(tiny_config("Qwen/Qwen2.5-3B").to_json_string(use_diff=False))
     for name in ("recipes", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
@@ -136,6 +140,7 @@ def a_terminal(desk: Path, models: tuple[str, ...], tmp_path_factory) -> Iterato
                 hub.seed(name, files)
             if model == "Qwen/Qwen2.5-0.5B":
                 hub.seed("me/qwen-parallel", files)
+        hub.seed("me/name", {"model-Q8_0.gguf": (desk / "SmolLM2-135M-Instruct-Q4_K_M.gguf").read_bytes()})
         with Worker(hub, tmp_path_factory.mktemp("cache"), desk) as worker:
             yield worker
 

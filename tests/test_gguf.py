@@ -6,14 +6,14 @@ import re
 import pytest
 import torch
 import yaml
-from conftest import VOCAB_SIZE, byte_tokenizer, random_batches, read_report, tiny_config, tiny_model
+from conftest import VOCAB_SIZE, byte_tokenizer, errors_of, random_batches, read_report, tiny_config, tiny_model
 from families import family_model
 from gguf_writer import write_gguf
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, load_model, load_tokenizer
-from hf_layerprune.cli.plan import _config as config_to_plan
+from hf_layerprune.cli.estimate import _config as config_to_plan
 from hf_layerprune.demo.catalog import open_catalog
 from hf_layerprune.demo.facts import read_facts
 from hf_layerprune.demo.settings import DemoSettings, Limits, ModelEntry
@@ -23,7 +23,8 @@ from hf_layerprune.loading import load_config
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 QUICK = [
-    "--target_num_layers", "4", "--max_steps", "1", "--num_calibration_samples", "2", "--num_eval_samples", "2",
+    "--dataset", "embedded:healing", "--target_num_layers", "4", "--max_steps", "1", "--num_calibration_samples", "2",
+    "--num_eval_samples", "2",
     "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--max_length", "32",
     "--save_strategy", "no", "--report_to", "none", "--measure_speed", "false",
 ]  # fmt: skip
@@ -77,7 +78,8 @@ def test_compress_makes_a_plain_folder_of_it(gguf_file, tmp_path, capsys):
 
 def test_every_verb_reads_it(gguf_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    text, quick = ("--num_samples", 2, "--max_length", 32), ("--measure_speed", "false")
+    text = ("--dataset", "embedded:calibration", "--num_samples", 2, "--max_length", 32)
+    quick = ("--eval_dataset", "embedded:held_out", "--measure_speed", "false")
     for verb in (
         ("score", "--model", gguf_file, *text),
         ("evaluate", "--model", gguf_file, "--teacher", gguf_file, *text),
@@ -88,6 +90,8 @@ def test_every_verb_reads_it(gguf_file, tmp_path, monkeypatch, capsys):
             "generate",
             "--model",
             gguf_file,
+            "--dataset",
+            "embedded:healing",
             "--num_prompts",
             2,
             "--max_new_tokens",
@@ -183,8 +187,8 @@ def test_mistakes_are_one_line(gguf_file, tmp_path, monkeypatch, capsys):
         (("score", "--model", bare), "bare.gguf has no tokenizer"),
         (("score", "--model", gguf_file, "--offload", "true"), "tiny.gguf cannot be loaded as a model: .*[Dd]isk"),
     ):
-        assert run(*verb) == 2
-        error = capsys.readouterr().err.strip()
+        assert run(*verb, "--dataset", "embedded:calibration", "--max_length", 32) == 2
+        error = errors_of(capsys).strip()
         assert "\n" not in error and re.search(message, error), error
     monkeypatch.setattr("hf_layerprune.loading.is_gguf_available", lambda: False)
     with pytest.raises(LayerPruneError, match=r"tiny\.gguf .* pip install gguf"):

@@ -117,6 +117,7 @@ def test_every_verb_says_what_it_is_doing_and_counts_its_steps(
     out = ["--output_file", tmp_path / "rows.jsonl"] if argv[0] == "generate" else ["--output_dir", tmp_path / "out"]
     name = "--models" if argv[0] == "benchmark" else "--model"
     short = [] if argv[0] in ("benchmark", "generate") else ["--max_length", "32"]
+    short += [] if argv[0] == "benchmark" else ["--dataset", "embedded:calibration"]
     assert cli.main([*map(str, (*argv, *short, name, model_folder, *out))]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(said) and all(line.startswith(begin) for line, begin in zip(lines, said, strict=True))

@@ -13,7 +13,8 @@ from hf_layerprune.shapes import load_shape, random_model, shape_names, shape_pl
 def test_shapes_are_listed_small_to_large():
     llama = ["Llama-2-7B", "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.2-3B", "Mistral-7B"]
     qwen2 = [f"Qwen2.5-{size}B" for size in ("0.5", "1.5", "3", "7", "14", "32", "72")]
-    assert shape_names() == llama + qwen2 + [f"Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")]
+    qwen3 = [f"Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")]
+    assert shape_names() == [*llama, *qwen2, *qwen3, "SmolLM2-135M"]
 
 
 @pytest.mark.parametrize("name", [name for name in shape_names() if name.startswith("Qwen2.5")])
@@ -29,7 +30,7 @@ PUBLISHED = {  # numbers of parameters, with a tied head counted once
     "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen3-32B": 32_762_123_264,
     "meta-llama/Llama-3.2-1B": 1_235_814_400, "meta-llama/Llama-3.2-3B": 3_212_749_824,
     "meta-llama/Llama-3.1-8B": 8_030_261_248, "meta-llama/Llama-2-7B": 6_738_415_616,
-    "mistralai/Mistral-7B": 7_248_023_552,
+    "mistralai/Mistral-7B": 7_248_023_552, "HuggingFaceTB/SmolLM2-135M": 134_515_008,
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_a_file_that_is_no_shape_is_named(tmp_path, content, message):
 
 def test_an_unknown_shape_is_told_which_there_are():
     with pytest.raises(
-        LayerPruneError, match="'Qwen/Qwen9'.*Llama-3.2-3B.*Qwen2.5-72B.*Qwen3-32B, or a path to a config.json"
+        LayerPruneError, match="'Qwen/Qwen9'.*Llama-3.2-3B.*Qwen2.5-72B.*SmolLM2-135M, or a path to a config.json"
     ):
         load_shape("Qwen/Qwen9")
 

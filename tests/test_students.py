@@ -39,7 +39,10 @@ IN_PYTHON = {
     "convert": lambda source: convert(load(source)),
     "from_pretrained": lambda source: PrunedQwen2ForCausalLM.from_pretrained(source, layer_plan=PAIRED),
 }
-QUICK = "--pairs 1,2 --dtype float32 --max_length 32 --num_samples 2 --num_eval_samples 2 --measure_speed false"
+TEXTS = "--dataset embedded:calibration --eval_dataset embedded:held_out "
+QUICK = (
+    TEXTS + "--pairs 1,2 --dtype float32 --max_length 32 --num_samples 2 --num_eval_samples 2 --measure_speed false"
+)
 COMMANDS = {"hf-layerprune parallelize": ["parallelize", *QUICK.split()], "hf-layerprune convert": ["convert"]}
 TRAINER = "the trainer"
 

@@ -4,9 +4,9 @@ import pytest
 from trl import SFTConfig, TrlParser
 
 from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError
-from hf_layerprune.cli.arguments import BenchmarkArguments, ScoreArguments
+from hf_layerprune.cli.arguments import BenchmarkArguments
 from hf_layerprune.cli.parsing import parse
-from hf_layerprune.generation_data import HealingDataConfig
+from hf_layerprune.generation_data.config import HealingDataConfig
 
 
 def own_fields():
@@ -57,10 +57,10 @@ def test_whole_numbers_may_be_written_as_floats_in_all_settings(tmp_path):
             IterativeLayerDistillConfig(str(tmp_path), **settings)
     assert HealingDataConfig(num_prompts=3.0).num_prompts == 3
     (tmp_path / "settings.yaml").write_text("num_samples: 4.0\n")
-    (arguments,) = parse((ScoreArguments,), ["--config", str(tmp_path / "settings.yaml")])
+    (arguments,) = parse("score", ["--config", str(tmp_path / "settings.yaml")])
     assert type(arguments.num_samples) is int
     (tmp_path / "settings.yaml").write_text("batch_size: [1.0, 2.0]\nnew_tokens: 8.0\n")
-    (arguments,) = parse((BenchmarkArguments,), ["--config", str(tmp_path / "settings.yaml")])
+    (arguments,) = parse("benchmark", ["--config", str(tmp_path / "settings.yaml")])
     assert arguments == BenchmarkArguments(batch_size=[1, 2], new_tokens=8)
     assert all(type(n) is int for n in (*arguments.batch_size, arguments.new_tokens))
 

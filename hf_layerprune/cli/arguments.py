@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import LayerPruneError, make_whole
-from ..loading import gguf_name
 
 AUTO = "the checkpoint's own, or float32 on a CPU that would emulate it"
 OF_TEXT = ("dataset", "dataset_config", "dataset_split", "dataset_text_field", "max_length", "num_samples")
@@ -42,6 +41,8 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        from ..loading import gguf_name  # torch takes seconds to import, and --help does not need it
+
         make_whole(self)
         self.model, self.gguf_file = gguf_name(self.model, self.gguf_file), None
 

@@ -35,9 +35,11 @@ def score(argv: list[str]) -> None:
     tasks = load_tasks(arguments.tasks) if arguments.tasks else []
     folder = Path(arguments.output_dir or "layerprune-scores")
     config = load_config(arguments.model)
+    if not tasks:
+        _check_text(arguments, config)
     tokenizer = load_tokenizer(arguments.model)
     with Phases() as phases:
-        scores = _scores(arguments, tasks, tokenizer, config, folder, phases)
+        scores = _scores(arguments, tasks, tokenizer, folder, phases)
     console = Console()
     unit = "examples" if tasks else "tokens"
     seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
@@ -63,13 +65,12 @@ def _scores(
     arguments: ScoreArguments,
     tasks: list[Task],
     tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
     folder: Path,
     phases: Phases,
 ) -> LayerScores:
     """Read, load and score, and make the folder on the way."""
     phases.phase("reading the text")
-    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer, config)
+    batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer)
     race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
     with TemporaryDirectory() as offload_folder:
         where = device_map(arguments.model, device()) if arguments.offload else None
@@ -138,9 +139,11 @@ def evaluate(argv: list[str]) -> None:
     if folder is not None:
         check_no_file(folder)
     only_tasks = bool(tasks) and arguments.dataset is None and not is_embedded(arguments.model)
+    if not only_tasks:
+        _check_text(arguments, config)
     with Phases() as phases:
         phases.phase("reading the text")
-        batches = [] if only_tasks else _measuring_batches(arguments, "embedded:held_out", tokenizer, config)
+        batches = [] if only_tasks else _measuring_batches(arguments, "embedded:held_out", tokenizer)
         teacher = None
         if arguments.teacher is not None:
             phases.phase(f"loading {arguments.teacher}")
@@ -197,11 +200,13 @@ def _task_table(report: TaskReport) -> Table:
     return table
 
 
-def _measuring_batches(
-    arguments: MeasureArguments, default: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> list[Batch]:
+def _check_text(arguments: MeasureArguments, config: PretrainedConfig) -> None:
+    """Raise [`LayerPruneError`] unless text is named, and its rows fit the model."""
     check_sources(arguments)
     check_length(arguments.max_length, config, arguments.model)
+
+
+def _measuring_batches(arguments: MeasureArguments, default: str, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
     return tokenized_batches(
         read_dataset(arguments, arguments.dataset or default),
         tokenizer,

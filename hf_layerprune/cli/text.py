@@ -29,12 +29,12 @@ def check_sources(arguments: DataArguments, *others: str | None) -> None:
         )
     named = [source for source in (arguments.dataset, *others) if source is not None]
     whole = " and ".join(named) or "the embedded text"
-    for name, split in (("dataset_split", arguments.dataset_split), ("dataset_config", "any")):
-        value = getattr(arguments, name)
-        if value != getattr(DataArguments, name) and not any(may_have(source, split) for source in named):
-            raise LayerPruneError(
-                f"{name}={value!r} is for a data set on the Hub or a folder, not for {whole}; leave it out"
-            )
+    split = arguments.dataset_split
+    if split != DataArguments.dataset_split and not any(may_have(source, split) for source in named):
+        raise LayerPruneError(
+            f"dataset_split={split!r} is not in {whole}: a local file takes 'train' or a slice such as 'train[:100]'; "
+            "leave it out"
+        )
 
 
 def read_dataset(arguments: DataArguments, source: str) -> Dataset:

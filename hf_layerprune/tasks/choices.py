@@ -26,8 +26,7 @@ def choice_task(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
 ) -> PreparedTask:
-    """The examples (rows, right row, divisors) of a task in chunks, sorted by length: little of them is padding."""
-    examples = sorted(examples, key=lambda example: max(len(row.ids) for row in example[0]))
+    """The examples (rows, right row, divisors) of a task in chunks."""
     chunks = []
     for part in filled([len(rows) for rows, _, _ in examples], batch_size):
         rows = [row for rows, _, _ in examples[part] for row in rows]

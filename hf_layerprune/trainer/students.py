@@ -41,7 +41,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    if values["tokenizer_class"] == "TokenizersBackend":
+    if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     if "extra_special_tokens" in values:
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
@@ -66,7 +66,10 @@ def check_saving(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     with TemporaryDirectory(prefix="hf-layerprune-") as folder:
         for name in ("config", "generation_config", "tokenizer"):
             try:
-                (tokenizer if name == "tokenizer" else getattr(student, name)).save_pretrained(folder)
+                if name == "tokenizer":
+                    _save_tokenizer(tokenizer, Path(folder))
+                else:
+                    getattr(student, name).save_pretrained(folder)
             except Exception as error:  # what transformers, or a class of the user's, cannot write
                 reason = " ".join(str(error).split())
                 raise LayerPruneError(
