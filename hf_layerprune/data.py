@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ._trl import tokenized
@@ -38,6 +39,8 @@ EMBEDDED_PAIRS = "minimal_pairs"
 """Name of the embedded minimal pairs: some of BLiMP."""
 
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+logger = logging.get_logger(__name__)
 
 Batch = Mapping[str, Tensor]
 BATCH_KEYS = ("input_ids", "attention_mask", "labels", "position_ids")
@@ -174,6 +177,10 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
         raise LayerPruneError(f"dataset {source}: there is no such file")
     try:
         if path.is_file():
+            if config_name is not None:
+                logger.warning(
+                    f"dataset {source} is a file, without a configuration {config_name!r}; it is read as it is"
+                )
             part = split if may_have(source, split) else "train"
             dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split=part)
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

@@ -150,6 +150,13 @@ class RunShape:
         return None
 
     @property
+    def gaps(self) -> int:
+        """Layers of the teacher that the model lacks before the run."""
+        plan = plan_of(self.config)
+        whole = plan.num_teacher_layers if self.teacher is None else plan_of(self.teacher).depth
+        return max(0, whole - plan.depth)
+
+    @property
     def rounds(self) -> int | None:
         return None if self.edits is None else max(1, math.ceil(self.edits / self.args.layers_per_round))
 
@@ -203,6 +210,12 @@ def healing_setting(
 
     def at(depth: int) -> StepNeeds:
         plan = LayerPlan.identity(depth) if alike else plan_of(shape.config)
+        if shape.edits == 0:  # heals the layers next to the gaps that are there already: the worst is that all lie low
+            case = copy.copy(args)
+            if args.trained_layers == "neighbours":
+                layers = plan.layers[: max(1, 2 * shape.gaps)]
+                case.trained_layers = ",".join(map(str, layers))
+            return meter.step(plan, [], case, dtype, lora_r)
         return meter.step(plan, _edits_of(shape, plan, depth), args, dtype, lora_r)
 
     first, layer = at(shape.depth), shape.layer_parameters * dtype.itemsize
@@ -262,9 +275,10 @@ def tokens_per_step(args: IterativeLayerDistillConfig) -> int:
 
 
 def scoring_flops(shape: RunShape) -> int:
-    """Operations that choosing the layer of the first round takes, about; 0 for guesses and tasks."""
+    """Operations that choosing the layer of the first round takes, about; 0 for guesses and tasks, and where
+    nothing is chosen."""
     args, config = shape.args, shape.config
-    if args.criterion not in TOKEN_MEASURES:
+    if args.criterion not in TOKEN_MEASURES or shape.edits == 0:
         return 0
     tokens = args.num_calibration_samples * rows_length(args)
     attention = 2 * rows_length(args) * config.hidden_size  # of a token in a layer, over half of the row on average

@@ -51,7 +51,8 @@ def find_plan(student: PreTrainedModel, teacher: PreTrainedModel) -> LayerPlan:
     plan = plan_of(teacher)
     if plan.parallel_pairs:
         raise LayerPruneError("the teacher runs layers in parallel; say which layers the student holds with plan")
-    distances = torch.tensor([[_distance(own, its) for its in _layers(teacher)] for own in _layers(student)])
+    teachers = _layers(teacher)
+    distances = torch.tensor([[_distance(own, its) for its in teachers] for own in _layers(student)])
     chosen = _ascending(distances)
     for own, its in enumerate(chosen):
         others = distances[own].clone()
@@ -80,7 +81,8 @@ def _distance(own: list[Tensor], its: list[Tensor]) -> float:
     """Mean over the matrices of the norm of the difference over that of the teacher's."""
     if [part.shape for part in own] != [part.shape for part in its]:
         return UNLIKE
-    return sum(float((a - b).norm() / b.norm()) for a, b in zip(own, its, strict=True)) / len(own)
+    parts = [(float((a - b).norm()), float(b.norm())) for a, b in zip(own, its, strict=True)]
+    return sum(difference / norm if norm else float(difference > 0) for difference, norm in parts) / len(parts)
 
 
 def _ascending(distances: Tensor) -> list[int]:

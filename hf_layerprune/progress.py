@@ -144,7 +144,7 @@ class RunProgress(LayerDistillCallback):
 
     def __enter__(self) -> RunProgress:
         for notice in self.notices:
-            say(self.phases.out, notice)
+            say(self.phases.console, notice)
         self.phases.phase("starting", self.total)
         return self
 

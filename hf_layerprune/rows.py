@@ -95,6 +95,8 @@ def tell_of_dropped(name: str, dropped: int, total: int, max_length: int | None)
     Raises:
         [`LayerPruneError`]: if they are all there are.
     """
+    if total == 0:
+        return
     told = f"{name}: {dropped:,} of {total:,} rows have no token to score within max_length={max_length}"
     if dropped == total:
         raise LayerPruneError(f"{told}; raise it, or shorten the prompts that fill it")

@@ -57,6 +57,27 @@ def test_says_what_fits_and_writes_every_number(tmp_path, shape, monkeypatch, ca
     assert len(table) == 12 and max(map(len, table)) <= 80 and "…" not in printed
 
 
+def test_a_run_that_only_heals_scores_and_removes_nothing(tmp_path, capsys):
+    file, shapes = tmp_path / "plan.json", {}
+    for depth in (4, 6):
+        tiny_model(depth).config.save_pretrained(tmp_path / str(depth))
+        shapes[depth] = tmp_path / str(depth) / "config.json"
+    common = ["--model", shapes[4], "--teacher", shapes[6], "--gpu_memory", "24GiB", "--output_file", file, *QUICK]
+    assert run(*common, "--target_num_layers", 4) == 0, errors_of(capsys)
+    heals = json.loads(file.read_text())
+    assert heals["seconds_of_scoring"] == 0 and heals["rounds"] == 1
+    assert heals["student_parameters"] == heals["parameters"] == tiny_model(4).num_parameters()
+    assert run(*common, "--target_num_layers", 3) == 0, errors_of(capsys)
+    removes = json.loads(file.read_text())
+
+    def gradients(content, trained):  # those of a deeper student are more
+        return next(s["optimizer"] for s in content["settings"] if s["trained"] == trained and not s["lora_r"])
+
+    assert removes["seconds_of_scoring"] > 0 and gradients(heals, "all") > gradients(removes, "all")
+    layer = sum(p.numel() for p in tiny_model(4).model.layers[0].parameters())
+    assert gradients(heals, "neighbours") == 4 * 12 * layer  # next to two gaps; a gradient and two moments in float32
+
+
 def test_pairs_of_another_family(tmp_path, capsys):
     family_model("llama", 4).config.save_pretrained(tmp_path)
     model, file = tmp_path / "config.json", tmp_path / "plan.json"

@@ -51,11 +51,11 @@ def test_score_takes_rows_by_the_batch_size_and_tells_cut_prompts(run, tasks_fil
         return score_layers(*arguments, tasks=tasks, **options)
 
     monkeypatch.setattr(measure, "score_layers", spy)
-    status, out, _ = run("score", "--tasks", tasks_file("pairs", "long"), "--batch_size", "4")
+    status, _, error = run("score", "--tasks", tasks_file("pairs", "long"), "--batch_size", "4")
     assert status == 0 and seen == [4] * 6
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert (scores["criterion"], scores["num_tokens"]) == ("tasks", 12)
-    assert "task long: prompts too long for the model lost their beginning (12)" in out
+    assert "task long: prompts too long for the model lost their beginning (12)" in error
 
 
 def test_the_criterion_of_tasks_is_tasks():
@@ -80,10 +80,10 @@ def test_score_refuses_what_tasks_have_no_use_for(run, tasks_file, tmp_path, arg
 
 def test_evaluate_says_what_it_leaves_out_and_what_was_cut(run, tasks_file, tmp_path):
     text = ["--dataset", "embedded:held_out", "--max_length", "32", "--num_samples", "2"]
-    status, out, _ = run("evaluate", "--tasks", tasks_file("kl", "pairs", "long"), *text)
+    status, out, error = run("evaluate", "--tasks", tasks_file("kl", "pairs", "long"), *text)
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
     assert status == 0 and set(results) == {"pairs", "long"} and results["long"]["num_truncated"] == 12
-    assert "left out: close; KL needs a teacher to compare with (--teacher)" in out and "cut" in out
+    assert "left out: close; KL needs a teacher to compare with (--teacher)" in error and "cut" in out
     status, out, _ = run("evaluate", "--tasks", tasks_file("kl", "pairs"), "--teacher", "embedded", *text)
     assert status == 2  # of another vocabulary
     status, out, _ = run("evaluate", "--tasks", tasks_file("kl", "pairs"), "--teacher", tmp_path / "tiny-model", *text)

@@ -78,3 +78,18 @@ def test_a_plan_that_does_not_fit_and_a_model_without_gaps_are_refused(tmp_path,
             IterativeLayerDistillTrainer(
                 model=model, args=args, train_dataset=texts, processing_class=tokenizer, teacher=teacher
             )
+
+
+def test_a_plan_without_a_teacher_is_refused(tmp_path, tokenizer, texts):
+    args = tiny_config(tmp_path / "run", plan=str(tmp_path / "plan.json"))
+    with pytest.raises(LayerPruneError, match=r"plan=.*plan\.json' says .* name it with teacher"):
+        IterativeLayerDistillTrainer(
+            model=made_elsewhere(tiny_model(6), [2]), args=args, train_dataset=texts, processing_class=tokenizer
+        )
+
+
+def test_matrices_of_zeros_hide_no_plan():
+    teacher = tiny_model(6)
+    for layer in teacher.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    assert find_plan(made_elsewhere(teacher, [1, 4]), teacher) == plan_of(prune(teacher, [1, 4]))

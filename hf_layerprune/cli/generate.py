@@ -25,7 +25,7 @@ def generate(argv: list[str]) -> None:
         tokenizer = load_tokenizer(arguments.model)
         column = next((name for name in (config.prompt_column, *COLUMNS) if name in prompts.column_names), None)
         if tokenizer.chat_template and not config.as_chat and column and isinstance(prompts[0][column], str):
-            say(phases.out, "the prompts are continued as plain text; --as_chat true asks them as a user's messages")
+            say(phases.console, "prompts are continued as plain text; --as_chat true asks them as a user's messages")
         report = generate_healing_data(
             model, prompts, arguments.output_file, config, tokenizer, on_rows=partial(phases.done, "answering")
         )

@@ -79,7 +79,7 @@ def _scores(
         model = load_on_device(arguments.model, arguments.dtype, **more)
         prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
         for notice in filter(None, (task.notice for task in prepared)):
-            say(phases.out, notice)
+            say(phases.console, notice)
         made_by_us = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written to is known before the work
         depth = model.config.num_hidden_layers
@@ -132,7 +132,7 @@ def evaluate(argv: list[str]) -> None:
     console = Console()
     tasks = load_tasks(arguments.tasks) if arguments.tasks else []
     if tasks and arguments.teacher is None:
-        tasks = _without_teacher(tasks, console)
+        tasks = _without_teacher(tasks, Console(stderr=True))
     config = load_config(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)

@@ -232,7 +232,7 @@ def _lead(report: dict[str, Any], base: str) -> str:
     start, total = start_depth(report), plan.num_teacher_layers
     lead = (
         f"A {_architecture(report['teacher'])} language model {plan.depth} layers deep, made from {_origin(base)} "
-        f"({start} layers): {', '.join(did)}, {healed}."
+        f"({start} layers): {', '.join([*did, healed])}."
     )
     return lead if start == total else f"{lead} It holds {len(plan.layers)} of the {total} layers of the original."
 
@@ -320,5 +320,7 @@ def _how(kinds: set[str], healed: bool) -> str:
         ("remove",): "This run removed layers, as in the first",
         ("parallelize",): "This run put layers in parallel, as in the second",
         ("parallelize", "remove"): "This run removed layers and put others in parallel, as in both",
-    }.get(tuple(sorted(kinds)), "This run changed no layer")
+    }.get(tuple(sorted(kinds)))
+    if used is None:
+        return "This run healed a student that was made before, and made no edit of its own."
     return used + (", and healed after every round." if healed else ", and did not heal.")

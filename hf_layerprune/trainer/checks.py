@@ -33,6 +33,7 @@ def check_arguments(
     args: IterativeLayerDistillConfig,
     train_dataset: Dataset | IterableDataset,
     peft_config: Any,
+    has_teacher: bool,
     others: Mapping[str, Any],
 ) -> None:
     """Raise [`LayerPruneError`] unless a trainer can be made of these, as far as no model is needed to tell."""
@@ -43,6 +44,11 @@ def check_arguments(
             raise LayerPruneError(f"{name} is not taken: {instead}")
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise LayerPruneError(f"peft_config={peft_config!r:.80} is no PeftConfig; give a LoraConfig")
+    if args.plan is not None and not has_teacher:
+        raise LayerPruneError(
+            f"plan={args.plan!r} says which of a teacher's layers the model holds, but no teacher is given; name it "
+            "with teacher"
+        )
     if args.heal and isinstance(train_dataset, IterableDataset) and args.max_steps < 1:
         raise LayerPruneError("train_dataset is a stream, whose length nobody knows; set max_steps")
 

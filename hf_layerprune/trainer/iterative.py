@@ -106,7 +106,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         if train_dataset is None:
             raise LayerPruneError("train_dataset is missing; healing needs text")
         began = time.perf_counter()
-        check_arguments(args, train_dataset, peft_config, kwargs)
+        check_arguments(args, train_dataset, peft_config, teacher is not None, kwargs)
         keep_models_whole()
         files: dict[str, Any] = {}  # which files of that name, and with what right they are read
         if isinstance(model, str):
@@ -129,10 +129,10 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             init = {name: value for name, value in init.items() if name not in ("revision", "subfolder", "gguf_file")}
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
         self.teacher_name = self.model_name if teacher is None else placed(name_of(teacher))
-        if teacher is not None:
-            model = with_plan(model, teacher, None if args.plan is None else read_plan(args.plan))
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
+        if teacher is not None:
+            model = with_plan(model, teacher, None if args.plan is None else read_plan(args.plan))
         self.teacher = (teacher if teacher is not None else model).to(args.device)
         self.start = model.to(args.device)  # what the first round starts from
         self.gauge: Gauge | None = None  # what students are measured by; made when the run is opened
