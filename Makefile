@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 
 # A real model: SmolLM2-135M-Instruct loses a third of its layers; an hour and a half of two plain cores.
 real: $(INSTALLED)
-	recipes/smollm2-135m-instruct/run.sh
+	recipes/real_model.sh smollm2-135m-instruct
 
 test: $(INSTALLED) browser
 	$(BIN)/python -m pytest -n auto --dist worksteal --durations 25

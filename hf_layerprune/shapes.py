@@ -30,8 +30,10 @@ def shape_names() -> list[str]:
 
 
 def short_name(name_or_path: str) -> str:
-    """What is left of a model's name without who published it; a path stays as it is."""
-    return PUBLISHERS.sub("", name_or_path)
+    """The name of a model's shape: without its publisher, `-Instruct` and `-Coder`; a path stays as it is."""
+    name = PUBLISHERS.sub("", name_or_path)
+    shape = name.removesuffix("-Instruct").replace("-Coder-", "-")
+    return shape if shape in shape_names() else name
 
 
 def load_shape(name_or_path: str) -> PretrainedConfig:

@@ -70,7 +70,7 @@ def cost_of(path: Path, processes: int) -> Cost:
     """What a recipe costs; `processes` is what its `gradient_accumulation_steps` is written for."""
     argv = ["--config", str(path), "--use_cpu", "true", "--bf16", "true"]
     arguments, args = parse("compress", argv)
-    config, rows = load_shape(arguments.model.removesuffix("-Instruct")), args.per_device_train_batch_size
+    config, rows = load_shape(arguments.model), args.per_device_train_batch_size
     depth = config.num_hidden_layers
     middle = depth // 2
     edit = Edit.remove(middle) if "remove" in args.edit_space().kinds else Edit.parallelize(middle, middle + 1)

@@ -39,7 +39,8 @@ STANDS_FOR_SOMETHING = re.compile(r"[A-Z]+|user/name")
 PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and page.name != "cli.md"]
 PAGES_OF_RECIPES = sorted(ROOT.glob("recipes/**/README.md"))
 MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-3B")
-MODELS_OF_RECIPES = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-8B", "HuggingFaceTB/SmolLM2-135M-Instruct")
+MODELS_OF_RECIPES = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-8B", "HuggingFaceTB/SmolLM2-135M-Instruct",
+                     "Qwen/Qwen2.5-Coder-0.5B-Instruct")
 EXAMPLE = (ROOT / "examples" / "compress.py").read_text()  # see test_readme.py
 GIVEN = """
 from conftest import random_batches
@@ -49,6 +50,7 @@ model, teacher = "qwen-18/model", load_model("Qwen/Qwen2.5-0.5B")
 """
 RUN_ELSEWHERE = {
     "make": ".ci/run",
+    "recipes/real_model.sh": "takes its model from PyPI, and hours",
     "pip": "make test installs the package with its extras",
     "hf": "the Hub's own client, against the Hub",
     "lm_eval": "lm-eval's own command, for models that fill a GPU",

@@ -157,7 +157,7 @@ def test_the_commands_of_a_page_name_verbs_files_and_settings_that_exist(page):
 
 def tiny_config(model: str) -> PretrainedConfig:
     """The architecture and the depth of a model, and nothing of its width."""
-    config = load_shape(model.removesuffix("-Instruct"))
+    config = load_shape(model)
     kept = ("num_hidden_layers", "tie_word_embeddings", "rms_norm_eps", "rope_parameters")
     return type(config)(**{name: getattr(config, name) for name in kept} | SMALL)
 

@@ -40,6 +40,11 @@ def test_shipped_shapes_have_the_size_of_the_model(name, count):
         assert AutoModelForCausalLM.from_config(load_shape(name)).num_parameters() == count
 
 
+def test_instruct_and_coder_models_have_the_shape_of_their_base():
+    for name in ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-0.5B"):
+        assert load_shape(name).to_dict() == load_shape("Qwen/Qwen2.5-0.5B").to_dict()
+
+
 def test_a_shape_can_be_a_file(tmp_path):
     tiny_model().config.save_pretrained(tmp_path)
     assert load_shape(str(tmp_path / "config.json")).num_hidden_layers == 5
