@@ -1,4 +1,4 @@
-"""One healing step: as the authors of the paper wrote it, as distillation trainers do it, ours, ours with its cache.
+"""One healing step: as the authors of the paper wrote it, as distillation trainers do it, ours.
 
     python benchmarks/healing.py --output benchmarks/results/healing.json
 
@@ -8,7 +8,6 @@ The student lacks one layer in the middle, and its neighbours are trained. A ste
   memory, as in https://github.com/kaengreg/layer-wise_distillation.
 * full logits: the same loss as ours from the logits of all positions, models without common weights.
 * ours: [`LayerHealingTrainer.loss_parts`].
-* ours, teacher cached: the same in a second epoch, with the teacher's final states on disk (`teacher_cache_size`).
 
 Times are medians over turns in one process; the peak of memory is that of a process of its own per way, models
 included, over what is there before they are made.
@@ -22,7 +21,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +41,6 @@ from hf_layerprune.report import environment
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer.healing import LayerHealingTrainer
 from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.teacher_cache import TeacherCache
 from hf_layerprune.trainer.towers import shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
@@ -129,9 +126,7 @@ def full_logits_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[P
     return student, loss
 
 
-def our_step(
-    teacher: PreTrainedModel, shape: dict[str, Any], cache: TeacherCache | None = None
-) -> tuple[PreTrainedModel, Step]:
+def our_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTrainedModel, Step]:
     student = prune(teacher, [shape["gap"]], share_weights=True)
     neighbours = [shape["gap"] - 1, shape["gap"]]
     student = make_trainable(student, neighbours, everything=False).train()
@@ -144,7 +139,6 @@ def our_step(
         args=args,
         hidden_state_map=HiddenStateMap.of(plan_of(student), plan_of(teacher), neighbours),
         shared_depth=shared_depth(student, teacher),
-        teacher_cache=cache,
         frozen_head=None,
     )
     batch = make_batch(shape, teacher.config.vocab_size)
@@ -157,23 +151,7 @@ def our_step(
     return student, loss
 
 
-def cached_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTrainedModel, Step]:
-    folder = tempfile.TemporaryDirectory()
-    cache = TeacherCache(Path(folder.name), "benchmark", 2**40)
-    student, loss = our_step(teacher, shape, cache)
-    with torch.no_grad():
-        loss()  # the first epoch
-    cache.flush()
-
-    def second_epoch() -> Tensor:
-        _ = folder  # which lives as long as this does
-        return loss()
-
-    return student, second_epoch
-
-
-CACHED = "ours, teacher cached"
-WAYS = {"paper": paper_step, "full logits": full_logits_step, "ours": our_step, CACHED: cached_step}
+WAYS = {"paper": paper_step, "full logits": full_logits_step, "ours": our_step}
 
 
 def separate_student(teacher: PreTrainedModel, gap: int) -> tuple[PreTrainedModel, list[int]]:
@@ -206,10 +184,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def gradient_difference(teacher: PreTrainedModel, shape: dict[str, Any], ours: str) -> float:
+def gradient_difference(teacher: PreTrainedModel, shape: dict[str, Any]) -> float:
     """Largest relative difference of a tensor's gradient between ours and full logits."""
     gradients = []
-    for way in ("full logits", ours):
+    for way in ("full logits", "ours"):
         student, loss = WAYS[way](teacher, shape)
         loss().backward()
         gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
@@ -256,14 +234,11 @@ def compare(name: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "positions": shape["rows"] * shape["length"],
         "seconds": {way: statistics.median(values) for way, values in seconds.items()},
-        "gradient_difference": {
-            way: gradient_difference(teacher, shape, way) for way in ("ours", CACHED) if dtype == torch.float32
-        },
     }
+    if dtype == torch.float32:
+        result["gradient_difference"] = gradient_difference(teacher, shape)
     del teacher, steps
     result["peak_bytes"] = {way: peak_bytes(name, way, dtype) for way in WAYS}
-    ratios = [a / b for a, b in zip(seconds[CACHED], seconds["ours"], strict=True)]
-    result["time_cached_over_ours"] = statistics.median(ratios)
     for other in ("paper", "full logits"):
         ratios = [a / b for a, b in zip(seconds["ours"], seconds[other], strict=True)]
         result[f"time_over_{other.replace(' ', '_')}"] = statistics.median(ratios)

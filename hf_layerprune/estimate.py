@@ -298,7 +298,6 @@ def disk_bytes(shape: RunShape, setting: HealingSetting) -> dict[str, int]:
         "rounds": sum(students),
         "model": students[-1],
         "checkpoints": setting.checkpoint * _checkpoints(args) if args.heal else 0,
-        "teacher_cache": int(args.teacher_cache_size * 2**30),
     }
 
 

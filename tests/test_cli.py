@@ -194,7 +194,6 @@ def bad_requests():
         "optimizer that is not installed": (["--optim", "galore_adamw"], "galore_adamw"),
         "epochs that are no number": (["--max_steps", "-1", "--num_train_epochs", "nan"], "num_train_epochs=nan"),
         "workers below nothing": (["--dataloader_num_workers", "-1"], "dataloader_num_workers=-1"),
-        "cache without end": (["--teacher_cache_size", "inf"], "teacher_cache_size=inf"),
         "weight without end": (["--hidden_weight", "inf"], "hidden_weight=inf"),
         "temperature without end": (["--temperature", "inf"], "temperature=inf"),
         "seed below nothing": (["--seed", "-1"], "seed=-1"),

@@ -28,7 +28,7 @@ def test_says_what_fits_and_writes_every_number(tmp_path, shape, monkeypatch, ca
     before = set(tmp_path.rglob("*"))
     file = tmp_path / "numbers" / "plan.json"
     assert run("--model", shape, "--target_num_layers", 2, "--gpu_memory", "24GiB", "--max_steps", 10,
-               "--save_steps", 4, "--teacher_cache_size", 0.5, "--device_tflops", 50, "--output_file", file,
+               "--save_steps", 4, "--device_tflops", 50, "--output_file", file,
                *QUICK) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert set(tmp_path.rglob("*")) - before == {file.parent, file}
@@ -50,7 +50,7 @@ def test_says_what_fits_and_writes_every_number(tmp_path, shape, monkeypatch, ca
     )  # fmt: skip
     assert plan["tokens_per_round"] == 10 * 2 * 32 and plan["device_tflops"] == 50
     assert plan["disk"]["rounds"] == 4 * (2 * model.num_parameters() - 3 * layer)
-    assert plan["disk"]["teacher_cache"] == 2**29 and plan["disk"]["checkpoints"] == 3 * best["checkpoint"]
+    assert plan["disk"]["checkpoints"] == 3 * best["checkpoint"]
     assert "--trained_layers neighbours --dtype float32 --gradient_checkpointing false" in printed
     assert "rough" in printed and "640" in printed and "in 2 rounds" in printed
     table = [line for line in printed.splitlines() if line.startswith(("neighbours", "all"))]

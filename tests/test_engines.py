@@ -56,7 +56,7 @@ def step(split):
     teacher = tiny_model(6)
     student = make_trainable(prune(teacher, [3], share_weights=True), blocks, everything)
     states = HiddenStateMap.of(plan_of(student), plan_of(teacher), blocks)
-    trainer = SimpleNamespace(teacher=teacher, args=args, teacher_cache=None, hidden_state_map=states,
+    trainer = SimpleNamespace(teacher=teacher, args=args, hidden_state_map=states,
                               shared_depth=shared_depth(student, teacher))
     assert (trainer.shared_depth is None) == everything
     part, scale, empty = batch, 1.0, outline(student)

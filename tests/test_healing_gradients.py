@@ -12,14 +12,13 @@ from hf_layerprune._trl import swap_model
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer.healing import Balance
 from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.teacher_cache import TeacherCache
 from hf_layerprune.trainer.towers import shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
 PACKING = {"packing": True, "packing_strategy": "bfd"}
 TOGETHER = {
     "temperature": 1.6, "beta": 0.6, "hidden_distance": "cosine", "hidden_target": "updates", "lm_weight": 0.3,
-    "loss_preset": "balanced", "teacher_cache_size": 1.0, "gradient_checkpointing": True, **PACKING,
+    "loss_preset": "balanced", "gradient_checkpointing": True, **PACKING,
 }  # fmt: skip
 ALONE = [
     {},
@@ -35,7 +34,6 @@ ALONE = [
     {"loss_preset": "paper"},
     {"loss_preset": "balanced"},
     {"gradient_checkpointing": True},
-    {"teacher_cache_size": 1.0},
     PACKING,
 ]
 
@@ -59,12 +57,6 @@ def ready(tmp_path, tokenizer, lora=False, **changes):
     assert trainer.shared_depth == (None if everything else 1)
     swap_model(trainer, student)
     trainer.balance = Balance(0.37)  # as after a step
-    if trainer.args.teacher_cache_size:
-        bytes_of_a_token = 4 * teacher.config.hidden_size  # the texts, which come again, have 57 tokens
-        trainer.teacher_cache = TeacherCache(tmp_path / "cache", "key", 35 * bytes_of_a_token)
-        with torch.no_grad():
-            for batch in trainer.get_train_dataloader():
-                trainer.loss_parts(student, batch)
     return trainer
 
 
@@ -97,9 +89,6 @@ def test_a_step_is_that_of_the_plain_formula(tmp_path, tokenizer, switches, rows
         assert all((batch["position_ids"] == 0).sum() > len(batch["input_ids"]) for batch in batches)
     else:
         assert any(not batch["attention_mask"].all() for batch in batches), "padding matters"
-    if trainer.teacher_cache is not None:
-        found = [trainer.teacher_cache.get(batch) for batch in batches]
-        assert any(known is None or known[1] is not None for known in found) and any(found), "not all fitted"
     expected = loss_of_step(trainer.model, trainer.teacher, batches, trainer.hidden_state_map, trainer.args, 0.37)
     expected.backward()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-3)  # logged with few digits

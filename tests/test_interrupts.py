@@ -148,7 +148,6 @@ SETTINGS = {
     "all": {},
     "neighbours": {"trained_layers": "neighbours"},
     "balanced": {"loss_preset": "balanced", "save_steps": 1, "save_total_limit": 1},
-    "cache": {"teacher_cache_size": 0.01, "trained_layers": "neighbours"},
     "adapters": {"lora_r": 4, "trained_layers": "neighbours"},
 }
 

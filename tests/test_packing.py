@@ -91,10 +91,9 @@ def test_quality_is_the_same_however_documents_are_laid_out():
     "changes",
     [
         {"packing": True},
-        {"packing": True, "teacher_cache_size": 0.01, "num_train_epochs": 2, "max_steps": -1},
         {"packing": False, "padding_free": True, "max_length": None},
     ],
-    ids=["packed", "packed, with a teacher cache", "padding-free"],
+    ids=["packed", "padding-free"],
 )
 def test_rounds_run_on_rows_without_padding(tmp_path, tokenizer, changes):
     changes = {"packing_strategy": "bfd", "trained_layers": "neighbours", "learning_rate": 1e-4} | changes

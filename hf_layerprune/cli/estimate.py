@@ -229,7 +229,7 @@ def _disk_line(content: dict[str, Any]) -> str:
     disk = content["disk"]
     names = {
         "rounds": "the student of every round", "model": "the last one again",
-        "checkpoints": "checkpoints within a round", "teacher_cache": "teacher cache",
+        "checkpoints": "checkpoints within a round",
     }  # fmt: skip
     parts = ", ".join(f"{name} {_gib(disk[key])}" for key, name in names.items() if disk[key])
     return f"Disk: {_gib(sum(disk.values()))} GiB{'' if content['rounds'] else ' for one round'} ({parts})"

@@ -41,7 +41,6 @@ NUMBERS = {  # the same
     "kl_weight": 0,
     "hidden_weight": 0,
     "lm_weight": 0,
-    "teacher_cache_size": 0,
     "learning_rate": 0,
     "weight_decay": 0,
     "num_train_epochs": 0,
@@ -142,11 +141,6 @@ class IterativeLayerDistillConfig(SFTConfig):
             `temperature`.
             `"balanced"`: at each step the hidden-state part is rescaled to the size of the divergence, both as they
             were in the step before, as in NVIDIA's Model-Optimizer; replaces `hidden_weight`.
-        teacher_cache_size (`float`, *optional*, defaults to `0.0`):
-            Size in GiB of a cache in the output folder, of the teacher's final hidden states of the rows that healing
-            has read: tokens x hidden size x bytes. Where rows come again, in further epochs and rounds, the teacher
-            then runs only as far as its other states are needed. 0 is none.
-
         measure_speed (`bool`, *optional*, defaults to `True`):
             Whether to time the teacher and every depth, side by side, at the end of a run.
 
@@ -252,10 +246,6 @@ class IterativeLayerDistillConfig(SFTConfig):
         },
     )
 
-    teacher_cache_size: float = field(
-        default=0.0,
-        metadata={"help": "GiB on disk for the teacher's final hidden states of rows that come again; 0 is none."},
-    )
     measure_speed: bool = field(
         default=True, metadata={"help": "Whether to time the teacher and every depth at the end of a run."}
     )

@@ -32,7 +32,6 @@ from .checkpoints import Checkpoint, load_trained
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, fill, frozen_head, outline, second_copy, splits_model
 from .targets import HiddenStateMap
-from .teacher_cache import TeacherCache
 from .towers import TowerStates, run_towers, shared_depth, why_nothing_is_shared
 from .trainable import make_plain, make_trainable
 
@@ -90,8 +89,8 @@ class LayerHealingTrainer(SFTTrainer):
     """[`~trl.SFTTrainer`] with the loss of layer-wise distillation from `self.teacher`.
 
     The teacher is a plain attribute: it is in no state dict, no optimizer and no wrapper. `shared_depth` says how many
-    blocks it runs for both; see [`~towers.shared_depth`]. `teacher_cache` keeps what it said of rows that come again.
-    `frozen_head` is the student's head where an engine splits the model's own and nothing trains it.
+    blocks it runs for both; see [`~towers.shared_depth`]. `frozen_head` is the student's head where an engine splits
+    the model's own and nothing trains it.
     """
 
     args: IterativeLayerDistillConfig
@@ -100,7 +99,6 @@ class LayerHealingTrainer(SFTTrainer):
     teacher: PreTrainedModel
     hidden_state_map: HiddenStateMap
     shared_depth: int | None = None
-    teacher_cache: TeacherCache | None = None
     frozen_head: nn.Linear | None = None
     _peft_config: Any | None = None
     _step_loss: Tensor | None = None  # sum of the micro-batches of the step in progress
@@ -135,8 +133,6 @@ class LayerHealingTrainer(SFTTrainer):
         reason = why_nothing_is_shared(trained, self.teacher)
         if reason is not None and self.args.trained_layers != "all":  # which trains the embedding, as was asked for
             self._say_once("prefix", f"student and teacher both run in full, which takes longer: {reason}")
-        if self.teacher_cache is not None:
-            self.teacher_cache.read()
         if copied := second_copy(self.accelerator, trained):
             size = f"{copied / 2**30:.2f} GiB more on each process"
             self._say_once("copy", f"the engine splits weights that are not trained, beside the teacher's: {size}")
@@ -145,8 +141,6 @@ class LayerHealingTrainer(SFTTrainer):
         swap_model(self, trained)
         leave_weights(self, trained)
         output = super().train(resume_from_checkpoint=None if checkpoint is None else checkpoint.folder)
-        if self.teacher_cache is not None:
-            self.teacher_cache.flush()
         healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         healed = healed if empty is None else fill(empty, healed, self.args.device)
         return make_plain(healed, save_dtype), output
@@ -259,7 +253,6 @@ class LayerHealingTrainer(SFTTrainer):
             self.hidden_state_map,
             self.shared_depth,
             updates=self.args.hidden_target == "updates",
-            cache=self.teacher_cache,
         )
         return parts_of_loss(towers, self.frozen_head or student.lm_head, self.teacher.lm_head, labels, self.args)
 

@@ -28,7 +28,6 @@ from .checks import check_budget
 from .config import IterativeLayerDistillConfig
 from .run_state import STATE_FILE, RunState, check_not_past_target, decisive_settings, gauge_of_run, lock_run, open_run
 from .students import check_saving, check_student, drop_ignored, put_in_place, write_student
-from .teacher_cache import TeacherCache, open_cache
 from .towers import share_equal_weights
 
 
@@ -46,7 +45,6 @@ class RunKeeping:
     calibration_batches: list[Batch]
     eval_batches: list[Batch]
     tasks: list[PreparedTask]
-    teacher_cache: TeacherCache | None
     gauge: Gauge
     run: RunState
     _peft_config: Any | None
@@ -73,7 +71,6 @@ class RunKeeping:
         try:
             self.run = self._on_main(lambda: open_run(folder, RunState.load(folder), settings, resume_from_checkpoint))
             self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
-            self.teacher_cache = open_cache(folder, self.args.teacher_cache_size, self.teacher, self.accelerator)
             check_budget(self.model_name, self.gauge, plan_of(self.start), self.args.heal)
             check_not_past_target(self.run, plan_of(self.start), self.gauge)
             self._save_run(self.run, folder, "opened")

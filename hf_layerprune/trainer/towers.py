@@ -16,11 +16,9 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data import BATCH_KEYS, Batch
-from ..forward import call_of_layer
+from ..data import Batch
 from ..surgery import plan_of
 from .targets import HiddenStateMap
-from .teacher_cache import TeacherCache
 
 
 @dataclass
@@ -111,7 +109,6 @@ def run_towers(
     states: HiddenStateMap,
     shared: int | None,
     updates: bool = False,
-    cache: TeacherCache | None = None,
 ) -> TowerStates:
     """Run both models on a batch, the student with gradients.
 
@@ -122,29 +119,13 @@ def run_towers(
         states ([`HiddenStateMap`]): the hidden states to compare.
         shared (`int`, *optional*): see [`shared_depth`]; the student runs from its embedding on if there is none.
         updates (`bool`, *optional*, defaults to `False`): compare what blocks add to the residual stream.
-        cache ([`TeacherCache`], *optional*): the teacher's final states of rows it has read; those it only runs as far
-            as its other states are needed.
     """
     inputs = inputs | {"use_cache": False}
     decoder, reference = student.base_model, teacher.base_model
     own = Recorder(decoder.layers, states.student, states.student if updates else ())
     its = Recorder(reference.layers, states.teacher, states.teacher_start if updates else ())
-    known = None if cache is None else cache.get(inputs)
-    begin = max([shared or 0, *(position + 1 for position in states.teacher)])  # from here, what is not known alone
-    with torch.no_grad():
-        with its, captured_call(reference.layers, shared) as call:
-            if known is None:
-                teacher_final = reference(**inputs).last_hidden_state
-            else:
-                state, _ = call_of_layer(reference, inputs, begin)
-        if known is not None:
-            teacher_final, missing = known
-            if missing is not None:
-                part = {key: inputs[key][missing] for key in BATCH_KEYS if key in inputs} | {"use_cache": False}
-                _, kwargs = call_of_layer(reference, part, 0)
-                teacher_final[missing] = _run_from(reference, begin, state[missing], kwargs)
-        if cache is not None:
-            cache.add(inputs, teacher_final)
+    with torch.no_grad(), its, captured_call(reference.layers, shared) as call:
+        teacher_final = reference(**inputs).last_hidden_state
     with own:
         student_final = decoder(**inputs).last_hidden_state if shared is None else _run_from(decoder, shared, *call)
     return TowerStates(student_final[valid], teacher_final[valid], own.states(valid), its.states(valid))
