@@ -4,7 +4,6 @@ from .benchmark import BenchmarkReport as BenchmarkReport
 from .benchmark import benchmark_model as benchmark_model
 from .budget import Budget as Budget
 from .compensation import compensate as compensate
-from .conversion import convert as convert
 from .data import EMBEDDED_MODEL as EMBEDDED_MODEL
 from .data import embedded_dataset as embedded_dataset
 from .data import tokenized_batches as tokenized_batches

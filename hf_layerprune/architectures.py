@@ -2,8 +2,8 @@
 
 A family is a dense decoder of the layout Qwen2 has: `model.base_model` has `embed_tokens`, `layers`, `norm` and
 `rotary_emb`, and `model.lm_head` reads what `norm` gives. A row is all that removing layers, scoring, healing and
-measuring need. To run layers in parallel, or to be converted, a family needs a row in `PLAIN_MODELS` as well, which is
-shipped with checkpoints: its layers are Qwen2's but for the attention that row describes.
+measuring need. To run layers in parallel, a family needs a row in `PLAIN_MODELS` as well, which is shipped with
+checkpoints: its layers are Qwen2's but for the attention that row describes.
 """
 
 from __future__ import annotations

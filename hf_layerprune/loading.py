@@ -18,7 +18,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.integrations.gguf import read_gguf_metadata
@@ -277,21 +276,9 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     if not packed and folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         # transformers would make an empty tokenizer without a word
         raise LayerPruneError(f"{name} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one beside the model")
-    # beside a model of type qwen2 AutoTokenizer takes every tokenizer for Qwen2's; a converted model has another
-    loader = PreTrainedTokenizerFast if not packed and _is_converted(source, options) else AutoTokenizer
     try:
-        return loader.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
         raise LayerPruneError(
             f"{name} has no tokenizer that can be loaded; save one beside the model or name another"
         ) from error
-
-
-def _is_converted(source: str, options: dict[str, Any]) -> bool:
-    """Whether a model came from another family by [`~conversion.convert`]."""
-    hub = {key: options[key] for key in OF_THE_HUB if key in options}
-    try:
-        values, _ = PretrainedConfig.get_config_dict(source, **hub)
-    except LOADING_ERRORS:
-        return False  # a folder with nothing but a tokenizer
-    return values.get("converted_from") is not None

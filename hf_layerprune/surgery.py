@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .architectures import Architecture, architecture_of, check_supported, keep_layers
+from .architectures import architecture_of, check_supported, keep_layers
 from .errors import LayerPruneError
 from .models import PLAIN_MODELS, PrunedQwen2Config, PrunedQwen2ForCausalLM
 from .models.configuration_pruned_qwen2 import older_rope
@@ -248,13 +248,7 @@ def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
     """
     if pairs := plan_of(model).parallel_pairs:
         raise LayerPruneError(f"the plan runs layers {list(pairs)} in parallel; a plain model cannot express that")
-    return rebuilt_as(architecture_of(model.config), model, model.state_dict())
-
-
-def rebuilt_as(
-    architecture: Architecture, model: PrunedQwen2ForCausalLM, tensors: dict[str, torch.Tensor]
-) -> PreTrainedModel:
-    """A plain model of `architecture` made of `tensors`, and of what else belongs to `model`."""
+    architecture = architecture_of(model.config)
     values = {key: value for key, value in model.config.to_dict().items() if key not in NOT_OF_PLAIN}
     values["tie_word_embeddings"] = is_tied(model)
     config_class = architecture.config_class
@@ -268,7 +262,7 @@ def rebuilt_as(
     config = config_class(**values, attn_implementation=model.config._attn_implementation)
     with torch.device("meta"):
         plain = architecture.model_class(config)
-    adopt_weights(plain, model, tensors)
+    adopt_weights(plain, model, model.state_dict())
     _write_rope_twice(config)
     return plain
 

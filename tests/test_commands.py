@@ -17,14 +17,14 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer
 from gguf_writer import write_gguf
 from hub_client import Worker
 from hub_server import HubServer
 from test_recipes import QUICK, RECIPES, arguments_of, as_files, content_of, tiny_config, verb_of
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import PrunedQwen2Config, PrunedQwen2ForCausalLM, embedded_dataset
+from hf_layerprune import embedded_dataset
 from hf_layerprune.cli import VERBS
 from hf_layerprune.surgery import plan_of
 
@@ -120,8 +120,6 @@ def a_desk(folder: Path) -> Path:
     recipe = {"model": "Qwen/Qwen2.5-0.5B", "dataset": "my_texts.jsonl", "target_num_layers": 22, "output_dir": "own"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "models.yaml").write_text(next(iter(blocks(ROOT / "docs/space.md", "yaml"))).replace("user/", "me/"))
-    plain = PrunedQwen2ForCausalLM(PrunedQwen2Config(**tiny_model().config.to_dict()))
-    as_files(plain, folder / "pruned-qwen2-without-pairs")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config("Qwen/Qwen2.5-0.5B"))
     write_gguf(model, folder / "SmolLM2-135M-Instruct-Q4_K_M.gguf", byte_tokenizer())
@@ -138,8 +136,7 @@ def a_terminal(desk: Path, models: tuple[str, ...], tmp_path_factory) -> Iterato
         for model in models:
             torch.manual_seed(0)
             files = as_files(AutoModelForCausalLM.from_config(tiny_config(model)), tmp_path_factory.mktemp("model"))
-            for name in (model, model.replace("3.2-3B", "3.2-1B")):
-                hub.seed(name, files)
+            hub.seed(model, files)
             if model == "Qwen/Qwen2.5-0.5B":
                 hub.seed("me/qwen-parallel", files)
         hub.seed("me/name", {"model-Q8_0.gguf": (desk / "SmolLM2-135M-Instruct-Q4_K_M.gguf").read_bytes()})

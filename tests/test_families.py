@@ -307,7 +307,7 @@ def test_sliding_windows_are_refused(family, changes):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "t5"])
-@pytest.mark.parametrize("verb", ["score", "parallelize", "benchmark", "convert", "evaluate"])
+@pytest.mark.parametrize("verb", ["score", "parallelize", "benchmark", "evaluate"])
 def test_the_command_line_refuses_in_one_line(verb, kind, tmp_path, capsys):
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import byte_tokenizer, embedded_dataset, tiny_config
+from conftest import END, VOCAB_SIZE, byte_tokenizer, embedded_dataset, tiny_config
 from families import family_model
 from safetensors.torch import load_file
-from test_conversion import llama_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from hf_layerprune import (
     IterativeLayerDistillTrainer,
@@ -19,7 +19,6 @@ from hf_layerprune import (
     prune,
     unparallelize,
 )
-from hf_layerprune.conversion import convert
 from hf_layerprune.surgery import to_pruned_qwen2
 from hf_layerprune.trainer.students import save_student
 
@@ -36,14 +35,13 @@ IN_PYTHON = {
     "parallelize": lambda source: parallelize(load(source), [(1, 2)]),
     "unparallelize": lambda source: unparallelize(parallelize(load(source), [(1, 2)])),
     "to_pruned_qwen2": lambda source: to_pruned_qwen2(load(source)),
-    "convert": lambda source: convert(load(source)),
     "from_pretrained": lambda source: PrunedQwen2ForCausalLM.from_pretrained(source, layer_plan=PAIRED),
 }
 TEXTS = "--dataset embedded:calibration --eval_dataset embedded:held_out "
 QUICK = (
     TEXTS + "--pairs 1,2 --dtype float32 --max_length 32 --num_samples 2 --num_eval_samples 2 --measure_speed false"
 )
-COMMANDS = {"hf-layerprune parallelize": ["parallelize", *QUICK.split()], "hf-layerprune convert": ["convert"]}
+COMMANDS = {"hf-layerprune parallelize": ["parallelize", *QUICK.split()]}
 TRAINER = "the trainer"
 
 
@@ -81,7 +79,7 @@ def student(request, source, tmp_path_factory):
         return out
     if way in COMMANDS:
         assert cli.main([*COMMANDS[way], "--model", str(source), "--output_dir", str(out)]) == 0
-        return out if way.endswith("convert") else out / "model"
+        return out / "model"
     texts = embedded_dataset("calibration").select(range(12))
     args = tiny_config(out, target_num_layers=4, trained_layers="neighbours", max_steps=1)
     IterativeLayerDistillTrainer(model=str(source), args=args, train_dataset=texts, eval_dataset=texts).train()
@@ -128,6 +126,19 @@ def test_every_kind_of_positions_has_its_older_form(rope, older, form, tmp_path)
     assert again.config.rope_parameters == model.config.rope_parameters
     prune(again, [2]).save_pretrained(tmp_path / "again")
     assert config_of(tmp_path / "again")["rope_scaling"] == older
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Digits in threes and a first token, as in Llama 3."""
+    vocab = {c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {END: VOCAB_SIZE - 1}
+    vocab = vocab | {"12": VOCAB_SIZE, "123": VOCAB_SIZE + 1}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("1", "2"), ("12", "3")]))
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\p{L}+|\s+|[^\s\p{L}\p{N}]+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, VOCAB_SIZE - 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return tokenizer
 
 
 def sentencepiece_tokenizer(bos):

@@ -16,7 +16,7 @@ from ..errors import LayerPruneError, first_line, is_out_of_memory
 
 VERBS = {
     "compress": "compress", "parallelize": "parallelize", "generate": "generate", "score": "measure",
-    "evaluate": "measure", "benchmark": "benchmark", "estimate": "estimate", "convert": "convert", "push": "push",
+    "evaluate": "measure", "benchmark": "benchmark", "estimate": "estimate", "push": "push",
     "push-space": "push_space", "demo": "demo",
 }  # fmt: skip
 """Verb to the module here that runs it."""
@@ -31,7 +31,6 @@ usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
   evaluate     measure a checkpoint, alone or against a teacher
   benchmark    measure speed and memory of one or more checkpoints, side by side
   estimate     estimate what a run needs before it starts: memory, disk, tokens, rough time
-  convert      write a checkpoint in another family's form, such as Llama as Qwen2, with the same logits
   push         put the student of a run on the Hub, with its report and a card
   push-space   make or update a Space on the Hub that compares students with their originals
   demo         compare original and compressed side by side, in the browser

@@ -272,26 +272,6 @@ class BenchmarkArguments:
 
 
 @dataclass
-class ConvertArguments:
-    """Settings of `convert`."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "Model folder, GGUF file, Hub id, or user/name@revision."}
-    )
-    to: str | None = field(
-        default=None,
-        metadata={
-            "help": "model_type of the result: qwen2, qwen3, llama, mistral or pruned_qwen2. Default: qwen2; for a "
-            "PrunedQwen2 the plain model whose layers its blocks are."
-        },
-    )
-    dtype: str = field(
-        default="auto", metadata={"help": "dtype of the weights, also as they are saved; 'auto' is the checkpoint's."}
-    )
-    output_dir: str | None = field(default=None, metadata={"help": "New folder for the converted model."})
-
-
-@dataclass
 class PushArguments:
     """Settings of `push`."""
 
