@@ -44,6 +44,7 @@ ROWS, LENGTH = 24, 256
 REPAIR_ROWS = 48
 NUM_CODE, CODE_TOKENS = 40, 256
 NUM_CHATS, CHAT_TOKENS = 40, 192
+STATES = ("", "unhealed", "repaired")
 CODE_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n```", "\n@")
 
 
@@ -211,6 +212,9 @@ def main() -> None:
     parser.add_argument("--no_generation", action="store_true", help="leave out code and chat answers")
     parser.add_argument("--float32", action="store_true", help="also where the CPU computes bfloat16 natively")
     args = parser.parse_args()
+    for item in args.checkpoints:
+        if (state := item.partition("=")[2].partition(":")[2]) not in STATES:
+            sys.exit(f"{item}: no state {state!r} of a checkpoint; choose {' or '.join(STATES[1:])}, or leave it out")
 
     half = torch.cpu._is_avx512_bf16_supported() and not args.float32
     context = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()

@@ -65,22 +65,15 @@ def download(source: Source, target: Path) -> None:
 
 def convert(gguf: Path, folder: Path, tied: bool) -> None:
     """Write a GGUF file as a plain checkpoint in bfloat16."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from hf_layerprune import load_model, load_tokenizer
 
-    plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=plain
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    model, tokenizer = load_model(str(gguf)), load_tokenizer(str(gguf))
     if tied:
         model.config.tie_word_embeddings = True
         model.tie_weights()
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(part)
+    model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
 
