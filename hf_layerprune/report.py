@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from rich import box
 from rich.table import Table
 
@@ -96,24 +94,9 @@ def write_report_files(folder: Path, report: dict[str, Any]) -> None:
 
 
 def save_report_plots(folder: Path, report: dict[str, Any]) -> None:
-    """Write `quality.png` and `layers.png`, unless they show this report already: their metadata says which."""
-    shown = {"Report": report_digest(report)}
-    plots = {
-        "quality.png": lambda: plot_quality(report["teacher"], report["rounds"]),
-        "layers.png": lambda: plot_layer_map(report["rounds"], cost_unit(report)),
-    }
-    for name, plot in plots.items():
-        if _shown_in(folder / name) != shown["Report"]:
-            save_plot(plot(), folder / name, shown)
-
-
-def _shown_in(path: Path) -> str | None:
-    """Digest of the report that a plot shows; `None` where there is no plot that says so."""
-    try:
-        with Image.open(path) as picture:
-            return picture.info.get("Report")
-    except OSError:
-        return None
+    """Write `quality.png` and `layers.png`."""
+    save_plot(plot_quality(report["teacher"], report["rounds"]), folder / "quality.png")
+    save_plot(plot_layer_map(report["rounds"], cost_unit(report)), folder / "layers.png")
 
 
 def weighed_by(settings: dict[str, Any]) -> str:
@@ -128,11 +111,6 @@ def cost_unit(report: dict[str, Any]) -> str:
     """The unit of a run's costs, where they have one."""
     plain = report["rounds"][-1]["criterion"] in ("kl", "loss") and not weighed_by(report["settings"])
     return "nats per token" if plain else ""
-
-
-def report_digest(report: dict[str, Any]) -> str:
-    """SHA-256 of what the plots show."""
-    return sha256(to_json([report["teacher"], report["rounds"], cost_unit(report)]).encode()).hexdigest()
 
 
 def recovery(teacher: dict[str, Any], record: dict[str, Any]) -> float | None:
@@ -375,10 +353,10 @@ def plot_range(found: ParallelRange) -> Figure:
     return figure
 
 
-def save_plot(figure: Figure, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a plot as PNG, with some text in its metadata."""
+def save_plot(figure: Figure, path: Path) -> None:
+    """Write a plot as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata=metadata)
+    figure.savefig(buffer, format="png", dpi=150)
     write_atomically(path, buffer.getvalue())
 
 

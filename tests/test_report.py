@@ -70,21 +70,6 @@ def test_files(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_plots_are_drawn_again_where_they_show_something_else(tmp_path):
-    def drawn():
-        return [(tmp_path / name).stat().st_ino for name in ("quality.png", "layers.png")]
-
-    write_report(tmp_path, TEACHER, ROUNDS, {})
-    first = drawn()
-    write_report(tmp_path, TEACHER, ROUNDS, {})
-    assert drawn() == first
-    (tmp_path / "layers.png").write_bytes(b"no picture")
-    write_report(tmp_path, TEACHER, ROUNDS, {})
-    assert drawn()[0] == first[0] and (tmp_path / "layers.png").stat().st_size > 10_000
-    write_report(tmp_path, TEACHER, ROUNDS[:1], {})
-    assert drawn()[0] != first[0]
-
-
 def test_what_was_never_healed_has_one_perplexity_and_a_bar_is_no_column(tmp_path):
     record = {**ROUNDS[0], "edits": ["1|2"], "scores": {"1|2": 0.2, "0": 3.0}}
     record = {key: value for key, value in record.items() if "unhealed" not in key and "before" not in key}
@@ -146,7 +131,7 @@ def test_the_report_says_how_long_the_run_took(make, tmp_path):
         "starting", "evaluating teacher", "scoring", "evaluating", "healing", "measuring speed", "writing",
     }  # fmt: skip
     assert seconds["total"] == pytest.approx(sum(seconds["phases"].values()))
-    assert took - 1 < seconds["total"] < took
+    assert took / 2 < seconds["total"] < took  # but for drawing the report itself
     told = (tmp_path / "run" / "report.md").read_text().splitlines()[-1]
     assert f"The run took {seconds['total']:.1f} s: " in told and "measuring speed" in told
     again = make(target_num_layers=3)  # a session later: the times add up

@@ -237,8 +237,6 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         self._save_run(run, folder, "all")
         self._phase("writing")
         self._publish(folder, run)
-        if self.args.should_save and run.rounds:
-            self._write_report()  # once more, now that the time is known
         if self.args.push_to_hub:
             self.push_to_hub()
         unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
