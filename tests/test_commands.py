@@ -39,8 +39,12 @@ STANDS_FOR_SOMETHING = re.compile(r"[A-Z]+|user/name")
 PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and page.name != "cli.md"]
 PAGES_OF_RECIPES = sorted(ROOT.glob("recipes/**/README.md"))
 MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-3B")
-MODELS_OF_RECIPES = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen3-8B", "HuggingFaceTB/SmolLM2-135M-Instruct",
-                     "Qwen/Qwen2.5-Coder-0.5B-Instruct")
+MODELS_OF_RECIPES = (
+    "Qwen/Qwen2.5-7B-Instruct",
+    "Qwen/Qwen3-8B",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct",
+)
 EXAMPLE = (ROOT / "examples" / "compress.py").read_text()  # see test_readme.py
 GIVEN = """
 from conftest import random_batches
