@@ -337,7 +337,7 @@ def test_names_with_brackets_are_printed_as_they_are(tmp_path, model_folder, tex
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text("- {kind: multiple_choice, dataset: rows.jsonl, prompt: '{q}', name: 'my [/x] rows'}")
     assert run("score", "--model", model_folder, "--tasks", tasks, "--output_dir", tmp_path / "scores") == 0
-    assert "task my [/x] rows: prompts too long" in capsys.readouterr().out
+    assert "task my [/x] rows: prompts too long" in capsys.readouterr().err
     assert run("evaluate", *base, *few, "--tasks", tasks) == 0
     assert "my [/x] rows" in capsys.readouterr().out
 
