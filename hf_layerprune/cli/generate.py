@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from ..generation_data.generate import generate_healing_data, processes
-from ..generation_data.prompts import COLUMNS
+from ..generation_data.prompts import column_of_prompts
 from ..loading import load_model, load_tokenizer
 from ..progress import Phases, say
 from .parsing import parse
@@ -20,11 +20,11 @@ def generate(argv: list[str]) -> None:
     with Phases(quiet=not state.is_main_process) as phases:
         phases.phase("reading the prompts")
         prompts = read_dataset(arguments, arguments.dataset or "embedded:healing")
+        column = column_of_prompts(prompts, config)
         phases.phase(f"loading {arguments.model}")
         model = load_model(arguments.model, arguments.dtype, state.device).to(state.device)
         tokenizer = load_tokenizer(arguments.model)
-        column = next((name for name in (config.prompt_column, *COLUMNS) if name in prompts.column_names), None)
-        if tokenizer.chat_template and not config.as_chat and column and isinstance(prompts[0][column], str):
+        if tokenizer.chat_template and not config.as_chat and isinstance(prompts[0][column], str):
             say(phases.console, "prompts are continued as plain text; --as_chat true asks them as a user's messages")
         report = generate_healing_data(
             model, prompts, arguments.output_file, config, tokenizer, on_rows=partial(phases.done, "answering")

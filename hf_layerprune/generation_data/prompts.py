@@ -40,13 +40,7 @@ def read_prompts(
     Raises:
         [`LayerPruneError`]: if there is no column of prompts or nothing in it, or a row cannot be a prompt.
     """
-    columns = [config.prompt_column] if config.prompt_column else COLUMNS
-    column = next((name for name in columns if name in dataset.column_names), None)
-    if column is None:
-        raise LayerPruneError(
-            f"the prompts have columns {dataset.column_names} but no {' or '.join(map(repr, columns))}; name the one "
-            "with messages or text with prompt_column"
-        )
+    column = column_of_prompts(dataset, config)
     count = len(dataset) if config.num_prompts is None else min(len(dataset), config.num_prompts)
     prompts = []
     for row, value in enumerate(dataset.select(range(count))[column]):
@@ -57,6 +51,22 @@ def read_prompts(
     if not prompts:
         raise LayerPruneError(f"the prompts hold no text in column {column!r}; give at least one row with text")
     return prompts
+
+
+def column_of_prompts(dataset: Dataset, config: HealingDataConfig) -> str:
+    """The column named by `prompt_column`, or the first of `COLUMNS` that the data set has.
+
+    Raises:
+        [`LayerPruneError`]: if there is none.
+    """
+    columns = [config.prompt_column] if config.prompt_column else COLUMNS
+    column = next((name for name in columns if name in dataset.column_names), None)
+    if column is None:
+        raise LayerPruneError(
+            f"the prompts have columns {dataset.column_names} but no {' or '.join(map(repr, columns))}; name the one "
+            "with messages or text with prompt_column"
+        )
+    return column
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 from .._trl import prepared_for_evaluation, restore_forward, swap_model
 from ..budget import Gauge
 from ..data import Batch, check_batches, collated_batches
-from ..edits import Edit, edits_between
+from ..edits import Edit
 from ..errors import LayerPruneError, NotANumber
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
@@ -294,7 +294,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         if not self.args.heal:
             return self._keep(student, run, folder), TrainOutput(0, 0.0, {})
         trained = self.args.named_trained_layers() or self.args.trained_layers
-        edits = [Edit.from_label(label) for label in current["edits"]] or edits_between(plan_of(self.teacher), plan)
+        edits = [Edit.from_label(label) for label in current["edits"]]
         blocks = trained_blocks(plan, edits, trained)
         set_seed(self.args.seed + self._round)  # adapters are drawn at random: the same ones after a resume
         self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self._round)  # other rows every round

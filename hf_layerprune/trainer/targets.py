@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..edits import Edit
+from ..edits import Edit, edits_between
 from ..errors import LayerPruneError
 from ..plan import LayerPlan
 
@@ -47,14 +47,14 @@ def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tup
 
     Args:
         plan ([`LayerPlan`]): the student's.
-        edits (`list[Edit]`): what this round did.
+        edits (`list[Edit]`): what this round did; of a round that only heals none, and all gaps of the plan count.
         trained_layers (`str` or `tuple[int, ...]`): `"neighbours"`, `"all"`, or named teacher layers.
 
     Raises:
         [`LayerPruneError`]: if none of the named layers is left.
     """
     if trained_layers == "neighbours":
-        return touched_blocks(plan, edits)
+        return touched_blocks(plan, edits or edits_between(LayerPlan.identity(plan.num_teacher_layers), plan))
     if trained_layers == "all":
         return list(range(plan.depth))
     blocks = sorted({plan.block_of(layer) for layer in trained_layers if layer in plan.layers})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...edits import Edit, edits_between
+from ...edits import Edit
 from ...layer_map import last_costs
 from ...plan import LayerPlan
 from ...report import criterion_unit, was_healed
@@ -65,7 +65,6 @@ def healed_layers(rounds: Sequence[dict[str, Any]], settings: dict[str, Any]) ->
             continue
         plan = LayerPlan.from_dict(record["plan"])
         edits = [Edit.from_label(label) for label in record["edits"]]
-        edits = edits or edits_between(LayerPlan.identity(plan.num_teacher_layers), plan)  # a run that only healed
         blocks = trained_blocks(plan, edits, trained)
         layers |= {layer for position in blocks for layer in plan.blocks[position]}
     return layers
