@@ -433,9 +433,9 @@ def test_the_command_says_when_a_chat_model_is_not_asked_as_one(tmp_path, write,
         part.save_pretrained(tmp_path / "chat")
     text = write("texts.txt", "\n".join(TEXTS))
     arguments = ["--model", tmp_path / "chat", "--dataset", text, *QUICK, "--output_file"]
-    assert run(*arguments, tmp_path / "plain.jsonl") == 0 and "--as_chat true" in capsys.readouterr().out
+    assert run(*arguments, tmp_path / "plain.jsonl") == 0 and "--as_chat true" in capsys.readouterr().err
     assert run(*arguments, tmp_path / "chats.jsonl", "--as_chat", "true") == 0
-    assert "--as_chat" not in capsys.readouterr().out
+    assert "--as_chat" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
