@@ -132,6 +132,8 @@ class RunProgress(LayerDistillCallback):
         self.teacher_depth = trainer.teacher.config.num_hidden_layers
         self.batch_rows = args.per_device_eval_batch_size
         self.calibration_rows = len(trainer.calibration_batches) * self.batch_rows
+        repairs = args.compensation != "none"
+        self.repair_rows = len(trainer.repair_batches) * self.batch_rows * repairs
         self.eval_rows = len(trainer.eval_batches) * self.batch_rows
         self.step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         rows = args.max_steps * self.step_rows if args.max_steps > 0 else args.num_train_epochs * _length(trainer)
@@ -158,7 +160,7 @@ class RunProgress(LayerDistillCallback):
         total = 0.0
         while depth > self.target:
             for _ in range(min(self.layers_per_round, depth - self.target)):
-                total += self._scoring_cost(depth)
+                total += self._scoring_cost(depth) + self._repair_cost(depth)
                 depth -= 1
             total += self.evaluations * self._evaluation_cost(depth) + self._healing_cost(depth)
         return total
@@ -168,6 +170,9 @@ class RunProgress(LayerDistillCallback):
         return self.calibration_rows * (
             (candidates + 1) * depth / 2 + self.teacher_depth + HEAD_LAYERS * (candidates + 2)
         )
+
+    def _repair_cost(self, depth: int) -> float:
+        return self.repair_rows * (depth + self.teacher_depth)
 
     def _evaluation_cost(self, depth: int) -> float:
         return self.eval_rows * (depth + self.teacher_depth + 2 * HEAD_LAYERS)
@@ -199,10 +204,13 @@ class RunProgress(LayerDistillCallback):
             self.phases.describe(phase)
             return
         self.depth = details.get("num_layers", self.depth)
-        cost = {"scoring": self._scoring_cost, "healing": self._healing_cost}.get(phase, self._evaluation_cost)(
-            self.depth
-        )
-        steps = {"scoring": self.calibration_rows, "healing": self.healing_rows}.get(phase, self.eval_rows)
+        work = {
+            "scoring": (self._scoring_cost, self.calibration_rows),
+            "repairing": (self._repair_cost, self.repair_rows),
+            "healing": (self._healing_cost, self.healing_rows),
+        }
+        price, steps = work.get(phase, (self._evaluation_cost, self.eval_rows))
+        cost = price(self.depth)
         self.phase_step, self.healing_step = (
             rows * cost / max(1, steps) for rows in (self.batch_rows, self.step_rows)
         )

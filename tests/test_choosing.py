@@ -130,6 +130,7 @@ def test_a_run_of_one_scoring_goes_on_in_the_same_order(make, tmp_path):
         ({"race_confidence": 0.9, "one_shot": True}, "leave out one_shot"),
         ({"race_confidence": 2.0}, "confidence=2"),
         ({"compensation": "least_squares", "edits": "parallelize"}, "removes none; leave it out"),
+        ({"num_repair_samples": 8}, "num_repair_samples=8 are read by compensation"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused(tmp_path, settings, message):
@@ -174,6 +175,23 @@ def test_rounds_repair_what_they_removed(make, tmp_path, method):
         for a, b in zip(saved.parameters(), student.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert all((a == b).all() for a, b in zip(trainer.teacher.parameters(), teacher.parameters(), strict=True))
+
+
+def test_a_repair_reads_rows_of_its_own(make, tmp_path):
+    few = make("few", compensation="least_squares", target_num_layers=5, num_repair_samples=2)
+    many = make("many", compensation="least_squares", target_num_layers=5, num_repair_samples=12)
+    for trainer, rows in ((few, 2), (many, 12)):
+        trainer.train()
+        expected = score_layers(tiny_model(6), trainer.calibration_batches, compensation="least_squares")
+        assert removed(trainer) == [expected.safest]  # scored on the rows for scoring
+        assert sum(len(batch["input_ids"]) for batch in trainer.repair_batches) == rows
+        student = prune(tiny_model(6), removed(trainer))
+        student = compensate(student, trainer.repair_batches, "least_squares", tiny_model(6))
+        saved = load_model(f"{trainer.args.output_dir}/rounds/01")
+        for a, b in zip(saved.parameters(), student.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(LayerPruneError, match="repair_text"):
+        make("many", compensation="least_squares", num_repair_samples=2).train(resume_from_checkpoint=True)
 
 
 def test_every_choice_is_scored_on_the_repaired_student(make):

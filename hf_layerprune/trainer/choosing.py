@@ -1,4 +1,4 @@
-"""How a round finds its next edit, scored on the student as it is or taken from an order, and repairs what it left."""
+"""How a round finds its next edit, scored on the student as it is or taken from an order."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import Gauge
-from ..compensation import compensate
 from ..data import Batch
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..scoring import MEASURED, EditScores, Race, contiguous_block, score_edits
 from ..search import next_step
-from ..surgery import apply_plan, plan_of
+from ..surgery import plan_of
 from ..tasks import PreparedTask, load_tasks, prepare_tasks
 from .config import IterativeLayerDistillConfig
 from .run_state import RunState
-from .trainable import round_weights
 
 
 def next_edit(
@@ -93,19 +90,3 @@ def fixed_order(
     layers = contiguous_block(model, batches, min(size, len(edits)), [edit.layers[0] for edit in edits])
     scores = replace(scores, margin=None, half_agreement=None, contenders=())
     return [Edit.remove(layer) for layer in reversed(layers)], scores
-
-
-def edited(
-    student: PreTrainedModel,
-    edit: Edit,
-    batches: list[Batch],
-    teacher: PreTrainedModel,
-    compensation: str,
-    dtype: torch.dtype,
-) -> PreTrainedModel:
-    """`student` after an edit, the gap repaired in closed form, in weights that `dtype` can hold."""
-    student = apply_plan(student, edit.apply(plan_of(student)), share_weights=True)
-    if compensation != "none" and edit.kind == "remove":
-        student = compensate(student, batches, compensation, teacher, edit.layers, share_weights=True)
-    round_weights(student, dtype)
-    return student

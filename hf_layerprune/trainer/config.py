@@ -29,6 +29,7 @@ WHOLE_NUMBERS = {  # and the least they may be
     "protect_first_layers": 0,
     "protect_last_layers": 0,
     "num_calibration_samples": 1,
+    "num_repair_samples": 1,
     "num_eval_samples": 1,
     "max_length": 2,
     "seed": 0,
@@ -106,6 +107,9 @@ class IterativeLayerDistillConfig(SFTConfig):
             Number of last teacher layers that no edit touches.
         num_calibration_samples (`int`, *optional*, defaults to `64`):
             Rows of calibration data (of `max_length` tokens where packed) that score the layers.
+        num_repair_samples (`int`, *optional*):
+            Rows of calibration data that `compensation` repairs a student on; those that score the layers by default.
+            A repair costs two passes over them, scoring one per layer: many rows are cheap here, and help.
         num_eval_samples (`int`, *optional*):
             Rows of `eval_dataset` that measure quality; all by default.
         compensation (`str`, *optional*, defaults to `"none"`):
@@ -195,6 +199,10 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
     num_calibration_samples: int = field(
         default=64, metadata={"help": "Rows of calibration data that score the layers."}
+    )
+    num_repair_samples: int | None = field(
+        default=None,
+        metadata={"help": "Rows of calibration data to repair on; those that score the layers by default."},
     )
     num_eval_samples: int | None = field(
         default=None, metadata={"help": "Rows of the evaluation data that measure quality; all by default."}
@@ -354,6 +362,10 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(
                 "compensation='rescale' changes the scale of hidden states, which the hidden-state loss compares with "
                 "the teacher's; set hidden_weight=0 or choose 'least_squares'"
+            )
+        if self.num_repair_samples is not None and self.compensation == "none":
+            raise LayerPruneError(
+                f"num_repair_samples={self.num_repair_samples} are read by compensation='least_squares'; set both or none"
             )
         if self.compensation != "none" and "remove" not in self.edit_space().kinds:
             raise LayerPruneError(

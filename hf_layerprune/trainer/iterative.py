@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 
 from .._trl import prepared_for_evaluation, restore_forward, swap_model
 from ..budget import Gauge
+from ..compensation import compensate
 from ..data import Batch, check_batches, collated_batches
 from ..edits import Edit
 from ..errors import LayerPruneError, NotANumber
@@ -36,7 +37,7 @@ from ..rows import with_text
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
 from .checks import check_added_tokens, check_arguments, check_enough_rows, check_request
-from .choosing import edited, next_edit, prepared_tasks
+from .choosing import next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, check_engine, check_whole
 from .healing import LayerHealingTrainer
@@ -47,6 +48,7 @@ from .records import add_speed, round_record, speed_runs, task_record, teacher_r
 from .run_state import RunState
 from .students import publish_student
 from .targets import trained_blocks
+from .trainable import round_weights
 
 
 class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTrainer):
@@ -171,6 +173,9 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         calibration = datasets.get("calibration", self.all_train_rows)
         self.eval_dataset = datasets.get("eval")
         self.calibration_batches = self._batches(calibration, args.num_calibration_samples, "calibration data")
+        self.repair_batches = self.calibration_batches
+        if args.num_repair_samples is not None:
+            self.repair_batches = self._batches(calibration, args.num_repair_samples, "calibration data")
         if self.eval_dataset is None:
             self.eval_batches = self.calibration_batches
         else:
@@ -250,10 +255,8 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             wanted = min(wanted, plan_of(student).depth - self.gauge.budget.target)
         run.current = run.current or {"wanted": wanted, "edits": [], "scores": [], "seconds_scoring": 0.0}
         current = run.current
-        repair = (self.calibration_batches, self.teacher, self.args.compensation, self.save_dtype)
         for label in current["edits"]:
-            with autocast(self.accelerator):
-                student = edited(student, Edit.from_label(label), *repair)
+            student = self._edited(student, Edit.from_label(label))
         plan = plan_of(student)
         while len(current["edits"]) < current["wanted"] and not self.gauge.met(plan):
             self._phase("scoring", num_layers=plan.depth)
@@ -274,8 +277,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             current["seconds_scoring"] += time.perf_counter() - start
             current["scores"] += [] if scores is None else [scores.to_dict()]
             current["edits"].append(label)
-            with autocast(self.accelerator):
-                student = edited(student, Edit.from_label(label), *repair)
+            student = self._edited(student, Edit.from_label(label))
             plan = plan_of(student)
             self._save_run(run, folder, "scoring")
         if "before_healing" not in current and self.args.heal:
@@ -284,6 +286,17 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
                 unhealed = apply_plan(self.teacher, plan, share_weights=True)
                 current["unhealed"] = self._evaluate_phase(unhealed).to_dict()
             self._save_run(run, folder, "evaluating unhealed")
+        return student
+
+    def _edited(self, student: PreTrainedModel, edit: Edit) -> PreTrainedModel:
+        """`student` after an edit, the gap repaired in closed form, in weights that the saved dtype can hold."""
+        student = apply_plan(student, edit.apply(plan_of(student)), share_weights=True)
+        if self.args.compensation != "none" and edit.kind == "remove":
+            self._phase("repairing", num_layers=plan_of(student).depth)
+            with autocast(self.accelerator):
+                repair = (self.repair_batches, self.args.compensation, self.teacher, edit.layers)
+                student = compensate(student, *repair, on_batch=self._phase_step, share_weights=True)
+        round_weights(student, self.save_dtype)
         return student
 
     def _heal(self, student: PreTrainedModel, run: RunState, folder: Path) -> tuple[PreTrainedModel, TrainOutput]:

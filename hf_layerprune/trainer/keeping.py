@@ -43,6 +43,7 @@ class RunKeeping:
     save_dtype: torch.dtype
     all_train_rows: Dataset | IterableDataset
     calibration_batches: list[Batch]
+    repair_batches: list[Batch]
     eval_batches: list[Batch]
     tasks: list[PreparedTask]
     gauge: Gauge
@@ -64,7 +65,7 @@ class RunKeeping:
         self._since, self.seconds_before, self._doing = time.perf_counter() - self.seconds_before, 0.0, "starting"
         folder = Path(self.args.output_dir)
         self._on_main(lambda: check_saving(self._unpruned(), self.processing_class))
-        data = (self.all_train_rows, self.calibration_batches, self.eval_batches, self.tasks)
+        data = (self.all_train_rows, self.calibration_batches, self.repair_batches, self.eval_batches, self.tasks)
         settings = decisive_settings(self.args, self.start, self.teacher, data, self._peft_config)
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
         self._on_main(lambda: self._take_lock(folder))  # before anything is read: what is read stays true

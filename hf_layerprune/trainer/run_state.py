@@ -174,15 +174,15 @@ def decisive_settings(
     args: IterativeLayerDistillConfig,
     start: PreTrainedModel,
     teacher: PreTrainedModel,
-    data: tuple[Dataset | IterableDataset, list[Batch], list[Batch], list[PreparedTask]],
+    data: tuple[Dataset | IterableDataset, list[Batch], list[Batch], list[Batch], list[PreparedTask]],
     peft_config: Any | None,
 ) -> dict[str, Any]:
     """What must not change within a run: settings, models and data, the last two as short fingerprints.
 
-    `data` are the rows to heal on, of which some from all over are looked at (of a stream the first), the calibration
-    and evaluation batches, and the tasks that choose layers.
+    `data` are the rows to heal on, of which some from all over are looked at (of a stream the first), the batches that
+    score, repair and evaluate, and the tasks that choose layers.
     """
-    rows, calibration, evaluation, tasks = data
+    rows, calibration, repair, evaluation, tasks = data
     values = {name: getattr(args, name, None) for name in (*DECISIVE, *PER_HEALING)}
     values["bf16"] = args.as_given["bf16"]  # what was derived from the hardware here is nothing to repeat elsewhere
     values["target"] = args.budget().unit
@@ -195,6 +195,7 @@ def decisive_settings(
     texts = {
         "healing": _some_rows(rows),
         "calibration": [tensor for batch in calibration for tensor in batch.values()],
+        "repair": [tensor for batch in repair for tensor in batch.values()],
         "evaluation": [tensor for batch in evaluation for tensor in batch.values()],
         "tasks": [part for task in tasks for part in task.fingerprint()],
     }
