@@ -35,14 +35,15 @@ def native_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype
     return dtype if device.type != "cpu" or dtype in native else torch.float32
 
 
-def wall_time(seconds: dict[str, Any]) -> str:
-    """One sentence on how long a run took, and its phases, the longest first."""
+def wall_time(phases: dict[str, float]) -> str:
+    """One sentence on how long a run took, from the seconds of its phases."""
 
-    def told(value: float) -> str:
+    def duration(value: float) -> str:
         return f"{value:.1f} s" if value < 60 else str(timedelta(seconds=round(value)))
 
-    phases = sorted(seconds["phases"].items(), key=lambda phase: -phase[1])
-    return f"The run took {told(seconds['total'])}: {', '.join(f'{name} {told(value)}' for name, value in phases)}."
+    longest_first = sorted(phases.items(), key=lambda phase: -phase[1])
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in longest_first)
+    return f"The run took {duration(sum(phases.values()))}: {parts}."
 
 
 def hardware(device: torch.device | None) -> str:

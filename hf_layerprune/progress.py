@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from .budget import Budget
-from .edits import Edit
-from .report import was_healed
+from .record import RoundRecord
 from .scoring.scores import CLEAR_MARGIN
 from .surgery import plan_of
 from .trainer import IterativeLayerDistillTrainer, LayerDistillCallback
@@ -229,21 +228,21 @@ class RunProgress(LayerDistillCallback):
         state: TrainerState,
         control: TrainerControl,
         *,
-        record: dict[str, Any],
+        record: RoundRecord,
         **_: Any,
     ) -> None:
-        edits = ", ".join(str(Edit.from_label(label)) for label in record["edits"]) or "no edit"
-        perplexity = f"{record['perplexity']:.2f}"
-        if was_healed(record):
-            perplexity = f"{record['perplexity_before_healing']:.2f} -> {perplexity} healed"
+        edits = ", ".join(map(str, record.edits)) or "no edit"
+        perplexity = f"{record.quality.perplexity:.2f}"
+        if record.before_healing is not None:
+            perplexity = f"{record.before_healing.perplexity:.2f} -> {perplexity} healed"
         say(
             self.phases.out,
-            f"round {record['round']}: {edits}; {record['num_layers']} layers; perplexity {perplexity}; "
-            f"KL {record['kl']:.4f}",
+            f"round {record.number}: {edits}; {record.depth} layers; perplexity {perplexity}; "
+            f"KL {record.quality.kl:.4f}",
         )
-        for scores in record["all_scores"]:
-            if scores["margin"] is not None and not scores["margin"] >= CLEAR_MARGIN:
-                say(self.phases.out, f"  {scores['certainty']}")
+        for scores in record.scores:
+            if scores.margin is not None and not scores.margin >= CLEAR_MARGIN:
+                say(self.phases.out, f"  {scores.certainty}")
 
 
 def expected_depth(budget: Budget, original: PreTrainedModel) -> int:

@@ -185,5 +185,10 @@ def read_report(folder):
     return json.loads((folder / "report.json").read_text())
 
 
+def rounds_of(trainer):
+    """The finished rounds as `report.json` holds them."""
+    return trainer.run.to_dict()["rounds"]
+
+
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_config, tiny_model
+from conftest import byte_tokenizer, rounds_of, tiny_config, tiny_model
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig
 
@@ -79,7 +79,7 @@ def test_every_form_is_scored_and_healed(tmp_path, form, streaming):
         read = [tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[labels != -100])]
         assert tuple(read) == READ.get(form, (TEXT, TEXT))
     trainer.train()
-    assert trainer.run.rounds[0]["train_tokens"] > 0
+    assert rounds_of(trainer)[0]["train_tokens"] > 0
     whole = trainer.evaluate()["eval_loss"]
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(whole, rel=1e-5)
 

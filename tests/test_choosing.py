@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import rounds_of, tiny_config, tiny_model
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPlan, LayerPruneError, evaluate_model, prune, score_layers
 from hf_layerprune.compensation import compensate
@@ -28,7 +28,7 @@ def make(tmp_path, tokenizer, texts):
 
 
 def removed(trainer):
-    return [layer for record in trainer.run.rounds for layer in record["removed_layers"]]
+    return [layer for record in rounds_of(trainer) for layer in record["removed_layers"]]
 
 
 @pytest.mark.parametrize("criterion", [name for name in criteria() if name != "tasks"])
@@ -50,17 +50,17 @@ def test_scored_once(make):
     trainer.train()
     scores = score_layers(tiny_model(6), trainer.calibration_batches)
     assert removed(trainer) == list(scores.ranking[:3])
-    assert [len(record["scores"]) for record in trainer.run.rounds] == [6, 0, 0]
+    assert [len(record["scores"]) for record in rounds_of(trainer)] == [6, 0, 0]
 
 
 def test_a_stretch_of_layers_goes_in_one_round_or_from_its_top(make):
     trainer = make(criterion="angular_distance", layers_per_round=3)
     trainer.train()
     stretch = contiguous_block(tiny_model(6), trainer.calibration_batches, 3)
-    assert removed(trainer) == list(reversed(stretch)) and len(trainer.run.rounds) == 1
+    assert removed(trainer) == list(reversed(stretch)) and len(rounds_of(trainer)) == 1
     rounds = make("rounds", criterion="angular_distance", one_shot=True)
     rounds.train()
-    assert removed(rounds) == list(reversed(stretch)) and len(rounds.run.rounds) == 3
+    assert removed(rounds) == list(reversed(stretch)) and len(rounds_of(rounds)) == 3
 
 
 def test_the_stretch_is_that_with_the_least_angle(make):
@@ -107,7 +107,7 @@ def test_races_choose_the_same(make):
     calm.train()
     racing.train()
     assert removed(racing) == removed(calm)
-    assert any(record["all_scores"][0]["left"] for record in racing.run.rounds)
+    assert any(record["all_scores"][0]["left"] for record in rounds_of(racing))
     assert "(left at " in (Path(racing.args.output_dir) / "report.md").read_text()
 
 
@@ -197,7 +197,7 @@ def test_a_repair_reads_rows_of_its_own(make, tmp_path):
 def test_every_choice_is_scored_on_the_repaired_student(make):
     trainer = make(compensation="least_squares", layers_per_round=2, target_num_layers=4)
     trainer.train()
-    (record,) = trainer.run.rounds
+    (record,) = rounds_of(trainer)
     teacher, student = tiny_model(6), tiny_model(6)
     for scores, layer in zip(record["all_scores"], record["removed_layers"], strict=True):
         expected = score_layers(student, trainer.calibration_batches, teacher=teacher, compensation="least_squares")
@@ -210,7 +210,7 @@ def test_a_single_scoring_is_taken_after_repair_too(make):
     trainer = make(compensation="least_squares", one_shot=True)
     trainer.train()
     expected = score_layers(tiny_model(6), trainer.calibration_batches, compensation="least_squares")
-    assert trainer.run.rounds[0]["all_scores"][0]["values"] == pytest.approx(
+    assert rounds_of(trainer)[0]["all_scores"][0]["values"] == pytest.approx(
         {str(k): v for k, v in expected.values.items()}, rel=1e-4
     )
     assert removed(trainer) == list(expected.ranking[:3])
@@ -220,7 +220,7 @@ def test_repair_then_heal(make):
     settings = {"target_num_layers": 5, "num_calibration_samples": 8, "learning_rate": 3e-4, "max_steps": 6}
     trainer = make(compensation="least_squares", heal=True, **settings)
     trainer.train()
-    (record,) = trainer.run.rounds
+    (record,) = rounds_of(trainer)
     assert record["kl_before_healing"] < record["kl_unhealed"]  # neither repaired nor healed
     with pytest.raises(LayerPruneError, match="hidden_weight=0"):
         make("other", compensation="rescale", heal=True)
@@ -250,7 +250,7 @@ def test_a_stretch_is_no_longer_than_what_is_left(make):
     trainer = make(criterion="angular_distance", layers_per_round=4, protect_last_layers=1, **budget)
     trainer.train()
     assert sorted(removed(trainer)) == [0, 1, 2, 3, 4]
-    assert all(not record["all_scores"][0]["certainty"] for record in trainer.run.rounds)
+    assert all(not record["all_scores"][0]["certainty"] for record in rounds_of(trainer))
 
 
 def test_tasks_must_stay_the_same_within_a_run(make, tasks_file):
@@ -264,7 +264,7 @@ def test_tasks_must_stay_the_same_within_a_run(make, tasks_file):
 def test_without_healing_little_text_is_enough(make, texts):
     trainer = make(per_device_train_batch_size=10_000, target_num_layers=5)
     trainer.train()
-    assert len(trainer.run.rounds) == 1
+    assert len(rounds_of(trainer)) == 1
 
 
 def test_settings_as_yaml_reads_them(tmp_path, tasks_file):
@@ -285,7 +285,7 @@ def test_unhealed_students_are_measured_as_they_are_saved(tmp_path, tokenizer, t
     )  # fmt: skip
     trainer.train()
     saved = load_model(str(tmp_path / "run" / "model"), dtype=torch.float32)
-    assert trainer.run.rounds[-1]["loss"] == pytest.approx(evaluate_model(saved, trainer.eval_batches).loss, rel=1e-6)
+    assert rounds_of(trainer)[-1]["loss"] == pytest.approx(evaluate_model(saved, trainer.eval_batches).loss, rel=1e-6)
 
 
 def test_rounds_score_by_tasks(make, tasks_file, tokenizer):
@@ -293,7 +293,7 @@ def test_rounds_score_by_tasks(make, tasks_file, tokenizer):
     assert trainer.args.criterion == "tasks"
     trainer.train()
     student = tiny_model(6)
-    for record in trainer.run.rounds:
+    for record in rounds_of(trainer):
         options = {"tasks": load_tasks(tasks_file), "tokenizer": tokenizer}
         scores = score_layers(student, None, "tasks", tiny_model(6), **options)
         assert record["removed_layers"] == [scores.safest] and record["criterion"] == "tasks"
@@ -302,7 +302,7 @@ def test_rounds_score_by_tasks(make, tasks_file, tokenizer):
         found = evaluate_tasks(student, load_tasks(tasks_file), tokenizer)
         assert record["tasks"]["mean_cost"] == pytest.approx(found.mean_cost, rel=1e-4)
         assert set(record["tasks"]["results"]) == {"pairs", "text"}
-    assert trainer.run.teacher["tasks"]["results"]["text"]["measure"] == "perplexity"
+    assert trainer.run.teacher.tasks.results["text"].measure == "perplexity"
     report = (Path(trainer.args.output_dir) / "report.md").read_text()
     assert f"| 4 | {found.mean_cost:.4f} | " in report and "pairs (accuracy) | text (perplexity)" in report
 

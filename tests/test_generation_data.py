@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import END, VOCAB_SIZE, byte_tokenizer, errors_of, tiny_config, tiny_model
+from conftest import END, VOCAB_SIZE, byte_tokenizer, errors_of, rounds_of, tiny_config, tiny_model
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import Qwen2Tokenizer
 
@@ -404,7 +404,7 @@ def test_a_trainer_heals_on_the_file_with_completion_only_loss(tmp_path, tokeniz
     parts = trainer.loss_parts(prune(teacher, [1]), batch)
     assert parts["num_tokens"] == (batch["labels"] != -100).sum()
     trainer.train()
-    assert trainer.run.rounds[0]["kl"] > 0 and trainer.model.config.num_hidden_layers == 4
+    assert rounds_of(trainer)[0]["kl"] > 0 and trainer.model.config.num_hidden_layers == 4
 
 
 QUICK = ["--num_prompts", "4", "--max_new_tokens", "8", "--batch_size", "2"]

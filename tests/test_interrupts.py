@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_config, tiny_model
+from conftest import rounds_of, tiny_config, tiny_model
 from datasets import Dataset
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
@@ -94,7 +94,7 @@ def until(condition, process, seconds=120):
 
 def state(folder):
     path = folder / "run_state.json"
-    return json.loads(path.read_text()) if path.is_file() else {"rounds": [], "current": {}, "done": {}}
+    return json.loads(path.read_text()) if path.is_file() else {"rounds": [], "done": {}}
 
 
 def assert_same_result(folder, whole):
@@ -243,7 +243,7 @@ def test_no_memory_left_is_one_line(make, error, monkeypatch):
         trainer.train()
     again = make()
     again.train(resume_from_checkpoint=True)
-    assert [record["num_layers"] for record in again.run.rounds] == [4, 3]
+    assert [record["num_layers"] for record in rounds_of(again)] == [4, 3]
 
 
 def test_any_other_error_stays_what_it_is(make, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load, random_batches, read_report, tiny_config, tiny_model
+from conftest import load, random_batches, read_report, rounds_of, tiny_config, tiny_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
@@ -75,8 +75,8 @@ def test_the_first_choice_is_the_one_score_layers_makes(make):
     trainer = make(teacher, target_num_layers=4)
     expected = score_layers(teacher, trainer.calibration_batches, "kl")
     trainer.train()
-    assert trainer.run.rounds[0]["removed_layer"] == expected.safest
-    assert trainer.run.rounds[0]["scores"] == {str(layer): cost for layer, cost in expected.values.items()}
+    assert rounds_of(trainer)[0]["removed_layer"] == expected.safest
+    assert rounds_of(trainer)[0]["scores"] == {str(layer): cost for layer, cost in expected.values.items()}
 
 
 def test_mixed_precision_trains_and_leaves_a_plain_student(make, tmp_path):
@@ -86,13 +86,13 @@ def test_mixed_precision_trains_and_leaves_a_plain_student(make, tmp_path):
     student = load(tmp_path / "run" / "model")
     assert student.dtype == torch.float32
     measured = evaluate_model(student, trainer.eval_batches, teacher)
-    assert measured.loss == pytest.approx(trainer.run.rounds[-1]["loss"], abs=1e-5)
+    assert measured.loss == pytest.approx(rounds_of(trainer)[-1]["loss"], abs=1e-5)
 
 
 def test_healing_heals(make):
     trainer = make(target_num_layers=3, max_steps=40, learning_rate=1e-3, per_device_train_batch_size=8)
     trainer.train()
-    record = trainer.run.rounds[-1]
+    record = rounds_of(trainer)[-1]
     assert record["kl"] < 0.7 * record["kl_before_healing"]
 
 
@@ -128,7 +128,7 @@ def test_only_the_neighbours_move(make, tmp_path):
 def test_named_layers_and_protection(make, tmp_path):
     trainer = make(trained_layers="0", protect_first_layers=1, protect_last_layers=1)
     trainer.train()
-    assert all(set(record["scores"]) <= {"1", "2", "3"} for record in trainer.run.rounds)
+    assert all(set(record["scores"]) <= {"1", "2", "3"} for record in rounds_of(trainer))
     student, teacher = load(tmp_path / "run" / "model"), tiny_model()
     unhealed = prune(teacher, plan_of(student).removed_layers)
     for (name, healed), original in zip(student.named_parameters(), unhealed.parameters(), strict=True):
@@ -149,14 +149,14 @@ def test_lora_is_merged_into_a_plain_student(make, tmp_path):
              if not torch.equal(a, b)}  # fmt: skip
     assert moved and all("q_proj.weight" in name or "down_proj.weight" in name for name in moved)
     measured = evaluate_model(student, trainer.eval_batches, teacher)
-    assert measured.loss == pytest.approx(trainer.run.rounds[-1]["loss"], abs=1e-5)
+    assert measured.loss == pytest.approx(rounds_of(trainer)[-1]["loss"], abs=1e-5)
 
 
 def test_several_layers_a_round_are_scored_one_after_the_other(make):
     teacher = tiny_model()
     trainer = make(teacher, layers_per_round=2, target_num_layers=2, max_steps=1)
     trainer.train()
-    first, second = trainer.run.rounds
+    first, second = rounds_of(trainer)
     assert (first["num_layers"], second["num_layers"]) == (3, 2)
     expected = score_layers(prune(teacher, first["removed_layers"][:1]), trainer.calibration_batches, "kl", teacher)
     assert first["removed_layers"][1] == expected.safest
@@ -177,8 +177,8 @@ args = conftest.tiny_config(Path({str(tmp_path / "run")!r}), save_strategy="step
 trainer = IterativeLayerDistillTrainer(model=conftest.tiny_model(), args=args, train_dataset=texts, eval_dataset=texts,
                                        processing_class=conftest.byte_tokenizer())
 trainer.train()
-seen = [trainer.accelerator.num_processes, [r["removed_layers"] for r in trainer.run.rounds],
-        [r["perplexity"] for r in trainer.run.rounds], [p.double().sum().item() for p in trainer.model.parameters()]]
+seen = [trainer.accelerator.num_processes, [r["removed_layers"] for r in conftest.rounds_of(trainer)],
+        [r["perplexity"] for r in conftest.rounds_of(trainer)], [p.double().sum().item() for p in trainer.model.parameters()]]
 Path({str(tmp_path)!r}, "rank" + os.environ["RANK"]).write_text(json.dumps(seen))
 """)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
@@ -222,14 +222,14 @@ def test_adapters_stay_on_the_layers_to_heal(make):
 def test_speed_is_measured_only_if_asked(make, measure_speed):
     trainer = make(target_num_layers=4, measure_speed=measure_speed)
     trainer.train()
-    assert ("decode_tokens_per_second" in trainer.run.rounds[0]) == measure_speed
+    assert ("decode_tokens_per_second" in rounds_of(trainer)[0]) == measure_speed
 
 
 def test_evaluate_is_the_measurement_of_the_student(make):
     trainer = make(target_num_layers=4)
     trainer.train()
     metrics = trainer.evaluate()
-    record = trainer.run.rounds[-1]
+    record = rounds_of(trainer)[-1]
     assert metrics["eval_loss"] == pytest.approx(record["loss"])
     assert metrics["eval_perplexity"] == pytest.approx(record["perplexity"])
     assert metrics["eval_kl"] == pytest.approx(record["kl"])
@@ -264,7 +264,7 @@ def test_by_name_students_keep_the_checkpoints_dtype_and_the_numbers_are_theirs(
     assert load(tmp_path / "run" / "model").dtype == torch.bfloat16
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     measured = evaluate_model(student, trainer.eval_batches, trainer.teacher)
-    assert measured.loss == pytest.approx(trainer.run.rounds[-1]["loss"], abs=1e-6)
+    assert measured.loss == pytest.approx(rounds_of(trainer)[-1]["loss"], abs=1e-6)
 
 
 def test_a_saved_student_is_compressed_further_in_the_same_indices(make, tmp_path, tokenizer, texts):
@@ -292,7 +292,7 @@ def test_save_model_and_model_card(make, tmp_path):
     ).is_file()
     assert card.data.get("library_name") == "transformers"
     assert {"layer-pruning", "our-own"} <= set(card.data.tags)
-    assert f"{trainer.run.rounds[0]['perplexity']:.2f}" in card.text and "somebody/student" in card.text
+    assert f"{rounds_of(trainer)[0]['perplexity']:.2f}" in card.text and "somebody/student" in card.text
     assert str(tmp_path) not in card.content
     trainer.save_model(str(tmp_path / "saved"))
     saved, final = load(tmp_path / "saved"), load(tmp_path / "run" / "model")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import load, random_batches, read_report, tiny_model
+from conftest import load, random_batches, read_report, rounds_of, tiny_model
 from peft import LoraConfig
 from test_resuming import KillAt, Killed
 
@@ -77,7 +77,7 @@ def test_healing_a_pair_brings_it_back(make):
     settings = {"max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 8}
     trainer = make(teacher, **PAIRS | settings | {"target_num_layers": 5})
     trainer.train()
-    (record,) = trainer.run.rounds
+    (record,) = rounds_of(trainer)
     assert record["kl"] < record["kl_before_healing"] == record["kl_unhealed"]
 
 
@@ -86,13 +86,13 @@ def test_both_kinds_of_edit_under_a_budget_of_latency(make, tmp_path, monkeypatc
     settings = {"edits": "remove,parallelize", "target_num_layers": None, "target_latency": 0.7, "max_steps": 1}
     trainer = make(tiny_model(num_layers=6), measure_speed=False, **settings)
     trainer.train()
-    plans = [LayerPlan.identity(6), *(LayerPlan.from_dict(record["plan"]) for record in trainer.run.rounds)]
+    plans = [LayerPlan.identity(6), *(LayerPlan.from_dict(record["plan"]) for record in rounds_of(trainer))]
 
     def share(plan):
         return (1 + sum(1.0 if len(block) == 1 else 1.4 for block in plan.blocks)) / 7
 
     assert share(plans[-1]) <= 0.7 < share(plans[-2])
-    for plan, record in zip(plans, trainer.run.rounds, strict=False):
+    for plan, record in zip(plans, rounds_of(trainer), strict=False):
         prices = {}
         for label, cost in record["scores"].items():
             saved = share(plan) - max(0.7, share(Edit.from_label(label).apply(plan)))
@@ -102,8 +102,8 @@ def test_both_kinds_of_edit_under_a_budget_of_latency(make, tmp_path, monkeypatc
     settings["target_latency"] = 0.5
     deeper = make(tiny_model(num_layers=6), measure_speed=False, **settings)
     deeper.train(resume_from_checkpoint=True)
-    assert len(deeper.run.rounds) > len(plans) - 1
-    assert BlockLatency(**deeper.run.latency) == BlockLatency(1.0, (1.0, 1.4))
+    assert len(rounds_of(deeper)) > len(plans) - 1
+    assert deeper.run.latency == BlockLatency(1.0, (1.0, 1.4))
 
 
 @pytest.mark.parametrize("event, count", [("on_phase_begin", 3), ("on_step_end", 2), ("on_step_end", 4)])
@@ -126,7 +126,7 @@ def test_a_paired_student_is_compressed_further_in_the_same_indices(make, tmp_pa
     settings = {"edits": "remove", "target_num_layers": None, "target_num_parameters": paired.num_parameters() - 1}
     trainer = make(paired, folder="further", **PAIRS | settings)
     trainer.train()
-    (record,) = trainer.run.rounds
+    (record,) = rounds_of(trainer)
     assert set(map(int, record["scores"])) == set(range(6))  # also each half of the pair
     after = LayerPlan.from_dict(record["plan"])
     assert after == Edit.from_label(record["edits"][0]).apply(plan_of(paired))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import rounds_of, tiny_config, tiny_model
 from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -101,4 +101,4 @@ def test_rounds_run_on_rows_without_padding(tmp_path, tokenizer, changes):
     assert trainer.padding_free
     assert "attention_mask" not in next(iter(trainer.get_train_dataloader()))
     trainer.train()
-    assert [record["num_layers"] for record in trainer.run.rounds] == [5, 4]
+    assert [record["num_layers"] for record in rounds_of(trainer)] == [5, 4]

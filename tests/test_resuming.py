@@ -16,7 +16,7 @@ from hf_layerprune import LayerDistillCallback, LayerPlan, LayerPruneError
 from hf_layerprune.files import replace_folder
 from hf_layerprune.trainer import iterative, keeping
 from hf_layerprune.trainer.checkpoints import Checkpoint, seal, sealed_checkpoints
-from hf_layerprune.trainer.run_state import RunState, lock_run
+from hf_layerprune.trainer import run as run_module
 
 
 class Killed(Exception):
@@ -289,15 +289,15 @@ def test_other_errors_leave_all_checkpoints(make, tmp_path):
 
 
 def test_what_is_on_disk_is_read_behind_the_lock(make, tmp_path, monkeypatch):
-    folder, load_state, locked = tmp_path / "run", RunState.load, []
+    folder, read_state, locked = tmp_path / "run", run_module.read_state, []
 
     def load(folder):
         with pytest.raises(LayerPruneError, match="another run is working in it"):
-            lock_run(folder)
+            run_module.lock_run(folder)
         locked.append(folder)
-        return load_state(folder)
+        return read_state(folder)
 
-    monkeypatch.setattr(RunState, "load", load)
+    monkeypatch.setattr(run_module, "read_state", load)
     with pytest.raises(LayerPruneError, match="holds no run"):
         make().open_run(resume_from_checkpoint=True)
     assert not list(folder.iterdir())
@@ -306,7 +306,7 @@ def test_what_is_on_disk_is_read_behind_the_lock(make, tmp_path, monkeypatch):
     for resume, words in ((None, "holds another run"), (True, "trained_layers")):
         with pytest.raises(LayerPruneError, match=words):
             make(trained_layers="neighbours", max_steps=1).open_run(resume)
-        lock_run(folder).release()  # a run that was refused keeps nobody out
+        run_module.lock_run(folder).release()  # a run that was refused keeps nobody out
     assert len(locked) == 4 and (folder / "run_state.json").read_text() == before
 
 

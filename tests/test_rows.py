@@ -1,7 +1,7 @@
 """What counts of a row, in healing and in measuring: no padding, and no prompt of a completion."""
 
 import pytest
-from conftest import tiny_config, tiny_model
+from conftest import rounds_of, tiny_config, tiny_model
 from datasets import Dataset
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, evaluate_model, tokenized_batches
@@ -44,10 +44,10 @@ def test_padding_of_tokenized_rows_changes_nothing(trainer_of, tokenizer, side):
     for name, data in (("bare", bare), ("padded", padded), ("stream", padded.to_iterable_dataset())):
         trainer = trainer_of(data, name, eval_dataset=data, calibration_dataset=data)
         trainer.train()
-        record = trainer.run.rounds[0]
+        record = rounds_of(trainer)[0]
         runs.append([*record["scores"].values(), record["loss"], trainer.evaluate(data)["eval_loss"]])
         measured = evaluate_model(tiny_model(), tokenized_batches(data, tokenizer, max_length=32, num_rows=4))
-        runs[-1] += [trainer.run.teacher["loss"] - measured.loss, record["train_tokens"]]
+        runs[-1] += [trainer.run.teacher.quality.loss - measured.loss, record["train_tokens"]]
     assert runs[1] == pytest.approx(runs[0], abs=1e-4) and runs[2][:5] == pytest.approx(runs[0][:5], abs=1e-4)
 
 

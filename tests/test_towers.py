@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import random_batches, tiny_config, tiny_model
+from conftest import random_batches, rounds_of, tiny_config, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -161,6 +161,6 @@ def test_a_run_says_once_why_both_models_run_in_full(make, caplog, trained, said
     changes = {"attention_dropout": 0.1} if trained == "neighbours" else {}  # all trains the embedding: no surprise
     trainer = make(model=tiny_model(6, **changes), trained_layers=trained)
     trainer.train()
-    assert trainer.shared_depth is None and len(trainer.run.rounds) == 2
+    assert trainer.shared_depth is None and len(rounds_of(trainer)) == 2
     messages = [record.getMessage() for record in caplog.records if "run in full" in record.getMessage()]
     assert len(messages) == said and all("attention_dropout=0.1" in message for message in messages)

@@ -104,7 +104,7 @@ def _compress(
                 raise
             line = resume_line(folder, trainer.accelerator.num_processes)
             raise KeyboardInterrupt(f"what is done is kept; to go on: {line}") from None
-    phases.out.print(rich_table(trainer.run.teacher, trainer.run.rounds))
+    phases.out.print(rich_table(trainer.run))
     say(phases.out, f"student: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
 

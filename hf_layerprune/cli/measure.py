@@ -19,8 +19,9 @@ from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_model, load_tokenizer
+from ..plots import plot_scores, save_plot
 from ..progress import Phases, say
-from ..report import criterion_unit, plot_scores, save_plot
+from ..report import CRITERION_UNITS
 from ..scoring import LayerScores, Race, check_criterion, score_layers
 from ..tasks import KLTask, PreparedTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
 from .arguments import MeasureArguments, ScoreArguments
@@ -43,7 +44,7 @@ def score(argv: list[str]) -> None:
     console = Console()
     unit = "examples" if tasks else "tokens"
     seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
-    table = Table(title=escape(criterion_unit(scores.criterion)) + seen)
+    table = Table(title=escape(CRITERION_UNITS.get(scores.criterion, scores.criterion)) + seen)
     for column in ("layer", "cost", "error", ""):
         table.add_column(column, justify="left" if not column else "right")
     for layer, value in sorted(scores.values.items()):

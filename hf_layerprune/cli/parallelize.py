@@ -15,19 +15,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import TARGETS, Budget
 from ..data import Batch, check_length, tokenized_batches
-from ..edits import edits_between
+from ..edits import Edit, edits_between
+from ..environment import environment
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
-from ..hub import RunFolder, read_plan, run_card
+from ..hub import RunFolder, run_card
 from ..hub.scrub import placed, placed_settings, without_places
 from ..loading import load_config, load_tokenizer, saved_dtype
 from ..plan import LayerPlan
+from ..plots import plot_range, save_plot
 from ..progress import Phases, expected_depth, say
-from ..report import plot_range, rich_table, save_plot, write_report
+from ..record import RoundRecord, RunRecord, TeacherRecord
+from ..record_reader import read_plan
+from ..report import rich_table, write_report
+from ..scoring import EditScores
 from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of, prune
-from ..trainer.records import add_speed, speed_runs, student_record, teacher_record
+from ..trainer.speed import speed_runs, with_speed
 from ..trainer.students import check_saving, save_student
 from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments
@@ -41,7 +46,7 @@ NOT_FOR_RANGE = (
     "target_num_parameters",
 )  # fmt: skip
 FOR_A_SEARCH = ("search", "target_num_layers", *NOT_FOR_RANGE)
-Step = tuple[list[str], list[dict[str, Any]], LayerPlan]
+Step = tuple[tuple[Edit, ...], tuple[EditScores, ...], LayerPlan]
 """Labels of edits, the scores they were chosen by, and the plan they led to."""
 
 
@@ -79,24 +84,28 @@ def _parallelize(
         save_plot(plot_range(found), folder / "range.png")
     phases.phase("evaluating the model and every step", len(evaluation) * (1 + len(steps)))
     quality = evaluate_model(model, evaluation, on_batch=phases.step)
-    teacher = teacher_record(placed(arguments.model), model, quality, "evaluation data")
-    rounds = []
-    for number, (labels, scores, plan) in enumerate(steps, 1):
+    name = without_places(placed(arguments.model))
+    run = RunRecord(
+        without_places(placed_settings(asdict(arguments))),
+        TeacherRecord.of(model, quality, name=name),
+        environment=environment(model.device),
+    )
+    for number, (edits, scores, plan) in enumerate(steps, 1):
         student = _as_saved(model, plan, save_dtype)
         report = evaluate_model(student, evaluation, model, phases.step)
         criterion = "loss" if arguments.search == "range" else arguments.criterion  # of a range: the perplexity
-        rounds.append(student_record(number, student, labels, criterion, scores, report))
+        details = {"number": number, "edits": edits, "criterion": criterion, "scores": scores}
+        run = run.with_round(RoundRecord.of(student, report, **details))
     if arguments.measure_speed:
-        phases.phase("measuring speed", speed_runs(rounds))
-        add_speed(model, teacher, rounds, save_dtype, phases.step)
-    settings = placed_settings(asdict(arguments))
-    write_report(folder, teacher, rounds, without_places(settings), model.device)
-    write_atomically(folder / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
-    card = run_card(RunFolder.open(folder), len(rounds), f"{folder.name}/model")
+        phases.phase("measuring speed", speed_runs(run))
+        run = with_speed(run, model, save_dtype, phases.step)
+    write_report(folder, run)
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(placed_settings(asdict(arguments)), sort_keys=False))
+    card = run_card(RunFolder.open(folder), len(run.rounds), f"{folder.name}/model")
     write_atomically(folder / "README.md", str(card))
     for name in ("README.md", "quality.png", "layers.png"):
         write_atomically(folder / "model" / name, (folder / name).read_bytes())
-    phases.out.print(rich_table(teacher, rounds))
+    phases.out.print(rich_table(run))
     say(phases.out, f"model: {folder / 'model'}   report: {folder / 'report.md'}   plot: {folder / 'quality.png'}")
 
 
@@ -159,10 +168,10 @@ def _steps(
     plan = plan_of(model)
     if arguments.pairs:
         wanted = plan.with_pairs([_pair(text) for text in arguments.pairs])
-        return [([edit.label for edit in edits_between(plan, wanted)], [], wanted)], None
+        return [(tuple(edits_between(plan, wanted)), (), wanted)], None
     if arguments.plan:
         wanted = read_plan(arguments.plan)
-        return [([edit.label for edit in edits_between(plan, wanted)], [], wanted)], None
+        return [(tuple(edits_between(plan, wanted)), (), wanted)], None
     targets = {unit: getattr(arguments, name) for unit, name in TARGETS.items()}
     if all(target is None for target in targets.values()):
         targets["depth"] = default_depth(plan.depth)
@@ -170,7 +179,7 @@ def _steps(
         phases.phase("measuring every run of pairs", len(batches))
         found = find_parallel_range(model, batches, on_batch=phases.step)
         wanted = found.best(targets["depth"])
-        return [([edit.label for edit in edits_between(plan, wanted)], [], wanted)], found
+        return [(tuple(edits_between(plan, wanted)), (), wanted)], found
 
     return _searched(arguments, model, batches, Budget(**targets), phases), None
 
@@ -207,7 +216,7 @@ def _searched(
         on_step=on_step,
         on_batch=lambda: phases.step(depth**2),
     )
-    return [([step.edit.label], [step.scores.to_dict()], step.plan) for step in result.steps]
+    return [((step.edit,), (step.scores,), step.plan) for step in result.steps]
 
 
 def _content(found: ParallelRange) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import first_line
-from ..layer_map import plan_of_record
 from ..loading import resolve
+from ..plan import LayerPlan
 from .scrub import hub_id
 
 TAGS = ("hf_layerprune", "layer-pruning", "pruned", "distillation")
@@ -90,7 +90,7 @@ def card_metadata(
     """
     facts = facts or BaseFacts()
     record = report["rounds"][-1]
-    parallel = [PARALLEL_TAG] if plan_of_record(record).parallel_pairs else []
+    parallel = [PARALLEL_TAG] if LayerPlan.from_dict(record["plan"]).parallel_pairs else []
     return ModelCardData(
         language=facts.language,
         license=facts.license,

@@ -19,8 +19,8 @@ from .scrub import INPUTS, hub_id, names_in, without_places
 
 RECIPE_FILE = "recipe.yaml"
 FINGERPRINTS = (
-    "target", "plan", "model", "teacher", "healing_text", "calibration_text", "repair_text", "evaluation_text", "tasks_text",
-    "peft", "save_dtype", "num_processes",
+    "target", "plan", "model", "teacher", "healing_text", "calibration_text", "repair_text", "evaluation_text",
+    "tasks_text", "peft", "save_dtype", "num_processes",
 )  # fmt: skip
 """What the report of a run notes beside the settings it was given."""
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..record import RoundRecord
+
 
 class LayerDistillCallback(TrainerCallback):
     """Base class for callbacks that follow the rounds. Override what you need.
@@ -40,7 +42,7 @@ class LayerDistillCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         *,
-        record: dict[str, Any],
+        record: RoundRecord,
         **_: Any,
     ) -> None:
-        """A round is done and on disk; `record` is its entry in `report.json`."""
+        """A round is done and on disk, with its record."""

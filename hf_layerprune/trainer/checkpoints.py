@@ -78,6 +78,14 @@ def _is_ruined(weights: Path) -> bool:
         return False
 
 
+def what_is_left(folder: Path) -> str:
+    """After a healing that diverged: delete its ruined checkpoints and say, for its message, which one is left."""
+    drop_ruined_checkpoints(folder)
+    if (left := last_checkpoint(folder)) is None:
+        return ""
+    return f". {left.folder} is left to go on from; delete {folder} to heal this round from the start"
+
+
 @torch.no_grad()
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Load the weights of a checkpoint that are trained; the others may be the teacher's memory, and stay.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,12 +12,26 @@ from ..budget import Gauge
 from ..data import Batch
 from ..edits import Edit
 from ..errors import LayerPruneError
+from ..record import RunRecord
 from ..scoring import MEASURED, EditScores, Race, contiguous_block, score_edits
 from ..search import next_step
 from ..surgery import plan_of
 from ..tasks import PreparedTask, load_tasks, prepare_tasks
 from .config import IterativeLayerDistillConfig
-from .run_state import RunState
+
+
+@dataclass(frozen=True)
+class Choice:
+    """
+    Attributes:
+        edit ([`Edit`]): the edit to make next.
+        scores ([`EditScores`], *optional*): what it was chosen by, if any were measured for it.
+        order (`tuple[Edit, ...]`): where one scoring chooses several edits, all of them in order.
+    """
+
+    edit: Edit
+    scores: EditScores | None = None
+    order: tuple[Edit, ...] = ()
 
 
 def next_edit(
@@ -26,12 +40,12 @@ def next_edit(
     gauge: Gauge,
     teacher: PreTrainedModel,
     args: IterativeLayerDistillConfig,
-    run: RunState,
+    run: RunRecord,
     on_batch: Callable[[], None],
     tasks: Sequence[PreparedTask],
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[str, EditScores | None]:
-    """Label of the edit to make next, and the scores it was chosen by, if any were taken for it.
+) -> Choice:
+    """The edit to make next, and the scores it was chosen by.
 
     Raises:
         [`LayerPruneError`]: if a stretch was chosen once and all of it is gone.
@@ -42,21 +56,20 @@ def next_edit(
     if not args.one_shot and args.criterion != "angular_distance":
         race = None if args.race_confidence is None else Race(args.race_confidence, args.seed)
         step = next_step(student, batches, gauge, args.criterion, teacher, on_batch, race, **options)
-        return step.edit.label, step.scores
-    made = len(run.current["edits"])
-    order, scores = (run.order if args.one_shot else run.current.setdefault("order", [])), None
+        return Choice(step.edit, step.scores)
+    made, order, scores = len(run.current.edits), run.current.order, None
     if args.one_shot:
-        made += sum(len(record["edits"]) for record in run.rounds)
+        made, order = made + len(run.edits), run.order
     if not order:
-        size = plan_of(student).depth - int(gauge.budget.target) if args.one_shot else run.current["wanted"]
+        size = plan_of(student).depth - int(gauge.budget.target) if args.one_shot else run.current.wanted
         edits, scores = fixed_order(student, batches, gauge, teacher, args.criterion, size, on_batch, **options)
-        order += [edit.label for edit in edits]
+        order = tuple(edits)
     if made >= len(order):
         raise LayerPruneError(
             f"criterion={args.criterion!r} with one_shot=True chose a stretch of {len(order)} layers, which are gone; "
             "a new run with the lower target chooses another"
         )
-    return order[made], scores
+    return Choice(order[made], scores, order)
 
 
 def prepared_tasks(

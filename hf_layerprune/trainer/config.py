@@ -365,7 +365,7 @@ class IterativeLayerDistillConfig(SFTConfig):
             )
         if self.num_repair_samples is not None and self.compensation == "none":
             raise LayerPruneError(
-                f"num_repair_samples={self.num_repair_samples} are read by compensation='least_squares'; set both or none"
+                f"num_repair_samples={self.num_repair_samples} are read by compensation='least_squares'; set both"
             )
         if self.compensation != "none" and "remove" not in self.edit_space().kinds:
             raise LayerPruneError(

@@ -10,13 +10,14 @@ import copy
 import math
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
-from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 
@@ -27,31 +28,35 @@ from ..data import Batch, check_batches, collated_batches
 from ..edits import Edit
 from ..errors import LayerPruneError, NotANumber
 from ..evaluation import EvaluationReport, evaluate_model
-from ..files import round_folder, write_atomically
-from ..hub import TAGS, read_plan
-from ..hub.scrub import placed
+from ..files import digests, replace_folder, round_folder, write_atomically
+from ..hub import TAGS
+from ..hub.scrub import placed, without_places
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..matching import with_plan
-from ..plan import LayerPlan
+from ..record import Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
+from ..record_reader import read_plan
 from ..rows import with_text
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
-from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
-from .checks import check_added_tokens, check_arguments, check_enough_rows, check_request
+from ..tasks import TaskReport
+from ..tasks.evaluation import evaluate_prepared
+from .callbacks import LayerDistillCallback
+from .checkpoints import Checkpoint, last_checkpoint, seal, what_is_left
+from .checks import check_added_tokens, check_arguments, check_budget, check_enough_rows, check_request
 from .choosing import next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, check_engine, check_whole
 from .healing import LayerHealingTrainer
 from .interrupts import explained
-from .keeping import RunKeeping
 from .publishing import HubPublishing
-from .records import add_speed, round_record, speed_runs, task_record, teacher_record
-from .run_state import RunState
-from .students import publish_student
+from .run import RunFile, check_not_past_target, decisive_settings
+from .speed import speed_runs, with_speed
+from .students import check_saving, check_student, drop_ignored, publish_student, put_in_place, write_student
 from .targets import trained_blocks
+from .towers import share_equal_weights
 from .trainable import round_weights
 
 
-class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTrainer):
+class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
     """Make a language model shallower, one measured and healed layer at a time.
 
     `train()` runs all rounds and leaves in `args.output_dir`: `rounds/NN/` (the student of each round), `model/` (the
@@ -149,9 +154,8 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         }
         train_dataset = datasets.pop("train")
 
-        self.run: RunState | None = None  # what train() has done: `run.teacher`, `run.rounds`
+        self._file: RunFile | None = None
         self._opened = False
-        self._lock: FileLock | None = None
         self._peft_config = peft_config
         self._round = 0
         args = copy.copy(args)  # the user's own stays as it is
@@ -202,90 +206,147 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
 
         Raises:
             [`LayerPruneError`]: if the output folder holds a run and `resume_from_checkpoint` is not set, or the
-                other way round; if the loss is no number. The rounds finished before stay on disk.
+                other way round; if the loss is not finite. The rounds finished before stay on disk.
         """
-        folder = Path(self.args.output_dir)
-        run = self.run if self._opened else self.open_run(resume_from_checkpoint)
+        if not self._opened:
+            self.open_run(resume_from_checkpoint)
         self._opened = False
         was_training = self.teacher.training
         self.teacher.eval()
         try:
-            return self._run_rounds(run, folder)
+            return self._run_rounds()
         except Exception as error:
-            if (clear := explained(error, folder, self._doing)) is not None and not isinstance(error, LayerPruneError):
-                raise clear from error
-            raise
+            if (
+                isinstance(error, LayerPruneError)
+                or (clear := explained(error, self._file.folder, self._file.phase)) is None
+            ):
+                raise
+            raise clear from error
         finally:
             self.teacher.train(was_training)
-            self._release_lock()
+            self._file.close()
 
-    def _run_rounds(self, run: RunState, folder: Path) -> TrainOutput:
-        student, output = self._student_of(folder, run), TrainOutput(0, 0.0, {})
+    def open_run(self, resume_from_checkpoint: str | bool | None = None) -> None:
+        """Start a run in `args.output_dir`, or take up the one that is there; `train()` does it if you do not.
+
+        Raises:
+            [`LayerPruneError`]: see `train`; nothing has been written then.
+        """
+        folder, should_save = Path(self.args.output_dir), self.args.should_save
+        self._file = RunFile(folder, should_save, self.args.device, self.seconds_before)
+        self._on_main(lambda: check_saving(self._unpruned(), self.processing_class))
+        batches = {
+            "calibration": self.calibration_batches,
+            "repair": self.repair_batches,
+            "evaluation": self.eval_batches,
+        }
+        data = (self.all_train_rows, batches, self.tasks)
+        settings = decisive_settings(self.args, self.start, self.teacher, *data, self._peft_config)
+        settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
+        try:
+            self._on_main(lambda: self._file.open(settings, resume_from_checkpoint))
+            self._file.record = self._agreed(self._file.record)
+            latency = self.run.latency
+            gauge = Gauge.of(self.args.budget(), self.args.edit_space(), self.teacher, plan_of(self.teacher), latency)
+            self.gauge = self._agreed(gauge)
+            check_budget(self.model_name, self.gauge, plan_of(self.start), self.args.heal)
+            check_not_past_target(self.run, plan_of(self.start), self.gauge)
+            self._file.save("opened", latency=self.gauge.latency)
+        except BaseException:
+            self._file.close()
+            raise
+        self._opened = True
+
+    @property
+    def run(self) -> RunRecord | None:
+        """What the run has done so far; `None` before it is opened."""
+        return None if self._file is None else self._file.record
+
+    def _run_rounds(self) -> TrainOutput:
+        """The loop: choose and make edits, heal, evaluate, until the plan meets the target."""
+        student, output = self._student_to_go_on_from(), TrainOutput(0, 0.0, {})
         swap_model(self, student)
-        if not run.teacher:
-            self._phase("evaluating teacher")
-            report = evaluate_model(self.teacher, self.eval_batches, on_batch=self._phase_step)
-            evaluated_on = "calibration data" if self.eval_dataset is None else "evaluation data"
-            run.teacher = teacher_record(self.teacher_name, self.teacher, report, evaluated_on)
-            run.teacher |= task_record(self.teacher, self.tasks, self.processing_class, self.teacher)
-            self._save_run(run, folder, "evaluating teacher")
-        while self.only_heals(run) or not self.gauge.met(plan_of(student)):
-            self._round = len(run.rounds) + 1
+        if self.run.teacher is None:
+            self._measure_teacher()
+        while self.only_heals or not self.gauge.met(plan_of(student)):
+            self._round = len(self.run.rounds) + 1
             self._event("on_round_begin", number=self._round, depth=plan_of(student).depth)
-            student = self._choose_and_edit(student, run, folder)
-            student, output = self._heal(student, run, folder)
-            self._finish_round(student, run, folder)
-        if self.args.measure_speed and run.rounds and "decode_tokens_per_second" not in run.rounds[-1]:
-            self._phase("measuring speed", num_runs=speed_runs(run.rounds))
-            if self.args.should_save:
-                add_speed(self.teacher, run.teacher, run.rounds, self.save_dtype, self._phase_step)
-        self._save_run(run, folder, "all")
+            student = self._choose_and_edit(student)
+            if self.args.heal:
+                self._evaluate_unhealed(student)
+            student, output = self._heal(student)
+            self._finish_round(student)
+        if self.args.measure_speed and self.run.rounds and self.run.rounds[-1].speed is None and self.args.should_save:
+            self._phase("measuring speed", num_runs=speed_runs(self.run))
+            self._file.record = with_speed(self.run, self.teacher, self.save_dtype, self._phase_step)
+        self._file.save("all", self._round)
         self._phase("writing")
-        self._publish(folder, run)
+        self._publish()
         if self.args.push_to_hub:
             self.push_to_hub()
         unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
         self.accelerator.wait_for_everyone()
         return output
 
-    def _choose_and_edit(self, student: PreTrainedModel, run: RunState, folder: Path) -> PreTrainedModel:
+    @property
+    def only_heals(self) -> bool:
+        """Whether the round to come heals a student that has its final depth already, before any edit."""
+        return not self.run.rounds and self.gauge.met(plan_of(self.start))
+
+    def _measure_teacher(self) -> None:
+        self._phase("evaluating teacher")
+        record = TeacherRecord.of(
+            self.teacher,
+            evaluate_model(self.teacher, self.eval_batches, on_batch=self._phase_step),
+            tasks=self._evaluate_tasks(self.teacher),
+            name=without_places(self.teacher_name),
+            evaluated_on="calibration data" if self.eval_dataset is None else "evaluation data",
+        )
+        self._file.save("evaluating teacher", teacher=record)
+
+    def _evaluate_tasks(self, model: PreTrainedModel) -> TaskReport | None:
+        return evaluate_prepared(model, self.tasks, self.processing_class, self.teacher) if self.tasks else None
+
+    def _change_round(self, done: str, **changes: Any) -> None:
+        """Change fields of the round in progress and save the run."""
+        self._file.save(done, self._round, current=replace(self.run.current, **changes))
+
+    def _choose_and_edit(self, student: PreTrainedModel) -> PreTrainedModel:
         """Make this round's edits, one at a time, each scored on what is left."""
         wanted = self.args.layers_per_round
         if self.gauge.budget.unit == "depth":
             wanted = min(wanted, plan_of(student).depth - self.gauge.budget.target)
-        run.current = run.current or {"wanted": wanted, "edits": [], "scores": [], "seconds_scoring": 0.0}
-        current = run.current
-        for label in current["edits"]:
-            student = self._edited(student, Edit.from_label(label))
-        plan = plan_of(student)
-        while len(current["edits"]) < current["wanted"] and not self.gauge.met(plan):
-            self._phase("scoring", num_layers=plan.depth)
+        if self.run.current is None:
+            self._file.record = replace(self.run, current=RoundInProgress(wanted))
+        for edit in self.run.current.edits:  # of a run that resumes
+            student = self._edited(student, edit)
+        while len(self.run.current.edits) < self.run.current.wanted and not self.gauge.met(plan_of(student)):
+            self._phase("scoring", num_layers=plan_of(student).depth)
             start = time.perf_counter()
             with autocast(self.accelerator):  # what is compared is rounded alike, and scoring takes half of the time
-                found = next_edit(
+                choice = next_edit(
                     student,
                     self.calibration_batches,
                     gauge=self.gauge,
                     teacher=self.teacher,
                     args=self.args,
-                    run=run,
+                    run=self.run,
                     on_batch=self._phase_step,
                     tasks=self.tasks,
                     tokenizer=self.processing_class,
                 )
-            label, scores = self._agreed(found)
-            current["seconds_scoring"] += time.perf_counter() - start
-            current["scores"] += [] if scores is None else [scores.to_dict()]
-            current["edits"].append(label)
-            student = self._edited(student, Edit.from_label(label))
-            plan = plan_of(student)
-            self._save_run(run, folder, "scoring")
-        if "before_healing" not in current and self.args.heal:
-            current["before_healing"] = current["unhealed"] = self._evaluate_phase(student).to_dict()
-            if run.rounds or self.start is not self.teacher or self.args.compensation != "none":
-                unhealed = apply_plan(self.teacher, plan, share_weights=True)
-                current["unhealed"] = self._evaluate_phase(unhealed).to_dict()
-            self._save_run(run, folder, "evaluating unhealed")
+            choice = self._agreed(choice)
+            student = self._edited(student, choice.edit)
+            current = self.run.current
+            seconds = current.seconds_scoring + time.perf_counter() - start
+            self._file.record = replace(self.run, order=choice.order if self.args.one_shot else ())
+            self._change_round(
+                "scoring",
+                edits=(*current.edits, choice.edit),
+                scores=current.scores + ((choice.scores,) if choice.scores else ()),
+                order=() if self.args.one_shot else choice.order,
+                seconds_scoring=seconds,
+            )
         return student
 
     def _edited(self, student: PreTrainedModel, edit: Edit) -> PreTrainedModel:
@@ -299,65 +360,144 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         round_weights(student, self.save_dtype)
         return student
 
-    def _heal(self, student: PreTrainedModel, run: RunState, folder: Path) -> tuple[PreTrainedModel, TrainOutput]:
+    def _evaluate_unhealed(self, student: PreTrainedModel) -> None:
+        """Measure the student before its healing, and the teacher after the same edits without any training."""
+        if self.run.current.phase != "choosing":
+            return
+        before = unhealed = self._measure(student)
+        if self.run.rounds or self.start is not self.teacher or self.args.compensation != "none":
+            unhealed = self._measure(apply_plan(self.teacher, plan_of(student), share_weights=True))
+        self._change_round("evaluating unhealed", phase="edited", before_healing=before, unhealed=unhealed)
+
+    def _heal(self, student: PreTrainedModel) -> tuple[PreTrainedModel, TrainOutput]:
         """Train the student of this round; a checkpoint of an interrupted healing is taken up."""
-        plan, current, target = plan_of(student), run.current, round_folder(folder, self._round)
-        if "train_tokens" in current:  # a run that was interrupted behind its healing: the student is on disk
-            return self._kept(run, folder), TrainOutput(0, 0.0, {})
+        folder, nothing = round_folder(self._file.folder, self._round), TrainOutput(0, 0.0, {})
+        if self.run.current.phase == "healed":  # the run was interrupted after its healing: the student is on disk
+            files = self.run.current.files
+            self._on_main(lambda: put_in_place(folder, files))
+            student = self._load_student(folder, files)
+            swap_model(self, student)
+            return student, nothing
         if not self.args.heal:
-            return self._keep(student, run, folder), TrainOutput(0, 0.0, {})
-        trained = self.args.named_trained_layers() or self.args.trained_layers
-        edits = [Edit.from_label(label) for label in current["edits"]]
-        blocks = trained_blocks(plan, edits, trained)
+            self._keep(student, folder)
+            return student, nothing
+        blocks = trained_blocks(
+            plan_of(student), self.run.current.edits, self.args.named_trained_layers() or self.args.trained_layers
+        )
         set_seed(self.args.seed + self._round)  # adapters are drawn at random: the same ones after a resume
         self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self._round)  # other rows every round
-        self._phase("healing", num_layers=plan.depth)
-        checkpoint = self._on_main(lambda: last_checkpoint(target))
+        self._phase("healing", num_layers=plan_of(student).depth)
+        checkpoint = self._on_main(lambda: last_checkpoint(folder))
         self._healing_started = time.perf_counter() - (0.0 if checkpoint is None else checkpoint.seconds)
         try:
             student, output = self.heal(student, blocks, self.save_dtype, checkpoint)
         except NotANumber as error:
-            raise NotANumber(f"{error}{self._on_main(lambda: self._what_is_left(target))}") from error
+            raise NotANumber(f"{error}{self._on_main(lambda: what_is_left(folder))}") from error
         seconds = time.perf_counter() - self._healing_started
-        return self._keep(student, run, folder, int(self.state.num_input_tokens_seen), seconds), output
+        self._keep(student, folder, Healing(int(self.state.num_input_tokens_seen), seconds))
+        return student, output
 
-    def _what_is_left(self, target: Path) -> str:
-        """Of the checkpoints of a ruined healing, for its message."""
-        drop_ruined_checkpoints(target)
-        if (left := last_checkpoint(target)) is None:
-            return ""
-        return f". {left.folder} is left to go on from; delete {target} to heal this round from the start"
+    def _keep(self, student: PreTrainedModel, folder: Path, healing: Healing | None = None) -> None:
+        """Save the student of this round.
 
-    def _finish_round(self, student: PreTrainedModel, run: RunState, folder: Path) -> None:
-        after = self._evaluate_phase(student)
+        It takes the place of its healing's checkpoints, so the run says first that it is done and of which files:
+        from there on a resume finds it, wherever a kill has left it.
+        """
+        swap_model(self, student)
+        self.accelerator.wait_for_everyone()
+        written = None
+        if self.args.should_save:
+            written = write_student(student, self.processing_class, self.save_dtype, folder)
+        files = {} if written is None else digests(written)
+        self._change_round("healing", phase="healed", healing=healing, files=files)
+        if written is not None:
+            replace_folder(written, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _finish_round(self, student: PreTrainedModel) -> None:
+        after, current = self._measure(student), self.run.current
         if not math.isfinite(after.loss):
-            del run.current["train_tokens"]  # this healing does not count
-            self._save_run(run, folder, "scoring")
+            self._change_round(
+                "scoring", phase="edited" if self.args.heal else "choosing"
+            )  # this healing does not count
             if self.args.should_save:
-                shutil.rmtree(round_folder(folder, self._round))
+                shutil.rmtree(round_folder(self._file.folder, self._round))
             advice = "; lower the learning rate" if self.args.heal else ""
             raise LayerPruneError(
                 f"round {self._round}: the student's loss is {after.loss}{advice}. The rounds before it are kept"
             )
-        record = round_record(self._round, student, self.args.criterion, run.current, after)
-        record |= task_record(student, self.tasks, self.processing_class, self.teacher)
-        run.rounds.append(record)
-        run.current = {}
-        self._save_run(run, folder, "round")
-        if self.args.should_save:
-            self._write_report()
+        names = ("edits", "scores", "seconds_scoring", "unhealed", "before_healing", "healing", "files")
+        record = RoundRecord.of(
+            student,
+            after,
+            tasks=self._evaluate_tasks(student),
+            number=self._round,
+            criterion=self.args.criterion,
+            **{name: getattr(current, name) for name in names},
+        )
+        self._file.record = self.run.with_round(record)
+        self._file.save("round", self._round)
+        self._file.report()
         self._event("on_round_end", record=record)
 
-    def _publish(self, folder: Path, run: RunState) -> None:
+    def _publish(self) -> None:
         """Fill in what a user looks for first: the final model and its plan."""
-        if self.args.should_save and run.rounds:
-            self._write_report()
+        if self.args.should_save and self.run.rounds:
+            folder = self._file.folder
+            self._file.report()
             self.create_model_card()
             files = [folder / name for name in ("README.md", "quality.png", "layers.png")]
-            publish_student(round_folder(folder, len(run.rounds)), folder / "model", files)
-            write_atomically(folder / "plan.json", LayerPlan.from_dict(run.rounds[-1]["plan"]).to_json() + "\n")
+            publish_student(round_folder(folder, len(self.run.rounds)), folder / "model", files)
+            write_atomically(folder / "plan.json", self.run.rounds[-1].plan.to_json() + "\n")
 
-    def _evaluate_phase(self, student: PreTrainedModel) -> EvaluationReport:
+    def _student_to_go_on_from(self) -> PreTrainedModel:
+        if self.run.rounds:
+            return self._load_student(round_folder(self._file.folder, len(self.run.rounds)), self.run.rounds[-1].files)
+        student = self._unpruned()
+        share_equal_weights(student, self.teacher)
+        return student
+
+    def _unpruned(self) -> PreTrainedModel:
+        student = prune(self.start, [], share_weights=True)
+        drop_ignored(student)
+        return student
+
+    def _load_student(self, folder: Path, files: dict[str, str]) -> PreTrainedModel:
+        check_student(folder, files)
+        student = load_model(str(folder), dtype=self.start.dtype).to(self.args.device)
+        share_equal_weights(student, self.teacher)
+        return student
+
+    def _agreed(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        return broadcast_object_list([value])[0]
+
+    def _on_main(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns on the main process, which alone runs it, or the error it raises, on every process."""
+        value, error = None, None
+        if self.accelerator.is_main_process:
+            try:
+                value = act()
+            except Exception as raised:
+                error = raised
+        value, refused = self._agreed((value, None if error is None else str(error)))
+        if refused is not None:
+            raise error or LayerPruneError(refused)
+        return value
+
+    def _phase(self, phase: str, **details: Any) -> None:
+        self._file.begin(phase)
+        self._event("on_phase_begin", phase=phase, **details)
+
+    def _phase_step(self) -> None:
+        self._event("on_phase_step")
+
+    def _event(self, name: str, **details: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LayerDistillCallback):
+                getattr(callback, name)(self.args, self.state, self.control, **details)
+
+    def _measure(self, student: PreTrainedModel) -> EvaluationReport:
         self._phase("evaluating", num_layers=plan_of(student).depth)
         return evaluate_model(student, self.eval_batches, self.teacher, on_batch=self._phase_step)
 
@@ -393,7 +533,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             path = Path(folder, f"checkpoint-{self.state.global_step}")
             seal(Checkpoint(str(path), self.balance.weight, seconds))
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
-        self._save_run(self.run, Path(self.args.output_dir), "checkpoint", step=self.state.global_step)
+        self._file.save("checkpoint", self._round, self.state.global_step)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Checkpoints of a healing lie in the folder of its round."""

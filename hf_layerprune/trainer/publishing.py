@@ -11,8 +11,8 @@ from transformers.utils import logging
 from ..files import write_atomically
 from ..hub import RunFolder, push_run, run_card
 from ..hub.target import check_target
+from ..record import RunRecord
 from .config import IterativeLayerDistillConfig
-from .run_state import RunState
 
 logger = logging.get_logger(__name__)
 
@@ -25,7 +25,7 @@ class HubPublishing:
     """
 
     args: IterativeLayerDistillConfig
-    run: RunState | None
+    run: RunRecord | None
     model_name: str
     hub_model_id: str | None
 

@@ -1,5 +1,7 @@
 import json
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,11 +9,16 @@ from conftest import tiny_config, tiny_model
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from hf_layerprune import LayerPlan, LayerPruneError, budget
+from hf_layerprune import LayerPlan, LayerPruneError
+from hf_layerprune.benchmark import BenchmarkReport
 from hf_layerprune.budget import Budget, Gauge, ModelSizes
-from hf_layerprune.edits import EditSpace
-from hf_layerprune.files import replace_folder, to_json, write_atomically
+from hf_layerprune.edits import Edit, EditSpace
+from hf_layerprune.evaluation import EvaluationReport
+from hf_layerprune.files import to_json
 from hf_layerprune.latency import BlockLatency
+from hf_layerprune.record import Done, Healing, RoundInProgress, RoundRecord, RunRecord, Speed, TeacherRecord
+from hf_layerprune.record_reader import parse_report, read_state
+from hf_layerprune.scoring import EditScores
 from hf_layerprune.trainer.checkpoints import (
     SEAL,
     Checkpoint,
@@ -20,7 +27,7 @@ from hf_layerprune.trainer.checkpoints import (
     load_trained,
     seal,
 )
-from hf_layerprune.trainer.run_state import RunState, check_not_past_target, decisive_settings, gauge_of_run, open_run
+from hf_layerprune.trainer.run import check_not_past_target, check_resume, decisive_settings
 
 
 def checkpoint(folder, step, weight=1.0):
@@ -74,42 +81,65 @@ def test_only_trained_weights_are_loaded(tmp_path):
         load_trained(model, tmp_path / "checkpoint-1")
 
 
+RECORD = RoundRecord(
+    LayerPlan.identity(4).remove(1),
+    "Qwen2",
+    1000,
+    EvaluationReport(2.0, 7.4, 0.5, 0.9, 64),
+    number=1,
+    edits=(Edit.remove(1),),
+    criterion="kl",
+    scores=(EditScores("kl", {Edit.remove(1): 0.5, Edit.parallelize(2, 3): math.nan}, 0.1, 64),),
+    unhealed=EvaluationReport(3.0, 20.1, 1.0, None, 64),
+    before_healing=EvaluationReport(2.5, 12.2, 0.8, None, 64),
+    healing=Healing(4096, 1.5),
+    files={"model.safetensors": "ab"},
+)
+
+
 def test_state_round_trip(tmp_path):
-    state = RunState({"seed": 1}, {"loss": 2.0}, [{"num_layers": 3}], {"removed_layers": [1]})
-    state.save(tmp_path)
-    assert RunState.load(tmp_path) == state
-    assert RunState.load(tmp_path / "nowhere") is None
+    teacher = TeacherRecord(LayerPlan.identity(4), "Qwen2", 1200, EvaluationReport(1.9, 6.7, None, None, 64), name="a")
+    current = RoundInProgress(2, "edited", (Edit.remove(0),), unhealed=RECORD.unhealed, order=(Edit.remove(0),))
+    speed = Speed(BenchmarkReport(1.0, 2.0, 3, 4, 1, 0.5, 1.0, 1.0), "float32", 128, 64)
+    run = RunRecord({"seed": 1}, replace(teacher, speed=speed), (RECORD,), current, latency=BlockLatency(1.0, (2.0,)))
+    run = replace(run, environment={"hardware": "CPU"}, seconds={"scoring": 2.0}, done=Done("scoring", 2))
+    run.save_state(tmp_path)
+    found = read_state(tmp_path)
+    assert repr(found) == repr(run)  # NaN is not equal to itself
+    assert read_state(tmp_path / "nowhere") is None
+    assert repr(parse_report(json.loads(to_json(run.to_dict())))) == repr(
+        replace(run, current=None, latency=None, done=None)
+    )
 
 
-def test_open_run(tmp_path):
-    assert open_run(tmp_path, None, {"seed": 1}, None) == RunState({"seed": 1})
-    found = RunState({"seed": 1, "learning_rate": 1.0}, rounds=[{"num_layers": 3}])
+def test_only_the_same_run_is_resumed(tmp_path):
     same = {"seed": 1, "learning_rate": 1.0}
-    assert open_run(tmp_path, found, same, str(tmp_path)) is found
     changed = {"seed": 1, "learning_rate": 0.5}
+    found = RunRecord(same, rounds=(RECORD,))
+    check_resume(tmp_path, None, {"seed": 1}, None)
+    check_resume(tmp_path, found, same, str(tmp_path))
     for arguments in ((None, {}, True), (found, same, None), (found, {**same, "seed": 2}, True),
                       (found, same, "elsewhere")):  # fmt: skip
         with pytest.raises(LayerPruneError):
-            open_run(tmp_path, *arguments)
+            check_resume(tmp_path, *arguments)
 
     with pytest.raises(LayerPruneError, match="another version of hf_layerprune; choose another output_dir"):
-        open_run(tmp_path, found, {**same, "data_seed": None}, True)
+        check_resume(tmp_path, found, {**same, "data_seed": None}, True)
 
     checkpoint(tmp_path / "rounds" / "02", 4)
     with pytest.raises(LayerPruneError, match="learning_rate.*delete .*02 to heal its round from the start"):
-        open_run(tmp_path, found, changed, True)
-    found.current = {"train_tokens": 96}  # healed, though its student is not where the checkpoints are yet
-    assert open_run(tmp_path, found, changed, True).settings == changed
-    found.current = {}
+        check_resume(tmp_path, found, changed, True)
+    healed = replace(found, current=RoundInProgress(1, "healed"))  # its student is not where the checkpoints are yet
+    check_resume(tmp_path, healed, changed, True)
     shutil.rmtree(tmp_path / "rounds")
-    assert open_run(tmp_path, found, same, True).settings == same
+    check_resume(tmp_path, found, changed, True)
 
 
 @pytest.mark.parametrize("number", [1, 5, 64, 1000])
 def test_another_text_to_heal_on_is_told_by_rows_from_all_over(tmp_path, number):
     def settings(rows):
-        data = (Dataset.from_dict({"input_ids": rows}), [], [], [])
-        return decisive_settings(tiny_config(tmp_path), model, model, data, None)["healing_text"]
+        data = (Dataset.from_dict({"input_ids": rows}), {}, [])
+        return decisive_settings(tiny_config(tmp_path), model, model, *data, None)["healing_text"]
 
     model, rows = tiny_model(2), [[n, n + 1] for n in range(number)]
     before = settings(rows)
@@ -127,40 +157,11 @@ def gauge(**target):
 def test_a_run_past_its_target_is_refused():
     start = LayerPlan.identity(8)
     plans = [start.remove(3), start.remove(3).parallelize(4, 5)]
-    run = RunState({}, rounds=[{"plan": plan.to_dict()} for plan in plans], current={"wanted": 2})
+    run = RunRecord(rounds=tuple(replace(RECORD, plan=plan) for plan in plans), current=RoundInProgress(2))
     check_not_past_target(run, start, gauge(depth=4))
     with pytest.raises(LayerPruneError, match="target_num_layers=5 but the run is at 4 already"):
         check_not_past_target(run, start, gauge(depth=5))
-    run.current = {}
+    run = replace(run, current=None)
     check_not_past_target(run, start, gauge(latency=0.85))  # the last round went a little further: 6.5 of 8
     with pytest.raises(LayerPruneError, match="target_latency=0.9 but the run is at 0.8125 already"):
         check_not_past_target(run, start, gauge(latency=0.9))
-
-
-def test_latencies_are_measured_once_a_run(tmp_path, monkeypatch):
-    measured = []
-    monkeypatch.setattr(budget, "measure_latency", lambda *_: measured.append(1) or BlockLatency(0.5, (1.0, 1.25)))
-    args = tiny_config(tmp_path, target_num_layers=None, target_latency=0.5, edits="remove,parallelize")
-    run = RunState({})
-    first = gauge_of_run(run, args, tiny_model())
-    run.save(tmp_path)
-    again = gauge_of_run(RunState.load(tmp_path), args, tiny_model())
-    assert measured == [1] and again.latency == first.latency == BlockLatency(0.5, (1.0, 1.25))
-    assert again.size(LayerPlan.identity(5)) == 1
-    assert again.size(LayerPlan.identity(5).parallelize(2, 3)) == pytest.approx((0.5 + 3 + 1.25) / 5.5)
-
-
-def test_json_is_json():
-    assert json.loads(to_json({"a": [float("nan"), 1.5], "b": float("inf")})) == {"a": [None, 1.5], "b": None}
-
-
-def test_files_and_folders_are_replaced_whole(tmp_path):
-    write_atomically(tmp_path / "a", "one")
-    write_atomically(tmp_path / "a", b"two")
-    assert (tmp_path / "a").read_text() == "two"
-    for name, text in (("old", "1"), ("new", "2")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(text)
-    replace_folder(tmp_path / "new", tmp_path / "old")
-    assert (tmp_path / "old" / "file").read_text() == "2"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "old"]

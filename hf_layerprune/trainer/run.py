@@ -1,0 +1,205 @@
+"""A run on disk while it goes on: what decides its result, its lock, and its record after every costly step."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from filelock import FileLock, Timeout
+from transformers import PreTrainedModel
+
+from ..budget import TARGETS, Gauge
+from ..data import Batch
+from ..environment import environment
+from ..errors import LayerPruneError
+from ..files import round_folder
+from ..fingerprint import fingerprint, fingerprint_model
+from ..plan import LayerPlan
+from ..record import STATE_FILE, Done, RunRecord
+from ..record_reader import read_state
+from ..report import write_report
+from ..surgery import plan_of
+from ..tasks import PreparedTask
+from .checkpoints import sealed_checkpoints
+from .config import IterativeLayerDistillConfig
+
+LOCK_FILE = ".lock"
+FINGERPRINT_ROWS = 64
+# What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
+DECISIVE = (
+    "edits", "max_group_size", "criterion", "tasks", "one_shot", "race_confidence", "compensation", "layers_per_round",
+    "heal", "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight", "beta", "hidden_weight",
+    "hidden_distance", "hidden_target", "lm_weight", "temperature", "loss_preset", "weight_decay", "optim",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_length", "packing", "packing_strategy", "completion_only_loss",
+    "assistant_only_loss", "seed", "data_seed", "optim_args",
+)  # fmt: skip
+# May change between two healings, so that one that diverged can be tried again.
+PER_HEALING = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "bf16", "fp16"
+)  # fmt: skip
+
+
+class RunFile:
+    """The run in an output folder, which no other run can open meanwhile.
+
+    Attributes:
+        folder (`Path`): the output folder.
+        record ([`RunRecord`]): the run so far.
+    """
+
+    def __init__(self, folder: Path, writes: bool, device: torch.device, seconds: float = 0.0) -> None:
+        self.folder, self.record = folder, RunRecord(environment=environment(device))
+        self.phase = "starting"
+        self._writes, self._lock = writes, None
+        self._since = time.perf_counter() - seconds
+
+    def open(self, settings: dict[str, Any], resume: str | bool | None) -> None:
+        """Lock the folder and start a run in it, or go on with the one that is there.
+
+        Raises:
+            [`LayerPruneError`]: if another run is working in the folder; if it holds a run and `resume` is not set,
+                or the other way round; if it holds a run with other settings.
+        """
+        self._lock = lock_run(self.folder)  # before anything is read: what is read stays true
+        found = read_state(self.folder)
+        if found is not None:
+            self.record = replace(found, environment=self.record.environment)
+        check_resume(self.folder, found, settings, resume)
+        self.record = replace(self.record, settings=settings)
+
+    def close(self) -> None:
+        if self._lock is not None:
+            path = Path(self._lock.lock_file)
+            if not (self.folder / STATE_FILE).exists():  # refused: leave the folder as it was
+                path.unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+
+    def begin(self, phase: str) -> None:
+        """Count the time from now on for `phase`."""
+        now = time.perf_counter()
+        seconds = self.record.seconds
+        seconds = seconds | {self.phase: seconds.get(self.phase, 0.0) + now - self._since}
+        self.record = replace(self.record, seconds=seconds)
+        self.phase, self._since = phase, now
+
+    def save(self, done: str, round: int = 0, step: int | None = None, **changes: Any) -> None:
+        """Change fields of the record and write it."""
+        self.begin(self.phase)
+        self.record = replace(self.record, done=Done(done, round, step), **changes)
+        if self._writes:
+            self.record.save_state(self.folder)
+
+    def report(self) -> None:
+        """Write the report of the run so far."""
+        self.begin(self.phase)
+        if self._writes:
+            write_report(self.folder, self.record)
+
+
+def lock_run(folder: Path) -> FileLock:
+    """Make the folder and keep other runs out of it until the lock is released."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LayerPruneError(
+            f"output_dir={folder} is in use: another run is working in it; wait for it, or choose another folder"
+        ) from None
+    return lock
+
+
+def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any], resume: str | bool | None) -> None:
+    """Raise [`LayerPruneError`] unless the run `found` in `folder` is the one that `settings` describe."""
+    if resume and found is None:
+        raise LayerPruneError(f"resume_from_checkpoint={resume!r} but {folder} holds no run; start without it")
+    if isinstance(resume, str) and Path(resume).resolve() != folder.resolve():
+        raise LayerPruneError(
+            f"resume_from_checkpoint={resume!r} is not output_dir={folder}; a run resumes in its own folder"
+        )
+    if found is None:
+        return
+    if not resume:
+        raise LayerPruneError(
+            f"output_dir={folder} holds another run of {len(found.rounds)} rounds; resume it "
+            "(resume_from_checkpoint) or choose another folder"
+        )
+    if set(found.settings) != set(settings):
+        raise LayerPruneError(f"{folder} holds a run of another version of hf_layerprune; choose another output_dir")
+    healing = round_folder(folder, len(found.rounds) + 1)
+    is_healed = found.current is not None and found.current.phase == "healed"
+    in_healing = not is_healed and bool(sealed_checkpoints(healing))
+    for key, value in found.settings.items():
+        if value != settings[key] and (in_healing or key not in PER_HEALING):
+            start = f"delete {healing} to heal its round from the start, " if key in PER_HEALING else ""
+            raise LayerPruneError(
+                f"{folder} holds a run with {key}={value!r}, now it is {settings[key]!r}; resume with the same "
+                f"settings, model and data, {start}or choose another output_dir"
+            )
+
+
+def check_not_past_target(run: RunRecord, start: LayerPlan, gauge: Gauge) -> None:
+    """Raise [`LayerPruneError`] if a run that started from `start` is past its target already."""
+    plans = [start, *(record.plan for record in run.rounds)]
+    size = gauge.size(plans[-1])
+    if gauge.budget.unit == "depth":
+        size -= run.current.wanted if run.current else 0  # the round in progress is finished first
+        too_far = size < gauge.budget.target
+    else:  # the last round may overshoot, but only the last
+        too_far = bool(run.rounds) and gauge.met(plans[-2])
+    if too_far:
+        raise LayerPruneError(
+            f"{TARGETS[gauge.budget.unit]}={gauge.budget.target:g} but the run is at {size:.6g} already; its rounds/ "
+            "hold the students before"
+        )
+
+
+def decisive_settings(
+    args: IterativeLayerDistillConfig,
+    start: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rows: Dataset | IterableDataset,
+    batches: dict[str, list[Batch]],
+    tasks: list[PreparedTask],
+    peft_config: Any | None,
+) -> dict[str, Any]:
+    """What must not change within a run: settings, and short fingerprints of models and data, as JSON values.
+
+    Args:
+        args ([`IterativeLayerDistillConfig`]): the settings.
+        start ([`~transformers.PreTrainedModel`]): the model the run starts from.
+        teacher ([`~transformers.PreTrainedModel`]): the model it heals against.
+        rows ([`~datasets.Dataset`]): the rows to heal on; some from all over enter, of a stream the first.
+        batches (`dict[str, list[Batch]]`): by their use: `"calibration"`, `"repair"` and `"evaluation"`.
+        tasks (`list[PreparedTask]`): the tasks that choose layers.
+        peft_config ([`~peft.PeftConfig`], *optional*): the adapters.
+    """
+    values = {name: getattr(args, name, None) for name in (*DECISIVE, *PER_HEALING)}
+    values |= {
+        "bf16": args.as_given["bf16"],  # what was derived from the hardware here is nothing to repeat elsewhere
+        "target": args.budget().unit,
+        "dtype": str(start.dtype),
+        "plan": plan_of(start).to_dict(),
+        "model": fingerprint_model(start),
+        "teacher": fingerprint_model(teacher),
+        "healing_text": fingerprint(_some(rows)),
+        "tasks_text": fingerprint(part for task in tasks for part in task.fingerprint()),
+        "peft": None if peft_config is None else json.dumps(peft_config.to_dict(), default=str, sort_keys=True),
+    }
+    for use, given in batches.items():
+        values[f"{use}_text"] = fingerprint(tensor for batch in given for tensor in batch.values())
+    return json.loads(json.dumps(values, default=str))
+
+
+def _some(rows: Dataset | IterableDataset) -> list[Any]:
+    if isinstance(rows, IterableDataset):
+        return list(rows.take(FINGERPRINT_ROWS))
+    spread = {number * (len(rows) - 1) // (FINGERPRINT_ROWS - 1) for number in range(FINGERPRINT_ROWS)}
+    return [len(rows), rows[sorted(spread)]]
