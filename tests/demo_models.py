@@ -7,13 +7,13 @@ from pathlib import Path
 
 import yaml
 from conftest import byte_tokenizer, tiny_model
+from hf_layerprune.trainer.records import teacher_record
 
 from hf_layerprune import LayerPlan, prune
 from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, open_catalog
 from hf_layerprune.demo.settings import embedded_entry
 from hf_layerprune.evaluation import EvaluationReport
 from hf_layerprune.hub.scrub import placed
-from hf_layerprune.trainer.records import teacher_record
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -178,7 +178,8 @@ trainer = IterativeLayerDistillTrainer(model=conftest.tiny_model(), args=args, t
                                        processing_class=conftest.byte_tokenizer())
 trainer.train()
 seen = [trainer.accelerator.num_processes, [r["removed_layers"] for r in conftest.rounds_of(trainer)],
-        [r["perplexity"] for r in conftest.rounds_of(trainer)], [p.double().sum().item() for p in trainer.model.parameters()]]
+        [r["perplexity"] for r in conftest.rounds_of(trainer)],
+        [p.double().sum().item() for p in trainer.model.parameters()]]
 Path({str(tmp_path)!r}, "rank" + os.environ["RANK"]).write_text(json.dumps(seen))
 """)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]

@@ -1,102 +1,150 @@
 import json
+import math
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_layerprune import LayerScores
-from hf_layerprune.report import (
-    columns,
-    environment,
-    plot_scores,
-    recovery,
-    render_markdown,
-    report_of,
-    rich_table,
-    table_rows,
-    write_report,
+from hf_layerprune import Edit, LayerPlan, LayerPruneError, LayerScores
+from hf_layerprune.benchmark import BenchmarkReport
+from hf_layerprune.environment import environment
+from hf_layerprune.evaluation import EvaluationReport
+from hf_layerprune.plots import plot_scores
+from hf_layerprune.record import Healing, RoundRecord, RunRecord, Speed, TeacherRecord
+from hf_layerprune.record_reader import parse_report
+from hf_layerprune.report import columns, recovery, render_markdown, rich_table, table_rows, write_report
+from hf_layerprune.scoring import EditScores
+
+
+def speed(tokens_per_second, ratio):
+    report = BenchmarkReport(1000.0, tokens_per_second, 2**24, 1024, 1, 0.1, ratio, ratio)
+    return Speed(report, "float32", 128, 64)
+
+
+def scores(**costs):
+    return (EditScores("kl", {Edit.from_label(label): cost for label, cost in costs.items()}, 0.0, 1000),)
+
+
+def entry(number, plan, edits, costs):
+    return RoundRecord(
+        plan,
+        "Qwen2",
+        6_500_000,
+        EvaluationReport(4.1, 60.3, 0.0512, 0.834, 1000),
+        speed=speed(125.0, 1.24),
+        number=number,
+        edits=tuple(map(Edit.from_label, edits)),
+        criterion="kl",
+        scores=scores(**costs) if costs else (),
+        unhealed=EvaluationReport(4.4, 81.5, 0.3, None, 1000),
+        before_healing=EvaluationReport(4.25, 70.1, 0.2, None, 1000),
+        healing=Healing(4096, 2.0),
+    )
+
+
+WHOLE = LayerPlan.identity(4)
+TEACHER = TeacherRecord(
+    WHOLE, "Qwen2", 7_089_344, EvaluationReport(4.0, 54.6, None, None, 1000), speed=speed(100.0, 1.0), name="teacher"
 )
-
-TEACHER = {
-    "name": "teacher", "num_layers": 4, "num_parameters": 7_089_344, "loss": 4.0, "perplexity": 54.6,
-    "num_tokens": 1000, "evaluated_on": "evaluation data", "decode_tokens_per_second": 100.0,
-    "decode_ratio": 1.0,
-}  # fmt: skip
-
-
-def entry(number, layers, removed):
-    return {
-        "round": number, "criterion": "kl", "num_layers": layers, "edits": [str(removed)], "removed_layers": [removed],
-        "num_parameters": 6_500_000, "loss_unhealed": 4.4, "perplexity_unhealed": 81.5,
-        "perplexity_before_healing": 70.1, "loss": 4.1, "perplexity": 60.3, "kl": 0.0512, "agreement": 0.834,
-        "scores": {"1": 0.3, "2": 0.1},
-        "plan": {"num_teacher_layers": 4, "blocks": [[n] for n in range(layers)]},
-        "decode_tokens_per_second": 125.0, "decode_ratio": 1.24,
-    }  # fmt: skip
+ROUNDS = (
+    entry(1, WHOLE.remove(2), ["2"], {"1": 0.3, "2": 0.1}),
+    entry(2, WHOLE.remove(2).remove(1), ["1"], {"1": 0.25}),
+)
+RUN = RunRecord({"seed": 1}, TEACHER, ROUNDS, environment=environment())
 
 
-ROUNDS = [entry(1, 3, 2), {**entry(2, 2, 1), "scores": {"1": 0.25}}]
+def unhealed(record, **changes):
+    return replace(record, unhealed=None, before_healing=None, healing=None, **changes)
 
 
-def test_recovery_is_the_share_of_the_way_back():
-    assert recovery(TEACHER, ROUNDS[0]) == pytest.approx(0.75)
-    assert recovery(TEACHER, {**ROUNDS[0], "loss_unhealed": 3.9}) is None
+def test_recovery_is_the_share_of_the_lost_loss():
+    assert recovery(RUN, ROUNDS[0]) == pytest.approx(0.75)
+    assert recovery(RUN, replace(ROUNDS[0], unhealed=EvaluationReport(3.9, 49.4, 0.1, None, 1000))) is None
 
 
 def test_rows_name_teacher_and_every_round():
-    rows = table_rows(TEACHER, ROUNDS)
-    assert [len(row) for row in rows] == [len(columns(ROUNDS))] * 3
+    rows = table_rows(RUN)
+    assert [len(row) for row in rows] == [len(columns(RUN))] * 3
     assert rows[0][0] == "4" and rows[0][-1] == "100 (1.00x)"
     assert rows[1] == ["3", "2", "6.50M", "81.50", "70.10", "60.30", "0.0512", "83.4 %", "125 (1.24x)"]
-    assert rich_table(TEACHER, ROUNDS).row_count == 3
+    assert rich_table(RUN).row_count == 3
 
 
 def test_speed_is_blank_until_it_is_measured():
-    teacher = {key: value for key, value in TEACHER.items() if key != "decode_tokens_per_second"}
-    rounds = [{key: value for key, value in ROUNDS[0].items() if key != "decode_tokens_per_second"}]
-    assert [row[-1] for row in table_rows(teacher, rounds)] == ["", ""]
+    run = replace(RUN, teacher=replace(TEACHER, speed=None), rounds=(replace(ROUNDS[0], speed=None),))
+    assert [row[-1] for row in table_rows(run)] == ["", ""]
 
 
 def test_files(tmp_path):
-    write_report(tmp_path, TEACHER, ROUNDS, {"seed": 1})
+    write_report(tmp_path, RUN)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["teacher"] == TEACHER and report["rounds"] == ROUNDS and report["settings"] == {"seed": 1}
+    assert parse_report(report) == RUN and report["settings"] == {"seed": 1}
+    assert report["rounds"][0]["kl"] == 0.0512 and report["rounds"][0]["perplexity_before_healing"] == 70.1
     assert report["environment"]["torch"]
     text = (tmp_path / "report.md").read_text()
-    assert "4 layers to 2" in text and "75 % of the way back" in text and "| 2 | **0.1000** |  |" in text
+    assert "4 layers to 2" in text and "75 % of the loss recovered" in text and "| 2 | **0.1000** |  |" in text
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_what_was_never_healed_has_one_perplexity_and_a_bar_is_no_column(tmp_path):
-    record = {**ROUNDS[0], "edits": ["1|2"], "scores": {"1|2": 0.2, "0": 3.0}}
-    record = {key: value for key, value in record.items() if "unhealed" not in key and "before" not in key}
-    assert table_rows(TEACHER, [record])[1] == ["3", "1|2", "6.50M", "60.30", "0.0512", "83.4 %", "125 (1.24x)"]
-    assert table_rows(TEACHER, [record])[0][3] == "54.60"
-    write_report(tmp_path, TEACHER, [record], {})
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("rounds",), None, 'a list "rounds"'),
+        (("teacher",), [], "an object for the teacher"),
+        (("environment",), {}, "hardware"),
+        (("teacher", "loss"), math.nan, "loss=nan; it must be a finite number"),
+        (("teacher", "name"), 3, "needs a text 'name'"),
+        (("rounds", 0, "round"), 2, "numbered by"),
+        (("rounds", 0, "edits"), ["two"], "labels such as"),
+        (("rounds", 0, "plan"), {}, "exactly the keys"),
+        (("rounds", 0, "num_layers"), 10**9, "it must be 1.."),
+        (("rounds", 0, "architecture"), "a b", "it must be a name"),
+        (("rounds", 0, "decode_ratio"), "fast", "it must be a finite number"),
+        (("rounds", 0, "all_scores"), 3, "must be a list"),
+        (("rounds", 0, "all_scores"), [{"values": {"x": 1}}], "labels such as"),
+        (("rounds", 0, "tasks"), {"results": {"a": {"oops": 1}}}, "tasks that cannot be read"),
+    ],
+)
+def test_a_report_from_outside_is_checked(path, value, message):
+    report = json.loads(json.dumps(RUN.to_dict()))
+    part = report
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    with pytest.raises(LayerPruneError, match=message):
+        parse_report(report)
+
+
+def test_an_unhealed_run_has_one_perplexity_and_a_bar_is_no_column(tmp_path):
+    record = unhealed(ROUNDS[0], edits=(Edit.parallelize(1, 2),), scores=scores(**{"1|2": 0.2, "0": 3.0}))
+    run = replace(RUN, rounds=(record,))
+    assert table_rows(run)[1] == ["3", "1|2", "6.50M", "60.30", "0.0512", "83.4 %", "125 (1.24x)"]
+    assert table_rows(run)[0][3] == "54.60"
+    write_report(tmp_path, run)
     text = (tmp_path / "report.md").read_text()
-    assert "without training" in text and "never" not in text.split("## Scores")[0]
+    assert "without training" in text and "unhealed" not in text.split("## Scores")[0]
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows[:4]}) == 1 and "1&#124;2 | **0.2000**" in text
-    assert "## Scores" not in render_markdown(report_of(TEACHER, [{**record, "scores": {}}], {}))
+    assert "## Scores" not in render_markdown(replace(run, rounds=(replace(record, scores=()),)))
 
 
 def test_without_rounds_there_is_a_teacher():
-    assert "teacher: 4 layers" in render_markdown(report_of(TEACHER, [], {}))
+    assert "teacher: 4 layers" in render_markdown(replace(RUN, rounds=()))
 
 
 def test_environment_names_no_machine():
     assert set(environment()) == {"hardware", "python", "hf-layerprune", "torch", "transformers", "trl"}
 
 
-def test_hardware_is_that_of_the_device_that_was_timed(tmp_path, monkeypatch):
+def test_hardware_is_that_of_the_device_that_was_timed(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Big GPU")
     assert environment()["hardware"] == "Big GPU"
-    write_report(tmp_path, TEACHER, ROUNDS, {}, torch.device("cpu"))
-    told = json.loads((tmp_path / "report.json").read_text())["environment"]["hardware"]
+    told = environment(torch.device("cpu"))["hardware"]
     assert told.startswith("CPU ") and "Big GPU" not in told
     cpu = Path("/proc/cpuinfo")
     if cpu.is_file() and "model name" in cpu.read_text():
@@ -104,16 +152,15 @@ def test_hardware_is_that_of_the_device_that_was_timed(tmp_path, monkeypatch):
 
 
 def test_only_edits_that_were_made_are_explained():
-    def explained(rounds):
-        return render_markdown(report_of(TEACHER, rounds, {})).split("most likely token. ")[1].split("\n")[0]
+    def explained(*rounds, **changes):
+        text = render_markdown(replace(RUN, rounds=rounds, **changes))
+        return text.split("most likely token. ")[1].split("\n")[0]
 
-    assert explained(ROUNDS).startswith("Edit 2 removed layer 2. Speed is a median")
-    both = [ROUNDS[0], {**ROUNDS[1], "edits": ["0|1|3"]}]
-    assert explained(both).startswith(
-        "Edit 2 removed layer 2; edit 0|1|3 runs layers 0, 1 and 3 in parallel, as one layer."
+    assert explained(*ROUNDS).startswith("Edit 2 removes layer 2. Speed is a median")
+    assert explained(ROUNDS[0], replace(ROUNDS[1], edits=(Edit.parallelize(0, 1, 3),))).startswith(
+        "Edit 2 removes layer 2; edit 0|1|3 runs layers 0, 1 and 3 in parallel, as one layer."
     )
-    without = [{key: value for key, value in ROUNDS[0].items() if "decode" not in key}]
-    assert explained(without) == "Edit 2 removed layer 2."
+    assert explained(ROUNDS[0], teacher=replace(TEACHER, speed=None)) == "Edit 2 removes layer 2."
 
 
 def test_scores_plot_survives_zero_and_nan():

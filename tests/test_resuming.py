@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 
 from hf_layerprune import LayerDistillCallback, LayerPlan, LayerPruneError
 from hf_layerprune.files import replace_folder
-from hf_layerprune.trainer import iterative, keeping
-from hf_layerprune.trainer.checkpoints import Checkpoint, seal, sealed_checkpoints
+from hf_layerprune.trainer import iterative
 from hf_layerprune.trainer import run as run_module
+from hf_layerprune.trainer.checkpoints import Checkpoint, seal, sealed_checkpoints
 
 
 class Killed(Exception):
@@ -121,7 +121,7 @@ def test_killed_while_a_healed_student_takes_the_place_of_its_checkpoints(make, 
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(keeping, "replace_folder", die)
+        patch.setattr(iterative, "replace_folder", die)
         make(**WITH_CHECKPOINTS).train()
     steps = []
 
@@ -154,15 +154,15 @@ def test_cut_off_behind_a_checkpoint_the_balance_is_that_of_the_checkpoint(make,
     settings = WITH_CHECKPOINTS | {"loss_preset": "balanced", "save_total_limit": 1}
     make(folder="whole", **settings).train()
     trainer = make(**settings)
-    save = trainer._save_run
+    save = run_module.RunFile.save
 
-    def die(run, folder, done, **details):
-        if details.get("step") == 2:
+    def die(self, done, round=0, step=None, **changes):
+        if step == 2:
             raise Killed
-        save(run, folder, done, **details)
+        save(self, done, round, step, **changes)
 
-    monkeypatch.setattr(trainer, "_save_run", die)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_module.RunFile, "save", die)
         trainer.train()
     assert [path.name for path in (tmp_path / "run" / "rounds" / "01").iterdir()] == ["checkpoint-2"]
     make(**settings).train(resume_from_checkpoint=True)

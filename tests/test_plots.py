@@ -1,0 +1,43 @@
+"""The layer map, as text and as a picture."""
+
+from dataclasses import replace
+
+import pytest
+from test_report import ROUNDS, RUN, entry, scores
+
+from hf_layerprune import Edit, LayerPlan
+from hf_layerprune.plots import layer_map_text, plot_layer_map
+
+
+def test_text():
+    plan = LayerPlan(((0,), (2,), (4, 5), (9, 10, 12)), 14)
+    assert layer_map_text(plan) == "  0   ·   2   ·  (4  5)   ·   ·   ·  (9  10   · 12)   ·".replace("  (4", "  (4")
+    assert layer_map_text(LayerPlan.identity(5), width=2) == "0 1\n2 3\n4"
+
+
+def test_costs_are_those_of_the_last_scoring():
+    assert RUN.last_costs() == {Edit.remove(1): 0.25, Edit.remove(2): 0.1}
+    both = scores(**{"0": 1.0, "1": float("nan")}) + scores(**{"0": 2.0})
+    assert replace(RUN, rounds=(replace(ROUNDS[0], scores=both),)).last_costs() == {Edit.remove(0): 2.0}
+
+
+THREE = LayerPlan(((0,), (1,), (2,)), 4)
+
+
+@pytest.mark.parametrize(
+    "record, handles",
+    [
+        (entry(1, THREE, ["3"], {"1": 0.3, "2": 0.1}), {"kept", "removed"}),
+        (entry(1, THREE, ["3"], {}), {"kept", "removed"}),
+        (entry(1, THREE, ["3"], {"1": -0.1, "2": 0.0}), {"kept", "removed"}),
+        (
+            entry(1, LayerPlan(((0,), (1, 2)), 5), ["1|2"], {"1|2": 0.1, "0": 3.0}),
+            {"kept", "removed before this run", "in parallel, as one layer"},
+        ),
+    ],
+)
+def test_picture(record, handles):
+    figure = plot_layer_map(replace(RUN, rounds=(record,)))
+    legend = figure.axes[-1].get_legend()
+    assert {text.get_text() for text in legend.get_texts()} == handles
+    assert len(figure.axes) == (2 if record.scores else 1)
