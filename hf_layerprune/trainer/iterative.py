@@ -391,7 +391,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         if self.args.should_save and self.state.global_step < self.state.max_steps:
             seconds = time.perf_counter() - self._healing_started
             path = Path(folder, f"checkpoint-{self.state.global_step}")
-            seal(Checkpoint(str(path), self.balance.weight, seconds))
+            seal(Checkpoint(str(path), seconds))
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
         self._save_run(self.run, Path(self.args.output_dir), "checkpoint", step=self.state.global_step)
 

@@ -21,14 +21,13 @@ from ..errors import LayerPruneError
 from ..files import digests, replace_folder, round_folder
 from ..loading import load_model
 from ..report import write_report
-from ..surgery import plan_of, prune
+from ..surgery import plan_of, prune, share_equal_weights
 from ..tasks import PreparedTask
 from .callbacks import LayerDistillCallback
 from .checks import check_budget
 from .config import IterativeLayerDistillConfig
 from .run_state import STATE_FILE, RunState, check_not_past_target, decisive_settings, gauge_of_run, lock_run, open_run
 from .students import check_saving, check_student, drop_ignored, put_in_place, write_student
-from .towers import share_equal_weights
 
 
 class RunKeeping:
