@@ -1,9 +1,14 @@
-"""Running a causal language model up to its head, for measuring."""
+"""Run a causal language model, or a part of it, and record what its blocks are called with: the only place with hooks.
+
+Shapes: B batch, T positions, H hidden, L blocks of the model. A hidden state is numbered by the block that reads it:
+state 0 is the embedding, block p turns state p into state p + 1, and the final norm reads state L.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,45 +24,114 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def final_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Hidden states behind the final norm: `(B, T, H)`."""
+    """Hidden states after the final norm: `(B, T, H)`."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
+    return model.base_model(**inputs | {"use_cache": False}).last_hidden_state
 
 
-class Reached(Exception):
-    """Raised by a hook at the first layer that need not run."""
+@dataclass
+class Recording:
+    """What a forward pass called the parts of a model with.
+
+    Attributes:
+        states (`dict[int, Tensor]`): hidden states `(B, T, H)` by number.
+        arguments (`dict[int, dict[str, Any]]`): keyword arguments of the blocks that read them.
+        inner (`dict[int, Tensor]`): by position of a block, what a module inside it read.
+        final (`Tensor` of shape `(B, T, H)`, *optional*): states after the final norm; none if the pass stopped early.
+    """
+
+    states: dict[int, Tensor] = field(default_factory=dict)
+    arguments: dict[int, dict[str, Any]] = field(default_factory=dict)
+    inner: dict[int, Tensor] = field(default_factory=dict)
+    final: Tensor | None = None
+
+
+class _Stop(Exception):
+    """Ends a forward pass where the rest of the model need not run."""
+
+
+def record(
+    model: PreTrainedModel,
+    batch: Batch,
+    states: Collection[int],
+    inner: Mapping[int, nn.Module] | None = None,
+    stop: bool = False,
+    on_state: Callable[[int, Tensor], None] | None = None,
+) -> Recording:
+    """Run a model on a batch and record some hidden states, whatever the caller's gradient mode.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a causal language model, or its decoder.
+        batch (`dict[str, Tensor]`): on the model's device; labels are left out.
+        states (`Collection[int]`): numbers of the states to record.
+        inner (`Mapping[int, nn.Module]`, *optional*):
+            By position of a block, the module inside it whose input is recorded too.
+        stop (`bool`, *optional*, defaults to `False`):
+            Whether to stop at the last of `states`; the modules of `inner` must come before it.
+        on_state (`Callable[[int, Tensor], None]`, *optional*):
+            Called with each state and its number as it is reached, in place of keeping it.
+    """
+    decoder, recording = model.base_model, Recording()
+    keep = recording.states.__setitem__ if on_state is None else on_state
+    last = max(states, default=None) if stop else None
+
+    def state_hook(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            recording.arguments[number] = kwargs
+            keep(number, args[0])
+            if number == last:
+                raise _Stop
+
+        return hook
+
+    def inner_hook(position: int) -> Callable[..., None]:
+        return lambda _, args: recording.inner.__setitem__(position, args[0])
+
+    readers = [*decoder.layers, decoder.norm]
+    with ExitStack() as hooks:
+        for number in states:
+            hooks.enter_context(readers[number].register_forward_pre_hook(state_hook(number), with_kwargs=True))
+        for position, module in (inner or {}).items():
+            hooks.enter_context(module.register_forward_pre_hook(inner_hook(position)))
+        with suppress(_Stop):
+            recording.final = final_states(model, batch)
+    return recording
+
+
+def replay(
+    recording: Recording,
+    start: int,
+    blocks: Iterable[Callable[..., Tensor]],
+    norm: nn.Module,
+    states: Collection[int] = (),
+) -> Recording:
+    """Run blocks, of the same model or of another, from a recorded state on; what comes before it is not run again.
+
+    Args:
+        recording ([`Recording`]): holds state `start` and its arguments.
+        start (`int`): number of the state that the first of `blocks` reads.
+        blocks (`Iterable[Callable[..., Tensor]]`): each is called with a state and the recorded arguments.
+        norm (`nn.Module`): what reads the last state.
+        states (`Collection[int]`, *optional*): numbers of states to record, of those that a block reads.
+    """
+    state, arguments = recording.states[start], recording.arguments[start]
+    replayed = Recording()
+    for number, block in enumerate(blocks, start):
+        if number in states:
+            replayed.states[number] = state
+        state = block(state, **arguments)
+    replayed.final = norm(state)
+    return replayed
 
 
 def call_of_layer(decoder: PreTrainedModel, inputs: Batch, position: int) -> tuple[Tensor, dict[str, Any]]:
     """The input state `(B, T, H)` and the keyword arguments of the layer at `position`; only those before it run."""
-    call: list[Any] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call.extend((args[0], kwargs))
-        raise Reached
-
-    handle = decoder.layers[position].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        decoder(**inputs)
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-    state, kwargs = call
-    return state, kwargs
-
-
-def run_for_hooks(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Run the decoder as far as its hooks let it; return which positions are not padding, `(B, T)`."""
-    batch = to_device(batch, model.device)
-    with suppress(Reached):
-        final_states(model, batch)
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    call = record(decoder, inputs, [position], stop=True)
+    return call.states[position], call.arguments[position]
 
 
 @contextmanager
-def measuring(*models: PreTrainedModel) -> Iterator[None]:
+def inference(*models: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients; each model's own mode comes back afterwards."""
     modes = [model.training for model in models]
     for model in models:
@@ -68,6 +142,9 @@ def measuring(*models: PreTrainedModel) -> Iterator[None]:
     finally:
         for model, mode in zip(models, modes, strict=True):
             model.train(mode)
+
+
+measuring = inference  # its former name, until all callers use the new one
 
 
 def check_causal(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""What a student loses against its teacher: pure tensor functions.
+"""What a student loses against its teacher, and the loss that heals it: pure tensor functions.
 
 Shapes: N valid positions, H hidden size, V vocabulary. No function holds an `(N, V)` tensor for all positions at once.
 """
@@ -24,7 +24,7 @@ MIN_ROWS_PER_CHUNK = 64  # fewer make the matrix products slow, whatever the voc
 
 
 def perplexity_of(loss: float) -> float:
-    """`exp(loss)`, of nats per token; infinite where that is no float any more."""
+    """`exp(loss)`, of nats per token; infinite if that is beyond a float."""
     return math.inf if loss >= 700 else math.exp(loss)
 
 
@@ -46,8 +46,8 @@ def divergence(
     [Hinton et al.](https://huggingface.co/papers/1503.02531) the value is scaled by `temperature` squared, so that the
     size of the gradients does not depend on it.
 
-    On a GPU this is TRL's chunked divergence with its Triton kernels; elsewhere [`Divergence`], which was measured 1.5
-    to 7 times faster than that on a CPU (`benchmarks/kl.py`).
+    On a GPU this is TRL's chunked divergence with its Triton kernels; elsewhere [`Divergence`], 1.5 to 7 times faster
+    than that on a CPU (`benchmarks/kl.py`).
     """
     heads = (student_head.bias, teacher_head.bias)
     if student_hidden.is_cuda or heads != (None, None):
@@ -186,9 +186,66 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return torch.cat([checkpoint(chunk_loss, hidden[r], labels[r], use_reentrant=False) for r in rows])
 
 
+HIDDEN_DISTANCES = {"mse": relative_hidden_state_mse, "cosine": cosine_distance}
+
+
+@dataclass
+class TowerStates:
+    """What student and teacher computed at N valid positions.
+
+    Attributes:
+        student_final, teacher_final (`Tensor` of shape `(N, H)`): states after the final norm.
+        student, teacher (`list[Tensor]`): `(N, H)` each, pairs of hidden states to compare, or of updates.
+    """
+
+    student_final: Tensor
+    teacher_final: Tensor
+    student: list[Tensor]
+    teacher: list[Tensor]
+
+
+def parts_of_loss(
+    towers: TowerStates, student_head: nn.Linear, teacher_head: nn.Linear, labels: Tensor, args: Any
+) -> dict[str, Tensor]:
+    """The parts of the healing loss, each a sum over N positions; `num_tokens` is N.
+
+    Args:
+        towers ([`TowerStates`]): of both models.
+        student_head, teacher_head (`nn.Linear`): H to V.
+        labels (`Tensor` of shape `(N,)`): the token that follows each position.
+        args ([`IterativeLayerDistillConfig`]): its settings of the loss.
+    """
+    paper = args.loss_preset == "paper"
+    distance = hidden_state_mse if paper else HIDDEN_DISTANCES[args.hidden_distance]
+    hidden = [distance(own, its).sum() for own, its in zip(towers.student, towers.teacher, strict=True)]
+    hidden = hidden[-1:] if paper else hidden
+    student_final, teacher_final = towers.student_final, towers.teacher_final
+    parts = {
+        "hidden": torch.stack(hidden).mean() if hidden else student_final.new_zeros((), dtype=torch.float32),
+        "final_hidden": distance(student_final, teacher_final).sum(),
+    }
+    if args.kl_weight or paper:
+        heads = (student_final, student_head, teacher_final, teacher_head)
+        parts["kl"] = divergence(*heads, args.temperature, args.beta)
+    if args.lm_weight:
+        parts["lm"] = next_token_loss(student_final, student_head, labels).sum()
+    return parts | {"num_tokens": torch.tensor(max(1, len(labels)), device=student_final.device)}
+
+
+def loss_of_parts(parts: dict[str, Tensor], args: Any) -> Tensor:
+    """The healing loss of what [`parts_of_loss`] gives: a sum over positions, or the paper's of a micro-batch."""
+    hidden = parts["hidden"] + parts["final_hidden"]
+    if args.loss_preset == "paper":
+        return parts["kl"] / 100 + hidden / parts["num_tokens"]
+    total = args.hidden_weight * hidden / 2
+    if "kl" in parts:
+        total = total + args.kl_weight * parts["kl"]
+    return total + args.lm_weight * parts["lm"] if "lm" in parts else total
+
+
 @dataclass
 class TokenStatistics:
-    """Per-position measurements of one model: next-token loss and, where a teacher was given, what divides them.
+    """Measurements of one model at N positions: next-token loss and, with a teacher, how far it is from it.
 
     Attributes:
         nll (`Tensor` of shape `(N,)`): next-token negative log-likelihood, nats.
@@ -213,7 +270,7 @@ def token_statistics(
     """Measure several final hidden states of the same positions at once; the teacher is projected once for all.
 
     Args:
-        hidden (`list[Tensor]`): one `(N, H)` per candidate, behind the final norm.
+        hidden (`list[Tensor]`): one `(N, H)` per candidate, after the final norm.
         head (`nn.Linear`): the candidates' output head, H to V.
         labels (`Tensor` of shape `(N,)`): the token that follows each position.
         teacher_hidden (`Tensor` of shape `(N, H)`, *optional*): the teacher's states at the same positions.

@@ -223,6 +223,22 @@ def unshare_parameters(parameters: Iterable[nn.Parameter]) -> None:
         parameter.data = parameter.data.clone()
 
 
+def share_equal_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Let every tensor of `student` that equals the teacher's, bit by bit, be the teacher's in memory."""
+    blocks, blocks_of_teacher = plan_of(student).blocks, plan_of(teacher).blocks
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        before, layers, rest = name.partition(".layers.")
+        if layers:  # the teacher has the block at another position, or lacks it
+            position, _, inside = rest.partition(".")
+            block = blocks[int(position)]
+            name = f"{before}.layers.{blocks_of_teacher.index(block) if block in blocks_of_teacher else None}.{inside}"
+        other = theirs.get(name)
+        alike = other is not None and (other.dtype, other.device) == (parameter.dtype, parameter.device)
+        if alike and torch.equal(parameter.data, other.data):
+            parameter.data = other.data
+
+
 def _rearranged(model: PreTrainedModel, plan: LayerPlan) -> PrunedQwen2ForCausalLM:
     try:
         return PrunedQwen2ForCausalLM.from_plain(model, plan)

@@ -48,11 +48,10 @@ def parts_of_loss(student, teacher, batch, states, args):
     return kl, hidden, final, lm, tokens
 
 
-def loss_of_step(student, teacher, batches, states, args, balance):
+def loss_of_step(student, teacher, batches, states, args):
     """Of an optimizer step over some micro-batches."""
     found = [parts_of_loss(student, teacher, batch, states, args) for batch in batches]
     if args.loss_preset == "paper":
         return sum(kl / 100 + (hidden + final) / n for kl, hidden, final, _, n in found) / len(found)
     kl, hidden, final, lm, tokens = (sum(parts) for parts in zip(*found, strict=True))
-    weight = balance if args.loss_preset == "balanced" else args.hidden_weight
-    return (args.kl_weight * kl + weight * (hidden + final) / 2 + args.lm_weight * lm) / tokens
+    return (args.kl_weight * kl + args.hidden_weight * (hidden + final) / 2 + args.lm_weight * lm) / tokens

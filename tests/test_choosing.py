@@ -138,8 +138,8 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, settings, message):
         tiny_config(tmp_path, **settings)
 
 
-@pytest.mark.parametrize("method", ["rescale", "least_squares"])
-def test_scores_after_repair_are_those_of_repaired_students(make, method):
+def test_scores_after_repair_are_those_of_repaired_students(make):
+    method = "least_squares"
     batches = make().calibration_batches
     teacher = tiny_model(6)
     student = prune(teacher, [2])
@@ -162,8 +162,8 @@ def test_scores_after_repair_are_those_of_repaired_students(make, method):
         score_layers(student, rows[:1], teacher=teacher, compensation=method)
 
 
-@pytest.mark.parametrize("method", ["rescale", "least_squares"])
-def test_rounds_repair_what_they_removed(make, tmp_path, method):
+def test_rounds_repair_what_they_removed(make, tmp_path):
+    method = "least_squares"
     trainer = make(compensation=method, target_num_layers=4)
     trainer.train()
     teacher, student = tiny_model(6), tiny_model(6)
@@ -222,8 +222,6 @@ def test_repair_then_heal(make):
     trainer.train()
     (record,) = rounds_of(trainer)
     assert record["kl_before_healing"] < record["kl_unhealed"]  # neither repaired nor healed
-    with pytest.raises(LayerPruneError, match="hidden_weight=0"):
-        make("other", compensation="rescale", heal=True)
 
 
 @pytest.fixture

@@ -113,9 +113,7 @@ def test_rows_without_text_among_others_are_no_trouble(tmp_path, model_folder, t
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", model_folder, "--dataset", tmp_path / "some.jsonl", "--output_dir", tmp_path / "out"]
     alone = ["--packing", "false", "--per_device_train_batch_size", "1", "--max_steps", "8"]
-    for preset in ([], ["--loss_preset", "balanced"]):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        assert run("compress", *arguments, *QUICK, *alone, *preset) == 0
+    assert run("compress", *arguments, *QUICK, *alone) == 0
 
 
 def test_without_a_target_three_quarters_are_kept(tmp_path, model_folder, text_file):

@@ -1,4 +1,4 @@
-"""Repairs against what they promise, written out: stacked activations, a stream that really is scaled."""
+"""Repairs against what they promise, written out: a dense solution on stacked activations."""
 
 import copy
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import random_batches, tiny_model
 
-from hf_layerprune import LayerPlan, LayerPruneError, evaluate_model, parallelize, prune
+from hf_layerprune import LayerPlan, LayerPruneError, compensation, evaluate_model, parallelize, prune
 from hf_layerprune.compensation import DEFAULT_RIDGE, Repair, apply_repair, compensate, find_repairs
 from hf_layerprune.forward import final_states
+from hf_layerprune.ridge import Regression
 from hf_layerprune.surgery import apply_plan
 
 
@@ -52,13 +53,32 @@ def dense_refit(model, batches, position, target, ridge):
     return torch.linalg.lstsq(rows, torch.cat([wanted, strength * weight.T])).solution.T.float()
 
 
-@pytest.mark.parametrize("layer", [1, 3, 4])
-def test_refit_is_the_dense_least_squares_solution(model, batches, layer):
+@pytest.mark.parametrize("num_batches, layer", [(1, 1), (2, 1), (2, 3), (2, 4)])  # 27 or 54 tokens for 48 neurons
+def test_refit_is_the_dense_least_squares_solution(model, num_batches, layer):
+    batches = random_batches(num_batches)
     repair = find_repairs(model, batches, [layer], "least_squares", ridge=0.02)[layer]
     target = stacked(model, batches)[0][layer + 1]
-    assert repair.position == layer - 1 and repair.scale == 1.0
+    assert repair.position == layer - 1
     expected = dense_refit(model, batches, layer - 1, target, 0.02)
     torch.testing.assert_close(repair.weight, expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("ridge", [0.02, 5.0])
+@pytest.mark.parametrize("num_tokens", [20, 95, 96, 300])
+def test_the_smaller_system_of_equations_gives_the_same_weight(num_tokens, ridge):
+    generator = torch.Generator().manual_seed(0)
+    inputs, missing = (torch.randn(num_tokens, size, generator=generator) for size in (96, 24))
+    weight = torch.randn(24, 96, generator=generator)
+    fit = Regression(weight, num_tokens)
+    for rows in torch.arange(num_tokens).split(7):
+        with torch.autocast("cpu", torch.bfloat16):
+            fit.add(inputs[rows], missing[rows])
+    assert fit.left.nbytes + fit.right.nbytes == Regression.num_bytes(weight, num_tokens)
+    a, e = inputs.double(), missing.double()
+    penalty = ridge * a.pow(2).sum() / num_tokens * torch.eye(96, dtype=torch.float64)
+    expected = weight + torch.linalg.solve(a.T @ a + penalty, a.T @ e).T.float()  # the literal normal equations
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fit.solve(ridge), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_refit_of_a_pruned_and_parallel_student_meets_the_original_teacher(batches):
@@ -76,56 +96,21 @@ def test_refit_of_a_pruned_and_parallel_student_meets_the_original_teacher(batch
     repaired = compensate(inside, batches, "least_squares", teacher, ridge=0.02)
     expected = dense_refit(inside, batches, 1, targets[4], 0.02)
     torch.testing.assert_close(repaired.model.layers[1].mlp.down_proj.weight, expected, atol=2e-4, rtol=1e-3)
-    assert same(compensate(inside, batches, "rescale", teacher), inside.state_dict())
 
 
-@pytest.mark.parametrize("method", ["rescale", "least_squares"])
 @pytest.mark.parametrize("max_bytes", [2**32, 1])
-def test_one_pass_for_all_layers_is_compensating_each(model, batches, method, max_bytes):
-    seen = []
-    repairs = find_repairs(model, batches, range(5), method, max_bytes=max_bytes, on_batch=lambda: seen.append(1))
-    assert list(repairs) == list(range(5)) and len(seen) == len(batches)
+def test_one_pass_for_all_layers_is_compensating_each(model, batches, monkeypatch, max_bytes):
+    monkeypatch.setattr(compensation, "MAX_BYTES", max_bytes)
+    seen, method = [], "least_squares"
+    repairs = find_repairs(model, batches, range(5), method, on_batch=lambda: seen.append(1))
+    assert list(repairs) == [1, 2, 3, 4] and len(seen) == len(batches)
     for layer, repair in repairs.items():
         student = prune(model, [layer], share_weights=True)
         apply_repair(student, repair)
         expected = compensate(prune(model, [layer]), batches, method, model)
         for (name, tensor), other in zip(student.named_parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(tensor, other, atol=1e-5, rtol=1e-4, msg=name)
-    assert [layer for layer, repair in repairs.items() if repair.nothing] == [4 if method == "rescale" else 0]
-
-
-@pytest.mark.parametrize("layer", [0, 2])
-def test_folded_scale_is_a_scaled_stream(batches, layer):
-    teacher = tiny_model(rms_norm_eps=1e-12)
-    entered = stacked(teacher, batches)[0]
-    scale = (entered[layer + 1].norm(dim=-1) / entered[layer].norm(dim=-1)).mean().item()
-    repair = find_repairs(teacher, batches, [layer], "rescale")[layer]
-    assert repair.scale == pytest.approx(scale, rel=1e-5) and abs(scale - 1) > 0.05
-    student = prune(teacher, [layer])
-    folded = compensate(student, batches, "rescale", teacher)
-    assert torch.equal(folded.model.embed_tokens.weight, teacher.model.embed_tokens.weight)
-    behind = student.model.layers[layer]
-    behind.register_forward_pre_hook(lambda _, args: (args[0] * scale, *args[1:]))
-    for batch in batches:
-        valid = batch["attention_mask"].bool()
-        with torch.no_grad():
-            torch.testing.assert_close(final_states(folded, batch)[valid], final_states(student, batch)[valid])
-
-
-def test_scales_of_several_gaps_multiply_and_neighbours_are_one_gap(batches):
-    teacher = tiny_model(num_layers=7)
-    one = {layer: r.scale for layer, r in find_repairs(teacher, batches, [1], "rescale").items()}
-    entered = stacked(teacher, batches)[0]
-    two = (entered[5].norm(dim=-1) / entered[3].norm(dim=-1)).mean().item()
-    student = prune(teacher, [1, 3, 4])
-    repaired = compensate(student, batches, "rescale", teacher)
-    weights = [[m.model.layers[i].self_attn.o_proj.weight for m in (student, repaired)] for i in range(4)]
-    for (before, after), scale in zip(weights, (1, one[1], one[1] * two, one[1] * two), strict=True):
-        torch.testing.assert_close(before / scale, after)
-    part = compensate(student, batches, "rescale", teacher, gaps=[1])
-    torch.testing.assert_close(
-        part.model.layers[3].mlp.down_proj.weight * one[1], student.model.layers[3].mlp.down_proj.weight
-    )
+    assert same(compensate(prune(model, [0]), batches, method, model), snapshot(prune(model, [0])))
 
 
 def test_upper_refits_see_the_lower_ones(batches):
@@ -153,7 +138,7 @@ def test_a_layer_the_block_before_can_take_over_is_repaired_exactly():
     assert lost > 0.01 and evaluate_model(repaired, batches, teacher).kl < 1e-4 * lost
 
 
-@pytest.mark.parametrize("method", ["none", "rescale", "least_squares"])
+@pytest.mark.parametrize("method", ["none", "least_squares"])
 def test_nobody_else_is_touched(model, batches, method):
     before = snapshot(model)
     modes = [p.requires_grad for p in model.parameters()]
@@ -163,69 +148,63 @@ def test_nobody_else_is_touched(model, batches, method):
     assert same(model, before) and same(student, plain)
     assert same(repaired, plain) == (method == "none")
     sharing = prune(model, [1], share_weights=True)
-    apply_repair(sharing, find_repairs(model, batches, [1], method)[1])
+    for repair in find_repairs(model, batches, [1], method).values():
+        apply_repair(sharing, repair)
     assert same(model, before) and [p.requires_grad for p in model.parameters()] == modes
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("method", ["rescale", "least_squares"])
-def test_padding_does_not_matter(model, method):
+def test_padding_does_not_matter(model):
     (padded,) = random_batches(count=1)
     ids, mask = padded["input_ids"], padded["attention_mask"]
     rows = [{"input_ids": row[keep.bool()][None]} for row, keep in zip(ids, mask, strict=True)]
     noise = {"input_ids": torch.where(mask.bool(), ids, 7), "attention_mask": mask}
     student = prune(model, [2])
-    results = [compensate(student, b, method, model).state_dict() for b in ([padded], [noise], rows)]
+    results = [compensate(student, b, "least_squares", model).state_dict() for b in ([padded], [noise], rows)]
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(results[2][name], tensor, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["rescale", "least_squares"])
-def test_bfloat16_is_solved_in_float32(model, batches, method):
-    half = copy.deepcopy(model).to(torch.bfloat16)
-    repair = find_repairs(half, batches, [2], method)[2]
-    if method == "rescale":
-        assert repair.scale == pytest.approx(find_repairs(model, batches, [2], method)[2].scale, rel=0.02)
-    else:
-        expected = dense_refit(half, batches, 1, stacked(half, batches)[0][3], DEFAULT_RIDGE)
-        assert repair.weight.dtype == torch.bfloat16
-        torch.testing.assert_close(repair.weight.float(), expected, atol=1e-3, rtol=2**-8)
-    repaired = compensate(prune(half, [2]), batches, method, half)
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_bfloat16_is_solved_in_float32(model, num_batches):
+    batches, half = random_batches(num_batches), copy.deepcopy(model).to(torch.bfloat16)
+    repair = find_repairs(half, batches, [2], "least_squares")[2]
+    expected = dense_refit(half, batches, 1, stacked(half, batches)[0][3], DEFAULT_RIDGE)
+    assert repair.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(repair.weight.float(), expected, atol=1e-3, rtol=2**-8)
+    repaired = compensate(prune(half, [2]), batches, "least_squares", half)
     assert {p.dtype for p in repaired.parameters()} == {torch.bfloat16}
 
 
 def test_a_layer_inside_a_parallel_block_leaves_no_gap(model, batches):
     wide = parallelize(model, [(2, 3)])
-    for method in ("rescale", "least_squares"):
-        repairs = find_repairs(wide, batches, [2, 1], method, model)
-        assert repairs[2].nothing and not repairs[1].nothing
-        apply_repair(prune(wide, [2]), repairs[2])
+    assert list(find_repairs(wide, batches, [2, 1], "least_squares", model)) == [1]
 
 
 def test_mistakes_are_one_clear_line(model, batches):
     padding = [
         {"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}
     ]
-    student = prune(model, [1])
+    student, repair = prune(model, [1]), Repair((1,), 0, torch.zeros(32, 48))
     for call, message in [
         (lambda: find_repairs(model, batches, [1], "magic"), "compensation='magic' is unknown"),
-        (lambda: find_repairs(model, padding, [1], "rescale"), "no token"),
-        (lambda: find_repairs(model, batches, [9], "rescale"), "layers \\[9\\] are not in the teacher"),
-        (lambda: find_repairs(student, batches, [1], "rescale", model), "layer 1 is not in the plan"),
-        (lambda: find_repairs(model, batches, [1], "least_squares", ridge=0), "ridge=0 is out of range"),
-        (lambda: find_repairs(model, batches, [1], "rescale", tiny_model(6)), "was not made of this teacher"),
-        (lambda: compensate(student, batches, "rescale", model, gaps=[2]), "layers \\[2\\] are not missing"),
-        (lambda: compensate(student, batches, "rescale", student), "layers \\[1\\] are not in the teacher"),
-        (lambda: apply_repair(model, Repair((1,), 0, 2.0)), "it has \\[1\\]"),
-        (lambda: apply_repair(prune(model, [0, 1]), Repair((1,), 0, 2.0)), "was found for another student"),
+        (lambda: find_repairs(model, padding, [1], "least_squares"), "no token"),
+        (lambda: find_repairs(model, batches, [9], "least_squares"), "layers \\[9\\] are not in the teacher"),
+        (lambda: find_repairs(student, batches, [1], "least_squares", model), "layer 1 is not in the plan"),
+        (lambda: find_repairs(model, batches, [1], "least_squares", ridge=-1), "ridge=-1 is too small"),
+        (lambda: find_repairs(model, batches, [1], "least_squares", tiny_model(6)), "was not made from this teacher"),
+        (lambda: compensate(student, batches, "least_squares", model, gaps=[2]), "layers \\[2\\] are not missing"),
+        (lambda: compensate(student, batches, "least_squares", student), "layers \\[1\\] are not in the teacher"),
+        (lambda: apply_repair(model, repair), "it has \\[1\\]"),
+        (lambda: apply_repair(prune(model, [0, 1]), repair), "was found for another student"),
     ]:
         with pytest.raises(LayerPruneError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
 
 
-def test_states_that_are_not_finite_are_told(model, batches):
+def test_states_that_are_not_finite_are_an_error(model, batches):
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(LayerPruneError, match="not finite"):
         find_repairs(model, batches, [2], "least_squares")

@@ -10,7 +10,6 @@ from test_healing import gradients, make_trainer
 from hf_layerprune import IterativeLayerDistillTrainer, prune
 from hf_layerprune._trl import swap_model
 from hf_layerprune.surgery import plan_of
-from hf_layerprune.trainer.healing import Balance
 from hf_layerprune.trainer.targets import HiddenStateMap
 from hf_layerprune.trainer.towers import shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
@@ -18,7 +17,7 @@ from hf_layerprune.trainer.trainable import make_trainable
 PACKING = {"packing": True, "packing_strategy": "bfd"}
 TOGETHER = {
     "temperature": 1.6, "beta": 0.6, "hidden_distance": "cosine", "hidden_target": "updates", "lm_weight": 0.3,
-    "loss_preset": "balanced", "gradient_checkpointing": True, **PACKING,
+    "gradient_checkpointing": True, **PACKING,
 }  # fmt: skip
 ALONE = [
     {},
@@ -32,7 +31,6 @@ ALONE = [
     {"hidden_distance": "cosine"},
     {"hidden_target": "updates"},
     {"loss_preset": "paper"},
-    {"loss_preset": "balanced"},
     {"gradient_checkpointing": True},
     PACKING,
 ]
@@ -56,7 +54,6 @@ def ready(tmp_path, tokenizer, lora=False, **changes):
     trainer.shared_depth = shared_depth(student, teacher)
     assert trainer.shared_depth == (None if everything else 1)
     swap_model(trainer, student)
-    trainer.balance = Balance(0.37)  # as after a step
     return trainer
 
 
@@ -89,7 +86,7 @@ def test_a_step_is_that_of_the_plain_formula(tmp_path, tokenizer, switches, rows
         assert all((batch["position_ids"] == 0).sum() > len(batch["input_ids"]) for batch in batches)
     else:
         assert any(not batch["attention_mask"].all() for batch in batches), "padding matters"
-    expected = loss_of_step(trainer.model, trainer.teacher, batches, trainer.hidden_state_map, trainer.args, 0.37)
+    expected = loss_of_step(trainer.model, trainer.teacher, batches, trainer.hidden_state_map, trainer.args)
     expected.backward()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-3)  # logged with few digits
     reference = gradients(trainer)

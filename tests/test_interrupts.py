@@ -147,7 +147,7 @@ PHASES = ("evaluating teacher", "scoring", "checkpoint", "healing", "round")
 SETTINGS = {
     "all": {},
     "neighbours": {"trained_layers": "neighbours"},
-    "balanced": {"loss_preset": "balanced", "save_steps": 1, "save_total_limit": 1},
+    "checkpoints": {"save_steps": 1, "save_total_limit": 1},
     "adapters": {"lora_r": 4, "trained_layers": "neighbours"},
 }
 

@@ -144,14 +144,14 @@ def test_resuming_writes_nothing_into_the_weights_that_are_the_teachers(make, tm
     weights = tmp_path / "run" / "rounds" / "01" / "checkpoint-2" / "model.safetensors"
     tensors = load_file(weights)
     save_file(tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"] + 1}, weights)
-    seal(Checkpoint(str(weights.parent), balance=1.0, seconds=0.0))
+    seal(Checkpoint(str(weights.parent), seconds=0.0))
     teacher = tiny_model()
     make(teacher, **settings).train(resume_from_checkpoint=True)
     assert_same_weights(teacher, tiny_model())
 
 
-def test_cut_off_behind_a_checkpoint_the_balance_is_that_of_the_checkpoint(make, tmp_path, monkeypatch):
-    settings = WITH_CHECKPOINTS | {"loss_preset": "balanced", "save_total_limit": 1}
+def test_cut_off_after_a_checkpoint_it_continues_from_there(make, tmp_path, monkeypatch):
+    settings = WITH_CHECKPOINTS | {"save_total_limit": 1}
     make(folder="whole", **settings).train()
     trainer = make(**settings)
     save = run_module.RunFile.save

@@ -31,7 +31,7 @@ from hf_layerprune.trainer.run import check_not_past_target, check_resume, decis
 
 
 def checkpoint(folder, step, weight=1.0):
-    found = Checkpoint(str(folder / f"checkpoint-{step}"), balance=step / 7, seconds=2.0 * step)
+    found = Checkpoint(str(folder / f"checkpoint-{step}"), seconds=2.0 * step)
     (path := folder / f"checkpoint-{step}").mkdir(parents=True)
     save_file({"a": torch.zeros(3), "b": torch.full((2,), weight)}, path / "model.safetensors")
     (path / "shards").mkdir()

@@ -414,7 +414,7 @@ def test_arguments_that_do_not_fit_together_are_refused(model, batches):
     edits = [Edit.remove(1), Edit.remove(2)]
     for message, options in {
         "compensation='folding' is unknown": {"compensation": "folding"},
-        "a compensation is for kl, loss, tasks": {"compensation": "rescale", "criterion": "taylor"},
+        "a compensation is for kl, loss, tasks": {"compensation": "least_squares", "criterion": "taylor"},
         "a race is for kl, loss, tasks": {"race": Race(), "criterion": "block_influence"},
         "tasks are for criterion='tasks'": {"tasks": [object()]},
         "each of the 2 edits a number above 0": {"savings": [0.0, 1.0]},

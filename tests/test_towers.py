@@ -10,9 +10,9 @@ from peft import LoraConfig
 
 from hf_layerprune import IterativeLayerDistillTrainer, parallelize, prune
 from hf_layerprune.data import valid_next_tokens
-from hf_layerprune.surgery import plan_of
+from hf_layerprune.surgery import plan_of, share_equal_weights
 from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.towers import run_towers, share_equal_weights, shared_depth, why_nothing_is_shared
+from hf_layerprune.trainer.towers import run_towers, shared_depth, why_nothing_is_shared
 from hf_layerprune.trainer.trainable import make_trainable
 
 

@@ -26,12 +26,10 @@ class Checkpoint:
 
     Attributes:
         folder (`str`): the `checkpoint-N`.
-        balance (`float`): [`Balance.weight`] behind its step.
         seconds (`float`): that the healing had taken.
     """
 
     folder: str
-    balance: float
     seconds: float
 
 
@@ -39,7 +37,7 @@ def seal(checkpoint: Checkpoint) -> None:
     """Say that a checkpoint is whole, and what its files are; once every process has written its part."""
     folder = Path(checkpoint.folder)
     (folder / SEAL).unlink(missing_ok=True)  # of one that was damaged and is written again
-    facts = {"files": digests(folder), "balance": checkpoint.balance, "seconds": checkpoint.seconds}
+    facts = {"files": digests(folder), "seconds": checkpoint.seconds}
     write_atomically(folder / SEAL, to_json(facts))
 
 

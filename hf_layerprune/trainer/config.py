@@ -16,11 +16,10 @@ from ..compensation import COMPENSATIONS, check_compensation
 from ..edits import EditSpace
 from ..environment import has_bf16
 from ..errors import LayerPruneError, make_whole
+from ..losses import HIDDEN_DISTANCES
 from ..scoring import MEASURED, Race, check_criterion, criteria
 from .targets import named_layers
 
-LOSS_PRESETS = ("paper", "balanced")
-HIDDEN_DISTANCES = ("mse", "cosine")
 HIDDEN_TARGETS = ("states", "updates")
 WHOLE_NUMBERS = {  # and the least they may be
     "target_num_layers": 1,
@@ -113,13 +112,13 @@ class IterativeLayerDistillConfig(SFTConfig):
         num_eval_samples (`int`, *optional*):
             Rows of `eval_dataset` that measure quality; all by default.
         compensation (`str`, *optional*, defaults to `"none"`):
-            Repair the student in closed form after each removal, before it is healed: `"rescale"` or
-            `"least_squares"`, see [`compensate`]. Scores that are measured are taken after it.
+            Repair the student in closed form after each removal, before it is healed: `"least_squares"`, see
+            [`compensate`]. Measured scores are taken after the repair.
         heal (`bool`, *optional*, defaults to `True`):
             Whether rounds heal the student; without it layers are only chosen and removed.
         trained_layers (`str`, *optional*, defaults to `"neighbours"`):
-            What healing trains: `"neighbours"`, the layers before and behind each layer removed in the round (as in
-            the paper) and the blocks put together in it; `"all"` parameters; or named teacher layers, such as
+            What healing trains: `"neighbours"`, the layers before and after each layer removed in the round (as in
+            the paper) and the blocks merged in it; `"all"` parameters; or named teacher layers, such as
             `"3,4,10"`.
         kl_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the divergence of the next-token distributions, nats per token.
@@ -133,7 +132,7 @@ class IterativeLayerDistillConfig(SFTConfig):
             `"mse"`, the squared error over the teacher's mean square, or `"cosine"`, 1 - cos.
         hidden_target (`str`, *optional*, defaults to `"states"`):
             What of the healed layers is compared: the `"states"` they hand on, or the `"updates"`, what they add to
-            the residual stream (with what the removed layers beside them added).
+            the residual stream (with what the removed layers next to them added).
         lm_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the next-token loss on the data, nats per token.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -143,8 +142,6 @@ class IterativeLayerDistillConfig(SFTConfig):
             authors' own units, KL summed over all tokens of a micro-batch / 100 + MSE of the last healed layer + MSE
             of the final state. It depends on the batch shape, and replaces all settings of the loss but
             `temperature`.
-            `"balanced"`: at each step the hidden-state part is rescaled to the size of the divergence, both as they
-            were in the step before, as in NVIDIA's Model-Optimizer; replaces `hidden_weight`.
         measure_speed (`bool`, *optional*, defaults to `True`):
             Whether to time the teacher and every depth, side by side, at the end of a run.
 
@@ -210,7 +207,7 @@ class IterativeLayerDistillConfig(SFTConfig):
     compensation: str = field(
         default="none",
         metadata={
-            "help": "Repair in closed form behind every removal: 'none', 'rescale' or 'least_squares'.",
+            "help": "Repair in closed form after every removal: 'none' or 'least_squares'.",
             "choices": COMPENSATIONS,
         },
     )
@@ -235,7 +232,7 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
     hidden_distance: str = field(
         default="mse",
-        metadata={"help": "'mse', over the teacher's mean square, or 'cosine'.", "choices": HIDDEN_DISTANCES},
+        metadata={"help": "'mse', over the teacher's mean square, or 'cosine'.", "choices": tuple(HIDDEN_DISTANCES)},
     )
     hidden_target: str = field(
         default="states",
@@ -250,10 +247,9 @@ class IterativeLayerDistillConfig(SFTConfig):
         default=None,
         metadata={
             "help": "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE, in place of "
-            "kl_weight and hidden_weight. 'balanced': the hidden-state part is kept at the size of the divergence."
+            "kl_weight and hidden_weight."
         },
     )
-
     measure_speed: bool = field(
         default=True, metadata={"help": "Whether to time the teacher and every depth at the end of a run."}
     )
@@ -293,10 +289,8 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     def _check_loss(self) -> None:
         """Do the settings of the loss fit together?"""
-        if self.loss_preset not in (None, *LOSS_PRESETS):
-            raise LayerPruneError(
-                f"loss_preset={self.loss_preset!r} is unknown; choose {', '.join(LOSS_PRESETS)} or none"
-            )
+        if self.loss_preset not in (None, "paper"):
+            raise LayerPruneError(f"loss_preset={self.loss_preset!r} is unknown; choose 'paper' or leave it out")
         for name, choices in (("hidden_distance", HIDDEN_DISTANCES), ("hidden_target", HIDDEN_TARGETS)):
             if getattr(self, name) not in choices:
                 raise LayerPruneError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(choices)}")
@@ -306,15 +300,13 @@ class IterativeLayerDistillConfig(SFTConfig):
                 "loss_preset='paper' is the authors' own loss; leave out beta, hidden_distance, hidden_target and "
                 "lm_weight"
             )
-        if self.loss_preset == "balanced" and not self.kl_weight:
-            raise LayerPruneError("loss_preset='balanced' rescales to the divergence, which kl_weight=0 leaves out")
         for name in ("label_smoothing_factor", "loss_type"):
             if getattr(self, name) != getattr(SFTConfig, name):
-                raise LayerPruneError(f"{name}={getattr(self, name)!r} is of another loss than this one; leave it out")
+                raise LayerPruneError(f"{name}={getattr(self, name)!r} belongs to another loss; leave it out")
         if self.neftune_noise_alpha and self.trained_layers != "all":
             raise LayerPruneError(
-                f"neftune_noise_alpha={self.neftune_noise_alpha} is noise on an embedding that the teacher reads for "
-                "both models; leave it out, or set trained_layers='all'"
+                f"neftune_noise_alpha={self.neftune_noise_alpha} adds noise to the embedding, which the teacher runs "
+                "for both models; leave it out, or set trained_layers='all'"
             )
         if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
             raise LayerPruneError(
@@ -329,7 +321,7 @@ class IterativeLayerDistillConfig(SFTConfig):
             )
         if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise LayerPruneError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} gives layers behind frozen ones no gradient; "
+                "gradient_checkpointing_kwargs={'use_reentrant': True} gives layers after frozen ones no gradient; "
                 "leave it out"
             )
 
@@ -358,11 +350,6 @@ class IterativeLayerDistillConfig(SFTConfig):
                 )
             Race(self.race_confidence)
         check_compensation(self.compensation)
-        if self.compensation == "rescale" and self.heal and (self.hidden_weight or self.loss_preset):
-            raise LayerPruneError(
-                "compensation='rescale' changes the scale of hidden states, which the hidden-state loss compares with "
-                "the teacher's; set hidden_weight=0 or choose 'least_squares'"
-            )
         if self.num_repair_samples is not None and self.compensation == "none":
             raise LayerPruneError(
                 f"num_repair_samples={self.num_repair_samples} are read by compensation='least_squares'; set both"

@@ -36,7 +36,7 @@ from ..matching import with_plan
 from ..record import Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
 from ..record_reader import read_plan
 from ..rows import with_text
-from ..surgery import apply_plan, plan_of, prune, unshare_parameters
+from ..surgery import apply_plan, plan_of, prune, share_equal_weights, unshare_parameters
 from ..tasks import TaskReport
 from ..tasks.evaluation import evaluate_prepared
 from .callbacks import LayerDistillCallback
@@ -52,7 +52,6 @@ from .run import RunFile, check_not_past_target, decisive_settings
 from .speed import speed_runs, with_speed
 from .students import check_saving, check_student, drop_ignored, publish_student, put_in_place, write_student
 from .targets import trained_blocks
-from .towers import share_equal_weights
 from .trainable import round_weights
 
 
@@ -531,7 +530,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         if self.args.should_save and self.state.global_step < self.state.max_steps:
             seconds = time.perf_counter() - self._healing_started
             path = Path(folder, f"checkpoint-{self.state.global_step}")
-            seal(Checkpoint(str(path), self.balance.weight, seconds))
+            seal(Checkpoint(str(path), seconds))
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
         self._file.save("checkpoint", self._round, self.state.global_step)
 

@@ -12,25 +12,21 @@ TRAINED_LAYERS = ("neighbours", "all")
 
 
 def touched_blocks(plan: LayerPlan, edits: list[Edit]) -> list[int]:
-    """Positions of the blocks beside the gap each removal left, and of those that were put together."""
-    chosen: set[int] = set()
+    """Positions of the blocks next to the gap of each removal, and of the merged ones."""
+    touched: set[int] = set()
     for edit in edits:
         if edit.kind == "parallelize":
-            chosen |= {plan.block_of(layer) for layer in edit.layers if layer in plan.layers}
+            touched |= {plan.block_of(layer) for layer in edit.layers if layer in plan.layers}
         else:
             (layer,) = edit.layers
-            before = [position for position, block in enumerate(plan.blocks) if block[0] < layer]
-            behind = [position for position, block in enumerate(plan.blocks) if block[-1] > layer]
-            chosen |= set(before[-1:]) | set(behind[:1])
-    return sorted(chosen)
+            before = sum(block[0] < layer for block in plan.blocks) - 1
+            after = sum(block[-1] < layer for block in plan.blocks)
+            touched |= {before, after} & set(range(plan.depth))
+    return sorted(touched)
 
 
 def named_layers(trained_layers: str) -> tuple[int, ...] | None:
-    """The teacher layers that a setting such as `"3,4,10"` names, or `None` where it is a word.
-
-    Raises:
-        [`LayerPruneError`]: if it is neither a known word nor a list of integers.
-    """
+    """The teacher layers that a setting such as `"3,4,10"` names; `None` for `"neighbours"` and `"all"`."""
     if trained_layers in TRAINED_LAYERS:
         return None
     try:
@@ -47,11 +43,8 @@ def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tup
 
     Args:
         plan ([`LayerPlan`]): the student's.
-        edits (`list[Edit]`): what this round did; of a round that only heals none, and all gaps of the plan count.
-        trained_layers (`str` or `tuple[int, ...]`): `"neighbours"`, `"all"`, or named teacher layers.
-
-    Raises:
-        [`LayerPruneError`]: if none of the named layers is left.
+        edits (`list[Edit]`): this round's; if there are none, all gaps of the plan count.
+        trained_layers (`str` or `tuple[int, ...]`): `"neighbours"`, `"all"`, or teacher layers; one must be left.
     """
     if trained_layers == "neighbours":
         return touched_blocks(plan, edits or edits_between(LayerPlan.identity(plan.num_teacher_layers), plan))
@@ -65,14 +58,14 @@ def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tup
 
 @dataclass(frozen=True)
 class HiddenStateMap:
-    """Which hidden states are compared: what a student block hands on against what the teacher hands to that place.
+    """Which hidden states are compared: what a block hands on, with what the next layer reads in the teacher.
 
-    Behind a gap that is the teacher's state AFTER the removed layers, since the student's block before the gap now has
-    to do their work too; behind a pair it is the state after the pair's second layer.
+    After a gap that is the state AFTER the removed layers, since the block before the gap now does their work too;
+    after a pair it is the state after the pair's second layer.
 
     Attributes:
-        student (`tuple[int, ...]`): student block positions.
-        teacher (`tuple[int, ...]`): positions in the teacher of the layers whose outputs they are compared with.
+        student (`tuple[int, ...]`): positions of blocks in the student.
+        teacher (`tuple[int, ...]`): positions in the teacher of the layers whose outputs theirs are compared with.
         teacher_start (`tuple[int, ...]`): positions in the teacher of the layers whose inputs are those of the blocks.
     """
 
@@ -83,11 +76,11 @@ class HiddenStateMap:
     @classmethod
     def of(cls, plan: LayerPlan, teacher_plan: LayerPlan, blocks: list[int]) -> HiddenStateMap:
         """Compare the outputs of `blocks` (positions in `plan`), but not the last one's: that is the final state."""
-        pairs = []
+        compared = []
         for position in blocks:
             if position < plan.depth - 1:
-                own, behind = plan.blocks[position][-1], plan.blocks[position + 1][0]
-                if teacher_plan.block_of(own) != teacher_plan.block_of(behind):  # else it has no state between them
-                    first = teacher_plan.block_of(plan.blocks[position][0])
-                    pairs.append((position, teacher_plan.block_of(behind) - 1, first))
-        return cls(*zip(*pairs, strict=True)) if pairs else cls((), ())
+                block, next_layer = plan.blocks[position], plan.blocks[position + 1][0]
+                first, last, reader = (teacher_plan.block_of(layer) for layer in (block[0], block[-1], next_layer))
+                if last != reader:  # else the teacher has no state between them
+                    compared.append((position, reader - 1, first))
+        return cls(*zip(*compared, strict=True)) if compared else cls((), ())
