@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 
-from .edits import Edit
-from .plan import LayerPlan
+from .plan import Edit, LayerPlan
 
 KEPT, REMOVED, PARALLEL, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#aaaaaa", "#b8cdd6"
 COLORS = {"remove": REMOVED, "parallelize": PARALLEL}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from .budget import Budget
-from .edits import Edit
+from .plan import Edit
 from .report import was_healed
 from .scoring.scores import CLEAR_MARGIN
 from .surgery import plan_of
@@ -124,7 +124,7 @@ class RunProgress(LayerDistillCallback):
         self.phases = phases
         self.notices = [task.notice for task in trainer.tasks if task.notice]
         depth = plan_of(trainer.start).depth
-        self.heals_only = args.budget().depth == depth
+        self.heals_only = args.budget() == Budget("depth", depth)
         self.target = min(depth - (not self.heals_only), expected_depth(args.budget(), trainer.teacher))
         rounds = max(1, -(-(depth - self.target) // args.layers_per_round))
         self.rounds = f"/{rounds}" if args.budget().unit == "depth" else ""  # else it shows on the way

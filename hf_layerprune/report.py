@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from .edits import Edit
 from .environment import environment, wall_time
 from .files import to_json, write_atomically
 from .layer_map import plot_layer_map
-from .scoring import LayerScores
+from .plan import Edit
+from .scoring import Scores
 from .search import ParallelRange
 
 COLUMNS = {
@@ -360,7 +360,7 @@ def save_plot(figure: Figure, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def plot_scores(scores: LayerScores, title: str) -> Figure:
+def plot_scores(scores: Scores[int], title: str) -> Figure:
     """Bar chart of the cost of every layer, the safest one marked."""
     figure = Figure(figsize=(max(6, 0.32 * len(scores.values)), 3.8), layout="constrained")
     axes = figure.subplots()

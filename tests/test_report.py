@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_layerprune import LayerScores
+from hf_layerprune import Scores
 from hf_layerprune.report import (
     columns,
     environment,
@@ -117,7 +117,7 @@ def test_only_edits_that_were_made_are_explained():
 
 
 def test_scores_plot_survives_zero_and_nan():
-    figure = plot_scores(LayerScores("kl", {0: 0.0, 1: float("nan"), 2: 0.2}, 0.0, 5), "title")
+    figure = plot_scores(Scores("kl", {0: 0.0, 1: float("nan"), 2: 0.2}, 0.0, 5), "title")
     assert len(figure.axes[0].patches) == 3
 
 

@@ -8,10 +8,8 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from hf_layerprune import LayerPlan, LayerPruneError, budget
-from hf_layerprune.budget import Budget, Gauge, ModelSizes
-from hf_layerprune.edits import EditSpace
+from hf_layerprune.budget import BlockLatency, Budget, EditSpace, Goal, ModelSizes
 from hf_layerprune.files import replace_folder, to_json, write_atomically
-from hf_layerprune.latency import BlockLatency
 from hf_layerprune.trainer.checkpoints import (
     SEAL,
     Checkpoint,
@@ -20,7 +18,7 @@ from hf_layerprune.trainer.checkpoints import (
     load_trained,
     seal,
 )
-from hf_layerprune.trainer.run_state import RunState, check_not_past_target, decisive_settings, gauge_of_run, open_run
+from hf_layerprune.trainer.run_state import RunState, check_not_past_target, decisive_settings, goal_of_run, open_run
 
 
 def checkpoint(folder, step, weight=1.0):
@@ -118,9 +116,9 @@ def test_another_text_to_heal_on_is_told_by_rows_from_all_over(tmp_path, number)
         assert settings(other) != before
 
 
-def gauge(**target):
-    return Gauge(
-        Budget(**target), EditSpace(), ModelSizes(0, 10, 1), LayerPlan.identity(8), BlockLatency(0.0, (1.0, 1.5))
+def goal(**target):
+    return Goal(
+        Budget.of(target), EditSpace(), ModelSizes(0, 10, 1), LayerPlan.identity(8), BlockLatency(0.0, (1.0, 1.5))
     )
 
 
@@ -128,13 +126,13 @@ def test_a_run_past_its_target_is_refused():
     start = LayerPlan.identity(8)
     plans = [start.remove(3), start.remove(3).parallelize(4, 5)]
     run = RunState({}, rounds=[{"plan": plan.to_dict()} for plan in plans], current={"wanted": 2})
-    check_not_past_target(run, start, gauge(depth=4))
+    check_not_past_target(run, start, goal(depth=4))
     with pytest.raises(LayerPruneError, match="target_num_layers=5 but the run is at 4 already"):
-        check_not_past_target(run, start, gauge(depth=5))
+        check_not_past_target(run, start, goal(depth=5))
     run.current = {}
-    check_not_past_target(run, start, gauge(latency=0.85))  # the last round went a little further: 6.5 of 8
+    check_not_past_target(run, start, goal(latency=0.85))  # the last round went a little further: 6.5 of 8
     with pytest.raises(LayerPruneError, match="target_latency=0.9 but the run is at 0.8125 already"):
-        check_not_past_target(run, start, gauge(latency=0.9))
+        check_not_past_target(run, start, goal(latency=0.9))
 
 
 def test_latencies_are_measured_once_a_run(tmp_path, monkeypatch):
@@ -142,9 +140,9 @@ def test_latencies_are_measured_once_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "measure_latency", lambda *_: measured.append(1) or BlockLatency(0.5, (1.0, 1.25)))
     args = tiny_config(tmp_path, target_num_layers=None, target_latency=0.5, edits="remove,parallelize")
     run = RunState({})
-    first = gauge_of_run(run, args, tiny_model())
+    first = goal_of_run(run, args, tiny_model())
     run.save(tmp_path)
-    again = gauge_of_run(RunState.load(tmp_path), args, tiny_model())
+    again = goal_of_run(RunState.load(tmp_path), args, tiny_model())
     assert measured == [1] and again.latency == first.latency == BlockLatency(0.5, (1.0, 1.25))
     assert again.size(LayerPlan.identity(5)) == 1
     assert again.size(LayerPlan.identity(5).parallelize(2, 3)) == pytest.approx((0.5 + 3 + 1.25) / 5.5)

@@ -15,14 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import TARGETS, Budget
 from ..data import Batch, check_length, tokenized_batches
-from ..edits import edits_between
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..hub import RunFolder, read_plan, run_card
 from ..hub.scrub import placed, placed_settings, without_places
 from ..loading import load_config, load_tokenizer, saved_dtype
-from ..plan import LayerPlan
+from ..plan import LayerPlan, edits_between
 from ..progress import Phases, expected_depth, say
 from ..report import plot_range, rich_table, save_plot, write_report
 from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
@@ -172,7 +171,7 @@ def _steps(
         wanted = found.best(targets["depth"])
         return [([edit.label for edit in edits_between(plan, wanted)], [], wanted)], found
 
-    return _searched(arguments, model, batches, Budget(**targets), phases), None
+    return _searched(arguments, model, batches, Budget.of(targets), phases), None
 
 
 def _searched(

@@ -21,10 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 
 from .._trl import prepared_for_evaluation, restore_forward, swap_model
-from ..budget import Gauge
+from ..budget import Goal
 from ..compensation import compensate
 from ..data import Batch, check_batches, collated_batches
-from ..edits import Edit
 from ..errors import LayerPruneError, NotANumber
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
@@ -32,12 +31,14 @@ from ..hub import TAGS, read_plan
 from ..hub.scrub import placed
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..matching import with_plan
-from ..plan import LayerPlan
+from ..plan import Edit, LayerPlan
 from ..rows import with_text
+from ..scoring import MEASURED, Race
+from ..search import SearchStep, next_edit
 from ..surgery import apply_plan, plan_of, prune, unshare_parameters
+from ..tasks import load_tasks, prepare_tasks
 from .checkpoints import Checkpoint, drop_ruined_checkpoints, last_checkpoint, seal
 from .checks import check_added_tokens, check_arguments, check_enough_rows, check_request
-from .choosing import next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, check_engine, check_whole
 from .healing import LayerHealingTrainer
@@ -137,7 +138,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             model = with_plan(model, teacher, None if args.plan is None else read_plan(args.plan))
         self.teacher = (teacher if teacher is not None else model).to(args.device)
         self.start = model.to(args.device)  # what the first round starts from
-        self.gauge: Gauge | None = None  # what students are measured by; made when the run is opened
+        self.goal: Goal | None = None  # what students are measured by; made when the run is opened
         name, optimizer = self.model_name or type(model).__name__, kwargs.get("optimizer_cls_and_kwargs")
         check_request(name, self.start, self.teacher, args, processing_class, optimizer)
         datasets = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
@@ -181,7 +182,10 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
         else:
             self.eval_batches = self._batches(self.eval_dataset, args.num_eval_samples, "evaluation data")
         check_enough_rows(self.all_train_rows, args)
-        self.tasks = prepared_tasks(args, self.start, processing_class)
+        self.tasks = []
+        if args.tasks:
+            rows = args.per_device_eval_batch_size
+            self.tasks = prepare_tasks(load_tasks(args.tasks), self.start, processing_class, rows)
         self.seconds_before = time.perf_counter() - began
 
     def _batches(self, rows: Dataset | IterableDataset, limit: int | None, what: str) -> list[Batch]:
@@ -229,7 +233,7 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
             run.teacher = teacher_record(self.teacher_name, self.teacher, report, evaluated_on)
             run.teacher |= task_record(self.teacher, self.tasks, self.processing_class, self.teacher)
             self._save_run(run, folder, "evaluating teacher")
-        while self.only_heals(run) or not self.gauge.met(plan_of(student)):
+        while self.only_heals(run) or not self.goal.met(plan_of(student)):
             self._round = len(run.rounds) + 1
             self._event("on_round_begin", number=self._round, depth=plan_of(student).depth)
             student = self._choose_and_edit(student, run, folder)
@@ -251,33 +255,27 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
     def _choose_and_edit(self, student: PreTrainedModel, run: RunState, folder: Path) -> PreTrainedModel:
         """Make this round's edits, one at a time, each scored on what is left."""
         wanted = self.args.layers_per_round
-        if self.gauge.budget.unit == "depth":
-            wanted = min(wanted, plan_of(student).depth - self.gauge.budget.target)
+        if self.goal.budget.unit == "depth":
+            wanted = min(wanted, plan_of(student).depth - self.goal.budget.target)
         run.current = run.current or {"wanted": wanted, "edits": [], "scores": [], "seconds_scoring": 0.0}
         current = run.current
         for label in current["edits"]:
             student = self._edited(student, Edit.from_label(label))
         plan = plan_of(student)
-        while len(current["edits"]) < current["wanted"] and not self.gauge.met(plan):
+        while len(current["edits"]) < current["wanted"] and not self.goal.met(plan):
             self._phase("scoring", num_layers=plan.depth)
             start = time.perf_counter()
             with autocast(self.accelerator):  # what is compared is rounded alike, and scoring takes half of the time
-                found = next_edit(
-                    student,
-                    self.calibration_batches,
-                    gauge=self.gauge,
-                    teacher=self.teacher,
-                    args=self.args,
-                    run=run,
-                    on_batch=self._phase_step,
-                    tasks=self.tasks,
-                    tokenizer=self.processing_class,
-                )
-            label, scores = self._agreed(found)
+                step = self._agreed(self._next_edit(student, run))
             current["seconds_scoring"] += time.perf_counter() - start
-            current["scores"] += [] if scores is None else [scores.to_dict()]
-            current["edits"].append(label)
-            student = self._edited(student, Edit.from_label(label))
+            current["scores"] += [] if step.scores is None else [step.scores.to_dict()]
+            current["edits"].append(step.edit.label)
+            order = [edit.label for edit in step.order]
+            if self.args.one_shot:
+                run.order = order
+            else:
+                current["order"] = order
+            student = self._edited(student, step.edit)
             plan = plan_of(student)
             self._save_run(run, folder, "scoring")
         if "before_healing" not in current and self.args.heal:
@@ -287,6 +285,29 @@ class IterativeLayerDistillTrainer(RunKeeping, HubPublishing, LayerHealingTraine
                 current["unhealed"] = self._evaluate_phase(unhealed).to_dict()
             self._save_run(run, folder, "evaluating unhealed")
         return student
+
+    def _next_edit(self, student: PreTrainedModel, run: RunState) -> SearchStep:
+        args, depth, num_removals = self.args, plan_of(student).depth, None
+        if args.one_shot:
+            num_removals = depth - int(self.goal.budget.target)
+        elif args.criterion == "angular_distance":
+            num_removals = run.current["wanted"]
+        options: dict[str, Any] = {"seed": args.seed + depth}  # another draw of "random" in every round
+        if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
+            options |= {"compensation": args.compensation, "tasks": self.tasks, "tokenizer": self.processing_class}
+        order = run.order if args.one_shot else run.current.get("order", [])
+        return next_edit(
+            student,
+            self.calibration_batches,
+            self.goal,
+            args.criterion,
+            self.teacher,
+            race=None if args.race_confidence is None else Race(args.race_confidence, args.seed),
+            order=[Edit.from_label(label) for label in order],
+            num_removals=num_removals,
+            on_batch=self._phase_step,
+            **options,
+        )
 
     def _edited(self, student: PreTrainedModel, edit: Edit) -> PreTrainedModel:
         """`student` after an edit, the gap repaired in closed form, in weights that the saved dtype can hold."""

@@ -15,7 +15,7 @@ from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import swap_model
-from ..budget import Gauge
+from ..budget import Goal
 from ..data import Batch
 from ..errors import LayerPruneError
 from ..files import digests, replace_folder, round_folder
@@ -26,7 +26,7 @@ from ..tasks import PreparedTask
 from .callbacks import LayerDistillCallback
 from .checks import check_budget
 from .config import IterativeLayerDistillConfig
-from .run_state import STATE_FILE, RunState, check_not_past_target, decisive_settings, gauge_of_run, lock_run, open_run
+from .run_state import STATE_FILE, RunState, check_not_past_target, decisive_settings, goal_of_run, lock_run, open_run
 from .students import check_saving, check_student, drop_ignored, put_in_place, write_student
 from .towers import share_equal_weights
 
@@ -46,7 +46,7 @@ class RunKeeping:
     repair_batches: list[Batch]
     eval_batches: list[Batch]
     tasks: list[PreparedTask]
-    gauge: Gauge
+    goal: Goal
     run: RunState
     _peft_config: Any | None
     _round: int
@@ -71,9 +71,9 @@ class RunKeeping:
         self._on_main(lambda: self._take_lock(folder))  # before anything is read: what is read stays true
         try:
             self.run = self._on_main(lambda: open_run(folder, RunState.load(folder), settings, resume_from_checkpoint))
-            self.gauge = self._agreed(gauge_of_run(self.run, self.args, self.teacher))
-            check_budget(self.model_name, self.gauge, plan_of(self.start), self.args.heal)
-            check_not_past_target(self.run, plan_of(self.start), self.gauge)
+            self.goal = self._agreed(goal_of_run(self.run, self.args, self.teacher))
+            check_budget(self.model_name, self.goal, plan_of(self.start), self.args.heal)
+            check_not_past_target(self.run, plan_of(self.start), self.goal)
             self._save_run(self.run, folder, "opened")
         except BaseException:
             self._release_lock()
@@ -176,7 +176,7 @@ class RunKeeping:
 
     def only_heals(self, run: RunState) -> bool:
         """Whether the round to come heals a student that is as deep as it shall be, before any edit."""
-        return not run.rounds and self.gauge.met(plan_of(self.start))
+        return not run.rounds and self.goal.met(plan_of(self.start))
 
     def _count_seconds(self) -> None:
         """Add the time since the last call to the phase that is going on."""

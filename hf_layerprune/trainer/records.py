@@ -10,11 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import architecture_of
 from ..benchmark import benchmark_models, num_runs
-from ..edits import Edit
 from ..environment import native_dtype
 from ..evaluation import EvaluationReport
 from ..hub.scrub import without_places
-from ..plan import LayerPlan
+from ..plan import Edit, LayerPlan
 from ..surgery import apply_plan, plan_of, prune
 from ..tasks import PreparedTask
 from ..tasks.evaluation import evaluate_prepared

@@ -11,12 +11,11 @@ from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
-from ..budget import TARGETS, Gauge
+from ..budget import TARGETS, BlockLatency, Goal
 from ..data import Batch
 from ..errors import LayerPruneError
 from ..files import round_folder, write_atomically
 from ..fingerprint import fingerprint, fingerprint_model
-from ..latency import BlockLatency
 from ..plan import LayerPlan
 from ..surgery import plan_of
 from ..tasks import PreparedTask
@@ -139,28 +138,28 @@ def open_run(folder: Path, found: RunState | None, settings: dict[str, Any], res
     return found
 
 
-def check_not_past_target(run: RunState, start: LayerPlan, gauge: Gauge) -> None:
+def check_not_past_target(run: RunState, start: LayerPlan, goal: Goal) -> None:
     """Raise [`LayerPruneError`] if a run that started from `start` went further than its target already."""
     plans = [start, *(LayerPlan.from_dict(record["plan"]) for record in run.rounds)]
-    size = gauge.size(plans[-1])
-    if gauge.budget.unit == "depth":
+    size = goal.size(plans[-1])
+    if goal.budget.unit == "depth":
         size -= run.current.get("wanted", 0)  # the round in progress is finished first
-        too_far = size < gauge.budget.target
+        too_far = size < goal.budget.target
     else:  # the last round may overshoot, but only the last
-        too_far = bool(run.rounds) and gauge.met(plans[-2])
+        too_far = bool(run.rounds) and goal.met(plans[-2])
     if too_far:
         raise LayerPruneError(
-            f"{TARGETS[gauge.budget.unit]}={gauge.budget.target:g} but the run is at {size:.6g} already; its rounds/ "
+            f"{TARGETS[goal.budget.unit]}={goal.budget.target:g} but the run is at {size:.6g} already; its rounds/ "
             "hold the students before"
         )
 
 
-def gauge_of_run(run: RunState, args: IterativeLayerDistillConfig, teacher: PreTrainedModel) -> Gauge:
+def goal_of_run(run: RunState, args: IterativeLayerDistillConfig, teacher: PreTrainedModel) -> Goal:
     """What measures the students of a run; latencies are measured once and kept in `run`."""
     known = None if run.latency is None else BlockLatency(**run.latency)
-    gauge = Gauge.of(args.budget(), args.edit_space(), teacher, plan_of(teacher), known)
-    run.latency = None if gauge.latency is None else asdict(gauge.latency)
-    return gauge
+    goal = Goal.of(args.budget(), args.edit_space(), teacher, plan_of(teacher), known)
+    run.latency = None if goal.latency is None else asdict(goal.latency)
+    return goal
 
 
 def _some_rows(rows: Dataset | IterableDataset) -> list[Any]:
