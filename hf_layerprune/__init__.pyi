@@ -2,12 +2,12 @@
 
 from .benchmark import BenchmarkReport as BenchmarkReport
 from .benchmark import benchmark_model as benchmark_model
+from .budget import BlockLatency as BlockLatency
 from .budget import Budget as Budget
 from .compensation import compensate as compensate
 from .data import EMBEDDED_MODEL as EMBEDDED_MODEL
 from .data import embedded_dataset as embedded_dataset
 from .data import tokenized_batches as tokenized_batches
-from .edits import Edit as Edit
 from .errors import LayerPruneError as LayerPruneError
 from .evaluation import EvaluationReport as EvaluationReport
 from .evaluation import evaluate_model as evaluate_model
@@ -16,20 +16,17 @@ from .generation_data.generate import generate_healing_data as generate_healing_
 from .generation_data.journal import HealingDataReport as HealingDataReport
 from .hub import load_run as load_run
 from .hub import push_run as push_run
-from .latency import BlockLatency as BlockLatency
 from .loading import load_model as load_model
 from .loading import load_tokenizer as load_tokenizer
 from .models import PrunedQwen2Config as PrunedQwen2Config
 from .models import PrunedQwen2ForCausalLM as PrunedQwen2ForCausalLM
 from .models import PrunedQwen2Model as PrunedQwen2Model
+from .plan import Edit as Edit
 from .plan import LayerPlan as LayerPlan
-from .scoring import Guess as Guess
-from .scoring import LayerScores as LayerScores
-from .scoring import Question as Question
 from .scoring import Race as Race
+from .scoring import Scores as Scores
 from .scoring import contiguous_block as contiguous_block
-from .scoring import register_criterion as register_criterion
-from .scoring import score_edits as score_edits
+from .scoring import score as score
 from .scoring import score_layers as score_layers
 from .search import PlanSearch as PlanSearch
 from .search import find_parallel_range as find_parallel_range

@@ -1,65 +1,61 @@
-"""How far a search goes, and what an edit saves on the way: in depth, in measured latency, in parameters."""
+"""How far a search goes, and by which edits: budgets of depth, measured latency or parameters, the size of any plan in
+these units, and what is within reach."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from .edits import Edit, EditSpace
+from .benchmark import benchmark_models
 from .errors import LayerPruneError
-from .latency import BlockLatency, measure_latency
-from .plan import LayerPlan
-from .surgery import plan_of
+from .plan import EDIT_KINDS, Edit, LayerPlan
+from .surgery import apply_plan, plan_of
 
 TARGETS = {"depth": "target_num_layers", "latency": "target_latency", "parameters": "target_num_parameters"}
 """The unit of a budget, and the setting of a run that gives it."""
+MOST_BLOCKS = 8  # of one width at a time: enough to average over, and bounds the copies that are made
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Where a search stops; exactly one of the three.
+    """Where a search stops.
 
     Args:
-        depth (`int`, *optional*): number of blocks.
-        latency (`float`, *optional*): measured time per generated token over that of the original, between 0 and 1.
-        parameters (`int`, *optional*): number of parameters, embeddings included.
+        unit (`str`): `"depth"`, `"latency"` or `"parameters"`.
+        target (`float`): number of blocks; time per generated token as a share of the original's, between 0 and 1; or
+            number of parameters, embeddings included.
 
     Raises:
-        [`LayerPruneError`]: if not exactly one is given, or it is out of range.
+        [`LayerPruneError`]: for an unknown unit or a target out of range.
     """
 
-    depth: int | None = None
-    latency: float | None = None
-    parameters: int | None = None
+    unit: str
+    target: float
 
     def __post_init__(self) -> None:
-        given = {unit: value for unit, value in vars(self).items() if value is not None}
-        if len(given) != 1:
-            raise LayerPruneError(f"the budget is {given or 'empty'}; give exactly one of depth, latency, parameters")
-        if self.latency is not None and not (isinstance(self.latency, float) and 0 < self.latency < 1):
-            raise LayerPruneError(f"latency={self.latency!r} is out of range; it is a share of the original's, 0..1")
-        for unit in ("depth", "parameters"):
-            if (value := given.get(unit)) is not None and (type(value) is not int or value < 1):
-                raise LayerPruneError(f"{unit}={value!r} is out of range; it must be a whole number of at least 1")
+        if self.unit not in TARGETS:
+            raise LayerPruneError(f"a budget is in one of {', '.join(TARGETS)}, not {self.unit!r}")
+        if self.unit == "latency":
+            if not (isinstance(self.target, float) and 0 < self.target < 1):
+                raise LayerPruneError(
+                    f"latency={self.target!r} is out of range; it is a share of the original's, 0..1"
+                )
+        elif type(self.target) is not int or self.target < 1:
+            raise LayerPruneError(
+                f"{self.unit}={self.target!r} is out of range; it must be a whole number of at least 1"
+            )
 
     @classmethod
-    def of(cls, budget: Budget | Mapping[str, float]) -> Budget:
-        """A budget from `{"depth": 12}` and the like."""
+    def of(cls, budget: Budget | Mapping[str, float | None]) -> Budget:
+        """A budget from `{"depth": 12}` and the like; units without a target do not count."""
         if isinstance(budget, Budget):
             return budget
-        if not isinstance(budget, Mapping) or not set(budget) <= {"depth", "latency", "parameters"}:
-            raise LayerPruneError(f"budget={budget!r}: give one of depth, latency, parameters, as {{'depth': 12}}")
-        return cls(**budget)
-
-    @property
-    def unit(self) -> str:
-        return next(unit for unit, value in vars(self).items() if value is not None)
-
-    @property
-    def target(self) -> float:
-        return getattr(self, self.unit)
+        given = [item for item in budget.items() if item[1] is not None] if isinstance(budget, Mapping) else []
+        if len(given) != 1:
+            raise LayerPruneError(f"budget={budget!r}: give exactly one of {', '.join(TARGETS)}, as {{'depth': 12}}")
+        return cls(*given[0])
 
 
 @dataclass(frozen=True)
@@ -83,14 +79,145 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
-class Gauge:
-    """What a search may do and how far: measures plans against a budget.
+class BlockLatency:
+    """Seconds of one decoding step: a fixed part, and one per block that depends on how many layers it has.
+
+    Attributes:
+        fixed (`float`): embedding, head, sampling and the loop around them, seconds.
+        blocks (`tuple[float, ...]`): a block of 1, 2, ... layers, seconds.
+    """
+
+    fixed: float
+    blocks: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # JSON gives a list
+
+    def of(self, plan: LayerPlan) -> float:
+        """Seconds per token of a model of this plan."""
+        return self.fixed + sum(self.blocks[len(block) - 1] for block in plan.blocks)
+
+
+def measure_latency(
+    model: PreTrainedModel,
+    max_group_size: int = 2,
+    batch_size: int = 1,
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    repeats: int = 7,
+) -> BlockLatency:
+    """Time greedy `generate` of `model` whole, by half, and with blocks of each width; solve for the parts.
+
+    Forms take turns, as in [`benchmark_models`], and medians count. Wider blocks are copies of layers, of up to 8
+    blocks of one width at a time.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): on the device and in the dtype that count.
+        max_group_size (`int`, *optional*, defaults to `2`): widest block to measure, in layers.
+        batch_size, prompt_tokens, new_tokens, repeats (`int`, *optional*): see [`benchmark_models`].
+
+    Returns:
+        [`BlockLatency`]: an estimate for any plan. If the clock is too coarse, no part is below a hundredth of its
+        neighbour.
+    """
+    layers, depth = plan_of(model).layers, plan_of(model).num_teacher_layers
+    settings = (prompt_tokens, new_tokens, batch_size, repeats)
+
+    def form(width: int, count: int) -> PreTrainedModel:
+        blocks = tuple(tuple(layers[width * n : width * (n + 1)]) for n in range(count))
+        return apply_plan(model, LayerPlan(blocks, depth), share_weights=True)
+
+    half = max(1, len(layers) // 2)
+    whole = form(1, len(layers))
+    report, report_of_half = benchmark_models([whole, form(1, half)], *settings)
+    total = batch_size / report.decode_tokens_per_second
+    by_half = total / report_of_half.decode_ratio
+    single = (total - by_half) / (len(layers) - half) if len(layers) > half else total
+    single = max(single, total / len(layers) / 100)  # where the clock is too coarse to tell
+    fixed = max(0.0, total - len(layers) * single)
+    blocks = [single]
+    for width in range(2, min(max_group_size, len(layers)) + 1):
+        count = min(len(layers) // width, MOST_BLOCKS)
+        ratio = benchmark_models([whole, form(width, count)], *settings)[1].decode_ratio
+        blocks.append(max((total / ratio - fixed) / count, blocks[-1] / 100))
+    return BlockLatency(fixed, tuple(blocks))
+
+
+@dataclass(frozen=True)
+class EditSpace:
+    """Which edits of a plan are allowed.
+
+    Args:
+        kinds (`Iterable[str]` or `str`, *optional*): `"remove"`, `"parallelize"` or both; a string is split at commas.
+        max_group_size (`int`, *optional*, defaults to `2`): most layers in one parallel block.
+        protect_first (`int`, *optional*, defaults to `0`): number of first teacher layers that no edit touches.
+        protect_last (`int`, *optional*, defaults to `0`): number of last teacher layers that no edit touches.
+
+    Raises:
+        [`LayerPruneError`]: for an unknown kind, or a group of fewer than two layers.
+    """
+
+    kinds: Iterable[str] | str = EDIT_KINDS
+    max_group_size: int = 2
+    protect_first: int = 0
+    protect_last: int = 0
+
+    def __post_init__(self) -> None:
+        kinds = self.kinds.split(",") if isinstance(self.kinds, str) else self.kinds
+        kinds = tuple(kind.strip() if isinstance(kind, str) else kind for kind in kinds)
+        if not kinds or not set(kinds) <= set(EDIT_KINDS):
+            raise LayerPruneError(f"edits={','.join(map(str, kinds))!r}: choose {' or '.join(EDIT_KINDS)}, or both")
+        if "parallelize" in kinds and (type(self.max_group_size) is not int or self.max_group_size < 2):
+            raise LayerPruneError(
+                f"max_group_size={self.max_group_size!r} is out of range; it must be a whole number of at least 2"
+            )
+        object.__setattr__(self, "kinds", kinds)
+
+    def edits(self, plan: LayerPlan) -> list[Edit]:
+        """Every allowed edit of `plan`."""
+        edits = []
+        if "remove" in self.kinds and len(plan.layers) > 1:
+            edits += [Edit.remove(layer) for layer in plan.layers if self._is_free((layer,), plan)]
+        if "parallelize" in self.kinds:
+            merged = (a + b for a, b in zip(plan.blocks, plan.blocks[1:], strict=False))
+            edits += [Edit.parallelize(*layers) for layers in merged if self._can_merge(layers, plan)]
+        return edits
+
+    def smallest(self, plan: LayerPlan, cost: Callable[[int], float] = lambda width: 1.0) -> LayerPlan:
+        """The cheapest plan that edits can lead to, if a block of `width` layers costs `cost(width)`.
+
+        By default every block costs the same: the shallowest plan.
+        """
+        if "remove" in self.kinds:
+            kept = (tuple(layer for layer in block if not self._is_free((layer,), plan)) for block in plan.blocks)
+            blocks = tuple(block for block in kept if block) or ((plan.layers[-1],),)
+            return LayerPlan(blocks, plan.num_teacher_layers)
+        best: list[tuple[float, tuple[tuple[int, ...], ...]]] = [(0.0, ())]  # of the first n blocks
+        for end in range(1, plan.depth + 1):
+            options = []
+            for start in range(end):
+                merged = sum(plan.blocks[start:end], ())
+                if start == end - 1 or self._can_merge(merged, plan):
+                    options.append((best[start][0] + cost(len(merged)), (*best[start][1], merged)))
+            best.append(min(options))
+        return LayerPlan(best[-1][1], plan.num_teacher_layers)
+
+    def _is_free(self, layers: tuple[int, ...], plan: LayerPlan) -> bool:
+        return self.protect_first <= layers[0] and layers[-1] < plan.num_teacher_layers - self.protect_last
+
+    def _can_merge(self, layers: tuple[int, ...], plan: LayerPlan) -> bool:
+        return len(layers) <= self.max_group_size and self._is_free(layers, plan)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Where a search ends: a budget, the edits that may lead there, and the size of any plan on the way.
 
     Attributes:
         budget ([`Budget`]): where to stop; its unit is the size of a plan.
         space ([`EditSpace`]): the edits that are allowed.
         sizes ([`ModelSizes`]): parameters of the model's parts.
-        original ([`LayerPlan`]): the plan a share of latency refers to.
+        original ([`LayerPlan`]): the plan that a share of latency refers to.
         latency ([`BlockLatency`], *optional*): needed for a budget of latency.
     """
 
@@ -108,11 +235,11 @@ class Gauge:
         model: PreTrainedModel,
         original: LayerPlan,
         latency: BlockLatency | None = None,
-    ) -> Gauge:
-        """Measures block latencies on `model` if the budget needs them and they are not given.
+    ) -> Goal:
+        """Measure block latencies on `model` if the budget needs them and they are not given.
 
         Raises:
-            [`LayerPruneError`]: if the latencies that are given are not of all blocks there can be.
+            [`LayerPruneError`]: if the given latencies do not cover every block that can come to be.
         """
         if budget.unit == "latency":
             plan = plan_of(model)
@@ -142,27 +269,26 @@ class Gauge:
             return plan  # running layers in parallel saves none to speak of
         return self.space.smallest(plan)
 
+    def check_reachable(self, plan: LayerPlan, setting: str | None = None) -> None:
+        """Raise [`LayerPruneError`] unless edits can lead from `plan` into the budget; `setting` names it."""
+        if not self.met(smallest := self.smallest(plan)):
+            raise LayerPruneError(
+                f"{setting or self.budget.unit}={self.budget.target:g} is out of reach: "
+                f"{' and '.join(self.space.kinds)} can go from {self.size(plan):.4g} to {self.size(smallest):.4g}; "
+                f"allow another kind of edit, larger groups (max_group_size, now {self.space.max_group_size}) or "
+                "protect fewer layers"
+            )
+
     def useful_edits(self, plan: LayerPlan) -> list[Edit]:
         """Allowed edits that save something and leave the budget within reach.
 
-        Where none saves anything (a pair must lose both its layers to save a block), those that are steps to one that
+        If none saves anything (a pair must lose both its layers to save a block), those that are steps to one that
         does.
         """
-        size = self.size(plan)
         edits = [edit for edit in self.space.edits(plan) if self.met(self.smallest(edit.apply(plan)))]
         if self.budget.unit == "parameters":
             edits = [edit for edit in edits if edit.kind == "remove"]
-        return [edit for edit in edits if self.size(edit.apply(plan)) < size] or edits
-
-    def check_reachable(self, plan: LayerPlan, setting: str | None = None) -> None:
-        """Raise [`LayerPruneError`] unless edits can lead from `plan` into the budget; `setting` names it."""
-        setting, target, smallest = setting or self.budget.unit, self.budget.target, self.smallest(plan)
-        if not self.met(smallest):
-            raise LayerPruneError(
-                f"{setting}={target:g} is out of reach: {' and '.join(self.space.kinds)} can go from "
-                f"{self.size(plan):.4g} to {self.size(smallest):.4g}; allow another kind of edit, larger groups "
-                f"(max_group_size, now {self.space.max_group_size}) or protect fewer layers"
-            )
+        return [edit for edit in edits if self.size(edit.apply(plan)) < self.size(plan)] or edits
 
     def savings(self, edits: Iterable[Edit], plan: LayerPlan) -> list[float]:
         """What each edit saves, in the budget's unit. What it saves beyond the budget does not count."""

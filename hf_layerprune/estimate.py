@@ -14,11 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .budget import ModelSizes
-from .edits import Edit
 from .errors import LayerPruneError
 from .memory import DEFAULT_LENGTH, StepMeter, StepNeeds
-from .plan import LayerPlan
-from .scoring.measures import TOKEN_MEASURES
+from .plan import Edit, LayerPlan
+from .scoring.measure import TOKEN_MEASURES
 from .surgery import plan_of
 from .trainer import IterativeLayerDistillConfig
 

@@ -25,9 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import losses
 from ._trl import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
-from .edits import Edit
 from .forward import call_of_layer
-from .plan import LayerPlan
+from .plan import Edit, LayerPlan
 from .surgery import apply_plan
 from .trainer import IterativeLayerDistillConfig
 from .trainer.healing import parts_of_loss

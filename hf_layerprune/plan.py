@@ -1,4 +1,4 @@
-"""The layer plan: which teacher layers a student keeps, and which of them it runs in parallel.
+"""The layer plan, and the edits that change it: which teacher layers a student keeps, and which run in parallel.
 
 Every decision of the library is a `LayerPlan`. Layer indices are 0-based TEACHER indices everywhere; a position in
 the student is called a block.
@@ -196,6 +196,58 @@ class LayerPlan:
         except (ValueError, RecursionError) as error:
             raise LayerPruneError(f"layer plan is not JSON: {error}") from None
         return cls.from_dict(data)
+
+
+EDIT_KINDS = ("remove", "parallelize")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change of a plan: remove a layer, or merge neighbouring blocks into one that runs in parallel.
+
+    Args:
+        kind (`str`): `"remove"` or `"parallelize"`.
+        layers (`tuple[int, ...]`): the teacher layer to remove, or all layers of the new block.
+    """
+
+    kind: str
+    layers: tuple[int, ...]
+
+    @classmethod
+    def remove(cls, layer: int) -> Edit:
+        return cls("remove", (layer,))
+
+    @classmethod
+    def parallelize(cls, *layers: int) -> Edit:
+        return cls("parallelize", layers)
+
+    def apply(self, plan: LayerPlan) -> LayerPlan:
+        """The plan after this edit.
+
+        Raises:
+            [`LayerPruneError`]: if the plan lacks one of the layers, or they are not in neighbouring blocks.
+        """
+        return plan.remove(*self.layers) if self.kind == "remove" else plan.group(self.layers)
+
+    @property
+    def label(self) -> str:
+        """Its form in JSON: `"7"` removes layer 7, `"4|5"` runs layers 4 and 5 in parallel."""
+        return "|".join(map(str, self.layers))
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.label}"
+
+    @classmethod
+    def from_label(cls, label: str) -> Edit:
+        """Read a `label`."""
+        layers = tuple(int(layer) for layer in label.split("|"))
+        return cls("remove" if len(layers) == 1 else "parallelize", layers)
+
+
+def edits_between(before: LayerPlan, after: LayerPlan) -> list[Edit]:
+    """Edits that lead from one plan to another made of its layers: all removals, then the parallel blocks."""
+    removed = [Edit.remove(layer) for layer in before.layers if layer not in after.layers]
+    return removed + [Edit.parallelize(*block) for block in after.parallel_pairs if block not in before.blocks]
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

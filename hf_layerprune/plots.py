@@ -10,12 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 
-from .edits import Edit
 from .files import write_atomically
-from .plan import LayerPlan
+from .plan import Edit, LayerPlan
 from .record import RunRecord
 from .report import CRITERION_UNITS, cost_unit, quality_curves
-from .scoring import LayerScores
+from .scoring import Scores
 from .search import ParallelRange
 
 KEPT, REMOVED, PARALLEL, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#aaaaaa", "#b8cdd6"
@@ -81,7 +80,7 @@ def _perplexity_axes(teacher: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def plot_scores(scores: LayerScores, title: str) -> Figure:
+def plot_scores(scores: Scores[int], title: str) -> Figure:
     """Bar chart of the cost of every layer, the safest one marked."""
     figure = Figure(figsize=(max(6, 0.32 * len(scores.values)), 3.8), layout="constrained")
     axes = figure.subplots()

@@ -123,7 +123,7 @@ class RunProgress(LayerDistillCallback):
         self.phases = phases
         self.notices = [task.notice for task in trainer.tasks if task.notice]
         depth = plan_of(trainer.start).depth
-        self.heals_only = args.budget().depth == depth
+        self.heals_only = args.budget() == Budget("depth", depth)
         self.target = min(depth - (not self.heals_only), expected_depth(args.budget(), trainer.teacher))
         rounds = max(1, -(-(depth - self.target) // args.layers_per_round))
         self.rounds = f"/{rounds}" if args.budget().unit == "depth" else ""  # else it shows on the way

@@ -17,12 +17,11 @@ from transformers import PreTrainedModel
 
 from .architectures import architecture_of
 from .benchmark import BenchmarkReport
-from .edits import Edit
+from .budget import BlockLatency
 from .evaluation import EvaluationReport
 from .files import to_json, write_atomically
-from .latency import BlockLatency
-from .plan import LayerPlan
-from .scoring import EditScores
+from .plan import Edit, LayerPlan
+from .scoring import Scores
 from .surgery import plan_of
 from .tasks import TaskReport
 
@@ -134,7 +133,7 @@ class RoundRecord(ModelRecord):
         number (`int`): from 1.
         edits (`tuple[Edit, ...]`): the edits that the round made, in order.
         criterion (`str`): what chose them.
-        scores (`tuple[EditScores, ...]`): what every possible edit cost, for each choice that was scored.
+        scores (`tuple[Scores[Edit], ...]`): what every possible edit cost, for each choice that was scored.
         seconds_scoring (`float`): wall time of the choice.
         unhealed ([`EvaluationReport`], *optional*): the teacher after all edits of the run, without any training.
         before_healing ([`EvaluationReport`], *optional*): the student after this round's edits.
@@ -145,7 +144,7 @@ class RoundRecord(ModelRecord):
     number: int = 1
     edits: tuple[Edit, ...] = ()
     criterion: str = ""
-    scores: tuple[EditScores, ...] = ()
+    scores: tuple[Scores[Edit], ...] = ()
     seconds_scoring: float = 0.0
     unhealed: EvaluationReport | None = None
     before_healing: EvaluationReport | None = None
@@ -198,7 +197,7 @@ class RoundInProgress:
     wanted: int
     phase: Phase = "choosing"
     edits: tuple[Edit, ...] = ()
-    scores: tuple[EditScores, ...] = ()
+    scores: tuple[Scores[Edit], ...] = ()
     seconds_scoring: float = 0.0
     order: tuple[Edit, ...] = ()
     unhealed: EvaluationReport | None = None

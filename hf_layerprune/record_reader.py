@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import BenchmarkReport
-from .edits import Edit
+from .budget import BlockLatency
 from .errors import LayerPruneError
 from .evaluation import EvaluationReport
-from .latency import BlockLatency
-from .plan import MAX_JSON_CHARACTERS, MAX_LAYERS, LayerPlan
+from .plan import MAX_JSON_CHARACTERS, MAX_LAYERS, Edit, LayerPlan
 from .record import STATE_FILE, Done, Healing, RoundInProgress, RoundRecord, RunRecord, Speed, TeacherRecord
-from .scoring import EditScores
+from .scoring import Scores
 from .tasks import TaskReport, TaskResult
 
 MAX_REPORT_BYTES = 64_000_000
@@ -199,7 +198,7 @@ def _tasks(data: Any, what: str) -> TaskReport:
         raise LayerPruneError(f"{what} has tasks that cannot be read: {error}") from None
 
 
-def _scores(data: Any, what: str) -> EditScores:
+def _scores(data: Any, what: str) -> Scores:
     """The scores of one choice; JSON has null for a cost that is not finite."""
     values = dict(_mapping(data, f"scores of {what}"))
     values.pop("certainty", None)
@@ -209,7 +208,7 @@ def _scores(data: Any, what: str) -> EditScores:
             values[name] = dict(zip(_edits(list(given), what), costs, strict=True))
     values["contenders"] = _edits(values.get("contenders", []), what)
     try:
-        return EditScores(**values)
+        return Scores(**values)
     except TypeError as error:
         raise LayerPruneError(f"{what} has scores that cannot be read: {error}") from None
 

@@ -11,9 +11,9 @@ import jinja2
 from rich import box
 from rich.table import Table
 
-from .edits import Edit
 from .environment import wall_time
 from .files import to_json, write_atomically
+from .plan import Edit
 from .record import REPORT_FILE, ModelRecord, RoundRecord, RunRecord
 
 COLUMNS = {

@@ -1,43 +1,118 @@
-"""Which layers to remove and which to run in parallel: searches over plans, without training.
+"""The only place that chooses: the next edit, and searches that make several.
 
-`find_parallel_range` is the search of [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790);
-`search_plan` takes one edit at a time, of either kind, by what it costs for what it saves.
+`next_edit` takes the edit that costs least per unit saved; rounds of healing call it, and so does `search_plan`, which
+trains nothing. `find_parallel_range` is the search of [Leveraging the True Depth of
+LLMs](https://huggingface.co/papers/2502.02790).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from .budget import Budget, Gauge
+from .budget import BlockLatency, Budget, EditSpace, Goal
 from .data import Batch, check_batches
-from .edits import EDIT_KINDS, Edit, EditSpace
 from .errors import LayerPruneError
-from .latency import BlockLatency
 from .losses import perplexity_of
-from .plan import LayerPlan
-from .scoring import EditScores, Race, score_edits, score_plans
+from .plan import EDIT_KINDS, Edit, LayerPlan
+from .scoring import Race, Scores, contiguous_block, score
 from .surgery import apply_plan, check_model, plan_of
-from .tasks import PreparedTask, Task, prepare_tasks
+from .tasks import prepare_tasks
 
 
 @dataclass(frozen=True)
 class SearchStep:
-    """One edit of a search: `scores` are those it was chosen by, `plan` and `size` (budget's unit) what came of it."""
+    """One edit of a search.
+
+    Attributes:
+        edit ([`Edit`]): the edit that was chosen.
+        scores ([`Scores`], *optional*): what it was chosen by; `None` if it was taken from an order.
+        plan ([`LayerPlan`]): the plan after it.
+        size (`float`): the size of that plan, in the budget's unit.
+        order (`tuple[Edit, ...]`): all edits that the same scores chose, if they chose several.
+    """
 
     edit: Edit
-    scores: EditScores
+    scores: Scores[Edit] | None
     plan: LayerPlan
     size: float
+    order: tuple[Edit, ...] = ()
 
     @property
     def cost(self) -> float:
         """The criterion after this edit."""
         return self.scores.values[self.edit]
+
+
+def next_edit(
+    student: PreTrainedModel,
+    batches: Iterable[Batch] | None,
+    goal: Goal,
+    criterion: str = "kl",
+    teacher: PreTrainedModel | None = None,
+    race: Race | None = None,
+    order: Sequence[Edit] = (),
+    num_removals: int | None = None,
+    **options: Any,
+) -> SearchStep:
+    """Choose the next edit of `student`: of all useful edits the one that costs least per unit saved.
+
+    Args:
+        student ([`~transformers.PreTrainedModel`]): the model as it is; never changed.
+        batches, criterion, teacher, race, options: see [`score`].
+        goal ([`Goal`]): where the edits should lead. There is no race between edits that save nothing.
+        order (`Sequence[Edit]`, *optional*): removals chosen before; the next of them is taken without scoring.
+        num_removals (`int`, *optional*):
+            Choose an order of removals with one scoring: the cheapest layer first, or by `"angular_distance"` the
+            best stretch of so many layers, from its top down.
+
+    Raises:
+        [`LayerPruneError`]: if all of `order` is done.
+    """
+    plan, scores = plan_of(student), None
+    if not order and num_removals is not None:
+        order, scores = _order_of_removals(student, batches, goal, criterion, teacher, num_removals, **options)
+    if order:
+        left = [edit for edit in order if edit.layers[0] in plan.layers]
+        if not left:
+            raise LayerPruneError(
+                f"criterion={criterion!r} with one_shot=True chose a stretch of {len(order)} layers, which are gone; "
+                "a new run with the lower target chooses another"
+            )
+        edit = left[0]
+    else:
+        edits = goal.useful_edits(plan)
+        savings: list[float] | None = goal.savings(edits, plan)
+        if not all(saving > 0 for saving in savings):
+            race = savings = None
+        scores = score(student, batches, edits, criterion, teacher, race=race, savings=savings, **options)
+        edit = scores.safest
+    after = edit.apply(plan)
+    return SearchStep(edit, scores, after, goal.size(after), tuple(order))
+
+
+def _order_of_removals(
+    student: PreTrainedModel,
+    batches: Iterable[Batch] | None,
+    goal: Goal,
+    criterion: str,
+    teacher: PreTrainedModel | None,
+    num_removals: int,
+    **options: Any,
+) -> tuple[Sequence[Edit], Scores[Edit]]:
+    """The order, and the scores of all removals; single layers' say nothing certain about the best stretch."""
+    edits = [edit for edit in goal.space.edits(plan_of(student)) if edit.kind == "remove"]
+    scores = score(student, batches, edits, criterion, teacher, **options)
+    if criterion != "angular_distance":
+        return scores.ranking, scores
+    size = min(num_removals, len(edits))
+    layers = contiguous_block(student, batches, size, [edit.layers[0] for edit in edits])
+    scores = replace(scores, margin=None, half_agreement=None, contenders=())
+    return [Edit.remove(layer) for layer in reversed(layers)], scores
 
 
 @dataclass(frozen=True)
@@ -68,11 +143,8 @@ def search_plan(
     protect_first_layers: int = 0,
     protect_last_layers: int = 0,
     latency: BlockLatency | None = None,
-    race: Race | None = None,
     on_step: Callable[[SearchStep], None] = lambda step: None,
-    tasks: Sequence[Task | PreparedTask] = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    on_batch: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> PlanSearch:
     """Greedy search over edits: each step takes the edit with the least quality lost per unit saved.
 
@@ -86,16 +158,13 @@ def search_plan(
         edits (`Iterable[str]`, *optional*): `"remove"`, `"parallelize"` or both, the default.
         max_group_size (`int`, *optional*, defaults to `2`):
             Most layers in one parallel block; above 2, neighbouring blocks merge further.
-        criterion (`str`, *optional*, defaults to `"kl"`): how an edit is scored; see [`score_edits`].
+        criterion (`str`, *optional*, defaults to `"kl"`): how an edit is scored; see [`score_layers`].
         teacher ([`~transformers.PreTrainedModel`], *optional*): what `"kl"` compares with; `model` by default.
         protect_first_layers, protect_last_layers (`int`, *optional*, defaults to `0`):
             Number of first and last teacher layers that no edit touches.
         latency ([`BlockLatency`], *optional*): measured before; saves the time to measure it.
-        race ([`Race`], *optional*): drop edits early that are worse beyond doubt; see [`score_layers`].
         on_step (`Callable[[SearchStep], None]`, *optional*): called after every step.
-        tasks (`Sequence[Task]`, *optional*): what `"tasks"` asks; tokenized once.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the model's own, for `"tasks"`.
-        on_batch (`Callable[[], None]`, *optional*): called after every batch of a step, for progress bars.
+        options: `race`, `tasks`, `tokenizer`, `compensation`, `on_batch`, ... of [`score`].
 
     Returns:
         [`PlanSearch`]: the plan and the steps to it; [`apply_plan`] builds it.
@@ -106,48 +175,20 @@ def search_plan(
     check_model(model)
     budget, plan, teacher = Budget.of(budget), plan_of(model), model if teacher is None else teacher
     space = EditSpace(edits, max_group_size, protect_first_layers, protect_last_layers)
-    if batches is not None or criterion != "tasks":
+    if criterion != "tasks":
         batches = check_batches([] if batches is None else batches, model.config.vocab_size, "calibration data")
-    gauge = Gauge.of(budget, space, model, plan_of(teacher), latency)
-    if gauge.met(plan):
-        raise LayerPruneError(
-            f"the model meets {budget.unit}={budget.target:g} already: it has {gauge.size(plan):.4g}"
-        )
-    gauge.check_reachable(plan)
-    if criterion == "tasks" and tokenizer is not None:  # else the first step says what is missing
-        tasks = prepare_tasks(tasks, model, tokenizer)
+    elif "tokenizer" in options:  # tokenize once
+        options["tasks"] = prepare_tasks(options.get("tasks", ()), model, options["tokenizer"])
+    goal = Goal.of(budget, space, model, plan_of(teacher), latency)
+    if goal.met(plan):
+        raise LayerPruneError(f"the model meets {budget.unit}={budget.target:g} already: it has {goal.size(plan):.4g}")
+    goal.check_reachable(plan)
     student, steps = model, []
-    while not gauge.met(plan_of(student)):
-        steps.append(
-            next_step(student, batches, gauge, criterion, teacher, on_batch, race, tasks=tasks, tokenizer=tokenizer)
-        )
+    while not goal.met(plan_of(student)):
+        steps.append(next_edit(student, batches, goal, criterion, teacher, **options))
         student = apply_plan(student, steps[-1].plan, share_weights=True)
         on_step(steps[-1])
-    return PlanSearch(plan_of(student), steps, budget, gauge.latency)
-
-
-def next_step(
-    student: PreTrainedModel,
-    batches: Iterable[Batch] | None,
-    gauge: Gauge,
-    criterion: str,
-    teacher: PreTrainedModel,
-    on_batch: Callable[[], None] = lambda: None,
-    race: Race | None = None,
-    **options: Any,
-) -> SearchStep:
-    """Score every useful edit of `student` and take the best; arguments as in [`search_plan`].
-
-    `options` go to [`score_edits`]. There is no race between edits that save nothing.
-    """
-    plan = plan_of(student)
-    edits = gauge.useful_edits(plan)
-    savings: list[float] | None = gauge.savings(edits, plan)
-    if not all(saving > 0 for saving in savings):
-        race = savings = None
-    scores = score_edits(student, batches, edits, criterion, teacher, on_batch, race, savings, **options)
-    after = scores.safest.apply(plan)
-    return SearchStep(scores.safest, scores, after, gauge.size(after))
+    return PlanSearch(plan_of(student), steps, budget, goal.latency)
 
 
 @dataclass(frozen=True)
@@ -157,12 +198,10 @@ class ParallelRange:
     Attributes:
         perplexities (`dict[LayerPlan, float]`): of each plan that was tried.
         original (`float`): perplexity of the model as it was.
-        target_depth (`int`, *optional*): depth that was asked for.
     """
 
     perplexities: dict[LayerPlan, float]
     original: float
-    target_depth: int | None = None
 
     def best(self, depth: int) -> LayerPlan:
         """The plan of `depth` blocks with the lowest perplexity; of equal ones that with the later run.
@@ -174,14 +213,8 @@ class ParallelRange:
         if not plans:
             depths = sorted({plan.depth for plan in self.perplexities})
             raise LayerPruneError(f"no run of pairs leads to depth={depth}; tried were {depths}")
-        return min(plans, key=lambda plan: (_nan_last(self.perplexities[plan]), -plan.parallel_pairs[0][0]))
-
-    @property
-    def plan(self) -> LayerPlan:
-        """The best plan of the target depth."""
-        if self.target_depth is None:
-            raise LayerPruneError("no target_depth was given; choose one of the plans with best(depth)")
-        return self.best(self.target_depth)
+        costs = {plan: math.inf if math.isnan(cost) else cost for plan, cost in self.perplexities.items()}
+        return min(plans, key=lambda plan: (costs[plan], -plan.parallel_pairs[0][0]))
 
 
 def find_parallel_range(
@@ -213,30 +246,17 @@ def find_parallel_range(
     plan = plan_of(model)
     if plan.parallel_pairs:
         raise LayerPruneError(f"the model runs layers {list(plan.parallel_pairs)} in parallel already")
-    most = (plan.depth - 2) // 2
-    if most < 1:
-        raise LayerPruneError(f"no run of pairs lies between the first and the last of {plan.depth} layers")
-    shallowest = plan.depth - most
-    if target_depth is not None and not (type(target_depth) is int and shallowest <= target_depth < plan.depth):
+    layers, plans = plan.layers, []
+    for count in range(1, (plan.depth - 2) // 2 + 1):
+        for start in range(1, plan.depth - 2 * count):
+            plans.append(plan.with_pairs(layers[n : n + 2] for n in range(start, start + 2 * count, 2)))
+    plans = [paired for paired in plans if target_depth in (None, paired.depth)]
+    if not plans:
         raise LayerPruneError(
-            f"target_depth={target_depth!r}: pairs between the first and the last of {plan.depth} layers lead to "
-            f"{shallowest}..{plan.depth - 1} blocks"
+            f"target_depth={target_depth!r}: no run of pairs between the first and the last of {plan.depth} layers "
+            "leads there"
         )
-    counts = range(1, most + 1) if target_depth is None else [plan.depth - target_depth]
-    plans = [_run_of_pairs(plan, start, count) for count in counts for start in range(1, plan.depth - 2 * count)]
-    scores = score_plans(model, batches, plans, "loss", on_batch=on_batch)
-    _ = scores.safest  # raises where no loss is a number
+    scores = score(model, batches, plans, "loss", on_batch=on_batch)
+    _ = scores.safest  # raises if no loss is a number
     perplexities = {plan: perplexity_of(loss) for plan, loss in scores.values.items()}
-    return ParallelRange(perplexities, perplexity_of(scores.baseline), target_depth)
-
-
-def _run_of_pairs(plan: LayerPlan, start: int, count: int) -> LayerPlan:
-    layers = plan.layers
-    end = start + 2 * count
-    pairs = [(layers[n], layers[n + 1]) for n in range(start, end, 2)]
-    blocks: list[Any] = [*plan.blocks[:start], *pairs, *plan.blocks[end:]]
-    return LayerPlan(tuple(blocks), plan.num_teacher_layers)
-
-
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+    return ParallelRange(perplexities, perplexity_of(scores.baseline))

@@ -20,10 +20,9 @@ from transformers import PretrainedConfig
 
 from hf_layerprune import IterativeLayerDistillConfig
 from hf_layerprune.cli.parsing import parse
-from hf_layerprune.edits import Edit
 from hf_layerprune.files import write_atomically
 from hf_layerprune.memory import StepMeter
-from hf_layerprune.plan import LayerPlan
+from hf_layerprune.plan import Edit, LayerPlan
 from hf_layerprune.shapes import load_shape
 
 PEAK, SHARE = 989e12, 0.4  # operations a second of an H100 in bfloat16, and how much of it a run is taken to reach

@@ -8,9 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_layerprune"
 # A module may import only from those before it.
 ORDER = (
-    "errors", "files", "fingerprint", "plan", "edits", "models", "architectures", "surgery", "matching",
+    "errors", "files", "fingerprint", "plan", "models", "architectures", "surgery", "matching",
     "_trl", "losses", "rows", "data", "environment", "loading", "forward", "tasks", "ridge", "compensation", "scoring",
-    "generation_data", "evaluation", "shapes", "benchmark", "latency", "budget", "search", "layer_map", "report",
+    "generation_data", "evaluation", "shapes", "benchmark", "budget", "search", "record", "record_reader", "report",
+    "plots",
     "hub", "trainer", "memory", "estimate", "progress", "demo", "cli", "__init__",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -10,7 +10,7 @@ from conftest import rounds_of, tiny_config, tiny_model
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPlan, LayerPruneError, evaluate_model, prune, score_layers
 from hf_layerprune.compensation import compensate
 from hf_layerprune.loading import load_model
-from hf_layerprune.scoring import contiguous_block, criteria
+from hf_layerprune.scoring import CRITERIA, contiguous_block
 from hf_layerprune.tasks import evaluate_tasks, load_tasks
 
 FAST = {"heal": False, "measure_speed": False}
@@ -31,7 +31,7 @@ def removed(trainer):
     return [layer for record in rounds_of(trainer) for layer in record["removed_layers"]]
 
 
-@pytest.mark.parametrize("criterion", [name for name in criteria() if name != "tasks"])
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "tasks"])
 def test_every_criterion_drives_a_run(make, criterion):
     trainer = make(criterion=criterion)
     trainer.train()

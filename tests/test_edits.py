@@ -6,7 +6,8 @@ from itertools import combinations, product
 import pytest
 
 from hf_layerprune import LayerPlan, LayerPruneError
-from hf_layerprune.edits import EDIT_KINDS, Edit, EditSpace
+from hf_layerprune.budget import EditSpace
+from hf_layerprune.plan import EDIT_KINDS, Edit
 
 BOTH = EDIT_KINDS
 KINDS = (("remove",), ("parallelize",), BOTH)
@@ -220,9 +221,3 @@ def test_groups_that_are_none_are_refused(size):
 
 def test_the_size_of_groups_does_not_matter_where_none_are_made():
     assert labels(EditSpace("remove", 1).edits(LayerPlan.identity(2))) == ["0", "1"]
-
-
-@pytest.mark.parametrize("name", ["protect_first", "protect_last"])
-def test_protection_of_less_than_no_layer_is_refused(name):
-    with pytest.raises(LayerPruneError, match=name):
-        EditSpace(**{name: -1})

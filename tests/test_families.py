@@ -24,12 +24,12 @@ from hf_layerprune import (
     evaluate_model,
     parallelize,
     prune,
-    score_edits,
+    score,
     score_layers,
     unparallelize,
 )
 from hf_layerprune.architectures import ARCHITECTURES, Architecture, check_supported
-from hf_layerprune.edits import Edit
+from hf_layerprune.plan import Edit
 from hf_layerprune.shapes import random_model
 from hf_layerprune.surgery import apply_plan, plan_of, to_pruned_qwen2
 from hf_layerprune.trainer.towers import shared_depth
@@ -166,7 +166,7 @@ def test_attentions_of_a_pair_are_those_of_both_layers(family):
 def test_edits_are_scored_as_the_models_they_make(family, batches):
     model = family_model(family)
     edits = [Edit.remove(2), Edit.parallelize(2, 3)]
-    scores = score_edits(model, batches, edits, "kl")
+    scores = score(model, batches, edits, "kl")
     for edit, expected in zip(edits, (prune(model, [2]), parallelize(model, [(2, 3)])), strict=True):
         assert scores.values[edit] == pytest.approx(evaluate_model(expected, batches, model).kl, abs=1e-5)
 

@@ -10,9 +10,9 @@ from test_resuming import KillAt, Killed
 
 import hf_layerprune.budget as budget
 from hf_layerprune import LayerPlan, LayerPruneError, PrunedQwen2ForCausalLM, evaluate_model
-from hf_layerprune.edits import Edit, EditSpace
-from hf_layerprune.latency import BlockLatency
-from hf_layerprune.scoring import score_edits
+from hf_layerprune.budget import BlockLatency, EditSpace
+from hf_layerprune.plan import Edit
+from hf_layerprune.scoring import score
 from hf_layerprune.surgery import apply_plan, plan_of
 
 PAIRS = {"edits": "parallelize", "target_num_layers": 4, "trained_layers": "neighbours", "measure_speed": False}
@@ -23,7 +23,7 @@ def test_pairs_are_chosen_healed_and_saved(make, tmp_path):
     before = copy.deepcopy(teacher.state_dict())
     trainer = make(teacher, **PAIRS)
     edits = EditSpace(("parallelize",)).edits(LayerPlan.identity(6))
-    expected = score_edits(teacher, trainer.calibration_batches, edits)
+    expected = score(teacher, trainer.calibration_batches, edits)
     trainer.train()
     report = read_report(tmp_path / "run")
     first, second = report["rounds"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
-import hf_layerprune.latency as module
+import hf_layerprune.budget as module
 from hf_layerprune import LayerPlan, parallelize, prune
-from hf_layerprune.latency import MOST_BLOCKS, BlockLatency, measure_latency
+from hf_layerprune.budget import MOST_BLOCKS, BlockLatency, measure_latency
 
 FIXED = 0.7
 PER_WIDTH = (0.3, 0.41, 0.55, 0.6)  # seconds per token of a block of 1, 2, 3, 4 layers

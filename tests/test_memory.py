@@ -9,8 +9,8 @@ from families import FAMILIES, family_model
 from healing_simulation import simulate_step
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_layerprune.edits import Edit
 from hf_layerprune.memory import LiveBytes, StepMeter
+from hf_layerprune.plan import Edit
 from hf_layerprune.surgery import plan_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160}

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -10,12 +10,11 @@ from conftest import random_batches, tiny_model
 
 from hf_layerprune import LayerPruneError, prune, score_layers
 from hf_layerprune.data import valid_next_tokens
-from hf_layerprune.edits import Edit
 from hf_layerprune.evaluation import evaluate_model
-from hf_layerprune.scoring import EditScores, LayerScores, Race, contiguous_block, score_edits
-from hf_layerprune.scoring.evidence import Evidence, difference_errors, price_factors, quantile
-from hf_layerprune.scoring.race import collect
-from hf_layerprune.scoring.scores import scores_of
+from hf_layerprune.plan import Edit
+from hf_layerprune.scoring import Race, Scores, contiguous_block, score
+from hf_layerprune.scoring.measure import collect, quantile
+from hf_layerprune.scoring.scores import Evidence, price_factors
 
 
 def evidence_of(sums, counts):
@@ -25,35 +24,22 @@ def evidence_of(sums, counts):
     return evidence
 
 
-class Rows:
-    """A measure whose results are known beforehand: `values` `(1 + C, chunks, rows of a chunk)`."""
-
-    weight = 1.0
+class Table:
+    """Data whose results are known beforehand: `values` `(1 + C, chunks, rows of a chunk)`."""
 
     def __init__(self, values):
-        self.values, self.num_chunks = values, values.shape[1]
+        self.values, self.asked = values, []
 
-    def __call__(self, chunk, runs, which):
+    @property
+    def kind(self):
+        return 1.0, [partial(self.measure, chunk) for chunk in range(self.values.shape[1])]
+
+    def measure(self, chunk, which):
+        self.asked.append((chunk, tuple(which)))
         return self.values[[0, *which], chunk], torch.ones(self.values.shape[2])
 
     def mean(self):
         return self.values.flatten(1).mean(1)
-
-
-class Table:
-    """A measure whose results are known beforehand: `values` `(1 + C, R)`, one row a chunk."""
-
-    weight = 1.0
-
-    def __init__(self, values):
-        self.values, self.num_chunks, self.asked = values, values.shape[1], []
-
-    def __call__(self, chunk, runs, which):
-        self.asked.append((chunk, tuple(which)))
-        return self.values[[0, *which], chunk : chunk + 1], torch.ones(1)
-
-    def mean(self):
-        return self.values.mean(1)
 
 
 def table(means, rows=64, noise=1.0, seed=0):
@@ -61,11 +47,11 @@ def table(means, rows=64, noise=1.0, seed=0):
     shared = torch.randn(1, rows, generator=generator, dtype=torch.float64)
     own = noise * torch.randn(1 + len(means), rows, generator=generator, dtype=torch.float64)
     own[0] = 0
-    return Table(torch.tensor([0.0, *means], dtype=torch.float64)[:, None] + 10 * shared + own)
+    return Table((torch.tensor([0.0, *means], dtype=torch.float64)[:, None] + 10 * shared + own)[:, :, None])
 
 
-def contestants(count):
-    return SimpleNamespace(candidates=[None] * count, model=tiny_model(1))
+def race(measure, savings, race=None):
+    return collect([measure.kind], savings if isinstance(savings, list) else [1.0] * savings, race)
 
 
 # ------------------------------------------------------------------------------------------------ certainty
@@ -90,8 +76,8 @@ def test_differences_are_paired_row_by_row():
     first = [1.0, 5.0, 9.0, 2.0]
     evidence = evidence_of([[0.0] * 4, first, [v + 0.1 for v in first]], [1] * 4)
     assert evidence.standard_error(1) > 1
-    assert difference_errors(evidence, 1, [2], {1: 1.0, 2: 1.0})[0] == pytest.approx(0, abs=1e-12)
-    scaled = difference_errors(evidence, 1, [2], {1: 1.0, 2: 0.5})[0]
+    assert evidence.difference_errors(1, [2], {1: 1.0, 2: 1.0})[0] == pytest.approx(0, abs=1e-12)
+    scaled = evidence.difference_errors(1, [2], {1: 1.0, 2: 0.5})[0]
     assert scaled == pytest.approx(evidence.standard_error(1) / 2)
 
 
@@ -135,7 +121,7 @@ def test_scores_say_how_sure_they_are(model, batches):
     expected = math.sqrt(squares * len(rows) / (len(rows) - 1)) / sum(count for _, count in rows)
     assert scores.standard_errors[2] == pytest.approx(expected, rel=1e-3)
     assert 0 <= scores.half_agreement <= 1 and scores.margin > 0
-    assert LayerScores.from_dict(scores.to_dict()) == scores
+    assert Scores.from_dict(scores.to_dict()).values == {Edit.remove(n): cost for n, cost in scores.values.items()}
     assert scores.to_dict()["certainty"] == scores.certainty
 
 
@@ -147,31 +133,31 @@ def test_what_is_no_measurement_has_no_error(model, batches, criterion):
 
 def test_certainty_in_words():
     near = evidence_of([[0.0] * 6, [1.0, 2, 3, 4, 5, 6], [2.0, 1, 4, 3, 6, 5.2]], [1] * 6)
-    text = LayerScores("kl", **scores_of(near, {}, [7, 4])).certainty
+    text = Scores.of("kl", [7, 4], near).certainty
     assert text.startswith("7 and 4 cannot be told apart (0.") and "more calibration data" in text
     clear = evidence_of([[0.0] * 6, [1.0, 1, 2, 1, 1, 2], [9.0, 9, 9, 8, 9, 9]], [1] * 6)
-    assert LayerScores("kl", **scores_of(clear, {}, [7, 4])).certainty.startswith("7 is ahead of 4 by")
-    scores = LayerScores("kl", {7: 1.0, 4: 0.5}, 0.0, 10, {7: 0.1, 4: 0.1}, left={4: 0.25}, contenders=(7,))
+    assert Scores.of("kl", [7, 4], clear).certainty.startswith("7 is ahead of 4 by")
+    scores = Scores("kl", {7: 1.0, 4: 0.5}, 0.0, 10, {7: 0.1, 4: 0.1}, left={4: 0.25}, contenders=(7,))
     assert scores.safest == 7  # what left a race is no choice, whatever it had by then
     assert scores.certainty == "7 won the race against 4 after 25% of the data"
 
 
 def test_a_tie_and_a_single_row_are_no_certainty():
     equal = evidence_of([[0.0] * 6, [1.0, 2, 1, 2, 1, 2], [1.0, 2, 1, 2, 1, 2]], [1] * 6)
-    scores = LayerScores("kl", **scores_of(equal, {}, [4, 7]))
+    scores = Scores.of("kl", [4, 7], equal)
     assert scores.margin == 0 and scores.contenders == (7, 4) and scores.safest == 7
     assert scores.certainty.startswith("7 and 4 cannot be told apart (0.0 standard errors")
-    single = LayerScores("kl", **scores_of(evidence_of([[0.0], [1.0], [2.0]], [9]), {}, [4, 7]))
+    single = Scores.of("kl", [4, 7], evidence_of([[0.0], [1.0], [2.0]], [9]))
     assert single.certainty.startswith("too little data to tell how sure the choice of 4 is")
     assert math.isnan(single.margin) and single.half_agreement is None
     constant = evidence_of([[0.0] * 3, [1.0] * 3, [2.0] * 3], [1] * 3)
-    assert scores_of(constant, {}, [4, 7])["margin"] == math.inf
+    assert Scores.of("kl", [4, 7], constant).margin == math.inf
 
 
 def test_certainty_is_about_the_best_two_by_what_they_save():
     evidence = evidence_of([[0.0] * 4, [1.0, 1.1, 1, 1], [2.0, 2, 2.1, 2], [4.0, 4, 4, 4.1]], [1] * 4)
     edits = [Edit.remove(n) for n in (5, 6, 7)]
-    scores = EditScores("kl", **scores_of(evidence, {}, edits, [1.0, 1.0, 10.0]))
+    scores = Scores.of("kl", edits, evidence, savings=[1.0, 1.0, 10.0])
     assert scores.contenders == (edits[2], edits[0]) and scores.certainty.startswith("7 is ahead of 5 by")
     assert scores.to_dict()["contenders"] == ["7", "5"]
 
@@ -179,19 +165,19 @@ def test_certainty_is_about_the_best_two_by_what_they_save():
 def test_one_price_ranks_says_how_sure_and_races_where_edits_gain():
     """Edits that lower the measure: of equal gains the larger saving is better, for everything that compares."""
     noise = table([0.0, 0.0, 0.0], noise=0.1).values
-    costs = torch.tensor([0.0, -1.0, -1.1, 5.0])[:, None]  # gains x savings: -1.0 and -0.55
+    costs = torch.tensor([0.0, -1.0, -1.1, 5.0])[:, None, None]  # gains x savings: -1.0 and -0.55
     measure = Table(noise + costs)
     edits, savings = [Edit.remove(3), Edit.parallelize(5, 6), Edit.remove(7)], [2.0, 1.0, 2.0]
-    evidence, left = collect([measure], contestants(3), savings=savings)
-    scores = EditScores("loss", **scores_of(evidence, left, edits, savings))
+    evidence, left = race(measure, savings)
+    scores = Scores.of("loss", edits, evidence, left, savings)
     assert scores.safest == scores.ranking[0] == scores.contenders[0] == edits[0]
     assert scores.contenders[1] == edits[1] and scores.certainty.startswith("3 is ahead of 5|6 by")
     factors = price_factors(evidence.costs([1, 2]), torch.tensor([2.0, 1.0]))
-    error = difference_errors(evidence, 1, [2], {1: 1.0, 2: 0.5})[0]
+    error = evidence.difference_errors(1, [2], {1: 1.0, 2: 0.5})[0]
     assert factors.tolist() == [1.0, 0.5]
     assert scores.margin == pytest.approx(float((evidence.costs([1, 2]) * factors).diff() / error))
     assert scores.half_agreement == 1 and scores.to_dict()["savings"] == {"3": 2.0, "5|6": 1.0, "7": 2.0}
-    _, left = collect([measure], contestants(3), Race(), savings=savings)
+    _, left = race(measure, savings, Race())
     assert set(left) == {2, 3}
 
 
@@ -200,27 +186,27 @@ def test_one_price_ranks_says_how_sure_and_races_where_edits_gain():
 
 def test_the_clearly_worse_leave_early_and_are_measured_no_more():
     measure = table([0.0, 0.3, 5.0, 5.0, 5.0])
-    evidence, left = collect([measure], contestants(5), Race(0.95))
+    evidence, left = race(measure, 5, Race(0.95))
     assert set(left) >= {3, 4, 5} and max(left[n] for n in (3, 4, 5)) < 0.5
     assert 1 not in left
     counts = [len(which) for _, which in measure.asked]
     assert counts == sorted(counts, reverse=True) and counts[0] == 5
     last = {n: max(i for i, (_, which) in enumerate(measure.asked, 1) if n in which) for n in range(1, 6)}
     for index, share in left.items():
-        assert last[index] / measure.num_chunks == pytest.approx(share)
+        assert last[index] / 64 == pytest.approx(share)
         rows = [chunk for chunk, which in measure.asked if index in which]
         assert evidence.value(index) == pytest.approx(float(measure.values[index, rows].mean()))
 
 
 def test_a_race_ends_when_one_is_left():
     measure = table([0.0, 9.0, 9.0], noise=0.1)
-    _, left = collect([measure], contestants(3), Race())
+    _, left = race(measure, 3, Race())
     assert set(left) == {2, 3} and len(measure.asked) < 10
 
 
 def test_without_a_race_all_see_everything_in_order():
     measure = table([0.0, 9.0])
-    _, left = collect([measure], contestants(2))
+    _, left = race(measure, 2)
     assert not left and measure.asked == [(n, (1, 2)) for n in range(64)]
 
 
@@ -228,9 +214,9 @@ def test_the_race_chooses_what_all_data_would():
     wrong = 0
     for seed in range(100):
         measure = table([0.0, 0.1, 0.2, 1.0, 2.0, 3.0], seed=seed)
-        evidence, left = collect([measure], contestants(6), Race(0.95, seed))
-        scores = LayerScores("kl", **scores_of(evidence, left, list(range(6))))
-        wrong += scores.safest != int(measure.values[1:].mean(1).argmin())
+        evidence, left = race(measure, 6, Race(0.95, seed))
+        scores = Scores.of("kl", list(range(6)), evidence, left)
+        wrong += scores.safest != int(measure.mean()[1:].argmin())
     assert wrong <= 5
 
 
@@ -241,10 +227,10 @@ def test_data_of_which_little_is_seen_keeps_its_doubt():
         generator = torch.Generator().manual_seed(seed)
         few = torch.randn(3, 8, 8, generator=generator, dtype=torch.float64)
         few[0], few[2] = 0, few[2] + 0.1
-        deciding = Rows(few)
+        deciding = Table(few)
         measures = [table([0.0, 0.0], rows=64, noise=0.01, seed=seed), deciding]
-        evidence, left = collect(measures, contestants(2), Race(0.95, seed))
-        scores = LayerScores("kl", **scores_of(evidence, left, [1, 2]))
+        evidence, left = collect([measure.kind for measure in measures], [1.0, 1.0], Race(0.95, seed))
+        scores = Scores.of("kl", [1, 2], evidence, left)
         whole = sum(measure.mean() for measure in measures)
         wrong += scores.safest != 1 + int(whole[1:].argmin())
         left_early += bool(left)
@@ -253,14 +239,14 @@ def test_data_of_which_little_is_seen_keeps_its_doubt():
 
 def test_data_in_one_chunk_does_not_stop_a_race():
     generator = torch.Generator().manual_seed(0)
-    whole = Rows(torch.randn(3, 1, 8, generator=generator, dtype=torch.float64) * 0.01)
-    _, left = collect([table([0.0, 5.0], noise=0.1), whole], contestants(2), Race())
+    whole = Table(torch.randn(3, 1, 8, generator=generator, dtype=torch.float64) * 0.01)
+    _, left = collect([table([0.0, 5.0], noise=0.1).kind, whole.kind], [1.0, 1.0], Race())
     assert left[2] < 0.5
 
 
 def test_a_single_candidate_is_measured_on_everything():
     measure = table([1.0])
-    collect([measure], contestants(1), Race())
+    race(measure, 1, Race())
     assert len(measure.asked) == 64
 
 
@@ -268,21 +254,21 @@ def test_the_order_is_drawn_by_the_seed():
     runs = []
     for seed in (1, 1, 2):
         measure = table([0.0, 0.1])
-        collect([measure], contestants(2), Race(seed=seed))
+        race(measure, 2, Race(seed=seed))
         runs.append([chunk for chunk, _ in measure.asked])
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_a_race_is_for_the_least_cost_per_unit_saved():
     measure = table([2.0, 3.0, 8.0], noise=0.1)
-    _, left = collect([measure], contestants(3), Race(), savings=[1.0, 2.0, 2.0])  # prices 2, 1.5 and 4
+    _, left = race(measure, [1.0, 2.0, 2.0], Race())  # prices 2, 1.5 and 4
     assert set(left) == {1, 3}
 
 
 def test_an_output_that_is_no_number_loses():
     measure = table([0.0, 0.1, 0.2])
     measure.values[1] = math.nan
-    _, left = collect([measure], contestants(3), Race())
+    _, left = race(measure, 3, Race())
     assert 1 in left and len(left) < 3
 
 
@@ -305,7 +291,7 @@ def test_bad_races_are_refused(model, batches):
     with pytest.raises(LayerPruneError, match="confidence=1.5"):
         Race(1.5)
     with pytest.raises(LayerPruneError, match="a race is for kl, loss"):
-        score_edits(model, batches, [Edit.remove(1)], "block_influence", race=Race())
+        score(model, batches, [Edit.remove(1)], "block_influence", race=Race())
 
 
 # ------------------------------------------------------------------------------------------------ criteria

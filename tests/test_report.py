@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_layerprune import Edit, LayerPlan, LayerPruneError, LayerScores
+from hf_layerprune import Edit, LayerPlan, LayerPruneError, Scores
 from hf_layerprune.benchmark import BenchmarkReport
 from hf_layerprune.environment import environment
 from hf_layerprune.evaluation import EvaluationReport
@@ -16,7 +16,6 @@ from hf_layerprune.plots import plot_scores
 from hf_layerprune.record import Healing, RoundRecord, RunRecord, Speed, TeacherRecord
 from hf_layerprune.record_reader import parse_report
 from hf_layerprune.report import columns, recovery, render_markdown, rich_table, table_rows, write_report
-from hf_layerprune.scoring import EditScores
 
 
 def speed(tokens_per_second, ratio):
@@ -25,7 +24,7 @@ def speed(tokens_per_second, ratio):
 
 
 def scores(**costs):
-    return (EditScores("kl", {Edit.from_label(label): cost for label, cost in costs.items()}, 0.0, 1000),)
+    return (Scores("kl", {Edit.from_label(label): cost for label, cost in costs.items()}, 0.0, 1000),)
 
 
 def entry(number, plan, edits, costs):
@@ -164,7 +163,7 @@ def test_only_edits_that_were_made_are_explained():
 
 
 def test_scores_plot_survives_zero_and_nan():
-    figure = plot_scores(LayerScores("kl", {0: 0.0, 1: float("nan"), 2: 0.2}, 0.0, 5), "title")
+    figure = plot_scores(Scores("kl", {0: 0.0, 1: float("nan"), 2: 0.2}, 0.0, 5), "title")
     assert len(figure.axes[0].patches) == 3
 
 

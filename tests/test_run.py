@@ -11,14 +11,13 @@ from safetensors.torch import save_file
 
 from hf_layerprune import LayerPlan, LayerPruneError
 from hf_layerprune.benchmark import BenchmarkReport
-from hf_layerprune.budget import Budget, Gauge, ModelSizes
-from hf_layerprune.edits import Edit, EditSpace
+from hf_layerprune.budget import BlockLatency, Budget, EditSpace, Goal, ModelSizes
 from hf_layerprune.evaluation import EvaluationReport
 from hf_layerprune.files import to_json
-from hf_layerprune.latency import BlockLatency
+from hf_layerprune.plan import Edit
 from hf_layerprune.record import Done, Healing, RoundInProgress, RoundRecord, RunRecord, Speed, TeacherRecord
 from hf_layerprune.record_reader import parse_report, read_state
-from hf_layerprune.scoring import EditScores
+from hf_layerprune.scoring import Scores
 from hf_layerprune.trainer.checkpoints import (
     SEAL,
     Checkpoint,
@@ -89,7 +88,7 @@ RECORD = RoundRecord(
     number=1,
     edits=(Edit.remove(1),),
     criterion="kl",
-    scores=(EditScores("kl", {Edit.remove(1): 0.5, Edit.parallelize(2, 3): math.nan}, 0.1, 64),),
+    scores=(Scores("kl", {Edit.remove(1): 0.5, Edit.parallelize(2, 3): math.nan}, 0.1, 64),),
     unhealed=EvaluationReport(3.0, 20.1, 1.0, None, 64),
     before_healing=EvaluationReport(2.5, 12.2, 0.8, None, 64),
     healing=Healing(4096, 1.5),
@@ -148,9 +147,9 @@ def test_another_text_to_heal_on_is_told_by_rows_from_all_over(tmp_path, number)
         assert settings(other) != before
 
 
-def gauge(**target):
-    return Gauge(
-        Budget(**target), EditSpace(), ModelSizes(0, 10, 1), LayerPlan.identity(8), BlockLatency(0.0, (1.0, 1.5))
+def goal(**target):
+    return Goal(
+        Budget.of(target), EditSpace(), ModelSizes(0, 10, 1), LayerPlan.identity(8), BlockLatency(0.0, (1.0, 1.5))
     )
 
 
@@ -158,10 +157,10 @@ def test_a_run_past_its_target_is_refused():
     start = LayerPlan.identity(8)
     plans = [start.remove(3), start.remove(3).parallelize(4, 5)]
     run = RunRecord(rounds=tuple(replace(RECORD, plan=plan) for plan in plans), current=RoundInProgress(2))
-    check_not_past_target(run, start, gauge(depth=4))
+    check_not_past_target(run, start, goal(depth=4))
     with pytest.raises(LayerPruneError, match="target_num_layers=5 but the run is at 4 already"):
-        check_not_past_target(run, start, gauge(depth=5))
+        check_not_past_target(run, start, goal(depth=5))
     run = replace(run, current=None)
-    check_not_past_target(run, start, gauge(latency=0.85))  # the last round went a little further: 6.5 of 8
+    check_not_past_target(run, start, goal(latency=0.85))  # the last round went a little further: 6.5 of 8
     with pytest.raises(LayerPruneError, match="target_latency=0.9 but the run is at 0.8125 already"):
-        check_not_past_target(run, start, gauge(latency=0.9))
+        check_not_past_target(run, start, goal(latency=0.9))

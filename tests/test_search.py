@@ -11,10 +11,9 @@ from parallel_reference import literal
 
 import hf_layerprune.budget as module
 from hf_layerprune import LayerPlan, LayerPruneError, evaluate_model, parallelize, prune, score_layers
-from hf_layerprune.budget import Budget, Gauge, ModelSizes
-from hf_layerprune.edits import EDIT_KINDS, Edit, EditSpace
-from hf_layerprune.latency import BlockLatency
-from hf_layerprune.scoring import EditScores
+from hf_layerprune.budget import BlockLatency, Budget, EditSpace, Goal, ModelSizes
+from hf_layerprune.plan import EDIT_KINDS, Edit
+from hf_layerprune.scoring import Scores
 from hf_layerprune.search import ParallelRange, find_parallel_range, search_plan
 from hf_layerprune.surgery import apply_plan, plan_of
 from hf_layerprune.tasks import PerplexityTask
@@ -107,20 +106,18 @@ def test_only_runs_of_the_target_depth_are_tried_and_the_best_is_the_plan(batche
     }
     found = find_parallel_range(model, batches, target)
     assert {plan.blocks: value for plan, value in found.perplexities.items()} == pytest.approx(expected, rel=1e-4)
-    assert found.plan.blocks == min(expected, key=expected.get)
-    assert found.plan == find_parallel_range(model, batches).best(target)
+    assert found.best(target).blocks == min(expected, key=expected.get)
+    assert found.best(target) == find_parallel_range(model, batches).best(target)
 
 
 def test_the_best_plan_of_a_depth_has_the_lowest_perplexity_and_of_equal_ones_the_later_run():
     runs = [LayerPlan.identity(7).parallelize(start, start + 1) for start in range(1, 5)]
     deeper = runs[0].parallelize(3, 4)
-    found = ParallelRange(dict(zip((*runs, deeper), (3.0, 2.0, 2.0, math.inf, 1.0), strict=True)), 1.5, 5)
+    found = ParallelRange(dict(zip((*runs, deeper), (3.0, 2.0, 2.0, math.inf, 1.0), strict=True)), 1.5)
     assert found.best(6) == runs[2]
-    assert found.best(5) == found.plan == deeper
+    assert found.best(5) == deeper
     with pytest.raises(LayerPruneError, match="depth=4.* tried were \\[5, 6\\]"):
         found.best(4)
-    with pytest.raises(LayerPruneError, match="no target_depth was given"):
-        _ = ParallelRange(found.perplexities, 1.5).plan
 
 
 def test_runs_share_the_model_before_their_start(batches):
@@ -241,7 +238,7 @@ def test_every_step_costs_least_per_second_saved(few, name, most, criterion):
     def size(plan):  # a share of the teacher's time, not of the student's
         return (2 + sum((1, 1.5, 2)[len(block) - 1] for block in plan.blocks)) / 8
 
-    assert found.latency is HALF and found.budget == Budget(latency=0.7)
+    assert found.latency is HALF and found.budget == Budget("latency", 0.7)
     assert_every_step_is_the_best(found, start, model, few, model, size, BOTH, most, criterion)
 
 
@@ -268,7 +265,7 @@ def test_the_costs_are_those_against_the_teacher_that_is_given(few):
 def test_steps_are_told_as_they_are_made_and_the_model_is_left_as_it_was(few):
     model, seen = tiny_model(6).train(), []
     before = snapshot(model)
-    found = search_plan(model, few, Budget(depth=4), on_step=seen.append)
+    found = search_plan(model, few, Budget("depth", 4), on_step=seen.append)
     assert seen == found.steps and len(seen) == 2
     assert found.plan == seen[-1].plan and found.latency is None
     assert_unchanged(model, before)
@@ -276,10 +273,10 @@ def test_steps_are_told_as_they_are_made_and_the_model_is_left_as_it_was(few):
 
 def test_budgets_may_be_objects_or_names(few):
     model = tiny_model(4)
-    assert search_plan(model, few, Budget(depth=2)) == search_plan(model, few, {"depth": 2})
-    assert Budget.of({"latency": 0.5}) == Budget(latency=0.5)
-    assert (Budget(parameters=7).unit, Budget(parameters=7).target) == ("parameters", 7)
-    assert (Budget(latency=0.5).unit, Budget(latency=0.5).target) == ("latency", 0.5)
+    assert search_plan(model, few, Budget("depth", 2)) == search_plan(model, few, {"depth": 2})
+    assert Budget.of({"latency": 0.5}) == Budget("latency", 0.5)
+    assert (Budget("parameters", 7).unit, Budget("parameters", 7).target) == ("parameters", 7)
+    assert (Budget("latency", 0.5).unit, Budget("latency", 0.5).target) == ("latency", 0.5)
 
 
 def test_layers_that_do_nothing_go_first(few):
@@ -310,11 +307,11 @@ PLANS = {
 def test_parameters_are_counted_as_the_built_model_has_them(tied, start):
     model = tiny_model(6, tie_word_embeddings=tied)
     student = apply_plan(model, LayerPlan(PLANS[start], 6))
-    gauge = Gauge.of(Budget(parameters=1), EditSpace(), student, plan_of(model))
+    goal = Goal.of(Budget("parameters", 1), EditSpace(), student, plan_of(model))
     for blocks in PLANS.values():
         plan = LayerPlan(blocks, 6)
         built = apply_plan(model, plan)
-        assert gauge.size(plan) == built.num_parameters() == sum(p.numel() for p in built.parameters())
+        assert goal.size(plan) == built.num_parameters() == sum(p.numel() for p in built.parameters())
         assert ModelSizes.of(built).of_plan(plan) == built.num_parameters()
 
 
@@ -363,12 +360,12 @@ def test_latency_is_measured_once_for_every_width_that_can_come(monkeypatch, few
 
 
 def gauge_of_four(latency, target):
-    return Gauge(Budget(latency=target), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(4), latency)
+    return Goal(Budget("latency", target), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(4), latency)
 
 
-def best_of_four(gauge, values, baseline):
-    savings = dict(zip(values, gauge.savings(values, LayerPlan.identity(4)), strict=True))
-    return EditScores("loss", values, baseline, 1, savings=savings).safest
+def best_of_four(goal, values, baseline):
+    savings = dict(zip(values, goal.savings(values, LayerPlan.identity(4)), strict=True))
+    return Scores("loss", values, baseline, 1, savings=savings).safest
 
 
 def test_what_an_edit_saves_beyond_the_budget_does_not_count():
@@ -456,8 +453,8 @@ def test_every_depth_within_reach_is_reached_exactly(few, name, kinds, most, fir
 
 def test_edits_that_save_nothing_are_tried_only_where_none_saves(few):
     def useful(blocks, depth=1):
-        gauge = Gauge(Budget(depth=depth), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(5))
-        return [edit.label for edit in gauge.useful_edits(LayerPlan(blocks, 5))]
+        goal = Goal(Budget("depth", depth), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(5))
+        return [edit.label for edit in goal.useful_edits(LayerPlan(blocks, 5))]
 
     assert useful(((0, 1), (2, 3))) == ["0", "1", "2", "3"]  # two of them save one block
     assert useful(((0, 1), (2, 3), (4,))) == ["4"]
@@ -512,10 +509,10 @@ def test_protected_layers_are_untouched(few, name, kinds):
 @pytest.mark.parametrize(
     "budget, message",
     [
-        ({}, "empty"),
+        ({}, "exactly one"),
         ({"depth": 3, "latency": 0.5}, "exactly one"),
         ({"depth": 3, "parameters": 10}, "exactly one"),
-        ({"depth": None}, "empty"),
+        ({"depth": None}, "exactly one"),
         ({"depth": 0}, "depth=0"),
         ({"depth": -1}, "depth=-1"),
         ({"depth": 1.5}, "depth=1.5"),
@@ -529,10 +526,10 @@ def test_protected_layers_are_untouched(few, name, kinds):
         ({"parameters": 0}, "parameters=0"),
         ({"parameters": 1.5}, "parameters=1.5"),
         ({"parameters": "7B"}, "parameters='7B'"),
-        ({"layers": 3}, "give one of depth, latency, parameters"),
-        ("depth", "give one of depth, latency, parameters"),
-        (3, "give one of depth, latency, parameters"),
-        (None, "give one of depth, latency, parameters"),
+        ({"layers": 3}, "in one of depth, latency, parameters"),
+        ("depth", "exactly one of depth, latency, parameters"),
+        (3, "exactly one of depth, latency, parameters"),
+        (None, "exactly one of depth, latency, parameters"),
     ],
     ids=str,
 )

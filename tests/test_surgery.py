@@ -17,7 +17,7 @@ from hf_layerprune import (
     apply_plan,
     find_parallel_range,
     prune,
-    score_edits,
+    score,
     score_layers,
     search_plan,
 )
@@ -149,7 +149,7 @@ def test_bad_requests_are_refused(model, tmp_path):
         lambda model, batches: apply_plan(model, LayerPlan.identity(5).remove(3)),
         lambda model, batches: to_pruned_qwen2(model),
         lambda model, batches: score_layers(model, batches),
-        lambda model, batches: score_edits(model, batches, [Edit.remove(3)]),
+        lambda model, batches: score(model, batches, [Edit.remove(3)]),
         lambda model, batches: search_plan(model, batches, {"depth": 4}),
         lambda model, batches: find_parallel_range(model, batches),
     ],

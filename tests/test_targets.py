@@ -1,7 +1,7 @@
 import pytest
 
 from hf_layerprune import LayerPlan, LayerPruneError
-from hf_layerprune.edits import Edit
+from hf_layerprune.plan import Edit
 from hf_layerprune.trainer.targets import HiddenStateMap, touched_blocks, trained_blocks
 
 TEACHER = LayerPlan.identity(8)

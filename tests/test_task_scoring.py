@@ -7,12 +7,11 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 from datasets import Dataset
 
-from hf_layerprune import LayerPruneError, Race, parallelize, prune, score_edits, score_layers
+from hf_layerprune import LayerPruneError, Race, parallelize, prune, score, score_layers
 from hf_layerprune.compensation import compensate
-from hf_layerprune.edits import Edit
 from hf_layerprune.loading import load_tokenizer
+from hf_layerprune.plan import Edit
 from hf_layerprune.scoring.candidates import CandidateRuns
-from hf_layerprune.scoring.generation import candidate_texts
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.tasks import (
     GenerationTask,
@@ -87,7 +86,7 @@ def test_shared_prompts_change_no_text(tokenizer, one_token, biased):
     plans = [edit.apply(plan_of(model)) for edit in edits]
     runs = CandidateRuns(model, plans)
     with torch.no_grad():
-        texts = list(candidate_texts(runs, range(1, 7), chunk, tokenizer))
+        texts = list(runs.texts(chunk, range(1, 7), tokenizer))
         assert texts[0] == generated(model, chunk, tokenizer)
         for index, text in enumerate(texts[1:], 1):
             assert text == generated(copy.deepcopy(runs.student(index)), chunk, tokenizer)
@@ -107,7 +106,7 @@ def test_a_prompt_runs_once_below_the_first_change(tokenizer):
         for layer in each.model.layers:
             layer.register_forward_pre_hook(lambda _, args: long.append(args[0].shape[1] > 1))
     with torch.no_grad():
-        list(candidate_texts(runs, range(1, 6), chunk, tokenizer))
+        list(runs.texts(chunk, range(1, 6), tokenizer))
     assert sum(long) == 5 + (4 + 3 + 2 + 1)  # the model itself, and each candidate above its gap
 
 
@@ -121,7 +120,7 @@ def test_tasks_after_repair(tokenizer, batches):
 def test_edits_that_run_layers_in_parallel_are_scored_by_tasks_too(tokenizer):
     model, tasks = tiny_model(5), all_kinds()[:3]
     edit = Edit.parallelize(2, 3)
-    scores = score_edits(model, None, [edit], "tasks", tasks=tasks, tokenizer=tokenizer)
+    scores = score(model, None, [edit], "tasks", tasks=tasks, tokenizer=tokenizer)
     expected = evaluate_tasks(parallelize(model, [(2, 3)]), tasks, tokenizer).mean_cost
     assert scores.values[edit] == pytest.approx(expected, rel=1e-4)
 

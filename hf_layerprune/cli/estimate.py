@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ..budget import Gauge
+from ..budget import Goal
 from ..data import check_length
 from ..errors import LayerPruneError
 from ..estimate import (
@@ -133,7 +133,7 @@ def _check_target(
     if budget.unit != "latency":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        check_budget(name, Gauge.of(budget, space, model, plan_of(teacher)), plan_of(config), args.heal)
+        check_budget(name, Goal.of(budget, space, model, plan_of(teacher)), plan_of(config), args.heal)
 
 
 def _content(

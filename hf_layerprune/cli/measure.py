@@ -22,7 +22,7 @@ from ..loading import load_config, load_model, load_tokenizer
 from ..plots import plot_scores, save_plot
 from ..progress import Phases, say
 from ..report import CRITERION_UNITS
-from ..scoring import LayerScores, Race, check_criterion, score_layers
+from ..scoring import Race, Scores, criterion_of, score_layers
 from ..tasks import KLTask, PreparedTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
 from .arguments import MeasureArguments, ScoreArguments
 from .parsing import check_no_file, parse
@@ -32,7 +32,7 @@ from .text import check_sources, is_embedded, read_dataset
 def score(argv: list[str]) -> None:
     """Print and plot what each layer costs."""
     (arguments,) = parse("score", argv)
-    check_criterion(arguments.criterion)
+    criterion_of(arguments.criterion)
     tasks = load_tasks(arguments.tasks) if arguments.tasks else []
     folder = Path(arguments.output_dir or "layerprune-scores")
     config = load_config(arguments.model)
@@ -68,7 +68,7 @@ def _scores(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     phases: Phases,
-) -> LayerScores:
+) -> Scores[int]:
     """Read, load and score, and make the folder on the way."""
     phases.phase("reading the text")
     batches = None if tasks else _measuring_batches(arguments, "embedded:calibration", tokenizer)

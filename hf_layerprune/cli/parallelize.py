@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import TARGETS, Budget
 from ..data import Batch, check_length, tokenized_batches
-from ..edits import Edit, edits_between
 from ..environment import environment
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
@@ -23,13 +22,13 @@ from ..files import to_json, write_atomically
 from ..hub import RunFolder, run_card
 from ..hub.scrub import placed, placed_settings, without_places
 from ..loading import load_config, load_tokenizer, saved_dtype
-from ..plan import LayerPlan
+from ..plan import Edit, LayerPlan, edits_between
 from ..plots import plot_range, save_plot
 from ..progress import Phases, expected_depth, say
 from ..record import RoundRecord, RunRecord, TeacherRecord
 from ..record_reader import read_plan
 from ..report import rich_table, write_report
-from ..scoring import EditScores
+from ..scoring import Scores
 from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of, prune
 from ..trainer.speed import speed_runs, with_speed
@@ -46,7 +45,7 @@ NOT_FOR_RANGE = (
     "target_num_parameters",
 )  # fmt: skip
 FOR_A_SEARCH = ("search", "target_num_layers", *NOT_FOR_RANGE)
-Step = tuple[tuple[Edit, ...], tuple[EditScores, ...], LayerPlan]
+Step = tuple[tuple[Edit, ...], tuple[Scores[Edit], ...], LayerPlan]
 """Labels of edits, the scores they were chosen by, and the plan they led to."""
 
 
@@ -181,7 +180,7 @@ def _steps(
         wanted = found.best(targets["depth"])
         return [(tuple(edits_between(plan, wanted)), (), wanted)], found
 
-    return _searched(arguments, model, batches, Budget(**targets), phases), None
+    return _searched(arguments, model, batches, Budget.of(targets), phases), None
 
 
 def _searched(

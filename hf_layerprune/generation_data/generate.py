@@ -22,7 +22,7 @@ from ..errors import LayerPruneError, first_line
 from ..fingerprint import fingerprint, fingerprint_model
 from ..forward import check_tokenizer, measuring, to_device
 from ..loading import load_model, load_tokenizer, name_of
-from ..scoring.sharding import shard
+from ..scoring.measure import shard
 from ..tasks.encoding import left_padded, pad_id
 from .config import HealingDataConfig
 from .journal import Answer, HealingDataReport, Journal

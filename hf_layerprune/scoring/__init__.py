@@ -1,30 +1,13 @@
-"""How much each candidate edit costs.
+"""What each candidate edit costs, how sure that is, and one price to compare them by.
 
-`score.py` is the way in. `measures.py` and `tasks/` measure, `candidates.py` runs a model without its layers,
-`evidence.py` adds up, `race.py` stops early, `sweep.py` reads a model from disk once, `proxies.py` guesses.
+`score.py` is the way in. `candidates.py` runs a model by other plans, `measure.py` measures them on data (all of it,
+or in a race), `sweep.py` does so for a model on disk, `estimates.py` holds the criteria that run no candidate, and
+`scores.py` adds up.
 """
 
-from .angles import contiguous_block
-from .measures import MEASURED
-from .proxies import Guess, Question, check_criterion, criteria, register_criterion
-from .race import Race
-from .score import score_edits, score_layers, score_plans
-from .scores import EditScores, LayerScores, PlanScores, Scores
+from .estimates import CRITERIA, MEASURED, contiguous_block, criterion_of
+from .measure import Race
+from .score import score, score_layers
+from .scores import Scores
 
-__all__ = [
-    "MEASURED",
-    "EditScores",
-    "Guess",
-    "LayerScores",
-    "PlanScores",
-    "Question",
-    "Race",
-    "Scores",
-    "check_criterion",
-    "contiguous_block",
-    "criteria",
-    "register_criterion",
-    "score_edits",
-    "score_layers",
-    "score_plans",
-]
+__all__ = ["CRITERIA", "MEASURED", "Race", "Scores", "contiguous_block", "criterion_of", "score", "score_layers"]

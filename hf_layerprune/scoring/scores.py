@@ -1,47 +1,172 @@
-"""What scoring gives: one cost per layer, edit or plan, and how sure the choice is."""
+"""What candidates cost on each row of data, and how sure that makes a choice between them.
+
+Tokens of one row of text depend on each other, so every standard error here is taken over rows. A value is a ratio:
+the sum over the tokens of all rows over their number.
+
+Shapes: C candidates, R rows of data.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
-from ..edits import Edit
 from ..errors import LayerPruneError
-from ..plan import LayerPlan
-from .evidence import Evidence, difference_errors, price_factors
+from ..plan import Edit, LayerPlan
 
-Key = TypeVar("Key")
+Key = TypeVar("Key", int, Edit, LayerPlan)
 CLEAR_MARGIN = 2.0  # standard errors between the best two
+
+
+def price_factors(costs: Tensor, savings: Tensor) -> Tensor:
+    """What to multiply costs by to compare candidates that save different amounts; the lowest price is best.
+
+    A cost above 0 is divided by the saving. A cost of 0 or less is a gain and multiplied by it: any gain comes before
+    any loss, and among equal gains the larger saving comes first. Savings count as shares of the largest one, so
+    prices have the unit of the costs.
+
+    Args:
+        costs (`Tensor` of shape `(C,)`): the measure of each candidate minus that of the unchanged model.
+        savings (`Tensor` of shape `(C,)`): what each saves, above 0, in any unit.
+    """
+    shares = savings / max(savings.tolist(), default=1.0)
+    return torch.where(costs > 0, 1 / shares, shares)
+
+
+class Evidence:
+    """What `count` candidates measured on one or more kinds of data. Candidate 0 is the unchanged model.
+
+    A candidate that left a race saw only the first rows: `seen`, `(C, kinds)`, counts them.
+
+    Args:
+        count (`int`): candidates, with the unchanged model.
+        weights (`Sequence[float]`, *optional*): of each kind of data in the mean over all.
+    """
+
+    def __init__(self, count: int, weights: Sequence[float] = (1.0,)) -> None:
+        self.weights = [weight / sum(weights) for weight in weights]
+        self.sums = [torch.empty(count, 0, dtype=torch.float64) for _ in weights]  # (C, R) each
+        self.counts = [torch.empty(0, dtype=torch.float64) for _ in weights]  # (R,) each
+        self.seen = torch.zeros(count, len(weights), dtype=torch.long)
+
+    def add(self, kind: int, candidates: Sequence[int], sums: Tensor, counts: Tensor) -> None:
+        """Add rows that `candidates` measured: `sums` `(len(candidates), R)` over the tokens `counts` `(R,)`."""
+        sums, counts = sums[:, counts > 0], counts[counts > 0]
+        rows = torch.full((len(self.seen), sums.shape[1]), math.nan, dtype=torch.float64)
+        rows[list(candidates)] = sums.double().cpu()
+        self.sums[kind] = torch.cat([self.sums[kind], rows], dim=1)
+        self.counts[kind] = torch.cat([self.counts[kind], counts.double().cpu()])
+        self.seen[list(candidates), kind] = len(self.counts[kind])
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.counts))
+
+    def value(self, candidate: int) -> float:
+        """The measure of one candidate over the rows it saw, a weighted mean over the kinds of data."""
+        total = 0.0
+        for weight, sums, counts, seen in zip(self.weights, self.sums, self.counts, self.seen[candidate], strict=True):
+            total += weight * float(sums[candidate, :seen].sum() / counts[:seen].sum())
+        return total
+
+    def costs(self, candidates: Sequence[int]) -> Tensor:
+        """What each of `candidates` adds to the measure of the unchanged model: `(len(candidates),)`."""
+        return torch.tensor([self.value(index) - self.value(0) for index in candidates], dtype=torch.float64)
+
+    def influences(self, candidates: Sequence[int]) -> list[Tensor]:
+        """What each row adds to the deviation of the values, to first order: `(len(candidates), R)` per kind of data.
+
+        All candidates must have seen the same rows.
+        """
+        found = []
+        for kind, weight in enumerate(self.weights):
+            rows = slice(0, int(self.seen[candidates[0], kind]))
+            sums, counts = self.sums[kind][list(candidates), rows], self.counts[kind][rows]
+            mean = sums.sum(1, keepdim=True) / counts.sum()
+            found.append(weight * (sums - mean * counts) / counts.sum())
+        return found
+
+    def standard_error(self, candidate: int) -> float:
+        """Of `value`; `nan` where a kind of data has fewer than two rows."""
+        return float(_errors(self.influences([candidate])))
+
+    def difference_errors(
+        self, best: int, others: Sequence[int], factors: Mapping[int, float], unseen: Sequence[float] | None = None
+    ) -> Tensor:
+        """Standard errors of the paired differences `price of other - price of best`: `(len(others),)`.
+
+        A price is `(value - value of the unchanged model) x factor`, row by row: what moves all alike cancels out.
+        With `unseen`, the share of each kind of data that is still to come, they are relative to what all of the data
+        will show.
+        """
+        factor = torch.tensor([factors[other] for other in others], dtype=torch.float64)[:, None]
+        parts = []
+        for rows in self.influences([0, best, *others]):
+            over_model = rows[1:] - rows[0]
+            parts.append(over_model[1:] * factor - over_model[0] * factors[best])
+        return _errors(parts, unseen)
+
+    def half_agreement(self, candidates: Sequence[int], savings: Tensor, trials: int = 200) -> float:
+        """How often two random halves of the rows give the same of `candidates` the lowest price.
+
+        All candidates must have seen all rows. `nan` where a kind of data has only one row.
+        """
+        if any(len(counts) < 2 for counts in self.counts):
+            return math.nan
+        generator, agreed, with_model = torch.Generator().manual_seed(0), 0, [0, *candidates]
+        for _ in range(trials):
+            totals = torch.zeros(2, len(with_model), dtype=torch.float64)
+            for weight, all_sums, counts in zip(self.weights, self.sums, self.counts, strict=True):
+                rows = torch.randperm(len(counts), generator=generator)
+                for half, chosen in enumerate(rows.tensor_split(2)):
+                    totals[half] += weight * all_sums[with_model][:, chosen].sum(1) / counts[chosen].sum()
+            costs = totals[:, 1:] - totals[:, :1]
+            first, second = (costs * price_factors(costs, savings)).nan_to_num(math.inf).argmin(1).tolist()
+            agreed += first == second
+        return agreed / trials
+
+
+def _errors(influences: Sequence[Tensor], unseen: Sequence[float] | None = None) -> Tensor:
+    """Standard errors `(C,)` of sums over independent rows: `(C, R)` for each kind of data."""
+    variance = torch.zeros(len(influences[0]), dtype=torch.float64)
+    for part, share in zip(influences, unseen or [1.0] * len(influences), strict=True):
+        if share:
+            rows = part.shape[1]
+            variance += share * part.pow(2).sum(1) * (rows / (rows - 1) if rows > 1 else math.nan)
+    return variance.sqrt()
 
 
 @dataclass(frozen=True)
 class Scores(Generic[Key]):
-    """The measure of each candidate, and which is best: the one that costs least for what it saves.
+    """The cost of each candidate (a layer to remove, an edit or a plan), and which is best.
+
+    The best candidate costs least for what it saves.
 
     Attributes:
         criterion (`str`): what was measured.
-        values (`dict[Key, float]`): candidate to cost, in the criterion's unit.
-        baseline (`float`): the same measure with nothing changed.
-        num_tokens (`int`): positions that were scored; of several data sets, rows.
+        values (`dict[Key, float]`): the measure after each candidate; lower is better.
+        baseline (`float`): the measure of the unchanged model.
+        num_tokens (`int`): positions that were scored; rows, if `criterion` is `"tasks"`.
         standard_errors (`dict[Key, float]`): of each value, over rows of data; `nan` with one row. Empty for a
-            criterion that is no measurement.
+            criterion that is only an estimate.
         left (`dict[Key, float]`): candidates that a race dropped, and the share of the data they had seen by then;
             their values are over that data only.
-        savings (`dict[Key, float]`): what each saves, above 0; empty where all save the same.
+        savings (`dict[Key, float]`): what each saves, above 0; empty if all save the same.
         half_agreement (`float`, *optional*): how often two random halves of the data choose the same.
         margin (`float`, *optional*): how far the best is ahead of the second, in standard errors of their paired
-            difference; `nan` where there is too little data to tell, `None` where nothing was left to compare.
-        contenders (`tuple[Key, ...]`): these two; one if all others left.
+            difference; `nan` if there is too little data, `None` if there was nothing to compare.
+        contenders (`tuple[Key, ...]`): the best two; one if all others left a race.
     """
 
     criterion: str
     values: dict[Key, float]
-    baseline: float
-    num_tokens: int
+    baseline: float = 0.0
+    num_tokens: int = 0
     standard_errors: dict[Key, float] = field(default_factory=dict)
     left: dict[Key, float] = field(default_factory=dict)
     savings: dict[Key, float] = field(default_factory=dict)
@@ -49,44 +174,60 @@ class Scores(Generic[Key]):
     margin: float | None = None
     contenders: tuple[Key, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        criterion: str,
+        keys: Sequence[Key],
+        evidence: Evidence,
+        left: Mapping[int, float] | None = None,
+        savings: Sequence[float] | None = None,
+    ) -> Scores[Key]:
+        """What the evidence on candidates 1, 2, ... says of `keys`."""
+        index = {key: number for number, key in enumerate(keys, 1)}
+        scores = cls(
+            criterion,
+            values={key: evidence.value(number) for key, number in index.items()},
+            baseline=evidence.value(0),
+            num_tokens=evidence.num_rows if criterion == "tasks" else int(evidence.counts[0].sum()),
+            standard_errors={key: evidence.standard_error(number) for key, number in index.items()},
+            left={keys[number - 1]: share for number, share in (left or {}).items()},
+            savings={} if savings is None else dict(zip(keys, savings, strict=True)),
+        )
+        ranked = [key for key in scores.ranking if key not in scores.left and math.isfinite(scores.values[key])]
+        scores = replace(scores, contenders=tuple(ranked[:2]))
+        if len(ranked) < 2:
+            return scores
+        best, second = (index[key] for key in ranked[:2])
+        costs = evidence.costs([best, second])
+        factors = price_factors(costs, scores._savings(ranked[:2]))
+        ahead = float((costs * factors).diff())
+        by_index = dict(zip((best, second), factors.tolist(), strict=True))
+        error = float(evidence.difference_errors(best, [second], by_index))
+        margin = ahead / error if error > 0 else math.nan if math.isnan(error) else math.inf if ahead > 0 else 0.0
+        agreement = None
+        if not left and not math.isnan(margin):
+            agreement = evidence.half_agreement(list(index.values()), scores._savings(index))
+        return replace(scores, margin=margin, half_agreement=agreement)
+
     @property
     def ranking(self) -> tuple[Key, ...]:
-        """Candidates by price, see [`price_factors`], the lowest first; those that left a race come after those that
-        did not, the later the better.
+        """Candidates by price, see [`price_factors`], the lowest first. Those that left a race come last, in reverse
+        order of leaving.
 
         Equal prices go to the deeper layer; a price that is not a number comes last.
         """
-        prices = self._prices()
-
-        def order(key: Key) -> tuple[Any, ...]:
-            return (math.isnan(prices[key]), -self.left.get(key, 1.0), prices[key], -_depth_of(key))
-
-        return tuple(sorted(prices, key=order))
-
-    def _prices(self) -> dict[Key, float]:
         costs = torch.tensor(list(self.values.values()), dtype=torch.float64) - self.baseline
-        factors = price_factors(costs, self._savings(self.values))
-        return dict(zip(self.values, (costs * factors).tolist(), strict=True))
+        prices = (costs * price_factors(costs, self._savings(self.values))).tolist()
 
-    def _savings(self, keys: Iterable[Key]) -> torch.Tensor:
+        def order(item: tuple[Key, float]) -> tuple[Any, ...]:
+            key, price = item
+            return math.isnan(price), -self.left.get(key, 1.0), price, -_depth_of(key)
+
+        return tuple(key for key, _ in sorted(zip(self.values, prices, strict=True), key=order))
+
+    def _savings(self, keys: Iterable[Key]) -> Tensor:
         return torch.tensor([self.savings.get(key, 1.0) for key in keys], dtype=torch.float64)
-
-    @property
-    def certainty(self) -> str:
-        """One sentence on how sure the choice is; empty for a criterion that is no measurement."""
-        if len(self.contenders) == 1 and self.left:
-            best, second = self.contenders[0], max(self.left, key=self.left.__getitem__)
-            return f"{_label(best)} won the race against {_label(second)} after {self.left[second]:.0%} of the data"
-        if self.margin is None or len(self.contenders) < 2:
-            return ""
-        best, second = self.contenders
-        if math.isnan(self.margin):
-            return f"too little data to tell how sure the choice of {_label(best)} is; more calibration data would"
-        halves = "" if self.half_agreement is None else f"; two halves of the data agree {self.half_agreement:.0%}"
-        if self.margin < CLEAR_MARGIN:
-            apart = f"cannot be told apart ({self.margin:.1f} standard errors{halves})"
-            return f"{_label(best)} and {_label(second)} {apart}; more calibration data would tell"
-        return f"{_label(best)} is ahead of {_label(second)} by {self.margin:.1f} standard errors{halves}"
 
     @property
     def safest(self) -> Key:
@@ -102,71 +243,46 @@ class Scores(Generic[Key]):
             )
         return key
 
+    @property
+    def certainty(self) -> str:
+        """One sentence on how sure the choice is; empty for a criterion that is only an estimate."""
+        if len(self.contenders) == 1 and self.left:
+            best, second = self.contenders[0], max(self.left, key=self.left.__getitem__)
+            return f"{_label(best)} won the race against {_label(second)} after {self.left[second]:.0%} of the data"
+        if self.margin is None or len(self.contenders) < 2:
+            return ""
+        best, second = map(_label, self.contenders)
+        if math.isnan(self.margin):
+            return f"too little data to tell how sure the choice of {best} is; more calibration data would"
+        halves = "" if self.half_agreement is None else f"; two halves of the data agree {self.half_agreement:.0%}"
+        if self.margin < CLEAR_MARGIN:
+            apart = f"cannot be told apart ({self.margin:.1f} standard errors{halves})"
+            return f"{best} and {second} {apart}; more calibration data would tell"
+        return f"{best} is ahead of {second} by {self.margin:.1f} standard errors{halves}"
+
     def to_dict(self) -> dict[str, Any]:
-        by_key = {name: value for name, value in vars(self).items() if isinstance(value, dict)}
-        return (
-            vars(self)
-            | {"certainty": self.certainty}
-            | {name: {_label(key): value for key, value in values.items()} for name, values in by_key.items()}
-            | {"contenders": [_label(key) for key in self.contenders]}
-        )
-
-
-@dataclass(frozen=True)
-class LayerScores(Scores[int]):
-    """The cost of leaving out each layer, by teacher layer index; lower is safer to remove."""
+        """The form written to JSON: candidates by their labels, and `certainty`."""
+        by_label = {
+            name: {_label(key): number for key, number in value.items()}
+            for name, value in vars(self).items()
+            if isinstance(value, dict)
+        }
+        return vars(self) | by_label | {"contenders": list(map(_label, self.contenders)), "certainty": self.certainty}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LayerScores:
-        data = {name: value for name, value in data.items() if name != "certainty"}
-        by_layer = {name: value for name, value in data.items() if isinstance(value, dict)}
-        data |= {name: {int(k): v for k, v in values.items()} for name, values in by_layer.items()}
-        return cls(**data | {"contenders": tuple(int(layer) for layer in data.get("contenders", ()))})
+    def from_dict(cls, data: Mapping[str, Any]) -> Scores[Edit]:
+        """Read what `to_dict` wrote for edits or for layers to remove, which come back as edits."""
+        read: dict[str, Any] = {name: value for name, value in data.items() if name != "certainty"}
+        for name, value in data.items():
+            if isinstance(value, Mapping):
+                read[name] = {Edit.from_label(label): number for label, number in value.items()}
+        return Scores(**read | {"contenders": tuple(map(Edit.from_label, data.get("contenders", ())))})
 
 
-class EditScores(Scores[Edit]):
-    """The cost of each edit of the plan."""
+def _depth_of(key: int | Edit | LayerPlan) -> int:
+    """The first layer that a candidate changes; the same for all plans, which change several."""
+    return key.layers[0] if isinstance(key, Edit) else key if isinstance(key, int) else 0
 
 
-class PlanScores(Scores[LayerPlan]):
-    """The cost of each of several plans."""
-
-
-def scores_of(
-    evidence: Evidence, left: dict[int, float], keys: Sequence[Key], savings: Sequence[float] | None = None
-) -> dict[str, Any]:
-    """The fields of [`Scores`] from what was measured of the model (index 0) and its candidates (1, 2, ...)."""
-    indices = {key: index for index, key in enumerate(keys, 1)}
-    fields: dict[str, Any] = {
-        "values": {key: evidence.value(index) for key, index in indices.items()},
-        "baseline": evidence.value(0),
-        "num_tokens": evidence.count() if len(evidence.parts) == 1 else evidence.num_rows,
-        "standard_errors": {key: evidence.standard_error(index) for key, index in indices.items()},
-        "left": {keys[index - 1]: share for index, share in left.items()},
-        "savings": {} if savings is None else dict(zip(keys, savings, strict=True)),
-    }
-    scores: Scores[Key] = Scores("", **fields)
-    ranked = [key for key in scores.ranking if key not in scores.left and math.isfinite(scores.values[key])]
-    if len(ranked) > 1:
-        best, second = (indices[key] for key in ranked[:2])
-        costs = evidence.costs([best, second])
-        factors = price_factors(costs, scores._savings(ranked[:2]))
-        ahead = float((costs * factors).diff())
-        by_index = dict(zip((best, second), factors.tolist(), strict=True))
-        error = float(difference_errors(evidence, best, [second], by_index))
-        margin = ahead / error if error > 0 else math.nan if math.isnan(error) else math.inf if ahead > 0 else 0.0
-        fields["margin"] = margin
-        if not left and not math.isnan(margin):
-            fields["half_agreement"] = evidence.half_agreement(list(indices.values()), scores._savings(indices))
-    return fields | {"contenders": tuple(ranked[:2])}
-
-
-def _depth_of(key: Any) -> int:
-    """How deep in the teacher a candidate's first change lies."""
-    if isinstance(key, Edit):
-        return key.layers[0]
-    return key if isinstance(key, int) else 0
-
-
-def _label(key: Any) -> str:
+def _label(key: int | Edit | LayerPlan) -> str:
     return key.label if isinstance(key, Edit) else str(key)

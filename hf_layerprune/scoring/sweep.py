@@ -1,9 +1,9 @@
 """Score a model whose layers lie on disk or in CPU memory in one sweep through its weights.
 
-While a layer is loaded everything that has to pass it does: the states of the model as it is, and those of each
-candidate that left out a layer before. So each weight is read once, not once per candidate and batch. What is held
-instead are states, of all calibration tokens for each candidate; where that is too much, candidates are split over
-several sweeps.
+While a layer is loaded, everything that has to pass it does: the states of the model as it is, and those of each
+candidate that left out a layer before. So each weight is read once, not once per candidate and batch. The states of
+all calibration tokens are held instead, for each candidate; if that is too much, candidates are split over several
+sweeps.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ..forward import call_of_layer, to_device
 from ..losses import token_statistics
 from ..plan import LayerPlan
 from ..surgery import plan_of
-from .evidence import Evidence
-from .measures import TOKEN_MEASURES
+from .measure import TOKEN_MEASURES
+from .scores import Evidence
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:
-    """Whether weights of layers are loaded when they are called, by accelerate (`device_map` with disk or CPU)."""
+    """Whether accelerate loads weights of layers when they are called (`device_map` with disk or CPU)."""
     return any(getattr(hook, "offload", False) for _, hook in _hooks(model.base_model.layers))
 
 
@@ -50,21 +50,20 @@ def sweep(
     on_batch: Callable[[], None] = lambda: None,
     max_state_bytes: int | None = None,
 ) -> Evidence:
-    """What [`~race.collect`] gives without a race, for plans that leave out blocks of `model`.
+    """Measure plans that leave out blocks of `model` by `"kl"` or `"loss"`. Runs inside [`~forward.measuring`].
 
-    Runs inside [`~forward.measuring`]. `max_state_bytes` bounds the states held at a time, by default half of the
-    memory that is free where the layers compute; where those of all candidates are more, there are several sweeps.
+    `max_state_bytes` bounds the states held at a time, by default half of the memory that is free where the layers
+    compute; if those of all candidates are more, there are several sweeps.
 
     Raises:
-        [`LayerPruneError`]: if a plan does more than to leave out blocks, or layers compute on several devices.
+        [`LayerPruneError`]: if a plan does more than leave out blocks, or layers compute on several devices.
     """
     current = plan_of(model).blocks
-    for plan in plans:
-        if not set(plan.blocks) <= set(current):
-            raise LayerPruneError(
-                "a model on disk or in CPU memory is scored layer by layer, which tells what removing a layer costs, "
-                "not running layers in parallel; load it into memory as a whole"
-            )
+    if not all(set(plan.blocks) <= set(current) for plan in plans):
+        raise LayerPruneError(
+            "a model on disk or in CPU memory is scored layer by layer, which tells what removing a layer costs, not "
+            "running layers in parallel; load it into memory as a whole"
+        )
     removed = [frozenset(n for n, block in enumerate(current) if block not in plan.blocks) for plan in plans]
     batches = [batch for batch in batches if len(valid_next_tokens(batch)[1])]
     device = execution_device(model)
@@ -75,19 +74,18 @@ def sweep(
     at_once = max(1, max_state_bytes // bytes_each - others)
     references = None
     if criterion == "kl" and teacher is not model:
-        references = next(iter(_final_states(teacher, batches, [frozenset()], execution_device(teacher))))
+        references = _final_states(teacher, batches, [frozenset()], execution_device(teacher))[0]
     evidence, collected = Evidence(1 + len(plans)), []
     for start in range(0, max(1, len(plans)), at_once):
         skips = [frozenset(), *removed[start : start + at_once]]
         states = _final_states(model, batches, skips, device)
-        collected.append(_sums(model, teacher, batches, states, references, criterion, device))
-        references = states[0] if references is None and criterion == "kl" else references
+        if criterion == "kl" and references is None:
+            references = states[0]
+        collected.append(_row_sums(model, teacher, batches, states, references, criterion))
         del states  # before those of the next sweep are made
     for number, batch in enumerate(batches):
-        of_model = collected[0][number][:1]
-        sums = torch.cat([of_model, *(part[number][1:] for part in collected)])
-        counts = valid_next_tokens(batch)[0].sum(1)
-        evidence.add(0, range(1 + len(plans)), sums[:, counts > 0], counts[counts > 0])
+        sums = torch.cat([collected[0][number][:1], *(part[number][1:] for part in collected)])
+        evidence.add(0, range(1 + len(plans)), sums, valid_next_tokens(batch)[0].sum(1))
         on_batch()
     return evidence
 
@@ -103,25 +101,23 @@ def execution_device(model: PreTrainedModel) -> torch.device:
     if len(devices) > 1:
         raise LayerPruneError(
             f"layers compute on {', '.join(sorted(map(str, devices)))}; load the model with a device_map that names "
-            "one device beside 'disk' or 'cpu'"
+            "one device next to 'disk' or 'cpu'"
         )
     return devices.pop() if devices else next(model.base_model.layers.parameters()).device
 
 
 def _free_memory(device: torch.device) -> int:
     """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _final_states(
     model: PreTrainedModel, batches: Sequence[Batch], skips: Sequence[frozenset[int]], device: torch.device
 ) -> list[list[Tensor]]:
-    """Hidden states behind the final norm, `(B, T, H)` for each candidate (the positions it skips) and batch."""
+    """Hidden states after the final norm, `(B, T, H)`, for each candidate (the positions it skips) and batch."""
     decoder = model.base_model
     with _held(decoder.embed_tokens):
-        inputs = [_layer_inputs(model, to_device(batch, device)) for batch in batches]
+        inputs = [layer_inputs(model, to_device(batch, device)) for batch in batches]
     shared = [state for state, _ in inputs]  # of the candidates that have skipped nothing yet
     arguments = [kwargs for _, kwargs in inputs]
     del inputs
@@ -143,29 +139,26 @@ def _final_states(
 
 
 def _advance(states: list[Tensor], module: nn.Module, arguments: Sequence[dict[str, Any]]) -> None:
-    """Replace each state by what `module` makes of it, so that the old and the new of one batch live side by side."""
+    """Replace each state by what `module` makes of it; only one batch has an old and a new state at a time."""
     for number, kwargs in enumerate(arguments):
         states[number] = module(states[number], **kwargs)
 
 
-def _sums(
+def _row_sums(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     batches: Sequence[Batch],
-    states: list[list[Tensor]],
-    references: list[Tensor] | None,
+    states: Sequence[Sequence[Tensor]],
+    references: Sequence[Tensor] | None,
     criterion: str,
-    device: torch.device,
 ) -> list[Tensor]:
     """Per batch the measure summed over each row's scored tokens: `(candidates, B)`, float64, on the CPU."""
     found = []
     with _held(model.lm_head), _held(teacher.lm_head) if teacher is not model else ExitStack():
         for number, batch in enumerate(batches):
+            device = states[0][number].device
             valid, labels = valid_next_tokens(to_device(batch, device))
-            reference: tuple[Any, ...] = ()
-            if criterion == "kl":
-                of_teacher = (states[0] if references is None else references)[number].to(device)[valid]
-                reference = (of_teacher, teacher.lm_head)
+            reference = () if references is None else (references[number].to(device)[valid], teacher.lm_head)
             hidden = [of_candidate[number][valid] for of_candidate in states]
             rows = valid.nonzero()[:, 0].cpu()
             sums = torch.zeros(len(states), len(valid), dtype=torch.float64)
@@ -175,7 +168,7 @@ def _sums(
     return found
 
 
-def _layer_inputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+def layer_inputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
     """The input state `(B, T, H)` of the first layer, and the keyword arguments of every layer."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     return call_of_layer(model.base_model, inputs | {"use_cache": False}, 0)

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_scheduler
 
 from ..architectures import check_supported
-from ..budget import TARGETS, Gauge
+from ..budget import TARGETS, Budget, Goal
 from ..data import check_length
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary, check_tokenizer
@@ -88,7 +88,7 @@ def check_request(
     if missing := [layer for layer in args.named_trained_layers() or () if layer not in plan.layers]:
         raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
     if args.budget().unit != "latency":  # which is measured when the run is opened
-        check_budget(name, Gauge.of(args.budget(), args.edit_space(), model, teacher_plan), plan, args.heal)
+        check_budget(name, Goal.of(args.budget(), args.edit_space(), model, teacher_plan), plan, args.heal)
 
 
 def check_added_tokens(
@@ -117,19 +117,19 @@ def _check_optimizer(args: IterativeLayerDistillConfig, given: tuple[Any, dict[s
         raise LayerPruneError(f"{setting}: {first_line(error)}") from error
 
 
-def check_budget(name: str, gauge: Gauge, plan: LayerPlan, heal: bool) -> None:
+def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
     """Raise [`LayerPruneError`] unless the allowed edits lead from `plan` to the target, not met yet.
 
     A student may have the depth that is asked for, to be healed without an edit.
     """
-    setting, size = TARGETS[gauge.budget.unit], gauge.size(plan)
-    if heal and plan.depth == gauge.budget.depth and plan.blocks != gauge.original.blocks:
+    setting, size = TARGETS[goal.budget.unit], goal.size(plan)
+    if heal and goal.budget == Budget("depth", plan.depth) and plan.blocks != goal.original.blocks:
         return
-    if gauge.met(plan):
-        what = f"{size:,} {gauge.budget.unit}" if gauge.budget.unit != "depth" else f"{plan.depth} layers"
-        least = f"1..{plan.depth - 1}" if gauge.budget.unit == "depth" else f"less than {size:.6g}"
-        raise LayerPruneError(f"{setting}={gauge.budget.target:g} but {name} has {what}; choose {least}")
-    gauge.check_reachable(plan, setting)
+    if goal.met(plan):
+        what = f"{size:,} {goal.budget.unit}" if goal.budget.unit != "depth" else f"{plan.depth} layers"
+        least = f"1..{plan.depth - 1}" if goal.budget.unit == "depth" else f"less than {size:.6g}"
+        raise LayerPruneError(f"{setting}={goal.budget.target:g} but {name} has {what}; choose {least}")
+    goal.check_reachable(plan, setting)
 
 
 def check_enough_rows(rows: Dataset | IterableDataset, args: IterativeLayerDistillConfig) -> None:

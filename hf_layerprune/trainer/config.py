@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from ..budget import TARGETS, Budget
+from ..budget import TARGETS, Budget, EditSpace
 from ..compensation import COMPENSATIONS, check_compensation
-from ..edits import EditSpace
 from ..environment import has_bf16
 from ..errors import LayerPruneError, make_whole
 from ..losses import HIDDEN_DISTANCES
-from ..scoring import MEASURED, Race, check_criterion, criteria
+from ..scoring import CRITERIA, MEASURED, Race, criterion_of
 from .targets import named_layers
 
 HIDDEN_TARGETS = ("states", "updates")
@@ -88,9 +87,9 @@ class IterativeLayerDistillConfig(SFTConfig):
         layers_per_round (`int`, *optional*, defaults to `1`):
             Layers removed (edits made) between two healings. The last round makes fewer if needed.
         criterion (`str`, *optional*, defaults to `"kl"`):
-            What a layer costs: `"kl"`, `"loss"`, `"tasks"` as in the paper, or a guess to compare them with, such as
-            `"block_influence"`; see [`score_layers`]. `"angular_distance"` removes the layers of a round as one
-            contiguous stretch.
+            What a layer costs: `"kl"`, `"loss"`, `"tasks"` as in the paper, or an estimate to compare them with, such
+            as `"block_influence"` or your own function as `"module:function"`; see [`score`]. `"angular_distance"`
+            removes the layers of a round as one contiguous stretch.
         tasks (`str`, *optional*):
             Representative data sets that score layers, with `criterion="tasks"`, which is implied: `"default"`,
             `"paper"`, a YAML file, `"lm_eval:NAME"`, or several with commas between; see [`load_tasks`].
@@ -175,7 +174,7 @@ class IterativeLayerDistillConfig(SFTConfig):
     layers_per_round: int = field(default=1, metadata={"help": "Layers removed (edits made) between two healings."})
     criterion: str = field(
         default="kl",
-        metadata={"help": "What a layer costs, measured ('kl', 'loss') or guessed.", "choices": criteria()},
+        metadata={"help": f"What a layer costs: {', '.join(CRITERIA)}, or your own function as module:function."},
     )
     tasks: str | None = field(
         default=None,
@@ -327,7 +326,7 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     def _check_choice(self) -> None:
         """Do the settings that choose layers fit together?"""
-        check_criterion(self.criterion)
+        criterion_of(self.criterion)
         if self.criterion == "tasks" and self.tasks is None:
             self.tasks = "default"
         if self.tasks is not None and self.criterion != "tasks":
@@ -373,7 +372,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         targets = {unit: getattr(self, name) for unit, name in TARGETS.items() if getattr(self, name) is not None}
         if len(targets) > 1:
             raise LayerPruneError(f"{' and '.join(TARGETS[unit] for unit in targets)} are both set; choose one target")
-        return Budget(**targets) if targets else None
+        return Budget.of(targets) if targets else None
 
     def named_trained_layers(self) -> tuple[int, ...] | None:
         """The teacher layers `trained_layers` names, or `None` where it is a word.

@@ -22,10 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 
 from .._trl import prepared_for_evaluation, restore_forward, swap_model
-from ..budget import Gauge
+from ..budget import Goal
 from ..compensation import compensate
 from ..data import Batch, check_batches, collated_batches
-from ..edits import Edit
 from ..errors import LayerPruneError, NotANumber
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import digests, replace_folder, round_folder, write_atomically
@@ -33,16 +32,18 @@ from ..hub import TAGS
 from ..hub.scrub import placed, without_places
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..matching import with_plan
+from ..plan import Edit
 from ..record import Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
 from ..record_reader import read_plan
 from ..rows import with_text
+from ..scoring import MEASURED, Race
+from ..search import SearchStep, next_edit
 from ..surgery import apply_plan, plan_of, prune, share_equal_weights, unshare_parameters
-from ..tasks import TaskReport
+from ..tasks import TaskReport, load_tasks, prepare_tasks
 from ..tasks.evaluation import evaluate_prepared
 from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, last_checkpoint, seal, what_is_left
 from .checks import check_added_tokens, check_arguments, check_budget, check_enough_rows, check_request
-from .choosing import next_edit, prepared_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, check_engine, check_whole
 from .healing import LayerHealingTrainer
@@ -141,7 +142,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             model = with_plan(model, teacher, None if args.plan is None else read_plan(args.plan))
         self.teacher = (teacher if teacher is not None else model).to(args.device)
         self.start = model.to(args.device)  # what the first round starts from
-        self.gauge: Gauge | None = None  # what students are measured by; made when the run is opened
+        self.goal: Goal | None = None  # what students are measured by; made when the run is opened
         name, optimizer = self.model_name or type(model).__name__, kwargs.get("optimizer_cls_and_kwargs")
         check_request(name, self.start, self.teacher, args, processing_class, optimizer)
         datasets = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
@@ -184,7 +185,10 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         else:
             self.eval_batches = self._batches(self.eval_dataset, args.num_eval_samples, "evaluation data")
         check_enough_rows(self.all_train_rows, args)
-        self.tasks = prepared_tasks(args, self.start, processing_class)
+        self.tasks = []
+        if args.tasks:
+            rows = args.per_device_eval_batch_size
+            self.tasks = prepare_tasks(load_tasks(args.tasks), self.start, processing_class, rows)
         self.seconds_before = time.perf_counter() - began
 
     def _batches(self, rows: Dataset | IterableDataset, limit: int | None, what: str) -> list[Batch]:
@@ -246,11 +250,11 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             self._on_main(lambda: self._file.open(settings, resume_from_checkpoint))
             self._file.record = self._agreed(self._file.record)
             latency = self.run.latency
-            gauge = Gauge.of(self.args.budget(), self.args.edit_space(), self.teacher, plan_of(self.teacher), latency)
-            self.gauge = self._agreed(gauge)
-            check_budget(self.model_name, self.gauge, plan_of(self.start), self.args.heal)
-            check_not_past_target(self.run, plan_of(self.start), self.gauge)
-            self._file.save("opened", latency=self.gauge.latency)
+            goal = Goal.of(self.args.budget(), self.args.edit_space(), self.teacher, plan_of(self.teacher), latency)
+            self.goal = self._agreed(goal)
+            check_budget(self.model_name, self.goal, plan_of(self.start), self.args.heal)
+            check_not_past_target(self.run, plan_of(self.start), self.goal)
+            self._file.save("opened", latency=self.goal.latency)
         except BaseException:
             self._file.close()
             raise
@@ -267,7 +271,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         swap_model(self, student)
         if self.run.teacher is None:
             self._measure_teacher()
-        while self.only_heals or not self.gauge.met(plan_of(student)):
+        while self.only_heals or not self.goal.met(plan_of(student)):
             self._round = len(self.run.rounds) + 1
             self._event("on_round_begin", number=self._round, depth=plan_of(student).depth)
             student = self._choose_and_edit(student)
@@ -290,7 +294,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
     @property
     def only_heals(self) -> bool:
         """Whether the round to come heals a student that has its final depth already, before any edit."""
-        return not self.run.rounds and self.gauge.met(plan_of(self.start))
+        return not self.run.rounds and self.goal.met(plan_of(self.start))
 
     def _measure_teacher(self) -> None:
         self._phase("evaluating teacher")
@@ -313,40 +317,51 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
     def _choose_and_edit(self, student: PreTrainedModel) -> PreTrainedModel:
         """Make this round's edits, one at a time, each scored on what is left."""
         wanted = self.args.layers_per_round
-        if self.gauge.budget.unit == "depth":
-            wanted = min(wanted, plan_of(student).depth - self.gauge.budget.target)
+        if self.goal.budget.unit == "depth":
+            wanted = min(wanted, plan_of(student).depth - self.goal.budget.target)
         if self.run.current is None:
             self._file.record = replace(self.run, current=RoundInProgress(wanted))
         for edit in self.run.current.edits:  # of a run that resumes
             student = self._edited(student, edit)
-        while len(self.run.current.edits) < self.run.current.wanted and not self.gauge.met(plan_of(student)):
+        while len(self.run.current.edits) < self.run.current.wanted and not self.goal.met(plan_of(student)):
             self._phase("scoring", num_layers=plan_of(student).depth)
             start = time.perf_counter()
             with autocast(self.accelerator):  # what is compared is rounded alike, and scoring takes half of the time
-                choice = next_edit(
-                    student,
-                    self.calibration_batches,
-                    gauge=self.gauge,
-                    teacher=self.teacher,
-                    args=self.args,
-                    run=self.run,
-                    on_batch=self._phase_step,
-                    tasks=self.tasks,
-                    tokenizer=self.processing_class,
-                )
-            choice = self._agreed(choice)
-            student = self._edited(student, choice.edit)
+                step = self._agreed(self._next_edit(student))
             current = self.run.current
             seconds = current.seconds_scoring + time.perf_counter() - start
-            self._file.record = replace(self.run, order=choice.order if self.args.one_shot else ())
+            student = self._edited(student, step.edit)
+            self._file.record = replace(self.run, order=step.order if self.args.one_shot else ())
             self._change_round(
                 "scoring",
-                edits=(*current.edits, choice.edit),
-                scores=current.scores + ((choice.scores,) if choice.scores else ()),
-                order=() if self.args.one_shot else choice.order,
+                edits=(*current.edits, step.edit),
+                scores=current.scores if step.scores is None else (*current.scores, step.scores),
+                order=() if self.args.one_shot else step.order,
                 seconds_scoring=seconds,
             )
         return student
+
+    def _next_edit(self, student: PreTrainedModel) -> SearchStep:
+        args, depth, num_removals = self.args, plan_of(student).depth, None
+        if args.one_shot:
+            num_removals = depth - int(self.goal.budget.target)
+        elif args.criterion == "angular_distance":
+            num_removals = self.run.current.wanted
+        options: dict[str, Any] = {"seed": args.seed + depth}  # another draw of "random" in every round
+        if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
+            options |= {"compensation": args.compensation, "tasks": self.tasks, "tokenizer": self.processing_class}
+        return next_edit(
+            student,
+            self.calibration_batches,
+            self.goal,
+            args.criterion,
+            self.teacher,
+            race=None if args.race_confidence is None else Race(args.race_confidence, args.seed),
+            order=self.run.order if args.one_shot else self.run.current.order,
+            num_removals=num_removals,
+            on_batch=self._phase_step,
+            **options,
+        )
 
     def _edited(self, student: PreTrainedModel, edit: Edit) -> PreTrainedModel:
         """`student` after an edit, the gap repaired in closed form, in weights that the saved dtype can hold."""

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
-from ..budget import TARGETS, Gauge
+from ..budget import TARGETS, Goal
 from ..data import Batch
 from ..environment import environment
 from ..errors import LayerPruneError
@@ -145,18 +145,18 @@ def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any]
             )
 
 
-def check_not_past_target(run: RunRecord, start: LayerPlan, gauge: Gauge) -> None:
+def check_not_past_target(run: RunRecord, start: LayerPlan, goal: Goal) -> None:
     """Raise [`LayerPruneError`] if a run that started from `start` is past its target already."""
     plans = [start, *(record.plan for record in run.rounds)]
-    size = gauge.size(plans[-1])
-    if gauge.budget.unit == "depth":
+    size = goal.size(plans[-1])
+    if goal.budget.unit == "depth":
         size -= run.current.wanted if run.current else 0  # the round in progress is finished first
-        too_far = size < gauge.budget.target
+        too_far = size < goal.budget.target
     else:  # the last round may overshoot, but only the last
-        too_far = bool(run.rounds) and gauge.met(plans[-2])
+        too_far = bool(run.rounds) and goal.met(plans[-2])
     if too_far:
         raise LayerPruneError(
-            f"{TARGETS[gauge.budget.unit]}={gauge.budget.target:g} but the run is at {size:.6g} already; its rounds/ "
+            f"{TARGETS[goal.budget.unit]}={goal.budget.target:g} but the run is at {size:.6g} already; its rounds/ "
             "hold the students before"
         )
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..edits import Edit, edits_between
 from ..errors import LayerPruneError
-from ..plan import LayerPlan
+from ..plan import Edit, LayerPlan, edits_between
 
 TRAINED_LAYERS = ("neighbours", "all")
 

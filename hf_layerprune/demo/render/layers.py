@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...edits import Edit
 from ...layer_map import last_costs
-from ...plan import LayerPlan
+from ...plan import Edit, LayerPlan
 from ...report import criterion_unit, was_healed
 from ...trainer.targets import named_layers, trained_blocks
 from .text import escaped

@@ -1,0 +1,206 @@
+"""Criteria that estimate what removing a layer costs, without running the model without it.
+
+`block_influence`, `1 - cos(input, output)`, is that of [ShortGPT](https://huggingface.co/papers/2403.03853);
+`angular_distance`, `arccos(cos) / pi`, that of [The Unreasonable Ineffectiveness of the Deeper
+Layers](https://huggingface.co/papers/2403.17887), whose best stretch of layers is `contiguous_block`; `taylor`,
+|weight x gradient|, that of [Shortened LLaMA](https://huggingface.co/papers/2402.02834).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pkgutil import resolve_name
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data import Batch, check_batches, split_rows, valid_next_tokens
+from ..errors import LayerPruneError
+from ..forward import final_states, measuring, to_device
+from ..losses import next_token_loss
+from ..surgery import check_model, plan_of
+from .measure import gathered, shard
+from .scores import Evidence
+from .sweep import is_offloaded, layer_inputs, needs_memory
+
+MEASURED = ("kl", "loss", "tasks")
+ANGLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "block_influence": lambda cosine: 1 - cosine,
+    "angular_distance": lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,
+}
+ESTIMATED = (*ANGLES, "taylor", "tail", "random")
+CRITERIA = (*MEASURED, *ESTIMATED)
+
+Criterion = Callable[[PreTrainedModel, Sequence[Batch], Sequence[int]], Sequence[float] | Evidence]
+"""A criterion of your own: the model, calibration batches (empty if none are given) and positions of blocks in
+`model.base_model.layers`, each of one layer, to a cost for each; lower is safer to remove."""
+
+TOKENS_AT_ONCE = {"cpu": 512}  # on a CPU as fast as more, with a fraction of the memory
+MANY_TOKENS = 8192  # for other devices
+
+
+def criterion_of(criterion: str | Criterion) -> str | Criterion:
+    """A criterion by its name: one of `CRITERIA`, or a function named as `"module:function"`.
+
+    Raises:
+        [`LayerPruneError`]: if there is no such criterion.
+    """
+    if callable(criterion) or criterion in CRITERIA:
+        return criterion
+    if ":" in criterion:
+        try:
+            return resolve_name(criterion)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise LayerPruneError(f"criterion={criterion!r} cannot be imported: {error}") from error
+    choices = f"{', '.join(CRITERIA)}, or a function as module:function"
+    raise LayerPruneError(f"criterion={criterion!r} is unknown; choose one of {choices}")
+
+
+def estimate(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    blocks: Sequence[int],
+    criterion: str | Criterion,
+    seed: int = 0,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Evidence | Sequence[float]:
+    """The cost of each of `blocks`, which are positions in the model; evidence where there is a sample per row."""
+    if callable(criterion):
+        with torch.no_grad():
+            return criterion(model, batches, blocks)
+    if criterion in ANGLES:
+        with measuring(model):
+            return measure_angles(model, batches, [(block, block + 1) for block in blocks], criterion, on_batch)
+    if criterion == "taylor":
+        return taylor(model, batches, blocks, on_batch)
+    if criterion == "tail":
+        return [-float(plan_of(model).blocks[block][0]) for block in blocks]
+    return [float(n) for n in random.Random(seed).sample(range(len(blocks)), len(blocks))]
+
+
+def taylor(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    blocks: Sequence[int],
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Sum of |weight x gradient of the mean next-token loss| over the weights of each block.
+
+    Gradients of the blocks are held in float32 until the last batch; those of the user are left alone.
+    """
+    layers = [model.base_model.layers[block] for block in blocks]
+    parameters = {id(p): p for layer in layers for p in layer.parameters()}
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    gradients = {key: torch.zeros_like(p, dtype=torch.float32) for key, p in parameters.items()}
+    num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches)
+    mode = model.training
+    model.eval()
+    try:
+        for parameter, _ in wanted:
+            parameter.requires_grad_(id(parameter) in parameters)
+        for batch in batches:
+            batch = to_device(batch, model.device)
+            valid, labels = valid_next_tokens(batch)
+            if len(labels):
+                with torch.enable_grad():
+                    losses = next_token_loss(final_states(model, batch)[valid], model.lm_head, labels)
+                    loss = losses.sum() / num_tokens
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                for total, part in zip(gradients.values(), found, strict=True):
+                    if part is not None:
+                        total += part
+            on_batch()
+    finally:
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+        model.train(mode)
+    return [
+        sum(float((p.detach().float() * gradients[id(p)]).abs().double().sum()) for p in layer.parameters())
+        for layer in layers
+    ]
+
+
+def measure_angles(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    stretches: Sequence[tuple[int, int]],
+    criterion: str,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Evidence:
+    """Mean angle by which each stretch of blocks turns its input, over all unpadded tokens; no head is run.
+
+    A stretch is the positions of its first block and of the block after its last. Runs inside [`~forward.measuring`].
+    """
+    evidence, found = Evidence(1 + len(stretches)), []
+    tokens_at_once = TOKENS_AT_ONCE.get(model.device.type, MANY_TOKENS)
+    first, step = processes = shard(model)
+    for batch in batches[first::step]:
+        parts = split_rows(batch, max(1, tokens_at_once // batch["input_ids"].shape[1]))
+        sums, counts = zip(*(_row_angles(model, part, stretches, ANGLES[criterion]) for part in parts), strict=True)
+        found.append((torch.cat(sums, dim=1), torch.cat(counts)))
+        on_batch()
+    for sums, counts in gathered(found, processes):
+        evidence.add(0, range(1 + len(stretches)), sums, counts)
+    return evidence
+
+
+def _row_angles(
+    model: PreTrainedModel, batch: Batch, stretches: Sequence[tuple[int, int]], angle: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Angles summed over each row, `(1 + stretches, B)`, of the unchanged model first (0), and tokens per row."""
+    batch = to_device(batch, model.device)
+    mask = batch.get("attention_mask")
+    counts = torch.ones_like(batch["input_ids"]) if mask is None else mask
+    sums = torch.zeros(1 + len(stretches), len(counts), dtype=torch.float64)
+    state, kwargs = layer_inputs(model, batch)
+    entered: dict[int, tuple[Tensor, Tensor]] = {}  # of stretches that are open: the states and their lengths
+    for position, layer in enumerate(model.base_model.layers):
+        if any(first == position for first, _ in stretches):
+            entered[position] = _with_lengths(state)
+        state = layer(state, **kwargs)
+        for index, (first, end) in enumerate(stretches, 1):
+            if end == position + 1:
+                (before, length), (after, other) = entered[first], _with_lengths(state)
+                cosine = torch.linalg.vecdot(before, after) / (length * other)  # (B, T)
+                sums[index] = (angle(cosine).double() * counts).sum(1).cpu()
+        still_open = {first for first, end in stretches if end > position + 1}
+        entered = {first: kept for first, kept in entered.items() if first in still_open}
+    return sums, counts.sum(1).cpu()
+
+
+def _with_lengths(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32; the length of a zero state is not 0."""
+    states = states.float()
+    return states, torch.linalg.vector_norm(states, dim=-1).clamp_min(1e-8)
+
+
+def contiguous_block(
+    model: PreTrainedModel, batches: Iterable[Batch], size: int, layers: Iterable[int] | None = None
+) -> tuple[int, ...]:
+    """The stretch of `size` neighbouring layers that turns its input least, by angular distance.
+
+    [The Unreasonable Ineffectiveness of the Deeper Layers](https://huggingface.co/papers/2403.17887) removes it in one
+    go. Among equal stretches it is the deeper one.
+
+    Args:
+        layers (`Iterable[int]`, *optional*): teacher layers that may be in it; all by default.
+
+    Raises:
+        [`LayerPruneError`]: if there is no such stretch, or the model has parallel blocks.
+    """
+    check_model(model)
+    plan = plan_of(model)
+    allowed = set(plan.layers if layers is None else layers)
+    starts = [n for n in range(plan.depth - size + 1) if allowed.issuperset(plan.layers[n : n + size])]
+    if plan.parallel_pairs or not starts or size < 1:
+        raise LayerPruneError(f"no stretch of {size} neighbouring single layers among {sorted(allowed)}")
+    if is_offloaded(model):
+        raise needs_memory("'angular_distance'")
+    batches = check_batches(batches, model.config.vocab_size, "calibration data")
+    with measuring(model):
+        evidence = measure_angles(model, batches, [(n, n + size) for n in starts], "angular_distance")
+    best = min(range(len(starts)), key=lambda index: (evidence.value(index + 1), -starts[index]))
+    return plan.layers[starts[best] : starts[best] + size]

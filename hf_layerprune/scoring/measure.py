@@ -1,0 +1,221 @@
+"""Measure candidates on data: all of them on all of it, or in a race that the worse ones leave early.
+
+In a race every candidate still in it is measured on the same rows. After each chunk of data, those are dropped that
+are worse than the best beyond doubt, by paired differences over rows. The race ends when one is left or the data ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import Batch, split_rows
+from ..errors import LayerPruneError
+from ..forward import to_device
+from ..tasks import Chunk, GenerationChunk, PreparedLmEvalTask
+from ..tasks.evaluation import sums_by_row
+from .candidates import CandidateRuns
+from .scores import Evidence, price_factors
+
+MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time
+TOKEN_MEASURES = {"kl": "kl", "loss": "nll"}  # criterion -> field of TokenStatistics
+LEAST_ROWS = 6  # the spread of fewer is too uncertain to drop a candidate by
+
+Measure = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+"""Measures some candidates on a chunk of data: sums `(1 + candidates, R)` over each row, of the unchanged model first,
+and what they are divided by, `(R,)`."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """How a race is run.
+
+    Args:
+        confidence (`float`, *optional*, defaults to `0.95`): probability that the choice is that of all data.
+        seed (`int`, *optional*, defaults to `0`): of the order in which the data is seen.
+
+    Raises:
+        [`LayerPruneError`]: if the confidence is not between 0 and 1.
+    """
+
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise LayerPruneError(f"confidence={self.confidence} is out of range; it must lie between 0 and 1")
+
+
+def collect(
+    kinds: Sequence[tuple[float, Sequence[Measure]]],
+    savings: Sequence[float],
+    race: Race | None = None,
+    processes: tuple[int, int] = (0, 1),
+    on_chunk: Callable[[], None] = lambda: None,
+) -> tuple[Evidence, dict[int, float]]:
+    """Measure the unchanged model (index 0) and its candidates (1, 2, ...).
+
+    Args:
+        kinds (`Sequence[tuple[float, Sequence[Measure]]]`): weight and chunks of each kind of data.
+        savings (`Sequence[float]`): what each candidate saves; a race is for the lowest price, see [`price_factors`].
+        race ([`Race`], *optional*): drop candidates on the way; by default all see all data.
+        processes (`tuple[int, int]`, *optional*): see [`shard`]; all processes return the same.
+        on_chunk (`Callable[[], None]`, *optional*): called after every chunk of this process.
+
+    Returns:
+        The evidence, and the share of the data that each candidate that left had seen.
+    """
+    evidence = Evidence(1 + len(savings), [weight for weight, _ in kinds])
+    alive, left = list(range(1, 1 + len(savings))), {}
+    sizes = [len(chunks) for _, chunks in kinds]
+    order, unseen = _order(sizes, race), list(sizes)
+    first, step = processes
+    for start in range(0, len(order), step):
+        results = []
+        for kind, number in order[start + first : start + first + 1]:
+            results.append((kind, *kinds[kind][1][number](alive)))
+            on_chunk()
+        for kind, sums, counts in gathered(results, processes):
+            evidence.add(kind, [0, *alive], sums, counts)
+            unseen[kind] -= 1
+        done = min(1.0, (start + step) / len(order))
+        if race is not None and done < 1 and len(alive) > 1:
+            shares = [to_come / size for to_come, size in zip(unseen, sizes, strict=True)]
+            for index in _beaten(evidence, alive, savings, race.confidence, shares):
+                alive.remove(index)
+                left[index] = done
+            if len(alive) == 1:
+                break
+    return evidence, left
+
+
+def _order(sizes: Sequence[int], race: Race | None) -> list[tuple[int, int]]:
+    """`(kind, chunk)`: every kind of data from the start and evenly all the way; shuffled in a race."""
+    generator = torch.Generator().manual_seed(0 if race is None else race.seed)
+    order = []
+    for kind, size in enumerate(sizes):
+        chunks = list(range(size)) if race is None else torch.randperm(size, generator=generator).tolist()
+        order += [(place / size, kind, chunk) for place, chunk in enumerate(chunks)]
+    return [(kind, chunk) for _, kind, chunk in sorted(order)]
+
+
+def _beaten(
+    evidence: Evidence, alive: list[int], savings: Sequence[float], confidence: float, unseen: Sequence[float]
+) -> list[int]:
+    """Which of `alive` are worse than the best of them beyond doubt; `unseen` is the share of each kind still to come.
+
+    The doubt is shared out over all candidates, not over the looks at the data, which depend on each other:
+    `benchmarks/scoring.py` counts how often the choice is another.
+    """
+    rows = min(len(counts) for counts, share in zip(evidence.counts, unseen, strict=True) if share > 0)
+    if rows < LEAST_ROWS:
+        return []
+    costs = evidence.costs(alive)
+    factors = price_factors(costs, torch.tensor([savings[index - 1] for index in alive], dtype=torch.float64))
+    prices = dict(zip(alive, (costs * factors).tolist(), strict=True))
+    finite = [index for index in alive if math.isfinite(prices[index])]
+    if not finite:
+        return []
+    best = min(finite, key=prices.__getitem__)
+    others = [index for index in finite if index != best]
+    errors = evidence.difference_errors(best, others, dict(zip(alive, factors.tolist(), strict=True)), unseen)
+    least = quantile(1 - (1 - confidence) / len(savings), rows)
+    worse = zip(others, errors.tolist(), strict=True)
+    beaten = [other for other, error in worse if prices[other] - prices[best] > least * error]
+    return beaten + [index for index in alive if index not in finite]
+
+
+def quantile(probability: float, rows: int) -> float:
+    """One-sided quantile of Student's t with `rows - 1` degrees of freedom (Cornish-Fisher, to second order)."""
+    z, n = NormalDist().inv_cdf(probability), max(1, rows - 1)
+    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+
+
+def measure_of(
+    runs: CandidateRuns,
+    data: Chunk | PreparedLmEvalTask,
+    statistic: str,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_state_bytes: int | None = None,
+    fold: int = 0,
+) -> Measure:
+    """How to measure a chunk of text or of a task, or a whole task of lm-eval.
+
+    Args:
+        runs ([`CandidateRuns`]): the candidates.
+        data ([`Chunk`] or [`PreparedLmEvalTask`]): the batch, and how results become costs.
+        statistic (`str`): field of [`TokenStatistics`] to sum over each row's scored tokens.
+        teacher ([`~transformers.PreTrainedModel`]): the model `"kl"` compares with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): to generate with.
+        max_state_bytes (`int`, *optional*):
+            Bound of the hidden states held at a time; each row needs as many as there are layers and candidates.
+        fold (`int`, *optional*, defaults to `0`): whose repairs in `runs` the candidates get.
+    """
+
+    def by_lm_eval(which: Sequence[int]) -> tuple[Tensor, Tensor]:
+        models = [runs.model, *map(runs.student, which)]
+        costs, weights = zip(*(data.costs(model, tokenizer) for model in models), strict=True)
+        return torch.stack(costs), weights[0]
+
+    if isinstance(data, PreparedLmEvalTask):
+        return by_lm_eval
+    if isinstance(data, GenerationChunk):
+        return lambda which: data.reduce(list(runs.texts(data, which, tokenizer)))
+    config = runs.model.config
+    bytes_of_row = data.batch["input_ids"].shape[1] * config.hidden_size * runs.model.dtype.itemsize
+
+    def measure(which: Sequence[int]) -> tuple[Tensor, Tensor]:
+        states_of_row = bytes_of_row * (config.num_hidden_layers + 1 + len(which))
+        found = []
+        for part in split_rows(data.batch, max(1, (max_state_bytes or MAX_STATE_BYTES) // states_of_row)):
+            part = to_device(part, runs.model.device)
+            states = runs.final_states(part, which, fold)
+            found.append(sums_by_row(runs.model, states, part, statistic, teacher))
+        sums, counts = zip(*found, strict=True)
+        return data.reduce(torch.cat(sums, dim=1), torch.cat(counts))
+
+    return measure
+
+
+def halves(batches: Iterable[Batch]) -> list[list[Batch]]:
+    """Every other row of all, and the rest."""
+    found: list[list[Batch]] = [[], []]
+    seen = 0
+    for batch in batches:
+        for number, half in enumerate(found):
+            part = {key: value[(number - seen) % 2 :: 2] for key, value in batch.items()}
+            half += [part] if len(part["input_ids"]) else []
+        seen += len(batch["input_ids"])
+    return found
+
+
+def shard(model: PreTrainedModel) -> tuple[int, int]:
+    """Which share of the data is this process's, and how many there are: `(rank, number of processes)`.
+
+    A model that is itself split over the processes (tensor parallelism) is run by all of them on all data.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gathered(results: list[Any], processes: tuple[int, int]) -> list[Any]:
+    """The results of all items in order, if each process has those of `items[rank::number of processes]`."""
+    _, count = processes
+    if count == 1:
+        return results
+    everyone: list[Any] = [None] * count
+    dist.all_gather_object(everyone, results)
+    return [everyone[n % count][n // count] for n in range(sum(map(len, everyone)))]
