@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, split_rows
 from ..forward import to_device
-from ..tasks import GenerationChunk, PreparedLmEvalTask, PreparedTask
+from ..tasks import GenerationChunk, LmEvalChunk, PreparedTask
 from ..tasks.evaluation import sums_by_row
 from .candidates import CandidateRuns
 from .generation import candidate_texts
@@ -78,7 +78,7 @@ class TaskMeasure:
     """What a task costs: 1 - accuracy or score, or nats per token; lower is better.
 
     Args:
-        task ([`PreparedTask`]): one with chunks, or of lm-eval, which is one chunk.
+        task ([`PreparedTask`]): the task in tokens.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own.
         teacher ([`~transformers.PreTrainedModel`]): what a task of KL compares with.
         max_state_bytes (`int`, *optional*): see [`row_sums`].
@@ -93,14 +93,12 @@ class TaskMeasure:
     ) -> None:
         self.task, self.tokenizer, self.teacher = task, tokenizer, teacher
         self.max_state_bytes = max_state_bytes
-        self.weight, self.num_chunks = task.weight, max(1, len(task.chunks))
+        self.weight, self.num_chunks = task.weight, len(task.chunks)
 
     def __call__(self, chunk: int, runs: CandidateRuns, which: Sequence[int]) -> tuple[Tensor, Tensor]:
-        if isinstance(self.task, PreparedLmEvalTask):
-            models = [runs.model, *(runs.student(index) for index in which)]
-            costs, weights = zip(*(self.task.costs(model, self.tokenizer) for model in models), strict=True)
-            return torch.stack(costs), weights[0]
         part = self.task.chunks[chunk]
+        if isinstance(part, LmEvalChunk):
+            return part.reduce([runs.model, *(runs.student(index) for index in which)], self.tokenizer)
         if isinstance(part, GenerationChunk):
             return part.reduce(list(candidate_texts(runs, which, part, self.tokenizer)))
         return part.reduce(*row_sums(runs, which, part.batch, self.task.statistic, self.teacher, self.max_state_bytes))

@@ -16,8 +16,7 @@ from ..evaluation import EvaluationReport
 from ..hub.scrub import without_places
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of, prune
-from ..tasks import PreparedTask
-from ..tasks.evaluation import evaluate_prepared
+from ..tasks import PreparedTask, evaluate_tasks
 
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 64, 5
 """How much text speed is measured on, and how often."""
@@ -89,7 +88,7 @@ def task_record(
     model: PreTrainedModel, tasks: list[PreparedTask], tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel
 ) -> dict[str, Any]:
     """Quality on the tasks that choose layers, if any do: name, measure, quality, cost and standard error of each."""
-    return {"tasks": evaluate_prepared(model, tasks, tokenizer, teacher).to_dict()} if tasks else {}
+    return {"tasks": evaluate_tasks(model, tasks, tokenizer, teacher).to_dict()} if tasks else {}
 
 
 def speed_runs(rounds: list[dict[str, Any]]) -> int:
