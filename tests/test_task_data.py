@@ -22,7 +22,7 @@ from hf_layerprune.tasks import (
     PerplexityTask,
     evaluate_tasks,
 )
-from hf_layerprune.tasks.sources import read_rows
+from hf_layerprune.tasks.rows import read_rows
 
 DATA = Path(__file__).parent / "data"
 CHOICE = {
@@ -55,8 +55,9 @@ def tasks_on(choice, pairs, written, text, limit=None):
     ]
 
 
-def excerpts():
-    return tasks_on(*(DATA / name for name in ("logiqa.jsonl", "blimp.jsonl", "gsm8k.jsonl", "alice.txt")))
+def excerpts(limit=None):
+    files = (DATA / name for name in ("logiqa.jsonl", "blimp.jsonl", "gsm8k.jsonl", "alice.txt"))
+    return tasks_on(*files, limit)
 
 
 def test_the_embedded_teacher_on_rows_of_every_kind(teacher, tokenizer):
@@ -84,7 +85,7 @@ def test_the_embedded_teacher_on_rows_of_every_kind(teacher, tokenizer):
 
 
 def test_layers_are_scored_by_real_rows(teacher, tokenizer):
-    scores = score_layers(teacher, None, "tasks", layers=[0, 5], tasks=excerpts(), tokenizer=tokenizer)
+    scores = score_layers(teacher, None, "tasks", layers=[0, 5], tasks=excerpts(limit=2), tokenizer=tokenizer)
     assert scores.safest == 5 and all(math.isfinite(value) for value in scores.values.values())
     choice = excerpts()[:1]
     scores = score_layers(teacher, None, "tasks", layers=[0, 5], tasks=choice, tokenizer=tokenizer)
@@ -119,105 +120,91 @@ def test_formats_hold_the_same_rows(tmp_path, tokenizer):
 def rows_of(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_rows(str(path), "test", None)
+    return read_rows(path, "test", None, "task a")
 
 
-def test_a_csv_row_is_named_by_the_line_it_starts_on(tmp_path):
-    rows = rows_of(tmp_path, "a.csv", 'a,b\n\n"x\ny","say ""hi"""\r\n1,2\n')
-    assert [row.values for row in rows] == [{"a": "x\ny", "b": 'say "hi"'}, {"a": "1", "b": "2"}]
-    assert [row.where.rpartition(", ")[2] for row in rows] == ["line 3", "line 5"]
-
-
-def test_a_chapter_fits_into_a_csv_cell(tmp_path):
+def test_cells_of_a_csv_file_stay_as_they_are(tmp_path):
     before = csv.field_size_limit()
-    (row,) = rows_of(tmp_path, "a.csv", f'text\n"{"word, " * 50_000}"\n')
-    assert len(row.values["text"]) == 300_000 and csv.field_size_limit() == before
+    chapter = "word, " * 50_000
+    rows = rows_of(tmp_path, "a.csv", f'\ufeffa,b\n\n"x\ny","say ""hi"""\r\n3.10,NA\n"{chapter}",\n')
+    assert [row.values for row in rows] == [
+        {"a": "x\ny", "b": 'say "hi"'}, {"a": "3.10", "b": "NA"}, {"a": chapter, "b": ""},
+    ]  # fmt: skip
+    assert rows[1].where == f"task a: {tmp_path / 'a.csv'}, row 2" and csv.field_size_limit() == before
+
+
+def test_columns_of_json_may_be_of_several_types_and_nested(tmp_path):
+    lines = b'\xef\xbb\xbf{"a": 1, "b": {"c": "x"}}\n\n{"a": "B"}\n'
+    rows = rows_of(tmp_path, "a.jsonl", lines)
+    assert [row.values for row in rows] == [{"a": 1, "b": {"c": "x"}, "b_c": "x"}, {"a": "B"}]
+    assert [row.values for row in rows_of(tmp_path, "a.json", '[{"a": 1}]')] == [{"a": 1}]
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", 'a,b\n1,2\n"x" y,3\n', r"a.csv, the row that starts on line 3 is no CSV: ',' expected"),
-        ("a.csv", 'a,b\n1,2\n"x,3\n4,5\n', "a.csv, the row that starts on line 3 is no CSV: unexpected end of data"),
-        ("a.csv", 'a,b\n"1\n1",2\n3\n', "a.csv, line 4 has 1 cells, but the first line names 2"),
-        ("a.csv", b"a\nx\n\xff\xfe\n", "a.csv, line 3 is no UTF-8: invalid start byte; save the file as UTF-8"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xe9t\xe9"}\n', "a.jsonl, line 2 is no UTF-8"),
-        ("a.json", b'\xef\xbb\xbf[{"a": 1},\n{"a": "\xff"}]', "a.json, line 2 is no UTF-8"),
-    ],
-)
-def test_a_broken_file_is_named_with_the_line(tmp_path, name, content, message):
-    before = csv.field_size_limit()
-    with pytest.raises(LayerPruneError, match=message) as error:
-        rows_of(tmp_path, name, content)
-    assert "\n" not in str(error.value) and csv.field_size_limit() == before
-
-
-def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
-    assert rows_of(tmp_path, "a.csv", b"\xef\xbb\xbfa\nx\n")[0].values == {"a": "x"}
-    assert rows_of(tmp_path, "a.jsonl", b'\xef\xbb\xbf{"a": 1}\n')[0].values == {"a": 1}
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": 0}\n\n{broken', "a.jsonl, line 3 is no JSON"),
-        ("a.jsonl", "[1, 2]", "row 1 holds a int"),
-        ("a.json", "[{]", "a.json is no JSON"),
-        ("a.jsonl", "", "a.jsonl is empty"),
-        ("a.csv", "question,answer\n", "a.csv is empty"),
-        ("a.csv", "question,answer\nq\n", "a.csv, line 2 has 1 cells, but the first line names 2"),
-        (
-            "a.jsonl",
-            [{"question": "q", "answer": 0}],
-            "line 1: there is no column 'choices'; the columns are question",
-        ),
-        ("a.jsonl", [{"choices": ["x", "y"], "answer": 0}], "line 1.*prompt: there is no column 'question'"),
-        ("a.jsonl", [{"question": "q", "choices": ["x", "y"], "answer": 2}], "answer 2 is none of the 2 choices"),
-        ("a.jsonl", [{"question": "q", "choices": ["x", "y"], "answer": -1}], "answer -1 is none.*index 0..1"),
-        ("a.jsonl", [{"question": "q", "choices": ["x", "y"], "answer": "E"}], "answer 'E' is none.*letter A..B"),
-        ("a.jsonl", [{"question": "q", "choices": ["1", "0"], "answer": "1"}], "index or text; set answer_form"),
-        ("a.jsonl", [{"question": "q", "choices": ["x", "y"], "answer": None}], "line 1: column 'answer' is empty"),
-        ("a.jsonl", [{"question": "q", "choices": "xy", "answer": 0}], "must hold a list of two or more choices"),
-        ("a.jsonl", [{"question": 3, "choices": ["x"], "answer": 0}], "must hold a list of two or more choices"),
+        ("a.csv", 'a,b\n1,2\n"x" y,3\n', "a.csv cannot be read: after line 2: ',' expected after"),
+        ("a.csv", 'a,b\n1,2\n"x,3\n4,5\n', "a.csv cannot be read: after line 2: unexpected end of data"),
+        ("a.csv", "a,b\n1,2,3\n", "a.csv, row 1 has more cells than the first line; quote cells that hold commas"),
+        ("a.csv", b"a\nx\n\xff\xfe\n", "a.csv cannot be read: 'utf-8' codec can't decode byte 0xff"),
+        ("a.csv", "question,answer\n", "dataset .*a.csv is empty"),
+        ("a.jsonl", '{"a": 0}\n\n{broken', "a.jsonl cannot be read: line 3: Expecting property name"),
+        ("a.jsonl", "3", "a.jsonl, row 1 holds a int; write an object with named columns"),
+        ("a.json", "[{]", "a.json cannot be read: Expecting property name"),
+        ("a.jsonl", "", "dataset .*a.jsonl is empty"),
         ("a.parquet", "no parquet", "a.parquet cannot be loaded"),
         ("a.pdf", "x", "file type '.pdf'"),
     ],
 )
-def test_a_mistake_in_the_data_is_one_clear_line(tokenizer, write, name, content, message):
-    with pytest.raises(LayerPruneError, match=message) as error:
-        MultipleChoiceTask(write(name, content)).prepare(tokenizer)
-    assert str(error.value).startswith("task a: ") and name in str(error.value) and "\n" not in str(error.value)
+def test_a_broken_file_is_named(tmp_path, name, content, message):
+    with pytest.raises(LayerPruneError, match=f"^task a: .*{message}") as error:
+        rows_of(tmp_path, name, content)
+    assert "\n" not in str(error.value)
+
+
+QUESTION = {"question": "q", "choices": ["x", "y"], "answer": 0}
 
 
 @pytest.mark.parametrize(
-    "name, content, settings, message",
+    "changes, message",
     [
-        ("a.csv", "question,x,y,answer\nq,one,,0\n", {"choices": ("x", "y")}, "a.csv, line 2: choice 2 is empty"),
-        ("a.jsonl", '{"question": "q", "choices": ["x", " "], "answer": 0}', {}, "line 1: choice 2 is empty"),
-        ("a.jsonl", '{"question": "q", "choices": [NaN, "x"], "answer": 1}', {}, "line 1: choice 1 is empty"),
-        ("a.jsonl", '{"question": NaN, "choices": ["x", "y"], "answer": 1}', {}, "line 1.*column 'question' is empty"),
-        ("a.jsonl", '{"question": "q", "choices": ["x", "y"], "answer": NaN}', {}, "line 1.*column 'answer' is empty"),
-        (
-            "a.jsonl",
-            '{"question": "q", "choices": {"label": "AB", "text": ["x", "y"]}, "answer": 1}',
-            {},
-            "line 1: column 'choices': 'label' holds 'AB', not a list",
-        ),
+        ({"choices": ...}, "row 1: there is no column 'choices'; the columns are question"),
+        ({"question": ...}, "row 1: there is no column 'question'"),
+        ({"question": math.nan}, "row 1: column 'question' is empty"),
+        ({"answer": 2}, "answer 2 is none of the 2 choices"),
+        ({"answer": -1}, "answer -1 is none.*index 0..1"),
+        ({"answer": "E"}, "answer 'E' is none.*letter A..B"),
+        ({"answer": None}, "row 1: column 'answer' is empty"),
+        ({"answer": math.nan}, "row 1: column 'answer' is empty"),
+        ({"choices": ["1", "0"], "answer": "1"}, "index or text; set answer_form"),
+        ({"choices": "xy"}, "must hold a list of choices"),
+        ({"choices": ["x"]}, "1 choices with 1 labels; give 2 to 26 choices"),
+        ({"choices": ["x"] * 27}, "27 choices with 26 labels"),
+        ({"choices": ["x", " "]}, "row 1: choice 2 is empty"),
+        ({"choices": [math.nan, "x"]}, "row 1: choice 1 is empty"),
+        ({"choices": {"label": ["A"], "text": ["x", "y"]}}, "2 choices with 1 labels"),
     ],
 )
-def test_what_is_missing_is_no_text(tmp_path, tokenizer, name, content, settings, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(LayerPruneError, match=message):
-        MultipleChoiceTask(tmp_path / name, **settings).prepare(tokenizer)
+def test_a_mistake_in_a_row_is_one_clear_line(tokenizer, write, changes, message):
+    row = {name: value for name, value in (QUESTION | changes).items() if value is not ...}
+    with pytest.raises(LayerPruneError, match=message) as error:
+        MultipleChoiceTask(write("a.jsonl", [row])).prepare(tokenizer)
+    assert str(error.value).startswith("task a: ") and "a.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_empty_cell_has_no_choice(tokenizer, write):
+    path = write("a.csv", "question,x,y,answer\nq,one,,0\n")
+    with pytest.raises(LayerPruneError, match="a.csv, row 1: choice 2 is empty"):
+        MultipleChoiceTask(path, choices=("x", "y")).prepare(tokenizer)
 
 
 def test_missing_values_of_a_table(tmp_path, tokenizer):
     Dataset.from_dict({"text": [1.5, float("nan")]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(LayerPruneError, match="a.parquet, row 2: text: column 'text' is empty"):
+    with pytest.raises(LayerPruneError, match="a.parquet, row 2: column 'text' is empty"):
         PerplexityTask(tmp_path / "a.parquet").prepare(tokenizer)
 
 
-def test_labels_may_be_left_out(tmp_path, tokenizer):
+def test_labels_may_be_left_out(tokenizer, write):
     for choices in ({"text": ["x", "y"]}, {"text": ["x", "y"], "label": None}):
-        (tmp_path / "a.jsonl").write_text(json.dumps({"question": "q", "choices": choices, "answer": "B"}))
-        assert MultipleChoiceTask(tmp_path / "a.jsonl").prepare(tokenizer).chunks[0].answers == (1,)
+        path = write("a.jsonl", [{"question": "q", "choices": choices, "answer": "B"}])
+        assert MultipleChoiceTask(path).prepare(tokenizer).chunks[0].answers == (1,)

@@ -1,5 +1,8 @@
 """Tasks by name: YAML files, presets, folders."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import yaml
 from transformers import AutoTokenizer
@@ -18,14 +21,14 @@ def test_tasks_of_a_yaml_file(write, tokenizer):
     ]
     pairs, text = load_tasks(write("mine.yaml", yaml.safe_dump(items)))
     assert isinstance(pairs, MinimalPairsTask) and (pairs.name, pairs.weight) == ("pairs", 2)
-    assert pairs.prepare(tokenizer).num_examples == 3  # found beside the YAML file
+    assert pairs.prepare(tokenizer).chunks[0].answers == (0, 0, 0)  # found next to the YAML file
     assert isinstance(text, PerplexityTask) and text.name == "y"
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("a: [", "is no YAML"),
+        ("a: [", "cannot be read as YAML"),
         ("kind: kl", "must be a list of tasks"),
         ("- kind: quiz", "task 1: kind 'quiz' is unknown"),
         ("- just text", "task 1: kind 'just text' is unknown"),
@@ -42,8 +45,17 @@ def test_a_mistake_in_a_yaml_file(write, content, message):
         load_tasks(write("mine.yaml", content))
 
 
+def test_kinds_of_ones_own(write):
+    @dataclass(eq=False, kw_only=True)
+    class HalfTask(PerplexityTask):
+        kind: ClassVar[str] = "half"
+
+    (task,) = load_tasks(write("mine.yaml", "- {kind: half, dataset: x/y}"))
+    assert isinstance(task, HalfTask) and task.measure == "perplexity"
+
+
 def test_unknown_tasks():
-    with pytest.raises(LayerPruneError, match="'nothing': no preset"):
+    with pytest.raises(LayerPruneError, match="'nothing' must be a preset \\(default, paper\\)"):
         load_tasks("default,nothing")
     with pytest.raises(LayerPruneError, match="there are no tasks"):
         load_tasks(" , ")
@@ -88,7 +100,8 @@ def test_the_paper_tasks_from_a_folder(write, tmp_path, tokenizer):
         write(f"{name}.jsonl", content)
     write("flores_en_ru.few_shot.jsonl", rows["flores_en_ru"][:5])
     for task in load_tasks(f"paper:{tmp_path}"):
-        assert task.prepare(tokenizer).num_examples == (7 if task.name == "flores_en_ru" else 2)
+        count = sum(len(getattr(chunk, "sizes", None) or chunk.references) for chunk in task.prepare(tokenizer).chunks)
+        assert count == (7 if task.name == "flores_en_ru" else 2)
 
 
 def test_the_default_tasks_prepare_with_the_embedded_tokenizer():

@@ -23,7 +23,7 @@ from ..plots import plot_scores, save_plot
 from ..progress import Phases, say
 from ..report import CRITERION_UNITS
 from ..scoring import Race, Scores, criterion_of, score_layers
-from ..tasks import KLTask, PreparedTask, Task, TaskReport, evaluate_prepared, load_tasks, prepare_tasks
+from ..tasks import KLTask, PreparedTask, Task, TaskReport, evaluate_tasks, load_tasks, prepare_tasks
 from .arguments import MeasureArguments, ScoreArguments
 from .parsing import check_no_file, parse
 from .text import check_sources, is_embedded, read_dataset
@@ -158,7 +158,7 @@ def evaluate(argv: list[str]) -> None:
             results = evaluate_model(model, batches, teacher, phases.step).to_dict()
         if prepared:
             phases.phase("evaluating tasks", num_chunks(prepared))
-            of_tasks = evaluate_prepared(model, prepared, tokenizer, teacher, phases.step)
+            of_tasks = evaluate_tasks(model, prepared, tokenizer, teacher, on_chunk=phases.step)
     numbers = dict(results)
     if prepared:
         results["tasks"] = of_tasks.to_dict()["results"]
@@ -188,7 +188,7 @@ def _without_teacher(tasks: list[Task], console: Console) -> list[Task]:
 
 def num_chunks(tasks: list[PreparedTask]) -> int:
     """Pieces that tasks are measured in, for a progress bar."""
-    return sum(max(1, len(task.chunks)) for task in tasks)
+    return sum(len(task.chunks) for task in tasks)
 
 
 def _task_table(report: TaskReport) -> Table:

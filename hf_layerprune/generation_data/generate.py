@@ -23,7 +23,7 @@ from ..fingerprint import fingerprint, fingerprint_model
 from ..forward import check_tokenizer, measuring, to_device
 from ..loading import load_model, load_tokenizer, name_of
 from ..scoring.measure import shard
-from ..tasks.encoding import left_padded, pad_id
+from ..tasks.chunks import pad_id, padded
 from .config import HealingDataConfig
 from .journal import Answer, HealingDataReport, Journal
 from .prompts import Prompt, read_prompts, special_tokens, without_special_tokens
@@ -210,7 +210,7 @@ def _answers(
     sampling: GenerationConfig,
     seed: int,
 ) -> list[Answer]:
-    batch = to_device(left_padded([prompt.ids for prompt in prompts], sampling.pad_token_id), model.device)
+    batch = to_device(padded([prompt.ids for prompt in prompts], sampling.pad_token_id, "left"), model.device)
     with _random_numbers(model.device):
         digest = hashlib.sha256(f"{seed} {prompts[0].row}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import Batch, split_rows
 from ..errors import LayerPruneError
 from ..forward import to_device
-from ..tasks import Chunk, GenerationChunk, PreparedLmEvalTask
+from ..tasks import Chunk, GenerationChunk, LmEvalChunk
 from ..tasks.evaluation import sums_by_row
 from .candidates import CandidateRuns
 from .scores import Evidence, price_factors
@@ -142,18 +142,18 @@ def quantile(probability: float, rows: int) -> float:
 
 def measure_of(
     runs: CandidateRuns,
-    data: Chunk | PreparedLmEvalTask,
+    data: Chunk,
     statistic: str,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_state_bytes: int | None = None,
     fold: int = 0,
 ) -> Measure:
-    """How to measure a chunk of text or of a task, or a whole task of lm-eval.
+    """How to measure a chunk of text or of a task.
 
     Args:
         runs ([`CandidateRuns`]): the candidates.
-        data ([`Chunk`] or [`PreparedLmEvalTask`]): the batch, and how results become costs.
+        data ([`Chunk`]): the batch, and how results become costs.
         statistic (`str`): field of [`TokenStatistics`] to sum over each row's scored tokens.
         teacher ([`~transformers.PreTrainedModel`]): the model `"kl"` compares with.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): to generate with.
@@ -161,14 +161,8 @@ def measure_of(
             Bound of the hidden states held at a time; each row needs as many as there are layers and candidates.
         fold (`int`, *optional*, defaults to `0`): whose repairs in `runs` the candidates get.
     """
-
-    def by_lm_eval(which: Sequence[int]) -> tuple[Tensor, Tensor]:
-        models = [runs.model, *map(runs.student, which)]
-        costs, weights = zip(*(data.costs(model, tokenizer) for model in models), strict=True)
-        return torch.stack(costs), weights[0]
-
-    if isinstance(data, PreparedLmEvalTask):
-        return by_lm_eval
+    if isinstance(data, LmEvalChunk):
+        return lambda which: data.reduce([runs.model, *map(runs.student, which)], tokenizer)
     if isinstance(data, GenerationChunk):
         return lambda which: data.reduce(list(runs.texts(data, which, tokenizer)))
     config = runs.model.config

@@ -149,7 +149,7 @@ def score(
             runs = CandidateRuns(model, plans, _repairs(model, folds, plans, compensation, teacher))
             of = partial(measure_of, runs, teacher=teacher, tokenizer=tokenizer, max_state_bytes=max_state_bytes)
             if criterion == "tasks":
-                kinds = [(task.weight, [of(data, task.statistic) for data in task.chunks or [task]]) for task in tasks]
+                kinds = [(task.weight, [of(data, task.statistic) for data in task.chunks]) for task in tasks]
             else:
                 parts, statistic = _parts(folds, race), TOKEN_MEASURES[criterion]
                 kinds = [(1.0, [of(TokenChunk(part), statistic, fold=fold) for part, fold in parts])]

@@ -13,10 +13,12 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from ..data import Batch, valid_next_tokens
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, final_states, measuring, to_device
-from ..losses import token_statistics
-from .chunks import GenerationChunk, PreparedTask, check_fits
-from .encoding import pad_id
-from .task import Task
+from ..losses import perplexity_of, token_statistics
+from .chunks import GenerationChunk, PreparedTask, pad_id
+from .lm_eval_task import LmEvalChunk
+from .load import load_tasks
+from .metrics import corpus_score
+from .task import Task, check_names
 
 
 @dataclass(frozen=True)
@@ -60,30 +62,8 @@ class TaskReport:
         return asdict(self) | {"mean_cost": self.mean_cost}
 
 
-def evaluate_tasks(
-    model: PreTrainedModel,
-    tasks: Iterable[Task | PreparedTask],
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: PreTrainedModel | None = None,
-    batch_size: int = 8,
-) -> TaskReport:
-    """Measure a causal language model on tasks.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): any causal language model with an output head `lm_head`.
-        tasks (`Iterable[Task]`, or of [`PreparedTask`]): what to measure it on; names must differ.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own.
-        teacher ([`~transformers.PreTrainedModel`], *optional*): needed for a [`KLTask`].
-        batch_size (`int`, *optional*, defaults to 8): rows at a time.
-
-    Raises:
-        [`LayerPruneError`]: if data does not fit its task, two tasks have one name, or a teacher is missing.
-    """
-    return evaluate_prepared(model, prepare_tasks(tasks, model, tokenizer, batch_size), tokenizer, teacher)
-
-
 def prepare_tasks(
-    tasks: Iterable[Task | PreparedTask],
+    tasks: str | Iterable[Task | PreparedTask],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 8,
@@ -96,94 +76,85 @@ def prepare_tasks(
     longest = getattr(model.config, "max_position_embeddings", None)
     prepared = [
         task if isinstance(task, PreparedTask) else task.prepare(tokenizer, batch_size, longest)
-        for task in check_names(tasks)
+        for task in check_names(load_tasks(tasks) if isinstance(tasks, str) else tasks)
     ]
-    check_fits(prepared, model.config.vocab_size)
+    for task in prepared:
+        highest = max((int(chunk.batch["input_ids"].max()) for chunk in task.chunks if chunk.batch), default=0)
+        if highest >= model.config.vocab_size:
+            raise LayerPruneError(
+                f"task {task.name} holds token id {highest}, but the model's vocabulary has {model.config.vocab_size} "
+                "entries; give the model's own tokenizer"
+            )
     return prepared
 
 
-def evaluate_prepared(
+def evaluate_tasks(
     model: PreTrainedModel,
-    tasks: Iterable[PreparedTask],
+    tasks: str | Iterable[Task | PreparedTask],
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel | None = None,
+    batch_size: int = 8,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> TaskReport:
-    """[`evaluate_tasks`] on tasks that are tokenized; `on_chunk` is called after each of their chunks."""
-    tasks = list(tasks)
-    check_fits(tasks, model.config.vocab_size)
+    """Measure a causal language model on tasks.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): any causal language model with an output head `lm_head`.
+        tasks (`str`, `Iterable[Task]` or `Iterable[PreparedTask]`):
+            what to measure it on, or its name, see [`load_tasks`]; names of tasks must differ.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): needed for a [`KLTask`].
+        batch_size (`int`, *optional*, defaults to 8): rows at a time.
+        on_chunk (`Callable[[], None]`, *optional*): called after every chunk, for progress bars.
+
+    Raises:
+        [`LayerPruneError`]: if data does not fit its task, two tasks have one name, or a teacher is missing.
+    """
+    prepared = prepare_tasks(tasks, model, tokenizer, batch_size)
     if teacher is not None:
         check_same_vocabulary(model, teacher)
-    for task in tasks:
+    for task in prepared:
         if task.statistic == "kl" and teacher is None:
             raise LayerPruneError(
                 f"task {task.name}: KL needs a teacher to compare with; give one or leave out the task"
             )
-    with measuring(model) if teacher is None else measuring(model, teacher):
-        return TaskReport({task.name: measured(model, task, tokenizer, teacher, on_chunk) for task in tasks})
+    with measuring(*(one for one in (model, teacher) if one is not None)):
+        return TaskReport({task.name: _evaluate(model, task, tokenizer, teacher, on_chunk) for task in prepared})
 
 
-def check_names(tasks: Iterable[Task | PreparedTask]) -> list[Task | PreparedTask]:
-    """The tasks as a list, once they are known to be tasks, at least one, and their names to differ.
-
-    Raises:
-        [`LayerPruneError`]: if they are not.
-    """
-    tasks = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else [tasks]
-    for task in tasks:
-        if not isinstance(task, (Task, PreparedTask)):
-            shown = repr(task) if isinstance(task, str) else f"a {type(task).__name__}"
-            raise LayerPruneError(f"tasks: {shown} is no task; give a list of them, such as load_tasks('default')")
-    names = [task.name for task in tasks]
-    if not names:
-        raise LayerPruneError("there are no tasks; name at least one")
-    for name in names:
-        if names.count(name) > 1:
-            raise LayerPruneError(f"two tasks are named {name!r}; give one of them another `name`")
-    return tasks
-
-
-def measured(
+def _evaluate(
     model: PreTrainedModel,
     task: PreparedTask,
     tokenizer: PreTrainedTokenizerBase,
-    teacher: PreTrainedModel | None = None,
-    on_chunk: Callable[[], None] = lambda: None,
+    teacher: PreTrainedModel | None,
+    on_chunk: Callable[[], None],
 ) -> TaskResult:
-    """One task's result."""
-    costs, weights, written, references = [], [], [], []
-    metric = None
-    if task.statistic == "lm_eval":
-        cost, weight = task.costs(model, tokenizer)
-        costs, weights = [cost], [weight]
+    costs, weights, texts = [], [], []
     for chunk in task.chunks:
-        if isinstance(chunk, GenerationChunk):
-            texts = generated(model, chunk, tokenizer)
-            written += chunk.cleaned(texts)
-            references += chunk.references
-            metric = chunk.metric
-            cost, weight = chunk.reduce([texts])
+        if isinstance(chunk, LmEvalChunk):
+            cost, weight = chunk.reduce([model], tokenizer)
+        elif isinstance(chunk, GenerationChunk):
+            written = generated(model, chunk, tokenizer)
+            texts += zip(chunk.cleaned(written), chunk.references, strict=True)
+            cost, weight = chunk.reduce([written])
         else:
             batch = to_device(chunk.batch, model.device)
-            sums = sums_by_row(model, [final_states(model, batch)], batch, task.statistic, teacher)
-            cost, weight = chunk.reduce(*sums)
-        costs.append(cost[0].cpu())
-        weights.append(weight.cpu())
+            cost, weight = chunk.reduce(
+                *sums_by_row(model, [final_states(model, batch)], batch, task.statistic, teacher)
+            )
+        costs.append(cost[0])
+        weights.append(weight)
         on_chunk()
     cost, weight = torch.cat(costs), torch.cat(weights)
     mean = (cost.sum() / weight.sum()).item()
-    quality = task.quality(mean)
-    if metric is not None:
-        quality = metric.compute(predictions=written, references=references)[metric.name]
-    return TaskResult(
-        measure=task.measure,
-        quality=quality,
-        cost=mean,
-        standard_error=standard_error(cost, weight),
-        num_examples=len(cost),
-        weight=task.weight,
-        num_truncated=task.num_truncated,
-    )
+    if texts:
+        quality = corpus_score(task.measure, *zip(*texts, strict=True))
+    elif task.measure == "perplexity":
+        quality = perplexity_of(mean)
+    else:
+        quality = mean if task.measure == "kl" else 1 - mean
+    error = standard_error(cost, weight)
+    return TaskResult(task.measure, quality, mean, error, len(cost), task.weight, task.num_truncated)
 
 
 def sums_by_row(
@@ -200,7 +171,7 @@ def sums_by_row(
     Args:
         model ([`~transformers.PreTrainedModel`]): whose head the C models share.
         states (`Iterable[Tensor]` of length C): final states `(B, T, H)` of `model` itself, then of the others.
-        batch (`dict[str, Tensor]`): what they were computed of, on the model's device.
+        batch (`dict[str, Tensor]`): what they were computed from, on the model's device.
         statistic (`str`): `"nll"` or `"kl"`.
         teacher ([`~transformers.PreTrainedModel`], *optional*): what `"kl"` compares with.
     """
@@ -211,8 +182,8 @@ def sums_by_row(
         return counts.new_zeros(len(hidden), len(counts)), counts
     reference = ()
     if statistic == "kl":
-        of_teacher = hidden[0] if teacher is model else final_states(teacher, batch)[valid]
-        reference = (of_teacher, teacher.lm_head)
+        teacher_states = hidden[0] if teacher is model else final_states(teacher, batch)[valid]
+        reference = (teacher_states, teacher.lm_head)
     sums = []
     for statistics in token_statistics(hidden, model.lm_head, labels, *reference):
         values = getattr(statistics, statistic).cpu().double()
@@ -232,7 +203,7 @@ def generated(
     """
     batch = to_device(chunk.batch, model.device)
     stop = {"stop_strings": list(chunk.stop_strings), "tokenizer": tokenizer} if chunk.stop_strings else {}
-    # A checkpoint's own habits (sampling, a repetition penalty) would hide what a layer costs.
+    # the checkpoint's own settings (sampling, a repetition penalty) would hide what a layer costs
     ids = model.generate(
         **batch,
         past_key_values=prompt_cache,

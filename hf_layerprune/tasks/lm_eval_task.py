@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,72 +15,58 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError, first_line
-from .chunks import PreparedTask
+from .chunks import Chunk, PreparedTask
 from .task import Task
 
 FEW_SHOT_SEED = 1234  # lm-eval's own
 
 
 @dataclass(frozen=True)
-class PreparedLmEvalTask(PreparedTask):
-    """A task lm-eval runs itself; it has no chunks, and its costs come from a whole model.
+class LmEvalChunk(Chunk):
+    """A whole task, which lm-eval runs itself, one model at a time; its `batch` is empty.
 
     Attributes:
+        title (`str`): what errors call the task.
         loaded (`dict[str, Any]`): the task with its data, or the several of a group, as lm-eval's manager loads them.
-        limit (`int`, *optional*): examples at most, of each task of a group.
+        limit (`int`, *optional*): most examples, of each task of a group.
         batch_size (`int`): rows at a time.
     """
 
-    loaded: dict[str, Any] = field(default_factory=dict, repr=False)
-    limit: int | None = None
-    batch_size: int = 8
+    title: str
+    loaded: dict[str, Any] = field(repr=False)
+    limit: int | None
+    batch_size: int
 
     def fingerprint(self) -> list[Any]:
-        return [*super().fingerprint(), *sorted(self.loaded["tasks"]), self.limit]
+        return [*sorted(self.loaded["tasks"]), self.limit]
 
-    def costs(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-        """What each example costs a model, `(E,)`, 1 - the task's first metric, and the weights, `(E,)`, 1.
+    def reduce(self, models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        """C models to `(C, E)` costs, 1 - the task's first metric, and `(E,)` weights, 1.
 
         Raises:
-            [`LayerPruneError`]: if lm-eval cannot run the task, or the metric is none of a single example in [0, 1].
+            [`LayerPruneError`]: if lm-eval cannot run the task, or its first metric is not one in [0, 1] per example.
         """
+        costs = torch.stack([self._costs(model, tokenizer) for model in models])
+        return costs, torch.ones(costs.shape[1], dtype=torch.float64)
+
+    def _costs(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
         for task in self.loaded["tasks"].values():
-            task.set_fewshot_seed(FEW_SHOT_SEED)  # the same examples for every candidate
-        with lm_eval_errors(f"task {self.name}: lm-eval cannot run it"):
+            task.set_fewshot_seed(FEW_SHOT_SEED)  # the same examples for every model
+        with lm_eval_errors(f"{self.title}: lm-eval cannot run it"):
             output = lm_eval.evaluate(
                 lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
                 task_dict=self.loaded,
                 limit=self.limit,
                 bootstrap_iters=0,
             )
-        return costs_of_samples(output["samples"], self.name)
+        return costs_of_samples(output["samples"], self.title)
 
 
-@contextmanager
-def lm_eval_errors(what: str) -> Iterator[None]:
-    """Tell in one line what went wrong: lm-eval raises many types, for a missing task as for a broken row."""
-    try:
-        yield
-    except Exception as error:
-        raise LayerPruneError(f"{what}: {first_line(error)}") from error
-
-
-def yaml_task_name(path: Path) -> str | None:
-    """The name a YAML file in lm-eval's format gives its task; none if it is no such file.
-
-    The file may hold tags only lm-eval understands, so it is not parsed here.
-    """
-    found = re.search(
-        r"""^task:[ \t]*["']?([\w.\-]+)""", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
-    )
-    return found and found[1]
-
-
-def costs_of_samples(samples: dict[str, list[dict[str, Any]]], name: str) -> tuple[Tensor, Tensor]:
-    """The costs `(E,)` and weights `(E,)` of the samples lm-eval logged, by task (a group has several).
+def costs_of_samples(samples: dict[str, list[dict[str, Any]]], title: str) -> Tensor:
+    """The costs `(E,)` of the samples lm-eval logged, by task (a group has several).
 
     A task of several filters logs every example once by each; the first filter counts.
     """
@@ -93,13 +79,22 @@ def costs_of_samples(samples: dict[str, list[dict[str, Any]]], name: str) -> tup
             value = row[metric]
             if not isinstance(value, (int, float)) or not 0 <= value <= 1 or math.isnan(value):
                 raise LayerPruneError(
-                    f"task {name}: its first metric, {metric}, is no number in [0, 1] per example but {value!r:.40}; "
+                    f"{title}: its first metric, {metric}, must be a number in [0, 1] per example, not {value!r:.40}; "
                     "choose a task judged by accuracy or exact match"
                 )
             scores.append(float(value))
     if not scores:
-        raise LayerPruneError(f"task {name}: lm-eval scored no example")
-    return 1 - torch.tensor(scores, dtype=torch.float64), torch.ones(len(scores), dtype=torch.float64)
+        raise LayerPruneError(f"{title}: lm-eval scored no example")
+    return 1 - torch.tensor(scores, dtype=torch.float64)
+
+
+@contextmanager
+def lm_eval_errors(what: str) -> Iterator[None]:
+    """Say in one line what went wrong: lm-eval raises many types, for a missing task as for a broken row."""
+    try:
+        yield
+    except Exception as error:
+        raise LayerPruneError(f"{what}: {first_line(error)}") from error
 
 
 @dataclass(eq=False, kw_only=True)
@@ -107,7 +102,7 @@ class LmEvalTask(Task):
     """A task of lm-eval by its name (`"arc_easy"`) or by a YAML file in its format (`dataset` here).
 
     It is judged by the task's first metric and first filter, and run by lm-eval itself on the model in memory, one
-    model at a time. `limit` takes the first examples, of each task where the name is that of a group. Such a YAML file
+    model at a time. `limit` takes the first examples, of each task if the name is that of a group. Such a YAML file
     can name Python functions, which lm-eval runs: use only files you trust.
 
     Raises:
@@ -118,8 +113,6 @@ class LmEvalTask(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.dataset, str):
-            raise LayerPruneError(f"{self.title}: dataset must be the name of a task of lm-eval or a YAML file")
         if self.split != "test" or self.config_name is not None:
             raise LayerPruneError(f"{self.title}: lm-eval knows where the data lies; leave out split and config_name")
         try:
@@ -131,8 +124,8 @@ class LmEvalTask(Task):
 
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, max_length: int | None = None
-    ) -> PreparedLmEvalTask:
-        """Let lm-eval read the data; it tokenizes when [`~PreparedLmEvalTask.costs`] are asked for."""
+    ) -> PreparedTask:
+        """Let lm-eval read the data; it tokenizes when it runs."""
         from lm_eval.tasks import TaskManager
 
         path = Path(self.dataset)
@@ -142,13 +135,15 @@ class LmEvalTask(Task):
                 loaded = manager.load([yaml_task_name(path) or path.stem])
             else:
                 loaded = TaskManager().load([self.dataset])
-        return PreparedLmEvalTask(
-            self.name,
-            self.weight,
-            "lm_eval",
-            "score",
-            [],
-            loaded=loaded,
-            limit=self.limit,
-            batch_size=batch_size,
-        )
+        chunk = LmEvalChunk({}, self.title, loaded, self.limit, batch_size)
+        return PreparedTask(self.name, self.weight, "score", [chunk])
+
+
+def yaml_task_name(path: Path) -> str | None:
+    """The name a YAML file in lm-eval's format gives its task, or `None` if it has another format.
+
+    The file may hold tags only lm-eval understands, so it is not parsed here.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"""^task:[ \t]*["']?([\w.\-]+)""", text, re.MULTILINE)
+    return found and found[1]

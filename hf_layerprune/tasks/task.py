@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import types
-import typing
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, get_type_hints
 
 from datasets import Dataset
+from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError
-from .chunks import PreparedTask
-from .sources import Row, read_rows
-from .templates import Template, as_text
+from .chunks import Example, PreparedTask, pad_id, scored_chunk, whole_examples
+from .rows import FIELD, Row, read_rows, spread
 
 
 @dataclass(eq=False)
-class Task(ABC):
+class Task:
     """A representative data set, by whose quality layers are scored.
 
     Args:
@@ -30,7 +28,7 @@ class Task(ABC):
         name (`str`, *optional*): defaults to the last part of the data set's name, without its file type.
         split (`str`, *optional*, defaults to `"test"`): split of a Hub data set.
         config_name (`str`, *optional*): configuration of a Hub data set.
-        limit (`int`, *optional*): examples at most, spread evenly over the data; all of them by default.
+        limit (`int`, *optional*): most examples, spread evenly over the data; all of them by default.
         weight (`float`, *optional*, defaults to 1.0): weight of this task's cost among others.
 
     Raises:
@@ -38,6 +36,9 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
+    """What a YAML file calls this kind of task."""
+    measure: ClassVar[str] = "accuracy"
+    """What its quality is, see [`PreparedTask`]."""
     templates: ClassVar[tuple[str, ...]] = ()
     """Settings that are templates over the columns of a row."""
 
@@ -47,25 +48,50 @@ class Task(ABC):
     split: str = "test"
     config_name: str | None = None
     limit: int | None = None
-    weight: float = 1.0
+    weight: float | int = 1.0
 
     def __post_init__(self) -> None:
-        is_named = isinstance(self.dataset, (str, Path))
-        self.name = self.name or (default_name(str(self.dataset)) if is_named else self.kind)
-        check_types(self)
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, list):  # as YAML has it
+                value = tuple(value)
+                setattr(self, item.name, value)
+            try:
+                type_validator(item.name, value, hints[item.name])
+            except TypeError as error:
+                raise LayerPruneError(f"{self.title}: {str(error).partition(' Errors:')[0]}") from None
         if self.limit is not None and self.limit < 1:
             raise LayerPruneError(f"{self.title}: limit={self.limit}; score at least one example, or leave it out")
         if not 0 < self.weight < float("inf"):
             raise LayerPruneError(f"{self.title}: weight={self.weight} must be positive; leave out a task not wanted")
         for setting in self.templates:
-            self.template(setting)
+            self._check_template(setting)
+        self.name = self.name or self.title.removeprefix("task ")
+
+    def _check_template(self, setting: str) -> None:
+        text = getattr(self, setting)
+        if set(FIELD.sub("", text)) & set("{}"):
+            raise LayerPruneError(f"{self.title}: {setting} {text!r} has a brace alone; write it as {{{{ or }}}}")
+        if setting != "description" and not any(FIELD.findall(text)):
+            example = text if text.isidentifier() else "question"
+            raise LayerPruneError(
+                f"{self.title}: {setting} {text!r} is the same for every row; write a column in braces: {{{example}}}"
+            )
 
     @property
     def title(self) -> str:
         """What errors call the task."""
-        return f"task {self.name or self.kind}"
+        if self.name or not isinstance(self.dataset, (str, Path)):
+            return f"task {self.name or self.kind}"
+        path = Path(self.dataset)
+        return f"task {path.stem if path.suffix else path.name.rpartition(':')[2]}"
 
-    @abstractmethod
+    def read(self, dataset: str | Path | Dataset | None = None, split: str | None = None) -> list[Row]:
+        """The rows of the task's data set, or of another one."""
+        source = self.dataset if dataset is None else dataset
+        return read_rows(source, split or self.split, self.config_name, self.title)
+
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, max_length: int | None = None
     ) -> PreparedTask:
@@ -75,67 +101,25 @@ class Task(ABC):
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own.
             batch_size (`int`, *optional*, defaults to 8):
                 rows per chunk; an example of more rows than that makes a larger chunk.
-            max_length (`int`, *optional*): T at most; defaults to what the tokenizer names.
+            max_length (`int`, *optional*): T at most; defaults to the tokenizer's `model_max_length`.
 
         Raises:
-            [`LayerPruneError`]: if the data cannot be read or a row does not fit the task; it names file and line.
+            [`LayerPruneError`]: if the data cannot be read or a row does not fit the task; it names file and row.
         """
+        examples = self.encoded_examples(tokenizer, max_length or tokenizer.model_max_length)
+        parts = whole_examples([len(example.rows) for example in examples], batch_size)
+        chunks = [scored_chunk(examples[part], pad_id(tokenizer)) for part in parts]
+        num_truncated = sum(row.truncated for example in examples for row in example.rows)
+        return PreparedTask(self.name, self.weight, self.measure, chunks, num_truncated)
 
-    def read(self, dataset: str | Path | Dataset | None = None, split: str | None = None) -> list[Row]:
-        """The rows of the task's data set, or of another one; errors name the task."""
-        try:
-            return read_rows(self.dataset if dataset is None else dataset, split or self.split, self.config_name)
-        except LayerPruneError as error:
-            raise LayerPruneError(f"{self.title}: {error}") from error.__cause__
-
-    def template(self, setting: str) -> Template:
-        """A setting of this task as a template."""
-        return Template(getattr(self, setting), self.title, setting, varies=setting != "description")
-
-
-def default_name(dataset: str) -> str:
-    """The last part of a data set's name."""
-    return Path(dataset).stem if Path(dataset).suffix else dataset.replace(":", "/").rstrip("/").rpartition("/")[2]
-
-
-def check_types(task: Any) -> None:
-    """Raise [`LayerPruneError`] for a field whose value is not of its declared type; lists become tuples, and paths
-    texts."""
-    hints = typing.get_type_hints(type(task))
-    for item in fields(task):
-        value, hint = getattr(task, item.name), hints[item.name]
-        if isinstance(value, (list, Path)):
-            value = tuple(value) if isinstance(value, list) else str(value)
-            setattr(task, item.name, value)
-        if not _fits(value, hint):
-            shown = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-            shown = shown.replace("typing.", "").replace("None", "nothing")
-            raise LayerPruneError(f"{task.title}: {item.name}={value!r} must be {shown}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(part, typing.get_args(hint)[0]) for part in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-
-
-def spread(rows: Sequence[Row], limit: int | None) -> Sequence[Row]:
-    """At most `limit` rows, evenly over all of them: files are often sorted by subject."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[number * len(rows) // limit] for number in range(limit)]
+    def encoded_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+        """The data as rows of at most `max_length` tokens; what a task implements whose tokens are scored."""
+        raise NotImplementedError
 
 
 @dataclass(eq=False, kw_only=True)
 class PromptedTask(Task):
-    """A task whose every row makes a prompt and what should follow it.
+    """A task whose rows are prompts and what should follow them.
 
     Args:
         prompt (`str`): template of the prompt over the row's columns, e.g. `"Question: {question}\\nAnswer:"`.
@@ -158,55 +142,59 @@ class PromptedTask(Task):
     few_shot_group: str | None = None
     separator: str = "\n\n"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_few_shot < 0:
-            raise LayerPruneError(f"{self.title}: num_few_shot={self.num_few_shot} must not be negative")
-
-    @abstractmethod
     def prompt_and_answer(self, row: Row) -> tuple[str, str]:
         """The prompt of a row, and the right continuation."""
+        raise NotImplementedError
 
     def examples(self) -> list[tuple[Row, str]]:
-        """The rows to score, each with the text that stands before its own prompt.
+        """The rows to score, each with the text that precedes its own prompt.
 
         Raises:
             [`LayerPruneError`]: if there are too few rows for the examples asked for, or none is left to score.
         """
-        rows = self.read()
-        if self.num_few_shot == 0:
-            return [(row, self._opening(row)) for row in spread(rows, self.limit)]
-        is_file = isinstance(self.dataset, str) and Path(self.dataset).is_file()
-        own = self.few_shot_dataset is None and (self.few_shot_split is None or is_file)
-        scored, shown = [], {}
-        for row in rows if own else self.read(self.few_shot_dataset, self.few_shot_split):
-            group = shown.setdefault(self._group(row), [])
-            if len(group) < self.num_few_shot:
-                group.append("".join(self.prompt_and_answer(row)) + self.separator)
+        shown, rows = self._few_shot(self.read())
+        result = []
+        for row in spread(rows, self.limit):
+            examples = shown[self._group(row)]
+            if len(examples) < self.num_few_shot:
+                raise row.error(
+                    f"{len(examples)} few-shot examples for it, but num_few_shot={self.num_few_shot}; lower it or "
+                    "give more rows"
+                )
+            result.append((row, row.render(self.description) + "".join(examples)))
+        return result
+
+    def _few_shot(self, rows: list[Row]) -> tuple[dict[str, list[str]], list[Row]]:
+        """The examples to show, by group, and the rows to score."""
+        shown: dict[str, list[str]] = defaultdict(list)
+        if self.num_few_shot < 1:
+            return shown, rows
+        is_file = not isinstance(self.dataset, Dataset) and Path(self.dataset).is_file()  # a file has no splits
+        is_own = self.few_shot_dataset is None and (self.few_shot_split is None or is_file)
+        left = []
+        for row in rows if is_own else self.read(self.few_shot_dataset, self.few_shot_split):
+            examples = shown[self._group(row)]
+            if len(examples) < self.num_few_shot:
+                examples.append("".join(self.prompt_and_answer(row)) + self.separator)
             else:
-                scored.append(row)
-        if own and not scored:
+                left.append(row)
+        if is_own and not left:
             raise LayerPruneError(
                 f"{self.title}: all {len(rows)} rows are few-shot examples, none is left to score; lower num_few_shot "
                 "or name a few_shot_dataset"
             )
-        result = []
-        for row in spread(scored if own else rows, self.limit):
-            group = shown.get(self._group(row), [])
-            if len(group) < self.num_few_shot:
-                raise LayerPruneError(
-                    f"{self.title}: {row.where}: {len(group)} few-shot examples for it, but "
-                    f"num_few_shot={self.num_few_shot}; lower it or give more rows"
-                )
-            result.append((row, self._opening(row) + "".join(group)))
-        return result
+        return shown, left if is_own else rows
 
     def _group(self, row: Row) -> str:
-        return (
-            ""
-            if self.few_shot_group is None
-            else as_text(row.values, self.few_shot_group, f"{self.title}: {row.where}")
-        )
+        return "" if self.few_shot_group is None else row.text(self.few_shot_group)
 
-    def _opening(self, row: Row) -> str:
-        return self.template("description").render(row.values, row.where)
+
+def check_names(tasks: Iterable[Task | PreparedTask]) -> list[Task | PreparedTask]:
+    """The tasks as a list; raise [`LayerPruneError`] if there is none, or two have one name."""
+    tasks = list(tasks)
+    if not tasks:
+        raise LayerPruneError("there are no tasks; name at least one")
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
+            raise LayerPruneError(f"two tasks are named {name!r}; give one of them another `name`")
+    return tasks

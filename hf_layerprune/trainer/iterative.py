@@ -39,8 +39,7 @@ from ..rows import with_text
 from ..scoring import MEASURED, Race
 from ..search import SearchStep, next_edit
 from ..surgery import apply_plan, plan_of, prune, share_equal_weights, unshare_parameters
-from ..tasks import TaskReport, load_tasks, prepare_tasks
-from ..tasks.evaluation import evaluate_prepared
+from ..tasks import TaskReport, evaluate_tasks, load_tasks, prepare_tasks
 from .callbacks import LayerDistillCallback
 from .checkpoints import Checkpoint, last_checkpoint, seal, what_is_left
 from .checks import check_added_tokens, check_arguments, check_budget, check_enough_rows, check_request
@@ -308,7 +307,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         self._file.save("evaluating teacher", teacher=record)
 
     def _evaluate_tasks(self, model: PreTrainedModel) -> TaskReport | None:
-        return evaluate_prepared(model, self.tasks, self.processing_class, self.teacher) if self.tasks else None
+        return evaluate_tasks(model, self.tasks, self.processing_class, self.teacher) if self.tasks else None
 
     def _change_round(self, done: str, **changes: Any) -> None:
         """Change fields of the round in progress and save the run."""
