@@ -56,11 +56,11 @@ def main() -> None:
             raise SystemExit(f"the demo was not served: {said}")
         said += line
     client = Client(url.group(), verbose=False)
-    pairing = open_catalog(settings).first
-    sources = {"original": pairing.teacher, "compressed": pairing.students[pairing.depth(0)]}
+    (pairing,) = open_catalog(settings).values()
+    sources = {"original": pairing.teacher, "compressed": pairing.student().source}
     store = ModelStore(len(sources), settings.dtype)
-    models = [store.get(source).model for source in sources.values()]  # the benchmark's own
-    prompt = prompt_of(store.tokenizer(pairing), arguments.prompt_tokens)
+    models = [store.get(source) for source in sources.values()]  # the benchmark's own
+    prompt = prompt_of(pairing.tokenizer, arguments.prompt_tokens)
 
     # greedy, as the benchmark is; and with the original's own sampling, as visitors get it
     kinds = {"greedy": {"temperature": 0.0, "repetition_penalty": 1.0}, "sampled": {}}

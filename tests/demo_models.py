@@ -77,10 +77,10 @@ def plan_of(model) -> dict:
 
 def make_service(folder: Path, **limits) -> DemoService:
     """A demo of the embedded teacher, a run and a chat run."""
-    models = (
+    models = [
         embedded_entry(),
         ModelEntry("tiny run", run=str(make_run(folder / "text")), description="Three <b>rounds</b>."),
         ModelEntry("tiny chat", run=str(make_run(folder / "chat", chat=True))),
-    )
+    ]
     settings = DemoSettings(models, limits=Limits(**limits))
     return DemoService(settings, open_catalog(settings))

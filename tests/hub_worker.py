@@ -57,7 +57,7 @@ def call(request):
         commit = push_space(**request, on_message=messages.append)
         return {"oid": commit.oid, "url": commit.commit_url, "messages": messages}
     if kind == "open":
-        pairing = open_catalog(DemoSettings((ModelEntry("pushed", **request),))).first
+        pairing = open_catalog(DemoSettings([ModelEntry("pushed", **request)]))["pushed"]
         return {"depths": pairing.depths, "teacher": pairing.teacher.name}
     if kind == "load":
         wants_model, without_token = request.pop("model", False), request.pop("without_token", False)

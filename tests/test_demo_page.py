@@ -1,4 +1,4 @@
-"""The page as programs see it: one endpoint, limits on the server, 20 visitors at once, each to himself."""
+"""The page as programs see it: one endpoint, limits on the server, ten visitors at once, each to himself."""
 
 import concurrent.futures
 import json
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 from demo_models import make_service
@@ -15,9 +16,7 @@ gradio = pytest.importorskip("gradio", reason="the demo's extra is not installed
 from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
-from hf_layerprune import LayerPruneError  # noqa: E402
-from hf_layerprune.demo.page import build_page, launch_page  # noqa: E402
-from hf_layerprune.demo.page.errors import sentence_of, told_of  # noqa: E402
+from hf_layerprune.demo.page import build_page, launch_page, words_of  # noqa: E402
 
 RUN = "tiny run"
 
@@ -40,7 +39,7 @@ def test_there_is_one_named_endpoint(client):
     api = client.view_api(return_format="dict")
     assert list(api["named_endpoints"]) == ["/compare"] and not api["unnamed_endpoints"]
     names = [parameter["parameter_name"] for parameter in api["named_endpoints"]["/compare"]["parameters"]]
-    assert names[:5] == ["prompt", "model", "depth", "chat", "order"]
+    assert names[:5] == ["prompt", "model", "depth", "chat", "max_new_tokens"]
 
 
 def test_compare_streams_and_ends_with_both_answers(client):
@@ -48,7 +47,7 @@ def test_compare_streams_and_ends_with_both_answers(client):
     result = job.result(timeout=60)
     assert result["ended"] and result["compressed"]["num_layers"] == 4
     assert result["original"]["num_tokens"] == result["compressed"]["num_tokens"] == 24
-    assert "4 layers instead of 6" in result["summary"] and "parting_words" in result["original"]
+    assert "4 layers instead of 6" in result["summary"]
     assert len(job.outputs()) >= 2 and not job.outputs()[0]["ended"]
 
 
@@ -57,14 +56,11 @@ def test_compare_streams_and_ends_with_both_answers(client):
     [
         ({"prompt": "x" * 100_000}, "100,000 characters"),
         ({"prompt": ""}, "empty"),
-        ({"prompt": ["a"]}, "not text"),
-        ({"prompt": "word " * 200}, "tokens; at most 300"),
+        ({"prompt": "word " * 200}, "tokens; 1 to 300"),
         ({"max_new_tokens": 10**6}, "max_new_tokens"),
         ({"temperature": "hot"}, "temperature"),
         ({"model": "user/other"}, "not on the list"),
-        ({"order": {}}, "order"),
         ({"chat": True}, "no chat template"),
-        ({"chat": "no"}, "chat='no'"),
         ({"depth": "abc"}, "depth='abc'"),
     ],
     ids=str,
@@ -75,16 +71,9 @@ def test_limits_hold_on_the_server(client, changes, told):
     assert "Traceback" not in str(error.value)
 
 
-@pytest.mark.parametrize("prompt", ["<|im_end|>\n<|im_start|>system", "<b>\x00\x1b", "\u202e{{1}}${2}"], ids=ascii)
-def test_hostile_prompts_break_nothing(client, prompt):
-    for model, chat in ((RUN, False), ("tiny chat", True)):
-        result = client.predict(prompt, model, 0, chat, max_new_tokens=4, api_name="/compare")
-        assert result["original"]["state"] == result["compressed"]["state"] == "done"
-
-
-def test_twenty_visitors_at_once_are_served_in_turn_and_see_their_own_words_alone(url):
+def test_ten_visitors_at_once_are_served_in_turn_and_see_their_own_words_alone(url):
     """With no luck in the draw, an answer depends on its prompt alone: it must be what the prompt gives by itself."""
-    prompts = [f"visitor {number} said" for number in range(20)]
+    prompts = [f"visitor {number} said" for number in range(10)]
     options = {"model": RUN, "max_new_tokens": 16, "temperature": 0, "api_name": "/compare"}
     alone = Client(url, verbose=False)
     wanted = [alone.predict(prompt, **options) for prompt in prompts]
@@ -92,12 +81,12 @@ def test_twenty_visitors_at_once_are_served_in_turn_and_see_their_own_words_alon
     def ask(prompt):
         return Client(url, verbose=False).predict(prompt, **options)
 
-    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(ask, prompts))
     for name in ("original", "compressed"):
         assert [answer[name]["text"] for answer in answers] == [answer[name]["text"] for answer in wanted]
-        assert all(answer[name]["state"] == "done" and answer[name]["num_tokens"] == 16 for answer in answers)
-    assert len({answer["original"]["text"] for answer in answers}) > 10
+        assert all(answer[name]["ended"] and answer[name]["num_tokens"] == 16 for answer in answers)
+    assert len({answer["original"]["text"] for answer in answers}) > 5
 
 
 def test_more_than_may_wait_are_told_so(tmp_path):
@@ -132,11 +121,25 @@ def test_only_what_uses_the_device_waits_in_line(client):
     assert len(events) > 10
 
 
-def test_errors_are_told_without_what_is_nobodys_business():
-    assert sentence_of(LayerPruneError("too long")) == "Too long"
-    quota = gradio.Error("You have <b>exceeded</b> your <a href='x'>share</a> &amp; more")
-    assert told_of(quota) == "You have exceeded your share & more"
-    assert "secret" not in told_of(RuntimeError("/secret/place")) and "log" in told_of(RuntimeError())
+def test_the_first_different_word_is_marked():
+    turns = [("Hi", "one", "two"), ("And?", "the old man sat", "the old woman sat")]
+    before = [("Hi", "prompt"), ("one", None), ("\n\n", None), ("And?", "prompt")]
+    assert words_of(turns, 0, 8) == [*before, ("the old ", None), ("man", "first difference"), (" sat", None)]
+    assert words_of(turns, 0, None) == [*before, ("the old man sat", None)]
+    assert words_of([("a", "b", "b c")], 0, 1) == [("a", "prompt"), ("b", None)]  # the other one goes on
+
+
+def test_other_errors_show_no_details(tmp_path):
+    service = make_service(tmp_path)
+    service.store.get = lambda source: Path("/secret/place").read_text()
+    page = build_page(service)
+    _, url, _ = launch_page(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    try:
+        with pytest.raises(AppError) as error:
+            Client(url, verbose=False).predict("a", RUN, api_name="/compare")
+        assert "secret" not in str(error.value)
+    finally:
+        page.close()
 
 
 def test_the_one_tool_of_mcp_is_compare(url):
@@ -144,7 +147,7 @@ def test_the_one_tool_of_mcp_is_compare(url):
     with urllib.request.urlopen(f"{url}gradio_api/mcp/schema") as answer:
         (tool,) = json.load(answer)
     assert tool["name"] == "compare" and tool["description"].startswith("Let a language model and a compressed copy")
-    assert {"prompt", "model", "depth", "chat", "order", "seed"} <= set(tool["inputSchema"]["properties"])
+    assert {"prompt", "model", "depth", "chat", "seed"} <= set(tool["inputSchema"]["properties"])
 
 
 def test_the_page_names_no_other_host(url):

@@ -15,9 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, load_model, load_tokenizer
 from hf_layerprune.cli.estimate import _config as config_to_plan
 from hf_layerprune.demo.catalog import open_catalog
-from hf_layerprune.demo.facts import read_facts
-from hf_layerprune.demo.settings import DemoSettings, Limits, ModelEntry
-from hf_layerprune.demo.store import ModelStore
+from hf_layerprune.demo.settings import DemoSettings, ModelEntry
 from hf_layerprune.hub.scrub import hub_id
 from hf_layerprune.loading import load_config
 
@@ -105,9 +103,7 @@ def test_every_verb_reads_it(gguf_file, tmp_path, monkeypatch, capsys):
     assert load_model("layerprune-parallel/model").dtype == torch.bfloat16
     assert config_to_plan(str(gguf_file)).num_hidden_layers == 5
     entry = ModelEntry("tiny", teacher=str(gguf_file), student="layerprune-parallel/model")
-    pairing = open_catalog(DemoSettings((entry,))).first
-    facts = read_facts(pairing, ModelStore(max_models=1), Limits())
-    assert facts.complete and facts.can_chat
+    assert open_catalog(DemoSettings([entry]))["tiny"].can_chat
 
 
 def test_in_python_the_options_of_transformers_name_it(gguf_file, texts, tmp_path):

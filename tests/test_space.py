@@ -122,7 +122,7 @@ def test_a_yaml_list_is_pushed_as_it_is(hub, worker, tmp_path, pushed):
         (["me/student", "--repo_id", "you/space"], "cannot write to you/space"),
         (["me/student", "--repo_id", "a b"], "no name of a repository"),
         (["me/student", "--repo_id", "me/taken"], "holds something else"),
-        (["--models", "LOCAL", "--repo_id", "me/space"], "is no model on the Hub"),
+        (["--models", "LOCAL", "--repo_id", "me/space"], "is not a model on the Hub"),
     ],
     ids=str,
 )
@@ -141,10 +141,10 @@ def test_mistakes_are_one_line_and_nothing_is_sent(hub, worker, pushed, tmp_path
     [
         ("run: me/typo", "me/typo"),
         ("run: me/teacher", "no plan.json"),
-        ("{teacher: me/typo, student: me/student}", "a: me/typo is not on the Hub"),
-        ("{teacher: me/teacher, student: me/typo@v1}", "a: me/typo@v1 is not on the Hub"),
+        ("{teacher: me/typo, student: me/student}", "a: looking at me/typo"),
+        ("{teacher: me/teacher, student: me/typo@v1}", "a: looking at me/typo@v1"),
         ("{teacher: me/teacher, student: me/student@9-layers}", "me/student@9-layers"),
-        ("run: me/local", "was made from teacher, which is no model on the Hub"),
+        ("run: me/local", "was made from 'teacher', which is not a model on the Hub"),
     ],
     ids=str,
 )
@@ -181,4 +181,4 @@ def test_a_pushed_run_whose_original_is_only_a_name_asks_for_it(hub, worker, pus
     student = hub.repos["me/student"].files()
     hub.seed("me/local", student | {"report.json": student["report.json"].replace(b"me/teacher", b"teacher")})
     status, _, err = worker.run("demo", "me/local")
-    assert status == 2 and "made from teacher, which is no model on the Hub; name its original" in err
+    assert status == 2 and "made from 'teacher', which is not a model on the Hub; name its original" in err

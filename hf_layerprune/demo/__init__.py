@@ -1,23 +1,22 @@
-"""The demo: original and compressed side by side in the browser, as `hf-layerprune demo` and as a Space.
+"""The demo: teacher and student side by side in the browser, as `hf-layerprune demo` and as a Space.
 
-Everything but `page` works without Gradio.
+Only `page` needs Gradio.
 """
 
-from .catalog import Catalog, open_catalog
+from .catalog import Pairing, open_catalog
 from .service import DemoService
-from .serving import launch, launch_space, open_demo
+from .serving import launch, launch_space
 from .settings import DemoSettings, Limits, ModelEntry, read_settings, settings_of
 
 __all__ = [
-    "Catalog",
     "DemoService",
     "DemoSettings",
     "Limits",
     "ModelEntry",
+    "Pairing",
     "launch",
     "launch_space",
     "open_catalog",
-    "open_demo",
     "read_settings",
     "settings_of",
 ]

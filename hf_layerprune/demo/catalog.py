@@ -1,4 +1,7 @@
-"""The models a demo offers, resolved: an original, its students by depth, and what the run says of them."""
+"""The models that a demo offers: a teacher, its students by depth, and what their run measured.
+
+The one module of the demo that reads the report of a run.
+"""
 
 from __future__ import annotations
 
@@ -8,222 +11,224 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from matplotlib.figure import Figure
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError
 from ..hub import RunFolder, load_run
 from ..hub.client import READING, patiently
 from ..hub.push import depth_tag
 from ..hub.scrub import hub_id
-from ..loading import EMBEDDED, load_config
+from ..loading import EMBEDDED, is_gguf, load_config, load_tokenizer, resolve, split_revision
 from ..plan import LayerPlan
+from ..plots import layer_map_text, plot_layer_map, plot_quality
+from ..record import RunRecord
 from ..surgery import plan_of
-from .settings import DemoSettings, ModelEntry
+from .generation import Sampling
+from .settings import DemoSettings, Limits, ModelEntry
+from .store import ModelSource
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """What is loaded: a folder or Hub id, and perhaps a plan that is then applied.
+class Student:
+    """A compressed model.
 
     Attributes:
-        name (`str`): folder, Hub id or `"embedded"`.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        plan ([`LayerPlan`], *optional*): rearranges the layers of the loaded model.
+        source ([`ModelSource`]): where it is loaded from.
+        plan ([`LayerPlan`]): the teacher's layers in it.
+        round (`int`): the round that made it, from 1; 0 without a run.
     """
 
-    name: str
-    revision: str | None = None
-    plan: LayerPlan | None = None
-
-
-def revision_of(source: ModelSource) -> dict[str, str]:
-    """The revision as an option of what loads it; none if it has none, or its name says it."""
-    return {"revision": source.revision} if source.revision else {}
+    source: ModelSource
+    plan: LayerPlan
+    round: int = 0
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """An original and the students it is compared with.
+    """A teacher and the students that it is compared with.
 
     Attributes:
         name (`str`): what the visitor chooses by.
         teacher ([`ModelSource`]): the original.
-        students (`dict[int, ModelSource]`): the compressed models by depth, deepest first.
-        plans (`dict[int, LayerPlan]`): which layers of the original each holds.
-        report (`dict`, *optional*): what the run measured, where there was one.
+        students (`tuple[Student, ...]`): the compressed models, deepest first.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of all of them.
+        context (`int`): positions that a prompt and its answer share.
+        sampling ([`Sampling`]): as the teacher's checkpoint says.
+        run ([`RunRecord`], *optional*): what the run measured.
         description (`str`): a sentence about it.
         examples (`tuple[str, ...]`): prompts to click.
     """
 
     name: str
     teacher: ModelSource
-    students: dict[int, ModelSource]
-    plans: dict[int, LayerPlan]
-    report: dict[str, Any] | None = None
+    students: tuple[Student, ...]
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    sampling: Sampling
+    run: RunRecord | None = None
     description: str = ""
     examples: tuple[str, ...] = ()
 
     @property
+    def can_chat(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    @property
     def depths(self) -> list[int]:
         """Depths to choose from, deepest first."""
-        return sorted(self.students, reverse=True)
+        return [student.plan.depth for student in self.students]
 
-    def depth(self, wanted: Any) -> int:
-        """The depth that is nearest to a wanted one; the shallowest for none, and for 0.
-
-        Raises:
-            [`LayerPruneError`]: if it is no number.
-        """
-        if wanted in (None, 0):
-            return self.depths[-1]
-        if type(wanted) not in (int, float) or not -1e9 < wanted < 1e9:
-            raise LayerPruneError(f"depth={wanted!r:.50} must be a number of layers")
-        return min(self.depths, key=lambda depth: (abs(depth - wanted), depth))
-
-    def rounds(self, depth: int) -> list[dict[str, Any]]:
-        """The records of the rounds that led to a depth; empty without a report."""
-        every = self.report["rounds"] if self.report else []
-        last = max((n for n, record in enumerate(every, 1) if record["num_layers"] == depth), default=0)
-        return every[:last]
-
-
-class Catalog:
-    """Everything a visitor can choose, and nothing else."""
-
-    def __init__(self, pairings: list[Pairing]) -> None:
-        self._pairings = {pairing.name: pairing for pairing in pairings}
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._pairings)
-
-    @property
-    def first(self) -> Pairing:
-        return next(iter(self._pairings.values()))
-
-    def __getitem__(self, name: Any) -> Pairing:
-        """The pairing of a name; the first one for an empty name.
+    def student(self, depth: Any = None) -> Student:
+        """The student with the nearest depth; the shallowest for `None` and 0.
 
         Raises:
-            [`LayerPruneError`]: if the list has no such name.
+            [`LayerPruneError`]: if `depth` is not a number.
         """
-        if name in ("", None):
-            return self.first
-        if not isinstance(name, str) or name not in self._pairings:
-            raise LayerPruneError(f"model={name!r:.100} is not on the list; choose one of {', '.join(self.names)}")
-        return self._pairings[name]
+        if depth in (None, 0):
+            return self.students[-1]
+        if type(depth) not in (int, float):  # not `isinstance`: True is an int
+            raise LayerPruneError(f"depth={depth!r:.50} must be a number of layers")
+        return min(self.students, key=lambda student: (abs(student.plan.depth - depth), student.plan.depth))
+
+    def about_layers(self, depth: int) -> str:
+        """What became of the teacher's layers, in Markdown."""
+        plan = self.student(depth).plan
+        return (
+            f"{plan.num_teacher_layers} layers became {plan.depth}. A dot is a removed layer; brackets hold layers "
+            f"that run in parallel, as one.\n\n```text\n{layer_map_text(plan)}\n```"
+        )
+
+    def layer_map(self, depth: int) -> Figure | None:
+        """What each edit cost in the rounds up to a depth; `None` without a run."""
+        return self.run and plot_layer_map(self.run.until(self.student(depth).round))
+
+    def quality(self) -> Figure | None:
+        """Perplexity against depth; `None` without a run."""
+        return self.run and plot_quality(self.run)
 
 
-def open_catalog(
-    settings: DemoSettings,
-    on_message: Callable[[str], None] = lambda text: None,
-    draw: Callable[[Pairing, int], object] = lambda pairing, depth: None,
-) -> Catalog:
-    """Resolve the list of a demo; of several entries one that cannot be opened or drawn is left out, and told.
+def open_catalog(settings: DemoSettings, on_message: Callable[[str], None] = lambda text: None) -> dict[str, Pairing]:
+    """Open every entry of a list; those that cannot be opened are left out.
 
     Args:
         settings ([`DemoSettings`]): the list.
-        on_message (`Callable`, *optional*): told what is left out.
-        draw (`Callable`, *optional*): draws a pairing at a depth, to see whether it can be.
+        on_message (`Callable`, *optional*): called with what is left out, and why.
+
+    Returns:
+        `dict[str, Pairing]`: everything that a visitor can choose, by name.
 
     Raises:
         [`LayerPruneError`]: if none can be opened.
     """
-    pairings, problems = [], []
+    pairings: dict[str, Pairing] = {}
+    problems = []
     for entry in settings.models:
         try:
-            pairings.append(_drawn(_open(entry), draw))
+            pairings[entry.name] = _open(entry, settings.limits)
         except LayerPruneError as error:
             problems.append(f"{entry.name}: {error}")
     if not pairings:
         raise LayerPruneError("; ".join(problems))
     for problem in problems:
         on_message(f"left out: {problem}")
-    return Catalog(pairings)
+    return pairings
 
 
-def _drawn(pairing: Pairing, draw: Callable[[Pairing, int], object]) -> Pairing:
-    """The pairing, once all of it was drawn: a report may hold anything."""
-    try:
-        for depth in pairing.depths:
-            draw(pairing, depth)
-    except Exception as error:
-        raise LayerPruneError(f"its report cannot be drawn: {first_line(error):.200}") from error
-    return pairing
+def _open(entry: ModelEntry, limits: Limits) -> Pairing:
+    if entry.run is None:
+        teacher, students, run = *_named(entry), None
+    elif (Path(entry.run) / "rounds").is_dir():
+        teacher, students, run = _run_here(entry, entry.run)
+    else:
+        teacher, students, run = _pushed_run(entry, entry.run)
+    by_depth = {student.plan.depth: student for student in students}  # of two with the same depth the later
+    config = load_config(teacher.name, **teacher.options)
+    return Pairing(
+        name=entry.name,
+        teacher=teacher,
+        students=tuple(by_depth[depth] for depth in sorted(by_depth, reverse=True)),
+        tokenizer=load_tokenizer(teacher.name, **teacher.options),
+        context=config.max_position_embeddings,
+        sampling=Sampling.of_checkpoint(_generation_config(teacher.name), limits),
+        run=run,
+        description=entry.description,
+        examples=tuple(entry.examples),
+    )
 
 
-def _open(entry: ModelEntry) -> Pairing:
-    if entry.run is not None and Path(entry.run).is_dir() and (Path(entry.run) / "rounds").is_dir():
-        return _local_run(entry)
-    if entry.run is not None:
-        return _single_or_pushed(entry)
+def _named(entry: ModelEntry) -> tuple[ModelSource, list[Student]]:
+    """A teacher, and a student or a plan."""
     teacher = ModelSource(entry.teacher or EMBEDDED)
     config = load_config(teacher.name)
     if entry.plan is not None:
         plan = LayerPlan(entry.plan, plan_of(config).num_teacher_layers)
-        student = ModelSource(teacher.name, plan=plan)
-    else:
-        student = ModelSource(str(entry.student))
-        other = load_config(student.name)
-        if other.vocab_size != config.vocab_size:
-            raise LayerPruneError(
-                f"{student.name} has a vocabulary of {other.vocab_size} tokens and {teacher.name} one of "
-                f"{config.vocab_size}; compare models with the same tokenizer"
-            )
-        plan = plan_of(other)
-    return _pairing(entry, teacher, {plan.depth: student}, {plan.depth: plan}, None)
+        return teacher, [Student(ModelSource(teacher.name, plan=plan), plan)]
+    student = load_config(str(entry.student))
+    if student.vocab_size != config.vocab_size:
+        raise LayerPruneError(
+            f"{entry.student} has a vocabulary of {student.vocab_size} tokens and {teacher.name} one of "
+            f"{config.vocab_size}; compare models with the same tokenizer"
+        )
+    return teacher, [Student(ModelSource(str(entry.student)), plan_of(student))]
 
 
-def _local_run(entry: ModelEntry) -> Pairing:
+def _run_here(entry: ModelEntry, folder: str) -> tuple[ModelSource, list[Student], RunRecord]:
     """A run on this machine: the student of every round that was kept."""
-    run = RunFolder.open(str(entry.run))
-    students, plans = {}, {}
-    for number in range(1, len(run.report["rounds"]) + 1):
-        plan = run.plan(number)
+    run, students = RunFolder.open(folder), []
+    for number in range(1, len(run.record.rounds) + 1):
         try:
-            students[plan.depth] = ModelSource(str(run.student(number)))  # of two rounds with one depth the later
-        except LayerPruneError:
+            students.append(Student(ModelSource(str(run.student(number))), run.plan(number), number))
+        except LayerPruneError:  # it was deleted
             continue
-        plans[plan.depth] = plan
     if not students:
-        raise LayerPruneError(f"{entry.run} no longer holds any student")
-    return _pairing(entry, _teacher(entry, run.report, run.settings), students, plans, run.report)
+        raise LayerPruneError(f"{folder} no longer holds any student")
+    return _teacher(entry, run.record, run.settings), students, run.record
 
 
-def _single_or_pushed(entry: ModelEntry) -> Pairing:
-    """A student that was pushed, with the tags of its other depths, or one that was downloaded."""
-    run = load_run(str(entry.run))
-    students, plans = {run.plan.depth: ModelSource(run.name, run.revision)}, {run.plan.depth: run.plan}
+def _pushed_run(entry: ModelEntry, name: str) -> tuple[ModelSource, list[Student], RunRecord]:
+    """A pushed student with the tags of its other depths, or a downloaded one."""
+    run = load_run(name)
+    rounds, students = run.record.rounds, []
     if run.revision is not None:
         refs = patiently(f"looking at {run.name}", HfApi().list_repo_refs, run.name, purpose=READING)
         tags = {ref.name: ref.target_commit for ref in refs.tags}
-        for record in run.report["rounds"]:
-            plan, tag = LayerPlan.from_dict(record["plan"]), depth_tag(record["num_layers"])
-            if tag in tags and plan.depth not in students:
-                students[plan.depth], plans[plan.depth] = ModelSource(run.name, tags[tag]), plan
-    settings = RunFolder.open(str(entry.run)).settings if run.revision is None else {}
-    return _pairing(entry, _teacher(entry, run.report, settings), students, plans, run.report)
+        for record in rounds:
+            if (commit := tags.get(depth_tag(record.depth))) is not None:
+                students.append(Student(ModelSource(run.name, commit), record.plan, record.number))
+    students.append(Student(ModelSource(run.name, run.revision), run.plan, len(rounds)))
+    settings = RunFolder.open(name).settings if run.revision is None else {}
+    return _teacher(entry, run.record, settings), students, run.record
 
 
-def _teacher(entry: ModelEntry, report: dict[str, Any], settings: dict[str, Any]) -> ModelSource:
-    """The original: what the list says, else the run: its `settings` where it lies here, else its report.
+def _teacher(entry: ModelEntry, run: RunRecord, settings: dict[str, Any]) -> ModelSource:
+    """The teacher in the list, or else in the run: in its settings if it is on this machine, else in its report.
 
-    A report tells of a local model the name of its folder only, which elsewhere may be anything.
+    Of a local model a report holds the name of its folder only, which elsewhere may be anything.
     """
-    if entry.teacher:
-        return ModelSource(entry.teacher)
-    name = str(settings.get("teacher") or settings.get("model") or report["teacher"]["name"])
-    if name == EMBEDDED or hub_id(name) is not None or settings and Path(name).is_absolute():
-        return ModelSource(name)
-    origin = f"{name}, which is no model on the Hub" if name else "what it does not say"
-    raise LayerPruneError(f"{entry.run} was made from {origin}; name its original, as teacher")
+    name = str(entry.teacher or settings.get("teacher") or settings.get("model") or run.teacher.name)
+    if not entry.teacher and name != EMBEDDED and hub_id(name) is None and not (settings and Path(name).is_absolute()):
+        raise LayerPruneError(
+            f"{entry.run} was made from {name!r}, which is not a model on the Hub; name its original, as teacher"
+        )
+    return ModelSource(name)
 
 
-def _pairing(
-    entry: ModelEntry,
-    teacher: ModelSource,
-    students: dict[int, ModelSource],
-    plans: dict[int, LayerPlan],
-    report: dict[str, Any] | None,
-) -> Pairing:
-    ordered = dict(sorted(students.items(), reverse=True))
-    return Pairing(entry.name, teacher, ordered, plans, report, entry.description, entry.examples)
+def pushed_run(name: str, token: str | bool | None = None) -> tuple[str, LayerPlan]:
+    """The name of a pushed run's teacher, and the plan of its student.
+
+    Raises:
+        [`LayerPruneError`]: if there is no such run on the Hub.
+    """
+    run = load_run(name, token=token)
+    return run.record.teacher.name, run.plan
+
+
+def _generation_config(name: str) -> GenerationConfig:
+    """The checkpoint's, or an empty one where it has none."""
+    if is_gguf(name):
+        return GenerationConfig()
+    try:
+        return GenerationConfig.from_pretrained(resolve(name), revision=split_revision(name)[1] or "main")
+    except (OSError, ValueError):
+        return GenerationConfig()

@@ -12,6 +12,10 @@ from ..forward import final_states, measuring
 
 ROWS_AT_ONCE = 16
 """Positions whose distributions are in memory at a time."""
+TOP = 5
+"""Tokens to show of each model."""
+Expected = tuple[tuple[str, float], ...]
+"""The most likely next tokens and their probabilities."""
 
 
 @dataclass(frozen=True)
@@ -20,59 +24,48 @@ class Position:
 
     Attributes:
         token (`str`): the token there, as text.
-        kl (`float`): KL(original || compressed) of what comes next, in nats.
-        original (`tuple`): the original's most likely next tokens and their probabilities.
-        compressed (`tuple`): the compressed model's.
+        kl (`float`): KL(teacher || student) of what comes next, in nats.
+        original (`tuple`): what the teacher expects next.
+        compressed (`tuple`): what the student expects next.
     """
 
     token: str
     kl: float
-    original: tuple[tuple[str, float], ...]
-    compressed: tuple[tuple[str, float], ...]
+    original: Expected
+    compressed: Expected
 
 
 def compare_next_tokens(
-    original: PreTrainedModel,
-    compressed: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    top: int = 5,
+    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]
 ) -> list[Position]:
-    """Run a text through both models.
+    """Run a text through two models with the same vocabulary.
 
     Args:
-        original ([`~transformers.PreTrainedModel`]): the original.
-        compressed ([`~transformers.PreTrainedModel`]): the compressed model, with the same vocabulary.
+        teacher ([`~transformers.PreTrainedModel`]): the teacher.
+        student ([`~transformers.PreTrainedModel`]): the student.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of both.
         ids (`list[int]`): the text, T tokens.
-        top (`int`, *optional*, defaults to 5): tokens to tell of each model.
 
     Returns:
         `list[Position]`: one for each token.
     """
-    batch = torch.tensor([ids], device=original.device)
+    batch = torch.tensor([ids], device=teacher.device)
     positions: list[Position] = []
-    with measuring(original, compressed):
-        states = [final_states(model, {"input_ids": batch})[0] for model in (original, compressed)]  # (T, H)
+    with measuring(teacher, student):
+        states = [final_states(model, {"input_ids": batch})[0] for model in (teacher, student)]  # (T, H)
         for start in range(0, len(ids), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             logs = [
                 model.get_output_embeddings()(state[rows]).float().log_softmax(-1)  # (rows, V)
-                for model, state in zip((original, compressed), states, strict=True)
+                for model, state in zip((teacher, student), states, strict=True)
             ]
-            divergences = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
-            best = [_best(log, tokenizer, top) for log in logs]
-            for number, kl in enumerate(divergences.tolist()):
-                token = tokenizer.decode([ids[start + number]])
-                positions.append(Position(token, max(0.0, kl), best[0][number], best[1][number]))
+            kls = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).clamp(min=0).tolist()
+            tokens = [tokenizer.decode([index]) for index in ids[rows]]
+            positions += map(Position, tokens, kls, *(_expected(log, tokenizer) for log in logs))
     return positions
 
 
-def _best(
-    log_probabilities: Tensor, tokenizer: PreTrainedTokenizerBase, top: int
-) -> list[tuple[tuple[str, float], ...]]:
-    values, indices = log_probabilities.topk(min(top, log_probabilities.shape[-1]))
-    return [
-        tuple((tokenizer.decode([index]), probability) for index, probability in zip(row, shares, strict=True))
-        for row, shares in zip(indices.tolist(), values.exp().tolist(), strict=True)
-    ]
+def _expected(log_probabilities: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[Expected]:
+    values, indices = log_probabilities.exp().topk(min(TOP, log_probabilities.shape[-1]))
+    rows = zip(indices.tolist(), values.tolist(), strict=True)
+    return [tuple((tokenizer.decode([index]), share) for index, share in zip(*row, strict=True)) for row in rows]

@@ -1,33 +1,74 @@
-"""What the page and the API do with a request, without a word about widgets."""
+"""What the page and the API do with a request: check it, let both models answer, compare what they expect next."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-from transformers import PreTrainedModel
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import LayerPruneError
-from .catalog import Catalog
-from .comparison import Comparer, Prepared, Request, Snapshot
-from .device import gpu_call, in_passing_thread, on_zero_gpu, seconds_on_gpu
-from .difference import difference
+from ..errors import LayerPruneError, first_line
+from .catalog import Pairing
+from .generation import Answer, Generation, Sampling
 from .next_tokens import Position, compare_next_tokens
-from .prompts import clean, encode_text
-from .render import summary_of
-from .settings import DemoSettings
+from .settings import DemoSettings, Limits
 from .store import ModelStore
+
+FEW_TOKENS = 16
+"""With fewer, a speed is a guess."""
+GPU_SECONDS, STARTING_SECONDS, SECONDS_PER_TOKEN = 60, 15, 0.1
+"""A call on ZeroGPU: the longest (longer ones are refused to many visitors), its start, each token of both models."""
+Function = TypeVar("Function", bound=Callable)
+Turn = tuple[str, str, str]
+"""What the visitor wrote, what the teacher answered, what the student answered."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A text for the next-token view, checked, as [`Prepared`] is a comparison."""
+class Comparison:
+    """Two answers so far; the student begins when the teacher has ended, so that each is measured alone."""
 
-    model: str
-    depth: int
-    ids: list[int]
+    original: Answer = Answer()
+    compressed: Answer = Answer()
+
+    @property
+    def ended(self) -> bool:
+        return self.original.ended and self.compressed.ended
+
+    @property
+    def summary(self) -> str:
+        """What was measured, in words; empty before the end."""
+        if not self.ended:
+            return ""
+        teacher, student, parts = self.original, self.compressed, []
+        if teacher.tokens_per_second and student.tokens_per_second:
+            ratio = student.tokens_per_second / teacher.tokens_per_second
+            parts.append(
+                f"The compressed model ran at {ratio:.2f} times the speed of the original: "
+                f"{rate(student.tokens_per_second)} tokens/s against {rate(teacher.tokens_per_second)}."
+            )
+            if min(teacher.num_tokens, student.num_tokens) < FEW_TOKENS:
+                parts.append("These were few tokens; longer answers measure better.")
+        if teacher.num_parameters and student.num_parameters:
+            share = student.num_parameters / teacher.num_parameters - 1
+            parameters = f"{share:+.0%} parameters" if abs(share) >= 0.005 else "as many parameters"
+            parts.append(f"It has {student.num_layers} layers instead of {teacher.num_layers}, and {parameters}.")
+        if teacher.out_of_time or student.out_of_time:
+            parts.append("An answer was cut: it took as long as it may.")
+        where = first_difference(teacher.text, student.text)
+        common = 0 if where is None else len(teacher.text[: where[0]].split())
+        parts.append("Both gave the same answer." if where is None else f"The answers part after {common} words.")
+        return " ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as the API returns it."""
+        return asdict(self) | {"ended": self.ended, "summary": self.summary}
 
 
 class DemoService:
@@ -35,89 +76,202 @@ class DemoService:
 
     Args:
         settings ([`DemoSettings`]): models and limits.
-        catalog ([`Catalog`]): the models, resolved.
+        catalog (`dict[str, Pairing]`): the models, opened.
         store ([`ModelStore`], *optional*): where they are kept; by default a new one as large as the limits allow.
     """
 
-    def __init__(self, settings: DemoSettings, catalog: Catalog, store: ModelStore | None = None) -> None:
+    def __init__(self, settings: DemoSettings, catalog: dict[str, Pairing], store: ModelStore | None = None) -> None:
         self.settings = settings
         self.limits = settings.limits
         self.catalog = catalog
         self.store = store or ModelStore(settings.limits.max_models, settings.dtype)
-        self.comparer = Comparer(catalog, self.store, settings.limits)
-        self._on_device = gpu_call(self._work, _seconds)
+        self._compare = gpu_call(self._compare_on_device, lambda *job: job[-1].max_new_tokens)
+        self._inspect = gpu_call(self._inspect_on_device, lambda *job: 0)
 
-    def warm_up(self) -> None:
-        """Read what every page needs, and load the first pairing; on ZeroGPU as many as there is room for."""
-        pairings = [self.catalog[name] for name in self.catalog.names]
-        for pairing in pairings:
-            self.comparer.facts(pairing)
-        for pairing in pairings[: self.limits.max_models // 2] if on_zero_gpu() else pairings[:1]:
-            in_passing_thread(self.comparer.preload, pairing)
-
-    def stream(self, request: Request, stop: threading.Event | None = None) -> Iterator[Snapshot]:
-        """Snapshots of a comparison until it has ended, or `stop` is set; the models have let go of the device then.
+    def pairing(self, name: str = "") -> Pairing:
+        """The pairing of a name; the first for an empty name.
 
         Raises:
-            [`LayerPruneError`]: if the request is beyond the limits, or not of the list.
+            [`LayerPruneError`]: if the list has no such name.
         """
-        job = self.comparer.prepare(request)
-        if on_zero_gpu():  # loading would be time on the GPU, and lost with the process that gets it
-            in_passing_thread(self.comparer.preload, self.catalog[job.model], job.depth)
-        running = self._on_device(job)
-        last = None
-        try:
-            for snapshot in running:
-                last = snapshot
-                if stop is not None and stop.is_set() and not snapshot.ended:
-                    break
-                yield snapshot
-        finally:
-            running.close()
-        if last is not None and not last.ended:
-            yield last.stopped()
+        if not isinstance(name, str) or (name and name not in self.catalog):
+            raise LayerPruneError(f"model={name!r:.100} is not on the list; choose one of {', '.join(self.catalog)}")
+        return self.catalog[name or next(iter(self.catalog))]
 
-    def inspect(self, text: str, model: str, depth: int) -> list[Position]:
+    def warm_up(self) -> None:
+        """Load the first pairing; on ZeroGPU as many as there is room for."""
+        for name in list(self.catalog)[: self.limits.max_models // 2 if on_zero_gpu() else 1]:
+            in_passing_thread(self._models, name, 0)
+
+    def stream(
+        self,
+        prompt: str,
+        model: str = "",
+        depth: int = 0,
+        chat: bool = False,
+        sampling: dict[str, Any] | None = None,
+        history: Sequence[Turn] = (),
+    ) -> Iterator[Comparison]:
+        """Compare two answers as they grow. Closing the iterator stops the model that runs.
+
+        Args:
+            prompt (`str`): text to continue, or message.
+            model (`str`, *optional*): name on the list; the first by default.
+            depth (`int`, *optional*): of the student; the shallowest by default.
+            chat (`bool`, *optional*, defaults to `False`): whether the prompt is a message of a conversation.
+            sampling (`dict`, *optional*): values that differ from the teacher's [`Sampling`].
+            history (`Sequence[Turn]`, *optional*): the turns before.
+
+        Raises:
+            [`LayerPruneError`]: if the request is beyond the limits or not on the list, or a model cannot be loaded.
+        """
+        pairing, limits = self.pairing(model), self.limits
+        student, drawn = pairing.student(depth), pairing.sampling.changed(sampling or {}, limits)
+        prompts = encode(pairing.tokenizer, cleaned(prompt, limits), history if chat else None)
+        for ids in prompts:
+            check_length(ids, min(limits.max_prompt_tokens, pairing.context - 1))
+            if len(ids) + drawn.max_new_tokens > pairing.context:
+                raise LayerPruneError(
+                    f"the prompt has {len(ids):,} tokens and shares the {pairing.context:,} positions of this model "
+                    f"with the answer; ask for at most {pairing.context - len(ids):,} new tokens"
+                )
+        if on_zero_gpu():  # loading would be time on the GPU, and lost with the process that gets it
+            in_passing_thread(self._models, pairing.name, student.plan.depth)
+        yield from self._compare(pairing.name, student.plan.depth, prompts, drawn)
+
+    def inspect(self, text: str, model: str = "", depth: int = 0) -> list[Position]:
         """What both models expect at every position of a text.
 
         Raises:
             [`LayerPruneError`]: if the text is beyond the limits, or a model cannot be loaded.
         """
-        pairing = self.catalog[model]
-        ids = encode_text(self.store.tokenizer(pairing), clean(text, self.limits, "the text"))
-        if len(ids) > self.limits.max_inspected_tokens:
-            raise LayerPruneError(
-                f"the text has {len(ids):,} tokens; at most {self.limits.max_inspected_tokens} are looked at here. "
-                "Shorten it."
-            )
-        job = Reading(pairing.name, pairing.depth(depth), ids)
-        in_passing_thread(self._models, job)
-        (positions,) = self._on_device(job)
-        return positions
+        pairing = self.pairing(model)
+        ids = pairing.tokenizer(cleaned(text, self.limits))["input_ids"]
+        check_length(ids, min(self.limits.max_inspected_tokens, pairing.context))
+        in_passing_thread(self._models, pairing.name, depth)
+        return self._inspect(pairing.name, depth, ids)
 
-    def _work(self, job: Prepared | Reading) -> Iterator[Any]:
-        """All that runs on the device."""
-        if isinstance(job, Prepared):
-            yield from self.comparer.run(job)
-            return
-        tokenizer = self.store.tokenizer(self.catalog[job.model])
-        yield in_passing_thread(compare_next_tokens, *self._models(job), tokenizer, job.ids)
+    def most_new_tokens(self, pairing: Pairing) -> int:
+        """The longest answer that the limits and the model allow."""
+        return max(1, min(self.limits.max_new_tokens, pairing.context - 1))
 
-    def _models(self, job: Reading) -> list[PreTrainedModel]:
-        pairing = self.catalog[job.model]
-        return [self.store.get(source).model for source in (pairing.teacher, pairing.students[job.depth])]
+    def _compare_on_device(
+        self, name: str, depth: int, prompts: tuple[list[int], list[int]], sampling: Sampling
+    ) -> Iterator[Comparison]:
+        pairing, answers = self.catalog[name], [Answer(), Answer()]
+        seconds: float = self.limits.max_seconds
+        if on_zero_gpu():  # both answers must end within the call
+            seconds = min(seconds, (seconds_on_gpu(sampling.max_new_tokens) - 5) / 2)
+        for side, source in enumerate((pairing.teacher, pairing.student(depth).source)):
+            load = partial(self.store.get, source)
+            with closing(Generation(load, pairing.tokenizer, prompts[side], sampling, seconds).answers()) as growing:
+                for answer in growing:
+                    answers[side] = answer
+                    yield Comparison(*answers)
+
+    def _inspect_on_device(self, name: str, depth: int, ids: list[int]) -> list[Position]:
+        models = self._models(name, depth)
+        return in_passing_thread(compare_next_tokens, *models, self.catalog[name].tokenizer, ids)
+
+    def _models(self, name: str, depth: int) -> list[PreTrainedModel]:
+        pairing = self.catalog[name]
+        return [self.store.get(source) for source in (pairing.teacher, pairing.student(depth).source)]
 
 
-def _seconds(job: Prepared | Reading) -> int:
-    return seconds_on_gpu(job.sampling.max_new_tokens if isinstance(job, Prepared) else 0)
+def cleaned(text: object, limits: Limits) -> str:
+    """The text of a visitor, as a tokenizer takes it.
+
+    Raises:
+        [`LayerPruneError`]: if it is not text, empty or too long.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise LayerPruneError("the prompt is empty; write something, or choose an example")
+    if len(text) > limits.max_prompt_characters:
+        raise LayerPruneError(
+            f"the prompt has {len(text):,} characters; at most {limits.max_prompt_characters:,} are read"
+        )
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is not a character
 
 
-def to_dict(snapshot: Snapshot) -> dict[str, Any]:
-    """A snapshot as the API answers it."""
-    answers = {"original": snapshot.original, "compressed": snapshot.compressed}
-    content: dict[str, Any] = {name: asdict(answer) for name, answer in answers.items()}
-    if snapshot.ended:
-        pieces = difference(snapshot.original.text, snapshot.compressed.text)
-        for name, side in zip(answers, pieces, strict=True):
-            content[name]["parting_words"] = [piece.text.strip() for piece in side if piece.parts]
-    return content | {"ended": snapshot.ended, "order": snapshot.order, "summary": summary_of(snapshot)}
+def check_length(ids: list[int], most: int) -> None:
+    """Raise [`LayerPruneError`] unless the prompt has 1 to `most` tokens."""
+    if not 1 <= len(ids) <= most:
+        raise LayerPruneError(
+            f"the prompt has {len(ids):,} tokens; 1 to {most:,} are read. Shorten it, or start anew."
+        )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, history: Sequence[Turn] | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids for both models: they differ where a conversation has gone apart.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of both models.
+        prompt (`str`): text to continue, or message.
+        history (`Sequence[Turn]`, *optional*): the turns before a message; without it the prompt is a text.
+
+    Raises:
+        [`LayerPruneError`]: if the tokenizer has no chat template, or it fails.
+    """
+    if history is None:
+        return (tokenizer(prompt)["input_ids"],) * 2
+    if not tokenizer.chat_template:
+        raise LayerPruneError("this model has no chat template; let it continue a text instead")
+    prompts = []
+    for side in (1, 2):
+        texts = [text for turn in history for text in (turn[0], turn[side])] + [prompt]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+        try:
+            prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except (TemplateError, ValueError, TypeError) as error:
+            raise LayerPruneError(f"the chat template of this model fails: {first_line(error):.200}") from error
+    return prompts[0], prompts[1]
+
+
+def first_difference(one: str, other: str) -> tuple[int, int] | None:
+    """Where in each of two texts the first different word begins; `None` if their words are the same."""
+    words = [list(re.finditer(r"\S+", text)) for text in (one, other)]
+    pairs = enumerate(zip(*words, strict=False))
+    same = next((n for n, (a, b) in pairs if a.group() != b.group()), min(map(len, words)))
+    if same == len(words[0]) == len(words[1]):
+        return None
+    starts = [side[same].start() if same < len(side) else side[0].endpos if side else 0 for side in words]
+    return starts[0], starts[1]
+
+
+def rate(tokens_per_second: float) -> str:
+    """Tokens per second, to three digits."""
+    return f"{tokens_per_second:.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
+
+
+def in_passing_thread(function: Callable[..., Any], *args: object) -> Any:
+    """Call `function` in a thread that ends with the call; see [`Generation`] for the reason."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(function, *args).result()
+
+
+def on_zero_gpu() -> bool:
+    """Whether this is a Space on ZeroGPU hardware, which lends a GPU to each call that is marked for it."""
+    return bool(os.environ.get("SPACES_ZERO_GPU"))
+
+
+def seconds_on_gpu(num_tokens: int) -> int:
+    """How long a call on ZeroGPU may take: the less is asked for, the sooner and the more often it is granted."""
+    return min(GPU_SECONDS, round(STARTING_SECONDS + SECONDS_PER_TOKEN * num_tokens))
+
+
+def gpu_call(function: Function, num_tokens: Callable[..., int]) -> Function:
+    """`function`, marked as what needs the GPU; itself where there is no ZeroGPU.
+
+    There it runs in a forked process: arguments and results are pickled, and of an exception only its kind is left.
+
+    Args:
+        function (`Callable`): what needs the GPU.
+        num_tokens (`Callable`): tokens that each of the two models may write, from the same arguments.
+    """
+    if not on_zero_gpu():
+        return function
+    import spaces
+
+    return spaces.GPU(duration=lambda *job: seconds_on_gpu(num_tokens(*job)))(function)

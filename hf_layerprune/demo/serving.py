@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,74 +11,36 @@ from typing import Any
 
 from ..errors import LayerPruneError
 from .catalog import open_catalog
-from .device import prepare_zero_gpu
-from .render import render_inside
-from .service import DemoService
+from .service import DemoService, on_zero_gpu
 from .settings import DemoSettings, read_settings
 
 logger = logging.getLogger(__name__)
 
-FIRST_PORT = 7860
 
-
-def open_demo(settings: DemoSettings, on_message: Callable[[str], None] = logger.warning) -> Any:
-    """The page of a demo, its first two models loaded.
+def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.warning, **options: Any) -> Any:
+    """Load the first two models of a demo, and serve its page until it is interrupted.
 
     Args:
         settings ([`DemoSettings`]): models and limits.
-        on_message (`Callable`, *optional*): told what could not be opened.
-
-    Returns:
-        `gradio.Blocks`
+        on_message (`Callable`, *optional*): called with what cannot be opened, and why.
+        options: passed to Gradio's `launch`, such as `server_port`.
 
     Raises:
-        [`LayerPruneError`]: if Gradio is not installed, or no model of the list can be opened.
+        [`LayerPruneError`]: if Gradio is not installed, no model of the list can be opened, or the port is taken.
     """
     if find_spec("gradio") is None:
         raise LayerPruneError("the demo needs Gradio; install it with: pip install 'hf-layerprune[demo]'")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-    prepare_zero_gpu()
-    from .page import build_page
+    if on_zero_gpu():
+        import spaces  # noqa: F401  # takes over CUDA, before anything touches a GPU
+    from . import page
 
-    service = DemoService(settings, open_catalog(settings, on_message, render_inside))
+    service = DemoService(settings, open_catalog(settings, on_message))
     service.warm_up()
-    return build_page(service)
-
-
-def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.warning, **options: Any) -> Any:
-    """Open a demo and serve it until it is interrupted.
-
-    Args:
-        settings ([`DemoSettings`]): models and limits.
-        on_message (`Callable`, *optional*): told what could not be opened.
-        options: passed to Gradio's `launch`, such as `server_port`.
-
-    Raises:
-        [`LayerPruneError`]: as [`open_demo`], or if the port is taken.
-    """
-    page = open_demo(settings, on_message)
-    from .page import launch_page
-
-    if options.get("server_port") is None and "GRADIO_SERVER_PORT" not in os.environ:
-        # Gradio would try one port after the other itself, but an MCP server can be started only once
-        options["server_port"] = _free_port(options.get("server_name") or "127.0.0.1")
     try:
-        return launch_page(page, **options)
+        return page.launch_page(page.build_page(service), **options)
     except OSError as error:
         raise LayerPruneError(f"the demo cannot be served: {error}") from error
-
-
-def _free_port(host: str) -> int | None:
-    """The first free port of those that Gradio serves on; none, and the error is Gradio's."""
-    for port in range(FIRST_PORT, FIRST_PORT + 100):
-        with socket.socket() as attempt:
-            attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                attempt.bind((host, port))
-            except OSError:
-                continue
-            return port
-    return None
 
 
 def launch_space(models: str | Path) -> None:

@@ -1,41 +1,34 @@
-"""What a demo shows and allows: the list of models, read from YAML or named on the command line, and the limits."""
+"""What a demo shows and allows: the list of models, from YAML or the command line, and the limits."""
 
-from __future__ import annotations
+# no `from __future__ import annotations`: `strict` reads the types of the fields
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError
 
-EXAMPLES = (
-    "The old man looked out of the window and",
-    "She opened the letter slowly, and when she had read it",
-    "It was a dark and stormy night;",
-)
-"""Beginnings that suit a model that was trained on books."""
-CHAT_EXAMPLES = (
-    "Why is the sky blue? Answer in two sentences.",
-    "Write a short poem about a lighthouse.",
-    "Name three differences between a list and a tuple in Python.",
-)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class Limits:
     """What one visitor may ask for; enforced on the server.
 
     Attributes:
         max_prompt_characters (`int`): longest prompt, in characters.
-        max_prompt_tokens (`int`): longest prompt, or chat so far, in tokens.
+        max_prompt_tokens (`int`): longest prompt, or conversation so far, in tokens.
         max_new_tokens (`int`): longest answer, in tokens.
         max_inspected_tokens (`int`): longest text of the next-token view, in tokens.
         max_seconds (`int`): longest time for one answer.
         max_waiting (`int`): visitors that may wait in the queue.
-        max_models (`int`): models kept in memory; the one that was used longest ago goes first.
+        max_models (`int`): models kept in memory; the least recently used goes first.
     """
 
     max_prompt_characters: int = 4000
@@ -47,26 +40,25 @@ class Limits:
     max_models: int = 4
 
     def __post_init__(self) -> None:
-        for limit in fields(self):
-            value, least = getattr(self, limit.name), 2 if limit.name == "max_models" else 1
-            if type(value) is not int or value < least:
-                raise LayerPruneError(f"{limit.name}={value!r} must be a whole number of at least {least}")
+        for name, value in vars(self).items():
+            least = 2 if name == "max_models" else 1
+            if value < least:
+                raise LayerPruneError(f"{name}={value} must be at least {least}")
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class ModelEntry:
-    """One line of the list that visitors choose from.
-
-    A run, or an original and a student, or an original and a plan that is applied to it when it is loaded.
+    """One line of the list that visitors choose from: a run, a teacher and a student, or a teacher and a plan.
 
     Attributes:
         name (`str`): what the visitor sees.
-        run (`str`, *optional*): output folder of a run, or Hub id of a student that was pushed.
-        teacher (`str`, *optional*): the original: folder, Hub id or `"embedded"`; of a run by default what it says.
-        student (`str`, *optional*): folder or Hub id of the compressed model.
-        plan (`list[list[int]]`, *optional*): blocks of the original's layers.
+        run (`str`, *optional*): output folder of a run, or Hub id of a pushed student.
+        teacher (`str`, *optional*): folder, Hub id or `"embedded"`; by default what the run says.
+        student (`str`, *optional*): folder or Hub id.
+        plan (`list[list[int]]`, *optional*): blocks of teacher layers, applied to the teacher in memory.
         description (`str`, *optional*): a sentence about it.
-        examples (`tuple[str, ...]`, *optional*): prompts to click.
+        examples (`list[str]`, *optional*): prompts to click.
     """
 
     name: str
@@ -75,119 +67,87 @@ class ModelEntry:
     student: str | None = None
     plan: list[list[int]] | None = None
     description: str = ""
-    examples: tuple[str, ...] = ()
+    examples: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
-            raise LayerPruneError(f"a model of the list has name={self.name!r}; give it one for visitors to choose by")
-        for key in ("run", "teacher", "student", "description"):
-            if not isinstance(getattr(self, key), (str, type(None))):
-                raise LayerPruneError(f"{self.name}: {key}={getattr(self, key)!r} is no text")
-        if not isinstance(self.examples, (list, tuple)) or any(not isinstance(text, str) for text in self.examples):
-            raise LayerPruneError(f"{self.name}: examples={self.examples!r:.200} is no list of texts")
-        object.__setattr__(self, "examples", tuple(self.examples))
         if sum(value is not None for value in (self.run, self.student, self.plan)) != 1:
             raise LayerPruneError(f"{self.name}: give exactly one of run, student and plan")
         if self.run is None and self.teacher is None:
-            raise LayerPruneError(f"{self.name}: name its original too, as teacher")
+            raise LayerPruneError(f"{self.name}: name the teacher too")
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class DemoSettings:
     """A demo.
 
     Attributes:
-        models (`tuple[ModelEntry, ...]`): what visitors choose from; nothing else can be loaded.
+        models (`list[ModelEntry]`): what visitors choose from; nothing else can be loaded.
         title (`str`): heading of the page.
         dtype (`str`): dtype of the weights: auto (each checkpoint's own), float32, bfloat16 or float16.
         limits ([`Limits`]): what a visitor may ask for.
     """
 
-    models: tuple[ModelEntry, ...]
+    models: list[ModelEntry]
     title: str = "Original and compressed, side by side"
     dtype: str = "auto"
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.title, str) or not self.title.strip():
-            raise LayerPruneError(f"title={self.title!r} is no text; put it in quotes")
         names = [entry.name for entry in self.models]
         if not names:
             raise LayerPruneError("the list of models is empty; give at least one")
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise LayerPruneError(f"the list names {twice[0]!r} twice; give each model a name of its own")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise LayerPruneError(f"dtype={self.dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
+        if len(set(names)) < len(names):
+            raise LayerPruneError(f"two models have the same name; give each its own: {', '.join(names)}")
+        if self.dtype not in DTYPES:
+            raise LayerPruneError(f"dtype={self.dtype!r} is unknown; choose {', '.join(DTYPES)}")
 
 
 def read_settings(path: str | Path) -> DemoSettings:
-    """Read the list of models, `models.yaml`; a folder in it is meant from where the file lies.
+    """Read the list of models, `models.yaml`. Folders in it are relative to the file.
 
     Raises:
-        [`LayerPruneError`]: if it is missing, is not YAML, or holds a key that nothing reads.
+        [`LayerPruneError`]: if it cannot be read, is not YAML, or holds an unknown key or a value of the wrong type.
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _settings(yaml.safe_load(path.read_text(encoding="utf-8")), path.parent)
     except OSError as error:
         raise LayerPruneError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise LayerPruneError(f"{path} is not YAML: {first_line(error)}") from None
-    try:
-        return _settings(content, path.parent)
-    except LayerPruneError as error:
-        raise LayerPruneError(f"{path}: {error}") from None
+    except (TypeError, ValueError, yaml.YAMLError, StrictDataclassError) as error:
+        raise LayerPruneError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def _settings(content: Any, folder: Path) -> DemoSettings:
     if not isinstance(content, dict) or not isinstance(content.get("models"), list):
         raise LayerPruneError('it needs a list "models"')
-    values = _known(content, DemoSettings, "the file")
-    values["models"] = tuple(_entry(item, folder) for item in values["models"])
-    if "limits" in values:
-        values["limits"] = Limits(**_known(values["limits"], Limits, "limits"))
-    return DemoSettings(**values)
+    models = [ModelEntry(**item) for item in content["models"]]
+    for entry in models:
+        for key in ("run", "teacher", "student"):
+            if (name := getattr(entry, key)) and (folder / name).is_dir():
+                setattr(entry, key, str(folder / name))
+    return DemoSettings(**content | {"models": models, "limits": Limits(**content.get("limits", {}))})
 
 
-def _entry(item: Any, folder: Path) -> ModelEntry:
-    values = _known(item, ModelEntry, "a model of the list")
-    if "name" not in values:
-        raise LayerPruneError(f"a model of the list has no name: {item!r:.200}")
-    for key in ("run", "teacher", "student"):
-        value = values.get(key)
-        if isinstance(value, str) and value and (folder / value).is_dir():
-            values[key] = str(folder / value)
-    return ModelEntry(**values)
-
-
-def _known(values: Any, kind: type, what: str) -> dict[str, Any]:
-    names = [known.name for known in fields(kind)]
-    if not isinstance(values, dict):
-        raise LayerPruneError(f"{what} is {values!r:.200}; give settings: {', '.join(names)}")
-    if unknown := [key for key in values if key not in names]:
-        raise LayerPruneError(f"{what} has an unknown key {unknown[0]!r}; choose from {', '.join(names)}")
-    return dict(values)
-
-
-def settings_of(words: Sequence[str]) -> DemoSettings:
-    """The demo of what stands on the command line: a run, an original and a student, or nothing.
+def settings_of(names: Sequence[str]) -> DemoSettings:
+    """The demo of the names on the command line: a run, a teacher and a student, or nothing.
 
     Raises:
-        [`LayerPruneError`]: for more than two words.
+        [`LayerPruneError`]: for more than two names.
     """
-    if len(words) > 2:
-        raise LayerPruneError(f"{' '.join(words)} are {len(words)} names; give one run, or an original and a student")
-    if len(words) == 2:
-        teacher, student = words
+    if len(names) > 2:
+        raise LayerPruneError(f"{' '.join(names)} are {len(names)} names; give one run, or a teacher and a student")
+    if len(names) == 2:
+        teacher, student = names
         name = f"{_short(teacher)} and {_short(student)}"
-        return DemoSettings((ModelEntry(name, teacher=teacher, student=student),))
-    if words:
-        return DemoSettings((ModelEntry(_short(words[0]), run=words[0]),))
-    return DemoSettings((embedded_entry(),))
+        return DemoSettings([ModelEntry(name, teacher=teacher, student=student)])
+    if names:
+        return DemoSettings([ModelEntry(_short(names[0]), run=names[0])])
+    return DemoSettings([embedded_entry()])
 
 
 def embedded_entry() -> ModelEntry:
-    """What is shown where nothing is named: the embedded teacher, and twelve of its layers run in parallel.
+    """The default: the embedded teacher, and twelve of its layers in parallel.
 
     The groups are those that `python benchmarks/edits.py` chose, without the healing.
     """

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData, get_token
+from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..errors import LayerPruneError
-from ..files import write_atomically
-from ..hub import load_run
 from ..hub.client import patiently
-from ..hub.scrub import check_nothing_local, hub_id, placed
+from ..hub.scrub import hub_id, placed
 from ..hub.target import HARMLESS, check_account, check_names
 from ..loading import EMBEDDED, is_gguf, split_revision
+from .catalog import pushed_run
 from .settings import DemoSettings, ModelEntry, read_settings
 
 TEMPLATES = Path(__file__).parent.parent / "templates" / "space"
 MODELS_FILE = "models.yaml"
 GRADIO_VERSION = "6.31.0"
 """What the page was built and tested with."""
-REPO_TYPE = "space"
 
 
 def push_space(
@@ -40,44 +38,40 @@ def push_space(
     commit_message: str | None = None,
     on_message: Callable[[str], None] = lambda text: None,
 ) -> CommitInfo:
-    """Make a Space that compares students with their originals, or update it, in one commit.
+    """Make a Space that compares students with their teachers, or update it, in one commit.
 
     Args:
         repo_id (`str`): `user/name`, or a name in the token's own namespace.
         models (`str`, `Path` or `Sequence[str]`): a YAML file with the list of models, or Hub ids of pushed students.
         title (`str`, *optional*): of the Space.
         hardware (`str`, *optional*): what to suggest to those who copy the Space, such as `zero-a10g`.
-        private (`bool`, *optional*): whether a Space that is made is private; by default the account's setting.
+        private (`bool`, *optional*): whether a new Space is private; by default the account's setting.
         token (`str`, *optional*): by default `HF_TOKEN` or the stored login.
         commit_message (`str`, *optional*): title of the commit.
-        on_message (`Callable`, *optional*): told what is found and done, a sentence at a time.
+        on_message (`Callable`, *optional*): called with what is found and done, a sentence at a time.
 
     Returns:
         `CommitInfo`: the commit.
 
     Raises:
-        [`LayerPruneError`]: if a model is not on the Hub, a run there is no pushed student, a name is invalid, the
-            token has not the right, the repository holds something else, or the Hub cannot be reached.
+        [`LayerPruneError`]: if a model is not on the Hub, a run there is not a pushed student, the token may not write
+            there, the repository holds something else, or the Hub cannot be reached.
     """
     check_names(repo_id, None)
     settings = _settings(models, token)
-    for entry in settings.models:
-        _check_named(entry)
     api = HfApi(token=token)
     repo_id = check_account(api, repo_id)
     for entry in settings.models:
-        _check_there(api, entry, on_message)
-    there = _holds(api, repo_id)
-    on_message(f"{'updating' if there else 'making'} the Space {repo_id}")
-    with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
-        folder = Path(temporary)
-        write_space(folder, settings, repo_id, title=title, hardware=hardware)
-        check_nothing_local(folder, (Path.home(), Path.cwd()), token or get_token())
-        if there is None:
-            options = {"repo_type": REPO_TYPE, "space_sdk": "gradio", "private": private, "exist_ok": True}
-            patiently(f"making {repo_id}", api.create_repo, repo_id, **options)
-        default = "Update the comparison" if there else "Compare original and compressed"
-        return patiently(f"pushing to {repo_id}", _commit, api, repo_id, folder, commit_message or default)
+        _check_models(api, entry, on_message)
+    exists = _exists(api, repo_id)
+    on_message(f"{'updating' if exists else 'making'} the Space {repo_id}")
+    options = {"repo_type": "space", "space_sdk": "gradio", "private": private, "exist_ok": True}
+    patiently(f"making {repo_id}", api.create_repo, repo_id, **options)
+    with TemporaryDirectory(prefix="hf-layerprune-") as folder:
+        write_space(Path(folder), settings, repo_id, title=title, hardware=hardware)
+        message = commit_message or ("Update the comparison" if exists else "Compare original and compressed")
+        options = {"repo_id": repo_id, "repo_type": "space", "folder_path": folder, "commit_message": message}
+        return patiently(f"pushing to {repo_id}", api.upload_folder, **options)
 
 
 def write_space(
@@ -93,42 +87,42 @@ def write_space(
         hardware (`str`, *optional*): what to suggest to those who copy the Space.
     """
     title = title or settings.title
-    write_atomically(folder / "app.py", (TEMPLATES / "app.py.jinja").read_text(encoding="utf-8"))
-    extras = "demo,gguf" if any(map(is_gguf, _named(settings))) else "demo"
-    write_atomically(folder / "requirements.txt", f"hf-layerprune[{extras}]>={version('hf-layerprune')}\n")
-    write_atomically(folder / MODELS_FILE, models_yaml(settings, title))
+    names = [name for entry in settings.models for name in (entry.run, entry.student, entry.teacher) if name]
     card = SpaceCard.from_template(
-        _metadata(settings, title, hardware),
+        _metadata(names, title, hardware),
         template_path=str(TEMPLATES / "README.md.jinja"),
         title=title,
         entries=[(entry.name, f": {entry.description}" if entry.description else "") for entry in settings.models],
         repo_id=repo_id,
     )
-    write_atomically(folder / "README.md", str(card).rstrip() + "\n")
+    extras = "demo,gguf" if any(map(is_gguf, names)) else "demo"
+    files = {
+        "app.py": (TEMPLATES / "app.py.jinja").read_text(encoding="utf-8"),
+        "requirements.txt": f"hf-layerprune[{extras}]>={version('hf-layerprune')}\n",
+        MODELS_FILE: models_yaml(settings, title),
+        "README.md": str(card).rstrip() + "\n",
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def models_yaml(settings: DemoSettings, title: str) -> str:
-    """The list of models as `read_settings` takes it, without what is as by default."""
-    entries = []
-    for entry in settings.models:
-        told = {key: value for key, value in asdict(entry).items() if value not in (None, "", ())}
-        entries.append({key: list(value) if key == "examples" else value for key, value in told.items()})
-    content: dict[str, Any] = {"title": title, "models": entries}
-    if settings.dtype != "auto":
-        content["dtype"] = settings.dtype
-    limits = settings.limits
-    if changed := {f.name: getattr(limits, f.name) for f in fields(limits) if getattr(limits, f.name) != f.default}:
-        content["limits"] = changed
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    """The list of models as `read_settings` takes it, without the defaults."""
+    content = {"title": title, "models": [_changed(entry) for entry in settings.models]}
+    more = {key: value for key, value in _changed(settings).items() if key not in content}
+    if "limits" in more:
+        more["limits"] = _changed(settings.limits)
+    return yaml.safe_dump(content | more, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
 
 
-def _named(settings: DemoSettings) -> list[str]:
-    names = (name for entry in settings.models for name in (entry.run, entry.student, entry.teacher))
-    return [name for name in names if name is not None]
+def _changed(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(settings)}
+    return {name: getattr(settings, name) for name in defaults if getattr(settings, name) != defaults[name]}
 
 
-def _metadata(settings: DemoSettings, title: str, hardware: str | None) -> SpaceCardData:
-    models = list(dict.fromkeys(name for name in map(hub_id, _named(settings)) if name is not None))
+def _metadata(names: Sequence[str], title: str, hardware: str | None) -> SpaceCardData:
+    models = list(dict.fromkeys(name for name in map(hub_id, names) if name is not None))
     more = {"suggested_hardware": hardware} if hardware else {}
     return SpaceCardData(
         title=title,
@@ -141,7 +135,7 @@ def _metadata(settings: DemoSettings, title: str, hardware: str | None) -> Space
         app_file="app.py",
         pinned=False,
         license="apache-2.0",
-        short_description="A language model beside a shallower copy of it",
+        short_description="A language model next to a shallower copy of it",
         models=models or None,
         preload_from_hub=models or None,
         tags=["hf_layerprune", "layer-pruning", "model-compression", "mcp-server"],
@@ -155,75 +149,54 @@ def _settings(models: str | Path | Sequence[str], token: str | None) -> DemoSett
         return read_settings(models)
     entries = []
     for name in models:
-        if hub_id(placed(name)) is None:
-            raise LayerPruneError(
-                f"{name} is no model on the Hub, which a Space needs; push it first: hf-layerprune push {name} "
-                "--repo_id user/name"
-            )
-        run = load_run(name, token=token)
-        teacher = run.report["teacher"]["name"]
-        layers = f"{run.plan.num_teacher_layers} to {run.plan.depth} layers"
-        entries.append(ModelEntry(f"{name.split('/')[-1]}, {layers}", run=name, teacher=teacher or None))
-    return DemoSettings(tuple(entries))
+        _check_name(name)
+        teacher, plan = pushed_run(name, token)
+        about = f"{name.split('/')[-1]}, {plan.num_teacher_layers} to {plan.depth} layers"
+        entries.append(ModelEntry(about, run=name, teacher=teacher or None))
+    return DemoSettings(entries)
 
 
-def _check_named(entry: ModelEntry) -> None:
-    """Raise [`LayerPruneError`] if a model of the list has a name that is none on the Hub."""
-    for key in ("run", "teacher", "student"):
-        name = getattr(entry, key)
-        if name is not None and name != EMBEDDED and hub_id(placed(name)) is None:
-            raise LayerPruneError(
-                f"{entry.name}: {key}={name!r} is no model on the Hub, which a Space needs; push it first, or name it "
-                "in a YAML file: --models"
-            )
+def _check_name(name: str) -> None:
+    if name != EMBEDDED and hub_id(placed(name)) is None:
+        raise LayerPruneError(
+            f"{name!r} is not a model on the Hub, which a Space needs; push it first (hf-layerprune push), or name "
+            "another in a YAML file: --models"
+        )
 
 
-def _check_there(api: HfApi, entry: ModelEntry, on_message: Callable[[str], None]) -> None:
-    """Raise [`LayerPruneError`] if a model of the list is not on the Hub, or its run is none; tell of private ones."""
-    teacher = entry.teacher
-    if entry.run is not None:
-        teacher = teacher or load_run(entry.run, token=api.token).report["teacher"]["name"]
-        if teacher != EMBEDDED and hub_id(teacher) is None:
-            origin = f"{teacher}, which is no model on the Hub" if teacher else "what it does not say"
-            raise LayerPruneError(f"{entry.name}: {entry.run} was made from {origin}; name its original, as teacher")
-    for name in (entry.run, entry.student, teacher):
-        if name in (None, EMBEDDED):
+def _check_models(api: HfApi, entry: ModelEntry, on_message: Callable[[str], None]) -> None:
+    """Raise [`LayerPruneError`] if a model of the list is not on the Hub, or its run is not; report private ones."""
+    for name in filter(None, (entry.run, entry.student, entry.teacher)):
+        _check_name(name)
+    of_run = pushed_run(entry.run, api.token)[0] if entry.run else ""
+    teacher = entry.teacher or of_run
+    if teacher != EMBEDDED and hub_id(teacher) is None:
+        raise LayerPruneError(
+            f"{entry.name}: {entry.run} was made from {teacher!r}, which is not a model on the Hub; name the teacher"
+        )
+    for name in filter(None, (entry.run, entry.student, teacher)):
+        repo_id, revision = hub_id(name), split_revision(name)[1]
+        if repo_id is None:  # the embedded model
             continue
-        repo_id, revision = hub_id(name) or name, split_revision(name)[1]
-        try:
-            info = patiently(f"looking at {name}", api.model_info, repo_id, revision=revision)
-        except LayerPruneError as error:
-            if isinstance(error.__cause__, RepositoryNotFoundError):
-                raise LayerPruneError(f"{entry.name}: {name} is not on the Hub, or hidden from you") from error
-            raise
-        if info.private:
+        if patiently(f"{entry.name}: looking at {name}", api.model_info, repo_id, revision=revision).private:
             on_message(f"{name} is private: give the Space a secret HF_TOKEN that may read it")
 
 
-def _holds(api: HfApi, repo_id: str) -> bool | None:
-    """Whether the Space holds an earlier push; `None` if it is not there.
+def _exists(api: HfApi, repo_id: str) -> bool:
+    """Whether the Space holds an earlier push.
 
     Raises:
         [`LayerPruneError`]: if it holds something else.
     """
-    what = f"looking at {repo_id}"
     try:
-        files = patiently(what, api.list_repo_files, repo_id, repo_type=REPO_TYPE)
+        files = patiently(f"looking at {repo_id}", api.list_repo_files, repo_id, repo_type="space")
     except LayerPruneError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError):
-            return None
+            return False
         raise
-    files = [name for name in files if not HARMLESS.fullmatch(name)]
-    if files and not {"app.py", MODELS_FILE} <= set(files):
+    other = sorted(name for name in files if not HARMLESS.fullmatch(name))
+    if other and not {"app.py", MODELS_FILE} <= set(other):
         raise LayerPruneError(
-            f"the Space {repo_id} exists and holds something else ({', '.join(sorted(files)[:3])}, ...); choose "
-            "another name"
+            f"the Space {repo_id} exists and holds something else ({', '.join(other[:3])}, ...); choose another name"
         )
-    return bool(files)
-
-
-def _commit(api: HfApi, repo_id: str, folder: Path, title: str) -> CommitInfo:
-    """One commit on what the Space holds now: one whose answer was lost is not made again."""
-    parent = api.space_info(repo_id).sha
-    options = {"repo_type": REPO_TYPE, "commit_message": title, "parent_commit": parent}
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+    return bool(other)
