@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import yaml
 from conftest import byte_tokenizer, tiny_model
-from hf_layerprune.trainer.records import teacher_record
 
-from hf_layerprune import LayerPlan, prune
+from hf_layerprune import Edit, Scores, prune
 from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, open_catalog
 from hf_layerprune.demo.settings import embedded_entry
 from hf_layerprune.evaluation import EvaluationReport
-from hf_layerprune.hub.scrub import placed
+from hf_layerprune.files import to_json
+from hf_layerprune.hub.scrub import without_places
+from hf_layerprune.record import Healing, RoundRecord, RunRecord, TeacherRecord
+from hf_layerprune.surgery import plan_of
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -43,36 +44,37 @@ def make_run(folder: Path, chat: bool = False) -> Path:
     teacher = endless(tiny_model(DEPTHS[0], vocab_size=len(tokenizer), max_position_embeddings=4096))
     teacher.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
-    student, records = teacher, []
+    name, quality = str(folder / "teacher"), EvaluationReport(3.9, 49.0, None, None, 100)
+    run = RunRecord(
+        {"trained_layers": "neighbours", "model": "0123456789abcdef"},
+        TeacherRecord.of(teacher, quality, name=without_places(name), evaluated_on="a text"),
+        environment={"hardware": "a CPU"},
+    )
+    student = teacher
     for number, layer in enumerate((1, 3, 2), 1):
-        scores = {str(other): 0.1 * other + 0.01 for other in LayerPlan.from_dict(plan_of(student)).layers}
+        costs = {Edit.remove(other): 0.1 * other + 0.01 for other in plan_of(student).layers}
         student = prune(student, [layer])
         place = folder / "run" / "rounds" / f"{number:02d}"
         student.save_pretrained(place)
         tokenizer.save_pretrained(place)
-        records.append(
-            {"round": number, "num_layers": 6 - number, "edits": [str(layer)], "criterion": "kl", "scores": scores}
-            | {"num_parameters": student.num_parameters(), "loss": 4.0, "perplexity": 50.0 + number, "kl": 0.1}
-            | {"agreement": 0.9, "plan": plan_of(student), "num_tokens": 100, "perplexity_unhealed": 60.0 + number}
-            | {"loss_unhealed": 4.1, "perplexity_before_healing": 55.0 + number, "loss_before_healing": 4.05}
-        )  # fmt: skip
+        record = RoundRecord.of(
+            student,
+            EvaluationReport(4.0, 50.0 + number, 0.1, 0.9, 100),
+            number=number,
+            edits=(Edit.remove(layer),),
+            criterion="kl",
+            scores=(Scores("kl", costs),),
+            unhealed=EvaluationReport(4.1, 60.0 + number, 0.3, None, 100),
+            before_healing=EvaluationReport(4.05, 55.0 + number, 0.2, None, 100),
+            healing=Healing(1000, 1.0),
+        )
+        run = run.with_round(record)
     student.save_pretrained(folder / "run" / "model")
     tokenizer.save_pretrained(folder / "run" / "model")
-    quality, name = EvaluationReport(3.9, 49.0, None, None, 100), placed(str(folder / "teacher"))
-    report = {
-        "teacher": teacher_record(name, teacher, quality, "a text"),
-        "rounds": records,
-        "settings": {"trained_layers": "neighbours", "model": "0123456789abcdef"},
-        "environment": {"hardware": "a CPU"},
-    }
     (folder / "run" / "recipe.yaml").write_text(yaml.safe_dump({"model": name, "teacher": None}))
-    (folder / "run" / "report.json").write_text(json.dumps(report))
-    (folder / "run" / "plan.json").write_text(json.dumps(plan_of(student)))
+    (folder / "run" / "report.json").write_text(to_json(run.to_dict()))
+    (folder / "run" / "plan.json").write_text(plan_of(student).to_json())
     return folder / "run"
-
-
-def plan_of(model) -> dict:
-    return getattr(model.config, "layer_plan", None) or LayerPlan.identity(model.config.num_hidden_layers).to_dict()
 
 
 def make_service(folder: Path, **limits) -> DemoService:
