@@ -8,7 +8,7 @@ from conftest import load, tiny_model
 from transformers import GenerationConfig
 
 from hf_layerprune import LayerPruneError, load_model, prune
-from hf_layerprune.trainer import iterative
+from hf_layerprune.trainer import iterative, students
 from hf_layerprune.trainer.students import check_saving, drop_ignored, save_student
 
 
@@ -51,7 +51,7 @@ def test_a_run_whose_student_could_not_be_saved_goes_on(make, model_folder, tmp_
     teacher = load_model(str(model_folder))
     with monkeypatch.context() as before:
         before.setattr(iterative, "check_saving", lambda *_: None)
-        before.setattr(iterative, "drop_ignored", lambda model: None)
+        before.setattr(students, "drop_ignored", lambda model: None)
         with pytest.raises(ValueError, match="temperature"):
             make(teacher, target_num_layers=4).train()
     make(teacher, target_num_layers=4, save_strategy="steps", save_steps=2).train(resume_from_checkpoint=True)

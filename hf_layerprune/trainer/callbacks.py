@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -46,3 +47,17 @@ class LayerDistillCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """A round is done and on disk, with its record."""
+
+
+def fire(
+    callbacks: Iterable[TrainerCallback],
+    event: str,
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+    **details: Any,
+) -> None:
+    """Call an event of [`LayerDistillCallback`] on the callbacks that have it."""
+    for callback in callbacks:
+        if isinstance(callback, LayerDistillCallback):
+            getattr(callback, event)(args, state, control, **details)

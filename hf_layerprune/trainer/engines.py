@@ -7,11 +7,12 @@ process: it is put together when a healing ends, and wrapped anew in the next ro
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -127,3 +128,22 @@ def whole(parameter: nn.Parameter, device: torch.device) -> Tensor:
 
         return safe_get_full_fp32_param(parameter).to(device)
     return parameter.detach().clone()
+
+
+def agreed(value: Any) -> Any:
+    """The main process's value, on every process."""
+    return broadcast_object_list([value])[0]
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
+    """What `act` returns on the main process, which alone runs it, or the error it raises, on every process."""
+    value, error = None, None
+    if accelerator.is_main_process:
+        try:
+            value = act()
+        except Exception as raised:
+            error = raised
+    value, refused = agreed((value, None if error is None else str(error)))
+    if refused is not None:
+        raise error or LayerPruneError(refused)
+    return value

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
@@ -40,17 +40,17 @@ from ..scoring import MEASURED, Race
 from ..search import SearchStep, next_edit
 from ..surgery import apply_plan, plan_of, prune, share_equal_weights, unshare_parameters
 from ..tasks import TaskReport, evaluate_tasks, load_tasks, prepare_tasks
-from .callbacks import LayerDistillCallback
+from .callbacks import fire
 from .checkpoints import Checkpoint, last_checkpoint, seal, what_is_left
 from .checks import check_added_tokens, check_arguments, check_budget, check_enough_rows, check_request
 from .config import IterativeLayerDistillConfig
-from .engines import autocast, check_engine, check_whole
+from .engines import agreed, autocast, check_engine, check_whole, on_main
 from .healing import LayerHealingTrainer
 from .interrupts import explained
 from .publishing import HubPublishing
 from .run import RunFile, check_not_past_target, decisive_settings
 from .speed import speed_runs, with_speed
-from .students import check_saving, check_student, drop_ignored, publish_student, put_in_place, write_student
+from .students import check_saving, check_student, publish_student, put_in_place, unpruned, write_student
 from .targets import trained_blocks
 from .trainable import round_weights
 
@@ -236,7 +236,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         """
         folder, should_save = Path(self.args.output_dir), self.args.should_save
         self._file = RunFile(folder, should_save, self.args.device, self.seconds_before)
-        self._on_main(lambda: check_saving(self._unpruned(), self.processing_class))
+        self._on_main(lambda: check_saving(unpruned(self.start), self.processing_class))
         batches = {
             "calibration": self.calibration_batches,
             "repair": self.repair_batches,
@@ -247,10 +247,10 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
         try:
             self._on_main(lambda: self._file.open(settings, resume_from_checkpoint))
-            self._file.record = self._agreed(self._file.record)
+            self._file.record = agreed(self._file.record)
             latency = self.run.latency
             goal = Goal.of(self.args.budget(), self.args.edit_space(), self.teacher, plan_of(self.teacher), latency)
-            self.goal = self._agreed(goal)
+            self.goal = agreed(goal)
             check_budget(self.model_name, self.goal, plan_of(self.start), self.args.heal)
             check_not_past_target(self.run, plan_of(self.start), self.goal)
             self._file.save("opened", latency=self.goal.latency)
@@ -266,7 +266,13 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
 
     def _run_rounds(self) -> TrainOutput:
         """The loop: choose and make edits, heal, evaluate, until the plan meets the target."""
-        student, output = self._student_to_go_on_from(), TrainOutput(0, 0.0, {})
+        if self.run.rounds:
+            last = self.run.rounds[-1]
+            student = self._load_student(round_folder(self._file.folder, last.number), last.files)
+        else:
+            student = unpruned(self.start)
+            share_equal_weights(student, self.teacher)
+        output = TrainOutput(0, 0.0, {})
         swap_model(self, student)
         if self.run.teacher is None:
             self._measure_teacher()
@@ -326,7 +332,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             self._phase("scoring", num_layers=plan_of(student).depth)
             start = time.perf_counter()
             with autocast(self.accelerator):  # what is compared is rounded alike, and scoring takes half of the time
-                step = self._agreed(self._next_edit(student))
+                step = agreed(self._next_edit(student))
             current = self.run.current
             seconds = current.seconds_scoring + time.perf_counter() - start
             student = self._edited(student, step.edit)
@@ -463,40 +469,14 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             publish_student(round_folder(folder, len(self.run.rounds)), folder / "model", files)
             write_atomically(folder / "plan.json", self.run.rounds[-1].plan.to_json() + "\n")
 
-    def _student_to_go_on_from(self) -> PreTrainedModel:
-        if self.run.rounds:
-            return self._load_student(round_folder(self._file.folder, len(self.run.rounds)), self.run.rounds[-1].files)
-        student = self._unpruned()
-        share_equal_weights(student, self.teacher)
-        return student
-
-    def _unpruned(self) -> PreTrainedModel:
-        student = prune(self.start, [], share_weights=True)
-        drop_ignored(student)
-        return student
-
     def _load_student(self, folder: Path, files: dict[str, str]) -> PreTrainedModel:
         check_student(folder, files)
         student = load_model(str(folder), dtype=self.start.dtype).to(self.args.device)
         share_equal_weights(student, self.teacher)
         return student
 
-    def _agreed(self, value: Any) -> Any:
-        """The main process's value, on every process."""
-        return broadcast_object_list([value])[0]
-
     def _on_main(self, act: Callable[[], Any]) -> Any:
-        """What `act` returns on the main process, which alone runs it, or the error it raises, on every process."""
-        value, error = None, None
-        if self.accelerator.is_main_process:
-            try:
-                value = act()
-            except Exception as raised:
-                error = raised
-        value, refused = self._agreed((value, None if error is None else str(error)))
-        if refused is not None:
-            raise error or LayerPruneError(refused)
-        return value
+        return on_main(self.accelerator, act)
 
     def _phase(self, phase: str, **details: Any) -> None:
         self._file.begin(phase)
@@ -506,9 +486,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         self._event("on_phase_step")
 
     def _event(self, name: str, **details: Any) -> None:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, LayerDistillCallback):
-                getattr(callback, name)(self.args, self.state, self.control, **details)
+        fire(self.callback_handler.callbacks, name, self.args, self.state, self.control, **details)
 
     def _measure(self, student: PreTrainedModel) -> EvaluationReport:
         self._phase("evaluating", num_layers=plan_of(student).depth)

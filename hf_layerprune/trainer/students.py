@@ -51,6 +51,13 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def unpruned(model: PreTrainedModel) -> PreTrainedModel:
+    """A student that holds every layer of `model`, in the same memory."""
+    student = prune(model, [], share_weights=True)
+    drop_ignored(student)
+    return student
+
+
 def drop_ignored(model: PreTrainedModel) -> None:
     """Unset the generation settings that transformers ignores, such as a temperature of greedy decoding: it saves them
     as they were loaded, but no more once a `Trainer` has set the special tokens."""
