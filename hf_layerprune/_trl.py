@@ -21,11 +21,10 @@ __all__ = [
     "VOCAB_CHUNK_SIZE",
     "ChunkedDivergenceFunction",
     "leave_weights",
-    "log_metric",
     "prepared_for_evaluation",
     "redirect_forward",
     "restore_forward",
-    "swap_model",
+    "set_model",
     "tokenized",
 ]
 
@@ -41,15 +40,9 @@ def restore_forward(model: PreTrainedModel) -> None:
     model.__dict__.pop("forward", None)
 
 
-def swap_model(trainer: SFTTrainer, model: nn.Module) -> None:
-    """Give a trainer another model to train. A `Trainer` does not expect its model to change, so everything prepared
-    for the old one (wrappers, optimizer, scheduler) goes."""
-    trainer.accelerator.free_memory()
-    trainer.model = trainer.model_wrapped = model
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.deepspeed = None  # the engine of the old one
-    trainer.callback_handler.model = model
-    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+def set_model(trainer: SFTTrainer, model: nn.Module) -> None:
+    """Give a trainer another model to evaluate, save and push."""
+    trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
 
 
 def leave_weights(trainer: SFTTrainer, model: nn.Module) -> None:
@@ -77,8 +70,3 @@ def tokenized(
         dataset_text_field=text_field, assistant_only_loss=False, max_length=None, shuffle_dataset=False
     )
     return SFTTrainer._prepare_dataset(trainer, rows, tokenizer, args, False, None, "")
-
-
-def log_metric(trainer: SFTTrainer, name: str, value: float) -> None:
-    """Add to a training metric that `SFTTrainer.log` averages between two log lines."""
-    trainer._metrics["train"][name].append(value)

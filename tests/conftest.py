@@ -20,6 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, embedded_dataset
+from hf_layerprune.trainer.healing import HealingTrainer
 
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # they and the processes they start share the cores
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -169,6 +170,19 @@ def make(tmp_path, tokenizer, texts):
         )
 
     return build
+
+
+@pytest.fixture
+def healings(monkeypatch):
+    """Every healing of the test, in order."""
+    found, init = [], HealingTrainer.__init__
+
+    def remember(self, *args, **kwargs):
+        found.append(self)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(HealingTrainer, "__init__", remember)
+    return found
 
 
 def errors_of(capsys) -> str:

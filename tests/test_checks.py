@@ -175,7 +175,7 @@ def test_a_guess_cannot_go_on_from_layers_in_parallel(tmp_path, criterion):
         )
 
 
-def test_a_student_from_disk_shares_what_is_the_teachers(tmp_path):
+def test_a_student_from_disk_shares_what_is_the_teachers(tmp_path, healings):
     teacher, rows = tiny_model(6), Dataset.from_list([{"text": TEXT * 3}] * 20)
     for name, model in (("teacher", teacher), ("student", prune(teacher, [4]))):
         model.save_pretrained(tmp_path / name)
@@ -187,7 +187,7 @@ def test_a_student_from_disk_shares_what_is_the_teachers(tmp_path):
         teacher=str(tmp_path / "teacher"),
     )
     trainer.train()
-    assert trainer.shared_depth == 3  # of 5: the last went, and the one before it is trained
+    assert healings[-1].shared_depth == 3  # of 5: the last went, and the one before it is trained
 
 
 def test_data_sets_in_other_forms(tmp_path):

@@ -38,7 +38,7 @@ from hf_layerprune.loading import load_model
 from hf_layerprune.surgery import plan_of
 from hf_layerprune._trl import redirect_forward
 from hf_layerprune.trainer.engines import fill, frozen_head, outline, second_copy
-from hf_layerprune.trainer.healing import LayerHealingTrainer
+from hf_layerprune.trainer.healing import HealingTrainer
 from hf_layerprune.trainer.students import save_student
 from hf_layerprune.trainer.targets import HiddenStateMap
 from hf_layerprune.trainer.towers import shared_depth
@@ -72,7 +72,7 @@ def step(split):
         assert own.isdisjoint(shards) and abs(sum(shards.values()) - copied) <= 64 and (copied == 0) == everything
         part = {key: value[dist.get_rank() :: 2] for key, value in batch.items()}
         scale = float(dist.get_world_size())  # the engine takes the mean of the processes' gradients
-    loss_parts = lambda model, inputs: LayerHealingTrainer.loss_parts(trainer, model, inputs)
+    loss_parts = lambda model, inputs: HealingTrainer.loss_parts(trainer, model, inputs)
     parts = redirect_forward(student, student, loss_parts, student, part)
     total = parts["kl"] + 5 * (parts["hidden"] + parts["final_hidden"]) + 0.2 * parts["lm"]
     (scale * total / 40).backward()

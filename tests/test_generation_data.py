@@ -20,7 +20,7 @@ from hf_layerprune import (
     generate_healing_data,
     prune,
 )
-from hf_layerprune.trainer.targets import HiddenStateMap
+from hf_layerprune.trainer.healing import HealingTrainer
 
 TURN = "<|im_end|>"
 TEMPLATE = (
@@ -396,12 +396,12 @@ def test_a_trainer_heals_on_the_file_with_completion_only_loss(tmp_path, tokeniz
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    trainer.hidden_state_map = HiddenStateMap((), ())
+    healing = HealingTrainer(trainer, prune(teacher, [1]), [0], tmp_path / "run")
     tokenized = trainer.all_train_rows
     scored = [tokenizer.decode([t for t in row["labels"] if t != -100]) for row in tokenized]
     assert sorted(scored) == sorted(row["completion"] + END for row in rows)
-    batch = next(iter(trainer.get_train_dataloader()))
-    parts = trainer.loss_parts(prune(teacher, [1]), batch)
+    batch = next(iter(healing.get_train_dataloader()))
+    parts = healing.loss_parts(healing.model, batch)
     assert parts["num_tokens"] == (batch["labels"] != -100).sum()
     trainer.train()
     assert rounds_of(trainer)[0]["kl"] > 0 and trainer.model.config.num_hidden_layers == 4

@@ -7,15 +7,12 @@ from datasets import Dataset
 from trl.models.activation_offloading import OffloadActivations
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, prune
-from hf_layerprune._trl import leave_weights, swap_model
-from hf_layerprune.surgery import plan_of, unshare_parameters
-from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.towers import shared_depth
-from hf_layerprune.trainer.trainable import make_trainable
+from hf_layerprune._trl import leave_weights
+from hf_layerprune.trainer.healing import HealingTrainer
 
 
-def make_trainer(tmp_path, tokenizer, teacher, removed=(2,), **changes):
-    """A trainer in the middle of a round: student without `removed`, everything trained."""
+def make_healing(tmp_path, tokenizer, teacher, blocks=(0, 1, 2, 3), peft_config=None, **changes):
+    """The healing of a student without layer 2 whose `blocks` are trained."""
     sentence = "It was the best of times, it was the worst of times."
     rows = [{"text": sentence[: 9 * n]} for n in (3, 1, 2, 1, 1, 2, 3, 1) * 2]
     trainer = IterativeLayerDistillTrainer(
@@ -23,14 +20,9 @@ def make_trainer(tmp_path, tokenizer, teacher, removed=(2,), **changes):
         args=tiny_config(tmp_path, **changes),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
+        peft_config=peft_config,
     )
-    student = prune(teacher, list(removed))
-    unshare_parameters(student.parameters())
-    student.requires_grad_(True)
-    plan = plan_of(student)
-    trainer.hidden_state_map = HiddenStateMap.of(plan, plan_of(teacher), list(range(plan.depth)))
-    swap_model(trainer, student)
-    return trainer
+    return HealingTrainer(trainer, prune(teacher, [2], share_weights=True), list(blocks), tmp_path)
 
 
 def gradients(trainer):
@@ -42,12 +34,10 @@ def gradients(trainer):
 def test_activation_offloading_gives_the_same_gradients(tmp_path, tokenizer, monkeypatch, checkpointing, trained):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))  # offload to itself
     offloading = OffloadActivations(use_pin_memory=False, use_streams=False, min_offload_size=1)
-    teacher = tiny_model()
-    trainer = make_trainer(tmp_path, tokenizer, teacher, packing=False, lm_weight=0.1)
-    student = make_trainable(prune(teacher, [2], share_weights=True), list(trained), everything=len(trained) == 4)
-    trainer.shared_depth = shared_depth(student, teacher)
-    trainer.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(teacher), list(trained))
-    swap_model(trainer, student.train())
+    trained_layers = "all" if len(trained) == 4 else "neighbours"
+    settings = {"packing": False, "lm_weight": 0.1, "trained_layers": trained_layers}
+    trainer = make_healing(tmp_path, tokenizer, tiny_model(), trained, **settings)
+    student = trainer.model.train()
     trainer.accelerator.prepare_model(student)
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -55,8 +45,9 @@ def test_activation_offloading_gives_the_same_gradients(tmp_path, tokenizer, mon
     results = []
     for on in (False, True):
         if on:
-            trainer.args.activation_offloading, trainer.maybe_activation_offload_context = True, offloading
-            leave_weights(trainer, student)
+            trainer.rounds.args.activation_offloading = True
+            trainer.rounds.maybe_activation_offload_context = offloading
+            leave_weights(trainer.rounds, student)
         student.zero_grad()
         trainer.training_step(student, copy.copy(batch), torch.tensor(20))
         results.append(gradients(trainer))
@@ -73,8 +64,8 @@ def test_activation_offloading_without_a_gpu_is_refused(tmp_path):
 
 
 def test_each_part_of_the_loss_is_logged(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, tiny_model(), lm_weight=0.1, hidden_weight=1.0, max_steps=2)
-    super(IterativeLayerDistillTrainer, trainer).train()
+    trainer = make_healing(tmp_path, tokenizer, tiny_model(), lm_weight=0.1, hidden_weight=1.0, max_steps=2)
+    trainer.train()
     logged = trainer.state.log_history[0]
     for name in ("loss", "kl_loss", "hidden_loss", "final_hidden_loss", "lm_loss"):
         assert logged[name] > 0, name
@@ -91,7 +82,7 @@ def test_completion_only_masks_reach_the_loss(tmp_path, tokenizer):
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    trainer.hidden_state_map = HiddenStateMap((), ())
-    batch = next(iter(trainer.get_train_dataloader()))
-    parts = trainer.loss_parts(prune(teacher, [1]), batch)
+    healing = HealingTrainer(trainer, prune(teacher, [1]), [0], tmp_path)
+    batch = next(iter(healing.get_train_dataloader()))
+    parts = healing.loss_parts(healing.model, batch)
     assert parts["num_tokens"] == 2 * len("forty-two." + "\0")  # two rows; the end token counts

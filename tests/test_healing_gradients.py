@@ -5,14 +5,7 @@ import torch
 from conftest import tiny_model
 from healing_reference import loss_of_step
 from peft import LoraConfig
-from test_healing import gradients, make_trainer
-
-from hf_layerprune import IterativeLayerDistillTrainer, prune
-from hf_layerprune._trl import swap_model
-from hf_layerprune.surgery import plan_of
-from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.towers import shared_depth
-from hf_layerprune.trainer.trainable import make_trainable
+from test_healing import gradients, make_healing
 
 PACKING = {"packing": True, "packing_strategy": "bfd"}
 TOGETHER = {
@@ -40,20 +33,14 @@ def ready(tmp_path, tokenizer, lora=False, **changes):
     """A trainer in the middle of a round, with layer 2 removed and the layers beside the gap trained."""
     settings = {"packing": False, "trained_layers": "neighbours", "kl_weight": 0.7, "hidden_weight": 0.4}
     settings |= {"max_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e9}
-    teacher = tiny_model()
-    trainer = make_trainer(tmp_path, tokenizer, teacher, **settings | changes)
-    everything = trainer.args.trained_layers == "all"
+    everything = (settings | changes).get("trained_layers") == "all"
     blocks = list(range(4)) if everything else [1, 2]
-    student = prune(teacher, [2], share_weights=True)
-    trainer.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(teacher), blocks)
     peft = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM") if lora else None
-    student = make_trainable(student, blocks, everything, peft)
-    for name, parameter in student.named_parameters():
+    trainer = make_healing(tmp_path, tokenizer, tiny_model(), blocks, peft, **settings | changes)
+    for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:  # zero at first, and so is the gradient of the other half
             torch.nn.init.normal_(parameter, std=0.2)
-    trainer.shared_depth = shared_depth(student, teacher)
     assert trainer.shared_depth == (None if everything else 1)
-    swap_model(trainer, student)
     return trainer
 
 
@@ -68,7 +55,7 @@ def step(trainer):
     trainer.compute_loss = watched
     trainer.create_optimizer()
     trainer.optimizer.register_step_pre_hook(lambda *_: found.update(gradients(trainer)))
-    super(IterativeLayerDistillTrainer, trainer).train()
+    trainer.train()
     trainer.model.zero_grad()
     return batches, found
 

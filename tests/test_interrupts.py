@@ -19,6 +19,7 @@ from datasets import Dataset
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
 from hf_layerprune.loading import load_model
+from hf_layerprune.trainer.healing import HealingTrainer
 
 RECIPE = {
     "target_num_layers": 2, "max_steps": 6, "trained_layers": "all", "logging_steps": 1, "learning_rate": 1e-3,
@@ -233,14 +234,15 @@ def test_no_memory_left_is_one_line(make, error, monkeypatch):
     trainer = make()
 
     def fail(*_, **__):
-        if trainer._round == 2:
+        if trainer.round == 2:
             raise error
         return parts(*_, **__)
 
-    parts = trainer.loss_parts
-    monkeypatch.setattr(trainer, "loss_parts", fail)
-    with pytest.raises(LayerPruneError, match="out of memory while healing: .*Resume with gradient_checkpointing"):
-        trainer.train()
+    parts = HealingTrainer.loss_parts
+    with monkeypatch.context() as patch:
+        patch.setattr(HealingTrainer, "loss_parts", fail)
+        with pytest.raises(LayerPruneError, match="out of memory while healing: .*Resume with gradient_checkpointing"):
+            trainer.train()
     again = make()
     again.train(resume_from_checkpoint=True)
     assert [record["num_layers"] for record in rounds_of(again)] == [4, 3]
@@ -248,7 +250,7 @@ def test_no_memory_left_is_one_line(make, error, monkeypatch):
 
 def test_any_other_error_stays_what_it_is(make, monkeypatch):
     trainer = make()
-    monkeypatch.setattr(trainer, "loss_parts", lambda *_: 1 / 0)
+    monkeypatch.setattr(HealingTrainer, "loss_parts", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
 

@@ -9,12 +9,8 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_layerprune import IterativeLayerDistillTrainer, evaluate_model, prune
-from hf_layerprune._trl import swap_model
 from hf_layerprune.data import valid_next_tokens
-from hf_layerprune.surgery import plan_of
-from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.towers import shared_depth
-from hf_layerprune.trainer.trainable import make_trainable
+from hf_layerprune.trainer.healing import HealingTrainer
 
 LENGTHS = (9, 17, 5, 12)
 
@@ -59,14 +55,12 @@ def test_every_way_to_lay_out_documents_gives_the_same_loss_and_gradients(tmp_pa
     for batch in (padded(), without_padding(), packed()):
         trainer = make(tmp_path, tokenizer, lm_weight=0.2, packing=False, trained_layers=trained)
         trainer.teacher.set_attn_implementation(attention)
-        student = make_trainable(prune(trainer.teacher, [3], share_weights=True), blocks, everything)
-        trainer.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(trainer.teacher), blocks)
-        trainer.shared_depth = shared_depth(student, trainer.teacher)
-        assert (trainer.shared_depth is None) == everything
-        swap_model(trainer, student)
+        healing = HealingTrainer(trainer, prune(trainer.teacher, [3], share_weights=True), blocks, tmp_path)
+        student = healing.model
+        assert (healing.shared_depth is None) == everything
         valid, labels = valid_next_tokens(batch)
         assert valid.sum() == len(labels) == sum(LENGTHS) - len(LENGTHS)  # none looks into the next document
-        loss = trainer.compute_loss(student, copy.copy(batch))
+        loss = healing.compute_loss(student, copy.copy(batch))
         loss.backward()
         results.append((loss, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}))
     (expected, gradients), *others = results

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_layerprune import LayerDistillCallback, LayerPlan, LayerPruneError
 from hf_layerprune.files import replace_folder
-from hf_layerprune.trainer import iterative
+from hf_layerprune.trainer import healing, iterative
 from hf_layerprune.trainer import run as run_module
 from hf_layerprune.trainer.checkpoints import Checkpoint, seal, sealed_checkpoints
 
@@ -175,7 +175,7 @@ def test_an_older_checkpoint_stays_until_the_new_one_is_sealed(make, tmp_path, m
             raise Killed
         seal(checkpoint)
 
-    monkeypatch.setattr(iterative, "seal", die)
+    monkeypatch.setattr(healing, "seal", die)
     with pytest.raises(Killed):
         make(**WITH_CHECKPOINTS, save_total_limit=1).train()
     assert [path.name for path in sealed_checkpoints(tmp_path / "run" / "rounds" / "01")] == ["checkpoint-1"]
@@ -258,14 +258,15 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import conftest
 from pathlib import Path
 from hf_layerprune import IterativeLayerDistillTrainer
+from hf_layerprune.trainer.healing import HealingTrainer
 args = conftest.tiny_config(Path({str(tmp_path / "run")!r}), save_strategy="steps", save_steps=1, target_num_layers=4)
 texts = conftest.embedded_dataset("calibration").select(range(12))
 trainer = IterativeLayerDistillTrainer(model=conftest.tiny_model(), args=args, train_dataset=texts,
                                        processing_class=conftest.byte_tokenizer())
-whole = trainer.compute_loss
-poisoned = lambda *args, **kwargs: whole(*args, **kwargs) * (math.nan if trainer.state.global_step == 1 else 1)
+whole = HealingTrainer.compute_loss
+poisoned = lambda self, *args: whole(self, *args) * (math.nan if self.state.global_step == 1 else 1)
 if os.environ["RANK"] == "1":
-    trainer.compute_loss = poisoned
+    HealingTrainer.compute_loss = poisoned
 try:
     trainer.train()
 except ValueError as error:

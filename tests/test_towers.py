@@ -124,16 +124,16 @@ def make(tmp_path, tokenizer):
     return build
 
 
-def test_rounds_hold_one_model_and_what_they_trained(make):
+def test_rounds_hold_one_model_and_what_they_trained(make, healings):
     trainer = make()
     held = []
     heal = trainer._heal
 
-    def watched(student, run, folder):
-        result = heal(student, run, folder)
+    def watched(student):
+        result = heal(student)
         models = (trainer.teacher, trainer.start, result[0])
         storages = {p.data_ptr(): p.numel() for model in models for p in model.parameters()}
-        held.append((sum(storages.values()), trainer.shared_depth))
+        held.append((sum(storages.values()), healings[-1].shared_depth))
         return result
 
     trainer._heal = watched
@@ -144,23 +144,23 @@ def test_rounds_hold_one_model_and_what_they_trained(make):
         assert numbers <= trainer.teacher.num_parameters() + 2 * number * layer
 
 
-def test_a_run_with_shared_blocks_ends_as_one_without(make, monkeypatch):
+def test_a_run_with_shared_blocks_ends_as_one_without(make, healings, monkeypatch):
     ours = make()
     ours.train()
-    assert ours.shared_depth is not None
+    assert healings[-1].shared_depth is not None
     monkeypatch.setattr("hf_layerprune.trainer.healing.shared_depth", lambda *_: None)
     plain = make("plain")
     plain.train()
-    assert plain.shared_depth is None
+    assert healings[-1].shared_depth is None
     for (name, a), b in zip(ours.model.named_parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("trained, said", [("neighbours", 1), ("all", 0)])
-def test_a_run_says_once_why_both_models_run_in_full(make, caplog, trained, said):
+def test_a_run_says_once_why_both_models_run_in_full(make, healings, caplog, trained, said):
     changes = {"attention_dropout": 0.1} if trained == "neighbours" else {}  # all trains the embedding: no surprise
     trainer = make(model=tiny_model(6, **changes), trained_layers=trained)
     trainer.train()
-    assert trainer.shared_depth is None and len(rounds_of(trainer)) == 2
+    assert healings[-1].shared_depth is None and len(rounds_of(trainer)) == 2
     messages = [record.getMessage() for record in caplog.records if "run in full" in record.getMessage()]
     assert len(messages) == said and all("attention_dropout=0.1" in message for message in messages)

@@ -18,11 +18,10 @@ from hf_layerprune._trl import (
     TOKEN_CHUNK_SIZE,
     VOCAB_CHUNK_SIZE,
     ChunkedDivergenceFunction,
-    log_metric,
     prepared_for_evaluation,
     redirect_forward,
     restore_forward,
-    swap_model,
+    set_model,
 )
 
 
@@ -52,23 +51,16 @@ def test_sft_trainer_puts_its_head_in_the_instance_and_it_can_be_removed(tmp_pat
     restore_forward(trainer.model)
     assert trainer.model.forward.__func__ is type(model).forward
 
-    log_metric(trainer, "something", 2.0)
-    log_metric(trainer, "something", 4.0)
-    trainer.model.train()
-    trainer.log({})
-    assert trainer.state.log_history[-1]["something"] == 3.0
-
     other = tiny_model(seed=1)
-    swap_model(trainer, other)
-    assert trainer.model is other and trainer.optimizer is None
-    for name in ("_get_output_dir", "_prepare_dataset", "_formatting_func"):
+    set_model(trainer, other)
+    assert trainer.model is other and trainer.callback_handler.model is other
+    for name in ("_prepare_dataset", "_formatting_func", "maybe_activation_offload_context"):
         assert hasattr(trainer, name), name
     rows = prepared_for_evaluation(trainer, Dataset.from_dict({"text": ["some text"] * 4}), packing=False)
     assert len(rows) == 4 and rows[0]["input_ids"][:2] == tokenizer("some text")["input_ids"][:2]
 
 
-def test_trainer_asks_get_output_dir_where_checkpoints_go():
-    assert "_get_output_dir" in inspect.getsource(Trainer._save_checkpoint)
+def test_trainer_scales_for_accumulation_by_what_the_healing_says():
     source = inspect.getsource(Trainer)
     assert "self.current_gradient_accumulation_steps = " in source
     if Version(transformers.__version__) >= Version("5.19"):  # TRL does the same by other means before

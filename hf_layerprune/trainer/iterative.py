@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
+from transformers.trainer_utils import TrainOutput, set_seed
+from trl import SFTTrainer
 
-from .._trl import prepared_for_evaluation, restore_forward, swap_model
+from .._trl import prepared_for_evaluation, restore_forward, set_model
 from ..budget import Goal
 from ..compensation import compensate
-from ..data import Batch, check_batches, collated_batches
-from ..errors import LayerPruneError, NotANumber
+from ..data import Batch, check_batches, collated_batches, num_positions
+from ..errors import LayerPruneError, NotANumber, first_line
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import digests, replace_folder, round_folder, write_atomically
 from ..hub import TAGS
@@ -35,17 +36,17 @@ from ..matching import with_plan
 from ..plan import Edit
 from ..record import Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
 from ..record_reader import read_plan
-from ..rows import with_text
+from ..rows import column_names, tell_of_dropped, with_text
 from ..scoring import MEASURED, Race
 from ..search import SearchStep, next_edit
 from ..surgery import apply_plan, plan_of, prune, share_equal_weights, unshare_parameters
 from ..tasks import TaskReport, evaluate_tasks, load_tasks, prepare_tasks
 from .callbacks import fire
-from .checkpoints import Checkpoint, last_checkpoint, seal, what_is_left
+from .checkpoints import last_checkpoint, what_is_left
 from .checks import check_added_tokens, check_arguments, check_budget, check_enough_rows, check_request
 from .config import IterativeLayerDistillConfig
-from .engines import agreed, autocast, check_engine, check_whole, on_main
-from .healing import LayerHealingTrainer
+from .engines import agreed, autocast, check_engine, check_whole, on_main, splits_model
+from .healing import HealingTrainer
 from .interrupts import explained
 from .publishing import HubPublishing
 from .run import RunFile, check_not_past_target, decisive_settings
@@ -55,7 +56,7 @@ from .targets import trained_blocks
 from .trainable import round_weights
 
 
-class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
+class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
     """Make a language model shallower, one measured and healed layer at a time.
 
     `train()` runs all rounds and leaves in `args.output_dir`: `rounds/NN/` (the student of each round), `model/` (the
@@ -156,7 +157,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         self._file: RunFile | None = None
         self._opened = False
         self._peft_config = peft_config
-        self._round = 0
+        self.round = 0  # the round in progress, from 1
         args = copy.copy(args)  # the user's own stays as it is
         args.model_init_kwargs = None  # they have done their work; SFTTrainer would warn of them
         super().__init__(
@@ -189,6 +190,44 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             rows = args.per_device_eval_batch_size
             self.tasks = prepare_tasks(load_tasks(args.tasks), self.start, processing_class, rows)
         self.seconds_before = time.perf_counter() - began
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: IterativeLayerDistillConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        """Tokenize as TRL does, which leaves out rows without a token that counts: here with a warning, and also
+        before rows are packed."""
+        columns, name = set(column_names(dataset)), f"{dataset_name} data"
+        has_completions = {"prompt", "completion"} <= columns
+        if args.completion_only_loss is None and formatting_func is None:
+            self.completion_only_loss = has_completions  # of each data set; TRL's is that of the training data
+        is_marked = has_completions or columns & {"completion_mask", "labels"}
+        if args.completion_only_loss and dataset_name == "train" and not is_marked:
+            raise LayerPruneError(
+                f"completion_only_loss=True, but the {name} has columns {sorted(columns)}; bring prompt and "
+                "completion, or leave it out"
+            )
+        cut = packing and args.packing_strategy == "bfd"  # which cuts rows, whatever is left of them
+        try:
+            how = (packing and not cut, formatting_func, dataset_name)
+            rows = super()._prepare_dataset(dataset, processing_class, args, *how)
+        except TemplateError as error:
+            raise LayerPruneError(f"{name} does not fit the chat template: {first_line(error)}") from error
+        if isinstance(rows, Dataset):
+            if cut or not packing:
+                tell_of_dropped(name, len(dataset) - len(rows), len(dataset), args.max_length)
+            positions = num_positions(self.teacher.config)
+            if args.max_length is None and max(map(len, rows["input_ids"])) > positions:
+                raise LayerPruneError(
+                    f"the {name} has rows of more tokens than the model has positions ({positions}), and "
+                    "max_length=None does not cut them; set it"
+                )
+        return super()._prepare_dataset(rows, processing_class, args, True, None, dataset_name) if cut else rows
 
     def _batches(self, rows: Dataset | IterableDataset, limit: int | None, what: str) -> list[Batch]:
         batches = collated_batches(rows, self.data_collator, self.args.per_device_eval_batch_size, limit)
@@ -273,12 +312,12 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             student = unpruned(self.start)
             share_equal_weights(student, self.teacher)
         output = TrainOutput(0, 0.0, {})
-        swap_model(self, student)
+        set_model(self, student)
         if self.run.teacher is None:
             self._measure_teacher()
         while self.only_heals or not self.goal.met(plan_of(student)):
-            self._round = len(self.run.rounds) + 1
-            self._event("on_round_begin", number=self._round, depth=plan_of(student).depth)
+            self.round = len(self.run.rounds) + 1
+            self._event("on_round_begin", number=self.round, depth=plan_of(student).depth)
             student = self._choose_and_edit(student)
             if self.args.heal:
                 self._evaluate_unhealed(student)
@@ -287,7 +326,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         if self.args.measure_speed and self.run.rounds and self.run.rounds[-1].speed is None and self.args.should_save:
             self._phase("measuring speed", num_runs=speed_runs(self.run))
             self._file.record = with_speed(self.run, self.teacher, self.save_dtype, self._phase_step)
-        self._file.save("all", self._round)
+        self._file.save("all", self.round)
         self._phase("writing")
         self._publish()
         if self.args.push_to_hub:
@@ -317,7 +356,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
 
     def _change_round(self, done: str, **changes: Any) -> None:
         """Change fields of the round in progress and save the run."""
-        self._file.save(done, self._round, current=replace(self.run.current, **changes))
+        self._file.save(done, self.round, current=replace(self.run.current, **changes))
 
     def _choose_and_edit(self, student: PreTrainedModel) -> PreTrainedModel:
         """Make this round's edits, one at a time, each scored on what is left."""
@@ -390,12 +429,12 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
 
     def _heal(self, student: PreTrainedModel) -> tuple[PreTrainedModel, TrainOutput]:
         """Train the student of this round; a checkpoint of an interrupted healing is taken up."""
-        folder, nothing = round_folder(self._file.folder, self._round), TrainOutput(0, 0.0, {})
+        folder, nothing = round_folder(self._file.folder, self.round), TrainOutput(0, 0.0, {})
         if self.run.current.phase == "healed":  # the run was interrupted after its healing: the student is on disk
             files = self.run.current.files
             self._on_main(lambda: put_in_place(folder, files))
             student = self._load_student(folder, files)
-            swap_model(self, student)
+            set_model(self, student)
             return student, nothing
         if not self.args.heal:
             self._keep(student, folder)
@@ -403,17 +442,18 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         blocks = trained_blocks(
             plan_of(student), self.run.current.edits, self.args.named_trained_layers() or self.args.trained_layers
         )
-        set_seed(self.args.seed + self._round)  # adapters are drawn at random: the same ones after a resume
-        self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self._round)  # other rows every round
+        set_seed(self.args.seed + self.round)  # adapters are drawn at random: the same ones after a resume
+        self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self.round)  # other rows every round
         self._phase("healing", num_layers=plan_of(student).depth)
         checkpoint = self._on_main(lambda: last_checkpoint(folder))
-        self._healing_started = time.perf_counter() - (0.0 if checkpoint is None else checkpoint.seconds)
+        healing = HealingTrainer(
+            self, student, blocks, folder, lambda step: self._file.save("checkpoint", self.round, step)
+        )
         try:
-            student, output = self.heal(student, blocks, self.save_dtype, checkpoint)
+            student, output = healing.heal(self.save_dtype, checkpoint)
         except NotANumber as error:
             raise NotANumber(f"{error}{self._on_main(lambda: what_is_left(folder))}") from error
-        seconds = time.perf_counter() - self._healing_started
-        self._keep(student, folder, Healing(int(self.state.num_input_tokens_seen), seconds))
+        self._keep(student, folder, Healing(int(self.state.num_input_tokens_seen), healing.seconds))
         return student, output
 
     def _keep(self, student: PreTrainedModel, folder: Path, healing: Healing | None = None) -> None:
@@ -422,7 +462,7 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         It takes the place of its healing's checkpoints, so the run says first that it is done and of which files:
         from there on a resume finds it, wherever a kill has left it.
         """
-        swap_model(self, student)
+        set_model(self, student)
         self.accelerator.wait_for_everyone()
         written = None
         if self.args.should_save:
@@ -440,22 +480,22 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
                 "scoring", phase="edited" if self.args.heal else "choosing"
             )  # this healing does not count
             if self.args.should_save:
-                shutil.rmtree(round_folder(self._file.folder, self._round))
+                shutil.rmtree(round_folder(self._file.folder, self.round))
             advice = "; lower the learning rate" if self.args.heal else ""
             raise LayerPruneError(
-                f"round {self._round}: the student's loss is {after.loss}{advice}. The rounds before it are kept"
+                f"round {self.round}: the student's loss is {after.loss}{advice}. The rounds before it are kept"
             )
         names = ("edits", "scores", "seconds_scoring", "unhealed", "before_healing", "healing", "files")
         record = RoundRecord.of(
             student,
             after,
             tasks=self._evaluate_tasks(student),
-            number=self._round,
+            number=self.round,
             criterion=self.args.criterion,
             **{name: getattr(current, name) for name in names},
         )
         self._file.record = self.run.with_round(record)
-        self._file.save("round", self._round)
+        self._file.save("round", self.round)
         self._file.report()
         self._event("on_round_end", record=record)
 
@@ -492,6 +532,11 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
         self._phase("evaluating", num_layers=plan_of(student).depth)
         return evaluate_model(student, self.eval_batches, self.teacher, on_batch=self._phase_step)
 
+    def metrics_of(self, student: PreTrainedModel, batches: list[Batch], prefix: str) -> dict[str, float]:
+        """What `evaluate` returns."""
+        report = evaluate_model(student, batches, self.teacher)
+        return {f"{prefix}_{key}": value for key, value in report.to_dict().items()}
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -502,34 +547,16 @@ class IterativeLayerDistillTrainer(HubPublishing, LayerHealingTrainer):
             eval_dataset = with_text(eval_dataset, self._text_field, "eval_dataset")
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
             batches = self._batches(prepared_for_evaluation(self, eval_dataset, packing), None, "evaluation data")
-        student = self.accelerator.unwrap_model(self.model)
-        student = student.get_base_model() if is_peft_model(student) else student
-        report = evaluate_model(student, batches, self.teacher)
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in report.to_dict().items()}
+        metrics = self.metrics_of(self.model, batches, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """With a seal behind it, but for the last step: a `Trainer` that resumes there takes one more."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones stay until it is sealed
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        folder = self._get_output_dir(trial)
-        if self.args.should_save and self.state.global_step < self.state.max_steps:
-            seconds = time.perf_counter() - self._healing_started
-            path = Path(folder, f"checkpoint-{self.state.global_step}")
-            seal(Checkpoint(str(path), seconds))
-            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
-        self._file.save("checkpoint", self._round, self.state.global_step)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Checkpoints of a healing lie in the folder of its round."""
-        folder = Path(self.args.output_dir)
-        return str(round_folder(folder, self._round) if self._round else folder)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log(logs | {"round": self._round} if self._round else logs, *args, **kwargs)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the current student so that `from_pretrained` loads it."""
+        if not splits_model(self.accelerator):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)  # no engine holds it: it is whole on every process, and one writes it
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
