@@ -75,6 +75,7 @@ class HealingTrainer(Trainer):
             args,
             rounds.data_collator,
             rounds.train_dataset,
+            rounds.eval_dataset,
             processing_class=rounds.processing_class,
             optimizer_cls_and_kwargs=rounds.optimizer_cls_and_kwargs,
         )
