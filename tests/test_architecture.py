@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "hf_layerprune"
 ORDER = (
     "errors", "files", "fingerprint", "plan", "edits", "models", "architectures", "surgery", "matching",
     "_trl", "losses", "rows", "data", "environment", "loading", "forward", "tasks", "compensation", "scoring",
-    "generation_data", "evaluation", "shapes", "benchmark", "latency", "budget", "search", "layer_map", "report",
-    "hub", "trainer", "memory", "estimate", "progress", "demo", "cli", "__init__",
+    "healing_data_config", "healing_data", "evaluation", "shapes", "benchmark", "latency", "budget", "search",
+    "layer_map", "report", "hub", "trainer", "memory", "estimate", "progress", "demo", "cli", "__init__",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = sorted((PACKAGE / "models").glob("*_pruned_qwen2.py"))

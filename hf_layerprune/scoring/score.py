@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, check_compensation, find_repairs
-from ..data import Batch, check_batches, check_form
+from ..data import Batch, check_batches
 from ..edits import Edit
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, measuring
@@ -152,10 +152,12 @@ def score_edits(
         [`LayerPruneError`]: as [`score_layers`]; if there is no edit, or the criterion cannot judge one of them.
     """
     check_model(model)
-    edits, plan, batches = list(edits), plan_of(model), check_form([] if batches is None else batches)
+    edits, plan = list(edits), plan_of(model)
     if not edits:
         raise LayerPruneError("no edit to score: all layers are protected")
     _check_request(model, criterion, len(edits), race, savings, compensation, tasks, max_state_bytes)
+    needs_data = PROXIES[criterion].needs_data if criterion in PROXIES else criterion != "tasks"
+    batches = check_batches(batches, model.config.vocab_size, "calibration data", required=needs_data)
     if criterion in PROXIES:
         return _guess(model, batches, edits, criterion, seed, on_batch)
     teacher = model if teacher is None else teacher
@@ -252,8 +254,6 @@ def _guess(
                 f"choose one of {', '.join(MEASURED)}"
             )
     proxy, layers = PROXIES[criterion], [edit.layers[0] for edit in edits]
-    if proxy.needs_data:
-        batches = check_batches(batches, model.config.vocab_size, "calibration data")
     with torch.no_grad():
         found = proxy.guess(Question(model, layers, [plan.block_of(n) for n in layers], batches, seed, on_batch))
     if isinstance(found, Evidence):
