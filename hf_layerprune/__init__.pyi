@@ -11,9 +11,9 @@ from .data import tokenized_batches as tokenized_batches
 from .errors import LayerPruneError as LayerPruneError
 from .evaluation import EvaluationReport as EvaluationReport
 from .evaluation import evaluate_model as evaluate_model
-from .generation_data.config import HealingDataConfig as HealingDataConfig
-from .generation_data.generate import generate_healing_data as generate_healing_data
-from .generation_data.journal import HealingDataReport as HealingDataReport
+from .healing_data import HealingDataReport as HealingDataReport
+from .healing_data import generate_healing_data as generate_healing_data
+from .healing_data_config import HealingDataConfig as HealingDataConfig
 from .hub import load_run as load_run
 from .hub import push_run as push_run
 from .loading import load_model as load_model

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.integrations.gguf import read_gguf_metadata
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import cached_file, is_gguf_available
+from transformers.utils import cached_file
 
 from .architectures import check_supported
 from .data import EMBEDDED_MODEL
@@ -56,17 +56,13 @@ def resolve(name_or_path: str) -> str:
 
 
 def split_revision(name_or_path: str) -> tuple[str, str | None]:
-    """A Hub id may say which revision is meant, as in `"user/name@28-layers"`; a folder does not."""
+    """The name of a model and the revision in it, as in `"user/name@28-layers"`; a folder has none."""
     name, at, revision = name_or_path.partition("@")
     return (name, revision) if at and not Path(name_or_path).exists() else (name_or_path, None)
 
 
 def one_revision(name_or_path: str, revision: str | None) -> str | None:
-    """The revision that the name says, or `revision`; `None` is the main one.
-
-    Raises:
-        [`LayerPruneError`]: if they are two.
-    """
+    """The revision in the name, or `revision`; `None` is the main one. Two that differ are an error."""
     named = split_revision(name_or_path)[1]
     if named is not None and revision not in (None, named):
         raise LayerPruneError(f"{name_or_path} names another revision than revision={revision!r}; give one")
@@ -74,11 +70,7 @@ def one_revision(name_or_path: str, revision: str | None) -> str | None:
 
 
 def gguf_name(name_or_path: str, gguf_file: str | None) -> str:
-    """One name for a GGUF file in a folder or a repository: `"folder/file.gguf"`, `"user/name/file.gguf@revision"`.
-
-    Raises:
-        [`LayerPruneError`]: if `gguf_file` is not the name of such a file.
-    """
+    """One name for a GGUF file in a folder or a repository: `"folder/file.gguf"`, `"user/name/file.gguf@revision"`."""
     if gguf_file is None:
         return name_or_path
     if not gguf_file.lower().endswith(".gguf"):
@@ -93,42 +85,6 @@ def is_gguf(name_or_path: str) -> bool:
     return name.lower().endswith(".gguf") and not Path(name).is_dir()
 
 
-def _gguf_path(name_or_path: str, options: Mapping[str, Any]) -> Path:
-    """Where a GGUF file lies on this machine; a file on the Hub is downloaded."""
-    if not is_gguf_available():
-        raise LayerPruneError(
-            f"{name_or_path} is a GGUF file, and the package that reads it is missing: pip install gguf"
-        )
-    name = split_revision(name_or_path)[0]
-    if Path(name).is_file():
-        return Path(name).absolute()
-    user, _, rest = name.partition("/")
-    repository, _, file = rest.partition("/")
-    if not (user and repository and file):
-        raise LayerPruneError(f"{name_or_path} does not exist; give the path of a GGUF file, or user/name/file.gguf")
-    try:
-        found = cached_file(
-            f"{user}/{repository}", file, **{key: options[key] for key in OF_THE_HUB if key in options}
-        )
-    except LOADING_ERRORS as error:
-        raise LayerPruneError(f"{name_or_path} cannot be loaded: {first_line(error)}") from error
-    return Path(found)
-
-
-def _source(name_or_path: str, kwargs: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """The name of a model, and what `from_pretrained` is called with: where the model lies, and options, with the
-    revision that the name says and no code of the repository's unless asked for."""
-    options = {"trust_remote_code": False} | kwargs
-    name = gguf_name(name_or_path, options.pop("gguf_file", None))
-    if (revision := one_revision(name, kwargs.get("revision"))) is not None:
-        options["revision"] = revision
-    if not is_gguf(name):
-        return name, resolve(name), options
-    path = _gguf_path(name, options)
-    options.pop("revision", None)  # of the repository; the file is here
-    return name, str(path.parent), options | {"gguf_file": str(path)}
-
-
 def beside_weights(options: Mapping[str, Any]) -> dict[str, Any]:
     """Of the options a model is loaded with, those its config and its tokenizer are loaded with."""
     return {key: options[key] for key in BESIDE_WEIGHTS if key in options}
@@ -140,28 +96,49 @@ def name_of(model: PreTrainedModel) -> str:
     return EMBEDDED if name == EMBEDDED_MODEL else name
 
 
+def _source(name_or_path: str, kwargs: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """The full name of a model, its folder or Hub id, and the options of `from_pretrained`: with the revision of the
+    name, and without running code of the repository unless asked for."""
+    options = {"trust_remote_code": False} | kwargs
+    name = gguf_name(name_or_path, options.pop("gguf_file", None))
+    if (revision := one_revision(name, kwargs.get("revision"))) is not None:
+        options["revision"] = revision
+    if not is_gguf(name):
+        return name, resolve(name), options
+    path = _gguf_path(name, {key: options[key] for key in OF_THE_HUB if key in options})
+    options.pop("revision", None)  # of the repository; the file is here
+    return name, str(path.parent), options | {"gguf_file": str(path)}
+
+
+def _gguf_path(name_or_path: str, options: dict[str, Any]) -> Path:
+    """Where a GGUF file lies on this machine; a file on the Hub is downloaded."""
+    name = split_revision(name_or_path)[0]
+    if Path(name).is_file():
+        return Path(name).absolute()
+    user, repository, file = [*name.split("/", 2), "", ""][:3]
+    if not (user and repository and file):
+        raise LayerPruneError(f"{name_or_path} does not exist; give the path of a GGUF file, or user/name/file.gguf")
+    try:
+        return Path(cached_file(f"{user}/{repository}", file, **options))
+    except LOADING_ERRORS as error:
+        raise LayerPruneError(f"{name_or_path} cannot be loaded: {first_line(error)}") from error
+
+
 def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
-    """The config of a model that is supported.
+    """The config of a model.
 
     Raises:
         [`LayerPruneError`]: if there is none, or its architecture is not supported.
     """
     name, source, options = _source(name_or_path, kwargs)
-    folder, path = Path(source), options.get("gguf_file")
-    if path is None and folder.exists() and not (folder / "config.json").is_file():
-        files = sorted(path.name for path in folder.glob("*.gguf")) if folder.is_dir() else ()
-        instead = f"name one of its GGUF files, {', '.join(files)}" if files else "give a model folder or a Hub id"
-        raise LayerPruneError(f"{name} is no model: it has no config.json; {instead}")
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        without = not folder.exists() and "config.json" in str(error)
-        hint = "; if it holds GGUF files, name one with gguf_file" if without else ""
-        raise LayerPruneError(f"{name} cannot be loaded as a model: {first_line(error)}{hint}") from error
+        raise LayerPruneError(f"{name} cannot be loaded as a model: {_reason(error, Path(source))}") from error
     try:
-        if path is not None:
+        if "gguf_file" in options:
             config.name_or_path, config.dtype = name, GGUF_DTYPE
-            _complete(config, path)
+            _complete(config, options["gguf_file"])
         check_supported(config)
         plan_of(config)
     except LayerPruneError as error:
@@ -169,12 +146,18 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     return config
 
 
-def _complete(config: PretrainedConfig, path: str) -> None:
-    """Add what transformers does not read from a GGUF file: how Llama 3's rotary positions are scaled.
+def _reason(error: Exception, folder: Path) -> str:
+    """Why there is no config."""
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        files = sorted(path.name for path in folder.glob("*.gguf"))
+        return "it has no config.json" + (f"; name one of its GGUF files, {', '.join(files)}" if files else "")
+    is_hint_due = not folder.exists() and "config.json" in str(error)
+    return first_line(error) + ("; if it holds GGUF files, name one with gguf_file" if is_hint_due else "")
 
-    Raises:
-        [`LayerPruneError`]: if they are scaled in another way, or other files hold a part of the model.
-    """
+
+def _complete(config: PretrainedConfig, path: str) -> None:
+    """Add what transformers does not read from a GGUF file, how Llama 3 scales its rotary positions; refuse another
+    scaling, and one of several files."""
     metadata, tensors = read_gguf_metadata(path)
     if (parts := metadata.get("split.count", 1)) > 1:
         raise LayerPruneError(f"it is one of {parts} files; merge them with llama.cpp's llama-gguf-split --merge")
@@ -205,12 +188,12 @@ def load_model(
     The weights of a GGUF file are dequantized and rounded to bfloat16.
 
     Args:
-        name_or_path (`str`): local folder, or Hub id, maybe with a revision: `"user/name@28-layers"`. Or a GGUF file:
-            its path, or `"user/name/file.gguf"` for one on the Hub (`gguf_file="file.gguf"` says the same).
+        name_or_path (`str`): folder, Hub id, perhaps with a revision (`"user/name@28-layers"`), or GGUF file: a path,
+            or `"user/name/file.gguf"` for one on the Hub (`gguf_file="file.gguf"` means the same).
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights in memory; `"auto"` is
             the checkpoint's own, and bfloat16 for a GGUF file.
-        for_device (`str` or `torch.device`, *optional*): where the model will compute. `"auto"` is then float32 if
-            that is a CPU which would have to emulate the checkpoint's dtype.
+        for_device (`str` or `torch.device`, *optional*): where the model will compute; there `"auto"` is float32 on a
+            CPU that would have to emulate the checkpoint's dtype.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -251,12 +234,8 @@ def saved_dtype(name_or_path: str, **kwargs: Any) -> torch.dtype:
 
 
 def keep_models_whole() -> None:
-    """Keep the engine that a process was launched with from loading models in parts: each process has whole models of
-    its own here, but for the student while an engine trains it.
-
-    Raises:
-        [`LayerPruneError`]: where FSDP would load them on the first process only.
-    """
+    """Keep the engine that launched this process from loading models in parts: each process has whole models here,
+    except for the student while an engine trains it."""
     if is_deepspeed_zero3_enabled():
         unset_hf_deepspeed_config()  # by which transformers knows of it
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
@@ -275,10 +254,10 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     folder, packed = Path(source), "gguf_file" in options
     if not packed and folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         # transformers would make an empty tokenizer without a word
-        raise LayerPruneError(f"{name} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one beside the model")
+        raise LayerPruneError(f"{name} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one next to the model")
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
         raise LayerPruneError(
-            f"{name} has no tokenizer that can be loaded; save one beside the model or name another"
+            f"{name} has no tokenizer that can be loaded; save one next to the model or name another"
         ) from error

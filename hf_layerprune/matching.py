@@ -1,4 +1,4 @@
-"""Which of a teacher's layers a student made elsewhere consists of, told by its weights."""
+"""Find out from its weights which of a teacher's layers a student made elsewhere consists of."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .plan import LayerPlan
 from .surgery import plan_of, prune
 
 CLEARLY_NEARER = 0.7
-"""How far a layer may be from its teacher's, over how far the next nearest one is; unrelated layers are at 1."""
+"""Largest distance to the nearest layer of the teacher, as a share of that to the next; unrelated layers are at 1."""
 UNLIKE = 10.0  # the distance of layers of other shapes
 NUMBERS_PER_TENSOR = 2**16  # that are compared, from all over it
 
 
 def with_plan(student: PreTrainedModel, teacher: PreTrainedModel, plan: LayerPlan | None = None) -> PreTrainedModel:
-    """A student whose config says which layers of `teacher` it holds: what it says itself, else `plan`, else found.
+    """A student whose config says which layers of `teacher` it holds: its own plan, else `plan`, else the one found.
 
     Raises:
         [`LayerPruneError`]: if `plan` does not fit the student, or none is given and none can be found.
@@ -41,30 +41,30 @@ def with_plan(student: PreTrainedModel, teacher: PreTrainedModel, plan: LayerPla
 
 
 def find_plan(student: PreTrainedModel, teacher: PreTrainedModel) -> LayerPlan:
-    """The plan by which every layer of `student` is nearest to its layer of `teacher`, in ascending order.
+    """The plan that gives every layer of `student` the nearest layer of `teacher`; they must ascend.
 
     Healing moves layers; they stay far nearer to what they were than to any other layer.
 
     Raises:
-        [`LayerPruneError`]: if a layer is about as near to another one.
+        [`LayerPruneError`]: if a layer is about as near to another one, or nearest to one before its predecessor's.
     """
     plan = plan_of(teacher)
     if plan.parallel_pairs:
         raise LayerPruneError("the teacher runs layers in parallel; say which layers the student holds with plan")
-    teachers = _layers(teacher)
-    distances = torch.tensor([[_distance(own, its) for its in teachers] for own in _layers(student)])
-    chosen = _ascending(distances)
-    for own, its in enumerate(chosen):
-        others = distances[own].clone()
-        others[its] = torch.inf
-        other = int(others.argmin())
-        if not distances[own, its] < CLEARLY_NEARER * others[other].clamp(max=1.0):
+    teachers, chosen = _layers(teacher), []
+    for number, own in enumerate(_layers(student)):
+        distances = torch.tensor([_distance(own, its) for its in teachers])
+        order = distances.argsort().tolist()
+        nearest, next_one = (float(distances[index]) for index in order[:2])
+        if not nearest < CLEARLY_NEARER * min(next_one, 1.0) or any(order[0] <= before for before in chosen):
             raise LayerPruneError(
-                f"layer {own} of the student is not clearly one of the teacher's: its weights differ from those of "
-                f"layer {plan.layers[its]} by {distances[own, its]:.2f} of their size and from those of layer "
-                f"{plan.layers[other]} by {others[other]:.2f}; say which layers it holds with --plan plan.json"
+                f"layer {number} of the student is not clearly one of the teacher's after those of its layers before: "
+                f"its weights differ from those of layer {plan.layers[order[0]]} by {nearest:.2f} of their size and "
+                f"from those of layer {plan.layers[order[1]]} by {next_one:.2f}; say which layers the student holds "
+                "with --plan plan.json"
             )
-    return LayerPlan(tuple((plan.layers[its],) for its in chosen), plan.num_teacher_layers)
+        chosen.append(order[0])
+    return LayerPlan(tuple((plan.layers[index],) for index in chosen), plan.num_teacher_layers)
 
 
 def _layers(model: PreTrainedModel) -> list[list[Tensor]]:
@@ -83,19 +83,3 @@ def _distance(own: list[Tensor], its: list[Tensor]) -> float:
         return UNLIKE
     parts = [(float((a - b).norm()), float(b.norm())) for a, b in zip(own, its, strict=True)]
     return sum(difference / norm if norm else float(difference > 0) for difference, norm in parts) / len(parts)
-
-
-def _ascending(distances: Tensor) -> list[int]:
-    """Columns, one for each row, that ascend and have the least sum."""
-    rows, columns = distances.shape
-    totals = torch.full((rows, columns), torch.inf)  # of the best choice for rows up to here that ends in a column
-    for row in range(rows):
-        before = torch.zeros(columns) if row == 0 else torch.full((columns,), torch.inf)
-        if row:
-            before[1:] = totals[row - 1].cummin(0).values[:-1]
-        totals[row] = before + distances[row]
-    chosen: list[int] = []
-    for row in reversed(range(rows)):
-        end = chosen[0] if chosen else columns
-        chosen.insert(0, int(totals[row, :end].argmin()))
-    return chosen

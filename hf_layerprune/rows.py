@@ -1,8 +1,8 @@
-"""Rows of a data set as TRL reads them: which columns, without blank rows, and without padding."""
+"""Rows of a data set as TRL reads them: only the columns it needs, without blank rows and padding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any
 
@@ -13,61 +13,83 @@ from .errors import LayerPruneError
 
 logger = logging.get_logger(__name__)
 
-OF_A_CHAT = ("tools", "chat_template_kwargs", "image", "images")  # next to messages; TRL refuses pictures, and says so
-RESERVED = ("prompt", "completion", "messages", "conversations")
+CHAT_COLUMNS = (["prompt", "completion"], ["messages"], ["conversations"])
+NEXT_TO_CHATS = ("tools", "chat_template_kwargs", "image", "images")  # TRL refuses images itself
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """Columns of a data set; a stream that does not name them is asked for its first row."""
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
 def with_text(dataset: Dataset | IterableDataset, text_field: str | None, name: str) -> Dataset | IterableDataset:
-    """The data set with what TRL should make text of alone, so that other columns do no harm.
+    """Keep the columns that TRL turns into tokens, so that no other column interferes, and leave out blank rows.
 
-    That is token ids, cut to those an attention mask lets through; else a text column that was named (`text_field`, if
-    not `"text"`); else, in TRL's order, prompts with their completions, messages, or text. Blank rows are left out.
-    Without `text_field` (a formatting function makes the text) only token ids are touched.
+    These are token ids, without those that an attention mask hides; else the column `text_field`, unless that is
+    `"text"`; else, in TRL's order, prompts with their completions, messages, or text. Without `text_field` (a
+    formatting function writes the text) only token ids are touched.
 
     Raises:
-        [`LayerPruneError`]: if it has none of these, only blank ones, or a row that is neither text nor messages, or
-            not of the first one's kind; a stream raises it once it gets there.
+        [`LayerPruneError`]: if there is no such column, no row with text, or a row of another kind than the first; a
+            stream raises the last when it gets there.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise LayerPruneError(
             f"{name} is a {type(dataset).__name__}; give one datasets.Dataset, such as Dataset.from_list(rows)"
         )
-    transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"  # TRL refuses it, and says why
-    if isinstance(dataset, Dataset) and not transformed:
-        dataset = dataset.with_format(None)
-    columns, first = column_names(dataset), next(iter(dataset), {})
-    if _are_ids(first.get("input_ids")):
-        return dataset if transformed else _without_padding(dataset, columns, name)
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        return dataset  # TRL refuses it and says why
+    dataset = dataset.with_format(None)
+    columns = column_names(dataset)
+    if _is_tokens(next(iter(dataset), {}).get("input_ids")):
+        return _without_padding(dataset, columns, name)
     if text_field is None:
         return dataset
-    kept = _read_columns(columns, text_field, name)
-    more = [] if kept == [text_field] else [column for column in OF_A_CHAT if column in columns]
+    kept = _text_columns(columns, text_field, name)
+    more = [] if kept == [text_field] else [column for column in NEXT_TO_CHATS if column in columns]
     dataset = dataset.select_columns(kept + more)
-    first = next((row for row in dataset if not _is_blank(row, kept)), None)
+    first = next((row[kept[0]] for row in dataset if not _is_blank(row, kept)), None)
     if first is None:
         raise LayerPruneError(f"{name}: column {' and '.join(map(repr, kept))} holds no text, only blank rows")
-    sample = first[kept[0]]
-    if kept == ["conversations"] and isinstance(sample, list) and _is_message(sample[0]):
+    if kept == ["conversations"] and isinstance(first, list) and is_message(first[0]):
         dataset, kept = dataset.rename_column("conversations", "messages"), ["messages"]
-    if transformed:
-        return dataset
-    how = {"columns": kept, "text_field": text_field, "kind": type(sample), "name": name}
-    return _some_rows(dataset, _is_readable, how, f"{name}: blank rows left out")
+    any_kind = list if isinstance(first, list) else str
+    kinds = {
+        column: {text_field: str, "messages": list, "conversations": list}.get(column, any_kind) for column in kept
+    }
+    return _filtered(dataset, _is_readable, f"{name}: blank rows left out", kinds=kinds, name=name)
 
 
-def _read_columns(columns: Sequence[str], text_field: str, name: str) -> list[str]:
+def is_message(value: Any) -> bool:
+    """Whether this has a role and says something: text, parts, tool calls or thoughts, as its chat template knows."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return value.get("content") is not None or any(part for key, part in value.items() if key != "role")
+
+
+def tell_of_dropped(name: str, dropped: int, total: int, max_length: int | None) -> None:
+    """Warn of rows that are left out because none of their tokens counts.
+
+    Raises:
+        [`LayerPruneError`]: if these are all rows.
+    """
+    if not dropped:
+        return
+    message = f"{name}: {dropped:,} of {total:,} rows have no token to score within max_length={max_length}"
+    if dropped == total:
+        raise LayerPruneError(f"{message}; raise it, or shorten the prompts that fill it")
+    logger.warning(f"{message} and are left out; raise it, or shorten the prompts that fill it")
+
+
+def _text_columns(columns: Sequence[str], text_field: str, name: str) -> list[str]:
     """The columns that TRL reads."""
-    if text_field in RESERVED:
+    if any(text_field in chat for chat in CHAT_COLUMNS):
         raise LayerPruneError(
-            f"dataset_text_field={text_field!r} names what TRL reads otherwise; rename that column of {name} to 'text'"
+            f"dataset_text_field={text_field!r} names a column that TRL reads as part of a chat; rename that column "
+            f"of {name} to 'text'"
         )
-    if text_field in columns and text_field != "text":
-        return [text_field]
-    for kept in (["prompt", "completion"], ["messages"], ["conversations"], [text_field]):
+    choices = [[text_field]] if text_field in columns and text_field != "text" else [*CHAT_COLUMNS, [text_field]]
+    for kept in choices:
         if set(kept) <= set(columns):
             return kept
     raise LayerPruneError(
@@ -76,92 +98,55 @@ def _read_columns(columns: Sequence[str], text_field: str, name: str) -> list[st
     )
 
 
-def _some_rows(
-    dataset: Dataset | IterableDataset, condition: Any, options: dict[str, Any], what: str
-) -> Dataset | IterableDataset:
-    """The rows for which `condition(row, number, **options)` holds; warns how many do not, except for a stream."""
-    some = dataset.filter(condition, with_indices=True, fn_kwargs=options)
-    if isinstance(dataset, IterableDataset):
-        return some
-    if len(some) == len(dataset):
-        return dataset
-    logger.warning(f"{what}: {len(dataset) - len(some):,} of {len(dataset):,}")
-    return some
-
-
-def tell_of_dropped(name: str, dropped: int, total: int, max_length: int | None) -> None:
-    """Warn of rows that are left out as none of their tokens counts.
-
-    Raises:
-        [`LayerPruneError`]: if they are all there are.
-    """
-    if total == 0:
-        return
-    told = f"{name}: {dropped:,} of {total:,} rows have no token to score within max_length={max_length}"
-    if dropped == total:
-        raise LayerPruneError(f"{told}; raise it, or shorten the prompts that fill it")
-    if dropped:
-        logger.warning(f"{told} and are left out; raise it, or shorten the prompts that fill it")
-
-
-def _is_blank(row: dict[str, Any], columns: list[str]) -> bool:
+def _is_blank(row: dict[str, Any], columns: Sequence[str]) -> bool:
     """Whether a cell of these columns is empty."""
     cells = (row[column] for column in columns)
     return any(cell is None or not (cell.strip() if isinstance(cell, str) else cell) for cell in cells)
 
 
-def _is_readable(row: dict[str, Any], number: int, columns: list[str], text_field: str, kind: type, name: str) -> bool:
-    if _is_blank(row, columns):
+def _is_readable(row: dict[str, Any], number: int, kinds: dict[str, type], name: str) -> bool:
+    """Whether a row has text; one that TRL would stumble over raises."""
+    if _is_blank(row, list(kinds)):
         return False
-    for column in columns:
-        value, what = row[column], "no text or messages"
-        if column == text_field:
-            good, what = isinstance(value, str), "no text"
-        elif column == "conversations":
-            good = isinstance(value, list)
-        else:
-            good = _are_messages(value) or (column != "messages" and isinstance(value, str))
-        if good and not isinstance(value, kind):
-            good, what = False, "of another kind than those before"
-        if not good:
-            raise LayerPruneError(f"{name}: row {number} has {value!r:.80} in column {column!r}, which is {what}")
+    for column, kind in kinds.items():
+        value, is_chat = row[column], kind is list and column != "conversations"
+        if not isinstance(value, kind) or is_chat and not all(map(is_message, value)):
+            what = "text" if kind is str else "a list of messages"
+            raise LayerPruneError(f"{name}: row {number} has {value!r:.80} in column {column!r}, which is not {what}")
     return True
 
 
+def _filtered(
+    dataset: Dataset | IterableDataset, condition: Callable[..., bool], warning: str, **options: Any
+) -> Dataset | IterableDataset:
+    """The rows for which `condition(row, number, **options)` holds; warn how many do not, except for a stream."""
+    kept = dataset.filter(condition, with_indices=True, fn_kwargs=options)
+    if isinstance(dataset, IterableDataset):
+        return kept
+    if len(kept) == len(dataset):
+        return dataset
+    logger.warning(f"{warning}: {len(dataset) - len(kept):,} of {len(dataset):,}")
+    return kept
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(token, int) for token in value)
+
+
 def _without_padding(dataset: Dataset | IterableDataset, columns: list[str], name: str) -> Dataset | IterableDataset:
-    """Rows of token ids that hold some, without the tokens that their attention mask leaves out."""
+    """Rows of token ids that hold some, without the tokens that their attention mask hides."""
     if "attention_mask" in columns:
         how = {"with_indices": True, "fn_kwargs": {"name": name}, "remove_columns": ["attention_mask"]}
         dataset = dataset.map(_unpadded, **how)
-    return _some_rows(dataset, _has_tokens, {}, f"{name}: rows without a token left out")
+    return _filtered(dataset, lambda row, number: bool(row["input_ids"]), f"{name}: rows without a token left out")
 
 
 def _unpadded(row: dict[str, Any], number: int, name: str) -> dict[str, Any]:
-    """The row with every list of its tokens (ids, labels, masks) cut to where the attention mask is 1."""
+    """A row with every list of its tokens (ids, labels, masks) cut to where the attention mask is 1."""
     ids, mask = row["input_ids"], row["attention_mask"]
     if not ids or mask is None or all(mask):
         return row
     if len(mask) != len(ids):
         raise LayerPruneError(f"{name}: row {number} has {len(ids)} input_ids but {len(mask)} in its attention_mask")
-    of_tokens = {key: value for key, value in row.items() if isinstance(value, list) and len(value) == len(mask)}
-    return row | {key: list(compress(value, mask)) for key, value in of_tokens.items()}
-
-
-def _has_tokens(row: dict[str, Any], number: int) -> bool:
-    return bool(row["input_ids"])
-
-
-def _are_ids(value: Any) -> bool:
-    value = value.tolist() if hasattr(value, "tolist") else value  # of a data set in the form of tensors
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(n, int) for n in value)
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
-
-
-def _is_message(value: Any) -> bool:
-    """What it says is between the row and the chat template: text, parts, calls of tools, or thoughts."""
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        return False
-    return value.get("content") is not None or any(part for key, part in value.items() if key != "role")
+    lists = {key: value for key, value in row.items() if isinstance(value, list) and len(value) == len(mask)}
+    return row | {key: list(compress(value, mask)) for key, value in lists.items()}

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from hf_layerprune import LayerPruneError, embedded_dataset, evaluate_model, score_layers
 from hf_layerprune.data import check_batches, load_text_dataset, tokenized_batches, valid_next_tokens
@@ -35,7 +35,7 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 @pytest.mark.parametrize(
     "beside, message",
     [
-        ({"attention_mask": torch.ones(2, 2)}, r"attention_mask is \(2, 2\), but input_ids have the shape \(2, 3\)"),
+        ({"attention_mask": torch.ones(2, 2)}, r"attention_mask is \(2, 2\); .* shape of input_ids, \(2, 3\)"),
         ({"attention_mask": [[1, 1, 1]] * 2}, "attention_mask is list"),
         ({"labels": torch.ones(1, 3, dtype=torch.long)}, r"labels is \(1, 3\)"),
         ({"labels": IDS + 300}, "labels must be token ids below 257"),
@@ -54,14 +54,26 @@ def test_what_is_nothing_is_left_out(model):
     empty = {"input_ids": torch.zeros(0, 3, dtype=torch.long)}
     given = [{"input_ids": IDS.int(), "attention_mask": None, "labels": None}, empty]
     assert evaluate_model(model, given).loss == pytest.approx(whole.loss)
-    for nothing in (None, 3):
-        with pytest.raises(LayerPruneError, match="no list of batches"):
-            evaluate_model(model, nothing)
+    with pytest.raises(LayerPruneError, match="3 is not a list of batches"):
+        evaluate_model(model, 3)
+
+
+def test_batches_are_validated_once(model, monkeypatch):
+    batches = check_batches([{"input_ids": IDS}], model.config.vocab_size)
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_layerprune.data._checked", lambda *_: pytest.fail("validated again"))
+        assert check_batches(batches, model.config.vocab_size) is batches
+        evaluate_model(model, batches)
+        score_layers(model, batches)
+    with pytest.raises(LayerPruneError, match="token id 6"):
+        check_batches(batches, 6)  # a smaller vocabulary than they were checked for
 
 
 def test_batches_without_a_token_or_from_another_tokenizer_are_refused():
-    with pytest.raises(LayerPruneError, match="no token to score"):
-        check_batches([], 10)
+    for nothing in ([], None):
+        with pytest.raises(LayerPruneError, match="no token to score"):
+            check_batches(nothing, 10)
+        assert check_batches(nothing, 10, required=False) == []
     with pytest.raises(LayerPruneError, match="no token to score"):
         check_batches([{"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1, 0]])}], 10)
     with pytest.raises(LayerPruneError, match="token id 10.* 10 entries"):
@@ -81,8 +93,8 @@ def test_batches_without_a_token_or_from_another_tokenizer_are_refused():
     ids=["data set", "tokenized data set", "one batch", "one row", "no integers", "bare tensor"],
 )
 def test_what_is_no_batches_is_refused_with_the_remedy(model, batches, what):
-    for act in (evaluate_model, score_layers, lambda *given: score_layers(*given, compensation="scale")):
-        with pytest.raises(LayerPruneError, match=f"item 0 is no batch but {what}.* hf_layerprune.tokenized_batches"):
+    for act in (evaluate_model, score_layers, lambda *given: score_layers(*given, compensation="least_squares")):
+        with pytest.raises(LayerPruneError, match=f"batch 0 is {what}.* hf_layerprune.tokenized_batches"):
             act(model, batches)
 
 
@@ -110,6 +122,29 @@ def test_local_files(tmp_path, suffix):
     assert load_text_dataset(str(path), "train[:1]")["text"] == texts[:1]
 
 
+@pytest.mark.parametrize("kind", ["file", "Dataset", "DatasetDict", "embedded"])
+def test_slices_of_splits(tmp_path, kind):
+    rows = Dataset.from_dict({"text": [f"text {n}" for n in range(10)]})
+    source = str(tmp_path / "texts")
+    if kind == "file":
+        source += ".jsonl"
+        rows.to_json(source)
+    elif kind == "embedded":
+        source, rows = "embedded:held_out", embedded_dataset("held_out")
+    else:
+        (rows if kind == "Dataset" else DatasetDict({"train": rows, "test": rows})).save_to_disk(source)
+    texts = list(rows["text"])
+    assert load_text_dataset(source)["text"] == texts
+    assert load_text_dataset(source, "train[:2]+train[-1:]")["text"] == texts[:2] + texts[-1:]
+    assert load_text_dataset(source, "train[50%:]")["text"] == texts[round(len(texts) / 2) :]
+    if kind == "DatasetDict":
+        assert load_text_dataset(source, "test[:3]")["text"] == texts[:3]
+        with pytest.raises(LayerPruneError, match='Unknown split "dev"'):
+            load_text_dataset(source, "dev")
+    else:
+        assert load_text_dataset(source, "test")["text"] == texts  # a source with one split is read whole
+
+
 @pytest.mark.parametrize(
     "name, content", [("a.pdf", "x"), ("a.txt", ""), ("a.txt", "\n\n"), ("a.jsonl", "{broken"), ("missing.txt", None)]
 )
@@ -126,6 +161,9 @@ def test_tokenized_batches_are_full_rows(tokenizer):
     batches = tokenized_batches(rows, tokenizer, max_length=16, num_rows=5, batch_size=2)
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 16), (2, 16), (1, 16)]
     assert tokenizer.decode(batches[0]["input_ids"][0], skip_special_tokens=True) == "abcdefghabcde"
+    read = []
+    (batch,) = tokenized_batches((read.append(row) or row for row in rows), tokenizer, max_length=16, num_rows=1)
+    assert torch.equal(batch["input_ids"], batches[0]["input_ids"][:1]) and len(read) == 4  # as far as needed
     with pytest.raises(LayerPruneError, match="less than one row"):
         tokenized_batches(rows, tokenizer, max_length=1000)
     with pytest.raises(LayerPruneError, match="no text; name the text column .*'content'"):

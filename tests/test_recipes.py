@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hf_layerprune import cli
 from hf_layerprune.cli.parsing import parse
-from hf_layerprune.data import ASSETS, embedded_text
+from hf_layerprune.data import ASSETS, embedded_dataset
 from hf_layerprune.shapes import load_shape
 from hf_layerprune.surgery import plan_of
 
@@ -179,7 +179,7 @@ def test_a_round_of_the_paper_scored_by_its_seven_data_sets(tmp_path, capsys):
     """What its commands do otherwise is run in test_commands.py."""
     path = ROOT / "recipes" / "qwen2.5-3b" / "paper.yaml"
     entries = yaml.safe_load((ASSETS / "tasks" / "paper.yaml").read_text())
-    files = {"rows": [{"text": text[:300]} for text in embedded_text("calibration")[:24]]}
+    files = {"rows": [{"text": text[:300]} for text in embedded_dataset("calibration")["text"][:24]]}
     for entry in entries:
         (row,) = (row for part, row in PAPER_ROWS.items() if part in entry["name"])
         files[entry["name"]] = [row] * 2

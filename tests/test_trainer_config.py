@@ -6,7 +6,7 @@ from trl import SFTConfig, TrlParser
 from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError
 from hf_layerprune.cli.arguments import BenchmarkArguments
 from hf_layerprune.cli.parsing import parse
-from hf_layerprune.generation_data.config import HealingDataConfig
+from hf_layerprune.healing_data_config import HealingDataConfig
 
 
 def own_fields():

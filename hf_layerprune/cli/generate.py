@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..generation_data.generate import generate_healing_data, processes
-from ..generation_data.prompts import column_of_prompts
+from ..healing_data import column_of_prompts, generate_healing_data, processes
 from ..loading import load_model, load_tokenizer
 from ..progress import Phases, say
 from .parsing import parse
@@ -32,6 +31,7 @@ def generate(argv: list[str]) -> None:
     cut = f", {report.num_truncated:,} cut at {config.max_new_tokens} tokens" if report.num_truncated else ""
     cut += " and left out" if cut and not config.keep_truncated else ""
     empty = f", {report.num_empty:,} empty and left out" if report.num_empty else ""
+    empty += f", {report.num_too_long:,} prompts too long and left out" if report.num_too_long else ""
     say(
         phases.out,
         f"answers: {arguments.output_file}   {report.num_rows:,} rows, {report.num_tokens:,} tokens{cut}{empty}",

@@ -101,7 +101,7 @@ def settings_of(verb: str) -> tuple[type, ...]:
 
         return arguments.EstimateArguments, EstimatedRunConfig
     if verb == "generate":
-        from ..generation_data.config import HealingDataConfig
+        from ..healing_data_config import HealingDataConfig
 
         return arguments.GenerateArguments, HealingDataConfig
     return (getattr(arguments, f"{verb.title().replace('-', '')}Arguments"),)

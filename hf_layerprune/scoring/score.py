@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, find_repairs
-from ..data import Batch, check_batches, check_form, split_rows, valid_next_tokens
+from ..data import Batch, check_batches, split_rows, valid_next_tokens
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, measuring
 from ..plan import Edit, LayerPlan, layer_indices
@@ -132,15 +132,15 @@ def score(
     if not keys:
         raise LayerPruneError("nothing to score: all layers are protected")
     plans = [_plan_after(key, plan) for key in keys]
-    batches = check_form([] if batches is None else batches)
     _check_request(model, criterion, race, compensation, tasks)
+    needs_data = criterion in (*TOKEN_MEASURES, "block_influence", "angular_distance", "taylor")
+    batches = check_batches(batches, model.config.vocab_size, "calibration data", required=needs_data)
     if criterion not in MEASURED:
         return _estimated(model, batches, dict(zip(keys, plans, strict=True)), criterion, seed, on_batch)
     check_same_vocabulary(model, teacher)
     if criterion == "tasks":
         tasks, folds = _prepared(tasks, model, tokenizer), [batches]
     else:
-        batches = check_batches(batches, model.config.vocab_size, "calibration data")
         folds = [batches] if compensation == "none" else halves(batches)
     with measuring(model, teacher):
         if is_offloaded(model):
@@ -215,13 +215,10 @@ def _estimated(
                 f"one of {', '.join(MEASURED)}"
             )
         blocks.append(plan.block_of(layer))
-    needs_data = criterion not in ("tail", "random")
-    if needs_data and (batches or not callable(criterion)):
-        batches = check_batches(batches, model.config.vocab_size, "calibration data")
     found = estimate(model, batches, blocks, criterion, seed, on_batch)
     if isinstance(found, Evidence):
         return Scores.of(name, list(candidates), found)
-    num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches) if needs_data else 0
+    num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches)
     return Scores(name, dict(zip(candidates, map(float, found), strict=True)), num_tokens=num_tokens)
 
 

@@ -1,1 +1,0 @@
-"""Data to heal on that the teacher wrote itself: prompts in, its answers out."""

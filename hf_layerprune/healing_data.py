@@ -1,0 +1,334 @@
+"""Let the teacher write data to heal on: prompts in, its own answers out.
+
+answers.jsonl           the rows, written when every prompt has its answer
+answers.jsonl.journal   what decides the answers, then a line for each batch of answers, appended when it is done
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import load_text_dataset, num_positions
+from .errors import LayerPruneError, first_line
+from .files import write_atomically
+from .fingerprint import fingerprint, fingerprint_model
+from .forward import check_tokenizer, measuring, to_device
+from .healing_data_config import HealingDataConfig
+from .loading import load_model, load_tokenizer, name_of
+from .rows import is_message
+from .scoring.sharding import gathered, own_share, shard
+from .tasks.encoding import left_padded, pad_id
+
+PROMPT_COLUMNS = ("messages", "prompt", "text")
+
+Content = str | list[dict[str, Any]]
+"""A text to continue, or messages to answer."""
+
+
+class Prompt(NamedTuple):
+    row: int  # in the data set
+    content: Content
+    ids: list[int]
+
+
+class Answer(NamedTuple):
+    row: int
+    text: str
+    num_tokens: int  # without the end token
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class HealingDataReport:
+    """What [`generate_healing_data`] wrote.
+
+    Attributes:
+        num_rows (`int`): rows in the file.
+        num_empty (`int`): prompts without a row, because the answer was blank.
+        num_truncated (`int`): answers that were cut at `max_new_tokens`: rows unless `keep_truncated=False`.
+        num_tokens (`int`): tokens of the answers in the file.
+        num_too_long (`int`): prompts that were left out, because they are longer than `max_prompt_tokens`.
+    """
+
+    num_rows: int
+    num_empty: int
+    num_truncated: int
+    num_tokens: int
+    num_too_long: int
+
+
+def generate_healing_data(
+    model: str | PreTrainedModel,
+    prompts: str | Dataset,
+    output_file: str | Path,
+    config: HealingDataConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> HealingDataReport:
+    """Write a teacher's answers to prompts as rows of `prompt` and `completion`, for [`IterativeLayerDistillTrainer`]
+    or [`~trl.SFTTrainer`].
+
+    After a kill, the same call continues after the last complete batch. The random numbers of a batch come from the
+    seed and the number of its first row. So on the same device, with the same libraries and `batch_size`, the file is
+    identical, however often the run was interrupted and however many processes share it. Under `torchrun` or
+    `accelerate launch` the processes share the batches; all must see the folder of the file.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The teacher. One that is named is loaded in its own dtype, on this process's device.
+        prompts (`str` or [`~datasets.Dataset`]):
+            Rows with messages, prompts or text; or a file, a Hub id or an embedded text, see [`load_text_dataset`].
+        output_file (`str` or `Path`): file of JSON lines to write.
+        config ([`HealingDataConfig`], *optional*): which prompts, how to sample, what to keep.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): by default the model's own.
+        on_rows (`Callable[[int, int], None]`, *optional*):
+            Called at the start and after each batch with the number of prompts that have an answer, and of all.
+
+    Returns:
+        [`HealingDataReport`]: counts; the same again for a file that is finished already.
+
+    Raises:
+        [`LayerPruneError`]: if model, prompts and settings do not fit together, `output_file` holds something else, or
+            no answer is left to write.
+    """
+    config, state, path = config or HealingDataConfig(), processes(), Path(output_file)
+    if path.suffix != ".jsonl":
+        raise LayerPruneError(f"output_file={path} must be a file whose name ends in .jsonl")
+    name = model if isinstance(model, str) else name_of(model)
+    tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
+    dataset = load_text_dataset(prompts) if isinstance(prompts, str) else prompts
+    if not isinstance(dataset, Dataset):
+        raise LayerPruneError(f"prompts are of type {type(dataset).__name__}, which cannot be resumed; give a Dataset")
+    if isinstance(model, str):
+        model = load_model(model, for_device=state.device).to(state.device)
+    check_tokenizer(tokenizer, model, name)
+    sampling = _sampling(model, tokenizer, config)
+    asked, num_too_long = _read_prompts(dataset, tokenizer, config, num_positions(model.config))
+    answers = _answer_all(model, tokenizer, asked, sampling, config, path, on_rows)
+    report = _write(path, asked, answers, config.keep_truncated, num_too_long)
+    state.wait_for_everyone()
+    return report
+
+
+def processes() -> PartialState:
+    """This process among those that were launched together."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def column_of_prompts(dataset: Dataset, config: HealingDataConfig) -> str:
+    """The column that `prompt_column` names, or the first of `PROMPT_COLUMNS` that the data set has."""
+    columns = [config.prompt_column] if config.prompt_column else PROMPT_COLUMNS
+    column = next((name for name in columns if name in dataset.column_names), None)
+    if column is None:
+        raise LayerPruneError(
+            f"the prompts have columns {dataset.column_names} but no {' or '.join(map(repr, columns))}; name the one "
+            "with messages or text with prompt_column"
+        )
+    return column
+
+
+def _sampling(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: HealingDataConfig
+) -> GenerationConfig:
+    """The checkpoint's generation config with the given settings in it; every special token ends an answer."""
+    sampling = copy.deepcopy(model.generation_config)
+    ends = sampling.eos_token_id
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= {*tokenizer.all_special_ids, *([ends] if isinstance(ends, int) else ends or ())}
+    sampling.update(eos_token_id=sorted(special) or None, pad_token_id=pad_id(tokenizer), max_length=None)
+    sampling.update(max_new_tokens=config.max_new_tokens, num_beams=1, num_return_sequences=1)
+    if not sampling.do_sample:
+        sampling.update(temperature=1.0, top_p=1.0, top_k=0)
+    sampling.do_sample = config.temperature != 0
+    for name in ("temperature", "top_p", "top_k"):
+        given = getattr(config, name)
+        if given is not None or not sampling.do_sample:
+            setattr(sampling, name, given if sampling.do_sample else None)
+    return sampling
+
+
+def _read_prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: HealingDataConfig, positions: int
+) -> tuple[list[Prompt], int]:
+    """The prompts of a data set that leave room for an answer, and how many do not; blank cells are left out."""
+    room = positions - config.max_new_tokens
+    longest = room if config.max_prompt_tokens is None else config.max_prompt_tokens
+    if not 1 <= longest <= room:
+        raise LayerPruneError(
+            f"max_new_tokens={config.max_new_tokens} leaves {max(room, 0)} of the model's {positions} positions for a "
+            f"prompt of up to {max(longest, 1)} tokens; lower one of them"
+        )
+    column, prompts = column_of_prompts(dataset, config), []
+    rows = dataset if config.num_prompts is None else dataset.take(config.num_prompts)
+    for row, value in enumerate(rows[column]):
+        if not value or isinstance(value, str) and not value.strip():
+            continue
+        if not isinstance(value, str):
+            content = _open_chat(value, row)
+        elif config.as_chat:
+            content = [{"role": "user", "content": value}]
+        else:
+            content = value if column == "prompt" else _opening(value, tokenizer, config.prompt_tokens)
+        prompts.append(Prompt(row, content, _encode(content, tokenizer, row)))
+    short = [prompt for prompt in prompts if len(prompt.ids) <= longest]
+    if not short:
+        found = f"only prompts of more than {longest} tokens" if prompts else "no text"
+        raise LayerPruneError(f"the prompts hold {found} in column {column!r}; give at least one row with text")
+    return short, len(prompts) - len(short)
+
+
+def _open_chat(value: Any, row: int) -> list[dict[str, Any]]:
+    """The messages up to the last that is not the assistant's."""
+    if not isinstance(value, list) or not all(map(is_message, value)):
+        raise LayerPruneError(f"prompts: row {row} is {value!r:.80}; it must be a text or a list of messages")
+    messages = [{key: part for key, part in message.items() if part is not None} for message in value]
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise LayerPruneError(f"prompts: row {row} has no message to answer; give it one of a user")
+    return messages
+
+
+def _opening(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
+    """The words in the first `count` tokens; after a whole word, prompt and answer are tokenized as they are apart."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) <= count:
+        return text
+    opening = tokenizer.decode(ids[:count]).rstrip("\ufffd")
+    is_whole = text.startswith(opening) and text[len(opening)].isspace()
+    words = opening if is_whole else re.sub(r"\s+\S*$", "", opening)
+    return words.rstrip() or opening
+
+
+def _encode(content: Content, tokenizer: PreTrainedTokenizerBase, row: int) -> list[int]:
+    if isinstance(content, str):
+        return tokenizer(content)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise LayerPruneError(f"prompts: row {row} does not fit the chat template: {first_line(error)}") from error
+
+
+def _answer_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: GenerationConfig,
+    config: HealingDataConfig,
+    output_file: Path,
+    on_rows: Callable[[int, int], None],
+) -> dict[int, Answer]:
+    """Answer the prompts that the journal has no answer to; the processes take turns, a batch each."""
+    journal = output_file.with_name(f"{output_file.name}.journal")
+    settings = {"model": fingerprint_model(model), "dtype": str(model.dtype), "prompts": fingerprint(prompts)}
+    settings = json.dumps(settings | {"seed": config.seed} | sampling.to_diff_dict())
+    answers = _read_journal(journal, settings)
+    batches = [prompts[start : start + config.batch_size] for start in range(0, len(prompts), config.batch_size)]
+    batches = [[prompt for prompt in batch if prompt.row not in answers] for batch in batches]
+    batches = [batch for batch in batches if batch]
+    if batches and output_file.exists():
+        raise LayerPruneError(f"{output_file} exists and was not written by this run; choose another output_file")
+    is_main, step = processes().is_main_process, shard(model)[1]
+    if is_main and not journal.exists():
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(journal, settings)
+    on_rows(len(answers), len(prompts))
+    with measuring(model):
+        for start in range(0, len(batches), step):
+            turn = own_share(batches[start : start + step], model)
+            found = gathered([_answer(model, tokenizer, batch, sampling, config.seed) for batch in turn], model)
+            for batch in found if is_main else ():
+                _append(journal, batch)
+            answers |= {answer.row: answer for batch in found for answer in batch}
+            on_rows(len(answers), len(prompts))
+    return answers
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: GenerationConfig,
+    seed: int,
+) -> list[Answer]:
+    """Answer one batch. Its random numbers depend on the seed and its first row; the process's own state stays."""
+    batch = to_device(left_padded([prompt.ids for prompt in prompts], sampling.pad_token_id), model.device)
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices, device_type=model.device.type):
+        digest = hashlib.sha256(f"{seed} {prompts[0].row}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        ids = model.generate(**batch, generation_config=sampling, tokenizer=tokenizer)
+    answers = []
+    for prompt, written in zip(prompts, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+        end = next((n for n, token in enumerate(written) if token in (sampling.eos_token_id or ())), len(written))
+        truncated = end == sampling.max_new_tokens
+        text = tokenizer.decode(written[:end])
+        answers.append(Answer(prompt.row, text.rstrip("\ufffd") if truncated else text, end, truncated))
+    return answers
+
+
+def _read_journal(journal: Path, settings: str) -> dict[int, Answer]:
+    """The answers that are known, by their rows; those of other settings are refused."""
+    if not journal.exists():
+        return {}
+    first, *lines = journal.read_text().split("\n")
+    before, now = json.loads(first), json.loads(settings)
+    for key in sorted({*before, *now} - {"transformers_version"}):
+        if before.get(key) != now.get(key):
+            raise LayerPruneError(
+                f"{journal} holds answers of another run: {key} was {before.get(key)!r}, now it is {now.get(key)!r}; "
+                "delete it, or choose another output_file"
+            )
+    answers = {}
+    for line in lines:
+        with suppress(ValueError):  # half a line, where a run was killed
+            answers |= {answer.row: answer for answer in (Answer(*parts) for parts in json.loads(line))}
+    return answers
+
+
+def _append(journal: Path, answers: Sequence[Answer]) -> None:
+    """Add the answers of one batch so that they outlast the process."""
+    with journal.open("a") as file:
+        file.write("\n" + json.dumps(answers))  # the line break comes first: what stands before may be half a line
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write(
+    path: Path, prompts: Sequence[Prompt], answers: dict[int, Answer], keep_truncated: bool, num_too_long: int
+) -> HealingDataReport:
+    """Write the rows to keep; after a finished run they are there already."""
+    told = [(prompt.content, answers[prompt.row]) for prompt in prompts if answers[prompt.row].text.strip()]
+    kept = [(content, answer) for content, answer in told if keep_truncated or not answer.truncated]
+    num_empty, num_truncated = len(prompts) - len(told), sum(answer.truncated for _, answer in told)
+    if not kept:
+        raise LayerPruneError(
+            f"no answer is left: {num_empty} are empty and {num_truncated} cut at max_new_tokens; raise it, or set "
+            "keep_truncated"
+        )
+    rows = []
+    for content, answer in kept:
+        completion = answer.text if isinstance(content, str) else [{"role": "assistant", "content": answer.text}]
+        rows.append({"prompt": content, "completion": completion, "truncated": answer.truncated})
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path.exists() and path.read_bytes() != text.encode():
+        raise LayerPruneError(f"{path} holds other rows than this run; choose another output_file, or delete it")
+    if processes().is_main_process:
+        write_atomically(path, text)
+    num_tokens = sum(answer.num_tokens for _, answer in kept)
+    return HealingDataReport(len(kept), num_empty, num_truncated, num_tokens, num_too_long)

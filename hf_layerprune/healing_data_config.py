@@ -1,0 +1,80 @@
+"""Which prompts the teacher answers, how it samples, and which answers are kept; `generate --help` needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .errors import LayerPruneError, make_whole
+
+
+@dataclass
+class HealingDataConfig:
+    r"""
+    Settings of [`generate_healing_data`].
+
+    Parameters:
+        prompt_column (`str`, *optional*):
+            Column of the prompts: lists of messages, or text. By default the first of `"messages"`, `"prompt"` and
+            `"text"` that exists. Answers at the end of a list of messages are left out; the teacher writes its own.
+        as_chat (`bool`, *optional*, defaults to `False`):
+            Turn each text into a user's message, for the chat template; by default the teacher continues the text.
+        prompt_tokens (`int`, *optional*, defaults to `32`):
+            The prompt of a text is the words in its first `prompt_tokens` tokens. A column named `"prompt"` is used
+            whole.
+        num_prompts (`int`, *optional*): rows to use, from the first; all by default.
+        max_prompt_tokens (`int`, *optional*):
+            Longest prompt in tokens, chat template included; longer ones are left out and counted. By default what
+            `max_new_tokens` leaves of the model's positions.
+        max_new_tokens (`int`, *optional*, defaults to `256`): longest answer in tokens.
+        temperature (`float`, *optional*):
+            Sampling temperature; 0 is greedy. By default, as for `top_p` and `top_k`, the checkpoint's own; a
+            checkpoint whose generation config does not sample is sampled at temperature 1 from all tokens.
+        top_p (`float`, *optional*): share of the probability to sample from.
+        top_k (`int`, *optional*): number of tokens to sample from; 0 is all.
+        seed (`int`, *optional*, defaults to `42`): seed of the sampling.
+        batch_size (`int`, *optional*, defaults to `8`): prompts at a time, per process.
+        keep_truncated (`bool`, *optional*, defaults to `True`):
+            Keep answers that were cut at `max_new_tokens`; they are marked by `"truncated": true`.
+
+    Raises:
+        [`LayerPruneError`]: for a value out of range.
+    """
+
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the prompts, messages or text; default: 'messages', 'prompt' or 'text'."},
+    )
+    as_chat: bool = field(default=False, metadata={"help": "Turn each text into a user's message."})
+    prompt_tokens: int = field(default=32, metadata={"help": "Tokens at the beginning of a text that are its prompt."})
+    num_prompts: int | None = field(default=None, metadata={"help": "Rows to use, from the first; all by default."})
+    max_prompt_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Leave out longer prompts; default: those that do not fit the model's positions."},
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer in tokens."})
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "Temperature; 0 is greedy. Default of this, top_p and top_k: the checkpoint's."},
+    )
+    top_p: float | None = field(default=None, metadata={"help": "Share of the probability to sample from."})
+    top_k: int | None = field(default=None, metadata={"help": "Number of tokens to sample from; 0 is all."})
+    seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts at a time, per process."})
+    keep_truncated: bool = field(
+        default=True, metadata={"help": "Keep answers that were cut at max_new_tokens (they are marked)."}
+    )
+
+    def __post_init__(self) -> None:
+        make_whole(self)
+        for name in ("prompt_tokens", "num_prompts", "max_prompt_tokens", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise LayerPruneError(f"{name}={value} is out of range; it must be at least 1")
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise LayerPruneError(f"temperature={self.temperature} is out of range; give 0 (greedy) or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise LayerPruneError(f"top_p={self.top_p} is out of range; it must be above 0 and at most 1")
+        if self.top_k is not None and self.top_k < 0:
+            raise LayerPruneError(f"top_k={self.top_k} is out of range; give 0 (all tokens) or more")
+        if self.temperature == 0 and (self.top_p, self.top_k) != (None, None):
+            raise LayerPruneError("temperature=0 is greedy, so top_p and top_k change nothing; leave them out")
