@@ -22,7 +22,9 @@ def make_healing(tmp_path, tokenizer, teacher, blocks=(0, 1, 2, 3), peft_config=
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-    return HealingTrainer(trainer, prune(teacher, [2], share_weights=True), list(blocks), tmp_path)
+    return HealingTrainer(
+        trainer, prune(teacher, [2], share_weights=True), list(blocks), trainer.train_dataset, tmp_path
+    )
 
 
 def gradients(trainer):
@@ -82,7 +84,7 @@ def test_completion_only_masks_reach_the_loss(tmp_path, tokenizer):
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    healing = HealingTrainer(trainer, prune(teacher, [1]), [0], tmp_path)
+    healing = HealingTrainer(trainer, prune(teacher, [1]), [0], trainer.train_dataset, tmp_path)
     batch = next(iter(healing.get_train_dataloader()))
     parts = healing.loss_parts(healing.model, batch)
     assert parts["num_tokens"] == 2 * len("forty-two." + "\0")  # two rows; the end token counts

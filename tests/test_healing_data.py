@@ -350,7 +350,7 @@ def test_a_trainer_heals_on_the_file_with_completion_only_loss(tmp_path, tokeniz
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    healing = HealingTrainer(trainer, prune(teacher, [1]), [0], tmp_path / "run")
+    healing = HealingTrainer(trainer, prune(teacher, [1]), [0], trainer.train_dataset, tmp_path / "run")
     tokenized = trainer.all_train_rows
     scored = [tokenizer.decode([t for t in row["labels"] if t != -100]) for row in tokenized]
     assert sorted(scored) == sorted(row["completion"] + END for row in rows)

@@ -55,7 +55,9 @@ def test_every_way_to_lay_out_documents_gives_the_same_loss_and_gradients(tmp_pa
     for batch in (padded(), without_padding(), packed()):
         trainer = make(tmp_path, tokenizer, lm_weight=0.2, packing=False, trained_layers=trained)
         trainer.teacher.set_attn_implementation(attention)
-        healing = HealingTrainer(trainer, prune(trainer.teacher, [3], share_weights=True), blocks, tmp_path)
+        healing = HealingTrainer(
+            trainer, prune(trainer.teacher, [3], share_weights=True), blocks, trainer.train_dataset, tmp_path
+        )
         student = healing.model
         assert (healing.shared_depth is None) == everything
         valid, labels = valid_next_tokens(batch)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_layerprune import LayerDistillCallback, LayerPlan, LayerPruneError
 from hf_layerprune.files import replace_folder
-from hf_layerprune.trainer import healing, iterative
+from hf_layerprune.trainer import healing, rounds
 from hf_layerprune.trainer import run as run_module
 from hf_layerprune.trainer.checkpoints import Checkpoint, seal, sealed_checkpoints
 
@@ -121,7 +121,7 @@ def test_killed_while_a_healed_student_takes_the_place_of_its_checkpoints(make, 
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(iterative, "replace_folder", die)
+        patch.setattr(rounds, "replace_folder", die)
         make(**WITH_CHECKPOINTS).train()
     steps = []
 

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from hf_layerprune import IterativeLayerDistillTrainer, parallelize, prune
 from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.surgery import plan_of, share_equal_weights
+from hf_layerprune.trainer.rounds import Rounds
 from hf_layerprune.trainer.targets import HiddenStateMap
 from hf_layerprune.trainer.towers import run_towers, shared_depth, why_nothing_is_shared
 from hf_layerprune.trainer.trainable import make_trainable
@@ -124,19 +125,18 @@ def make(tmp_path, tokenizer):
     return build
 
 
-def test_rounds_hold_one_model_and_what_they_trained(make, healings):
+def test_rounds_hold_one_model_and_what_they_trained(make, healings, monkeypatch):
     trainer = make()
-    held = []
-    heal = trainer._heal
+    held, heal = [], Rounds._heal
 
-    def watched(student):
-        result = heal(student)
+    def watched(self, student):
+        result = heal(self, student)
         models = (trainer.teacher, trainer.start, result[0])
         storages = {p.data_ptr(): p.numel() for model in models for p in model.parameters()}
         held.append((sum(storages.values()), healings[-1].shared_depth))
         return result
 
-    trainer._heal = watched
+    monkeypatch.setattr(Rounds, "_heal", watched)
     trainer.train()
     layer = sum(p.numel() for p in trainer.teacher.model.layers[0].parameters())
     for number, (numbers, depth) in enumerate(held, 1):

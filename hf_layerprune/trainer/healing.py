@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
@@ -48,6 +49,7 @@ class HealingTrainer(Trainer):
         rounds ([`~trl.SFTTrainer`]): the trainer of the rounds, with the text, settings, callbacks and `teacher`.
         student ([`~transformers.PreTrainedModel`]): may share weights with the teacher; what is trained is copied.
         blocks (`list[int]`): positions of the blocks whose weights change; all weights if the settings say so.
+        rows ([`~datasets.Dataset`]): the tokenized text to train on.
         folder (`Path`): for the checkpoints.
         on_checkpoint (`Callable[[int], None]`, *optional*): called with the step of each checkpoint.
     """
@@ -60,6 +62,7 @@ class HealingTrainer(Trainer):
         rounds: SFTTrainer,
         student: PreTrainedModel,
         blocks: list[int],
+        rows: Dataset | IterableDataset,
         folder: Path,
         on_checkpoint: Callable[[int], None] = lambda step: None,
     ) -> None:
@@ -74,7 +77,7 @@ class HealingTrainer(Trainer):
             trained,
             args,
             rounds.data_collator,
-            rounds.train_dataset,
+            rows,
             rounds.eval_dataset,
             processing_class=rounds.processing_class,
             optimizer_cls_and_kwargs=rounds.optimizer_cls_and_kwargs,

@@ -7,11 +7,7 @@ the layer that costs least (or runs it beside its neighbour), and heals the stud
 from __future__ import annotations
 
 import copy
-import math
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +15,31 @@ import torch
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import TrainOutput, set_seed
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from .._trl import prepared_for_evaluation, restore_forward, set_model
+from .._trl import prepared_for_evaluation, restore_forward
 from ..budget import Goal
-from ..compensation import compensate
 from ..data import Batch, check_batches, collated_batches, num_positions
-from ..errors import LayerPruneError, NotANumber, first_line
-from ..evaluation import EvaluationReport, evaluate_model
-from ..files import digests, replace_folder, round_folder, write_atomically
+from ..errors import LayerPruneError, first_line
+from ..evaluation import evaluate_model
 from ..hub import TAGS
 from ..hub.scrub import placed, without_places
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..matching import with_plan
-from ..plan import Edit
-from ..record import Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
+from ..record import RunRecord
 from ..record_reader import read_plan
 from ..rows import column_names, tell_of_dropped, with_text
-from ..scoring import MEASURED, Race
-from ..search import SearchStep, next_edit
-from ..surgery import apply_plan, plan_of, prune, share_equal_weights, unshare_parameters
-from ..tasks import TaskReport, evaluate_tasks, load_tasks, prepare_tasks
-from .callbacks import fire
-from .checkpoints import last_checkpoint, what_is_left
+from ..surgery import plan_of, prune, unshare_parameters
+from ..tasks import load_tasks, prepare_tasks
 from .checks import check_added_tokens, check_arguments, check_budget, check_enough_rows, check_request
 from .config import IterativeLayerDistillConfig
-from .engines import agreed, autocast, check_engine, check_whole, on_main, splits_model
-from .healing import HealingTrainer
+from .engines import agreed, check_engine, check_whole, on_main, splits_model
 from .interrupts import explained
 from .publishing import HubPublishing
+from .rounds import Rounds
 from .run import RunFile, check_not_past_target, decisive_settings
-from .speed import speed_runs, with_speed
-from .students import check_saving, check_student, publish_student, put_in_place, unpruned, write_student
-from .targets import trained_blocks
-from .trainable import round_weights
+from .students import check_saving, unpruned
 
 
 class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
@@ -135,7 +121,7 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
             init = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
             init = {name: value for name, value in init.items() if name not in ("revision", "subfolder", "gguf_file")}
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
-        self.teacher_name = self.model_name if teacher is None else placed(name_of(teacher))
+        self.teacher_title = without_places(self.model_name if teacher is None else placed(name_of(teacher)))
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
         if teacher is not None:
@@ -154,7 +140,7 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
         }
         train_dataset = datasets.pop("train")
 
-        self._file: RunFile | None = None
+        self.file: RunFile | None = None
         self._opened = False
         self._peft_config = peft_config
         self.round = 0  # the round in progress, from 1
@@ -255,17 +241,22 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
         was_training = self.teacher.training
         self.teacher.eval()
         try:
-            return self._run_rounds()
+            output = Rounds(self).train()
+            if self.args.push_to_hub:
+                self.push_to_hub()
+            unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
+            self.accelerator.wait_for_everyone()
+            return output
         except Exception as error:
             if (
                 isinstance(error, LayerPruneError)
-                or (clear := explained(error, self._file.folder, self._file.phase)) is None
+                or (clear := explained(error, self.file.folder, self.file.phase)) is None
             ):
                 raise
             raise clear from error
         finally:
             self.teacher.train(was_training)
-            self._file.close()
+            self.file.close()
 
     def open_run(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Start a run in `args.output_dir`, or take up the one that is there; `train()` does it if you do not.
@@ -274,8 +265,8 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
             [`LayerPruneError`]: see `train`; nothing has been written then.
         """
         folder, should_save = Path(self.args.output_dir), self.args.should_save
-        self._file = RunFile(folder, should_save, self.args.device, self.seconds_before)
-        self._on_main(lambda: check_saving(unpruned(self.start), self.processing_class))
+        self.file = RunFile(folder, should_save, self.args.device, self.seconds_before)
+        on_main(self.accelerator, lambda: check_saving(unpruned(self.start), self.processing_class))
         batches = {
             "calibration": self.calibration_batches,
             "repair": self.repair_batches,
@@ -285,252 +276,23 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
         settings = decisive_settings(self.args, self.start, self.teacher, *data, self._peft_config)
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
         try:
-            self._on_main(lambda: self._file.open(settings, resume_from_checkpoint))
-            self._file.record = agreed(self._file.record)
+            on_main(self.accelerator, lambda: self.file.open(settings, resume_from_checkpoint))
+            self.file.record = agreed(self.file.record)
             latency = self.run.latency
             goal = Goal.of(self.args.budget(), self.args.edit_space(), self.teacher, plan_of(self.teacher), latency)
             self.goal = agreed(goal)
             check_budget(self.model_name, self.goal, plan_of(self.start), self.args.heal)
             check_not_past_target(self.run, plan_of(self.start), self.goal)
-            self._file.save("opened", latency=self.goal.latency)
+            self.file.save("opened", latency=self.goal.latency)
         except BaseException:
-            self._file.close()
+            self.file.close()
             raise
         self._opened = True
 
     @property
     def run(self) -> RunRecord | None:
         """What the run has done so far; `None` before it is opened."""
-        return None if self._file is None else self._file.record
-
-    def _run_rounds(self) -> TrainOutput:
-        """The loop: choose and make edits, heal, evaluate, until the plan meets the target."""
-        if self.run.rounds:
-            last = self.run.rounds[-1]
-            student = self._load_student(round_folder(self._file.folder, last.number), last.files)
-        else:
-            student = unpruned(self.start)
-            share_equal_weights(student, self.teacher)
-        output = TrainOutput(0, 0.0, {})
-        set_model(self, student)
-        if self.run.teacher is None:
-            self._measure_teacher()
-        while self.only_heals or not self.goal.met(plan_of(student)):
-            self.round = len(self.run.rounds) + 1
-            self._event("on_round_begin", number=self.round, depth=plan_of(student).depth)
-            student = self._choose_and_edit(student)
-            if self.args.heal:
-                self._evaluate_unhealed(student)
-            student, output = self._heal(student)
-            self._finish_round(student)
-        if self.args.measure_speed and self.run.rounds and self.run.rounds[-1].speed is None and self.args.should_save:
-            self._phase("measuring speed", num_runs=speed_runs(self.run))
-            self._file.record = with_speed(self.run, self.teacher, self.save_dtype, self._phase_step)
-        self._file.save("all", self.round)
-        self._phase("writing")
-        self._publish()
-        if self.args.push_to_hub:
-            self.push_to_hub()
-        unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
-        self.accelerator.wait_for_everyone()
-        return output
-
-    @property
-    def only_heals(self) -> bool:
-        """Whether the round to come heals a student that has its final depth already, before any edit."""
-        return not self.run.rounds and self.goal.met(plan_of(self.start))
-
-    def _measure_teacher(self) -> None:
-        self._phase("evaluating teacher")
-        record = TeacherRecord.of(
-            self.teacher,
-            evaluate_model(self.teacher, self.eval_batches, on_batch=self._phase_step),
-            tasks=self._evaluate_tasks(self.teacher),
-            name=without_places(self.teacher_name),
-            evaluated_on="calibration data" if self.eval_dataset is None else "evaluation data",
-        )
-        self._file.save("evaluating teacher", teacher=record)
-
-    def _evaluate_tasks(self, model: PreTrainedModel) -> TaskReport | None:
-        return evaluate_tasks(model, self.tasks, self.processing_class, self.teacher) if self.tasks else None
-
-    def _change_round(self, done: str, **changes: Any) -> None:
-        """Change fields of the round in progress and save the run."""
-        self._file.save(done, self.round, current=replace(self.run.current, **changes))
-
-    def _choose_and_edit(self, student: PreTrainedModel) -> PreTrainedModel:
-        """Make this round's edits, one at a time, each scored on what is left."""
-        wanted = self.args.layers_per_round
-        if self.goal.budget.unit == "depth":
-            wanted = min(wanted, plan_of(student).depth - self.goal.budget.target)
-        if self.run.current is None:
-            self._file.record = replace(self.run, current=RoundInProgress(wanted))
-        for edit in self.run.current.edits:  # of a run that resumes
-            student = self._edited(student, edit)
-        while len(self.run.current.edits) < self.run.current.wanted and not self.goal.met(plan_of(student)):
-            self._phase("scoring", num_layers=plan_of(student).depth)
-            start = time.perf_counter()
-            with autocast(self.accelerator):  # what is compared is rounded alike, and scoring takes half of the time
-                step = agreed(self._next_edit(student))
-            current = self.run.current
-            seconds = current.seconds_scoring + time.perf_counter() - start
-            student = self._edited(student, step.edit)
-            self._file.record = replace(self.run, order=step.order if self.args.one_shot else ())
-            self._change_round(
-                "scoring",
-                edits=(*current.edits, step.edit),
-                scores=current.scores if step.scores is None else (*current.scores, step.scores),
-                order=() if self.args.one_shot else step.order,
-                seconds_scoring=seconds,
-            )
-        return student
-
-    def _next_edit(self, student: PreTrainedModel) -> SearchStep:
-        args, depth, num_removals = self.args, plan_of(student).depth, None
-        if args.one_shot:
-            num_removals = depth - int(self.goal.budget.target)
-        elif args.criterion == "angular_distance":
-            num_removals = self.run.current.wanted
-        options: dict[str, Any] = {"seed": args.seed + depth}  # another draw of "random" in every round
-        if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
-            options |= {"compensation": args.compensation, "tasks": self.tasks, "tokenizer": self.processing_class}
-        return next_edit(
-            student,
-            self.calibration_batches,
-            self.goal,
-            args.criterion,
-            self.teacher,
-            race=None if args.race_confidence is None else Race(args.race_confidence, args.seed),
-            order=self.run.order if args.one_shot else self.run.current.order,
-            num_removals=num_removals,
-            on_batch=self._phase_step,
-            **options,
-        )
-
-    def _edited(self, student: PreTrainedModel, edit: Edit) -> PreTrainedModel:
-        """`student` after an edit, the gap repaired in closed form, in weights that the saved dtype can hold."""
-        student = apply_plan(student, edit.apply(plan_of(student)), share_weights=True)
-        if self.args.compensation != "none" and edit.kind == "remove":
-            self._phase("repairing", num_layers=plan_of(student).depth)
-            with autocast(self.accelerator):
-                repair = (self.repair_batches, self.args.compensation, self.teacher, edit.layers)
-                student = compensate(student, *repair, on_batch=self._phase_step, share_weights=True)
-        round_weights(student, self.save_dtype)
-        return student
-
-    def _evaluate_unhealed(self, student: PreTrainedModel) -> None:
-        """Measure the student before its healing, and the teacher after the same edits without any training."""
-        if self.run.current.phase != "choosing":
-            return
-        before = unhealed = self._measure(student)
-        if self.run.rounds or self.start is not self.teacher or self.args.compensation != "none":
-            unhealed = self._measure(apply_plan(self.teacher, plan_of(student), share_weights=True))
-        self._change_round("evaluating unhealed", phase="edited", before_healing=before, unhealed=unhealed)
-
-    def _heal(self, student: PreTrainedModel) -> tuple[PreTrainedModel, TrainOutput]:
-        """Train the student of this round; a checkpoint of an interrupted healing is taken up."""
-        folder, nothing = round_folder(self._file.folder, self.round), TrainOutput(0, 0.0, {})
-        if self.run.current.phase == "healed":  # the run was interrupted after its healing: the student is on disk
-            files = self.run.current.files
-            self._on_main(lambda: put_in_place(folder, files))
-            student = self._load_student(folder, files)
-            set_model(self, student)
-            return student, nothing
-        if not self.args.heal:
-            self._keep(student, folder)
-            return student, nothing
-        blocks = trained_blocks(
-            plan_of(student), self.run.current.edits, self.args.named_trained_layers() or self.args.trained_layers
-        )
-        set_seed(self.args.seed + self.round)  # adapters are drawn at random: the same ones after a resume
-        self.train_dataset = self.all_train_rows.shuffle(seed=self.args.seed + self.round)  # other rows every round
-        self._phase("healing", num_layers=plan_of(student).depth)
-        checkpoint = self._on_main(lambda: last_checkpoint(folder))
-        healing = HealingTrainer(
-            self, student, blocks, folder, lambda step: self._file.save("checkpoint", self.round, step)
-        )
-        try:
-            student, output = healing.heal(self.save_dtype, checkpoint)
-        except NotANumber as error:
-            raise NotANumber(f"{error}{self._on_main(lambda: what_is_left(folder))}") from error
-        self._keep(student, folder, Healing(int(self.state.num_input_tokens_seen), healing.seconds))
-        return student, output
-
-    def _keep(self, student: PreTrainedModel, folder: Path, healing: Healing | None = None) -> None:
-        """Save the student of this round.
-
-        It takes the place of its healing's checkpoints, so the run says first that it is done and of which files:
-        from there on a resume finds it, wherever a kill has left it.
-        """
-        set_model(self, student)
-        self.accelerator.wait_for_everyone()
-        written = None
-        if self.args.should_save:
-            written = write_student(student, self.processing_class, self.save_dtype, folder)
-        files = {} if written is None else digests(written)
-        self._change_round("healing", phase="healed", healing=healing, files=files)
-        if written is not None:
-            replace_folder(written, folder)
-        self.accelerator.wait_for_everyone()
-
-    def _finish_round(self, student: PreTrainedModel) -> None:
-        after, current = self._measure(student), self.run.current
-        if not math.isfinite(after.loss):
-            self._change_round(
-                "scoring", phase="edited" if self.args.heal else "choosing"
-            )  # this healing does not count
-            if self.args.should_save:
-                shutil.rmtree(round_folder(self._file.folder, self.round))
-            advice = "; lower the learning rate" if self.args.heal else ""
-            raise LayerPruneError(
-                f"round {self.round}: the student's loss is {after.loss}{advice}. The rounds before it are kept"
-            )
-        names = ("edits", "scores", "seconds_scoring", "unhealed", "before_healing", "healing", "files")
-        record = RoundRecord.of(
-            student,
-            after,
-            tasks=self._evaluate_tasks(student),
-            number=self.round,
-            criterion=self.args.criterion,
-            **{name: getattr(current, name) for name in names},
-        )
-        self._file.record = self.run.with_round(record)
-        self._file.save("round", self.round)
-        self._file.report()
-        self._event("on_round_end", record=record)
-
-    def _publish(self) -> None:
-        """Fill in what a user looks for first: the final model and its plan."""
-        if self.args.should_save and self.run.rounds:
-            folder = self._file.folder
-            self._file.report()
-            self.create_model_card()
-            files = [folder / name for name in ("README.md", "quality.png", "layers.png")]
-            publish_student(round_folder(folder, len(self.run.rounds)), folder / "model", files)
-            write_atomically(folder / "plan.json", self.run.rounds[-1].plan.to_json() + "\n")
-
-    def _load_student(self, folder: Path, files: dict[str, str]) -> PreTrainedModel:
-        check_student(folder, files)
-        student = load_model(str(folder), dtype=self.start.dtype).to(self.args.device)
-        share_equal_weights(student, self.teacher)
-        return student
-
-    def _on_main(self, act: Callable[[], Any]) -> Any:
-        return on_main(self.accelerator, act)
-
-    def _phase(self, phase: str, **details: Any) -> None:
-        self._file.begin(phase)
-        self._event("on_phase_begin", phase=phase, **details)
-
-    def _phase_step(self) -> None:
-        self._event("on_phase_step")
-
-    def _event(self, name: str, **details: Any) -> None:
-        fire(self.callback_handler.callbacks, name, self.args, self.state, self.control, **details)
-
-    def _measure(self, student: PreTrainedModel) -> EvaluationReport:
-        self._phase("evaluating", num_layers=plan_of(student).depth)
-        return evaluate_model(student, self.eval_batches, self.teacher, on_batch=self._phase_step)
+        return None if self.file is None else self.file.record
 
     def metrics_of(self, student: PreTrainedModel, batches: list[Batch], prefix: str) -> dict[str, float]:
         """What `evaluate` returns."""
