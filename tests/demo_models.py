@@ -12,7 +12,7 @@ from hf_layerprune import LayerPlan, prune
 from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, open_catalog
 from hf_layerprune.demo.settings import embedded_entry
 from hf_layerprune.evaluation import EvaluationReport
-from hf_layerprune.hub.scrub import placed
+from hf_layerprune.hub.paths import absolute_if_local
 from hf_layerprune.trainer.records import teacher_record
 
 CHAT_TEMPLATE = (
@@ -58,7 +58,7 @@ def make_run(folder: Path, chat: bool = False) -> Path:
         )  # fmt: skip
     student.save_pretrained(folder / "run" / "model")
     tokenizer.save_pretrained(folder / "run" / "model")
-    quality, name = EvaluationReport(3.9, 49.0, None, None, 100), placed(str(folder / "teacher"))
+    quality, name = EvaluationReport(3.9, 49.0, None, None, 100), absolute_if_local(str(folder / "teacher"))
     report = {
         "teacher": teacher_record(name, teacher, quality, "a text"),
         "rounds": records,

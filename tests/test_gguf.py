@@ -18,7 +18,7 @@ from hf_layerprune.demo.catalog import open_catalog
 from hf_layerprune.demo.facts import read_facts
 from hf_layerprune.demo.settings import DemoSettings, Limits, ModelEntry
 from hf_layerprune.demo.store import ModelStore
-from hf_layerprune.hub.scrub import hub_id
+from hf_layerprune.hub.paths import hub_id
 from hf_layerprune.loading import load_config
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

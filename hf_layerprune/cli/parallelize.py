@@ -19,8 +19,8 @@ from ..edits import edits_between
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
-from ..hub import RunFolder, read_plan, run_card
-from ..hub.scrub import placed, placed_settings, without_places
+from ..hub import load_run, read_plan, run_card
+from ..hub.paths import absolute_if_local, with_absolute_paths, without_local_paths
 from ..loading import load_config, load_tokenizer, saved_dtype
 from ..plan import LayerPlan
 from ..progress import Phases, expected_depth, say
@@ -79,7 +79,7 @@ def _parallelize(
         save_plot(plot_range(found), folder / "range.png")
     phases.phase("evaluating the model and every step", len(evaluation) * (1 + len(steps)))
     quality = evaluate_model(model, evaluation, on_batch=phases.step)
-    teacher = teacher_record(placed(arguments.model), model, quality, "evaluation data")
+    teacher = teacher_record(absolute_if_local(arguments.model), model, quality, "evaluation data")
     rounds = []
     for number, (labels, scores, plan) in enumerate(steps, 1):
         student = _as_saved(model, plan, save_dtype)
@@ -89,10 +89,10 @@ def _parallelize(
     if arguments.measure_speed:
         phases.phase("measuring speed", speed_runs(rounds))
         add_speed(model, teacher, rounds, save_dtype, phases.step)
-    settings = placed_settings(asdict(arguments))
-    write_report(folder, teacher, rounds, without_places(settings), model.device)
+    settings = with_absolute_paths(asdict(arguments))
+    write_report(folder, teacher, rounds, without_local_paths(settings), model.device)
     write_atomically(folder / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
-    card = run_card(RunFolder.open(folder), len(rounds), f"{folder.name}/model")
+    card = run_card(load_run(folder), len(rounds), f"{folder.name}/model")
     write_atomically(folder / "README.md", str(card))
     for name in ("README.md", "quality.png", "layers.png"):
         write_atomically(folder / "model" / name, (folder / name).read_bytes())

@@ -10,10 +10,10 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..errors import LayerPruneError, first_line
-from ..hub import RunFolder, load_run
-from ..hub.client import READING, patiently
+from ..hub import load_run
+from ..hub.paths import hub_id
 from ..hub.push import depth_tag
-from ..hub.scrub import hub_id
+from ..hub.runs import hub_errors
 from ..loading import EMBEDDED, load_config
 from ..plan import LayerPlan
 from ..surgery import plan_of
@@ -175,10 +175,10 @@ def _open(entry: ModelEntry) -> Pairing:
 
 def _local_run(entry: ModelEntry) -> Pairing:
     """A run on this machine: the student of every round that was kept."""
-    run = RunFolder.open(str(entry.run))
+    run = load_run(str(entry.run))
     students, plans = {}, {}
     for number in range(1, len(run.report["rounds"]) + 1):
-        plan = run.plan(number)
+        plan = run.plan_after(number)
         try:
             students[plan.depth] = ModelSource(str(run.student(number)))  # of two rounds with one depth the later
         except LayerPruneError:
@@ -194,13 +194,13 @@ def _single_or_pushed(entry: ModelEntry) -> Pairing:
     run = load_run(str(entry.run))
     students, plans = {run.plan.depth: ModelSource(run.name, run.revision)}, {run.plan.depth: run.plan}
     if run.revision is not None:
-        refs = patiently(f"looking at {run.name}", HfApi().list_repo_refs, run.name, purpose=READING)
-        tags = {ref.name: ref.target_commit for ref in refs.tags}
+        with hub_errors(f"looking at {run.name}"):
+            tags = {ref.name: ref.target_commit for ref in HfApi().list_repo_refs(run.name).tags}
         for record in run.report["rounds"]:
             plan, tag = LayerPlan.from_dict(record["plan"]), depth_tag(record["num_layers"])
             if tag in tags and plan.depth not in students:
                 students[plan.depth], plans[plan.depth] = ModelSource(run.name, tags[tag]), plan
-    settings = RunFolder.open(str(entry.run)).settings if run.revision is None else {}
+    settings = run.settings if run.revision is None else {}
     return _pairing(entry, _teacher(entry, run.report, settings), students, plans, run.report)
 
 

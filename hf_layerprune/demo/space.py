@@ -11,14 +11,13 @@ from typing import Any
 
 import yaml
 from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData, get_token
-from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..errors import LayerPruneError
 from ..files import write_atomically
 from ..hub import load_run
-from ..hub.client import patiently
-from ..hub.scrub import check_nothing_local, hub_id, placed
-from ..hub.target import HARMLESS, check_account, check_names
+from ..hub.paths import absolute_if_local, check_nothing_local, hub_id
+from ..hub.push import check_content, full_name, open_repo
+from ..hub.runs import hub_errors
 from ..loading import EMBEDDED, is_gguf, split_revision
 from .settings import DemoSettings, ModelEntry, read_settings
 
@@ -59,25 +58,24 @@ def push_space(
         [`LayerPruneError`]: if a model is not on the Hub, a run there is no pushed student, a name is invalid, the
             token has not the right, the repository holds something else, or the Hub cannot be reached.
     """
-    check_names(repo_id, None)
     settings = _settings(models, token)
     for entry in settings.models:
         _check_named(entry)
     api = HfApi(token=token)
-    repo_id = check_account(api, repo_id)
+    repo_id = full_name(api, repo_id)
     for entry in settings.models:
         _check_there(api, entry, on_message)
-    there = _holds(api, repo_id)
-    on_message(f"{'updating' if there else 'making'} the Space {repo_id}")
-    with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
-        folder = Path(temporary)
-        write_space(folder, settings, repo_id, title=title, hardware=hardware)
-        check_nothing_local(folder, (Path.home(), Path.cwd()), token or get_token())
-        if there is None:
-            options = {"repo_type": REPO_TYPE, "space_sdk": "gradio", "private": private, "exist_ok": True}
-            patiently(f"making {repo_id}", api.create_repo, repo_id, **options)
-        default = "Update the comparison" if there else "Compare original and compressed"
-        return patiently(f"pushing to {repo_id}", _commit, api, repo_id, folder, commit_message or default)
+    with TemporaryDirectory(prefix="hf-layerprune-") as folder:
+        write_space(Path(folder), settings, repo_id, title=title, hardware=hardware)
+        check_nothing_local(Path(folder), (Path.home(), Path.cwd()), token or get_token())
+        open_repo(api, repo_id, private=private, repo_type=REPO_TYPE, space_sdk="gradio")
+        with hub_errors(f"pushing to {repo_id}"):
+            files = api.list_repo_files(repo_id, repo_type=REPO_TYPE)
+            check_content(files, MODELS_FILE, repo_id)
+            on_message(f"{'updating' if MODELS_FILE in files else 'making'} the Space {repo_id}")
+            default = "Update the comparison" if MODELS_FILE in files else "Compare original and compressed"
+            options = {"repo_type": REPO_TYPE, "commit_message": commit_message or default}
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
 
 def write_space(
@@ -155,7 +153,7 @@ def _settings(models: str | Path | Sequence[str], token: str | None) -> DemoSett
         return read_settings(models)
     entries = []
     for name in models:
-        if hub_id(placed(name)) is None:
+        if hub_id(absolute_if_local(name)) is None:
             raise LayerPruneError(
                 f"{name} is no model on the Hub, which a Space needs; push it first: hf-layerprune push {name} "
                 "--repo_id user/name"
@@ -171,7 +169,7 @@ def _check_named(entry: ModelEntry) -> None:
     """Raise [`LayerPruneError`] if a model of the list has a name that is none on the Hub."""
     for key in ("run", "teacher", "student"):
         name = getattr(entry, key)
-        if name is not None and name != EMBEDDED and hub_id(placed(name)) is None:
+        if name is not None and name != EMBEDDED and hub_id(absolute_if_local(name)) is None:
             raise LayerPruneError(
                 f"{entry.name}: {key}={name!r} is no model on the Hub, which a Space needs; push it first, or name it "
                 "in a YAML file: --models"
@@ -190,40 +188,7 @@ def _check_there(api: HfApi, entry: ModelEntry, on_message: Callable[[str], None
         if name in (None, EMBEDDED):
             continue
         repo_id, revision = hub_id(name) or name, split_revision(name)[1]
-        try:
-            info = patiently(f"looking at {name}", api.model_info, repo_id, revision=revision)
-        except LayerPruneError as error:
-            if isinstance(error.__cause__, RepositoryNotFoundError):
-                raise LayerPruneError(f"{entry.name}: {name} is not on the Hub, or hidden from you") from error
-            raise
-        if info.private:
+        with hub_errors(f"{entry.name}: looking at {name}"):
+            private = api.model_info(repo_id, revision=revision).private
+        if private:
             on_message(f"{name} is private: give the Space a secret HF_TOKEN that may read it")
-
-
-def _holds(api: HfApi, repo_id: str) -> bool | None:
-    """Whether the Space holds an earlier push; `None` if it is not there.
-
-    Raises:
-        [`LayerPruneError`]: if it holds something else.
-    """
-    what = f"looking at {repo_id}"
-    try:
-        files = patiently(what, api.list_repo_files, repo_id, repo_type=REPO_TYPE)
-    except LayerPruneError as error:
-        if isinstance(error.__cause__, RepositoryNotFoundError):
-            return None
-        raise
-    files = [name for name in files if not HARMLESS.fullmatch(name)]
-    if files and not {"app.py", MODELS_FILE} <= set(files):
-        raise LayerPruneError(
-            f"the Space {repo_id} exists and holds something else ({', '.join(sorted(files)[:3])}, ...); choose "
-            "another name"
-        )
-    return bool(files)
-
-
-def _commit(api: HfApi, repo_id: str, folder: Path, title: str) -> CommitInfo:
-    """One commit on what the Space holds now: one whose answer was lost is not made again."""
-    parent = api.space_info(repo_id).sha
-    options = {"repo_type": REPO_TYPE, "commit_message": title, "parent_commit": parent}
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)

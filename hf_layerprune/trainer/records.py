@@ -13,7 +13,7 @@ from ..benchmark import benchmark_models, num_runs
 from ..edits import Edit
 from ..environment import native_dtype
 from ..evaluation import EvaluationReport
-from ..hub.scrub import without_places
+from ..hub.paths import without_local_paths
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of, prune
 from ..tasks import PreparedTask
@@ -24,9 +24,9 @@ PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 64, 5
 
 
 def teacher_record(name: str, teacher: PreTrainedModel, report: EvaluationReport, evaluated_on: str) -> dict[str, Any]:
-    """Size and quality of the teacher; of a local one (see `placed`) the folder's name is told, not where it lies."""
+    """Size and quality of the teacher; of a local one the folder's name is told, not where it lies."""
     return {
-        "name": without_places(name),
+        "name": without_local_paths(name),
         "architecture": architecture_of(teacher.config).name,
         "num_layers": teacher.config.num_hidden_layers,
         "num_parameters": teacher.num_parameters(),
