@@ -12,7 +12,7 @@ from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, op
 from hf_layerprune.demo.settings import embedded_entry
 from hf_layerprune.evaluation import EvaluationReport
 from hf_layerprune.files import to_json
-from hf_layerprune.hub.scrub import without_places
+from hf_layerprune.hub.paths import without_local_paths
 from hf_layerprune.record import Healing, RoundRecord, RunRecord, TeacherRecord
 from hf_layerprune.surgery import plan_of
 
@@ -47,7 +47,7 @@ def make_run(folder: Path, chat: bool = False) -> Path:
     name, quality = str(folder / "teacher"), EvaluationReport(3.9, 49.0, None, None, 100)
     run = RunRecord(
         {"trained_layers": "neighbours", "model": "0123456789abcdef"},
-        TeacherRecord.of(teacher, quality, name=without_places(name), evaluated_on="a text"),
+        TeacherRecord.of(teacher, quality, name=without_local_paths(name), evaluated_on="a text"),
         environment={"hardware": "a CPU"},
     )
     student = teacher

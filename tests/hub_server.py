@@ -5,7 +5,7 @@
         hub.repos["me/model"].files()      # {path: content} of main; of a Space: hub.repos["spaces/me/space"]
         hub.faults.append(Fault("503", at=4))
 
-Files go up base64 in the commit ("regular"), or by LFS, in one part or several, with `lfs_suffixes` and `part_size`. A
+Files go up base64 in the commit ("regular"), or by LFS, with `lfs_suffixes`. A
 commit becomes visible in one step, and only if everything it names has arrived. Faults strike a request by its number
 or by its path: an answer 503, a connection cut before, in the middle of or behind the work, a slow answer.
 """
@@ -163,12 +163,10 @@ def answer_error(status: int, code: str, message: str) -> Response:
 
 
 class HubServer:
-    def __init__(self, lfs_suffixes: tuple[str, ...] = (), part_size: int | None = None) -> None:
+    def __init__(self, lfs_suffixes: tuple[str, ...] = ()) -> None:
         self.repos: dict[str, Repo] = {}
         self.lfs_suffixes = lfs_suffixes
-        self.part_size = part_size
         self.store: dict[str, bytes] = {}
-        self.parts: dict[str, dict[int, bytes]] = {}
         self.faults: list[Fault] = []
         self.log: list[str] = []
         self.counter = itertools.count()
@@ -245,7 +243,9 @@ class HubServer:
             Route("/api/validate-yaml", self.validate_yaml, methods=["POST"]),
             Route(model, self.with_repo(self.info)),
             Route(model + "/revision/{revision:path}", self.with_repo(self.info)),
+            Route(model + "/auth-check/write", self.with_repo(self.info, write=True)),
             Route(model + "/refs", self.with_repo(self.refs)),
+            Route(model + "/commits/{revision:path}", self.with_repo(self.commits)),
             Route(model + "/tree/{place:path}", self.with_repo(self.tree)),
             Route(model + "/preupload/{revision:path}", self.with_repo(self.preupload, write=True), methods=["POST"]),
             Route(model + "/commit/{revision:path}", self.with_repo(self.commit, write=True), methods=["POST"]),
@@ -258,8 +258,6 @@ class HubServer:
                 "/{owner}/{name}.git/info/lfs/objects/batch", self.with_repo(self.lfs_batch, True), methods=["POST"]
             ),
             Route("/lfs/{oid}", self.lfs_put, methods=["PUT"]),
-            Route("/lfs/{oid}/parts/{part:int}", self.lfs_put, methods=["PUT"]),
-            Route("/lfs/{oid}/complete", self.lfs_complete, methods=["POST"]),
             Route("/lfs/{oid}/verify", self.lfs_verify, methods=["POST"]),
             Route("/cdn/{oid}", self.cdn, methods=["GET", "HEAD"]),
         ]
@@ -345,6 +343,15 @@ class HubServer:
 
         content = {"branches": listed(repo.branches, "heads"), "tags": listed(repo.tags, "tags"), "converts": []}
         return JSONResponse(content)
+
+    async def commits(self, request: Request, repo: Repo) -> Response:
+        oid, history = repo.find(request.path_params["revision"]), []
+        while oid is not None:
+            commit = repo.commits[oid]
+            time = "2026-11-29T00:00:00.000Z"
+            history.append({"id": oid, "title": commit.title, "message": "", "authors": [], "date": time})
+            oid = commit.parent
+        return JSONResponse(history)
 
     def _split(self, repo: Repo, place: str) -> tuple[str | None, str]:
         """The commit and the path of `revision/path`; a revision may have slashes."""
@@ -442,31 +449,12 @@ class HubServer:
             entry = {"oid": oid, "size": size}
             if oid not in self.store:
                 upload: dict = {"href": f"{self.endpoint}/lfs/{oid}"}
-                if self.part_size is not None:
-                    count = -(-size // self.part_size)
-                    parts = {f"{n:05d}": f"{self.endpoint}/lfs/{oid}/parts/{n}" for n in range(1, count + 1)}
-                    upload = {"href": f"{self.endpoint}/lfs/{oid}/complete",
-                              "header": {"chunk_size": str(self.part_size), **parts}}  # fmt: skip
                 entry["actions"] = {"upload": upload, "verify": {"href": f"{self.endpoint}/lfs/{oid}/verify"}}
             objects.append(entry)
-        transfer = "basic" if self.part_size is None else "multipart"
-        return JSONResponse({"transfer": transfer, "objects": objects}, media_type="application/vnd.git-lfs+json")
+        return JSONResponse({"transfer": "basic", "objects": objects}, media_type="application/vnd.git-lfs+json")
 
     async def lfs_put(self, request: Request) -> Response:
-        oid, part, content = request.path_params["oid"], request.path_params.get("part"), await request.body()
-        if part is not None:
-            self.parts.setdefault(oid, {})[part] = content
-            return Response(headers={"ETag": f'"{part}"'})
-        return self._keep(oid, content)
-
-    async def lfs_complete(self, request: Request) -> Response:
-        oid, body = request.path_params["oid"], await request.json()
-        parts = self.parts.get(oid, {})
-        if [part["partNumber"] for part in body["parts"]] != sorted(parts):
-            return answer_error(400, "", "parts are missing")
-        return self._keep(oid, b"".join(parts[number] for number in sorted(parts)))
-
-    def _keep(self, oid: str, content: bytes) -> Response:
+        oid, content = request.path_params["oid"], await request.body()
         if hashlib.sha256(content).hexdigest() != oid:
             return answer_error(400, "", "the content is not what was announced")
         self.store[oid] = content

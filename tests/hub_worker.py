@@ -16,7 +16,7 @@ import time
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, embedded_dataset
 from hf_layerprune.demo import DemoSettings, ModelEntry, open_catalog
 from hf_layerprune.demo.space import push_space
-from hf_layerprune.hub import load_run, push_run, staging
+from hf_layerprune.hub import load_run, push, push_run
 
 gc.freeze()  # what the imports made is not looked through at every later collection
 drawn = {}
@@ -32,7 +32,7 @@ def write_report_files(folder, report):
 
 
 FILES = ("report.json", "report.md", "quality.png", "layers.png")
-draw, staging.write_report_files = staging.write_report_files, write_report_files
+draw, push.write_report_files = push.write_report_files, write_report_files
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.02))
 

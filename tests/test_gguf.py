@@ -16,7 +16,7 @@ from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, lo
 from hf_layerprune.cli.estimate import _config as config_to_plan
 from hf_layerprune.demo.catalog import open_catalog
 from hf_layerprune.demo.settings import DemoSettings, ModelEntry
-from hf_layerprune.hub.scrub import hub_id
+from hf_layerprune.hub.paths import hub_id
 from hf_layerprune.loading import load_config
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

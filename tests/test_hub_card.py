@@ -14,9 +14,8 @@ from test_report import ROUNDS, TEACHER
 
 from hf_layerprune.data import EMBEDDED_MODEL
 from hf_layerprune.files import to_json, write_atomically
-from hf_layerprune.hub import RunFolder, model_card, run_card
-from hf_layerprune.hub.card import TEMPLATE
-from hf_layerprune.hub.metadata import BaseFacts, base_facts
+from hf_layerprune.hub import Run, load_run, run_card
+from hf_layerprune.hub.card import TEMPLATE, base_facts
 from hf_layerprune.report import recovery, render_markdown, report_of, summary
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +24,9 @@ REPORT = json.loads((ROOT / "recipes" / "tiny" / "results" / "report.json").read
 PAIRED = {**ROUNDS[0], "edits": ["1|2"], "plan": {"num_teacher_layers": 4, "blocks": [[0], [1, 2], [3]]}}
 
 
-def card_of(rounds=ROUNDS, base="Qwen/Qwen2.5-3B", **options):
-    return model_card(report_of(TEACHER, rounds, {}), "me/student", base, **options)
+def card_of(rounds=ROUNDS, base="Qwen/Qwen2.5-3B", teacher=TEACHER, settings=None, **options):
+    run = Run("run/model", Path("run"), report_of(teacher, rounds, settings or {}))
+    return run_card(run, len(rounds), "me/student", base, **options)
 
 
 def test_the_example_is_what_a_push_of_the_embedded_run_would_write(monkeypatch):
@@ -94,16 +94,15 @@ def test_what_is_measured_how_is_told():
     how = {"prefill_tokens_per_second": 9.0, "prefill_ratio": 1.0, "time_to_first_token": 0.1, "batch_size": 1,
            "peak_memory_bytes": 5_000_000, "kv_bytes_per_token": 320, "dtype": "bfloat16", "prompt_tokens": 128,
            "new_tokens": 64}  # fmt: skip
-    report = report_of(TEACHER | how, [ROUNDS[0] | how], {})
-    text = model_card(report, "me/student", None).text
+    text = card_of([ROUNDS[0] | how], teacher=TEACHER | how).text
     assert "weights in bfloat16, a prompt of 128 tokens and 64 new ones, batch 1" in text
     assert "median of the ratios run by run" in text
-    assert "a prompt of 128 tokens and 64 new ones" in render_markdown(report)
+    assert "a prompt of 128 tokens and 64 new ones" in render_markdown(report_of(TEACHER | how, [ROUNDS[0]], {}))
 
 
 def test_a_model_of_billions_and_one_word_for_the_original():
     large = {"num_parameters": 3_085_938_688}
-    text = model_card(report_of(TEACHER | large, [ROUNDS[0] | large], {}), "me/student", None).text
+    text = card_of([ROUNDS[0] | large], base=None, teacher=TEACHER | large).text
     assert text.count("3.09B") == 4 and "3,085" not in text
     assert "teacher" not in text.replace("from teacher (4", "").replace("# teacher: 4", "").replace("teacher me/", "")
     assert f'pip install "hf-layerprune>={version("hf-layerprune")}"' in text
@@ -111,7 +110,7 @@ def test_a_model_of_billions_and_one_word_for_the_original():
 
 def test_a_student_compared_with_itself_is_not_called_the_original():
     deeper = {"plan": {"num_teacher_layers": 8, "blocks": [[0], [1], [2]]}}
-    text = model_card(report_of(TEACHER, [ROUNDS[0] | deeper], {}), "me/student", "me/four").text
+    text = card_of([ROUNDS[0] | deeper], base="me/four").text
     assert "| before this run | 4 |" in text and "| original |" not in text
     assert "made from [me/four](https://huggingface.co/me/four) (4 layers): 1 layer left out" in text
     assert "It holds 3 of the 8 layers of the original." in text
@@ -120,45 +119,47 @@ def test_a_student_compared_with_itself_is_not_called_the_original():
 @pytest.mark.parametrize(
     "settings, criterion, told",
     [
-        ({"dataset": "a/b"}, "kl", "scored on {b}, healed on {b}, measured on rows of it that were held out."),
-        ({"dataset": "a/b"}, "random", "healed on {b}, measured on rows of it that were held out."),
+        ({"dataset": "a/b"}, "kl", "scored on {b}, healed on {b}, measured on held-out rows of {b}."),
+        ({"dataset": "a/b"}, "random", "healed on {b}, measured on held-out rows of {b}."),
         ({"dataset": "a/b", "eval_dataset": "/x/c.txt"}, "kl", "scored on {b}, healed on {b}, measured on `c.txt`."),
         (
             {"dataset": "a/b", "calibration_dataset": "/x/c.txt", "tasks": "default,/x/d.yaml"},
             "tasks",
-            "scored on the tasks `default,d.yaml`, healed on {b}, measured on rows of it that were held out.",
+            "scored on the tasks `default,d.yaml`, healed on {b}, measured on held-out rows of {b}.",
         ),
         (
             {"dataset": None},
             "kl",
-            "scored on `embedded:calibration`, healed on `embedded:healing`, measured on `embedded:held_out`. What is "
-            "called `embedded` comes with hf_layerprune.",
+            "scored on `embedded:calibration`, healed on `embedded:healing`, measured on `embedded:held_out`. The "
+            "texts called `embedded` come with hf_layerprune.",
         ),
     ],
 )
 def test_the_text_is_told(tmp_path, settings, criterion, told):
     write_atomically(tmp_path / "report.json", to_json(report_of(TEACHER, [ROUNDS[0] | {"criterion": criterion}], {})))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": "Qwen/Qwen2.5-3B"} | settings))
-    card = run_card(RunFolder.open(tmp_path), 1, "me/student", facts=BaseFacts()).text
+    card = run_card(load_run(tmp_path), 1, "me/student", facts=ModelCardData()).text
     assert "\nText: " + told.format(b="[a/b](https://huggingface.co/datasets/a/b)") + "\n" in card
 
 
 def test_metadata_survive_a_round_trip():
-    facts = BaseFacts("other", "qwen-research", "https://huggingface.co/x/y/blob/main/LICENSE", ["en", "zh"])
-    card = card_of(datasets=["user/texts"], facts=facts, tags=["mine"], evaluated_on="user/held-out")
+    link = "https://huggingface.co/x/y/blob/main/LICENSE"
+    facts = ModelCardData(license="other", license_name="qwen-research", license_link=link, language=["en", "zh"])
+    settings = {"eval_dataset": "user/held-out"}
+    card = card_of(datasets=["user/texts"], facts=facts, tags=["mine"], settings=settings)
     assert metadata_errors(str(card)) == []
     again = ModelCard(str(card)).data
     assert again.to_dict() == card.data.to_dict() and isinstance(again, ModelCardData)
     assert again.base_model == "Qwen/Qwen2.5-3B" and again.base_model_relation == "finetune"
-    assert (again.license, again.license_name, again.datasets) == ("other", "qwen-research", ["user/texts"])
+    assert (again.license, again.license_name) == ("other", "qwen-research")
+    assert again.datasets == ["user/held-out", "user/texts"]
     assert {result.dataset_type for result in again.eval_results} == {"user/held-out"}
 
 
 def test_quality_on_tasks_is_told_where_it_was_measured():
     result = {"measure": "accuracy", "quality": 0.75, "cost": 0.25, "standard_error": 0.1, "num_examples": 20}
     tasks = {"tasks": {"results": {"minimal pairs": result}, "mean_cost": 0.25}}
-    report = report_of(TEACHER | tasks, [{**ROUNDS[0], **tasks}], {})
-    card = model_card(report, "me/student", None)
+    card = card_of([ROUNDS[0] | tasks], base=None, teacher=TEACHER | tasks)
     assert "| layers | mean cost | minimal pairs (accuracy) |" in card.text and "| 3 | 0.2500 | 0.7500 |" in card.text
     found = card.data.eval_results[-1]
     assert (found.dataset_type, found.metric_type, found.metric_value) == ("minimal-pairs", "accuracy", 0.75)
@@ -182,7 +183,7 @@ def test_a_card_of_a_run_that_measured_less():
     assert "Cost:" not in text and "## Reproduce" not in text
 
 
-@pytest.mark.parametrize("base", ["embedded", "", None, "/home/somebody/model", "tests", "./x/y", "a/b.json"])
+@pytest.mark.parametrize("base", ["embedded", "", None, "/home/somebody/model", "tests", "./x/y"])
 def test_only_a_model_of_the_hub_is_a_base_model(base):
     data = card_of(base=base).data
     assert data.base_model is None and "base_model_relation" not in data.to_dict()
@@ -193,16 +194,23 @@ def test_a_revision_is_no_part_of_the_base_model():
 
 
 def test_facts_of_a_base_model(tmp_path):
-    assert base_facts("embedded") == base_facts(EMBEDDED_MODEL) == (BaseFacts("apache-2.0", language="en"), "")
-    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n")
-    assert base_facts(str(tmp_path)) == (BaseFacts("other", "mine", None), "")
-    (tmp_path / "README.md").write_text("# nothing")
-    assert base_facts(str(tmp_path)) == (BaseFacts(), "its card names none")
+    def facts_of(base):
+        facts, why = base_facts(base)
+        return facts.to_dict(), why
+
+    apache = ({"license": "apache-2.0", "language": "en"}, "")
+    assert facts_of("embedded") == facts_of(EMBEDDED_MODEL) == apache
+    for text, known, why in (
+        ("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n",
+         {"license": "other", "license_name": "mine"}, ""),
+        ("# nothing", {}, "its card names none"),
+    ):  # fmt: skip
+        (tmp_path / "README.md").write_text(text)
+        assert facts_of(str(tmp_path)) == (known, why)
     (tmp_path / "README.md").write_text("---\n[\n---\n")
-    assert base_facts(str(tmp_path))[1]
-    assert base_facts(str(tmp_path / "nowhere"))[1]
+    assert base_facts(str(tmp_path))[1] and base_facts(str(tmp_path / "nowhere"))[1]
     (tmp_path / "README.md").unlink()
-    assert base_facts(str(tmp_path)) == (BaseFacts(), "it has no README.md")
+    assert facts_of(str(tmp_path)) == ({}, "it has no README.md")
 
 
 @pytest.mark.parametrize(

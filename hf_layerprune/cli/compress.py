@@ -17,7 +17,7 @@ from ..budget import TARGETS
 from ..data import ASSETS
 from ..errors import LayerPruneError, first_line
 from ..files import write_atomically
-from ..hub.scrub import placed_settings
+from ..hub.paths import with_absolute_paths
 from ..loading import beside_weights, load_config, load_tokenizer
 from ..progress import Phases, RunProgress, say
 from ..report import rich_table
@@ -195,4 +195,4 @@ def _write_recipe(
     if isinstance(settings.get("model_init_kwargs"), dict):  # a token is for this machine alone
         settings["model_init_kwargs"] = {k: v for k, v in settings["model_init_kwargs"].items() if k != "token"}
     settings["output_dir"] = config.output_dir
-    write_atomically(path, yaml.safe_dump(placed_settings(settings), sort_keys=False))
+    write_atomically(path, yaml.safe_dump(with_absolute_paths(settings), sort_keys=False))

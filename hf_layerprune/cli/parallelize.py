@@ -19,8 +19,8 @@ from ..environment import environment
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
-from ..hub import RunFolder, run_card
-from ..hub.scrub import placed, placed_settings, without_places
+from ..hub import load_run, run_card
+from ..hub.paths import absolute_if_local, with_absolute_paths, without_local_paths
 from ..loading import load_config, load_tokenizer, saved_dtype
 from ..plan import Edit, LayerPlan, edits_between
 from ..plots import plot_range, save_plot
@@ -83,9 +83,9 @@ def _parallelize(
         save_plot(plot_range(found), folder / "range.png")
     phases.phase("evaluating the model and every step", len(evaluation) * (1 + len(steps)))
     quality = evaluate_model(model, evaluation, on_batch=phases.step)
-    name = without_places(placed(arguments.model))
+    name = without_local_paths(absolute_if_local(arguments.model))
     run = RunRecord(
-        without_places(placed_settings(asdict(arguments))),
+        without_local_paths(with_absolute_paths(asdict(arguments))),
         TeacherRecord.of(model, quality, name=name),
         environment=environment(model.device),
     )
@@ -99,8 +99,8 @@ def _parallelize(
         phases.phase("measuring speed", speed_runs(run))
         run = with_speed(run, model, save_dtype, phases.step)
     write_report(folder, run)
-    write_atomically(folder / "recipe.yaml", yaml.safe_dump(placed_settings(asdict(arguments)), sort_keys=False))
-    card = run_card(RunFolder.open(folder), len(run.rounds), f"{folder.name}/model")
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(with_absolute_paths(asdict(arguments)), sort_keys=False))
+    card = run_card(load_run(folder), len(run.rounds), f"{folder.name}/model")
     write_atomically(folder / "README.md", str(card))
     for name in ("README.md", "quality.png", "layers.png"):
         write_atomically(folder / "model" / name, (folder / name).read_bytes())

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ..errors import LayerPruneError
 from ..hub import push_run
-from ..hub.scrub import hub_id
+from ..hub.paths import hub_id
 from ..progress import say
 from .arguments import PushArguments
 from .parsing import parse, positional

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError
-from ..hub import RunFolder, load_run
-from ..hub.client import READING, patiently
+from ..hub import load_run
+from ..hub.paths import hub_id
 from ..hub.push import depth_tag
-from ..hub.scrub import hub_id
+from ..hub.runs import hub_errors
 from ..loading import EMBEDDED, is_gguf, load_config, load_tokenizer, resolve, split_revision
 from ..plan import LayerPlan
 from ..plots import layer_map_text, plot_layer_map, plot_quality
@@ -175,10 +175,10 @@ def _named(entry: ModelEntry) -> tuple[ModelSource, list[Student]]:
 
 def _run_here(entry: ModelEntry, folder: str) -> tuple[ModelSource, list[Student], RunRecord]:
     """A run on this machine: the student of every round that was kept."""
-    run, students = RunFolder.open(folder), []
+    run, students = load_run(folder), []
     for number in range(1, len(run.record.rounds) + 1):
         try:
-            students.append(Student(ModelSource(str(run.student(number))), run.plan(number), number))
+            students.append(Student(ModelSource(str(run.student(number))), run.record.rounds[number - 1].plan, number))
         except LayerPruneError:  # it was deleted
             continue
     if not students:
@@ -191,13 +191,13 @@ def _pushed_run(entry: ModelEntry, name: str) -> tuple[ModelSource, list[Student
     run = load_run(name)
     rounds, students = run.record.rounds, []
     if run.revision is not None:
-        refs = patiently(f"looking at {run.name}", HfApi().list_repo_refs, run.name, purpose=READING)
-        tags = {ref.name: ref.target_commit for ref in refs.tags}
+        with hub_errors(f"looking at {run.name}"):
+            tags = {ref.name: ref.target_commit for ref in HfApi().list_repo_refs(run.name).tags}
         for record in rounds:
             if (commit := tags.get(depth_tag(record.depth))) is not None:
                 students.append(Student(ModelSource(run.name, commit), record.plan, record.number))
     students.append(Student(ModelSource(run.name, run.revision), run.plan, len(rounds)))
-    settings = RunFolder.open(name).settings if run.revision is None else {}
+    settings = run.settings if run.revision is None else {}
     return _teacher(entry, run.record, settings), students, run.record
 
 

@@ -10,13 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData, get_token
 
 from ..errors import LayerPruneError
-from ..hub.client import patiently
-from ..hub.scrub import hub_id, placed
-from ..hub.target import HARMLESS, check_account, check_names
+from ..hub.paths import absolute_if_local, check_nothing_local, hub_id
+from ..hub.push import check_content, full_name, open_repo
+from ..hub.runs import hub_errors
 from ..loading import EMBEDDED, is_gguf, split_revision
 from .catalog import pushed_run
 from .settings import DemoSettings, ModelEntry, read_settings
@@ -57,21 +56,22 @@ def push_space(
         [`LayerPruneError`]: if a model is not on the Hub, a run there is not a pushed student, the token may not write
             there, the repository holds something else, or the Hub cannot be reached.
     """
-    check_names(repo_id, None)
     settings = _settings(models, token)
     api = HfApi(token=token)
-    repo_id = check_account(api, repo_id)
+    repo_id = full_name(api, repo_id)
     for entry in settings.models:
         _check_models(api, entry, on_message)
-    exists = _exists(api, repo_id)
-    on_message(f"{'updating' if exists else 'making'} the Space {repo_id}")
-    options = {"repo_type": "space", "space_sdk": "gradio", "private": private, "exist_ok": True}
-    patiently(f"making {repo_id}", api.create_repo, repo_id, **options)
     with TemporaryDirectory(prefix="hf-layerprune-") as folder:
         write_space(Path(folder), settings, repo_id, title=title, hardware=hardware)
-        message = commit_message or ("Update the comparison" if exists else "Compare original and compressed")
-        options = {"repo_id": repo_id, "repo_type": "space", "folder_path": folder, "commit_message": message}
-        return patiently(f"pushing to {repo_id}", api.upload_folder, **options)
+        check_nothing_local(Path(folder), (Path.home(), Path.cwd()), token or get_token())
+        open_repo(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
+        with hub_errors(f"pushing to {repo_id}"):
+            files = api.list_repo_files(repo_id, repo_type="space")
+            check_content(files, MODELS_FILE, repo_id)
+            on_message(f"{'updating' if MODELS_FILE in files else 'making'} the Space {repo_id}")
+            default = "Update the comparison" if MODELS_FILE in files else "Compare original and compressed"
+            options = {"repo_type": "space", "commit_message": commit_message or default}
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
 
 def write_space(
@@ -157,7 +157,7 @@ def _settings(models: str | Path | Sequence[str], token: str | None) -> DemoSett
 
 
 def _check_name(name: str) -> None:
-    if name != EMBEDDED and hub_id(placed(name)) is None:
+    if name != EMBEDDED and hub_id(absolute_if_local(name)) is None:
         raise LayerPruneError(
             f"{name!r} is not a model on the Hub, which a Space needs; push it first (hf-layerprune push), or name "
             "another in a YAML file: --models"
@@ -178,25 +178,7 @@ def _check_models(api: HfApi, entry: ModelEntry, on_message: Callable[[str], Non
         repo_id, revision = hub_id(name), split_revision(name)[1]
         if repo_id is None:  # the embedded model
             continue
-        if patiently(f"{entry.name}: looking at {name}", api.model_info, repo_id, revision=revision).private:
+        with hub_errors(f"{entry.name}: looking at {name}"):
+            private = api.model_info(repo_id, revision=revision).private
+        if private:
             on_message(f"{name} is private: give the Space a secret HF_TOKEN that may read it")
-
-
-def _exists(api: HfApi, repo_id: str) -> bool:
-    """Whether the Space holds an earlier push.
-
-    Raises:
-        [`LayerPruneError`]: if it holds something else.
-    """
-    try:
-        files = patiently(f"looking at {repo_id}", api.list_repo_files, repo_id, repo_type="space")
-    except LayerPruneError as error:
-        if isinstance(error.__cause__, RepositoryNotFoundError):
-            return False
-        raise
-    other = sorted(name for name in files if not HARMLESS.fullmatch(name))
-    if other and not {"app.py", MODELS_FILE} <= set(other):
-        raise LayerPruneError(
-            f"the Space {repo_id} exists and holds something else ({', '.join(other[:3])}, ...); choose another name"
-        )
-    return bool(other)

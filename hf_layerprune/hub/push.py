@@ -1,23 +1,36 @@
-"""Push the students of a run to the Hub, each in one commit."""
+"""Push the students of a run to the Hub: what a stranger needs, and nothing local, in one commit each."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import RevisionNotFoundError
+import yaml
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 
 from ..errors import LayerPruneError
-from .client import patiently, status_of
-from .metadata import BaseFacts, base_facts
-from .run_folder import RunFolder
-from .staging import is_own, stage
-from .target import MAIN, STAGING, Target, check_names, check_target, holds_other
+from ..files import write_atomically
+from ..record import PLAN_FILE, REPORT_FILE
+from ..report import write_report
+from .card import base_facts, run_card
+from .paths import check_nothing_local
+from .runs import RECIPE_FILE, Run, hub_errors, load_run
 
-GIT_ATTRIBUTES = ".gitattributes"
-"""Says which files are large; comes with a repository and stays."""
+MAIN = "main"
+INDEX = "model.safetensors.index.json"
+STUDENT_FILES = [
+    "config.json", "generation_config.json", "configuration_pruned_qwen2.py", "modeling_pruned_qwen2.py",
+    "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "model.safetensors", "model-?????-of-?????.safetensors", INDEX,
+]  # fmt: skip
+"""Files of a saved student that are pushed."""
+OWN = [*STUDENT_FILES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, "report.md", "quality.png", "layers.png"]
+"""Files of an earlier push, which the next one deletes unless it brings them again."""
 
 
 def depth_tag(depth: int) -> str:
@@ -42,164 +55,128 @@ def push_run(
 ) -> CommitInfo:
     """Push a student with everything a stranger needs: weights, tokenizer, plan, recipe, report, plots and card.
 
-    Everything that can be checked is checked before anything is sent. Each revision becomes visible whole, by one
-    commit; a push that was interrupted is completed by pushing again, and what is there already is not sent twice.
+    After an interruption, push again.
 
     Args:
         output_dir (`str` or `Path`): output folder of a run of `compress`, `parallelize` or the trainer.
-        repo_id (`str`): `user/name`, or a name in the token's own namespace. Made if it is not there; a student that
-            was pushed there before is replaced, the history keeps it.
+        repo_id (`str`): `user/name`, or a name in the token's own namespace. A student that was pushed there before
+            is replaced; the history keeps it.
         round (`int` or `str`, *optional*): push the student of this round; by default the last one.
         revision (`str`, *optional*): branch to push to; main by default.
-        depth_tags (`bool`, *optional*, defaults to `False`): push every round up to that one as well, and tag each
-            with its depth, such as `28-layers`.
-        private (`bool`, *optional*): whether a repository that is made is private; by default the account's setting.
+        depth_tags (`bool`, *optional*, defaults to `False`): push every round up to that one, deepest first, each in
+            a commit with a tag such as `28-layers`.
+        private (`bool`, *optional*): whether a new repository is private; by default the account's setting.
         token (`str`, *optional*): by default `HF_TOKEN` or the stored login.
-        commit_message (`str`, *optional*): by default the depth and what it was made from.
+        commit_message (`str`, *optional*): by default the depth and the name of the teacher.
         base_model (`str`, *optional*): Hub id of the model the run started from; by default what the run says.
-        tags (`Sequence[str]`, *optional*): tags of the card, beside the library's own.
-        datasets (`Sequence[str]`, *optional*): Hub ids of the data, beside those the run names.
-        on_message (`Callable`, *optional*): told what is found and done, a sentence at a time.
+        tags (`Sequence[str]`, *optional*): tags of the card, added to the library's own.
+        datasets (`Sequence[str]`, *optional*): Hub ids of the data, added to those in the run's settings.
+        on_message (`Callable`, *optional*): called with each progress message.
 
     Returns:
         `CommitInfo`: the commit that holds the student.
 
     Raises:
-        [`LayerPruneError`]: if the folder holds no such student, a name is invalid, the token has not the right, the
-            repository holds something else, or the Hub cannot be reached.
+        [`LayerPruneError`]: if the folder holds no such student, the branch holds another model, or the Hub refuses
+            or cannot be reached.
     """
-    check_names(repo_id, revision)
-    run = RunFolder.open(output_dir)
+    if not Path(output_dir).is_dir():
+        raise LayerPruneError(f"{output_dir} is not a folder; give the output folder of a run")
+    run, api, branch = load_run(output_dir), HfApi(token=token), revision or MAIN
     last = run.number_of(round)
-    latest = {depth_tag(run.plan(number).depth): number for number in range(1 if depth_tags else last, last + 1)}
-    rounds = {number: tag for tag, number in latest.items()}  # of several rounds of one depth the last
-    for number in rounds:
-        run.student(number)
-    api = HfApi(token=token)
-    names = list(rounds.values()) if depth_tags else []
-    target = check_target(api, repo_id, revision, names)
-    if private and target.exists and not target.private:
-        raise LayerPruneError(
-            f"{target.repo_id} exists and is public, so private=True cannot be kept; make it private on the Hub first"
-        )
-    if target.exists:
-        on_message(f"{target.repo_id} is there already; {_what_happens(target, revision or MAIN)}")
-    facts = _facts(base_model or run.base_model, token, on_message)
+    rounds = {depth_tag(run.record.rounds[n - 1].depth): n for n in range(1 if depth_tags else last, last + 1)}
+    students = {tag: run.student(number) for tag, number in rounds.items()}  # of several of one depth the last
+    repo_id = full_name(api, repo_id)
+    source = base_model or run.settings.get("model")
+    facts, why = base_facts(source, token) if source else (ModelCardData(), "the run does not name it: --base_model")
+    if why:
+        on_message(f"the card names no license: that of {source or 'the original'} cannot be read ({why})")
+    names, teacher = list(rounds) if depth_tags else [], run.public_record(last).teacher.name
+    options = {"base_model": base_model, "tags": tags, "datasets": datasets, "facts": facts, "revisions": names}
     with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
-        folders = {number: Path(temporary) / f"{number:02d}" for number in rounds}
-        for number, folder in folders.items():  # all of them, before anything is sent
-            folder.mkdir()
-            where = revision if number == last else rounds[number]
-            options = {"revision": None if where == MAIN else where, "revisions": names, "token": token or get_token()}
-            stage(run, number, folder, target.repo_id, base_model, tags, datasets, facts, **options)
-        card = ModelCard.load(folders[last] / "README.md")  # what the others' metadata differ in are numbers
-        patiently(f"checking the card of {target.repo_id}", card.validate)
-        push = _Push(api, target)
-        push.create(private)
-        for number, folder in folders.items():
-            on_message(f"pushing {run.plan(number).depth} layers to {target.repo_id}")
-            title = commit_message or _title(run, number)
-            if number < last:
-                push.tagged(folder, rounds[number], title)
-                continue
-            commit = push.to_branch(folder, revision or MAIN, title)
-            if depth_tags:
-                push.tag(rounds[number], commit.oid)
+        for tag, number in rounds.items():  # all of them, before anything is sent
+            where, folder = branch if number == last else tag, Path(temporary) / tag
+            card = run_card(run, number, repo_id, revision=None if where == MAIN else where, pushed=True, **options)
+            _write_folder(folder, students[tag], run, number, card)
+            check_nothing_local(folder, (run.folder, Path.home(), Path.cwd()), token or get_token())
+        open_repo(api, repo_id, private=private)
+        tagged = _prepare_branch(api, repo_id, branch)
+        for tag in rounds:
+            on_message(f"pushing {tag.replace('-', ' ')} to {repo_id}")
+            title = commit_message or f"{tag.replace('-', ' ')} of {teacher or 'the original'}"
+            with hub_errors(f"pushing to {repo_id}"):
+                options = {"revision": branch, "commit_message": title, "delete_patterns": OWN}
+                commit = api.upload_folder(repo_id=repo_id, folder_path=Path(temporary) / tag, **options)
+                if depth_tags:
+                    _set_tag(api, repo_id, tag, commit.oid, tagged)
     return commit
 
 
-class _Push:
-    """The steps of a push, each of which may be repeated."""
+def full_name(api: HfApi, repo_id: str) -> str:
+    """The name of a repository with its namespace, which by default is that of the token."""
+    with hub_errors(f"looking at {repo_id}"):
+        validate_repo_id(repo_id)
+        user = api.whoami()["name"]
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
-    def __init__(self, api: HfApi, target: Target) -> None:
-        self.api = api
-        self.repo_id = target.repo_id
-        self.target = target
 
-    def create(self, private: bool | None) -> None:
-        if not self.target.exists:
-            patiently(f"making {self.repo_id}", self.api.create_repo, self.repo_id, private=private, exist_ok=True)
+def open_repo(api: HfApi, repo_id: str, *, private: bool | None = None, **options: str) -> None:
+    """Make a repository unless it exists, and check that the token may write to it; other options of `create_repo`."""
+    kind = options.get("repo_type")
+    with hub_errors(f"opening {repo_id}"):
+        api.create_repo(repo_id, private=private, exist_ok=True, **options)
+        api.auth_check(repo_id, repo_type=kind, write=True)
+        if private and not api.repo_info(repo_id, repo_type=kind).private:
+            raise LayerPruneError(f"{repo_id} exists and is public; make it private first, or choose another name")
 
-    def to_branch(self, folder: Path, branch: str, title: str) -> CommitInfo:
-        """Commit to a branch; one that is new appears with its commit."""
-        if branch == MAIN or branch in self.target.branches:
-            return self._commit(folder, branch, title)
-        commit = self._aside(folder, branch, None, title)
-        what = f"making the branch {branch} of {self.repo_id}"
-        patiently(what, self.api.create_branch, self.repo_id, branch=branch, revision=commit.oid, exist_ok=True)
-        self._drop(STAGING + branch)
-        return commit
 
-    def tagged(self, folder: Path, tag: str, title: str) -> None:
-        """Commit beside all branches and tag the commit."""
-        commit = self._aside(folder, tag, self.target.tags.get(tag), title)
-        self.tag(tag, commit.oid)
-        self._drop(STAGING + tag)
+def check_content(files: Sequence[str], mark: str, what: str) -> None:
+    """Raise [`LayerPruneError`] if `files` are more than a card, but lack the one that every push leaves there."""
+    if mark not in files and (other := sorted({*files} - {".gitattributes", "README.md", "LICENSE"})):
+        raise LayerPruneError(f"{what} holds something else ({', '.join(other[:3])}, no {mark}); choose another name")
 
-    def tag(self, tag: str, commit: str) -> None:
-        """Let a tag point at a commit. The Hub cannot move one: it is deleted, then made."""
-        patiently(f"tagging {tag} in {self.repo_id}", self._tag_once, tag, commit)
 
-    def _tag_once(self, tag: str, commit: str) -> None:
-        """Asks first what is there now: an answer may have been lost, or somebody else have set the tag."""
-        now = {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self.repo_id).tags}.get(tag)
-        if now == commit:
-            return
-        if now is not None:
-            self.api.delete_tag(self.repo_id, tag=tag)
-        self.api.create_tag(self.repo_id, tag=tag, revision=commit)
+def _prepare_branch(api: HfApi, repo_id: str, branch: str) -> dict[str, str]:
+    """Make a branch, empty until its first student, unless it exists; return the tags and their commits."""
+    with hub_errors(f"looking at {repo_id}"):
+        refs = api.list_repo_refs(repo_id)
+        if branch in {ref.name for ref in refs.branches}:
+            check_content(api.list_repo_files(repo_id, revision=branch), PLAN_FILE, f"{repo_id}, revision {branch},")
+        else:
+            first = api.list_repo_commits(repo_id)[-1]
+            api.create_branch(repo_id, branch=branch, revision=first.commit_id)
+    return {ref.name: ref.target_commit for ref in refs.tags}
 
-    def _aside(self, folder: Path, name: str, start: str | None, title: str) -> CommitInfo:
-        """Commit to a branch of its own, made from the commit `start`, or from main."""
-        branch, what = STAGING + name, f"preparing {name} in {self.repo_id}"
-        patiently(what, self.api.create_branch, self.repo_id, branch=branch, revision=start, exist_ok=True)
-        return self._commit(folder, branch, title)
 
-    def _drop(self, branch: str) -> None:
-        """Delete a branch; one that is not there, perhaps since an answer got lost, is deleted."""
+def _set_tag(api: HfApi, repo_id: str, tag: str, commit: str, tagged: dict[str, str]) -> None:
+    if tagged.get(tag) != commit:
+        if tag in tagged:
+            api.delete_tag(repo_id, tag=tag)  # the Hub cannot move one
+        api.create_tag(repo_id, tag=tag, revision=commit)
+
+
+def _write_folder(folder: Path, student: Path, run: Run, number: int, card: ModelCard) -> None:
+    """Write the folder to push: the student's files as links, and what says how it was made."""
+    folder.mkdir()
+    _check_weights(student)
+    for path in (path for pattern in STUDENT_FILES for path in student.glob(pattern)):
         try:
-            patiently(f"tidying up {self.repo_id}", self.api.delete_branch, self.repo_id, branch=branch)
-        except LayerPruneError as error:
-            if not isinstance(error.__cause__, RevisionNotFoundError) and status_of(error) != 404:
-                raise
-
-    def _commit(self, folder: Path, branch: str, title: str) -> CommitInfo:
-        return patiently(f"pushing to {self.repo_id}", self._commit_once, folder, branch, title)
-
-    def _commit_once(self, folder: Path, branch: str, title: str) -> CommitInfo:
-        """One commit on what the branch holds now: one whose answer was lost is not made again."""
-        now = self.api.model_info(self.repo_id, revision=branch)
-        there = {file.rfilename for file in now.siblings or ()}
-        brought = sorted(path.name for path in folder.iterdir())
-        gone = _superseded(there, branch.startswith(STAGING)) - {GIT_ATTRIBUTES, *brought}
-        operations = [
-            *(CommitOperationAdd(name, str(folder / name)) for name in brought),
-            *(CommitOperationDelete(name) for name in sorted(gone)),
-        ]
-        options = {"commit_message": title, "revision": branch, "parent_commit": now.sha}
-        return self.api.create_commit(self.repo_id, operations, **options)
+            (folder / path.name).symlink_to(path.resolve())
+        except OSError:  # a file system, or an account on Windows, without links
+            shutil.copyfile(path, folder / path.name)
+    recipe = run.recipe(number) | {"output_dir": card.data.model_name}
+    write_atomically(folder / PLAN_FILE, run.record.rounds[number - 1].plan.to_json() + "\n")
+    write_atomically(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
+    write_report(folder, run.public_record(number))
+    write_atomically(folder / "README.md", str(card))
 
 
-def _superseded(there: set[str], aside: bool) -> set[str]:
-    """What a commit takes away: files of earlier pushes; of a branch made aside from something else, everything."""
-    return set(there) if aside and holds_other(there) else {name for name in there if is_own(name)}
-
-
-def _what_happens(target: Target, branch: str) -> str:
-    if branch not in target.branches:
-        return f"its branch {branch} will be made"
-    return f"its branch {branch} holds {target.holds or 'no model yet'} and will be updated"
-
-
-def _facts(source: str | None, token: str | None, on_message: Callable[[str], None]) -> BaseFacts:
-    if not source:
-        on_message("the run does not say what it was made from, so the card names no license; base_model= does")
-        return BaseFacts()
-    facts, why = base_facts(source, token)
-    if why:
-        on_message(f"the card names no license: that of {source} could not be read ({why})")
-    return facts
-
-
-def _title(run: RunFolder, number: int) -> str:
-    return f"{run.plan(number).depth} layers of {run.report_until(number)['teacher']['name'] or 'the original'}"
+def _check_weights(student: Path) -> None:
+    """Raise [`LayerPruneError`] if a file of weights is missing or cut off, such as after an unfinished copy."""
+    index = student / INDEX
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    for name in sorted(set(shards.values()) or {"model.safetensors"}):
+        try:
+            safe_open(student / name, "pt")  # the header says how long the file must be
+        except (OSError, SafetensorError) as error:
+            raise LayerPruneError(f"{student} is incomplete: {name} cannot be read ({error}); save it again") from None

@@ -24,7 +24,7 @@ from ..data import Batch, check_batches, collated_batches, num_positions
 from ..errors import LayerPruneError, first_line
 from ..evaluation import evaluate_model
 from ..hub import TAGS
-from ..hub.scrub import placed, without_places
+from ..hub.paths import absolute_if_local, without_local_paths
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..matching import with_plan
 from ..record import RunRecord
@@ -105,12 +105,12 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
         if isinstance(model, str):
             init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
             init |= args.model_init_kwargs or {}
-            self.model_name = placed(gguf_name(model, init.pop("gguf_file", None)))
+            self.model_name = absolute_if_local(gguf_name(model, init.pop("gguf_file", None)))
             model = load_model(self.model_name, for_device=args.device, **init)
             files = beside_weights(init)
             self.save_dtype = saved_dtype(self.model_name, **files)
         else:
-            self.model_name, self.save_dtype = placed(name_of(model)), model.dtype
+            self.model_name, self.save_dtype = absolute_if_local(name_of(model)), model.dtype
         if processing_class is None:
             if not self.model_name:
                 raise LayerPruneError(
@@ -121,7 +121,9 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
             init = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
             init = {name: value for name, value in init.items() if name not in ("revision", "subfolder", "gguf_file")}
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
-        self.teacher_title = without_places(self.model_name if teacher is None else placed(name_of(teacher)))
+        self.teacher_title = without_local_paths(
+            self.model_name if teacher is None else absolute_if_local(name_of(teacher))
+        )
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
         if teacher is not None:

@@ -1,4 +1,4 @@
-"""What a trainer gives to the Hub: finished students, as `hf-layerprune push` does, and nothing before they are."""
+"""Push a trainer's finished students to the Hub, as `hf-layerprune push` does, and nothing before."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.utils import logging
 
 from ..files import write_atomically
-from ..hub import RunFolder, push_run, run_card
-from ..hub.target import check_target
+from ..hub import load_run, push_run, run_card
+from ..hub.push import full_name, open_repo
 from ..record import RunRecord
 from .config import IterativeLayerDistillConfig
 
@@ -18,9 +18,9 @@ logger = logging.get_logger(__name__)
 
 
 class HubPublishing:
-    """The part of a [`~transformers.Trainer`] that makes cards and pushes, for runs of several rounds.
+    """The part of the trainer that makes cards and pushes, for runs of several rounds.
 
-    With `push_to_hub=True` token and repository are checked before the training starts, and the last student is pushed
+    With `push_to_hub=True` the repository is found or made before the training starts, and the last student is pushed
     when the run is done.
     """
 
@@ -30,16 +30,20 @@ class HubPublishing:
     hub_model_id: str | None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Check that this run can be pushed; the repository is made with the first push."""
+        """Find the repository this run will be pushed to, or make it."""
         if self.is_world_process_zero():
-            target = check_target(HfApi(token=token or self.args.hub_token), self._repo_id(), self.args.hub_revision)
-            self.hub_model_id = target.repo_id
+            api = HfApi(token=token or self.args.hub_token)
+            self.hub_model_id = full_name(api, self._repo_id())
+            open_repo(api, self.hub_model_id, private=self._private(private))
+
+    def _private(self, private: bool | None) -> bool | None:
+        return self.args.hub_private_repo if private is None else private
 
     def _repo_id(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """A checkpoint within a round stays here: it is no student, and holds optimizer states."""
+        """A checkpoint within a round stays here: it is not a student, and holds optimizer states."""
 
     def push_to_hub(
         self,
@@ -59,14 +63,14 @@ class HubPublishing:
 
         Args:
             commit_message (`str`, *optional*): by default the depth and what it was made from.
-            blocking (`bool`, *optional*, defaults to `True`): whether to wait for the end of it.
+            blocking (`bool`, *optional*, defaults to `True`): whether to wait until it is pushed.
             token (`str`, *optional*): by default `args.hub_token`, `HF_TOKEN` or the stored login.
             revision (`str`, *optional*): branch to push to; by default `args.hub_revision`, else main.
             private (`bool`, *optional*): whether a repository that is made is private; by default
                 `args.hub_private_repo`.
             round (`int`, *optional*): push the student of this round; by default the last one.
             depth_tags (`bool`, *optional*, defaults to `False`): every depth, each with a tag such as `28-layers`.
-            tags (`str` or `list[str]`, *optional*): tags of the card, beside the library's own.
+            tags (`str` or `list[str]`, *optional*): tags of the card, added to the library's own.
             dataset_name (`str` or `list[str]`, *optional*): Hub id of the data the run worked on, for the card.
             model_name (`str`, *optional*): taken as other trainers take it; the card is named after the repository.
 
@@ -84,7 +88,7 @@ class HubPublishing:
             "round": round,
             "revision": revision or self.args.hub_revision,
             "depth_tags": depth_tags,
-            "private": self.args.hub_private_repo if private is None else private,
+            "private": self._private(private),
             "token": token,
             "commit_message": commit_message,
             "base_model": self.model_name,
@@ -107,8 +111,7 @@ class HubPublishing:
         folder = Path(self.args.output_dir)
         if self.args.should_save and self.run is not None and self.run.rounds:
             names = (model_name or f"{folder.name}/model", self.model_name, _as_list(tags))
-            run = RunFolder.open(folder)
-            card = run_card(run, len(run.report["rounds"]), *names, datasets=_as_list(dataset_name))
+            card = run_card(load_run(folder), len(self.run.rounds), *names, datasets=_as_list(dataset_name))
             write_atomically(folder / "README.md", str(card))
 
 

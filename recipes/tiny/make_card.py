@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hf_layerprune.data import ASSETS
-from hf_layerprune.hub import RunFolder, run_card
+from hf_layerprune.hub import load_run, run_card
 from hf_layerprune.report import save_report_plots
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,7 +23,7 @@ def embedded_card() -> str:
     with TemporaryDirectory() as folder:
         shutil.copy(RESULTS / "report.json", folder)
         shutil.copy(ASSETS / "recipe.yaml", folder)
-        run = RunFolder.open(folder)
+        run = load_run(folder)
         return str(run_card(run, len(run.report["rounds"]), NAME, pushed=True))
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     folder = parser.parse_args().output_dir
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(embedded_card(), encoding="utf-8")
-    save_report_plots(folder, RunFolder.open(RESULTS).report)
+    save_report_plots(folder, load_run(RESULTS).report)
 
 
 if __name__ == "__main__":

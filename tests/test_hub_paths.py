@@ -1,12 +1,17 @@
-"""Nothing local leaves."""
+"""Local paths: recorded in full, never pushed."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.hub.scrub import check_nothing_local, hub_id, placed, placed_settings, without_places
+from hf_layerprune.hub.paths import (
+    absolute_if_local,
+    check_nothing_local,
+    hub_id,
+    with_absolute_paths,
+    without_local_paths,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,8 +21,6 @@ from hf_layerprune.hub.scrub import check_nothing_local, hub_id, placed, placed_
         ("~/texts", "texts"),
         ("../models/student", "student"),
         ("C:\\Users\\ford\\texts.txt", "texts.txt"),
-        ("data/texts.parquet", "texts.parquet"),
-        ("default,/home/ford/tasks.yaml", "default,tasks.yaml"),
         ("file:///home/ford/x", "x"),
         ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B"),
         ("embedded:held_out", "embedded:held_out"),
@@ -25,29 +28,20 @@ from hf_layerprune.hub.scrub import check_nothing_local, hub_id, placed, placed_
         ("", ""),
     ],
 )
-def test_of_a_place_the_name_is_told(text, name):
-    assert without_places(text) == name
+def test_a_local_path_becomes_a_name(text, name):
+    assert without_local_paths(text) == name
 
 
-def test_settings_are_told_without_places_at_any_depth():
-    adapters = json.dumps({"base_model_name_or_path": "/home/ford/model", "r": 4})
-    settings = {
-        "a": ["/x/y", {"b": "/x/z"}],
-        "output_dir": "/x",
-        "hub_token": "hf_x",
-        "peft": adapters,
-        "c": 3,
-        "d": "{",
-    }
-    told = without_places(settings)
-    assert told == {"a": ["y", {"b": "z"}], "peft": '{"base_model_name_or_path": "model", "r": 4}', "c": 3, "d": "{"}
+def test_settings_are_public_at_any_depth():
+    settings = {"a": ["/x/y", {"b": "/x/z"}], "output_dir": "/x", "hub_token": "hf_x", "c": 3, "d": "{"}
+    assert without_local_paths(settings) == {"a": ["y", {"b": "z"}], "c": 3, "d": "{"}
 
 
 def test_what_a_hub_id_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("me/model").mkdir(parents=True)
     assert hub_id("me/model") == hub_id("me/model@4-layers") == "me/model"  # whatever lies on this disk
-    for name in (None, "", "model", "a/b/c", "embedded", "me/texts.jsonl", "a b/c", str(tmp_path), "x" * 5000):
+    for name in (None, "", "model", "a/b/c", "embedded", "a b/c", str(tmp_path), "x" * 5000):
         assert hub_id(name) is None
 
 
@@ -59,15 +53,18 @@ def test_where_a_run_starts_the_disk_is_asked(tmp_path, monkeypatch):
     settings = {"model": "me/model", "teacher": "embedded", "dataset": "embedded:healing", "eval_dataset": None,
                 "tasks": "default, tasks.yaml,paper:texts", "output_dir": "texts", "seed": 3}  # fmt: skip
     here = str(tmp_path)
-    told = placed_settings(settings)
-    assert told == settings | {
+    recorded = with_absolute_paths(settings)
+    assert recorded == settings | {
         "model": f"{here}/me/model",
         "tasks": f"default,{here}/tasks.yaml,paper:{here}/texts",
     }
-    public = without_places(told)
+    public = without_local_paths(recorded)
     assert (public["model"], public["tasks"]) == ("model", "default,tasks.yaml,paper:texts")
-    assert "output_dir" not in public and placed("me/other@x") == "me/other@x"
-    assert without_places({"model": "/home/ford/a,b/c"}) == {"model": "c"} and placed("x" * 5000) == "x" * 5000
+    assert "output_dir" not in public and absolute_if_local("me/other@x") == "me/other@x"
+    assert (
+        without_local_paths({"model": "/home/ford/a,b/c"}) == {"model": "c"}
+        and absolute_if_local("x" * 5000) == "x" * 5000
+    )
 
 
 def test_the_last_look(tmp_path):

@@ -1,0 +1,92 @@
+"""Local paths: a run records them in full, and nothing that is pushed contains one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ..errors import LayerPruneError
+from ..loading import EMBEDDED, is_gguf
+
+INPUTS = ("model", "teacher", "dataset", "eval_dataset", "calibration_dataset", "tasks", "plan")
+"""Settings that may name a file or folder of the author's."""
+PRIVATE = re.compile(
+    "output_dir|logging_dir|run_name|report_to|resume_from_checkpoint|project|trackio_space_id|(hub|push_to_hub)(_.*)?"
+)
+"""Settings that say where a run wrote and reported to."""
+VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+"""Files with words of every text there is, `/app` and `/home` among them."""
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+def absolute_if_local(name: str) -> str:
+    """Return the absolute path of a file or folder on this disk, and any other name as it is.
+
+    A run records its inputs like this: it may be pushed from another folder, where the same name means something else.
+    """
+    own = name == EMBEDDED or name.startswith(EMBEDDED + ":")
+    return os.path.abspath(name) if not own and os.path.exists(name) else name
+
+
+def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the inputs on this disk as absolute paths."""
+    named = {key: settings[key] for key in INPUTS if isinstance(settings.get(key), str)}
+    return settings | {key: (_absolute_tasks if key == "tasks" else absolute_if_local)(named[key]) for key in named}
+
+
+def _absolute_tasks(spec: str) -> str:
+    """Tasks separated by commas: each a preset or a file, maybe followed by a colon and the folder of its data."""
+    parts = []
+    for part in [spec] if os.path.isfile(spec) else map(str.strip, spec.split(",")):
+        name, colon, folder = (part, "", "") if os.path.isfile(part) else part.partition(":")
+        parts.append((os.path.abspath(name) if os.path.isfile(name) else name) + colon + absolute_if_local(folder))
+    return ",".join(parts)
+
+
+def is_local_path(text: str) -> bool:
+    """Whether `text` is a path on a machine rather than a name that means the same everywhere."""
+    local = text.startswith(("/", "~", "./", "../", ".\\", "..\\", "file:")) or PureWindowsPath(text).is_absolute()
+    return local and "\n" not in text
+
+
+def hub_id(name: str | None) -> str | None:
+    """The repository on the Hub that `name` means, with a revision or a GGUF file or without; `None` for others."""
+    if name is None or is_local_path(name):
+        return None
+    if is_gguf(name):  # user/name/file.gguf
+        name = "/".join(name.split("/")[:2]) if name.count("/") > 1 else ""
+    return name.split("@")[0] if HUB_ID.fullmatch(name) else None
+
+
+def without_local_paths(value: Any) -> Any:
+    """Replace every local path in settings, at any depth, by its last part; drop the private settings."""
+    if isinstance(value, dict):
+        public = {key: without_local_paths(value[key]) for key in value if not PRIVATE.fullmatch(key)}
+        tasks = value.get("tasks")
+        return public | ({"tasks": ",".join(map(_public_task, tasks.split(",")))} if isinstance(tasks, str) else {})
+    if isinstance(value, (list, tuple)):
+        return [without_local_paths(item) for item in value]
+    local = isinstance(value, str) and is_local_path(value)
+    return PureWindowsPath(PurePosixPath(value).name).name if local else value
+
+
+def _public_task(part: str) -> str:
+    parts = [part] if PureWindowsPath(part).is_absolute() else part.split(":")  # a task and the folder of its data
+    return ":".join(map(without_local_paths, parts))
+
+
+def check_nothing_local(folder: Path, places: Iterable[Path], token: str | None) -> None:
+    """Raise [`LayerPruneError`] if a text file in `folder` contains the path of one of `places`, or any token."""
+    roots = {str(form) for place in places for form in (place.absolute(), place.resolve()) if len(form.parts) > 1}
+    for path in sorted(path for path in folder.iterdir() if path.suffix not in (".safetensors", ".png")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found = ["an access token"] if (token and token in text) or TOKEN.search(text) else []
+        for root in () if path.name in VOCABULARY else sorted(roots):
+            if re.search(rf"(?<![\w.:-]){re.escape(root)}(?![\w.-])", text):
+                found.append(f"the local path {root}")
+        if found:
+            raise LayerPruneError(f"{path.name} holds {found[0]}; take it out of the run's files, then push again")
