@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import yaml
 from conftest import byte_tokenizer, tiny_model
 from hub_client import TOKEN, USER, Worker, environment
 from hub_server import Fault, HubServer
-from test_report import ROUNDS, TEACHER
+from test_report import ROUNDS, RUN
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerPruneError, cli, load_run, prune
@@ -327,9 +328,9 @@ def test_a_run_on_this_machine(runs, tmp_path):
 
 
 def test_parallelize_keeps_only_the_last_student(tmp_path):
-    write_report(tmp_path, TEACHER, ROUNDS, {"search": "greedy"})
+    write_report(tmp_path, replace(RUN, settings={"search": "greedy"}))
     tiny_model(2).save_pretrained(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"layer_plan": ROUNDS[1]["plan"]}
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"layer_plan": ROUNDS[1].plan.to_dict()}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert load_run(tmp_path).student(2) == tmp_path / "model"
     with pytest.raises(LayerPruneError, match="no student of round 1 \\(parallelize keeps only the last student\\)"):

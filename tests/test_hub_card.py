@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,22 +11,26 @@ import pytest
 import yaml
 from hub_schema import metadata_errors
 from huggingface_hub import ModelCard, ModelCardData
-from test_report import ROUNDS, TEACHER
+from test_report import ROUNDS, RUN, TEACHER, unhealed
 
 from hf_layerprune.data import EMBEDDED_MODEL
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.hub import Run, load_run, run_card
 from hf_layerprune.hub.card import TEMPLATE, base_facts
-from hf_layerprune.report import recovery, render_markdown, report_of, summary
+from hf_layerprune.plan import Edit, LayerPlan
+from hf_layerprune.record_reader import parse_report
+from hf_layerprune.report import recovery, render_markdown, summary
+from hf_layerprune.tasks import TaskReport, TaskResult
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "docs" / "example-card"
 REPORT = json.loads((ROOT / "recipes" / "tiny" / "results" / "report.json").read_text())
-PAIRED = {**ROUNDS[0], "edits": ["1|2"], "plan": {"num_teacher_layers": 4, "blocks": [[0], [1, 2], [3]]}}
+PAIRED = replace(ROUNDS[0], edits=(Edit.parallelize(1, 2),), plan=LayerPlan(((0,), (1, 2), (3,))))
 
 
 def card_of(rounds=ROUNDS, base="Qwen/Qwen2.5-3B", teacher=TEACHER, settings=None, **options):
-    run = Run("run/model", Path("run"), report_of(teacher, rounds, settings or {}))
+    record = replace(RUN, settings=settings or {}, teacher=teacher, rounds=tuple(rounds))
+    run = Run("run/model", Path("run"), record)
     return run_card(run, len(rounds), "me/student", base, **options)
 
 
@@ -43,7 +48,7 @@ def test_the_example_is_what_a_push_of_the_embedded_run_would_write(monkeypatch)
 
 def test_every_number_of_the_example_is_from_the_report():
     card, last = (EXAMPLE / "README.md").read_text(), REPORT["rounds"][-1]
-    assert summary(REPORT["teacher"], last) in card
+    assert summary(parse_report(REPORT)) in card
     for record in (REPORT["teacher"], *REPORT["rounds"]):
         assert f"| {record['num_layers']} |" in card and f"{record['perplexity']:.2f}" in card
     for record in (REPORT["teacher"], last):
@@ -83,34 +88,30 @@ def told_of(value):
 
 
 def test_every_number_of_the_card_is_from_the_report():
-    teacher, last = REPORT["teacher"], REPORT["rounds"][-1]
-    measured = f"{100 * recovery(teacher, last):.0f}"
+    run = parse_report(REPORT)
+    measured = f"{100 * recovery(run, run.rounds[-1]):.0f}"
     known = told_of(REPORT) | numbers_in(TEMPLATE.read_text()) | {measured}
     assert numbers_in((EXAMPLE / "README.md").read_text()) <= known
     assert "1.84" not in known and "51.86" not in known  # else anything would pass
 
 
 def test_what_is_measured_how_is_told():
-    how = {"prefill_tokens_per_second": 9.0, "prefill_ratio": 1.0, "time_to_first_token": 0.1, "batch_size": 1,
-           "peak_memory_bytes": 5_000_000, "kv_bytes_per_token": 320, "dtype": "bfloat16", "prompt_tokens": 128,
-           "new_tokens": 64}  # fmt: skip
-    text = card_of([ROUNDS[0] | how], teacher=TEACHER | how).text
-    assert "weights in bfloat16, a prompt of 128 tokens and 64 new ones, batch 1" in text
+    text = card_of().text
+    assert "weights in float32, a prompt of 128 tokens and 64 new ones, batch 1" in text
     assert "median of the ratios run by run" in text
-    assert "a prompt of 128 tokens and 64 new ones" in render_markdown(report_of(TEACHER | how, [ROUNDS[0]], {}))
+    assert "a prompt of 128 tokens and 64 new ones" in render_markdown(RUN)
 
 
 def test_a_model_of_billions_and_one_word_for_the_original():
     large = {"num_parameters": 3_085_938_688}
-    text = card_of([ROUNDS[0] | large], base=None, teacher=TEACHER | large).text
+    text = card_of([replace(ROUNDS[0], **large)], base=None, teacher=replace(TEACHER, **large)).text
     assert text.count("3.09B") == 4 and "3,085" not in text
     assert "teacher" not in text.replace("from teacher (4", "").replace("# teacher: 4", "").replace("teacher me/", "")
     assert f'pip install "hf-layerprune>={version("hf-layerprune")}"' in text
 
 
 def test_a_student_compared_with_itself_is_not_called_the_original():
-    deeper = {"plan": {"num_teacher_layers": 8, "blocks": [[0], [1], [2]]}}
-    text = card_of([ROUNDS[0] | deeper], base="me/four").text
+    text = card_of([replace(ROUNDS[0], plan=LayerPlan(((0,), (1,), (2,)), 8))], base="me/four").text
     assert "| before this run | 4 |" in text and "| original |" not in text
     assert "made from [me/four](https://huggingface.co/me/four) (4 layers): 1 layer left out" in text
     assert "It holds 3 of the 8 layers of the original." in text
@@ -136,7 +137,8 @@ def test_a_student_compared_with_itself_is_not_called_the_original():
     ],
 )
 def test_the_text_is_told(tmp_path, settings, criterion, told):
-    write_atomically(tmp_path / "report.json", to_json(report_of(TEACHER, [ROUNDS[0] | {"criterion": criterion}], {})))
+    run = replace(RUN, settings={}, rounds=(replace(ROUNDS[0], criterion=criterion),))
+    write_atomically(tmp_path / "report.json", to_json(run.to_dict()))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": "Qwen/Qwen2.5-3B"} | settings))
     card = run_card(load_run(tmp_path), 1, "me/student", facts=ModelCardData()).text
     assert "\nText: " + told.format(b="[a/b](https://huggingface.co/datasets/a/b)") + "\n" in card
@@ -157,9 +159,8 @@ def test_metadata_survive_a_round_trip():
 
 
 def test_quality_on_tasks_is_told_where_it_was_measured():
-    result = {"measure": "accuracy", "quality": 0.75, "cost": 0.25, "standard_error": 0.1, "num_examples": 20}
-    tasks = {"tasks": {"results": {"minimal pairs": result}, "mean_cost": 0.25}}
-    card = card_of([ROUNDS[0] | tasks], base=None, teacher=TEACHER | tasks)
+    tasks = TaskReport({"minimal pairs": TaskResult("accuracy", 0.75, 0.25, 0.1, 20, 1.0, 0)})
+    card = card_of([replace(ROUNDS[0], tasks=tasks)], base=None, teacher=replace(TEACHER, tasks=tasks))
     assert "| layers | mean cost | minimal pairs (accuracy) |" in card.text and "| 3 | 0.2500 | 0.7500 |" in card.text
     found = card.data.eval_results[-1]
     assert (found.dataset_type, found.metric_type, found.metric_value) == ("minimal-pairs", "accuracy", 0.75)
@@ -176,9 +177,7 @@ def test_a_card_of_parallel_layers():
 
 
 def test_a_card_of_a_run_that_measured_less():
-    record = {key: value for key, value in ROUNDS[0].items() if "unhealed" not in key and "before" not in key}
-    record = {key: value for key, value in record.items() if "decode" not in key} | {"scores": {}}
-    text = card_of([record]).text
+    text = card_of([unhealed(ROUNDS[0], speed=None, scores=())]).text
     assert "without training" in text and "did not heal" in text and "Not measured in this run" in text
     assert "Cost:" not in text and "## Reproduce" not in text
 

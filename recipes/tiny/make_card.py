@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from hf_layerprune.data import ASSETS
 from hf_layerprune.hub import load_run, run_card
-from hf_layerprune.report import save_report_plots
+from hf_layerprune.plots import save_run_plots
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "user/embedded-8"
@@ -24,7 +24,7 @@ def embedded_card() -> str:
         shutil.copy(RESULTS / "report.json", folder)
         shutil.copy(ASSETS / "recipe.yaml", folder)
         run = load_run(folder)
-        return str(run_card(run, len(run.report["rounds"]), NAME, pushed=True))
+        return str(run_card(run, len(run.record.rounds), NAME, pushed=True))
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     folder = parser.parse_args().output_dir
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(embedded_card(), encoding="utf-8")
-    save_report_plots(folder, load_run(RESULTS).report)
+    save_run_plots(folder, load_run(RESULTS).record)
 
 
 if __name__ == "__main__":
