@@ -41,7 +41,6 @@ from hf_layerprune.tasks import evaluate_tasks, load_tasks
 
 DATA = Path(__file__).parent.parent / "recipes" / "data"
 ROWS, LENGTH = 24, 256
-REPAIR_ROWS = 48
 NUM_CODE, CODE_TOKENS = 40, 256
 NUM_CHATS, CHAT_TOKENS = 40, 192
 STATES = ("", "unhealed", "repaired")
@@ -209,6 +208,7 @@ def main() -> None:
     parser.add_argument("--held_out", type=Path, required=True, help="folder that recipes/data/mix.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--repair_on", type=Path, help="text of `:repaired`")
+    parser.add_argument("--repair_rows", type=int, default=48, help="rows of it, of LENGTH tokens")
     parser.add_argument("--no_generation", action="store_true", help="leave out code and chat answers")
     parser.add_argument("--float32", action="store_true", help="also where the CPU computes bfloat16 natively")
     args = parser.parse_args()
@@ -222,7 +222,7 @@ def main() -> None:
     repair_rows = []
     if args.repair_on:
         text = load_text_dataset(str(args.repair_on))
-        repair_rows = tokenized_batches(text, tokenizer, max_length=LENGTH, num_rows=REPAIR_ROWS)
+        repair_rows = tokenized_batches(text, tokenizer, max_length=LENGTH, num_rows=args.repair_rows)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for item in args.checkpoints:
         label, _, checkpoint = item.partition("=")
