@@ -359,7 +359,7 @@ def test_latency_is_measured_once_for_every_width_that_can_come(monkeypatch, few
     assert len(asked) == 1
 
 
-def gauge_of_four(latency, target):
+def goal_of_four(latency, target):
     return Goal(Budget("latency", target), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(4), latency)
 
 
@@ -371,14 +371,14 @@ def best_of_four(goal, values, baseline):
 def test_what_an_edit_saves_beyond_the_budget_does_not_count():
     latency, remove, pair = BlockLatency(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
     costs = {remove: 0.02, pair: 0.015}
-    assert best_of_four(gauge_of_four(latency, 0.5), costs, 0.0) == remove  # 0.02 / 0.25 against 0.015 / 0.125
-    assert best_of_four(gauge_of_four(latency, 0.9), costs, 0.0) == pair  # 0.02 / 0.1 against 0.015 / 0.1
+    assert best_of_four(goal_of_four(latency, 0.5), costs, 0.0) == remove  # 0.02 / 0.25 against 0.015 / 0.125
+    assert best_of_four(goal_of_four(latency, 0.9), costs, 0.0) == pair  # 0.02 / 0.1 against 0.015 / 0.1
 
 
 def test_only_what_an_edit_adds_to_the_measure_is_its_cost():
     latency, remove, pair = BlockLatency(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
     costs = {remove: 3.10, pair: 3.04}
-    assert best_of_four(gauge_of_four(latency, 0.5), costs, 3.0) == pair  # 0.4 against 0.32 per unit
+    assert best_of_four(goal_of_four(latency, 0.5), costs, 3.0) == pair  # 0.4 against 0.32 per unit
 
 
 def test_edits_that_cost_nothing_come_first_and_of_them_those_that_gain_and_save_most():
@@ -391,15 +391,15 @@ def test_edits_that_cost_nothing_come_first_and_of_them_those_that_gain_and_save
         ({remove: 2.9, pair: 2.9}, remove),  # both gain the same, and to remove saves twice as much
         ({remove: 2.9, pair: 2.7}, pair),
     ):
-        assert best_of_four(gauge_of_four(latency, 0.5), costs, 3.0) == expected, costs
+        assert best_of_four(goal_of_four(latency, 0.5), costs, 3.0) == expected, costs
 
 
 def test_costs_that_are_no_numbers_are_never_chosen():
     remove, pair = Edit.remove(1), Edit.parallelize(2, 3)
     for broken in (math.nan, math.inf):
-        assert best_of_four(gauge_of_four(EQUAL, 0.5), {remove: broken, pair: 99.0}, 3.0) == pair
+        assert best_of_four(goal_of_four(EQUAL, 0.5), {remove: broken, pair: 99.0}, 3.0) == pair
         with pytest.raises(LayerPruneError, match="broken"):
-            best_of_four(gauge_of_four(EQUAL, 0.5), {remove: broken, pair: math.nan}, 3.0)
+            best_of_four(goal_of_four(EQUAL, 0.5), {remove: broken, pair: math.nan}, 3.0)
 
 
 # --- what can be reached is reached

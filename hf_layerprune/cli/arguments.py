@@ -116,8 +116,8 @@ class ScoreArguments(MeasureArguments):
     criterion: str = field(
         default="kl",
         metadata={
-            "help": "Measured: 'kl', 'loss' or 'tasks'; guessed: 'block_influence', 'angular_distance', 'taylor', "
-            "'tail' or 'random'."
+            "help": "Measured: 'kl', 'loss' or 'tasks'; estimated: 'block_influence', 'angular_distance', 'taylor', "
+            "'tail', 'random' or your own function as module:function."
         },
     )
     tasks: str | None = field(

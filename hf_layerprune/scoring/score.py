@@ -132,14 +132,18 @@ def score(
     if not keys:
         raise LayerPruneError("nothing to score: all layers are protected")
     plans = [_plan_after(key, plan) for key in keys]
-    _check_request(model, criterion, race, compensation, tasks)
+    _check_request(model, criterion, race, compensation)
+    if tasks and criterion != "tasks":
+        raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
     needs_data = criterion in (*TOKEN_MEASURES, "block_influence", "angular_distance", "taylor")
     batches = check_batches(batches, model.config.vocab_size, "calibration data", required=needs_data)
     if criterion not in MEASURED:
         return _estimated(model, batches, dict(zip(keys, plans, strict=True)), criterion, seed, on_batch)
     check_same_vocabulary(model, teacher)
     if criterion == "tasks":
-        tasks, folds = _prepared(tasks, model, tokenizer), [batches]
+        if tokenizer is None:
+            raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
+        tasks, folds = prepare_tasks(tasks, model, tokenizer), [batches]
     else:
         folds = [batches] if compensation == "none" else halves(batches)
     with measuring(model, teacher):
@@ -159,17 +163,9 @@ def score(
     return Scores.of(criterion, keys, evidence, left, savings)
 
 
-def _check_request(
-    model: PreTrainedModel,
-    criterion: str | Criterion,
-    race: Race | None,
-    compensation: str,
-    tasks: Sequence[Task | PreparedTask],
-) -> None:
+def _check_request(model: PreTrainedModel, criterion: str | Criterion, race: Race | None, compensation: str) -> None:
     """Raise [`LayerPruneError`] unless the criterion can do what is asked."""
     criterion_of(criterion)
-    if tasks and criterion != "tasks":
-        raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
     given = [what for what, is_given in (("a race", race), ("a compensation", compensation != "none")) if is_given]
     if criterion not in MEASURED and given:
         raise LayerPruneError(
@@ -220,14 +216,6 @@ def _estimated(
         return Scores.of(name, list(candidates), found)
     num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches)
     return Scores(name, dict(zip(candidates, map(float, found), strict=True)), num_tokens=num_tokens)
-
-
-def _prepared(
-    tasks: Sequence[Task | PreparedTask], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> list[PreparedTask]:
-    if tokenizer is None:
-        raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
-    return prepare_tasks(tasks, model, tokenizer)
 
 
 def _repairs(

@@ -56,11 +56,11 @@ class Evidence:
 
     def add(self, kind: int, candidates: Sequence[int], sums: Tensor, counts: Tensor) -> None:
         """Add rows that `candidates` measured: `sums` `(len(candidates), R)` over the tokens `counts` `(R,)`."""
-        sums, counts = sums[:, counts > 0], counts[counts > 0]
-        rows = torch.full((len(self.seen), sums.shape[1]), math.nan, dtype=torch.float64)
-        rows[list(candidates)] = sums.double().cpu()
-        self.sums[kind] = torch.cat([self.sums[kind], rows], dim=1)
-        self.counts[kind] = torch.cat([self.counts[kind], counts.double().cpu()])
+        sums, counts = sums.double().cpu(), counts.double().cpu()
+        rows = torch.full((len(self.seen), len(counts)), math.nan, dtype=torch.float64)
+        rows[list(candidates)] = sums
+        self.sums[kind] = torch.cat([self.sums[kind], rows[:, counts > 0]], dim=1)
+        self.counts[kind] = torch.cat([self.counts[kind], counts[counts > 0]])
         self.seen[list(candidates), kind] = len(self.counts[kind])
 
     @property
