@@ -278,10 +278,8 @@ class CopyTask(GenerationTask):
     again:\\n"`). A base model is shown the text, a separator and the first words of the text, and goes on:
     `prompt="{text}\\n\\n"`, `start_words=5`.
 
-    A small model may copy nothing (the embedded teacher writes 1 % of a 30-word text before its first mistake) and yet
-    find a text likelier after it has seen it: `judged_by="likelihood"` scores the nats per token of the copy instead.
-    That is how the default tasks ask the embedded teacher, with ten words seen three times: 2.91 nats per token, 3.19
-    with another ten words in their place.
+    A small model may copy nothing and yet find a text likelier after it has seen it: `judged_by="likelihood"` scores
+    the nats per token of the copy instead, as the default tasks do.
 
     Args:
         text (`str`, *optional*, defaults to `"{text}"`): template of the text over the row's columns.
