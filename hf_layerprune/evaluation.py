@@ -1,4 +1,4 @@
-"""Quality of a model: perplexity and, against a teacher, KL and top-1 agreement, all weighted by tokens."""
+"""Perplexity of a model and, against a teacher, KL and top-1 agreement, all weighted by tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def evaluate_model(
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
 
     Raises:
-        [`LayerPruneError`]: for data without a token to score, what is no such model, or a teacher with another
+        [`LayerPruneError`]: if there is no token to score, the model has no `lm_head`, or the teacher has another
             vocabulary.
     """
     models = [model] if teacher is None else [model, teacher]

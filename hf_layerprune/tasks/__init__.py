@@ -5,7 +5,7 @@ A [`Task`] says where its rows are and how to ask; `prepare` turns it into chunk
 candidates.
 """
 
-from .chunks import ChoiceChunk, Chunk, GenerationChunk, PreparedTask, TokenChunk
+from .chunks import GenerationChunk, PreparedTask
 from .evaluation import TaskReport, TaskResult, evaluate_tasks, prepare_tasks
 from .kinds import CopyTask, GenerationTask, KLTask, MinimalPairsTask, MultipleChoiceTask, PerplexityTask
 from .lm_eval_task import LmEvalChunk, LmEvalTask
@@ -13,8 +13,6 @@ from .load import load_tasks
 from .task import PromptedTask, Task
 
 __all__ = [
-    "ChoiceChunk",
-    "Chunk",
     "CopyTask",
     "GenerationChunk",
     "GenerationTask",
@@ -29,7 +27,6 @@ __all__ = [
     "Task",
     "TaskReport",
     "TaskResult",
-    "TokenChunk",
     "evaluate_tasks",
     "load_tasks",
     "prepare_tasks",

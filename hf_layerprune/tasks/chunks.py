@@ -145,12 +145,7 @@ class PreparedTask:
 
 @dataclass(frozen=True)
 class Encoded:
-    """
-    Attributes:
-        ids (`list[int]`): the tokens of one row.
-        start (`int`): index of the first token to score; the prompt ends there.
-        truncated (`bool`): whether the beginning of the prompt was cut off.
-    """
+    """The tokens of one row, scored from `start` on; `truncated` if the beginning of the prompt was cut off."""
 
     ids: list[int]
     start: int

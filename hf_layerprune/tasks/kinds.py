@@ -48,7 +48,7 @@ class PerplexityTask(Task):
     text: str = "{text}"
     max_length: int = 512
 
-    def encoded_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    def encode_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         length = min(self.max_length, max_length)
         if length < 2:
             raise LayerPruneError(f"{self.title}: max_length={length}; a window needs at least two tokens")
@@ -88,7 +88,7 @@ class MinimalPairsTask(Task):
     good: str = "sentence_good"
     bad: str = "sentence_bad"
 
-    def encoded_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    def encode_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         examples = []
         for row in spread(self.read(), self.limit):
             pair = [encode(tokenizer, "", row.text(name), max_length, row.where) for name in (self.good, self.bad)]
@@ -126,9 +126,9 @@ class MultipleChoiceTask(PromptedTask):
     choice: str = " {choice}"
     normalize: Literal["none", "tokens", "bytes"] = "none"
 
-    def encoded_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    def encode_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         examples = []
-        for row, opening in self.examples():
+        for row, opening in self.rows_to_score():
             prompt, texts, answer = self._parts(row)
             rows = [encode(tokenizer, opening + prompt, text, max_length, row.where) for text in texts]
             divisors = {
@@ -245,7 +245,7 @@ class GenerationTask(PromptedTask):
         self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, max_length: int | None = None
     ) -> PreparedTask:
         limit, prompts, references, lengths = max_length or tokenizer.model_max_length, [], [], []
-        for row, opening in self.examples():
+        for row, opening in self.rows_to_score():
             prompt, reference = self.prompt_and_reference(row)
             prompts.append(encode_prompt(tokenizer, opening + prompt))
             references.append(answer_part(reference, self.after))
@@ -278,10 +278,8 @@ class CopyTask(GenerationTask):
     again:\\n"`). A base model is shown the text, a separator and the first words of the text, and goes on:
     `prompt="{text}\\n\\n"`, `start_words=5`.
 
-    A small model may copy nothing (the embedded teacher writes 1 % of a 30-word text before its first mistake) and yet
-    find a text likelier after it has seen it: `judged_by="likelihood"` scores the nats per token of the copy instead.
-    That is how the default tasks ask the embedded teacher, with ten words seen three times: 2.91 nats per token, 3.19
-    with another ten words in their place.
+    A small model may copy nothing and yet find a text likelier after it has seen it: `judged_by="likelihood"` scores
+    the nats per token of the copy instead, as the default tasks do.
 
     Args:
         text (`str`, *optional*, defaults to `"{text}"`): template of the text over the row's columns.
@@ -322,9 +320,9 @@ class CopyTask(GenerationTask):
             return super().prepare(tokenizer, batch_size, max_length)
         return Task.prepare(self, tokenizer, batch_size, max_length)
 
-    def encoded_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    def encode_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         examples = []
-        for row, opening in self.examples():
+        for row, opening in self.rows_to_score():
             prompt, rest = self.prompt_and_reference(row)
             examples.append(Example([encode(tokenizer, opening + prompt, rest, max_length, row.where)]))
         return examples

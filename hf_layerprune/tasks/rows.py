@@ -69,13 +69,7 @@ def is_missing(value: Any) -> bool:
 
 
 def read_rows(source: str | Path | Dataset, split: str, config_name: str | None, title: str) -> list[Row]:
-    """All rows of a [`~datasets.Dataset`], or of what [`load_text_dataset`] finds under a name.
-
-    Args:
-        source (`str`, `Path` or [`~datasets.Dataset`]): the data set, or its name.
-        split (`str`): split, where the data set has some.
-        config_name (`str`, *optional*): configuration of a data set on the Hub.
-        title (`str`): what errors call the task.
+    """All rows of a data set, or of what [`load_text_dataset`] finds under a name; errors begin with `title`.
 
     Raises:
         [`LayerPruneError`]: if the source cannot be read, a row is malformed, or there is no row.

@@ -106,13 +106,13 @@ class Task:
         Raises:
             [`LayerPruneError`]: if the data cannot be read or a row does not fit the task; it names file and row.
         """
-        examples = self.encoded_examples(tokenizer, max_length or tokenizer.model_max_length)
+        examples = self.encode_examples(tokenizer, max_length or tokenizer.model_max_length)
         parts = whole_examples([len(example.rows) for example in examples], batch_size)
         chunks = [scored_chunk(examples[part], pad_id(tokenizer)) for part in parts]
         num_truncated = sum(row.truncated for example in examples for row in example.rows)
         return PreparedTask(self.name, self.weight, self.measure, chunks, num_truncated)
 
-    def encoded_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    def encode_examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         """The data as rows of at most `max_length` tokens; what a task implements whose tokens are scored."""
         raise NotImplementedError
 
@@ -146,8 +146,8 @@ class PromptedTask(Task):
         """The prompt of a row, and the right continuation."""
         raise NotImplementedError
 
-    def examples(self) -> list[tuple[Row, str]]:
-        """The rows to score, each with the text that precedes its own prompt.
+    def rows_to_score(self) -> list[tuple[Row, str]]:
+        """The rows to score, each with the description and examples that precede its own prompt.
 
         Raises:
             [`LayerPruneError`]: if there are too few rows for the examples asked for, or none is left to score.
