@@ -390,7 +390,7 @@ def test_the_summary_says_what_was_measured_and_no_more():
     student = Answer("the old woman", tokens_per_second=150.0, num_parameters=4_000_000, num_layers=8, **done)
     told = Comparison(teacher, student).summary
     assert "1.50 times the speed of the original: 150 tokens/s against 100" in told
-    assert "8 layers instead of 16, and -50% parameters" in told and "part after 2 words" in told
+    assert "8 layers instead of 16, and -50% parameters" in told and "part at word 3" in told
     assert "few tokens" in Comparison(teacher, replace(student, num_tokens=3)).summary
     assert "Both gave the same answer" in Comparison(teacher, teacher).summary
     assert Comparison(teacher).summary == ""

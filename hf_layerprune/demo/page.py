@@ -37,13 +37,22 @@ SAMPLING = {
 }
 """Label, explanation and step of each setting."""
 PROMPT, DIFFERENT = "prompt", "first difference"
-COLORS = {PROMPT: "#94a3b8", DIFFERENT: "#f59e0b"}
+COLORS = {PROMPT: "#bae6fd", DIFFERENT: "#fbbf24"}
+"""Gradio mixes them half with what is behind: black words can be read on both, in light and dark."""
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
 ON_DEVICE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device"}
 """One at a time, so that what is measured is measured alone."""
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 """The system's: the page asks no other host for any."""
+READABLE = {
+    "block_info_text_color": "*neutral_600",
+    "block_info_text_color_dark": "*neutral_300",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_dark": "*primary_700",
+}
+WHOLE_WORDS = ".textfield { word-break: normal !important; overflow-wrap: anywhere; }"
 WHITE_SPACE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
 
 
@@ -67,9 +76,9 @@ def launch_page(page: gr.Blocks, **options: Any) -> Any:
         page (`gradio.Blocks`): what [`build_page`] returned.
         options: passed to `launch`.
     """
-    theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", **FONTS)
-    mcp = find_spec("mcp") is not None
-    return page.launch(theme=theme, footer_links=["api"], ssr_mode=False, mcp_server=mcp, **options)
+    theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", **FONTS).set(**READABLE)
+    fixed = {"theme": theme, "css": WHOLE_WORDS, "footer_links": ["api"], "ssr_mode": False}
+    return page.launch(mcp_server=find_spec("mcp") is not None, **fixed, **options)
 
 
 class DemoPage:
@@ -98,10 +107,6 @@ class DemoPage:
         mode = CHAT if first.can_chat else TEXT
         self.turns = gr.State([])
         self.mode = gr.Radio([TEXT, CHAT], value=mode, show_label=False, visible=first.can_chat, elem_id="lp-mode")
-        with gr.Row():
-            self.original = answer_box("Original", "lp-original")
-            self.compressed = answer_box("Compressed", "lp-compressed")
-        self.facts = gr.Markdown(facts_of(Comparison()), elem_id="lp-facts")
         limit = self.service.limits.max_prompt_characters
         self.prompt = gr.Textbox(
             label="Prompt", info="Shift+Enter sends it", lines=2, max_length=limit, elem_id="lp-prompt"
@@ -110,6 +115,10 @@ class DemoPage:
             self.run = gr.Button("Compare", variant="primary", elem_id="lp-run")
             self.stop = gr.Button("Stop", variant="stop", elem_id="lp-stop")
             self.fresh = gr.Button("Clear", elem_id="lp-new")
+        with gr.Row():
+            self.original = answer_box("Original", "lp-original")
+            self.compressed = answer_box("Compressed", "lp-compressed")
+        self.facts = gr.Markdown(facts_of(Comparison()), elem_id="lp-facts")
         self.examples = gr.Dataset(components=[self.prompt], samples=examples_of(first, mode), label="Examples")
         with gr.Accordion("Sampling, the same for both", open=False, elem_id="lp-sampling"), gr.Row():
             self.sampling = [gr.Slider(**setting, min_width=260) for setting in self._settings(first)]
@@ -165,17 +174,16 @@ class DemoPage:
     def _compare(
         self, prompt: str, model: str, depth: int, mode: str, turns: list[Turn], *sampling: float
     ) -> Iterator[list[Any]]:
-        chat, typed = mode == CHAT, gr.skip()
-        before = turns if chat else []
+        chat = mode == CHAT
+        before, box = (turns, "") if chat else ([], gr.skip())  # a message leaves its box when it is accepted
         values = dict(zip(SAMPLING, sampling, strict=True))
         with shown_to_visitors():
             for comparison in self.service.stream(prompt, model, depth, chat, values, before):
                 now = [*before, (prompt, comparison.original.text, comparison.compressed.text)]
-                texts = now[-1][1:]
-                where = first_difference(*texts) if comparison.ended else None
-                boxes = [words_of(now, side, where[side] if where else None) for side in (0, 1)]
-                yield [now, *boxes, facts_of(comparison), "" if chat and typed else gr.skip()]
-                typed = None
+                where = first_difference(*now[-1][1:]) if comparison.ended else None
+                words = [words_of(now, side, where[side] if where else None) for side in (0, 1)]
+                yield [now, *words, facts_of(comparison), box]
+                box = gr.skip()
 
     def _inspect(self, text: str, model: str, depth: int) -> list[Any]:
         with shown_to_visitors():
@@ -183,7 +191,7 @@ class DemoPage:
         kls = [position.kl for position in positions]
         worst = max(range(len(kls)), key=kls.__getitem__)
         told = f"{sum(kls) / len(kls):.3f} nats per token on average; farthest apart after token {worst + 1}."
-        strip = [(visible(position.token), min(1.0, position.kl)) for position in positions]
+        strip = [(visible(position.token), 0.75 * min(1.0, position.kl)) for position in positions]
         return [told, positions, strip, *labels_of(positions[worst])]
 
     def _expect(self, positions: list[Position], event: gr.SelectData) -> list[dict[str, float]]:
@@ -329,8 +337,8 @@ def plots_of(pairing: Pairing, depth: int) -> tuple[gr.Plot, gr.Plot]:
     """The layer map of a depth and the quality curve of its run, hidden without a run."""
     layer_map, quality = pairing.layer_map(depth), pairing.quality()
     return (
-        gr.Plot(layer_map, visible=layer_map is not None, label="Layer map", elem_id="lp-map"),
-        gr.Plot(quality, visible=quality is not None, label="Quality against depth", elem_id="lp-quality"),
+        gr.Plot(layer_map, visible=layer_map is not None, show_label=False, elem_id="lp-map"),
+        gr.Plot(quality, visible=quality is not None, show_label=False, elem_id="lp-quality"),
     )
 
 

@@ -63,7 +63,7 @@ class Comparison:
             parts.append("An answer was cut: it took as long as it may.")
         where = first_difference(teacher.text, student.text)
         common = 0 if where is None else len(teacher.text[: where[0]].split())
-        parts.append("Both gave the same answer." if where is None else f"The answers part after {common} words.")
+        parts.append("Both gave the same answer." if where is None else f"The answers part at word {common + 1}.")
         return " ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
