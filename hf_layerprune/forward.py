@@ -153,12 +153,13 @@ def check_causal(model: PreTrainedModel) -> None:
         raise LayerPruneError(f"{model!r} is a name, not a model; load it with hf_layerprune.load_model({model!r})")
     if not isinstance(model, nn.Module) or not hasattr(model, "lm_head"):
         raise LayerPruneError(
-            f"{type(model).__name__} is no causal language model, it has no lm_head; load it by AutoModelForCausalLM"
+            f"{type(model).__name__} has no lm_head, so it is not a causal language model; load it with "
+            "AutoModelForCausalLM"
         )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
-    """Raise [`LayerPruneError`] if a tokenizer knows tokens that the model called `name` does not."""
+    """Raise [`LayerPruneError`] if a tokenizer has tokens that the model called `name` lacks."""
     if len(tokenizer) > model.config.vocab_size:
         raise LayerPruneError(
             f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's own"

@@ -42,7 +42,7 @@ def divergence(
     m = `beta` teacher + (1 - `beta`) student: `beta` KL(teacher || m) + (1 - `beta`) KL(student || m). At its ends it
     is taken to be KL(teacher || student), `beta` 0, and KL(student || teacher), `beta` 1.
 
-    Gradients reach the student's hidden states and, where it is trained, its head. As in
+    Gradients reach the student's hidden states and, if it is trained, its head. As in
     [Hinton et al.](https://huggingface.co/papers/1503.02531) the value is scaled by `temperature` squared, so that the
     size of the gradients does not depend on it.
 

@@ -29,7 +29,7 @@ def check_model(model: PreTrainedModel) -> None:
     """Raise [`LayerPruneError`] unless `model` is a causal language model of a supported family, without a wrapper."""
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "lm_head"):
         raise LayerPruneError(
-            f"{type(model).__name__} is no plain causal language model; unwrap it, or merge its adapters into it"
+            f"{type(model).__name__} is not a plain causal language model; unwrap it, or merge its adapters into it"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise LayerPruneError("the model carries adapters; merge them into it first")
@@ -67,17 +67,15 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share_weights: bool 
             See [`apply_plan`].
 
     Returns:
-        A model of the same class, dtype, device and mode, its `config.layer_plan` set; a plain model where the last
-        parallel block went.
+        A model of the same class, dtype, device and mode, its `config.layer_plan` set; a plain model if no parallel
+        block is left.
 
     Raises:
         [`LayerPruneError`]: for an unsupported architecture, a layer the model does not have, or no layer left.
     """
     check_model(model)
-    plan, layers = plan_of(model), layer_indices(layers)
-    if len(set(layers)) != len(layers):
-        raise LayerPruneError(f"layers={layers} names a layer twice")
-    for layer in layers:
+    plan = plan_of(model)
+    for layer in layer_indices(layers):
         plan = plan.remove(layer)
     return apply_plan(model, plan, share_weights=share_weights)
 
@@ -119,21 +117,18 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
 
     Returns:
         A plain model if no parallel block is left. Its layers compute what those put into the blocks did (and what
-        healing made of them); their norms' gains stay folded into the projections behind them.
+        healing made of them); their norms' gains stay folded into the projections that follow.
 
     Raises:
-        [`LayerPruneError`]: if a group is no parallel block of the model.
+        [`LayerPruneError`]: if a group is not a parallel block of the model.
     """
     check_model(model)
     plan = plan_of(model)
-    if pairs is not None and not isinstance(pairs, Iterable):
-        raise LayerPruneError(f"pairs={pairs} is no list of parallel blocks; the model's are {plan.parallel_pairs}")
-    wanted = list(plan.parallel_pairs if pairs is None else pairs)
-    if unknown := [
-        pair for pair in wanted if not isinstance(pair, Iterable) or tuple(pair) not in plan.parallel_pairs
-    ]:
-        raise LayerPruneError(f"{unknown} run not in parallel; the model's pairs are {list(plan.parallel_pairs)}")
-    apart = {tuple(pair) for pair in wanted}
+    apart = set(plan.parallel_pairs)
+    if pairs is not None:
+        apart = {tuple(layer_indices(pair, "a group of pairs")) for pair in pairs}
+    if unknown := sorted(apart - set(plan.parallel_pairs)):
+        raise LayerPruneError(f"{unknown} are not parallel blocks; the model's are {list(plan.parallel_pairs)}")
     blocks = [part for block in plan.blocks for part in (((i,) for i in block) if block in apart else (block,))]
     separate = apply_plan(model, LayerPlan(tuple(blocks), plan.num_teacher_layers))
     if isinstance(separate, PrunedQwen2ForCausalLM) and not plan_of(separate).parallel_pairs:
@@ -162,10 +157,6 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     """
     check_model(model)
     current = plan_of(model)
-    if not isinstance(plan, LayerPlan):
-        raise LayerPruneError(
-            f"plan={plan!r:.80} is no LayerPlan; make one with LayerPlan(blocks, num_teacher_layers)"
-        )
     if plan.num_teacher_layers != current.num_teacher_layers:
         raise LayerPruneError(
             f"the plan is for a teacher of {plan.num_teacher_layers} layers; the model's has "
@@ -177,18 +168,18 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     student = student if plan.parallel_pairs else to_plain(student)
     if share_weights:
         return student.requires_grad_(False)
-    trained = {parameter.data_ptr(): parameter.requires_grad for parameter in model.parameters()}
-    of_layer = {
-        layer: any(parameter.requires_grad for parameter in module.parameters())
+    theirs = {parameter.data_ptr(): parameter.requires_grad for parameter in model.parameters()}
+    trained_layers = {
+        layer
         for block, module in zip(current.blocks, model.base_model.layers, strict=True)
         for layer in block
+        if any(parameter.requires_grad for parameter in module.parameters())
     }
-    shared = [parameter for parameter in student.parameters() if parameter.data_ptr() in trained]
     for block, module in zip(plan.blocks, student.base_model.layers, strict=True):
-        for parameter in module.parameters():  # new where the block is: as those it is made of
-            parameter.requires_grad_(trained.get(parameter.data_ptr(), any(of_layer[layer] for layer in block)))
-    for parameter in student.parameters():
-        parameter.requires_grad_(trained.get(parameter.data_ptr(), parameter.requires_grad))
+        module.requires_grad_(not trained_layers.isdisjoint(block))  # of a new block: as the layers it is made of
+    shared = [parameter for parameter in student.parameters() if parameter.data_ptr() in theirs]
+    for parameter in shared:
+        parameter.requires_grad_(theirs[parameter.data_ptr()])
     unshare_parameters(shared)
     return student
 
@@ -196,7 +187,7 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
 def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, share_weights: bool) -> PreTrainedModel:
     kept = [position for position, block in enumerate(plan.blocks) if block in wanted.blocks]
     decoder = model.base_model
-    # A memo filled beforehand tells deepcopy what not to copy: the removed layers and, if shared, the weights.
+    # The memo tells deepcopy what not to copy: the removed layers and, if shared, the weights.
     memo: dict[int, object] = {
         id(layer): nn.Identity() for position, layer in enumerate(decoder.layers) if position not in kept
     }
@@ -250,17 +241,17 @@ def to_pruned_qwen2(model: PreTrainedModel) -> PrunedQwen2ForCausalLM:
     """A plain model as `PrunedQwen2ForCausalLM` (weights shared): bit-identical logits.
 
     Raises:
-        [`LayerPruneError`]: if `model` is of a family whose layers the blocks of PrunedQwen2 cannot hold.
+        [`LayerPruneError`]: if the blocks of PrunedQwen2 cannot hold the layers of `model`'s family.
     """
     check_model(model)
     return _rearranged(model, plan_of(model))
 
 
 def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
-    """The same model (weights shared) as the plain one whose layers its blocks are, which must not be parallel.
+    """The same model (weights shared) as a plain one; its blocks must be single layers.
 
     Raises:
-        [`LayerPruneError`]: if the plan has parallel blocks, which no plain model can express.
+        [`LayerPruneError`]: if the plan has parallel blocks, which a plain model cannot express.
     """
     if pairs := plan_of(model).parallel_pairs:
         raise LayerPruneError(f"the plan runs layers {list(pairs)} in parallel; a plain model cannot express that")
@@ -284,6 +275,6 @@ def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
 
 
 def _write_rope_twice(config: PretrainedConfig) -> None:
-    """Let `config` be saved with the older names of `rope_parameters` as well, in place."""
-    if not isinstance(config, PrunedQwen2Config):  # which does so itself
+    """Let `config` be saved with the older names of `rope_parameters` too, in place."""
+    if not isinstance(config, PrunedQwen2Config):  # which does this itself
         vars(config).update(older_rope(config))  # past the property that sets `rope_parameters`

@@ -155,10 +155,10 @@ def test_bad_requests_are_refused(model, tmp_path):
     ],
 )
 def test_what_is_no_whole_plain_language_model_is_refused(model, batches, act):
-    with pytest.raises(LayerPruneError, match="Qwen2Model is no plain causal language model"):
+    with pytest.raises(LayerPruneError, match="Qwen2Model is not a plain causal language model"):
         act(model.model, batches)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(LayerPruneError, match="PeftModelForCausalLM is no plain.*merge its adapters"):
+    with pytest.raises(LayerPruneError, match="PeftModelForCausalLM is not a plain.*merge its adapters"):
         act(adapted, batches)
 
 

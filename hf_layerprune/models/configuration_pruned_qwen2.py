@@ -51,7 +51,7 @@ class PrunedQwen2Config(Qwen2Config):
             raise ValueError("qk_norm=True needs attention_bias=False: no model has both")
         if self.qk_norm:
             self.base_model_tp_plan = Qwen3Config.base_model_tp_plan
-        # `save_pretrained` fills in the class that is saved; the bare decoder has to be named by hand
+        # `save_pretrained` adds only the class that is saved; add the bare decoder here
         kwargs["auto_map"] = {"AutoModel": "modeling_pruned_qwen2.PrunedQwen2Model"} | (kwargs.get("auto_map") or {})
         super().__post_init__(**kwargs)
         if len(self.layer_types) != len(blocks):

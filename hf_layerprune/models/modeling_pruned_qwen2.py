@@ -6,8 +6,8 @@ Layers a and b that run in parallel, each with its own norms N1, N2, attention A
     y = x + A_a(N1_a(x)) + A_b(N1_b(x))
     z = y + F_a(N2_a(y)) + F_b(N2_b(y))
 
-are exactly one Qwen2 layer: both norms of a kind see the same vector, so each gain folds into the projections behind
-it, and what is left is one layer with the heads and the neurons of both. Where queries and keys are normalised, as in
+are exactly one Qwen2 layer: both norms of a kind see the same vector, so each gain folds into the projections that
+follow, and what is left is one layer with the heads and the neurons of both. If queries and keys are normalised, as in
 Qwen3, each head keeps the gain of the layer it is from.
 
 This file is shipped inside checkpoints: it imports torch, transformers and its configuration, nothing else.
@@ -118,7 +118,7 @@ def is_tied(model):
 
 
 def adopt_weights(rebuilt, model, tensors):
-    """Fill `rebuilt`, made on the meta device, with `tensors` and with all that `model` has beside its weights."""
+    """Fill `rebuilt`, made on the meta device, with `tensors` and with all that `model` has besides weights."""
     rebuilt.load_state_dict(tensors, strict=True, assign=True)
     rebuilt.tie_weights()
     rotary = model.base_model.rotary_emb  # its buffers are in no state dict
@@ -269,8 +269,8 @@ class PrunedQwen2Loading:
             layer_plan (`dict` or `LayerPlan`): the wanted blocks, of layers that `model` has.
 
         Raises:
-            `ValueError`: if the plan is none, or names a layer `model` does not have; if `model` is of another kind,
-                quantized, carries adapters, or lies on several devices.
+            `ValueError`: if the plan is not valid, or names a layer `model` does not have; if `model` is of another
+                kind, quantized, carries adapters, or lies on several devices.
         """
         config = PrunedQwen2Config.from_plain(model.config, layer_plan)
         config.tie_word_embeddings = is_tied(model)
@@ -289,6 +289,8 @@ class PrunedQwen2Loading:
 
 
 class PrunedQwen2Model(PrunedQwen2Loading, Qwen2Model):
+    """The decoder of [`PrunedQwen2ForCausalLM`]."""
+
     config_class = PrunedQwen2Config
     plain_class = AutoModel
     _no_split_modules = ["PrunedQwen2DecoderLayer"]
@@ -300,6 +302,12 @@ class PrunedQwen2Model(PrunedQwen2Loading, Qwen2Model):
 
 
 class PrunedQwen2ForCausalLM(PrunedQwen2Loading, Qwen2ForCausalLM):
+    """A causal language model that runs some layers of a Qwen2, Qwen3, Llama or Mistral in parallel.
+
+    Only a plan with parallel blocks needs it. A student from which layers were only removed stays a plain model of its
+    teacher's family, and loads as such.
+    """
+
     config_class = PrunedQwen2Config
     plain_class = AutoModelForCausalLM
     _no_split_modules = ["PrunedQwen2DecoderLayer"]
