@@ -42,7 +42,7 @@ from hf_layerprune.report import environment
 
 ROOT = Path(__file__).parent.parent
 OWN, WHOLE = {}, {"temperature": 1.0, "top_k": 0}
-ANSWERS = {"prompt_tokens": 32, "max_new_tokens": 160, "batch_size": 64, "completion_only": False}
+ANSWERS = {"prompt_tokens": 32, "max_new_tokens": 160, "batch_size": 64}
 
 
 def answers(
@@ -53,7 +53,8 @@ def answers(
     report = generate_healing_data(teacher, embedded_dataset(source), path, config, tokenizer)
     seconds = time.perf_counter() - start
     print(f"{name}: {report}, {seconds:.0f} s")
-    return load_dataset("json", data_files=str(path), split="train").select_columns(["text"]), asdict(report)
+    rows = load_dataset("json", data_files=str(path), split="train")
+    return Dataset.from_dict({"text": [row["prompt"] + row["completion"] for row in rows]}), asdict(report)
 
 
 def heal(

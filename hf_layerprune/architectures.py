@@ -1,4 +1,4 @@
-"""The families of models the library works on: one row of a table each, with what differs between them.
+"""The supported families of models: one row of a table each, with what differs between them.
 
 A family is a dense decoder of the layout Qwen2 has: `model.base_model` has `embed_tokens`, `layers`, `norm` and
 `rotary_emb`, and `model.lm_head` reads what `norm` gives. A row is all that removing layers, scoring, healing and
@@ -67,7 +67,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     """The family of a model; that of a PrunedQwen2 is the first whose layers are its blocks.
 
     Raises:
-        [`LayerPruneError`]: if it is none the library works on.
+        [`LayerPruneError`]: if it is not supported.
     """
     if isinstance(config, PrunedQwen2Config) or config.model_type == PrunedQwen2Config.model_type:
         attention = {"attention_bias": config.attention_bias, "qk_norm": config.qk_norm}
@@ -119,7 +119,7 @@ def output_projections(model: PreTrainedModel, position: int) -> tuple[nn.Linear
     """The projections of a block that add to the residual stream: of its attention, and of its MLP.
 
     Raises:
-        [`LayerPruneError`]: if one of them has a bias, which none of Qwen2's has.
+        [`LayerPruneError`]: if one of them has a bias; Qwen2's have none.
     """
     architecture, block = architecture_of(model.config), model.base_model.layers[position]
     attention, mlp = (block.get_submodule(name) for name in (architecture.attention_output, architecture.mlp_output))
@@ -131,7 +131,7 @@ def output_projections(model: PreTrainedModel, position: int) -> tuple[nn.Linear
 
 
 def _kind(config: PretrainedConfig) -> str:
-    """What a model that is not supported is, as far as its config tells: `"is a ..., which is"`, or just `"is"`."""
+    """What kind of model is not supported, as far as its config says: `"is a ..., which is"`, or just `"is"`."""
     kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
     if getattr(config, "is_encoder_decoder", False):
         return "is an encoder-decoder, which is"

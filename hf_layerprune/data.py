@@ -17,8 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, concatenate_datasets, load_dataset
-from datasets import load_from_disk as load_saved
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
 from datasets.iterable_dataset import ExamplesIterable
 from jinja2 import TemplateError
@@ -182,11 +189,11 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
         dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=source, split=split)
         return dataset.filter(lambda row: bool(row["text"].strip())) if path.suffix == ".txt" else dataset
     if path.is_file():
-        raise LayerPruneError(f"its type {path.suffix!r} is none of {', '.join(FILE_BUILDERS)}")
+        raise LayerPruneError(f"its type {path.suffix!r} is not one of {', '.join(FILE_BUILDERS)}")
     if source.startswith("embedded:"):
         splits = {"train": embedded_dataset(source.removeprefix("embedded:"))}
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = load_saved(source)
+        saved = load_from_disk(source)
         splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     else:
         return load_dataset(source, config_name, split=split)

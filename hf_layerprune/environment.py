@@ -1,4 +1,4 @@
-"""What numbers were measured with: versions and hardware; and how long it took."""
+"""Versions and hardware that numbers were measured with, and how long a run took."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Versions and hardware the numbers come from; without a `device` that is the accelerator, if there is one."""
+    """Versions and hardware; without a `device` those of the accelerator, or of the CPU if there is none."""
     return {
         "hardware": hardware(device or torch.accelerator.current_accelerator(check_available=True)),
         "python": platform.python_version(),
@@ -23,14 +23,14 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def has_bf16(use_cpu: bool) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself; emulated they are slower than float32."""
+    """Whether the hardware multiplies bfloat16 matrices itself; emulation is slower than float32."""
     if use_cpu:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return is_torch_bf16_gpu_available()
 
 
 def native_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """`dtype`, or float32 where a CPU would have to emulate it, many times slower; `None` is one not known yet."""
+    """`dtype`, or float32 on a CPU that would have to emulate it, many times slower; `None` is not known yet."""
     native = {torch.float32, torch.float64} | ({torch.bfloat16} if has_bf16(use_cpu=True) else set())
     return dtype if device.type != "cpu" or dtype in native else torch.float32
 
@@ -47,7 +47,7 @@ def wall_time(phases: dict[str, float]) -> str:
 
 
 def hardware(device: torch.device | None) -> str:
-    """What a device is sold as; `None` is the CPU."""
+    """Product name of a device; `None` is the CPU."""
     kind = "cpu" if device is None else device.type
     if kind == "cuda":
         return torch.cuda.get_device_name(device)

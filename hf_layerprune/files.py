@@ -1,4 +1,4 @@
-"""Writing files and folders so that a reader, or a run that was cut off, never sees half of one."""
+"""Write files and folders so that a reader never sees half of one, even after a kill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def to_json(value: Any) -> str:
-    """JSON that every reader takes: a number that is none (NaN, infinity) becomes null."""
+    """JSON that every reader accepts: NaN and infinity become null."""
 
     def finite(part: Any) -> Any:
         if isinstance(part, dict):
@@ -45,8 +45,8 @@ def sync_folder(folder: Path) -> None:
 def replace_folder(source: Path, target: Path) -> None:
     """Put the finished folder `source` in the place of `target`; its files are on disk before it is seen there.
 
-    These are two moves. After a kill between them there is no `target`: `source` lies where it was, and what was
-    replaced beside the target, its name ending in `.old`. Doing it again is the remedy.
+    These are two moves. After a kill between them there is no `target`: `source` is where it was, and the replaced
+    folder is next to the target, its name ending in `.old`. Do it again.
     """
     sync_folder(source)
     old = target.with_name(target.name + ".old")
@@ -72,5 +72,5 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def round_folder(folder: Path, number: int) -> Path:
-    """Where in a run's folder the student of round `number` (from 1) lies; before that, its healing's checkpoints."""
+    """Folder of round `number` (from 1) in a run: its student, or before that the checkpoints of its healing."""
     return folder / "rounds" / f"{number:02d}"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 def fingerprint(parts: Iterable[Any]) -> str:
-    """Of tensors, and of anything that prints alike where it is alike."""
+    """Hash tensors, and anything else by how it prints."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(str(part.tolist() if isinstance(part, Tensor) else part).encode())
@@ -19,6 +19,6 @@ def fingerprint(parts: Iterable[Any]) -> str:
 
 
 def fingerprint_model(model: PreTrainedModel) -> str:
-    """Of some weights from all over every tensor: cheap on any size, different for any two trainings."""
+    """Hash some weights from all over every tensor: cheap at any size, different after any training."""
     flat = (parameter.detach().flatten() for parameter in model.parameters())
     return fingerprint(weights[:: max(1, len(weights) // 8)].float().cpu() for weights in flat)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -150,10 +151,11 @@ def _sampling(
     ends = sampling.eos_token_id
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= {*tokenizer.all_special_ids, *([ends] if isinstance(ends, int) else ends or ())}
-    sampling.update(eos_token_id=sorted(special) or None, pad_token_id=pad_id(tokenizer), max_length=None)
-    sampling.update(max_new_tokens=config.max_new_tokens, num_beams=1, num_return_sequences=1)
+    sampling.eos_token_id, sampling.pad_token_id = sorted(special) or None, pad_id(tokenizer)
+    sampling.max_length, sampling.max_new_tokens = None, config.max_new_tokens
+    sampling.num_beams = sampling.num_return_sequences = 1
     if not sampling.do_sample:
-        sampling.update(temperature=1.0, top_p=1.0, top_k=0)
+        sampling.temperature, sampling.top_p, sampling.top_k = 1.0, 1.0, 0
     sampling.do_sample = config.temperature != 0
     for name in ("temperature", "top_p", "top_k"):
         given = getattr(config, name)
@@ -237,7 +239,7 @@ def _answer_all(
     journal = output_file.with_name(f"{output_file.name}.journal")
     settings = {"model": fingerprint_model(model), "dtype": str(model.dtype), "prompts": fingerprint(prompts)}
     settings = json.dumps(settings | {"seed": config.seed} | sampling.to_diff_dict())
-    answers = _read_journal(journal, settings)
+    (answers,) = broadcast_object_list([_read_journal(journal, settings)])  # all share the same batches
     batches = [prompts[start : start + config.batch_size] for start in range(0, len(prompts), config.batch_size)]
     batches = [[prompt for prompt in batch if prompt.row not in answers] for batch in batches]
     batches = [batch for batch in batches if batch]
@@ -313,9 +315,9 @@ def _write(
     path: Path, prompts: Sequence[Prompt], answers: dict[int, Answer], keep_truncated: bool, num_too_long: int
 ) -> HealingDataReport:
     """Write the rows to keep; after a finished run they are there already."""
-    told = [(prompt.content, answers[prompt.row]) for prompt in prompts if answers[prompt.row].text.strip()]
-    kept = [(content, answer) for content, answer in told if keep_truncated or not answer.truncated]
-    num_empty, num_truncated = len(prompts) - len(told), sum(answer.truncated for _, answer in told)
+    answered = [(prompt.content, answers[prompt.row]) for prompt in prompts if answers[prompt.row].text.strip()]
+    kept = [(content, answer) for content, answer in answered if keep_truncated or not answer.truncated]
+    num_empty, num_truncated = len(prompts) - len(answered), sum(answer.truncated for _, answer in answered)
     if not kept:
         raise LayerPruneError(
             f"no answer is left: {num_empty} are empty and {num_truncated} cut at max_new_tokens; raise it, or set "

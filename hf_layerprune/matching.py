@@ -46,7 +46,7 @@ def find_plan(student: PreTrainedModel, teacher: PreTrainedModel) -> LayerPlan:
     Healing moves layers; they stay far nearer to what they were than to any other layer.
 
     Raises:
-        [`LayerPruneError`]: if a layer is about as near to another one, or nearest to one before its predecessor's.
+        [`LayerPruneError`]: if a layer is about as near to another one, or the layers do not ascend.
     """
     plan = plan_of(teacher)
     if plan.parallel_pairs:
@@ -58,10 +58,9 @@ def find_plan(student: PreTrainedModel, teacher: PreTrainedModel) -> LayerPlan:
         nearest, next_one = (float(distances[index]) for index in order[:2])
         if not nearest < CLEARLY_NEARER * min(next_one, 1.0) or any(order[0] <= before for before in chosen):
             raise LayerPruneError(
-                f"layer {number} of the student is not clearly one of the teacher's after those of its layers before: "
-                f"its weights differ from those of layer {plan.layers[order[0]]} by {nearest:.2f} of their size and "
-                f"from those of layer {plan.layers[order[1]]} by {next_one:.2f}; say which layers the student holds "
-                "with --plan plan.json"
+                f"layer {number} of the student is not clearly one of the teacher's: its weights differ by "
+                f"{nearest:.2f} of their size from layer {plan.layers[order[0]]} and by {next_one:.2f} from layer "
+                f"{plan.layers[order[1]]}; say which layers it holds with --plan plan.json"
             )
         chosen.append(order[0])
     return LayerPlan(tuple((plan.layers[index],) for index in chosen), plan.num_teacher_layers)
@@ -69,12 +68,12 @@ def find_plan(student: PreTrainedModel, teacher: PreTrainedModel) -> LayerPlan:
 
 def _layers(model: PreTrainedModel) -> list[list[Tensor]]:
     """Some weights of every matrix of each layer."""
-    return [[_some(part) for part in layer.parameters() if part.dim() > 1] for layer in model.base_model.layers]
 
+    def some(weights: nn.Parameter) -> Tensor:
+        flat = weights.detach().flatten()
+        return flat[:: max(1, len(flat) // NUMBERS_PER_TENSOR)].float().cpu()
 
-def _some(weights: nn.Parameter) -> Tensor:
-    flat = weights.detach().flatten()
-    return flat[:: max(1, len(flat) // NUMBERS_PER_TENSOR)].float().cpu()
+    return [[some(part) for part in layer.parameters() if part.dim() > 1] for layer in model.base_model.layers]
 
 
 def _distance(own: list[Tensor], its: list[Tensor]) -> float:

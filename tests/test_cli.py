@@ -171,7 +171,7 @@ def bad_requests():
         "text that is null": (["--dataset", "{null}"], "only blank rows"),
         "no text for a model of the user's": (["--dataset", None], "--dataset is missing"),
         "split of a file": (["--dataset_split", "test"], "dataset_split='test' is not in"),
-        "split that is not there": (["--dataset", "{saved}", "--dataset_split", "test"], "Unknown split .test"),
+        "split that is not there": (["--dataset", "{saved}", "--dataset_split", "test"], 'Unknown split "test"'),
         "stream": (["--streaming", "true"], "--streaming"),
         "rows longer than the model": (["--max_length", "257"], "max_length=257 but"),
         "rows as long as they are": (["--max_length", "None", "--packing", "false"], "max_length=None does not cut"),
