@@ -14,8 +14,8 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from hf_layerprune import LayerPlan, cli, load_tokenizer, prune
+from hf_layerprune.cli.arguments import default_depth
 from hf_layerprune.cli.compress import resume_line
-from hf_layerprune.cli.parsing import default_depth
 
 QUICK = [
     "--target_num_layers", "4", "--max_steps", "2", "--num_calibration_samples", "2", "--num_eval_samples", "2",
@@ -156,16 +156,6 @@ def test_evaluate(tmp_path, model_folder, text_file, capsys):
     assert f"{measured['perplexity']:.5f}" in capsys.readouterr().out
 
 
-def test_help_names_every_setting(capsys):
-    assert run() == 0 and "compress" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        run("compress", "--help")
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    for name in ("--model", "--dataset", "--target_num_layers", "--criterion", "--trained_layers", "--learning_rate"):
-        assert name in text
-
-
 def bad_requests():
     """Name, arguments, and what the message must name. `{...}` is filled in from the test's files."""
     return {
@@ -198,7 +188,7 @@ def bad_requests():
         "temperature without end": (["--temperature", "inf"], "temperature=inf"),
         "seed below nothing": (["--seed", "-1"], "seed=-1"),
         "rows below nothing": (["--max_length", "-5"], "max_length=-5"),
-        "loss of another trainer": (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1"),
+        "loss of another trainer": (["--label_smoothing_factor", "0.1"], "label_smoothing_factor has no effect"),
         "noise where the teacher reads": (["--neftune_noise_alpha", "5"], "neftune_noise_alpha=5"),
         "dtype in another place": (["--model_init_kwargs", '{{"dtype": "bfloat16"}}'], "--dtype"),
         "file of nothing": (["--dataset", "{nothing}"], "nothing.jsonl is empty"),
@@ -352,7 +342,7 @@ def test_out_of_memory_is_one_line(error, tmp_path, model_folder, text_file, mon
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("hf_layerprune.cli.measure.score_layers", fail)
+    monkeypatch.setattr("hf_layerprune.cli.score.score_layers", fail)
     arguments = ["--model", model_folder, "--dataset", text_file, "--max_length", 32]
     assert run("score", *arguments, "--output_dir", tmp_path / "out") == 2
     told = errors_of(capsys)
@@ -360,7 +350,7 @@ def test_out_of_memory_is_one_line(error, tmp_path, model_folder, text_file, mon
 
 
 def test_any_other_error_is_no_users_mistake(tmp_path, model_folder, text_file, monkeypatch):
-    monkeypatch.setattr("hf_layerprune.cli.measure.score_layers", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("hf_layerprune.cli.score.score_layers", lambda *_, **__: 1 / 0)
     arguments = ["--model", model_folder, "--dataset", text_file, "--max_length", 32]
     with pytest.raises(ZeroDivisionError):
         run("score", *arguments, "--output_dir", tmp_path / "out")
@@ -414,12 +404,12 @@ def test_every_verb_that_reads_text_reads_chats(tmp_path, model_folder, capsys, 
     assert evaluated["num_tokens"] == report["teacher"].get("num_tokens", evaluated["num_tokens"])
 
 
-@pytest.mark.parametrize("verb", ["score", "evaluate", "parallelize", "generate", "plan"])
+@pytest.mark.parametrize("verb", ["score", "evaluate", "parallelize", "generate", "estimate"])
 def test_what_a_verb_cannot_read_is_one_line(tmp_path, model_folder, text_file, monkeypatch, capsys, verb):
     monkeypatch.chdir(tmp_path)
     text = ["--dataset", text_file]
     cases = [([], "--dataset is missing"), ([*text, "--dataset_split", "test"], "dataset_split='test' is not in")]
-    if verb == "plan":
+    if verb == "estimate":
         cases = [(["--max_length", "300", "--gpu_memory", "24GiB"], "max_length=300 but .* has 256 positions")]
     elif verb != "generate":
         cases.append(([*text, "--max_length", "300"], "max_length=300 but .* has 256 positions; choose 2..256"))

@@ -9,7 +9,7 @@ from conftest import VOCAB_SIZE, random_batches, tiny_model
 from safetensors.torch import load_file
 
 from hf_layerprune import LayerPruneError, parallelize, prune, score_layers
-from hf_layerprune.cli.measure import device_map
+from hf_layerprune.cli.score import device_map
 from hf_layerprune.edits import Edit
 from hf_layerprune.loading import load_model
 from hf_layerprune.scoring import Race, contiguous_block, score_edits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..budget import TARGETS, Budget
 from ..compensation import COMPENSATIONS, check_compensation
 from ..edits import EditSpace
 from ..environment import has_bf16
-from ..errors import LayerPruneError, make_whole
+from ..errors import LayerPruneError
 from ..scoring import MEASURED, Race, check_criterion, criteria
 from .targets import named_layers
 
@@ -263,7 +263,6 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        make_whole(self)
         self.trained_layers, self.tasks = _joined(self.trained_layers), _joined(self.tasks)
         self.as_given = {item.name: deepcopy(getattr(self, item.name)) for item in fields(self)}  # nothing derived yet
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -282,8 +281,8 @@ class IterativeLayerDistillConfig(SFTConfig):
             value = getattr(self, name)
             if value is None:
                 continue
-            if not isinstance(value, Real):
-                raise LayerPruneError(f"{name}={value!r} is no number")
+            if not isinstance(value, Integral if name in WHOLE_NUMBERS else Real):
+                raise LayerPruneError(f"{name}={value!r} is not a {'whole ' * (name in WHOLE_NUMBERS)}number")
             if not math.isfinite(value) or value < least:
                 raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
         if not 0 < self.temperature < math.inf:
