@@ -121,20 +121,21 @@ class RunProgress(LayerDistillCallback):
         self.phases, self.number = phases, 0
         self.rounds = max(1, -(-(depth - expected_depth(budget, trainer.teacher)) // args.layers_per_round))
         self.of_rounds = f"/{self.rounds}" if budget.unit == "depth" else ""  # else a guess
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         batch = args.per_device_eval_batch_size
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         candidates = len(args.edit_space().kinds) * depth  # half of the layers runs for each
-        work = {"scoring": 1 + candidates / 2, "repairing": 2, "evaluating": 2, "healing": 1 + 1 + BACKWARD}
-        self.step_work = {phase: passes * (step if phase == "healing" else batch) for phase, passes in work.items()}
+        passes = {"scoring": 1 + candidates / 2, "repairing": 2, "evaluating": 2, "healing": 2 + BACKWARD}
+        self.step_work = {phase: count * (step if phase == "healing" else batch) for phase, count in passes.items()}
+        rows, edits = trainer.all_train_rows, args.layers_per_round
+        epoch = len(rows) / step if hasattr(rows, "__len__") else 0.0
+        steps = {
+            "scoring": edits * len(trainer.calibration_batches),
+            "repairing": edits * len(trainer.repair_batches) * (args.compensation != "none"),
+            "evaluating": len(trainer.eval_batches) * (3 if args.heal else 1),  # before healing, unhealed, after
+            "healing": (args.max_steps if args.max_steps > 0 else args.num_train_epochs * epoch) * args.heal,
+        }
+        self.round_work = sum(count * self.step_work[phase] for phase, count in steps.items())
         self.teacher_work = len(trainer.eval_batches) * self.step_work["evaluating"]
-        self.round_work = args.layers_per_round * len(trainer.calibration_batches) * self.step_work["scoring"]
-        if args.compensation != "none":
-            self.round_work += args.layers_per_round * len(trainer.repair_batches) * self.step_work["repairing"]
-        self.round_work += (3 if args.heal else 1) * self.teacher_work  # before healing, of the unhealed plan, after
-        if args.heal:
-            rows = trainer.all_train_rows
-            steps = args.num_train_epochs * (len(rows) if hasattr(rows, "__len__") else 0) / step
-            self.round_work += (args.max_steps if args.max_steps > 0 else steps) * self.step_work["healing"]
         self.now = 0.0  # work of a step in this phase
         for notice in filter(None, (task.notice for task in trainer.tasks)):
             say(phases.console, notice)

@@ -54,9 +54,9 @@ def _tasks(arguments: ScoreArguments, given: set[str]) -> list[Task]:
     if arguments.tasks is None and arguments.criterion != "tasks":
         return []
     names = arguments.tasks or "default"
-    wrong = given & (OF_TEXT if arguments.criterion == "tasks" else OF_TEXT | {"criterion"})
-    if wrong:
-        raise LayerPruneError(f"tasks={names} bring their own text and criterion; leave out {', '.join(sorted(wrong))}")
+    wrong = OF_TEXT if arguments.criterion == "tasks" else OF_TEXT | {"criterion"}
+    if wrong := sorted(wrong & given):
+        raise LayerPruneError(f"tasks={names} bring their own text and criterion; leave out {', '.join(wrong)}")
     arguments.criterion = "tasks"
     return load_tasks(names)
 
