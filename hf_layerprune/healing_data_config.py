@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .errors import LayerPruneError, make_whole
+from .errors import LayerPruneError
 
 
 @dataclass
@@ -65,7 +65,6 @@ class HealingDataConfig:
     )
 
     def __post_init__(self) -> None:
-        make_whole(self)
         for name in ("prompt_tokens", "num_prompts", "max_prompt_tokens", "max_new_tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

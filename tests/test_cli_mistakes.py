@@ -4,7 +4,9 @@ import pytest
 from conftest import tiny_model
 
 import hf_layerprune
-from hf_layerprune import cli
+from hf_layerprune import LayerPruneError, cli
+from hf_layerprune.cli.arguments import BenchmarkArguments
+from hf_layerprune.cli.parsing import Parser, parse
 from hf_layerprune.data import load_text_dataset
 
 
@@ -33,6 +35,14 @@ def recipe(tmp_path):
         ),
         (["score", "--num_samples", "few"], "invalid int value: 'few'; see hf-layerprune score --help"),
         (["demo", "--server_port", "99999"], "server_port=99999 is out of range; choose 1..65535"),
+        (["score", "--config", "nowhere.yaml"], "--config nowhere.yaml is not a file; give the path of a YAML file"),
+        (["push", "one", "two"], "one two are 2 words where one goes, as --output_dir"),
+        (["push", "one", "--output_dir", "two"], "output_dir named twice: one and --output_dir; leave one out"),
+        (
+            ["compress", "--use_liger_kernel", "true"],
+            "use_liger_kernel has no effect in hf-layerprune compress: each round builds its student anew, without "
+            "such kernels; leave it out",
+        ),
     ],
 )
 def test_a_wrong_name_is_one_line_with_the_nearest_right_one(words, expected, recipe, capsys):
@@ -42,13 +52,42 @@ def test_a_wrong_name_is_one_line_with_the_nearest_right_one(words, expected, re
     assert error.count("\n") == 1 and "Parser" not in error
 
 
-def test_help_names_the_verb(capsys):
-    for verb in ("score", "plan"):
-        with pytest.raises(SystemExit) as stop:
-            run(verb, "--help")
-        assert stop.value.code == 0
+def test_help_names_the_verb_and_every_setting(capsys):
+    for verb in ("score", "estimate"):
+        assert run(verb, "--help") == 0
+        assert f"usage: hf-layerprune {verb} [-h]" in capsys.readouterr().out
+    assert run("compress", "--help") == 0
     printed = capsys.readouterr().out
-    assert "usage: hf-layerprune score [-h]" in printed and "usage: hf-layerprune estimate [-h]" in printed
+    for name in ("model", "dataset", "target_num_layers", "trained_layers", "learning_rate", "adam_beta1"):
+        assert f"--{name}" in printed
+    assert "--use_cache" not in printed and "--do_train" not in printed
+
+
+def test_a_run_without_words_tells_its_verbs(capsys):
+    assert run() == 0 and "compress" in capsys.readouterr().out
+
+
+def test_a_switch_takes_no_word_that_follows_it():
+    (arguments,) = parse("push", ["--private", "runs/one", "--depth_tags", "false", "--repo_id=me/one"])
+    assert (arguments.output_dir, arguments.private, arguments.depth_tags) == ("runs/one", True, False)
+
+
+def test_yaml_is_read_as_the_command_line_is(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("batch_size: [1.0, 2.0]\nnew_tokens: 8.0\nlayers: [5, 5/4]\nmodels: one\n")
+    (arguments,) = parse("benchmark", ["--config", str(settings)])
+    assert arguments == BenchmarkArguments(models=["one"], layers=["5", "5/4"], batch_size=[1, 2], new_tokens=8)
+    assert all(type(n) is int for n in (*arguments.batch_size, arguments.new_tokens))
+    settings.write_text("trained_layers: 3\nmax_steps: 4.0\nmax_length: null\ntarget_num_layers: 3\n")
+    parser = Parser("compress")
+    _, config = parser.read([f"--config={settings}", "--target-latency", "0.5", "--no_heal"])
+    assert (config.trained_layers, config.max_steps, config.max_length) == ("3", 4, None)
+    assert (config.target_num_layers, config.target_latency, config.heal) == (None, 0.5, False)
+    assert parser.given == {"trained_layers", "max_steps", "max_length", "target_latency", "heal"}
+    for text, message in (("max_steps: 2.5", "max_steps=2.5 is not a whole"), ("seed: .inf", "seed=inf is not a")):
+        settings.write_text(text)
+        with pytest.raises(LayerPruneError, match=message):
+            parse("compress", ["--config", str(settings)])
 
 
 def test_version(capsys):
@@ -78,7 +117,7 @@ def test_only_what_a_user_can_mend_is_one_line(error, status, tmp_path, monkeypa
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("hf_layerprune.cli.measure.load_config", fail)
+    monkeypatch.setattr("hf_layerprune.cli.score.load_config", fail)
     if status is None:
         with pytest.raises(type(error)):
             run("score")

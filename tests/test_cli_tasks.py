@@ -6,9 +6,8 @@ import shutil
 import pytest
 from conftest import VOCAB_SIZE, errors_in, tiny_model
 
-from hf_layerprune import LayerPruneError, cli
-from hf_layerprune.cli import measure
-from hf_layerprune.cli.arguments import ScoreArguments
+from hf_layerprune import cli
+from hf_layerprune.cli import score as module
 
 PAIRS = [("the cat sits", "cat the sits"), ("dogs bark", "bark dogs"), ("we are here", "we is here")] * 2
 
@@ -44,13 +43,13 @@ def run(tmp_path, model_folder, capsys):
 
 
 def test_score_takes_rows_by_the_batch_size_and_tells_cut_prompts(run, tasks_file, tmp_path, monkeypatch):
-    score_layers, seen = measure.score_layers, []
+    score_layers, seen = module.score_layers, []
 
     def spy(*arguments, tasks, **options):
         seen.extend(len(chunk.batch["input_ids"]) for task in tasks for chunk in task.chunks)
         return score_layers(*arguments, tasks=tasks, **options)
 
-    monkeypatch.setattr(measure, "score_layers", spy)
+    monkeypatch.setattr(module, "score_layers", spy)
     status, _, error = run("score", "--tasks", tasks_file("pairs", "long"), "--batch_size", "4")
     assert status == 0 and seen == [4] * 6
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
@@ -58,18 +57,12 @@ def test_score_takes_rows_by_the_batch_size_and_tells_cut_prompts(run, tasks_fil
     assert "task long: prompts too long for the model lost their beginning (12)" in error
 
 
-def test_the_criterion_of_tasks_is_tasks():
-    assert (ScoreArguments(criterion="tasks").tasks, ScoreArguments(tasks="x").criterion) == ("default", "tasks")
-    with pytest.raises(LayerPruneError, match="tasks='x' are for criterion='tasks', not 'loss'"):
-        ScoreArguments(tasks="x", criterion="loss")
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--criterion", "loss"], "are for criterion='tasks', not 'loss'; leave one out"),
-        (["--dataset", "mine.txt"], "bring their own data; leave out dataset='mine.txt'"),
-        (["--num_samples", "8", "--max_length", "32"], "leave out max_length=32, num_samples=8"),
+        (["--criterion", "loss"], "bring their own text and criterion; leave out criterion"),
+        (["--dataset", "mine.txt"], "leave out dataset"),
+        (["--num_samples", "8", "--max_length", "32"], "leave out max_length, num_samples"),
     ],
 )
 def test_score_refuses_what_tasks_have_no_use_for(run, tasks_file, tmp_path, arguments, message):

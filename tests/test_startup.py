@@ -9,15 +9,18 @@ import pytest
 
 import hf_layerprune
 
-SCRIPT = str(Path(sys.executable).parent / "hf-layerprune")
+SCRIPT = [str(Path(sys.executable).parent / "hf-layerprune")]
+MODULE = ["-m", "hf_layerprune.cli"]
 
 
-@pytest.mark.parametrize("command", [["-m", "hf_layerprune.cli"], [SCRIPT]], ids=["module", "script"])
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["score", "--help"], ["generate", "--help"]], ids=" ".join
-)
-def test_help_imports_neither_torch_nor_transformers(command, words):
-    result = subprocess.run([sys.executable, "-X", "importtime", *command, *words], capture_output=True, text=True)
+    "command",
+    [[*MODULE, "--help"], [*MODULE, "score", "--help"], [*MODULE, "generate", "--help"], [*SCRIPT, "--version"],
+     [*SCRIPT, "compress", "--help"]],
+    ids=lambda command: " ".join(command[-2:]),
+)  # fmt: skip
+def test_help_imports_neither_torch_nor_transformers(command):
+    result = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True)
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
     assert result.returncode == 0 and "hf_layerprune.cli" in imported
     assert not {"torch", "transformers", "datasets"} & imported

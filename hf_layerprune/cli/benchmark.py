@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ from ..shapes import load_shape, random_model, random_models, short_name
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments
 from .measure import device, load_on_device
-from .parsing import parse, positional
+from .parsing import parse
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def benchmark(argv: list[str]) -> None:
     """Print speed and memory of models, timed interleaved, for every batch size."""
-    (arguments,) = parse("benchmark", _spelled_out(argv))
+    (arguments,) = parse("benchmark", _with_shape(argv))
     _check(arguments)
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     if folder is not None:
@@ -52,12 +53,12 @@ def benchmark(argv: list[str]) -> None:
         say(console, f"numbers: {folder / 'benchmark.json'}")
 
 
-def _spelled_out(argv: list[str]) -> list[str]:
-    """Words that belong to no option are `--models`; a `--config` that is no YAML file is a `--shape`."""
-    words = positional(argv, BenchmarkArguments, "models")
-    if words and words[-1] == "--config":
+def _with_shape(argv: list[str]) -> list[str]:
+    """A `--config` that does not name a YAML file is a `--shape`."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if words[-1:] == ["--config"]:
         raise LayerPruneError("--config needs a shape, such as Qwen2.5-3B, or the path of a YAML file")
-    for position, (option, value) in enumerate(zip(words, words[1:], strict=False)):
+    for position, (option, value) in enumerate(pairwise(words)):
         if option == "--config" and not value.lower().endswith((".yaml", ".yml")):
             words[position] = "--shape"
     return words

@@ -10,13 +10,12 @@ from rich.console import Console
 from ..demo import launch, read_settings, settings_of
 from ..errors import LayerPruneError
 from ..progress import say
-from .arguments import DemoArguments
-from .parsing import parse, positional
+from .parsing import parse
 
 
 def demo(argv: list[str]) -> None:
     """Serve the demo until it is interrupted."""
-    (arguments,) = parse("demo", positional(argv, DemoArguments, "names"))
+    (arguments,) = parse("demo", argv)
     if arguments.models is not None and arguments.names:
         raise LayerPruneError(
             f"{' '.join(arguments.names)} and --models {arguments.models} are both given; the list can name them too"

@@ -36,7 +36,7 @@ from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
 from ..trainer.checks import check_budget
 from .arguments import EstimateArguments
-from .compress import choose_target, with_default_recipe
+from .compress import set_default_target, with_default_recipe
 from .parsing import parse
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -56,12 +56,11 @@ class EstimatedRunConfig(IterativeLayerDistillConfig):
 
 def estimate(argv: list[str]) -> None:
     """Print what fits in the memory of a device, and what the run takes of disk and time."""
-    argv = with_default_recipe(argv)
-    arguments, args = parse("estimate", argv)
+    arguments, args = parse("estimate", with_default_recipe(argv))
     _check(arguments, args)
     memory = _memory(arguments)
     config = _config(arguments.model)
-    choose_target(args, argv, config.num_hidden_layers)
+    set_default_target(args, config.num_hidden_layers)
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
     _check_target(arguments.model, args, config, teacher or config)
     check_length(args.max_length, config, arguments.model)

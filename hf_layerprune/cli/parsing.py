@@ -1,9 +1,7 @@
-"""How the verbs are told: YAML and command line, strict about unknown keys; words that belong to no option."""
+"""Read the settings of a verb from YAML and the command line, strict about names and types."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,152 +11,172 @@ from trl import TrlParser
 
 from ..errors import LayerPruneError
 from . import arguments
+from .arguments import NO_EFFECT, POSITIONAL, TARGETS
 
-
-def default_depth(depth: int) -> int:
-    """Three quarters of a model's layers, where no target is named; at least one goes."""
-    return max(1, min(depth - 1, round(0.75 * depth)))
-
-
-def check_no_file(folder: Path) -> None:
-    """Raise [`LayerPruneError`] if `folder` cannot be made or written to, as a file stands in its place."""
-    if any(path.is_file() for path in (folder, *folder.parents)):
-        raise LayerPruneError(f"output_dir={folder} is, or lies in, a file; choose a folder")
-
-
-def check_new_folder(folder: Path, instead: str = "") -> None:
-    """Raise [`LayerPruneError`] unless `folder` can be made, or is there and empty; `instead` says what else to do."""
-    check_no_file(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise LayerPruneError(f"output_dir={folder} is not empty; {instead}choose another folder")
-
-
-def names_option(argument: str, *options: str) -> bool:
-    """Whether a word of the command line is one of these options, with dashes or underscores in its name."""
-    name = argument.partition("=")[0]
-    return any(name in (option, option.replace("_", "-")) for option in options)
-
-
-def positional(argv: list[str], settings: type, name: str) -> list[str]:
-    """`argv` with the words that belong to no option behind the option `name`, which `settings` has.
-
-    Raises:
-        [`LayerPruneError`]: if the option is there too, or takes one word and there are more.
-    """
-    words, rest = words_apart(argv, settings)
-    if not words:
-        return rest
-    option = f"--{name}"
-    if any(names_option(argument, option) for argument in rest):
-        raise LayerPruneError(f"{name} named twice: {' '.join(words)} and {option}; leave one out")
-    if len(words) > 1 and not _kinds(settings)[name].startswith("list"):
-        raise LayerPruneError(f"{' '.join(words)} are {len(words)} words where one goes, as {option}")
-    return [option, *words, *rest]
-
-
-def words_apart(argv: list[str], settings: type) -> tuple[list[str], list[str]]:
-    """The words that belong to no option, and the rest; `settings` has a field for every option."""
-    kinds = _kinds(settings)
-    words: list[str] = []
-    rest: list[str] = []
-    room, kind = 0.0, ""  # of the last option: words it still takes, and its type
-    for argument in _config_apart(argv):
-        if argument.startswith("-"):
-            kind = kinds.get(argument.lstrip("-").replace("-", "_"), "")
-            room = 0 if "=" in argument else math.inf if kind.startswith("list") else 1
-            rest.append(argument)
-        elif room and (kind != "bool" or argument.lower() in ("true", "false")):
-            rest.append(argument)
-            room -= 1
-        else:
-            words.append(argument)
-            room = 0
-    return words, rest
-
-
-def _kinds(settings: type) -> dict[str, str]:
-    """Names of the fields' types; a parser that has run leaves types where their names stood."""
-    return {item.name: getattr(item.type, "__name__", str(item.type)) for item in fields(settings)}
-
-
-def _config_apart(argv: list[str]) -> list[str]:
-    """`--config=FILE` as two words."""
-    return [
-        part
-        for argument in argv
-        for part in (argument.split("=", 1) if names_option(argument, "--config") else [argument])
-    ]
-
-
-def settings_of(verb: str) -> tuple[type, ...]:
-    """The dataclasses a verb is parsed into."""
-    if verb == "compress":
-        from ..trainer import IterativeLayerDistillConfig
-
-        return arguments.CompressArguments, IterativeLayerDistillConfig
-    if verb == "estimate":
-        from .estimate import EstimatedRunConfig
-
-        return arguments.EstimateArguments, EstimatedRunConfig
-    if verb == "generate":
-        from ..healing_data_config import HealingDataConfig
-
-        return arguments.GenerateArguments, HealingDataConfig
-    return (getattr(arguments, f"{verb.title().replace('-', '')}Arguments"),)
+TRUTH = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # what a switch takes
+RUN_SETTINGS = Path(__file__).with_name("run_settings.txt")
+"""Settings of the trainer as `--help` prints them; importing those takes seconds. `docs/make_cli.py` writes it."""
 
 
 def parse(verb: str, argv: list[str]) -> tuple[Any, ...]:
-    """Read YAML and command line into the dataclasses of a verb; strict about unknown keys."""
-    command, types = f"hf-layerprune {verb}", settings_of(verb)
+    """Read the settings of `verb` into its dataclasses; see [`Parser`]."""
+    return Parser(verb).read(argv)
 
-    class Parser(TrlParser):
-        def error(self, message: str) -> NoReturn:
-            raise LayerPruneError(f"{message}; see {command} --help")
 
-    argv = _config_apart(argv)
-    file = argv[argv.index("--config") + 1 :][:1] if "--config" in argv else None
-    if file == []:
-        raise LayerPruneError("--config needs the path of a YAML file")
-    parser = Parser(
-        types,
-        allow_abbrev=False,
-        prog=command,
-        epilog="--config FILE reads settings from YAML, --debug shows tracebacks.",
-    )
+def help_of(verb: str) -> str:
+    """What `hf-layerprune <verb> --help` prints."""
+    types = settings_of(verb) if verb == "generate" else (own_settings_of(verb),)
+    epilog = "--config FILE reads settings from YAML, --debug shows tracebacks."
+    more = RUN_SETTINGS.read_text(encoding="utf-8") if verb in ("compress", "estimate") else ""
+    return Parser(verb, types, epilog=epilog).format_help() + more
+
+
+def own_settings_of(verb: str) -> type:
+    """The dataclass of a verb's own settings."""
+    return getattr(arguments, f"{verb.title().replace('-', '')}Arguments")
+
+
+def settings_of(verb: str) -> tuple[type, ...]:
+    """All dataclasses a verb is parsed into."""
+    if verb == "compress":
+        from ..trainer import IterativeLayerDistillConfig as More
+    elif verb == "estimate":
+        from .estimate import EstimatedRunConfig as More
+    elif verb == "generate":
+        from ..healing_data_config import HealingDataConfig as More
+    else:
+        return (own_settings_of(verb),)
+    return own_settings_of(verb), More
+
+
+class Parser(TrlParser):
+    """Reads the settings of one verb.
+
+    Args:
+        verb (`str`): name of the verb.
+        types (`tuple[type, ...]`, *optional*): dataclasses to read into; by default all of the verb.
+
+    Attributes:
+        given (`set[str]`): the settings that were given, on the command line or in YAML. A target in YAML is not,
+            where the command line names one.
+    """
+
+    def __init__(self, verb: str, types: tuple[type, ...] | None = None, **kwargs: Any) -> None:
+        super().__init__(types or settings_of(verb), allow_abbrev=False, prog=f"hf-layerprune {verb}", **kwargs)
+        self.given: set[str] = set()
+        self._on_line: set[str] = set()
+        self._positional = POSITIONAL.get(verb)
+        self._settings = {action.dest: action for action in self._actions if action.nargs != 0}
+
+    def read(self, argv: list[str]) -> tuple[Any, ...]:
+        """Parse a command line and the YAML file it names into the dataclasses.
+
+        Raises:
+            [`LayerPruneError`]: for an unknown name, a value of another type, a file that cannot be read, or a value
+                that the dataclasses refuse.
+        """
+        argv = self._spelled_out(argv)
+        file = _config_of(argv)
+        self._on_line = {action.dest for word in argv if (action := self._action(word))}
+        self._give(self._on_line)
+        try:
+            *parsed, of_file, of_line = self.parse_args_and_config(
+                argv, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except (ValueError, OSError, ImportError, TypeError, yaml.YAMLError) as error:
+            if isinstance(error, LayerPruneError) or (isinstance(error, TypeError) and file is None):
+                raise
+            where = f"{file}: " if isinstance(error, TypeError) else ""  # a value that YAML read as a list, say
+            raise LayerPruneError(f"{where}{error}") from error
+        if of_file:
+            key = of_file[0].removeprefix("--")
+            raise LayerPruneError(f"{file}: unknown key {key!r}{self._nearest(key)}")
+        self._place(of_line, parsed[0])
+        return tuple(parsed)
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Take over the settings of a YAML file, in the types that the command line would give them."""
+        if TARGETS & self.given:
+            config = {name: value for name, value in config.items() if name not in TARGETS}
+        self._give(set(config))
+        known = self._settings.keys() & config.keys()
+        config |= {name: _from_yaml(name, config[name], self._settings[name]) for name in known}
+        return super().set_defaults_with_config(**config)
+
+    def error(self, message: str) -> NoReturn:
+        raise LayerPruneError(f"{message}; see {self.prog} --help")
+
+    def _spelled_out(self, argv: list[str]) -> list[str]:
+        """`--config=FILE` as two words, and a switch in front of another word as `--switch=true`."""
+        words: list[str] = []
+        for word, after in zip(argv, [*argv, "true"][1:], strict=True):
+            action = self._action(word)
+            if word.startswith("--config="):
+                words += word.split("=", 1)
+            elif action and action.nargs == "?" and "=" not in word and after.lower() not in TRUTH:
+                words.append(f"{word}=true")
+            else:
+                words.append(word)
+        return words
+
+    def _action(self, word: str) -> Any:
+        return self._option_string_actions.get(word.partition("=")[0])
+
+    def _give(self, names: set[str]) -> None:
+        names = names & self._settings.keys()
+        for reason, without in NO_EFFECT.items():
+            if refused := sorted(names.intersection(without)):
+                raise LayerPruneError(f"{refused[0]} has no effect in {self.prog}: {reason}; leave it out")
+        self.given |= names
+
+    def _place(self, words: list[str], settings: Any) -> None:
+        """Put words that belong to no option where they belong."""
+        if option := next((word.partition("=")[0] for word in words if word.startswith("-")), None):
+            raise LayerPruneError(f"unknown option {option}{self._nearest(option, '--')}")
+        if not words:
+            return
+        name = self._positional
+        if name is None:
+            raise LayerPruneError(f"{words[0]!r} belongs to no option; see {self.prog} --help")
+        if name in self._on_line:
+            raise LayerPruneError(f"{name} named twice: {' '.join(words)} and --{name}; leave one out")
+        several = self._settings[name].nargs == "+"
+        if len(words) > 1 and not several:
+            raise LayerPruneError(f"{' '.join(words)} are {len(words)} words where one goes, as --{name}")
+        setattr(settings, name, words if several else words[0])
+
+    def _nearest(self, name: str, dashes: str = "") -> str:
+        """The end of a message about a wrong name: the known one that is most like it, or where all of them are."""
+        near = get_close_matches(name.strip("-").replace("-", "_"), self._settings, n=1)
+        return f"; did you mean {dashes}{near[0]}?" if near else f"; see {self.prog} --help"
+
+
+def _config_of(argv: list[str]) -> str | None:
+    """The YAML file that a command line names."""
+    if "--config" not in argv:
+        return None
+    file = argv[argv.index("--config") + 1 :][:1]
+    if not file or not Path(file[0]).is_file():
+        raise LayerPruneError(f"--config {''.join(file) or repr('')} is not a file; give the path of a YAML file")
+    return file[0]
+
+
+def _from_yaml(name: str, value: Any, action: Any) -> Any:
+    """A value as the command line would give it: YAML reads `3` as a number where text is meant, and `3.0` too."""
+    kind = getattr(action.type, "__name__", "")  # of `int | None` the type is a function with the name of `int`
+    if action.nargs == "+" and value is not None:
+        return [_converted(name, part, kind) for part in (value if isinstance(value, list) else [value])]
+    if value is None or isinstance(value, (dict, list, str)):
+        return value  # argparse reads text as it does on the command line
+    return _converted(name, value, kind)
+
+
+def _converted(name: str, value: Any, kind: str) -> Any:
+    if kind != "int":
+        return str(value) if kind == "str" else value
     try:
-        *parsed, of_file, of_line = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
-        )
-    except LayerPruneError:
-        raise
-    except (OSError, ValueError, ImportError, yaml.YAMLError) as error:
-        raise LayerPruneError(str(error)) from error
-    except TypeError as error:  # a value that YAML read as a list, say
-        if file is None:
-            raise
-        raise LayerPruneError(f"{file[0]}: {error}") from error
-    if of_file:
-        key = of_file[0].removeprefix("--")
-        raise LayerPruneError(f"{file[0]}: unknown key {key!r}{_nearest(key, parser, '')}")
-    if of_line:
-        option = next((word.split("=")[0] for word in of_line if word.startswith("-")), None)
-        if option is None:
-            raise LayerPruneError(f"{of_line[0]!r} belongs to no option; see {command} --help")
-        raise LayerPruneError(f"unknown option {option}{_nearest(option, parser, '--')}")
-    return tuple(parsed)
-
-
-def _nearest(name: str, parser: TrlParser, dashes: str) -> str:
-    """The end of a message about a wrong name: the known one that is most like it, or where all of them are."""
-    known = [action.dest for action in parser._actions]
-    near = get_close_matches(name.strip("-").replace("-", "_"), known, n=1)
-    return f"; did you mean {dashes}{near[0]}?" if near else f"; see {parser.prog} --help"
-
-
-def names_given(argv: list[str]) -> set[str]:
-    """The settings that a command line names, itself or in its YAML file, once it is parsed without a mistake."""
-    words = _config_apart(argv)
-    named = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
-    if "config" in named:
-        named |= set(yaml.safe_load(Path(words[words.index("--config") + 1]).read_text(encoding="utf-8")))
-    return named | {name.removeprefix("no_") for name in named}  # --no_heal is a way to say --heal false
+        if int(value) == float(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise LayerPruneError(f"{name}={value} is not a whole number")

@@ -10,19 +10,18 @@ from ..errors import LayerPruneError
 from ..hub import push_run
 from ..hub.paths import hub_id
 from ..progress import say
-from .arguments import PushArguments
-from .parsing import parse, positional
+from .parsing import parse
 
 
 def push(argv: list[str]) -> None:
     """Push the student of a run, or every depth of it."""
-    (arguments,) = parse("push", positional(argv, PushArguments, "output_dir"))
+    (arguments,) = parse("push", argv)
     if arguments.output_dir is None:
         raise LayerPruneError("which run? give its output folder: hf-layerprune push OUTPUT_DIR --repo_id user/name")
     if arguments.repo_id is None:
         raise LayerPruneError("where to? give --repo_id user/name")
     if arguments.base_model is not None and hub_id(arguments.base_model) is None:
-        raise LayerPruneError(f"base_model={arguments.base_model!r} is no model on the Hub; give user/name")
+        raise LayerPruneError(f"base_model={arguments.base_model!r} is not a model on the Hub; give user/name")
     commit = push_run(
         arguments.output_dir,
         arguments.repo_id,

@@ -9,13 +9,12 @@ from rich.console import Console
 from ..demo.space import push_space as push
 from ..errors import LayerPruneError
 from ..progress import say
-from .arguments import PushSpaceArguments
-from .parsing import parse, positional
+from .parsing import parse
 
 
 def push_space(argv: list[str]) -> None:
     """Make the Space, or update it."""
-    (arguments,) = parse("push-space", positional(argv, PushSpaceArguments, "runs"))
+    (arguments,) = parse("push-space", argv)
     if arguments.repo_id is None:
         raise LayerPruneError("where to? give --repo_id user/name")
     if bool(arguments.runs) == (arguments.models is not None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from trl import SFTConfig
 from ..budget import TARGETS, Budget, EditSpace
 from ..compensation import COMPENSATIONS, check_compensation
 from ..environment import has_bf16
-from ..errors import LayerPruneError, make_whole
+from ..errors import LayerPruneError
 from ..losses import HIDDEN_DISTANCES
 from ..scoring import CRITERIA, MEASURED, Race, criterion_of
 from .targets import named_layers
@@ -258,7 +258,6 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        make_whole(self)
         self.trained_layers, self.tasks = _joined(self.trained_layers), _joined(self.tasks)
         self.as_given = {item.name: deepcopy(getattr(self, item.name)) for item in fields(self)}  # nothing derived yet
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -277,8 +276,8 @@ class IterativeLayerDistillConfig(SFTConfig):
             value = getattr(self, name)
             if value is None:
                 continue
-            if not isinstance(value, Real):
-                raise LayerPruneError(f"{name}={value!r} is no number")
+            if not isinstance(value, Integral if name in WHOLE_NUMBERS else Real):
+                raise LayerPruneError(f"{name}={value!r} is not a {'whole ' * (name in WHOLE_NUMBERS)}number")
             if not math.isfinite(value) or value < least:
                 raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
         if not 0 < self.temperature < math.inf:
