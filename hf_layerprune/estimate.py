@@ -38,24 +38,16 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class HealingSetting(Way):
-    """A way to heal with so many rows at a time, and what it needs of a device.
+    """A way to heal with so many rows at a time, and the bytes it needs at the worst moment of the run."""
 
-    Attributes:
-        rows, accumulation (`int`): rows of a micro-batch, and micro-batches of an optimizer step.
-        weights, optimizer, activations, peak (`int`): bytes of teacher and student, of gradients and AdamW, of the
-            rest, and of all at the worst moment of the run.
-        flops (`int`): operations of an optimizer step.
-        checkpoint (`int`): bytes on disk of a checkpoint within a round.
-    """
-
-    rows: int
-    accumulation: int
-    weights: int
-    optimizer: int
-    activations: int
+    rows: int  # of a micro-batch
+    accumulation: int  # micro-batches of an optimizer step
+    weights: int  # teacher and student
+    optimizer: int  # gradients and AdamW
+    activations: int  # all else
     peak: int
-    flops: int
-    checkpoint: int
+    flops: int  # operations of an optimizer step
+    checkpoint: int  # on disk, within a round
 
     def fits(self, memory: int) -> bool:
         """Whether `memory` bytes are enough, with a tenth to spare."""
@@ -64,42 +56,23 @@ class HealingSetting(Way):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs.
-
-    Attributes:
-        parameters, student_parameters, rounds (`int`): of the model and of the last student, and how many rounds lead
-            there; the latter two `None` where only measuring can tell.
-        settings (`list[HealingSetting]`): every way to heal with every number of rows, as asked for first.
-        recommended ([`HealingSetting`], *optional*): the first way that fits, with most rows.
-        disk (`dict[str, int]`): bytes in the output folder, by what takes them.
-        tokens_per_step, steps_per_round (`int`): of a full optimizer step; `None` steps where the data decides.
-        seconds_per_step, seconds_of_scoring (`float`): of healing, and of choosing the first round's edits.
-    """
+    """What a run needs, in bytes, tokens and seconds."""
 
     parameters: int
-    student_parameters: int | None
+    student_parameters: int | None  # of the last one; like `rounds`, `None` where only measuring can tell
     rounds: int | None
-    settings: list[HealingSetting]
-    recommended: HealingSetting | None
-    disk: dict[str, int]
-    tokens_per_step: int
-    steps_per_round: int | None
+    settings: list[HealingSetting]  # every way to heal with every number of rows, as asked for first
+    recommended: HealingSetting | None  # the first way that fits, with most rows
+    disk: dict[str, int]  # in the output folder, by what takes it
+    tokens_per_step: int  # where rows are full
+    steps_per_round: int | None  # `None` where the data decides
     device_tflops: float
     seconds_per_step: float
-    seconds_of_scoring: float
+    seconds_of_scoring: float  # of the first round
 
 
 class RunSizes:
-    """How large a run is, by the config of the model it starts from, its settings, and the config of its teacher.
-
-    Attributes:
-        removed (`int`): layers that an edit removes: 1, or 0 where edits run layers in parallel.
-        edits, rounds (`int`, *optional*): of the whole run; `None` where only measuring can tell.
-        edits_of_round (`int`): of the first round; 0 where the run only heals.
-        gaps (`int`): layers of the teacher that the model lacks before the run.
-        per_step (`int`): rows of an optimizer step, on one device.
-        students (`list[int]`): parameters after every round; after the first alone where rounds are not known.
-    """
+    """How large a run is, by the config of the model it starts from, its settings, and the config of its teacher."""
 
     def __init__(
         self, config: PretrainedConfig, args: IterativeLayerDistillConfig, teacher: PretrainedConfig | None = None
@@ -111,17 +84,18 @@ class RunSizes:
             other = None if teacher is None else AutoModelForCausalLM.from_config(teacher)
         self.parameters, self.layer_parameters = sizes.of_plan(plan), sizes.layer + sizes.norms
         self.teacher_parameters = 0 if other is None else other.num_parameters()
+        # layers of the teacher that the model lacks before the run
         self.gaps = max(0, (plan.num_teacher_layers if teacher is None else plan_of(teacher).depth) - plan.depth)
         self.length = args.max_length or DEFAULT_LENGTH
-        self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self.removed = int("remove" in args.edit_space().kinds)
-        self.edits = plan.depth - budget.target if budget.unit == "depth" else None
+        self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps  # rows, on one device
+        self.removed = int("remove" in args.edit_space().kinds)  # layers that an edit removes; a pair keeps both
+        self.edits = plan.depth - budget.target if budget.unit == "depth" else None  # `None`: only measuring can tell
         if budget.unit == "parameters" and self.removed:
             self.edits = math.ceil((self.parameters - budget.target) / self.layer_parameters)
-        self.edits_of_round = most if self.edits is None else min(most, self.edits)
+        self.edits_of_round = most if self.edits is None else min(most, self.edits)  # 0 where a run only heals
         self.rounds = None if self.edits is None else max(1, math.ceil(self.edits / most))
         last = self.edits_of_round if self.edits is None else self.edits
-        done = (min(n * most, last) for n in range(1, (self.rounds or 1) + 1))
+        done = (min(n * most, last) for n in range(1, (self.rounds or 1) + 1))  # edits, after each round
         self.students = [self.parameters - self.layer_parameters * edits * self.removed for edits in done]
 
     def steps(self, way: Way) -> list[StepShape]:

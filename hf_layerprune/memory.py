@@ -45,7 +45,7 @@ class FakeBytes(FakeTensorMode):
         self.now = self.peak = self.depth = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.prim.device.default:  # of most calls
+        if function is torch.ops.prim.device.default and not self.in_kernel_invocation:  # two of three calls
             return args[0].fake_device
         self.depth += 1  # an operation may be made of others, which do not count
         try:
@@ -76,18 +76,11 @@ class FakeBytes(FakeTensorMode):
 
 @dataclass(frozen=True)
 class Way:
-    """A way to heal.
+    """A way to heal."""
 
-    Attributes:
-        trained (`str`): what is trained, a value of `trained_layers`.
-        lora_r (`int`, *optional*): rank of the adapters, where these are trained instead of the weights.
-        dtype (`str`): dtype of the weights in memory.
-        gradient_checkpointing (`bool`): whether activations are computed twice.
-    """
-
-    trained: str
-    lora_r: int | None
-    dtype: str
+    trained: str  # a value of `trained_layers`
+    lora_r: int | None  # rank of the adapters, where these are trained instead of the weights
+    dtype: str  # of the weights in memory
     gradient_checkpointing: bool
 
     @property
@@ -98,19 +91,12 @@ class Way:
 
 @dataclass(frozen=True)
 class StepShape:
-    """The layers of a healing step.
+    """How many layers a healing step has, by what they do."""
 
-    Attributes:
-        trained (`int`): number of trained blocks.
-        frozen (`int`): other layers from the lowest trained one up, which gradients pass.
-        idle (`int`): layers that only take memory: the teacher's below or removed, and those healed in other rounds.
-        width (`int`): layers in a trained block.
-    """
-
-    trained: int
-    frozen: int
-    idle: int = 0
-    width: int = 1
+    trained: int  # blocks that are trained
+    frozen: int  # other layers from the lowest trained one up, which gradients pass
+    idle: int = 0  # that only take memory: the teacher's below or removed, and those healed in other rounds
+    width: int = 1  # layers in a trained block
 
 
 class StepNeeds(NamedTuple):

@@ -19,6 +19,7 @@ from ..errors import LayerPruneError
 from ..estimate import SPARE, Estimate, HealingSetting, RunSizes, estimate_run, parse_size
 from ..files import to_json, write_atomically
 from ..loading import is_gguf, load_config
+from ..plan import LayerPlan
 from ..progress import Phases, say
 from ..shapes import SHAPES, load_shape, short_name
 from ..surgery import plan_of
@@ -48,7 +49,7 @@ def estimate(argv: list[str]) -> None:
     config = _config(arguments.model)
     choose_target(args, argv, config.num_hidden_layers)
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
-    _check(arguments, args, config, teacher or config)
+    _check(arguments, args, config, plan_of(teacher or config))
     run = RunSizes(config, args, teacher)
     with Phases() as phases:
         phases.phase("measuring on tensors without memory")
@@ -80,10 +81,7 @@ def _config(name: str) -> PretrainedConfig:
 
 
 def _check(
-    arguments: EstimateArguments,
-    args: IterativeLayerDistillConfig,
-    config: PretrainedConfig,
-    teacher: PretrainedConfig,
+    arguments: EstimateArguments, args: IterativeLayerDistillConfig, config: PretrainedConfig, original: LayerPlan
 ) -> None:
     """Raise [`LayerPruneError`] for a run that would not start."""
     if not args.heal:
@@ -100,7 +98,7 @@ def _check(
     if budget.unit != "latency":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        gauge = Gauge.of(budget, args.edit_space(), model, plan_of(teacher))
+        gauge = Gauge.of(budget, args.edit_space(), model, original)
         check_budget(arguments.model, gauge, plan, args.heal)
 
 
