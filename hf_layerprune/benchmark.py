@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    Cache,
-    CompileConfig,
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedModel,
-    StaticCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import Cache, CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from .errors import LayerPruneError, first_line
 from .forward import check_causal, measuring
-
-CACHE_IMPLEMENTATIONS = ("dynamic", "static")
 
 
 @dataclass(frozen=True)
@@ -56,39 +46,31 @@ class BenchmarkReport:
         return asdict(self)
 
 
-class _Stopwatch(StoppingCriteria):
-    """Stamps the time behind every token, inside `generate`, and never stops it."""
+@dataclass(frozen=True)
+class Load:
+    """What is generated and how: the arguments of [`benchmark_models`], checked."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    batch_size: int = 1
+    repeats: int = 3
+    cache_implementation: str | None = None
+    compile: bool = False
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        if input_ids.is_cuda:
-            torch.cuda.synchronize(input_ids.device)
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    def __post_init__(self) -> None:
+        for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("batch_size", 1), ("repeats", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise LayerPruneError(f"{name}={value} is out of range; it must be a whole number of at least {least}")
+        if (cache := self.cache_implementation) not in (None, "dynamic", "static"):
+            raise LayerPruneError(f'cache_implementation={cache!r} is unknown; choose "dynamic" or "static"')
+        if self.compile and cache != "static":
+            raise LayerPruneError('compile=True needs a cache of fixed size; set cache_implementation="static" too')
 
 
-def benchmark_model(
-    model: PreTrainedModel,
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
-    batch_size: int = 1,
-    repeats: int = 3,
-    *,
-    cache_implementation: str | None = None,
-    compile: bool = False,
-) -> BenchmarkReport:
-    """Time greedy `generate` of one model; see [`benchmark_models`]."""
-    return benchmark_models(
-        [model],
-        prompt_tokens,
-        new_tokens,
-        batch_size,
-        repeats,
-        cache_implementation=cache_implementation,
-        compile=compile,
-    )[0]
+def benchmark_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> BenchmarkReport:
+    """Time greedy `generate` of one model; takes what [`benchmark_models`] takes."""
+    return benchmark_models([model], *args, **kwargs)[0]
 
 
 def benchmark_models(
@@ -120,68 +102,46 @@ def benchmark_models(
     Raises:
         [`LayerPruneError`]: for a setting that cannot work, or a model that cannot be compiled.
     """
-    check_settings(prompt_tokens, new_tokens, batch_size, repeats, cache_implementation, compile)
+    load = Load(prompt_tokens, new_tokens, batch_size, repeats, cache_implementation, compile)
     for model in models:
         check_causal(model)
-    length = prompt_tokens + new_tokens
     seconds: list[list[tuple[float, float]]] = [[] for _ in models]
     with measuring(*models), _as_loaded(models), _compiling(models) if compile else nullcontext():
-        caches = [_static_cache(model, length) if cache_implementation == "static" else None for model in models]
-        for repeat in range(repeats - num_runs(1, repeats, compile), repeats):
-            for index, model in enumerate(models):
-                run = _time_generate(model, prompt_tokens, new_tokens, batch_size, caches[index], compile)
-                if repeat >= 0:
-                    seconds[index].append(run)
+        # one cache for all runs of a model: `generate` would make new ones, at addresses a CUDA graph does not know
+        static = cache_implementation == "static"
+        caches = [
+            StaticCache(config=m.config, max_cache_len=prompt_tokens + new_tokens) if static else None for m in models
+        ]
+        for _ in range(num_runs(1, repeats, compile)):
+            for model, cache, runs in zip(models, caches, seconds, strict=True):
+                runs.append(_time_generate(model, load, cache))
                 on_run()
-        return [
-            BenchmarkReport(
-                prefill_tokens_per_second=batch_size * prompt_tokens / statistics.median(first for first, _ in runs),
-                decode_tokens_per_second=batch_size * (new_tokens - 1) / statistics.median(rest for _, rest in runs),
-                peak_memory_bytes=_peak_memory(model, prompt_tokens, new_tokens, batch_size, cache, compile),
+        reports = []
+        for model, cache, runs in zip(models, caches, seconds, strict=True):
+            runs, base = runs[-repeats:], seconds[0][-repeats:]  # without the warm-up
+            prefill, decode = (median(part) for part in zip(*runs, strict=True))
+            report = BenchmarkReport(
+                prefill_tokens_per_second=batch_size * prompt_tokens / prefill,
+                decode_tokens_per_second=batch_size * (new_tokens - 1) / decode,
+                peak_memory_bytes=_peak_memory(model, load, cache),
                 kv_bytes_per_token=kv_bytes_per_token(model),
                 batch_size=batch_size,
-                time_to_first_token=statistics.median(first for first, _ in runs),
-                prefill_ratio=statistics.median(base[0] / run[0] for base, run in zip(seconds[0], runs, strict=True)),
-                decode_ratio=statistics.median(base[1] / run[1] for base, run in zip(seconds[0], runs, strict=True)),
+                time_to_first_token=prefill,
+                prefill_ratio=median(first[0] / run[0] for first, run in zip(base, runs, strict=True)),
+                decode_ratio=median(first[1] / run[1] for first, run in zip(base, runs, strict=True)),
             )
-            for model, cache, runs in zip(models, caches, seconds, strict=True)
-        ]
+            reports.append(report)
+    return reports
 
 
 def num_runs(num_models: int, repeats: int, compile: bool = False) -> int:
-    """Runs of [`benchmark_models`], warm-ups included: two where compiled, the second records a CUDA graph."""
+    """Count the runs of [`benchmark_models`] with warm-ups: two where compiled, as the second records a CUDA graph."""
     return num_models * (repeats + (2 if compile else 1))
-
-
-def check_settings(
-    prompt_tokens: int,
-    new_tokens: int,
-    batch_size: int,
-    repeats: int,
-    cache_implementation: str | None = None,
-    compile: bool = False,
-) -> None:
-    """Raise [`LayerPruneError`] unless [`benchmark_models`] can work with these settings."""
-    for name, value, least in (
-        ("prompt_tokens", prompt_tokens, 1),
-        ("new_tokens", new_tokens, 2),
-        ("batch_size", batch_size, 1),
-        ("repeats", repeats, 1),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise LayerPruneError(f"{name}={value} is out of range; it must be a whole number of at least {least}")
-    if cache_implementation is not None and cache_implementation not in CACHE_IMPLEMENTATIONS:
-        raise LayerPruneError(
-            f"cache_implementation={cache_implementation!r} is unknown; choose "
-            + " or ".join(f'"{name}"' for name in CACHE_IMPLEMENTATIONS)
-        )
-    if compile and cache_implementation != "static":
-        raise LayerPruneError('compile=True needs a cache of fixed size; set cache_implementation="static" too')
 
 
 @contextmanager
 def _as_loaded(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Every parameter wants gradients, as `from_pretrained` leaves it; afterwards what was frozen is frozen again.
+    """Let every parameter require gradients, as `from_pretrained` leaves it, and freeze it again afterwards.
 
     On a CPU torch multiplies part of a batch by a frozen matrix in a way that copies the matrix: each prompt would pay
     for a copy of the head.
@@ -198,9 +158,9 @@ def _as_loaded(models: Sequence[PreTrainedModel]) -> Iterator[None]:
 
 @contextmanager
 def _compiling(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Every model and batch size gets a graph of its own; what was compiled is freed afterwards.
+    """Compile a graph for every model and batch size, and free what was compiled.
 
-    After 8 graphs of one function dynamo would go on uncompiled, without a word: the limit is lifted.
+    After 8 graphs of one function dynamo would go on uncompiled without a word, so the limit is lifted.
     """
     torch.compiler.reset()
     try:
@@ -215,82 +175,69 @@ def _compiling(models: Sequence[PreTrainedModel]) -> Iterator[None]:
         torch.compiler.reset()
 
 
-def _static_cache(model: PreTrainedModel, length: int) -> StaticCache:
-    """One for all runs of a model: `generate` makes a new one each time, at addresses a CUDA graph does not know."""
-    return StaticCache(config=model.config, max_cache_len=length)
+class _Stopwatch(StoppingCriteria):
+    """Stamps the time of every token inside `generate` and never stops it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize(input_ids.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _time_generate(
-    model: PreTrainedModel,
-    prompt_tokens: int,
-    new_tokens: int,
-    batch_size: int,
-    cache: StaticCache | None,
-    compile: bool,
-) -> tuple[float, float]:
-    """Seconds to the first new token, and seconds for the rest."""
-    ids = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), device=model.device)
-    watch = _Stopwatch()
-    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, disable_compile=not compile)
+def _time_generate(model: PreTrainedModel, load: Load, cache: StaticCache | None) -> tuple[float, float]:
+    """Measure the seconds to the first new token, and those of the rest."""
+    ids = torch.randint(model.config.vocab_size, (load.batch_size, load.prompt_tokens), device=model.device)
+    watch, options = _Stopwatch(), {}
+    config = GenerationConfig(
+        max_new_tokens=load.new_tokens, do_sample=False, pad_token_id=0, disable_compile=not load.compile
+    )
     config.eos_token_id = None  # every run is equally long
-    if compile:
+    if load.compile:
         # left open, sizes that differ between models would be compiled as unknown ones from the second model on
         config.compile_config = CompileConfig(dynamic=False)
         config.compile_config._compile_all_devices = True  # else a CPU would be left out
     if cache is not None:
         cache.reset()
+        options["past_key_values"] = cache
+    own, model.generation_config = model.generation_config, config
+    criteria, mask = StoppingCriteriaList([watch]), torch.ones_like(ids)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     start = time.perf_counter()
-    _generate(model, ids, config, watch, cache)
+    try:
+        model.generate(ids, attention_mask=mask, stopping_criteria=criteria, **options)
+    finally:
+        model.generation_config = own
     return watch.times[0] - start, watch.times[-1] - watch.times[0]
 
 
-def _generate(
-    model: PreTrainedModel, ids: Tensor, config: GenerationConfig, watch: _Stopwatch, cache: StaticCache | None
-) -> None:
-    own, model.generation_config = model.generation_config, config
-    options = {} if cache is None else {"past_key_values": cache}
-    try:
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([watch]), **options
-        )
-    finally:
-        model.generation_config = own
-
-
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of KV cache per token of context, read off a real cache."""
+    """Read the bytes of KV cache per token of context off a real cache."""
     cache = DynamicCache(config=model.config)
     with measuring(model):
-        model(
-            input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True
-        )
+        ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
     return _cache_bytes(cache)
 
 
 def _cache_bytes(cache: Cache) -> int:
-    return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
+    return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of its parameters and buffers; what is shared counts once."""
-    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
+    """Count the bytes of parameters and buffers; what is shared counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
 
 
-def _peak_memory(
-    model: PreTrainedModel,
-    prompt_tokens: int,
-    new_tokens: int,
-    batch_size: int,
-    cache: StaticCache | None,
-    compile: bool,
-) -> int:
+def _peak_memory(model: PreTrainedModel, load: Load, cache: StaticCache | None) -> int:
     weights = weight_bytes(model)
-    if model.device.type == "cuda":  # other models may lie on the device as well: only what generating adds counts
-        torch.cuda.reset_peak_memory_stats(model.device)
-        before = torch.cuda.memory_allocated(model.device) - (0 if cache is None else _cache_bytes(cache))
-        _time_generate(model, prompt_tokens, new_tokens, batch_size, cache, compile)
-        return weights + torch.cuda.max_memory_allocated(model.device) - before
-    return weights + kv_bytes_per_token(model) * batch_size * (prompt_tokens + new_tokens)
+    if model.device.type != "cuda":
+        return weights + kv_bytes_per_token(model) * load.batch_size * (load.prompt_tokens + load.new_tokens)
+    torch.cuda.reset_peak_memory_stats(model.device)  # other models may be there too: what generating adds counts
+    before = torch.cuda.memory_allocated(model.device) - (0 if cache is None else _cache_bytes(cache))
+    _time_generate(model, load, cache)
+    return weights + torch.cuda.max_memory_allocated(model.device) - before

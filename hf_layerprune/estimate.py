@@ -2,313 +2,215 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .budget import ModelSizes
 from .errors import LayerPruneError
-from .memory import DEFAULT_LENGTH, StepMeter, StepNeeds
-from .plan import Edit, LayerPlan
+from .memory import DEFAULT_LENGTH, StepMeter, StepShape, Way
 from .scoring.measure import TOKEN_MEASURES
 from .surgery import plan_of
 from .trainer import IterativeLayerDistillConfig
 
-UNITS = {"": 1, "b": 1} | {
-    f"{prefix}{unit}": base**power
-    for power, prefix in enumerate("kmgt", 1)
-    for unit, base in (("", 1024), ("ib", 1024), ("b", 1000))
-}
 SPARE = 0.1  # of the memory: what the allocator cannot use, and the device's own
 ROWS = (1, 2, 4, 8)
-# TFLOP/s, where none is given: about a third of what an A100 names for bfloat16, most of what it names for float32.
-ASSUMED_TFLOPS = {"half": 100.0, "float32": 15.0}
-TILES_OF_SCORING = 4 * 4 * 2**27  # bytes: logits, probabilities and their like of a chunk, in float32
+TFLOPS = {"half": 100.0, "float32": 15.0}  # of a device that is not named: a third of an A100's peak; most of it
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `"24GiB"`, `"80 GB"` or `"24G"` (which is GiB).
+    """Read a size such as `"24GiB"` or `"80GB"` as bytes.
 
     Raises:
-        [`LayerPruneError`]: if it is no size.
+        [`LayerPruneError`]: if it is not one.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
-    if match is None or match[2] not in UNITS or (size := int(float(match[1]) * UNITS[match[2]])) < 1:
-        raise LayerPruneError(f"{text!r} is no size of memory; write it as 24GiB or 80GB")
-    return size
+    try:
+        if (size := convert_file_size_to_int(text.upper())) > 0:
+            return size
+    except ValueError:
+        pass
+    raise LayerPruneError(f"{text!r} is not a size of memory; write it as 24GiB or 80GB")
 
 
 @dataclass(frozen=True)
-class HealingSetting:
-    """One way to heal, and what it needs of a device.
+class HealingSetting(Way):
+    """A way to heal with so many rows at a time, and the bytes it needs at the worst moment of the run."""
 
-    Attributes:
-        trained (`str`): what is trained: a value of `trained_layers`, and whether by LoRA.
-        dtype (`str`): of the weights in memory.
-        gradient_checkpointing (`bool`): whether activations are computed twice.
-        rows (`int`): rows of a micro-batch, on each device.
-        accumulation (`int`): micro-batches of an optimizer step.
-        weights, optimizer, activations, peak (`int`): bytes: of teacher and student, of gradients and AdamW, of
-            activations and tiles of logits, and of all at the worst moment of the run.
-        flops (`int`): of a micro-batch.
-        checkpoint (`int`): bytes on disk of a checkpoint within a round.
-    """
-
-    trained: str
-    lora_r: int | None
-    dtype: str
-    gradient_checkpointing: bool
-    rows: int
-    accumulation: int
-    weights: int
-    optimizer: int
-    activations: int
+    rows: int  # of a micro-batch
+    accumulation: int  # micro-batches of an optimizer step
+    weights: int  # teacher and student
+    optimizer: int  # gradients and AdamW
+    activations: int  # all else
     peak: int
-    flops: int
-    checkpoint: int
+    flops: int  # operations of an optimizer step
+    checkpoint: int  # on disk, within a round
 
     def fits(self, memory: int) -> bool:
         """Whether `memory` bytes are enough, with a tenth to spare."""
         return self.peak <= (1 - SPARE) * memory
 
-    @property
-    def label(self) -> str:
-        return f"{self.trained} LoRA {self.lora_r}" if self.lora_r else self.trained
-
-    @property
-    def flags(self) -> str:
-        """As options of `compress`."""
-        lora = f" --lora_r {self.lora_r}" if self.lora_r else ""
-        return (
-            f"--trained_layers {self.trained}{lora} --dtype {self.dtype} --gradient_checkpointing "
-            f"{str(self.gradient_checkpointing).lower()} --per_device_train_batch_size {self.rows} "
-            f"--gradient_accumulation_steps {self.accumulation}"
-        )
-
 
 @dataclass(frozen=True)
-class RunShape:
-    """The sizes of a run.
+class Estimate:
+    """What a run needs, in bytes, tokens and seconds."""
 
-    Args:
-        config ([`~transformers.Qwen2Config`]): of the model the run starts from.
-        args ([`IterativeLayerDistillConfig`]): the settings of the run.
-        teacher ([`~transformers.Qwen2Config`], *optional*): of the teacher, where it is another model.
-        on_gpu (`bool`, *optional*, defaults to `True`): estimate for a GPU, not for a CPU.
-    """
+    parameters: int
+    student_parameters: int | None  # of the last one; like `rounds`, `None` where only measuring can tell
+    rounds: int | None
+    settings: list[HealingSetting]  # every way to heal with every number of rows, as asked for first
+    recommended: HealingSetting | None  # the first way that fits, with most rows
+    disk: dict[str, int]  # in the output folder, by what takes it
+    tokens_per_step: int  # where rows are full
+    steps_per_round: int | None  # `None` where the data decides
+    device_tflops: float
+    seconds_per_step: float
+    seconds_of_scoring: float  # of the first round
 
-    config: PretrainedConfig
-    args: IterativeLayerDistillConfig
-    teacher: PretrainedConfig | None = None
-    on_gpu: bool = True
 
-    @property
-    def depth(self) -> int:
-        return self.config.num_hidden_layers
+class RunSizes:
+    """How large a run is, by the config of the model it starts from, its settings, and the config of its teacher."""
 
-    @cached_property
-    def sizes(self) -> ModelSizes:
-        """Parameters of the parts, counted once on a model without memory."""
+    def __init__(
+        self, config: PretrainedConfig, args: IterativeLayerDistillConfig, teacher: PretrainedConfig | None = None
+    ) -> None:
+        plan, budget, most = plan_of(config), args.budget(), args.layers_per_round
+        self.config, self.args, self.layers = config, args, plan.layers
         with torch.device("meta"):
-            return ModelSizes.of(AutoModelForCausalLM.from_config(self.config))
+            sizes = ModelSizes.of(AutoModelForCausalLM.from_config(config))
+            other = None if teacher is None else AutoModelForCausalLM.from_config(teacher)
+        self.parameters, self.layer_parameters = sizes.of_plan(plan), sizes.layer + sizes.norms
+        self.teacher_parameters = 0 if other is None else other.num_parameters()
+        # layers of the teacher that the model lacks before the run
+        self.gaps = max(0, (plan.num_teacher_layers if teacher is None else plan_of(teacher).depth) - plan.depth)
+        self.length = args.max_length or DEFAULT_LENGTH
+        self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps  # rows, on one device
+        self.removed = int("remove" in args.edit_space().kinds)  # layers that an edit removes; a pair keeps both
+        self.edits = plan.depth - budget.target if budget.unit == "depth" else None  # `None`: only measuring can tell
+        if budget.unit == "parameters" and self.removed:
+            self.edits = math.ceil((self.parameters - budget.target) / self.layer_parameters)
+        self.edits_of_round = most if self.edits is None else min(most, self.edits)  # 0 where a run only heals
+        self.rounds = None if self.edits is None else max(1, math.ceil(self.edits / most))
+        last = self.edits_of_round if self.edits is None else self.edits
+        done = (min(n * most, last) for n in range(1, (self.rounds or 1) + 1))  # edits, after each round
+        self.students = [self.parameters - self.layer_parameters * edits * self.removed for edits in done]
 
-    @property
-    def parameters(self) -> int:
-        """Of the model the run starts from."""
-        return self.sizes.of_plan(plan_of(self.config))
+    def steps(self, way: Way) -> list[StepShape]:
+        """List the steps that may need most: of the first round, its gaps as low as can be, so that gradients pass
+        every layer; and of the last one, where layers healed before are no longer the teacher's."""
+        if not self.edits or way.trained != "neighbours":
+            return [self._step(way)]
+        before = (self.rounds - 1) * self.args.layers_per_round
+        gone = before * self.removed
+        copies = min(2 * before, max(0, len(self.layers) - gone - 2 * self.args.layers_per_round))
+        return [self._step(way), self._step(way, gone, copies)]
 
-    @cached_property
-    def teacher_parameters(self) -> int:
-        """Of a teacher that is another model; 0 where it is the one the run starts from."""
-        return 0 if self.teacher is None else RunShape(self.teacher, self.args).parameters
+    def _step(self, way: Way, gone: int = 0, copies: int = 0) -> StepShape:
+        """Describe a round before which `gone` layers were removed and `copies` healed."""
+        edits, width = self.edits_of_round, 1
+        reach = len(self.layers) - gone - edits * self.removed
+        if way.trained == "all":
+            trained = reach
+        elif way.trained != "neighbours":
+            named = self.args.named_trained_layers()
+            trained, reach = len(named), min(reach, len(self.layers) - self.layers.index(min(named)))
+            copies = 0 if self.removed else 2 * edits  # pairs have weights of their own, trained or not
+        elif edits and not self.removed:
+            trained, width = edits, 2
+        else:  # next to the gaps of the round; where it only heals, to those that are there already
+            trained = 2 * (edits or self.gaps)
+        trained = max(1, min(trained, reach // width))
+        return StepShape(trained, reach - trained * width, len(self.layers) - reach + copies, width)
 
-    @property
-    def layer_parameters(self) -> int:
-        return self.sizes.layer + self.sizes.norms
+    def setting(self, way: Way, rows: int, meter: StepMeter) -> HealingSetting:
+        """Estimate what healing needs at the worst moment of the run; the rows of an optimizer step stay the same."""
+        itemsize, steps = getattr(torch, way.dtype).itemsize, self.steps(way)
+        needs = [meter.needs(way, step, rows, accumulates=self.per_step > rows) for step in steps]
+        worst, other = max(needs, key=lambda need: need.peak), self.teacher_parameters * itemsize
+        return HealingSetting(
+            **vars(way),
+            rows=rows,
+            accumulation=self.per_step // rows,
+            weights=worst.weights + other,
+            optimizer=3 * worst.trained,
+            activations=worst.peak - worst.weights - 3 * worst.trained,
+            peak=worst.peak + other,
+            flops=self.per_step * self.healing_flops(way, steps[0], needs[0].trained // itemsize),
+            checkpoint=(0 if way.lora_r else self.students[0] * itemsize) + 3 * needs[0].trained,
+        )
 
-    @property
-    def removes(self) -> bool:
-        """Whether edits make the student smaller."""
-        return "remove" in self.args.edit_space().kinds
+    def healing_flops(self, way: Way, step: StepShape, trained: int) -> int:
+        """Count matrix products and attention of healing on one row; `trained` parameters change."""
+        config, args, layer = self.config, self.args, 2 * self.layer_parameters  # of a token, forward
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        attention = 2 * self.length * config.num_attention_heads * head_dim  # a token sees half of the row
+        own = step.trained * step.width
+        reach = own + step.frozen
+        forward = len(self.layers) + self.gaps + reach * (1 + way.gradient_checkpointing)
+        operations = forward * (layer + attention) + reach * (layer + 2.5 * attention)
+        operations += 6 * trained if way.lora_r else own * layer
+        heads = (5 + way.everything) * bool(args.kl_weight or args.loss_preset == "paper")
+        heads += (3 + way.everything) * bool(args.lm_weight)
+        return round(self.length * (operations + heads * 2 * config.hidden_size * config.vocab_size))
 
-    @property
-    def edits(self) -> int | None:
-        """How many the run makes; `None` where only measuring can tell."""
-        budget = self.args.budget()
-        if budget.unit == "depth":
-            return self.depth - budget.target
-        if budget.unit == "parameters" and self.removes:
-            return math.ceil((self.parameters - budget.target) / self.layer_parameters)
-        return None
+    def scoring_flops(self, depth: int) -> int:
+        """Count about what choosing one edit of `depth` layers takes; 0 for guesses and tasks."""
+        if self.args.criterion not in TOKEN_MEASURES:
+            return 0
+        config, attention = self.config, 2 * self.length * self.config.hidden_size  # over half of the row on average
+        passes = depth * (depth + 1) // 2 + len(self.layers) * (depth < len(self.layers))
+        head = 2 * config.hidden_size * config.vocab_size * (depth + 1)
+        of_token = passes * (2 * self.layer_parameters + attention) + head
+        return self.args.num_calibration_samples * self.length * of_token
 
-    @property
-    def gaps(self) -> int:
-        """Layers of the teacher that the model lacks before the run."""
-        plan = plan_of(self.config)
-        whole = plan.num_teacher_layers if self.teacher is None else plan_of(self.teacher).depth
-        return max(0, whole - plan.depth)
+    def disk(self, setting: HealingSetting) -> dict[str, int]:
+        """Count the bytes in the output folder; students are saved in the dtype of the checkpoint the run starts from.
 
-    @property
-    def rounds(self) -> int | None:
-        return None if self.edits is None else max(1, math.ceil(self.edits / self.args.layers_per_round))
-
-    def students(self) -> list[int]:
-        """Parameters of the student of every round; of the first one only, where there is no telling how many."""
-        per_round = self.args.layers_per_round
-        most = per_round if self.edits is None else self.edits
-        done = [min(n * per_round, most) for n in range(1, (self.rounds or 1) + 1)]
-        return [self.parameters - self.layer_parameters * edits * self.removes for edits in done]
-
-    def first_edits(self, depth: int) -> list[Edit]:
-        """The worst a first round can do: its edits as low as possible, and apart, so that most layers are trained."""
-        wanted = min(self.args.layers_per_round, self.edits or self.args.layers_per_round)
-        if self.removes:
-            order = [*range(1, depth - 1, 3), *range(0, depth, 3), *range(2, depth, 3)]
-            return [Edit.remove(layer) for layer in sorted(order[: min(wanted, depth - 1)])]
-        return [Edit.parallelize(2 * n, 2 * n + 1) for n in range(min(wanted, depth // 2))]
+        Checkpoints go with their round; where the data decides on their number, one is counted.
+        """
+        args, itemsize = self.args, (self.config.dtype or getattr(torch, setting.dtype)).itemsize
+        kept = int(args.save_strategy != "no")
+        if args.save_strategy == "steps" and args.max_steps > 0 and args.save_steps >= 1:
+            kept = max(1, min(math.ceil(args.max_steps / args.save_steps), args.save_total_limit or args.max_steps))
+        students = [parameters * itemsize for parameters in self.students]
+        return {"rounds": sum(students), "model": students[-1], "checkpoints": setting.checkpoint * kept}
 
 
-def healing_settings(shape: RunShape, dtype: str, lora_r: int | None) -> list[HealingSetting]:
-    """What can be healed how, the settings that are asked for first.
+def estimate_run(run: RunSizes, memory: int, dtype: str, lora_r: int | None, tflops: float | None) -> Estimate:
+    """Estimate every way to heal, and what the run takes.
 
     Args:
-        shape ([`RunShape`]): the run.
+        run ([`RunSizes`]): the run.
+        memory (`int`): bytes of the device.
         dtype (`str`): the dtype asked for; bfloat16 is estimated as well.
-        lora_r (`int`, *optional*): the rank asked for; LoRA is estimated anyway.
+        lora_r (`int`, *optional*): the rank asked for; LoRA is estimated anyway, of rank 16.
+        tflops (`float`, *optional*): what the device reaches, 10^12 operations per second; assumed where not given.
     """
-    args = shape.args
-    ways = dict.fromkeys([(args.trained_layers, lora_r), ("neighbours", None), ("all", None), ("neighbours", 16)])
-    checkpointing = bool(args.gradient_checkpointing)
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    rows = [n for n in sorted({*ROWS, args.per_device_train_batch_size}) if per_step % n == 0]
-    settings = []
-    meter = StepMeter(shape.config, args, shape.on_gpu)
-    for (trained, rank), name in product(ways, dict.fromkeys([dtype, "bfloat16"])):
-        case = copy.copy(args)
-        case.trained_layers = trained
-        for case.gradient_checkpointing in (checkpointing, not checkpointing):
-            for n in rows:
-                case.per_device_train_batch_size, case.gradient_accumulation_steps = n, per_step // n
-                settings.append(healing_setting(shape, case, rank, name, meter))
-    return settings
-
-
-def healing_setting(
-    shape: RunShape, args: IterativeLayerDistillConfig, lora_r: int | None, dtype_name: str, meter: StepMeter
-) -> HealingSetting:
-    """What healing as `args` say needs at the worst moment of a run."""
-    dtype = getattr(torch, dtype_name)
-    alike = args.named_trained_layers() is None and not plan_of(shape.config).parallel_pairs
-
-    def at(depth: int) -> StepNeeds:
-        plan = LayerPlan.identity(depth) if alike else plan_of(shape.config)
-        if shape.edits == 0:  # heals the layers next to the gaps that are there already: the worst is that all lie low
-            case = copy.copy(args)
-            if args.trained_layers == "neighbours":
-                layers = plan.layers[: max(1, 2 * shape.gaps)]
-                case.trained_layers = ",".join(map(str, layers))
-            return meter.step(plan, [], case, dtype, lora_r)
-        return meter.step(plan, _edits_of(shape, plan, depth), args, dtype, lora_r)
-
-    first, layer = at(shape.depth), shape.layer_parameters * dtype.itemsize
-    needs = [(first, first.weights, first.peak)]
-    if shape.edits and args.trained_layers == "neighbours":
-        before = (shape.rounds - 1) * args.layers_per_round  # edits of the rounds before the last
-        gone = before if shape.removes else 0
-        # what was healed before is no longer the teacher's, and takes memory of its own
-        copies = min(2 * before, max(0, shape.depth - gone - 2 * args.layers_per_round))
-        last = at(shape.depth - gone)
-        more = layer * (gone + copies)  # the teacher keeps all its layers
-        needs.append((last, last.weights + more, last.peak + more))
-    worst, weights, peak = max(needs, key=lambda item: item[2])
-    other = shape.teacher_parameters * dtype.itemsize
-    weights, peak = weights + other, peak + other
-    checkpoint = (0 if lora_r else shape.students()[0] * dtype.itemsize) + first.optimizer
-    return HealingSetting(
-        trained=args.trained_layers,
-        lora_r=lora_r,
-        dtype=dtype_name,
-        gradient_checkpointing=bool(args.gradient_checkpointing),
-        rows=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        weights=weights,
-        optimizer=worst.optimizer,
-        activations=peak - weights - worst.optimizer,
-        peak=peak,
-        flops=first.flops,
-        checkpoint=checkpoint,
+    args, rank, settings, best = run.args, lora_r or 16, [], None
+    rows = [n for n in sorted({*ROWS, args.per_device_train_batch_size}) if run.per_step % n == 0]
+    meter = StepMeter(run.config, args, rows)
+    trained = dict.fromkeys([(args.trained_layers, lora_r), ("neighbours", None), ("all", None), ("neighbours", rank)])
+    for how, name, twice in product(trained, dict.fromkeys([dtype, "bfloat16"]), (False, True)):
+        of_way = [run.setting(Way(*how, name, twice), n, meter) for n in rows]
+        best = best or next((setting for setting in reversed(of_way) if setting.fits(memory)), None)
+        settings += of_way
+    chosen = best or min(settings, key=lambda setting: setting.peak)
+    half = args.bf16 or args.fp16 or chosen.dtype != "float32"
+    tflops = tflops or TFLOPS["half" if half else "float32"]
+    choices = range(len(run.layers), len(run.layers) - run.edits_of_round, -1)
+    return Estimate(
+        parameters=run.parameters,
+        student_parameters=run.students[-1] if run.rounds else None,
+        rounds=run.rounds,
+        settings=settings,
+        recommended=best,
+        disk=run.disk(chosen),
+        tokens_per_step=run.per_step * run.length,
+        steps_per_round=args.max_steps if args.max_steps > 0 else None,
+        device_tflops=tflops,
+        seconds_per_step=chosen.flops / (tflops * 1e12),
+        seconds_of_scoring=sum(map(run.scoring_flops, choices)) / (tflops * 1e12),
     )
-
-
-def _edits_of(shape: RunShape, plan: LayerPlan, depth: int) -> Sequence[Edit]:
-    """The first edits, of the layers a plan has."""
-    if plan == LayerPlan.identity(depth):
-        return shape.first_edits(depth)
-    edits: list[Edit] = []
-    while len(edits) < shape.args.layers_per_round and (possible := shape.args.edit_space().edits(plan)):
-        edits.append(possible[1] if len(possible) > 1 else possible[0])
-        plan = edits[-1].apply(plan)
-    return edits
-
-
-def scoring_bytes(shape: RunShape, setting: HealingSetting) -> int:
-    """Bytes that scoring and evaluating take at least: weights, and chunks of logits."""
-    return setting.weights + (TILES_OF_SCORING if shape.on_gpu else 0)
-
-
-def rows_length(args: IterativeLayerDistillConfig) -> int:
-    """Tokens of a full row."""
-    return args.max_length or DEFAULT_LENGTH
-
-
-def tokens_per_step(args: IterativeLayerDistillConfig) -> int:
-    """Tokens of an optimizer step whose rows are full, on one device."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * rows_length(args)
-
-
-def scoring_flops(shape: RunShape) -> int:
-    """Operations that choosing the layer of the first round takes, about; 0 for guesses and tasks, and where
-    nothing is chosen."""
-    args, config = shape.args, shape.config
-    if args.criterion not in TOKEN_MEASURES or shape.edits == 0:
-        return 0
-    tokens = args.num_calibration_samples * rows_length(args)
-    attention = 2 * rows_length(args) * config.hidden_size  # of a token in a layer, over half of the row on average
-    layers = (2 * shape.layer_parameters + attention) * shape.depth**2 // 2  # each candidate runs what is behind it
-    return tokens * (layers + 2 * config.hidden_size * config.vocab_size * (shape.depth + 1)) * args.layers_per_round
-
-
-def disk_bytes(shape: RunShape, setting: HealingSetting) -> dict[str, int]:
-    """Bytes in the output folder at the end of the run, by what takes them; checkpoints go with their round.
-
-    Students are saved in the dtype of the checkpoint the run starts from.
-    """
-    args = shape.args
-    itemsize = (shape.config.dtype or getattr(torch, setting.dtype)).itemsize
-    students = [parameters * itemsize for parameters in shape.students()]
-    return {
-        "rounds": sum(students),
-        "model": students[-1],
-        "checkpoints": setting.checkpoint * _checkpoints(args) if args.heal else 0,
-    }
-
-
-def _checkpoints(args: IterativeLayerDistillConfig) -> int:
-    """Checkpoints that lie beside each other within a round; at least one where their number depends on the data."""
-    if args.save_strategy == "no":
-        return 0
-    every = args.save_steps if args.save_strategy == "steps" and args.save_steps >= 1 else 1
-    number = math.ceil(args.max_steps / every) if args.max_steps > 0 and args.save_strategy == "steps" else 1
-    return max(1, min(number, args.save_total_limit or number))
-
-
-def assumed_tflops(args: IterativeLayerDistillConfig, dtype: str) -> float:
-    """TFLOP/s of a device nobody told us about."""
-    return ASSUMED_TFLOPS["half" if args.bf16 or args.fp16 or dtype != "float32" else "float32"]

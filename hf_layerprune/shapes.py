@@ -13,41 +13,30 @@ from .architectures import architecture_of, check_supported
 from .data import ASSETS
 from .errors import LayerPruneError, first_line
 from .loading import LOADING_ERRORS
-from .models import PrunedQwen2Config
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 
-CONFIGS = ASSETS / "configs"
+SHAPES = {path.stem: path for path in sorted((ASSETS / "configs").glob("*.json"))}
 PUBLISHERS = re.compile(r"^(Qwen|meta-llama|mistralai|HuggingFaceTB)/")
 
 
-def shape_names() -> list[str]:
-    """Names of the shapes that come with the package: by family, small to large."""
-    names = (path.stem.rsplit("-", 1) for path in CONFIGS.glob("*.json"))
-    millions = {"M": 1, "B": 1000}
-    families = sorted((family, float(size[:-1]) * millions[size[-1]], size) for family, size in names)
-    return [f"{family}-{size}" for family, _, size in families]
-
-
 def short_name(name_or_path: str) -> str:
-    """The name of a model's shape: without its publisher, `-Instruct` and `-Coder`; a path stays as it is."""
+    """Name the shape of a model: without publisher, `-Instruct` and `-Coder`; what has no shape stays as it is."""
     name = PUBLISHERS.sub("", name_or_path)
     shape = name.removesuffix("-Instruct").replace("-Coder-", "-")
-    return shape if shape in shape_names() else name
+    return shape if shape in SHAPES else name
 
 
 def load_shape(name_or_path: str) -> PretrainedConfig:
-    """The config of a named shape, such as `"Qwen2.5-3B"` or `"Qwen/Qwen2.5-3B"`, or of a `config.json` on disk.
+    """Read the config of a named shape, such as `"Qwen2.5-3B"` or `"Qwen/Qwen2.5-3B"`, or of a `config.json` on disk.
 
     Raises:
         [`LayerPruneError`]: if there is none, or its architecture is not supported.
     """
-    names, name = shape_names(), short_name(name_or_path)
-    path = CONFIGS / f"{name}.json" if name in names else Path(name_or_path)
+    path = SHAPES.get(short_name(name_or_path), Path(name_or_path))
     if not path.is_file():
-        raise LayerPruneError(
-            f"there is no shape {name_or_path!r}; choose one of {', '.join(names)}, or a path to a config.json"
-        )
+        names = ", ".join(SHAPES)
+        raise LayerPruneError(f"there is no shape {name_or_path!r}; choose one of {names}, or a path to a config.json")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_supported(config)
@@ -59,102 +48,73 @@ def load_shape(name_or_path: str) -> PretrainedConfig:
     return config
 
 
-def shape_plan(config: PretrainedConfig, num_layers: int | None = None, num_blocks: int | None = None) -> LayerPlan:
-    """`num_layers` layers in `num_blocks` blocks: neighbours run in parallel pairs where there are fewer blocks.
+def shape_plan(config: PretrainedConfig, num_layers: int, num_blocks: int | None = None) -> LayerPlan:
+    """Plan `num_layers` layers in `num_blocks` blocks: neighbours run in parallel pairs where there are fewer blocks.
 
-    The pairs are one stretch in the later middle, as in arXiv 2502.02790: an eighth of the layers behind it stay
-    single, or half of the single ones if those are fewer.
-
-    Args:
-        config ([`~transformers.PretrainedConfig`]): the shape; it says how many layers there are at most.
-        num_layers (`int`, *optional*): layers; without it all that `config` has.
-        num_blocks (`int`, *optional*): blocks; without it one per layer. Without either, the blocks of `config`.
+    The pairs are one stretch in the later middle, as in https://huggingface.co/papers/2502.02790: an eighth of the
+    layers after it stay single, or half of the single ones if those are fewer.
 
     Raises:
         [`LayerPruneError`]: if there are too many layers, or blocks that pairs and single layers cannot make up.
     """
-    own = plan_of(config)
-    if num_layers is None and num_blocks is None:
-        return own
-    depth = len(own.layers)
-    layers = depth if num_layers is None else num_layers
-    if not 1 <= layers <= depth:
-        raise LayerPruneError(f"num_layers={layers} is out of range; the shape has {depth} layers, choose 1..{depth}")
-    blocks = layers if num_blocks is None else num_blocks
-    least = (layers + 1) // 2
-    if not least <= blocks <= layers:
+    depth, blocks = len(plan_of(config).layers), num_layers if num_blocks is None else num_blocks
+    if not 1 <= num_layers <= depth:
+        raise LayerPruneError(f"num_layers={num_layers} is out of range; the shape has {depth} layers")
+    if not (num_layers + 1) // 2 <= blocks <= num_layers:
         raise LayerPruneError(
-            f"num_blocks={blocks} is out of range; {layers} layers, alone or in pairs, make {least}..{layers} blocks"
+            f"num_blocks={blocks} is out of range; {num_layers} layers, alone or in pairs, make "
+            f"{(num_layers + 1) // 2}..{num_layers} blocks"
         )
-    pairs = layers - blocks
-    single = layers - 2 * pairs
-    first = single - min(max(1, layers // 8), single // 2)  # layers in front of the pairs
-    plan = LayerPlan.identity(layers)
-    for layer in range(first, first + 2 * pairs, 2):
-        plan = plan.parallelize(layer, layer + 1)
-    return plan
-
-
-def random_model(
-    config: PretrainedConfig,
-    num_layers: int | None = None,
-    num_blocks: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str | torch.device = "cpu",
-) -> PreTrainedModel:
-    """A model of the shape of `config` that computes finite nonsense as fast as a trained one computes sense.
-
-    Args:
-        config ([`~transformers.PretrainedConfig`]): the shape, of a supported family.
-        num_layers (`int`, *optional*): layers; without it all that `config` has.
-        num_blocks (`int`, *optional*): blocks that hold them, see [`shape_plan`].
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): dtype of the weights.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the weights are made.
-
-    Returns:
-        A plain model of that family, or a [`PrunedQwen2ForCausalLM`] where layers run in parallel.
-    """
-    check_supported(config)
-    plan = shape_plan(config, num_layers, num_blocks)
-    values = config.to_dict() | {"num_hidden_layers": plan.depth}
-    if "layer_types" in values:
-        values["layer_types"] = ["full_attention"] * plan.depth
-    for key in ("model_type", "architectures", "auto_map", "layer_plan", "dtype"):
-        values.pop(key, None)
-    if plan.parallel_pairs:
-        try:
-            attention = PrunedQwen2Config.attention_of(config)
-        except ValueError as error:
-            raise LayerPruneError(str(error)) from None
-        wanted = PrunedQwen2Config(**values | attention, layer_plan=plan.to_dict())
-    else:
-        wanted = architecture_of(config).config_class(**values)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(wanted, dtype=dtype)
-    rotary = type(model.base_model.rotary_emb)(model.config)  # its buffers are computed: `to_empty` would lose them
-    model.to_empty(device=device)
-    model.base_model.rotary_emb = rotary.to(device)
-    model.tie_weights()
-    _fill(model)
-    return model.eval()
+    pairs = num_layers - blocks
+    single = num_layers - 2 * pairs
+    first = single - min(max(1, num_layers // 8), single // 2)  # layers before the pairs
+    plan = LayerPlan.identity(num_layers)
+    return plan.with_pairs((n, n + 1) for n in range(first, first + 2 * pairs, 2)) if pairs else plan
 
 
 def random_models(
     config: PretrainedConfig,
-    sizes: Sequence[tuple[int, int | None]],
+    sizes: Sequence[tuple[int, int | None]] = (),
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
 ) -> list[PreTrainedModel]:
-    """One model per `(num_layers, num_blocks)`; what they have in common is one in memory. See [`random_model`]."""
+    """Make models that compute finite nonsense as fast as trained ones compute sense.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]): the shape, of a supported family.
+        sizes (`Sequence[tuple[int, int]]`, *optional*): number of layers, and of the blocks that hold them, of each
+            model; see [`shape_plan`]. By default one model, of the blocks of `config`.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): dtype of the weights.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the weights are made.
+
+    Returns:
+        Plain models of the family, or [`PrunedQwen2ForCausalLM`] where layers run in parallel. What they have in
+        common is in memory once.
+    """
+    check_supported(config)
+    if not sizes:
+        return [_random_model(config, dtype, device)]
     plans = [shape_plan(config, *size) for size in sizes]
     depth = max(len(plan.layers) for plan in plans)
-    whole = random_model(config, depth, depth, dtype, device)
+    values = config.to_dict() | {"num_hidden_layers": depth}
+    if "layer_types" in values:
+        values["layer_types"] = ["full_attention"] * depth
+    for key in ("model_type", "architectures", "auto_map", "layer_plan", "dtype"):
+        values.pop(key, None)
+    plain = architecture_of(config).config_class(**values)
+    whole = _random_model(plain, dtype, device)
     return [apply_plan(whole, LayerPlan(plan.blocks, depth), share_weights=True) for plan in plans]
 
 
-def _fill(model: PreTrainedModel) -> None:
-    """Small random weights, norms of one. They are copies of one million numbers: drawing all would take minutes."""
-    numbers = torch.empty(1_000_003, dtype=model.dtype, device=model.device).normal_(std=0.02)
+def _random_model(config: PretrainedConfig, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+    """Fill a model with small weights and norms of one: copies of a million numbers, as drawing all takes minutes."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    rotary = type(model.base_model.rotary_emb)(model.config)  # its buffers are computed: `to_empty` would lose them
+    model.to_empty(device=device)
+    model.base_model.rotary_emb = rotary.to(device)
+    model.tie_weights()
+    numbers = torch.empty(1_000_003, dtype=dtype, device=device).normal_(std=0.02)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -162,3 +122,4 @@ def _fill(model: PreTrainedModel) -> None:
                 continue
             for part in parameter.view(-1).split(len(numbers)):
                 part.copy_(numbers[: len(part)])
+    return model.eval()

@@ -1,9 +1,8 @@
 """What the recipes of `compress` cost, from their settings alone: counted operations and bytes, no GPU.
 
-Healing is counted by running one micro-batch on tensors that have shapes and no memory (`hf_layerprune.memory`), with
-the layer in the middle removed (or run beside the next) and every row as long as `max_length`. Scoring is counted by
-layer passes. GPU hours are these operations over what a GPU computes in an hour at `SHARE` of its peak, which is
-assumed, not measured.
+Healing is counted for the layer in the middle removed (or run in parallel with the next) and every row as long as
+`max_length`: memory by `hf_layerprune.memory`, operations, like those of scoring, by layer passes. GPU hours are these
+operations over what a GPU computes in an hour at `SHARE` of its peak, which is assumed, not measured.
 
     python recipes/cost.py --output recipes/cost.md
 """
@@ -11,18 +10,15 @@ assumed, not measured.
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
-from hf_layerprune import IterativeLayerDistillConfig
 from hf_layerprune.cli.parsing import parse
+from hf_layerprune.estimate import RunSizes
 from hf_layerprune.files import write_atomically
-from hf_layerprune.memory import StepMeter
-from hf_layerprune.plan import Edit, LayerPlan
+from hf_layerprune.memory import StepMeter, StepShape, Way
 from hf_layerprune.shapes import load_shape
 
 PEAK, SHARE = 989e12, 0.4  # operations a second of an H100 in bfloat16, and how much of it a run is taken to reach
@@ -51,40 +47,29 @@ class Cost:
     memory: float
 
 
-def scoring_operations(config: PretrainedConfig, args: IterativeLayerDistillConfig) -> float:
-    """Operations of all rounds: each layer left out in turn, below it the model runs once."""
-    width, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads + config.num_key_value_heads
-    weights = 2 * heads * (width // config.num_attention_heads) * width + 3 * inner * width
-    layer = 2 * weights + 2 * args.max_length * width  # a token through one layer; it sees half of the row
-    head = 2 * width * config.vocab_size
-    passes = [
-        (depth * (depth + 1) / 2) * layer + depth * head + config.num_hidden_layers * layer
-        for depth in range(args.target_num_layers + 1, config.num_hidden_layers + 1)
-    ]
-    return args.num_calibration_samples * args.max_length * sum(passes)
-
-
 def cost_of(path: Path, processes: int) -> Cost:
-    """What a recipe costs; `processes` is what its `gradient_accumulation_steps` is written for."""
-    argv = ["--config", str(path), "--use_cpu", "true", "--bf16", "true"]
-    arguments, args = parse("compress", argv)
+    """Count what a recipe costs; `processes` is what its `gradient_accumulation_steps` is written for."""
+    arguments, args = parse("compress", ["--config", str(path), "--use_cpu", "true", "--bf16", "true"])
     config, rows = load_shape(arguments.model), args.per_device_train_batch_size
-    depth = config.num_hidden_layers
+    run, depth = RunSizes(config, args), config.num_hidden_layers
     middle = depth // 2
-    edit = Edit.remove(middle) if "remove" in args.edit_space().kinds else Edit.parallelize(middle, middle + 1)
-    meter, dtype = StepMeter(config, args), getattr(torch, arguments.dtype)
-    needs = meter.step(LayerPlan.identity(depth), [edit], args, dtype)
-    rounds = math.ceil((depth - args.target_num_layers) / args.layers_per_round)
-    micro_batches = args.gradient_accumulation_steps * processes * args.max_steps * rounds
+    trained, width = (2, 1) if run.removed else (1, 2)
+    step = StepShape(trained, depth - middle - 2, middle, width)
+    if args.trained_layers == "all":
+        step = StepShape(depth - run.removed, 0, run.removed)
+    way = Way(args.trained_layers, None, arguments.dtype, bool(args.gradient_checkpointing))
+    needs = StepMeter(config, args, [rows]).needs(way, step, rows, accumulates=run.per_step > rows)
+    flops = rows * run.healing_flops(way, step, needs.trained // getattr(torch, arguments.dtype).itemsize)
+    micro_batches = args.gradient_accumulation_steps * processes * args.max_steps * run.rounds
     hours = 3600 * SHARE * PEAK
+    scoring = sum(map(run.scoring_flops, range(args.target_num_layers + 1, depth + 1))) / hours
     return Cost(
         f"{path.parent.name}/{path.name}",
         (depth, args.target_num_layers),
-        rows * args.gradient_accumulation_steps * processes,
+        run.per_step * processes,
         micro_batches * rows * args.max_length,
-        micro_batches * needs.flops / hours,
-        None if args.tasks else scoring_operations(config, args) / hours,
+        micro_batches * flops / hours,
+        None if args.tasks else scoring,
         needs.peak / 2**30,
     )
 

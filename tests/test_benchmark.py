@@ -9,7 +9,7 @@ from transformers import CompileConfig
 import hf_layerprune.benchmark as module
 from hf_layerprune import LayerPruneError, benchmark_model, prune
 from hf_layerprune.benchmark import benchmark_models, kv_bytes_per_token
-from hf_layerprune.shapes import random_model
+from hf_layerprune.shapes import random_models
 
 QUICK = {"prompt_tokens": 8, "new_tokens": 4, "repeats": 1}
 
@@ -101,7 +101,7 @@ def test_ratios_are_medians_over_pairs_of_runs(monkeypatch, model):
 
 
 def test_the_static_cache_is_used_again_and_changes_no_token(monkeypatch):
-    models = [tiny_model(), random_model(tiny_model().config, 4, 3, torch.float32)]
+    models = [tiny_model(), *random_models(tiny_model().config, [(4, 3)], torch.float32)]
     for model in models:
         seen = []
         reference = copy.deepcopy(model)
@@ -117,7 +117,7 @@ def test_the_static_cache_is_used_again_and_changes_no_token(monkeypatch):
 
 def test_every_model_and_batch_size_is_compiled_once_and_for_its_own_sizes(monkeypatch, graphs):
     models = [tiny_model(2), tiny_model(2, intermediate_size=40), tiny_model(1)]
-    models.append(random_model(tiny_model().config, 3, 2, torch.float32))
+    models += random_models(tiny_model().config, [(3, 2)], torch.float32)
     before = [set(model.__dict__) for model in models]
     seen = []
     record_generate(monkeypatch, models[-1], seen)

@@ -43,12 +43,12 @@ def test_says_what_fits_and_writes_every_number(tmp_path, shape, monkeypatch, ca
     assert {(s["rows"], s["accumulation"]) for s in plan["settings"]} == {(1, 2), (2, 1)}
     for setting in plan["settings"]:
         assert setting["peak"] == setting["weights"] + setting["optimizer"] + setting["activations"]
-        assert setting["activations"] > 0 and setting["flops"] > 0 and setting["fits"]
+        assert setting["activations"] > 0 and setting["flops"] > 0
     best = plan["recommended"]
     assert (best["trained"], best["dtype"], best["gradient_checkpointing"], best["rows"]) == (
         "neighbours", "float32", False, 2
     )  # fmt: skip
-    assert plan["tokens_per_round"] == 10 * 2 * 32 and plan["device_tflops"] == 50
+    assert plan["steps_per_round"] * plan["tokens_per_step"] == 10 * 2 * 32 and plan["device_tflops"] == 50
     assert plan["disk"]["rounds"] == 4 * (2 * model.num_parameters() - 3 * layer)
     assert plan["disk"]["checkpoints"] == 3 * best["checkpoint"]
     assert "--trained_layers neighbours --dtype float32 --gradient_checkpointing false" in printed
@@ -105,7 +105,7 @@ def test_a_recipe_is_read_as_compress_reads_it(tmp_path, shape, capsys):
 def test_nothing_fits_is_an_answer(shape, capsys):
     assert run("--model", shape, "--target_num_layers", 3, "--gpu_memory", "64KiB", *QUICK[:3], 1) == 0
     printed = capsys.readouterr().out
-    assert "Nothing fits" in printed and "--max_length, now 32" in printed and "neighbours" in printed
+    assert "Nothing fits" in printed and "--max_length" in printed and "neighbours" in printed
 
 
 @pytest.mark.parametrize(

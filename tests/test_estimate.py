@@ -1,31 +1,46 @@
 """What is estimated of a run is what the run then takes."""
 
 import pytest
+import torch
 from conftest import tiny_config, tiny_model
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
-from hf_layerprune.budget import ModelSizes
-from hf_layerprune.estimate import RunShape, disk_bytes, healing_setting, healing_settings, parse_size
-from hf_layerprune.memory import LiveBytes, StepMeter
+from hf_layerprune.estimate import RunSizes, parse_size
+from hf_layerprune.memory import FakeBytes, StepMeter, StepShape, Way
 from hf_layerprune.surgery import to_pruned_qwen2
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160}
 
 
 @pytest.mark.parametrize(
-    "text, size",
-    [("24GiB", 24 * 2**30), ("24G", 24 * 2**30), ("80 GB", 80 * 10**9), ("1.5gib", 3 * 2**29), ("512", 512)],
+    "text, size", [("24GiB", 24 * 2**30), ("80 gb", 80 * 10**9), ("1.5gib", 3 * 2**29), ("64KiB", 2**16)]
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["24 bananas", "", "GiB", "-1GiB", "0GiB", "1e3GiB", "24GiBs"])
-def test_what_is_no_size(text):
+@pytest.mark.parametrize("text", ["24 bananas", "", "GiB", "-1GiB", "0GiB", "512"])
+def test_what_is_not_a_size(text):
     with pytest.raises(LayerPruneError, match="24GiB"):
         parse_size(text)
+
+
+class RealBytes(TorchDispatchMode):
+    """Counts the bytes of real tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = FakeBytes()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, torch.Tensor):
+                self.live.count(part.untyped_storage())
+        return result
 
 
 class PeakOfHealing(TrainerCallback):
@@ -62,34 +77,46 @@ def test_the_estimated_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained
         per_device_train_batch_size=rows, gradient_accumulation_steps=4 // rows, num_eval_samples=1,
         num_calibration_samples=1, **edits,
     )  # fmt: skip
-    with LiveBytes() as live:
+    with RealBytes() as real:
         model = tiny_model(8, **SIZES)
         peft = None if lora_r is None else LoraConfig(r=lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-        watch = PeakOfHealing(live)
+        watch = PeakOfHealing(real.live)
         IterativeLayerDistillTrainer(
             model, args, texts, processing_class=tokenizer, peft_config=peft, callbacks=[watch]
         ).train()
-    shape = RunShape(model.config, args, on_gpu=False)
-    setting = healing_setting(shape, args, lora_r, "float32", StepMeter(model.config, args))
-    assert len(watch.peaks) == shape.rounds == 2 and setting.accumulation == 4 // rows
+    run = RunSizes(model.config, args)
+    way = Way(trained, lora_r, "float32", False)
+    setting = run.setting(way, rows, StepMeter(model.config, args, [rows]))
+    assert len(watch.peaks) == run.rounds == 2 and setting.accumulation == 4 // rows
     assert setting.peak == pytest.approx(max(watch.peaks), rel=0.15), (trained, watch.peaks, setting)
     assert setting.peak == setting.weights + setting.optimizer + setting.activations
 
 
 def test_a_pruned_qwen2_without_pairs_needs_what_the_plain_model_does(tmp_path):
     args, model = tiny_config(tmp_path, trained_layers="neighbours", target_num_layers=6), tiny_model(8, **SIZES)
+    way = Way("neighbours", None, "float32", False)
     plain, paired = (
-        healing_setting(RunShape(config, args, on_gpu=False), args, None, "float32", StepMeter(config, args))
+        RunSizes(config, args).setting(way, 2, StepMeter(config, args, [2]))
         for config in (model.config, to_pruned_qwen2(model).config)
     )
     assert paired.weights == plain.weights and paired.peak == pytest.approx(plain.peak, rel=0.05)
 
 
-def test_models_are_made_once_to_count_their_parameters(tmp_path, monkeypatch):
-    made, count = [], ModelSizes.of
-    monkeypatch.setattr(ModelSizes, "of", lambda model: made.append(model) or count(model))
-    args = tiny_config(tmp_path, target_num_layers=6, trained_layers="neighbours")
-    shape = RunShape(tiny_model(8).config, args, tiny_model(9).config, on_gpu=False)
-    settings = healing_settings(shape, "float32", None)
-    assert len(settings) > 8 and disk_bytes(shape, settings[0])["rounds"] > 0
-    assert len(made) == 2, "the model the run starts from, and the teacher"
+@pytest.mark.parametrize(
+    "settings, trained, expected",
+    [
+        ({"target_num_layers": 6}, "neighbours", [StepShape(2, 5, 1), StepShape(2, 4, 1 + 1 + 2)]),
+        ({"target_num_layers": 6}, "all", [StepShape(7, 0, 1)]),
+        ({"target_num_layers": 6, "trained_layers": "4,6"}, "4,6", [StepShape(2, 2, 4)]),
+        (
+            {"target_num_layers": 6, "edits": "parallelize"},
+            "neighbours",
+            [StepShape(1, 6, 0, 2), StepShape(1, 6, 2, 2)],
+        ),
+        ({"target_num_layers": 4, "layers_per_round": 4}, "neighbours", [StepShape(4, 0, 4)] * 2),
+        ({"target_num_layers": 8}, "neighbours", [StepShape(4, 4)]),  # heals next to two gaps of before
+    ],
+)
+def test_the_steps_that_need_most(tmp_path, settings, trained, expected):
+    run = RunSizes(tiny_model(8).config, tiny_config(tmp_path, **settings), tiny_model(10).config)
+    assert run.steps(Way(trained, None, "float32", False)) == expected

@@ -30,7 +30,7 @@ from hf_layerprune import (
 )
 from hf_layerprune.architectures import ARCHITECTURES, Architecture, check_supported
 from hf_layerprune.plan import Edit
-from hf_layerprune.shapes import random_model
+from hf_layerprune.shapes import random_models
 from hf_layerprune.surgery import apply_plan, plan_of, to_pruned_qwen2
 from hf_layerprune.trainer.towers import shared_depth
 
@@ -209,7 +209,7 @@ def test_what_lies_below_an_edit_is_shared_with_the_teacher(family):
 @every_family
 def test_random_weights_of_its_shape(family):
     config = family_model(family).config
-    plain, paired = random_model(config, 4, dtype=torch.float32), random_model(config, 4, 3, dtype=torch.float32)
+    plain, paired = random_models(config, [(4, None), (4, 3)], torch.float32)
     assert type(plain) is ARCHITECTURES[family].model_class and type(paired) is PrunedQwen2ForCausalLM
     assert len(plain.model.layers) == 4 and len(paired.model.layers) == 3
     assert all(torch.isfinite(model(**random_batches(1)[0]).logits).all() for model in (plain, paired))

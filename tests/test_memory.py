@@ -1,84 +1,87 @@
-"""What a healing step needs is told without taking it."""
-
-from contextlib import nullcontext
+"""What a healing step takes is known without taking it."""
 
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from families import FAMILIES, family_model
-from healing_simulation import simulate_step
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from hf_layerprune.memory import LiveBytes, StepMeter
-from hf_layerprune.plan import Edit
-from hf_layerprune.surgery import plan_of
+from hf_layerprune.estimate import RunSizes
+from hf_layerprune.memory import FakeBytes, StepMeter, StepShape, Way
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160}
 HALF = {"bf16": True}
-CHECKPOINTING = {"gradient_checkpointing": True}
-TWO = {"gradient_accumulation_steps": 2}
-UNTIED = {"tie_word_embeddings": False}
+MORE = {"lm_weight": 0.5, "hidden_target": "updates"}
 
 
-def both(folder, model, edits, dtype=torch.float32, lora_r=None, on_gpu=False, **settings):
-    """What is put together from parts, and what a whole step takes."""
-    args = tiny_config(folder, **{"max_length": 128, "per_device_train_batch_size": 4, "bf16": False} | settings)
-    meter = StepMeter(model.config, args, on_gpu)
-    told = meter.step(plan_of(model.config), edits, args, dtype, lora_r)
-    return told, simulate_step(model.config, args, edits, dtype, lora_r, on_gpu)
-
-
-def check(told, taken):
-    assert (told.weights, told.trained) == (pytest.approx(taken.weights, rel=0.01), taken.trained)
-    assert told.peak == pytest.approx(taken.peak, rel=0.05)
-    assert told.flops == pytest.approx(taken.flops, rel=0.02)
+def check_solved(folder, config, way, shape, **settings):
+    """Compare what is solved with the same step measured at its whole depth."""
+    args = tiny_config(folder, **{"max_length": 128, "bf16": False} | settings)
+    solved = StepMeter(config, args, [1, 4]).needs(way, shape, 3, accumulates=False)
+    meter = StepMeter(config, args, [3])
+    whole = meter.measure(way, shape.trained, shape.frozen, shape.width, 3)
+    whole[2:4] += meter._logits(way, 3)
+    assert solved.weights == pytest.approx(whole[0], rel=0.01) and solved.trained == pytest.approx(whole[1], rel=0.01)
+    assert solved.peak == pytest.approx(max(whole[2:]) + 2 * whole[1], rel=0.05)
 
 
 @pytest.mark.parametrize(
-    "trained, lora_r, dtype, settings",
+    "trained, lora_r, dtype, again, shape, settings",
     [
-        ("neighbours", None, torch.float32, {}),
-        ("neighbours", None, torch.bfloat16, HALF | TWO),
-        ("neighbours", None, torch.float32, HALF | CHECKPOINTING),
-        ("all", None, torch.float32, HALF),
-        ("all", None, torch.float32, HALF | CHECKPOINTING),
-        ("all", None, torch.bfloat16, HALF | CHECKPOINTING | TWO),
-        ("all", 4, torch.float32, TWO),
-        ("2,5", None, torch.bfloat16, HALF),
-        ("neighbours", 4, torch.bfloat16, HALF | CHECKPOINTING),
+        ("neighbours", None, "float32", False, StepShape(2, 5), {}),
+        ("neighbours", None, "float32", True, StepShape(4, 3), HALF),
+        (
+            "neighbours",
+            None,
+            "bfloat16",
+            False,
+            StepShape(1, 6),
+            HALF | {"lm_weight": 0.5, "hidden_target": "updates"},
+        ),
+        ("all", None, "float32", True, StepShape(7, 0), HALF),
+        ("all", None, "bfloat16", False, StepShape(7, 0), HALF),
+        ("all", 4, "float32", False, StepShape(6, 1), {}),
+        ("neighbours", 4, "bfloat16", True, StepShape(2, 5), HALF),
     ],
 )
-def test_a_step_is_the_sum_of_its_parts(tmp_path, trained, lora_r, dtype, settings):
-    settings = {"trained_layers": trained, "per_device_train_batch_size": 3, **settings}
-    check(*both(tmp_path, tiny_model(8, **SIZES), [Edit.remove(1)], dtype, lora_r, **settings))
+def test_a_deep_step_is_solved_from_shallow_ones(tmp_path, trained, lora_r, dtype, again, shape, settings):
+    way = Way(trained, lora_r, dtype, again)
+    check_solved(tmp_path, tiny_model(8, **SIZES).config, way, shape, **settings)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("edit", [Edit.remove(1), Edit.parallelize(2, 3)], ids=str)
-def test_every_family_and_edit(tmp_path, family, edit):
-    packed = {"packing": True, "packing_strategy": "wrapped"} if edit.kind == "parallelize" else {}
-    check(*both(tmp_path, family_model(family, 6), [edit], trained_layers="neighbours", **packed))
+def test_every_family_and_pairs(tmp_path, family):
+    packed = {"packing": True, "packing_strategy": "wrapped"}
+    way = Way("neighbours", None, "float32", False)
+    check_solved(tmp_path, family_model(family, 6).config, way, StepShape(2, 2, width=2), **packed)
 
 
-@pytest.mark.parametrize("settings", [{}, TWO], ids=["one", "two"])
-def test_a_head_of_its_own(tmp_path, settings):
-    model = tiny_model(4, vocab_size=4000, **SIZES, **UNTIED)
-    check(*both(tmp_path, model, [Edit.remove(1)], on_gpu=True, trained_layers="all", **settings))
+def test_gradients_of_other_micro_batches_and_idle_layers_take_memory(tmp_path):
+    model = tiny_model(8, **SIZES, tie_word_embeddings=False)
+    meter = StepMeter(model.config, tiny_config(tmp_path, max_length=64), [1, 4])
+    way, layer = Way("neighbours", None, "float32", False), sum(p.nbytes for p in model.model.layers[0].parameters())
+    alone = meter.needs(way, StepShape(2, 4), 2, accumulates=False)
+    more = meter.needs(way, StepShape(2, 4, idle=3), 2, accumulates=True)
+    assert alone.trained == 2 * layer and more.weights == alone.weights + 3 * layer
+    assert alone.peak + 3 * layer < more.peak <= alone.peak + 3 * layer + alone.trained
 
 
-def test_fake_tensors_need_what_real_ones_do(tmp_path):
-    args = tiny_config(tmp_path, trained_layers="all", max_length=128, bf16=False)
-    config = tiny_model(6).config
-    fake, real = (
-        simulate_step(config, args, [Edit.remove(3)], torch.float32, mode=mode)
-        for mode in (FakeTensorMode, nullcontext)
-    )
-    assert (fake.weights, fake.trained, fake.flops) == (real.weights, real.trained, real.flops)
-    assert fake.peak == pytest.approx(real.peak, rel=0.15)  # kernels for tensors without memory make other buffers
+def test_operations_are_those_of_a_step(tmp_path):
+    config = tiny_model(6, **SIZES).config
+    args = tiny_config(tmp_path, max_length=16, kl_weight=0)
+    run, meter = RunSizes(config, args), StepMeter(config, args, [2])
+    for way, shape in ((Way("neighbours", None, "float32", False), StepShape(2, 4)),
+                       (Way("all", None, "float32", False), StepShape(6, 0)),
+                       (Way("neighbours", 4, "float32", False), StepShape(2, 4))):  # fmt: skip
+        with meter.fake, FlopCounterMode(display=False) as counter:
+            teacher, student, _ = meter.models(way.everything, way.lora_r, way.dtype, shape.trained, shape.frozen, 1)
+            meter._step(teacher, student, shape.trained, 2)
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        assert 2 * run.healing_flops(way, shape, trained) == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
 def test_bytes_are_counted_while_they_live():
-    with LiveBytes() as live:
+    with FakeBytes() as live:
         first = torch.zeros(1000)
         second = first.view(10, 100) + 1
         assert live.now == live.peak == 8000
@@ -91,18 +94,8 @@ def test_bytes_are_counted_while_they_live():
     assert live.now == 0
 
 
-def test_less_is_stored_above_a_higher_gap(tmp_path):
-    args = tiny_config(tmp_path, trained_layers="neighbours", max_length=64, bf16=False)
-    config = tiny_model(8).config
-    low, high = (
-        StepMeter(config, args).step(plan_of(config), [Edit.remove(layer)], args, torch.float32) for layer in (2, 6)
-    )
-    assert high.peak < low.peak
-
-
 def test_a_gpu_holds_tiles_of_logits(tmp_path):
-    args = tiny_config(tmp_path, max_length=64, per_device_train_batch_size=2)
     config = tiny_model(5, vocab_size=70_000).config
-    gpu = StepMeter(config, args, on_gpu=True).step(plan_of(config), [Edit.remove(3)], args, torch.float32)
-    tiles = 2 * 2 * 63 * 32768 * 4  # of two models, at 63 positions of two rows
-    assert gpu.peak > gpu.weights + tiles
+    meter = StepMeter(config, tiny_config(tmp_path, max_length=64), [2])
+    needs = meter.needs(Way("neighbours", None, "float32", False), StepShape(2, 2), 2, accumulates=False)
+    assert needs.peak > needs.weights + 2 * 2 * 63 * 32768 * 4  # of two models, at 63 positions of two rows

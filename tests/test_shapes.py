@@ -7,17 +7,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen2For
 
 from hf_layerprune import LayerPruneError, prune
 from hf_layerprune.models import PrunedQwen2ForCausalLM
-from hf_layerprune.shapes import load_shape, random_model, shape_names, shape_plan
+from hf_layerprune.shapes import SHAPES, load_shape, random_models, shape_plan
 
 
-def test_shapes_are_listed_small_to_large():
-    llama = ["Llama-2-7B", "Llama-3.1-8B", "Llama-3.2-1B", "Llama-3.2-3B", "Mistral-7B"]
-    qwen2 = [f"Qwen2.5-{size}B" for size in ("0.5", "1.5", "3", "7", "14", "32", "72")]
-    qwen3 = [f"Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")]
-    assert shape_names() == [*llama, *qwen2, *qwen3, "SmolLM2-135M"]
-
-
-@pytest.mark.parametrize("name", [name for name in shape_names() if name.startswith("Qwen2.5")])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("Qwen2.5")])
 def test_shipped_shapes_are_qwen2(name):
     config = load_shape(f"Qwen/{name}")
     assert type(config) is Qwen2Config and config.dtype == torch.bfloat16 and not config.use_sliding_window
@@ -99,7 +92,12 @@ def test_a_few_pairs_leave_an_eighth_behind_them():
 
 @pytest.mark.parametrize(
     "layers, blocks, message",
-    [(37, None, "num_layers=37.*1..36"), (0, None, "num_layers=0"), (36, 17, "num_blocks=17.*18..36"), (8, 9, "4..8")],
+    [
+        (37, None, "num_layers=37.*36"),
+        (0, None, "num_layers=0"),
+        (36, 17, "num_blocks=17.*18..36"),
+        (8, 9, "4..8"),
+    ],
 )
 def test_depths_that_cannot_be_are_refused(layers, blocks, message):
     with pytest.raises(LayerPruneError, match=message):
@@ -109,7 +107,7 @@ def test_depths_that_cannot_be_are_refused(layers, blocks, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("blocks, cls", [(None, Qwen2ForCausalLM), (3, PrunedQwen2ForCausalLM)])
 def test_random_models_compute_finite_logits(blocks, cls, dtype):
-    model = random_model(tiny_model().config, 4, blocks, dtype)
+    model = random_models(tiny_model().config, [(4, blocks)], dtype)[0]
     assert type(model) is cls and model.config.num_hidden_layers == len(model.model.layers) == (blocks or 4)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype} == {model.config.dtype}
     assert not model.training and model.lm_head.weight is model.model.embed_tokens.weight
@@ -118,22 +116,22 @@ def test_random_models_compute_finite_logits(blocks, cls, dtype):
 
 
 def test_untied_heads_stay_untied():
-    model = random_model(tiny_model(tie_word_embeddings=False).config)
+    (model,) = random_models(tiny_model(tie_word_embeddings=False).config)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert model(torch.arange(40)[None]).logits.isfinite().all()
 
 
 def test_rotary_buffers_are_those_of_a_model_made_in_the_usual_way():
     usual = tiny_model()
-    model = random_model(usual.config, dtype=torch.bfloat16)
+    (model,) = random_models(usual.config, dtype=torch.bfloat16)
     for name, buffer in usual.named_buffers():
         assert torch.equal(model.get_buffer(name), buffer) and model.get_buffer(name).dtype == torch.float32
     assert all(not tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def test_the_shape_of_a_pruned_model_is_its_own():
-    paired = random_model(tiny_model().config, 4, 3)
-    assert paired.config.layer_plan == {"num_teacher_layers": 4, "blocks": [[0], [1, 2], [3]]}
-    assert random_model(paired.config).config.layer_plan == paired.config.layer_plan
-    assert type(random_model(paired.config, 4)) is Qwen2ForCausalLM
-    assert random_model(prune(tiny_model(), [1, 2]).config).config.num_hidden_layers == 3
+    paired = random_models(tiny_model().config, [(4, 3)])[0].config
+    assert paired.layer_plan == {"num_teacher_layers": 4, "blocks": [[0], [1, 2], [3]]}
+    assert random_models(paired)[0].config.layer_plan == paired.layer_plan
+    assert type(random_models(paired, [(4, None)])[0]) is Qwen2ForCausalLM
+    assert random_models(prune(tiny_model(), [1, 2]).config)[0].config.num_hidden_layers == 3
