@@ -22,8 +22,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_layerprune import parallelize, prune
+from hf_layerprune.environment import environment
 from hf_layerprune.loading import load_model
-from hf_layerprune.report import environment
 from hf_layerprune.surgery import plan_of
 
 

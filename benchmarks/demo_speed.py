@@ -25,7 +25,7 @@ from hf_layerprune import embedded_dataset
 from hf_layerprune.benchmark import benchmark_models
 from hf_layerprune.demo import open_catalog, settings_of
 from hf_layerprune.demo.store import ModelStore
-from hf_layerprune.report import environment
+from hf_layerprune.environment import environment
 
 LIMIT = 0.15
 """How far the demo may be from the benchmark."""

@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 from hf_layerprune import LayerPlan, cli
 from hf_layerprune.benchmark import benchmark_models
 from hf_layerprune.data import ASSETS
+from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model
-from hf_layerprune.report import environment, save_plot
+from hf_layerprune.plots import save_plot
 from hf_layerprune.surgery import apply_plan
 
 TOUCHED = {"trained_layers": "neighbours", "learning_rate": 1e-3}  # heals the blocks an edit touches

@@ -27,8 +27,9 @@ from matplotlib.figure import Figure
 
 from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, embedded_dataset
 from hf_layerprune.data import ASSETS
+from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
-from hf_layerprune.report import environment, save_plot
+from hf_layerprune.plots import save_plot
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "figure" / "figure.yaml"
 STYLES = {"tail": ":", "random": ":", "angular": ":", "ShortGPT": ":", "least squares": "--"}

@@ -34,10 +34,10 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from hf_layerprune import prune
 from hf_layerprune.data import Batch, valid_next_tokens
+from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model
 from hf_layerprune.losses import relative_hidden_state_mse
-from hf_layerprune.report import environment
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer.healing import LayerHealingTrainer
 from hf_layerprune.trainer.targets import HiddenStateMap

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.losses import Divergence, chunked_divergence
-from hf_layerprune.report import environment
 
 try:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss

@@ -36,9 +36,9 @@ from hf_layerprune import (
     prune,
 )
 from hf_layerprune.data import ASSETS, Batch, tokenized_batches
+from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model, load_tokenizer
-from hf_layerprune.report import environment
 
 ROOT = Path(__file__).parent.parent
 OWN, WHOLE = {}, {"temperature": 1.0, "top_k": 0}

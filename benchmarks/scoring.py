@@ -25,11 +25,11 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from hf_layerprune import embedded_dataset, prune, score_layers
 from hf_layerprune.data import Batch, tokenized_batches, valid_next_tokens
+from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.forward import final_states, measuring
 from hf_layerprune.loading import load_model, load_tokenizer
 from hf_layerprune.losses import token_statistics
-from hf_layerprune.report import environment
 from hf_layerprune.scoring import Race
 from hf_layerprune.surgery import plan_of
 

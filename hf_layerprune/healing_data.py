@@ -32,8 +32,8 @@ from .forward import check_tokenizer, measuring, to_device
 from .healing_data_config import HealingDataConfig
 from .loading import load_model, load_tokenizer, name_of
 from .rows import is_message
-from .scoring.sharding import gathered, own_share, shard
-from .tasks.encoding import left_padded, pad_id
+from .scoring.measure import gathered, shard
+from .tasks.chunks import pad_id, padded
 
 PROMPT_COLUMNS = ("messages", "prompt", "text")
 
@@ -245,15 +245,16 @@ def _answer_all(
     batches = [batch for batch in batches if batch]
     if batches and output_file.exists():
         raise LayerPruneError(f"{output_file} exists and was not written by this run; choose another output_file")
-    is_main, step = processes().is_main_process, shard(model)[1]
+    is_main, (rank, count) = processes().is_main_process, shard(model)
     if is_main and not journal.exists():
         journal.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(journal, settings)
     on_rows(len(answers), len(prompts))
     with measuring(model):
-        for start in range(0, len(batches), step):
-            turn = own_share(batches[start : start + step], model)
-            found = gathered([_answer(model, tokenizer, batch, sampling, config.seed) for batch in turn], model)
+        for start in range(0, len(batches), count):
+            turn = batches[start : start + count][rank::count]
+            found = [_answer(model, tokenizer, batch, sampling, config.seed) for batch in turn]
+            found = gathered(found, (rank, count))
             for batch in found if is_main else ():
                 _append(journal, batch)
             answers |= {answer.row: answer for batch in found for answer in batch}
@@ -269,7 +270,7 @@ def _answer(
     seed: int,
 ) -> list[Answer]:
     """Answer one batch. Its random numbers depend on the seed and its first row; the process's own state stays."""
-    batch = to_device(left_padded([prompt.ids for prompt in prompts], sampling.pad_token_id), model.device)
+    batch = to_device(padded([prompt.ids for prompt in prompts], sampling.pad_token_id, "left"), model.device)
     devices = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(devices, device_type=model.device.type):
         digest = hashlib.sha256(f"{seed} {prompts[0].row}".encode()).digest()

@@ -28,7 +28,6 @@ from .losses import MAX_LOGITS_PER_CHUNK, parts_of_loss
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 from .trainer import IterativeLayerDistillConfig
-
 from .trainer.targets import HiddenStateMap
 from .trainer.towers import run_towers
 from .trainer.trainable import lora_config, make_trainable

@@ -4,6 +4,7 @@ import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
+from hf_layerprune import LayerPruneError
 from hf_layerprune.tasks.metrics import corpus_score, sample_scores
 
 PREDICTIONS = ["the cat sat on the mat", "a dog barked at me", "", "ok"]
@@ -44,3 +45,24 @@ def test_bleu_of_one_text_by_hand():
     expected = (5 / 6 * 3 / 5 * 1 / 4 * (1 / 2) / 3) ** 0.25
     assert sample_scores("bleu", PREDICTIONS[:1], REFERENCES[:1]) == [pytest.approx(expected)]
     assert math.isclose(sample_scores("bleu", ["ok"], ["ok"])[0], 1)
+
+
+def test_a_metric_of_evaluate_from_its_script(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "share").mkdir()
+    (tmp_path / "share" / "share.py").write_text(
+        "import evaluate\nfrom datasets import Features, Value\n\n\n"
+        "class Share(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        features = Features({'predictions': Value('string'), 'references': Value('string')})\n"
+        "        return evaluate.MetricInfo(description='', citation='', features=features)\n\n"
+        "    def _compute(self, predictions, references):\n"
+        "        return {'share': sum(p in r for p, r in zip(predictions, references)) / len(predictions)}\n"
+    )
+    name = f"evaluate:{tmp_path / 'share'}"
+    assert sample_scores(name, ["the cat", "a dog"], ["the cat is", "no"]) == [1, 0]
+    assert corpus_score(name, ["the cat", "a dog"], ["the cat is", "no"]) == 0.5
+    with pytest.raises(LayerPruneError, match="'evaluate:.*nothing' cannot be loaded"):
+        sample_scores(f"evaluate:{tmp_path / 'nothing'}", ["a"], ["a"])
+    with pytest.raises(LayerPruneError, match="'magic' is unknown; choose one of exact_match"):
+        sample_scores("magic", ["a"], ["a"])

@@ -15,12 +15,11 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from ..benchmark import Load, benchmark_models, num_runs
-from ..environment import native_dtype
+from ..environment import environment, native_dtype
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import EMBEDDED
 from ..progress import Phases, say
-from ..report import environment
 from ..shapes import load_shape, random_models, short_name
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments

@@ -14,12 +14,12 @@ from ..data import ASSETS
 from ..errors import LayerPruneError, first_line
 from ..loading import beside_weights, load_config, load_tokenizer
 from ..progress import Phases, RunProgress, say
+from ..record import STATE_FILE
 from ..report import rich_table
 from ..rows import with_text
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.engines import launch_line
 from ..trainer.interrupts import StopWhereNothingIsLost
-from ..trainer.run_state import STATE_FILE
 from ..trainer.trainable import lora_config
 from .arguments import CompressArguments, default_depth
 from .parsing import Parser

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import Batch, split_rows
 from ..errors import LayerPruneError
 from ..forward import to_device
-from ..tasks import Chunk, GenerationChunk, LmEvalChunk
+from ..tasks.chunks import Chunk, GenerationChunk
 from ..tasks.evaluation import sums_by_row
+from ..tasks.lm_eval_task import LmEvalChunk
 from .candidates import CandidateRuns
 from .scores import Evidence, price_factors
 

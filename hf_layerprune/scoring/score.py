@@ -14,7 +14,8 @@ from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, measuring
 from ..plan import Edit, LayerPlan, layer_indices
 from ..surgery import check_model, plan_of
-from ..tasks import PreparedTask, Task, TokenChunk, prepare_tasks
+from ..tasks import PreparedTask, Task, prepare_tasks
+from ..tasks.chunks import TokenChunk
 from .candidates import CandidateRuns
 from .estimates import MEASURED, Criterion, criterion_of, estimate
 from .measure import TOKEN_MEASURES, Race, collect, halves, measure_of, shard

@@ -22,7 +22,7 @@ from .chunks import (
     padded,
     whole_examples,
 )
-from .metrics import METRICS
+from .metrics import metric_of
 from .rows import Row, is_missing, spread
 from .task import PromptedTask, Task
 
@@ -224,10 +224,10 @@ class GenerationTask(PromptedTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.metric not in METRICS:
-            raise LayerPruneError(
-                f"{self.title}: metric {self.metric!r} is unknown; choose one of {', '.join(METRICS)}"
-            )
+        try:
+            metric_of(self.metric)
+        except LayerPruneError as error:
+            raise LayerPruneError(f"{self.title}: {error}") from None
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise LayerPruneError(f"{self.title}: max_new_tokens={self.max_new_tokens} must be at least 1")
         if "" in self.stop_strings:

@@ -1,7 +1,7 @@
 """Metrics of written text: a score in [0, 1] for each text, by which layers are scored, and one value for all texts.
 
 The value is the mean of the scores for exact match, prefix and ROUGE, and that of sacrebleu, in [0, 100], for BLEU and
-chrF.
+chrF. `"evaluate:NAME"` is a metric of the `evaluate` library, by its name on the Hub or the folder of its script.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
+from ..errors import LayerPruneError, first_line
+
+EVALUATE = "evaluate:"
 # rouge_score and sacrebleu take a second to import: only a task that needs them waits for it.
 
 
 def sample_scores(metric: str, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     """One score in [0, 1] per text."""
-    return [METRICS[metric](*pair) for pair in zip(predictions, references, strict=True)]
+    score = metric_of(metric)
+    return [score(*pair) for pair in zip(predictions, references, strict=True)]
 
 
 def corpus_score(metric: str, predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -28,6 +32,8 @@ def corpus_score(metric: str, predictions: Sequence[str], references: Sequence[s
 
         corpus = sacrebleu.corpus_bleu if metric == "bleu" else sacrebleu.corpus_chrf
         return corpus(list(predictions), [list(references)]).score
+    if metric.startswith(EVALUATE):
+        return _computed(metric, predictions, references)
     scores = sample_scores(metric, predictions, references)
     return sum(scores) / len(scores)
 
@@ -68,6 +74,19 @@ def _chrf(prediction: str, reference: str) -> float:
     return min(sacrebleu.sentence_chrf(prediction, [reference]).score / 100, 1.0)
 
 
+@cache
+def _loaded(metric: str) -> Any:
+    import evaluate
+
+    return evaluate.load(metric.removeprefix(EVALUATE), keep_in_memory=True)
+
+
+def _computed(metric: str, predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The first number that a metric of `evaluate` gives."""
+    results = _loaded(metric).compute(predictions=list(predictions), references=list(references))
+    return float(next(value for value in results.values() if isinstance(value, (int, float))))
+
+
 METRICS: dict[str, Callable[[str, str], float]] = {
     "exact_match": _exact_match,
     "prefix": _prefix,
@@ -75,3 +94,20 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "chrf": _chrf,
     **{variant: partial(_rouge, variant) for variant in ("rouge1", "rouge2", "rougeL")},
 }
+
+
+def metric_of(name: str) -> Callable[[str, str], float]:
+    """The metric of a name: from a prediction and a reference to a score in [0, 1].
+
+    Raises:
+        [`LayerPruneError`]: if there is none, or `evaluate` cannot load it.
+    """
+    if name.startswith(EVALUATE):
+        try:
+            _loaded(name)
+        except Exception as error:  # no such metric, no network, a package that it needs: each raises its own
+            raise LayerPruneError(f"metric {name!r} cannot be loaded: {first_line(error)}") from error
+        return lambda prediction, reference: _computed(name, [prediction], [reference])
+    if name not in METRICS:
+        raise LayerPruneError(f"metric {name!r} is unknown; choose one of {', '.join(METRICS)}, or {EVALUATE}NAME")
+    return METRICS[name]
