@@ -13,8 +13,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from .files import write_atomically
 from .plan import Edit, LayerPlan
 from .record import RunRecord
-from .report import CRITERION_UNITS, cost_unit, quality_curves
-from .scoring import Scores
+from .scoring import CRITERION_UNITS, Scores
 from .search import ParallelRange
 
 KEPT, REMOVED, PARALLEL, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#aaaaaa", "#b8cdd6"
@@ -38,6 +37,17 @@ def save_run_plots(folder: Path, run: RunRecord) -> None:
     """Write `quality.png` and `layers.png`."""
     save_plot(plot_quality(run), folder / "quality.png")
     save_plot(plot_layer_map(run), folder / "layers.png")
+
+
+def quality_curves(run: RunRecord) -> dict[str, dict[int, float]]:
+    """Curves of perplexity by depth: unhealed, before healing and healed, or one where nothing was healed."""
+    teacher = {run.teacher.depth: run.teacher.quality.perplexity}
+    final = teacher | {record.depth: record.quality.perplexity for record in run.rounds}
+    if not run.is_healed:
+        return {"without training": final}
+    unhealed = {r.depth: r.unhealed.perplexity for r in run.rounds if r.unhealed}
+    before = {r.depth: r.before_healing.perplexity for r in run.rounds if r.before_healing}
+    return {"unhealed": teacher | unhealed, "before healing": teacher | before, "healed": final}
 
 
 def plot_quality(run: RunRecord) -> Figure:
@@ -120,7 +130,7 @@ def plot_layer_map(run: RunRecord) -> Figure:
     figure = Figure(figsize=(width, 3.0), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     _draw_costs(above, costs, run.edits)
-    unit = cost_unit(run)
+    unit = run.cost_unit
     above.set_ylabel(f"cost ({run.rounds[-1].criterion})" + (f",\n{unit}" if unit else ""), fontsize=8)
     _draw_strip(below, plan, run.edits)
     return figure

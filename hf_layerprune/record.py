@@ -273,6 +273,20 @@ class RunRecord:
         plan = self.settings.get("plan")
         return LayerPlan.from_dict(plan) if isinstance(plan, Mapping) else self.teacher.plan
 
+    @property
+    def weighed_by(self) -> str:
+        """What the cost of an edit is divided by: `"time"`, `"parameters"`, or empty for layers."""
+        if self.settings.get("target_latency") or self.settings.get("target") == "latency":
+            return "time"
+        if self.settings.get("target_num_parameters") or self.settings.get("target") == "parameters":
+            return "parameters"
+        return ""
+
+    @property
+    def cost_unit(self) -> str:
+        """The unit of the costs of edits, where they have one."""
+        return "nats per token" if self.rounds[-1].criterion in ("kl", "loss") and not self.weighed_by else ""
+
     def until(self, number: int) -> RunRecord:
         """The run as it was after round `number`."""
         return replace(self, rounds=self.rounds[:number], current=None)

@@ -14,6 +14,7 @@ from rich.table import Table
 from .environment import wall_time
 from .files import to_json, write_atomically
 from .plan import Edit
+from .plots import save_run_plots
 from .record import REPORT_FILE, ModelRecord, RoundRecord, RunRecord
 
 COLUMNS = {
@@ -31,57 +32,20 @@ COLUMNS = {
 """Columns of the result, and their names in a narrow terminal."""
 HEALING_COLUMNS = ("ppl unhealed", "ppl before healing", "ppl healed")
 BAR = "&#124;"  # `|` inside a cell of a Markdown table
-CRITERION_UNITS = {
-    "kl": "KL to the original without the layer (nats per token)",
-    "loss": "next-token loss without the layer (nats per token)",
-    "tasks": "mean cost on the tasks without the layer",
-    "block_influence": "block influence, 1 - cos(input, output)",
-    "angular_distance": "angle between input and output, over pi",
-    "taylor": "sum of |weight x gradient of the loss|",
-    "tail": "the last layer first",
-    "random": "at random",
-}
 
 
 def write_report(folder: Path, run: RunRecord) -> None:
     """Write `report.json`, `report.md`, `quality.png` and `layers.png`."""
-    from .plots import save_run_plots  # matplotlib takes a second to import
-
     write_atomically(folder / REPORT_FILE, to_json(run.to_dict()))
     write_atomically(folder / "report.md", render_markdown(run))
     if run.rounds:
         save_run_plots(folder, run)
 
 
-def weighed_by(run: RunRecord) -> str:
-    """What the cost of an edit is divided by: `"time"`, `"parameters"`, or empty for layers."""
-    if run.settings.get("target_latency") or run.settings.get("target") == "latency":
-        return "time"
-    if run.settings.get("target_num_parameters") or run.settings.get("target") == "parameters":
-        return "parameters"
-    return ""
-
-
-def cost_unit(run: RunRecord) -> str:
-    """The unit of a run's costs, where they have one."""
-    return "nats per token" if run.rounds[-1].criterion in ("kl", "loss") and not weighed_by(run) else ""
-
-
 def recovery(run: RunRecord, record: RoundRecord) -> float | None:
     """Share of the lost loss (nats per token) that healing recovers; 1 is all of it, `None` where nothing was lost."""
     lost = record.unhealed.loss - run.teacher.quality.loss
     return (record.unhealed.loss - record.quality.loss) / lost if lost > 0 else None
-
-
-def quality_curves(run: RunRecord) -> dict[str, dict[int, float]]:
-    """Curves of perplexity by depth: unhealed, before healing and healed, or one where nothing was healed."""
-    teacher = {run.teacher.depth: run.teacher.quality.perplexity}
-    final = teacher | {record.depth: record.quality.perplexity for record in run.rounds}
-    if not run.is_healed:
-        return {"without training": final}
-    unhealed = {r.depth: r.unhealed.perplexity for r in run.rounds if r.unhealed}
-    before = {r.depth: r.before_healing.perplexity for r in run.rounds if r.before_healing}
-    return {"unhealed": teacher | unhealed, "before healing": teacher | before, "healed": final}
 
 
 def columns(run: RunRecord) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ ORDER = (
     "errors", "files", "fingerprint", "plan", "models", "architectures", "surgery", "matching",
     "_trl", "losses", "rows", "data", "environment", "loading", "forward", "tasks", "ridge", "compensation", "scoring",
     "healing_data_config", "healing_data", "evaluation", "shapes", "benchmark", "budget", "search", "record",
-    "record_reader", "report", "plots", "hub", "trainer", "memory", "estimate", "progress", "demo", "cli", "__init__",
+    "record_reader", "plots", "report", "hub", "trainer", "memory", "estimate", "progress", "demo", "cli", "__init__",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = sorted((PACKAGE / "models").glob("*_pruned_qwen2.py"))

@@ -17,8 +17,7 @@ from ..files import to_json, write_atomically
 from ..loading import load_config, load_tokenizer
 from ..plots import plot_scores, save_plot
 from ..progress import Phases, say
-from ..report import CRITERION_UNITS
-from ..scoring import Race, Scores, criterion_of, score_layers
+from ..scoring import CRITERION_UNITS, Race, Scores, criterion_of, score_layers
 from ..tasks import Task, load_tasks, prepare_tasks
 from .arguments import ScoreArguments
 from .measure import check_text, device, load_on_device, num_chunks, text_batches

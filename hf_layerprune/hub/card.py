@@ -16,6 +16,7 @@ from ..errors import first_line
 from ..loading import EMBEDDED, resolve
 from ..plots import layer_map_text
 from ..record import RoundRecord, RunRecord, TeacherRecord
+from ..scoring import CRITERION_UNITS
 from .paths import hub_id, without_local_paths
 from .runs import RECIPE_FILE, Run
 
@@ -107,8 +108,8 @@ def run_card(
 
 def _content(run: Run, public: RunRecord) -> dict[str, Any]:
     """What the template says of the run: its numbers, and tables and sentences as in the report."""
-    record, saved = public.rounds[-1], reports.weighed_by(public)
-    unit = reports.CRITERION_UNITS.get(record.criterion, record.criterion)
+    record, saved = public.rounds[-1], public.weighed_by
+    unit = CRITERION_UNITS.get(record.criterion, record.criterion)
     own = run.settings.get("dataset") is None  # then it worked on the texts of the package
     texts = {key: run.settings.get(key) or (f"{EMBEDDED}:{text}" if own else None) for key, text in TEXTS.items()}
     return {

@@ -5,9 +5,19 @@ or in a race), `sweep.py` does so for a model on disk, `estimates.py` holds the 
 `scores.py` adds up.
 """
 
-from .estimates import CRITERIA, MEASURED, contiguous_block, criterion_of
+from .estimates import CRITERIA, CRITERION_UNITS, MEASURED, contiguous_block, criterion_of
 from .measure import Race
 from .score import score, score_layers
 from .scores import Scores
 
-__all__ = ["CRITERIA", "MEASURED", "Race", "Scores", "contiguous_block", "criterion_of", "score", "score_layers"]
+__all__ = [
+    "CRITERIA",
+    "CRITERION_UNITS",
+    "MEASURED",
+    "Race",
+    "Scores",
+    "contiguous_block",
+    "criterion_of",
+    "score",
+    "score_layers",
+]

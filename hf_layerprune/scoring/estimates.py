@@ -33,6 +33,17 @@ ANGLES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 ESTIMATED = (*ANGLES, "taylor", "tail", "random")
 CRITERIA = (*MEASURED, *ESTIMATED)
+CRITERION_UNITS = {
+    "kl": "KL to the original without the layer (nats per token)",
+    "loss": "next-token loss without the layer (nats per token)",
+    "tasks": "mean cost on the tasks without the layer",
+    "block_influence": "block influence, 1 - cos(input, output)",
+    "angular_distance": "angle between input and output, over pi",
+    "taylor": "sum of |weight x gradient of the loss|",
+    "tail": "the last layer first",
+    "random": "at random",
+}
+"""What the cost of a layer is, by criterion."""
 
 Criterion = Callable[[PreTrainedModel, Sequence[Batch], Sequence[int]], Sequence[float] | Evidence]
 """A criterion of your own: the model, calibration batches (empty if none are given) and positions of blocks in
