@@ -177,7 +177,7 @@ def search_plan(
     space = EditSpace(edits, max_group_size, protect_first_layers, protect_last_layers)
     if criterion != "tasks":
         batches = check_batches(batches, model.config.vocab_size, "calibration data")
-    elif "tokenizer" in options:  # tokenize once
+    elif options.get("tokenizer") is not None:  # tokenize once
         options["tasks"] = prepare_tasks(options.get("tasks", ()), model, options["tokenizer"])
     goal = Goal.of(budget, space, model, plan_of(teacher), latency)
     if goal.met(plan):
