@@ -115,8 +115,8 @@ def words(page, side):
 
 def finished(page, prompt=TEACHER):
     """Wait for both answers to a prompt."""
+    expect(page.locator(SIDES[1])).to_contain_text(prompt)  # with it the facts of the last comparison go
     expect(page.locator("#lp-facts")).to_contain_text(re.compile("answers part|same answer"))
-    expect(page.locator(SIDES[1])).to_contain_text(prompt)
 
 
 def facts(page):
