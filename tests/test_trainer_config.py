@@ -12,7 +12,7 @@ def own_fields():
 
 
 def test_every_own_field_is_documented_twice():
-    assert len(own_fields()) == 27
+    assert len(own_fields()) == 28
     for field in own_fields():
         assert f"{field.name} (" in IterativeLayerDistillConfig.__doc__, field.name
         assert field.metadata["help"].replace("%%", "").count("%") == 0
@@ -33,7 +33,8 @@ def test_every_own_field_is_documented_twice():
         {"target_num_layers": 2.5},
         {"temperature": 0.0},
         {"criterion": "cosine"},
-        {"loss_preset": "seed"},
+        {"loss_preset": "balanced"},
+        {"compensation": "rescale"},
         {"loss_preset": "paper", "lm_weight": 0.1},
         {"trained_layers": "some"},
         {"kl_weight": 0.0, "hidden_weight": 0.0},
