@@ -58,6 +58,13 @@ class DataArguments:
     )
     dataset_config: str | None = option(None, "Configuration of a data set on the Hub.")
     dataset_split: str = option("train", "Split of the data set, or a slice of one or of a file: 'train[:1000]'.")
+    gguf_file: str | None = option(None, "GGUF file in the folder or repository --model, such as model-q8_0.gguf.")
+
+    def __post_init__(self) -> None:
+        if self.gguf_file is not None:
+            from ..loading import gguf_name
+
+            self.model, self.gguf_file = gguf_name(self.model, self.gguf_file), None
 
 
 @dataclass
@@ -75,6 +82,7 @@ class CompressArguments(DataArguments):
     lora_alpha: int = option(32, "Scale of the LoRA adapters.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("lora_r", "lora_alpha"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise LayerPruneError(f"{name}={value} is out of range; it must be at least 1")

@@ -14,7 +14,7 @@ from ..errors import LayerPruneError
 from ..files import write_atomically
 from ..hub.paths import with_absolute_paths
 
-NOT_IN_RECIPE = {"resume", "resume_from_checkpoint", "hub_token"}
+NOT_IN_RECIPE = {"gguf_file", "resume", "resume_from_checkpoint", "hub_token"}
 """Settings of one start of a run, not of the run."""
 
 
