@@ -91,7 +91,6 @@ def _check(
     for name in ("lora_r", "device_tflops"):
         if (value := getattr(arguments, name)) is not None and not value > 0:
             raise LayerPruneError(f"{name}={value} is out of range; it must be above 0")
-    check_length(args.max_length, config, arguments.model)
     plan, budget = plan_of(config), args.budget()
     if missing := [layer for layer in args.named_trained_layers() or () if layer not in plan.layers]:
         raise LayerPruneError(f"trained_layers names {missing}; {arguments.model} has layers {list(plan.layers)}")
@@ -100,6 +99,7 @@ def _check(
             model = AutoModelForCausalLM.from_config(config)
         goal = Goal.of(budget, args.edit_space(), model, original)
         check_budget(arguments.model, goal, plan, args.heal)
+    check_length(args.max_length, config, arguments.model)
 
 
 def _target(found: Estimate, args: IterativeLayerDistillConfig) -> str:
