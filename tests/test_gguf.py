@@ -162,8 +162,7 @@ def test_mistakes_are_one_line(gguf_file, tmp_path, capsys):
     for verb, message in (
         (("score", "--model", "nowhere.gguf"), "nowhere.gguf does not exist"),
         (("score", "--model", gguf_file.parent), "name one of its GGUF files, tiny.gguf"),
-        (("score", "--model", gguf_file.parent, "--gguf_file", "x.bin"), "'x.bin' is not a GGUF file"),
-        (("score", "--model", "user/name", "--gguf_file", "x.gguf"), "user/name/x.gguf"),
+        (("score", "--model", "user/name/x.gguf"), "user/name/x.gguf"),
         (("score", "--model", tmp_path / "broken.gguf"), "broken.gguf cannot be loaded as a model"),
         (("score", "--model", bare), "bare.gguf has no tokenizer"),
         (("score", "--model", gguf_file, "--offload", "true"), "tiny.gguf cannot be loaded as a model: .*[Dd]isk"),
