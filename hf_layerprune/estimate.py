@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 
@@ -23,16 +24,16 @@ TFLOPS = {"half": 100.0, "float32": 15.0}  # of a device that is not named: a th
 
 
 def parse_size(text: str) -> int:
-    """Read a size such as `"24GiB"` or `"80GB"` as bytes.
+    """Read a size such as `"24GiB"`, `"80GB"`, `"80G"` or `"24"` (GiB) as bytes.
 
     Raises:
         [`LayerPruneError`]: if it is not one.
     """
-    try:
-        if (size := convert_file_size_to_int(text.upper())) > 0:
-            return size
-    except ValueError:
-        pass
+    size = text.strip().upper()
+    for unit in ("", "B", "GIB"):  # 24GiB, 24G and 24
+        with suppress(ValueError):
+            if (found := convert_file_size_to_int(size + unit)) > 0:
+                return found
     raise LayerPruneError(f"{text!r} is not a size of memory; write it as 24GiB or 80GB")
 
 

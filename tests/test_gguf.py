@@ -62,8 +62,8 @@ def test_its_tokenizer_is_read_as_well(gguf_file):
 
 
 def test_compress_makes_a_plain_folder_of_it(gguf_file, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert run("compress", "--model", gguf_file, "--teacher", gguf_file, "--output_dir", out, *QUICK) == 0
+    out, named = tmp_path / "out", ("--model", gguf_file.parent, "--gguf_file", gguf_file.name)
+    assert run("compress", *named, "--teacher", gguf_file, "--output_dir", out, *QUICK) == 0
     config = json.loads((out / "model" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["num_hidden_layers"] == 4 and "quantization_config" not in config
     student, own = load_model(str(out / "model"), dtype="float32"), load_model(str(gguf_file), dtype="float32")
