@@ -259,7 +259,7 @@ def test_an_empty_folder_of_the_users_stays(tmp_path, model_folder, text_file):
 
 
 def test_a_run_killed_in_its_first_second_can_be_resumed(tmp_path, model_folder, text_file, monkeypatch, capsys):
-    import hf_layerprune.trainer.iterative as module
+    import hf_layerprune.trainer.rounds as module
 
     def die(*_, **__):
         raise KeyboardInterrupt

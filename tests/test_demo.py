@@ -90,7 +90,7 @@ def test_names_on_the_command_line():
     ("argv", "told"),
     [
         (["a", "b", "c"], "3 names"),
-        (["nowhere/at/all"], "no name of a repository"),
+        (["nowhere/at/all"], "reading nowhere/at/all: Repo id must"),
         (["--models", "nowhere.yaml"], "cannot be read"),
         (["a", "--models", "list.yaml"], "both given"),
         (["embedded", "nowhere"], "nowhere"),
