@@ -24,7 +24,7 @@ from ..data import Batch, check_batches, collated_batches, num_positions
 from ..errors import LayerPruneError, first_line
 from ..evaluation import evaluate_model
 from ..hub import TAGS
-from ..hub.paths import absolute_if_local, without_local_paths
+from ..hub.paths import absolute_if_local
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..matching import with_plan
 from ..record import RunRecord

@@ -16,6 +16,7 @@ from ..compensation import compensate
 from ..errors import LayerPruneError, NotANumber
 from ..evaluation import EvaluationReport, evaluate_model
 from ..files import digests, replace_folder, round_folder, write_atomically
+from ..hub.paths import without_local_paths
 from ..loading import load_model
 from ..plan import Edit
 from ..record import PLAN_FILE, Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
@@ -91,7 +92,7 @@ class Rounds:
             self.teacher,
             evaluate_model(self.teacher, self.trainer.eval_batches, on_batch=self._phase_step),
             tasks=self._measure_tasks(self.teacher),
-            name=self.trainer.teacher_title,
+            name=without_local_paths(self.trainer.teacher_name),
             evaluated_on="calibration data" if self.trainer.eval_dataset is None else "evaluation data",
         )
         self.file.save("evaluating teacher", teacher=record)
