@@ -121,9 +121,7 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
             init = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
             init = {name: value for name, value in init.items() if name not in ("revision", "subfolder", "gguf_file")}
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
-        self.teacher_title = without_local_paths(
-            self.model_name if teacher is None else absolute_if_local(name_of(teacher))
-        )
+        self.teacher_name = self.model_name if teacher is None else absolute_if_local(name_of(teacher))
         for given in (model, model if teacher is None else teacher):
             check_whole(given)
         if teacher is not None:
