@@ -80,7 +80,7 @@ def heal(
 
 
 def measured(trainer: IterativeLayerDistillTrainer, teacher: PreTrainedModel, own_text: list[Batch]) -> dict[str, Any]:
-    record = trainer.run.rounds[0]
+    record = trainer.run.to_dict()["rounds"][0]
     on_own = evaluate_model(trainer.model, own_text, teacher)
     return {
         "removed_layers": record["removed_layers"],

@@ -14,11 +14,11 @@ prune="$python -m hf_layerprune.cli"
 case $name in
   smollm2-135m-instruct)
     drawn="--max_new_tokens 192 --temperature 0.8 --top_k 50 --top_p 1.0"
-    fifth=24 fifth_round=03 third=20 third_round=05
+    fifth=24 fifth_round=03 third=20 third_round=05 repair_rows=48
     baselines="kl block_influence shortgpt tail lora parallel" ;;
   qwen2.5-coder-0.5b-instruct)
     drawn="--max_new_tokens 144 --temperature 0.7 --top_k 20 --top_p 0.8"
-    fifth=19 fifth_round=05 third=16 third_round=08
+    fifth=19 fifth_round=05 third=16 third_round=08 repair_rows=128
     baselines="block_influence tail" ;;
   *) echo "no recipe '$name'; choose smollm2-135m-instruct or qwen2.5-coder-0.5b-instruct" >&2
      exit 2 ;;
@@ -46,7 +46,7 @@ compress() {
     --eval_dataset "$out/data/held_out_chat.jsonl" --output_dir "$out/$method" "$@" "${resume[@]}"
 }
 measure() {
-  $python benchmarks/real_models.py --teacher "$model" --held_out "$out/data" --repair_on "$out/data/healing.jsonl" \
+  $python benchmarks/real_models.py --teacher "$model" --held_out "$out/data" --repair_on "$out/data/healing.jsonl" --repair_rows $repair_rows \
     --output_dir "$recipe/results/measured" "$@"
 }
 baseline() {
