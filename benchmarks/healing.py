@@ -7,7 +7,7 @@ The student lacks one layer in the middle, and its neighbours are trained. A ste
 * paper: both models in full with all hidden states, logits of all positions twice, padding included, a third model in
   memory, as in https://github.com/kaengreg/layer-wise_distillation.
 * full logits: the same loss as ours from the logits of all positions, models without common weights.
-* ours: [`LayerHealingTrainer.loss_parts`].
+* ours: [`HealingTrainer.loss_parts`].
 
 Times are medians over turns in one process; the peak of memory is that of a process of its own per way, models
 included, over what is there before they are made.
@@ -39,7 +39,7 @@ from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model
 from hf_layerprune.losses import relative_hidden_state_mse
 from hf_layerprune.surgery import plan_of
-from hf_layerprune.trainer.healing import LayerHealingTrainer
+from hf_layerprune.trainer.healing import HealingTrainer
 from hf_layerprune.trainer.targets import HiddenStateMap
 from hf_layerprune.trainer.towers import shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
@@ -144,7 +144,7 @@ def our_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTraine
     batch = make_batch(shape, teacher.config.vocab_size)
 
     def loss() -> Tensor:
-        parts = LayerHealingTrainer.loss_parts(trainer, student, batch)
+        parts = HealingTrainer.loss_parts(trainer, student, batch)
         hidden = (parts["hidden"] + parts["final_hidden"]) / 2
         return (parts["kl"] + HIDDEN_WEIGHT * hidden) / parts["num_tokens"]
 

@@ -7,6 +7,7 @@ A [`RunRecord`] is the only form in which a run passes between modules. The trai
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,7 @@ from .architectures import architecture_of
 from .benchmark import BenchmarkReport
 from .budget import BlockLatency
 from .evaluation import EvaluationReport
-from .files import to_json, write_atomically
+from .files import write_atomically
 from .plan import Edit, LayerPlan
 from .scoring import Scores
 from .surgery import plan_of
@@ -318,4 +319,4 @@ class RunRecord:
             "latency": None if self.latency is None else asdict(self.latency),
             "done": None if self.done is None else asdict(self.done),
         }
-        write_atomically(folder / STATE_FILE, to_json(state))
+        write_atomically(folder / STATE_FILE, json.dumps(state, indent=1))  # NaN and infinity stay

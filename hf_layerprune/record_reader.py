@@ -14,6 +14,7 @@ from .benchmark import BenchmarkReport
 from .budget import BlockLatency
 from .errors import LayerPruneError
 from .evaluation import EvaluationReport
+from .losses import perplexity_of
 from .plan import MAX_JSON_CHARACTERS, MAX_LAYERS, Edit, LayerPlan
 from .record import STATE_FILE, Done, Healing, RoundInProgress, RoundRecord, RunRecord, Speed, TeacherRecord
 from .scoring import Scores
@@ -165,7 +166,12 @@ def _measured(data: Any, what: str) -> dict[str, Any]:
         raise LayerPruneError(f"{what} has num_layers={depth!r:.80}; it must be 1..{MAX_LAYERS}")
     if not re.fullmatch(r"\w{1,50}", str(architecture)):
         raise LayerPruneError(f"{what} has architecture={architecture!r:.80}; it must be a name")
-    quality = {name: _number(data, name, what) for name in ("loss", "perplexity", "num_tokens")}
+    quality = {name: _number(data, name, what) for name in ("loss", "num_tokens")}
+    perplexity = data.get("perplexity")
+    if perplexity is None or perplexity == math.inf:  # of a loss so high that it is infinite
+        quality["perplexity"] = perplexity_of(quality["loss"])
+    else:
+        quality["perplexity"] = _number(data, "perplexity", what)
     compared = ("kl", "agreement")
     quality |= {name: None if data.get(name) is None else _number(data, name, what) for name in compared}
     speed = None
@@ -184,28 +190,40 @@ def _measured(data: Any, what: str) -> dict[str, Any]:
 
 def _earlier(data: Mapping[str, Any], state: str, what: str) -> EvaluationReport | None:
     """The quality of a round's student in an earlier state, where the round was healed."""
-    if data.get(f"loss_{state}") is None:
+    if f"loss_{state}" not in data:
         return None
-    loss, perplexity, kl = (_number(data, f"{name}_{state}", what) for name in ("loss", "perplexity", "kl"))
-    return EvaluationReport(loss, perplexity, kl, None, data["num_tokens"])
+    values = {name: data.get(f"{name}_{state}") for name in ("loss", "perplexity", "kl")}
+    broken = {
+        name: math.nan for name, value in values.items() if value is None or value != value or value in (math.inf,)
+    }
+    numbers = {name: _number(values, name, what) for name in values if name not in broken}
+    return EvaluationReport(**(numbers | broken), agreement=None, num_tokens=data["num_tokens"])
 
 
 def _tasks(data: Any, what: str) -> TaskReport:
     results = _mapping(_mapping(data, f"tasks of {what}").get("results"), f"tasks of {what}")
     try:
-        return TaskReport({str(name): TaskResult(**result) for name, result in results.items()})
+        report = TaskReport({str(name): TaskResult(**result) for name, result in results.items()})
     except TypeError as error:
         raise LayerPruneError(f"{what} has tasks that cannot be read: {error}") from None
+    for result in report.results.values():
+        for name in ("quality", "cost", "num_examples", "weight", "num_truncated"):
+            _number(vars(result), name, f"a task of {what}")
+        _text(vars(result), "measure", f"a task of {what}")
+    return report
 
 
 def _scores(data: Any, what: str) -> Scores:
     """The scores of one choice; JSON has null for a cost that is not finite."""
     values = dict(_mapping(data, f"scores of {what}"))
-    values.pop("certainty", None)
-    for name, given in list(values.items()):
-        if isinstance(given, Mapping):
-            costs = (math.nan if cost is None else _number(given, label, what) for label, cost in given.items())
-            values[name] = dict(zip(_edits(list(given), what), costs, strict=True))
+    certainty = str(values.pop("certainty", ""))
+    for name in ("values", "standard_errors", "left", "savings"):
+        given = _mapping(values.get(name, {}), f"{name} of {what}")
+        costs = (_or_nan(given, label, what) for label in given)
+        values[name] = dict(zip(_edits(list(given), what), costs, strict=True))
+    values["baseline"] = _or_nan(values, "baseline", what) if "baseline" in values else 0.0
+    if values.get("margin") is None and certainty and len(values.get("contenders", ())) == 2:
+        values["margin"] = math.inf if "is ahead of" in certainty else math.nan
     values["contenders"] = _edits(values.get("contenders", []), what)
     try:
         return Scores(**values)
@@ -229,6 +247,12 @@ def _text(data: Mapping[str, Any], name: str, what: str) -> str:
     if not isinstance(data.get(name), str):
         raise LayerPruneError(f"{what} needs a text {name!r}, not {data.get(name)!r:.80}")
     return data[name]
+
+
+def _or_nan(data: Mapping[str, Any], name: str, what: str) -> float:
+    """A number; JSON has null for one that is not finite."""
+    value = data[name]
+    return math.nan if value in (None, math.inf) or value != value else _number(data, name, what)
 
 
 def _number(data: Mapping[str, Any], name: str, what: str) -> Any:

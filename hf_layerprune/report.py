@@ -164,6 +164,8 @@ def task_table(run: RunRecord) -> str:
     measures = {name: result.measure for name, result in run.teacher.tasks.results.items()}
     rows = []
     for record in (run.teacher, *run.rounds):
+        if record.tasks is None or not set(measures) <= set(record.tasks.results):
+            continue
         qualities = [f"{record.tasks.results[name].quality:.4f}" for name in measures]
         rows.append([str(record.depth), f"{record.tasks.mean_cost:.4f}", *qualities])
     names = ["layers", "mean cost", *(f"{name} ({measure})" for name, measure in measures.items())]

@@ -27,6 +27,7 @@ NO_EFFECT = {
     ),
     "a finished run is pushed as a whole, checkpoints never": ("hub_strategy", "hub_always_push"),
     "only scripts of your own read it": ("do_train", "do_eval", "do_predict"),
+    "Ctrl-C and SIGTERM save a checkpoint already": ("enable_jit_checkpoint",),
     "the launcher sets it": ("local_rank",),
 }  # fmt: skip
 """Settings of TRL and transformers that a run does not offer, by the reason."""

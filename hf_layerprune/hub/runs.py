@@ -62,6 +62,11 @@ class Run:
     token: str | None = field(default=None, repr=False)
 
     @property
+    def report(self) -> dict[str, Any]:
+        """The content of `report.json`."""
+        return self.record.to_dict()
+
+    @property
     def plan(self) -> LayerPlan:
         """Which layers of the teacher the last student holds."""
         return self.record.rounds[-1].plan

@@ -31,8 +31,8 @@ class LayerDistillCallback(TrainerCallback):
     def on_phase_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, phase: str, **_: Any
     ) -> None:
-        """`phase` starts: `"evaluating teacher"`, `"scoring"`, `"evaluating"`, `"healing"`, `"measuring speed"` or
-        `"writing"`."""
+        """`phase` starts: `"evaluating teacher"`, `"scoring"`, `"repairing"`, `"evaluating"`, `"healing"`, `"measuring
+        speed"` or `"writing"`. Phases of a round come with `num_layers`, the measuring of speed with `num_runs`."""
 
     def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """One batch of a scoring or an evaluation is done."""

@@ -19,11 +19,11 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from .._trl import leave_weights, redirect_forward
+from .._trl import leave_weights, redirect_forward, set_model
 from ..data import Batch, valid_next_tokens
 from ..errors import NotANumber
 from ..losses import loss_of_parts, parts_of_loss
@@ -71,17 +71,21 @@ class HealingTrainer(Trainer):
         self.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(self.teacher), blocks)
         trained = make_trainable(student, blocks, everything, rounds._peft_config)
         self.shared_depth = shared_depth(trained, self.teacher)
+        use_cache = trained.config.use_cache  # which a `Trainer` sets
         args = copy.copy(rounds.args)
-        args.output_dir, args.push_to_hub, args.report_to = str(folder), False, []
+        args.push_to_hub, args.report_to, args.enable_jit_checkpoint = False, [], False
         super().__init__(
             trained,
             args,
             rounds.data_collator,
             rows,
-            rounds.eval_dataset,
+            rounds.eval_dataset or rows,  # never read: `evaluate` measures as the rounds do
             processing_class=rounds.processing_class,
             optimizer_cls_and_kwargs=rounds.optimizer_cls_and_kwargs,
         )
+        trained.config.use_cache = use_cache
+        set_model(rounds, trained)
+        self.folder = folder
         self.callback_handler.callbacks = rounds.callback_handler.callbacks
         self.model_accepts_loss_kwargs = True
         self._signature_columns = ["input_ids", "labels", "seq_lengths"]
@@ -113,14 +117,25 @@ class HealingTrainer(Trainer):
             [`NotANumber`]: if the loss is not finite.
         """
         self._started = time.perf_counter() - (0.0 if checkpoint is None else checkpoint.seconds)
+        set_seed(self.args.seed + self.rounds.round)  # a `Trainer` that is made sets it to the same in every round
+        self.accelerator.free_memory()
         try:
             output = self.train(resume_from_checkpoint=None if checkpoint is None else checkpoint.folder)
         finally:
             self.rounds.state, self.rounds.control = self.state, self.control
         healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         healed = healed if self._outline is None else fill(self._outline, healed, self.args.device)
+        self.model = self.model_wrapped = self.optimizer = self.lr_scheduler = self.deepspeed = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.accelerator.free_memory()
         return make_plain(healed, save_dtype), output
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Take that of the rounds: DeepSpeed allows only one."""
+        names = ("accelerator", "gather_function", "is_deepspeed_enabled", "is_fsdp_enabled", "is_tp_enabled")
+        for name in names:
+            if hasattr(self.rounds, name):
+                setattr(self, name, getattr(self.rounds, name))
 
     @property
     def seconds(self) -> float:
@@ -140,6 +155,10 @@ class HealingTrainer(Trainer):
         self._parts.clear()
         super().log({"round": self.rounds.round} | logs | parts, *args, **kwargs)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """Checkpoints of a healing lie in the folder of its round."""
+        return str(self.folder)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Seal it, unless it is that of the last step: a `Trainer` that resumes there takes one more."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones stay until it is sealed
@@ -149,9 +168,8 @@ class HealingTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save and self.state.global_step < self.state.max_steps:
-            folder = Path(self.args.output_dir)
-            seal(Checkpoint(str(folder / f"checkpoint-{self.state.global_step}"), self.seconds))
-            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+            seal(Checkpoint(str(self.folder / f"checkpoint-{self.state.global_step}"), self.seconds))
+            rotate_checkpoints(str(self.folder), limit, self.state.best_model_checkpoint, use_mtime=True)
         self.on_checkpoint(self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -195,6 +213,7 @@ class HealingTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Stops all processes if the loss of a step is not a finite number in one of them."""
+        self.rounds.state, self.rounds.control = self.state, self.control  # for callbacks that hold the rounds
         with self.rounds.maybe_activation_offload_context:
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss = self._step_loss + loss.detach()

@@ -40,6 +40,7 @@ from .publishing import HubPublishing
 from .rounds import Rounds
 from .run import RunFile, check_not_past_target, decisive_settings
 from .students import check_saving, unpruned
+from .towers import without_adapters
 
 
 class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
@@ -296,7 +297,7 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
 
     def metrics_of(self, student: PreTrainedModel, batches: list[Batch], prefix: str) -> dict[str, float]:
         """What `evaluate` returns."""
-        report = evaluate_model(student, batches, self.teacher)
+        report = evaluate_model(without_adapters(student), batches, self.teacher)
         return {f"{prefix}_{key}": value for key, value in report.to_dict().items()}
 
     def evaluate(
