@@ -485,7 +485,7 @@ def test_folders_that_hold_no_finished_run(hub, worker, runs, tmp_path):
     shutil.rmtree(tmp_path / "cut" / "rounds" / "01")
     refused(hub, worker.push(tmp_path / "cut", round=1), "holds no student of round 1")
     (tmp_path / "cut" / "report.json").write_text("[" * 100_000)
-    refused(hub, worker.push(tmp_path / "cut", round=1), "report.json is not valid JSON")
+    refused(hub, worker.push(tmp_path / "cut", round=1), "report.json is not JSON")
 
 
 def test_what_would_leak_is_refused(hub, worker, runs, tmp_path):
@@ -569,15 +569,14 @@ def test_an_error_of_the_client_is_one_line(error, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b'{"rounds": []}', "teacher"),
-        (b"NaN", "NaN is not a finite number"),
-        (b"[]", "must be an object"),
-        (b"\xff\xfe", "not valid JSON"),
-        (("perplexity", 10**400), "is not a finite number"),
-        (("decode_ratio", "fast"), "which is not a number"),
-        (("scores", {"1": "cheap"}), "which is not a number"),
-        (("all_scores", [{}]), "which is not an object"),
-        (("edits", ["x"]), "not valid JSON"),
+        (b'{"rounds": []}', "an object for settings"),
+        (b"NaN", "an object for the report, not nan"),
+        (b"[]", "an object for the report, not []"),
+        (b"\xff\xfe", "the file is not text"),
+        (("perplexity", 10**400), "it must be a finite number"),
+        (("decode_tokens_per_second", "fast"), "must be a finite number"),
+        (("all_scores", [{}]), "scores that cannot be read"),
+        (("edits", ["x"]), "they must be labels"),
         (("plan", {"num_teacher_layers": 999_999_999_999, "blocks": [[0]]}), "at most 10000"),
         (("plan", {"num_teacher_layers": 2, "blocks": ["/etc/passwd"]}), "integers"),
         (None, "it has no report.json"),

@@ -54,7 +54,8 @@ def test_quantized_checkpoints_are_refused_before_weights_are_read(quantization,
     for load in (load_config, load_model):
         with pytest.raises(LayerPruneError, match=named):
             load(str(tmp_path))
-    for verb in ("score --model", "compress --model", "benchmark", "plan --gpu_memory 1GiB --model", "demo embedded"):
+    estimate = "estimate --gpu_memory 1GiB --model"
+    for verb in ("score --model", "compress --model", "benchmark", estimate, "demo embedded"):
         assert cli.main([*verb.split(), str(tmp_path)]) == 2
         assert re.search(named, capsys.readouterr().err)
     with pytest.raises(LayerPruneError, match="is quantized"):

@@ -264,7 +264,8 @@ texts = conftest.embedded_dataset("calibration").select(range(12))
 trainer = IterativeLayerDistillTrainer(model=conftest.tiny_model(), args=args, train_dataset=texts,
                                        processing_class=conftest.byte_tokenizer())
 whole = HealingTrainer.compute_loss
-poisoned = lambda self, *args: whole(self, *args) * (math.nan if self.state.global_step == 1 else 1)
+def poisoned(self, *args, **kwargs):
+    return whole(self, *args, **kwargs) * (math.nan if self.state.global_step == 1 else 1)
 if os.environ["RANK"] == "1":
     HealingTrainer.compute_loss = poisoned
 try:

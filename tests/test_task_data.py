@@ -153,7 +153,7 @@ def test_columns_of_json_may_be_of_several_types_and_nested(tmp_path):
         ("a.json", "[{]", "a.json cannot be read: Expecting property name"),
         ("a.jsonl", "", "dataset .*a.jsonl is empty"),
         ("a.parquet", "no parquet", "a.parquet cannot be loaded"),
-        ("a.pdf", "x", "file type '.pdf'"),
+        ("a.pdf", "x", "its type '.pdf' is not one of"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, name, content, message):
