@@ -123,10 +123,11 @@ def summary(run: RunRecord) -> str:
     if last.healing is None:
         return f"Loss per token (nats) {before:.4f} before, **{last.quality.loss:.4f}** after, without training."
     share = recovery(run, last)
+    recovered = "" if share is None or share < 0 else f": {100 * share:.0f} % of the loss recovered"
     return (
         f"Loss per token (nats) {before:.4f} for the original, {last.unhealed.loss:.4f} unhealed, "
-        f"**{last.quality.loss:.4f}** healed"
-        + ("." if share is None else f": {100 * share:.0f} % of the loss recovered.")
+        f"**{last.quality.loss:.4f}** healed{recovered}. KL to the original {last.unhealed.kl:.4f} unhealed, "
+        f"**{last.quality.kl:.4f}** healed."
     )
 
 
