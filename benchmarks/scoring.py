@@ -27,7 +27,7 @@ from hf_layerprune import embedded_dataset, prune, score_layers
 from hf_layerprune.data import Batch, tokenized_batches, valid_next_tokens
 from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
-from hf_layerprune.forward import final_states, measuring
+from hf_layerprune.forward import final_states, inference
 from hf_layerprune.loading import load_model, load_tokenizer
 from hf_layerprune.losses import token_statistics
 from hf_layerprune.scoring import Race
@@ -77,7 +77,7 @@ def naive(model: PreTrainedModel, batches: list[Batch]) -> dict[int, float]:
     layers = plan_of(model).layers
     students = [prune(model, [layer], share_weights=True) for layer in layers]
     totals, tokens = dict.fromkeys(layers, 0.0), 0
-    with measuring(model):
+    with inference(model):
         for batch in batches:
             valid, labels = valid_next_tokens(batch)
             teacher = model.lm_head(final_states(model, batch)[valid]).log_softmax(-1)
@@ -175,7 +175,7 @@ def compare_influence(model: PreTrainedModel, batches: list[Batch], repeats: int
 
 def cost_of_parts(model: PreTrainedModel, batches: list[Batch]) -> tuple[float, float]:
     """Seconds of one layer and of one head (with KL) over all the data."""
-    with measuring(model):
+    with inference(model):
         layers, head = [], []
         for _ in range(3):
             taken, states = timed(lambda: [final_states(model, batch) for batch in batches])

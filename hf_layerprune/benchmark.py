@@ -15,7 +15,7 @@ from transformers import Cache, CompileConfig, DynamicCache, GenerationConfig, P
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from .errors import LayerPruneError, first_line
-from .forward import check_causal, measuring
+from .forward import check_causal, inference
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def benchmark_models(
     for model in models:
         check_causal(model)
     seconds: list[list[tuple[float, float]]] = [[] for _ in models]
-    with measuring(*models), _as_loaded(models), _compiling(models) if compile else nullcontext():
+    with inference(*models), _as_loaded(models), _compiling(models) if compile else nullcontext():
         # one cache for all runs of a model: `generate` would make new ones, at addresses a CUDA graph does not know
         static = cache_implementation == "static"
         caches = [
@@ -218,7 +218,7 @@ def _time_generate(model: PreTrainedModel, load: Load, cache: StaticCache | None
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Read the bytes of KV cache per token of context off a real cache."""
     cache = DynamicCache(config=model.config)
-    with measuring(model):
+    with inference(model):
         ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
         model(input_ids=ids, past_key_values=cache, use_cache=True)
     return _cache_bytes(cache)

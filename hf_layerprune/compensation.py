@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +41,6 @@ class Repair:
         position (`int`): the block before the gap, the same in the model and in the student without the layers.
         weight (`Tensor` of shape `(H, I)`): its new `mlp.down_proj.weight`.
     """
-
-    nothing: ClassVar[bool] = False  # until scoring no longer asks
 
     layers: tuple[int, ...]
     position: int

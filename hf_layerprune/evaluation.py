@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .data import Batch, check_batches, valid_next_tokens
-from .forward import check_same_vocabulary, final_states, measuring, to_device
+from .forward import check_same_vocabulary, final_states, inference, to_device
 from .losses import perplexity_of, token_statistics
 
 
@@ -57,7 +57,7 @@ def evaluate_model(
     batches = check_batches(batches, model.config.vocab_size, "evaluation data")
     nll = kl = agreement = 0.0
     num_tokens = 0
-    with measuring(*models):
+    with inference(*models):
         for batch in batches:
             batch = to_device(batch, model.device)
             valid, labels = valid_next_tokens(batch)

@@ -144,9 +144,6 @@ def inference(*models: PreTrainedModel) -> Iterator[None]:
             model.train(mode)
 
 
-measuring = inference  # its former name, until all callers use the new one
-
-
 def check_causal(model: PreTrainedModel) -> None:
     """Raise [`LayerPruneError`] unless `model` is a causal language model with an output head."""
     if isinstance(model, str):

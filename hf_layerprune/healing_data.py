@@ -28,7 +28,7 @@ from .data import load_text_dataset, num_positions
 from .errors import LayerPruneError, first_line
 from .files import write_atomically
 from .fingerprint import fingerprint, fingerprint_model
-from .forward import check_tokenizer, measuring, to_device
+from .forward import check_tokenizer, inference, to_device
 from .healing_data_config import HealingDataConfig
 from .loading import load_model, load_tokenizer, name_of
 from .rows import is_message
@@ -250,7 +250,7 @@ def _answer_all(
         journal.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(journal, settings)
     on_rows(len(answers), len(prompts))
-    with measuring(model):
+    with inference(model):
         for start in range(0, len(batches), count):
             turn = batches[start : start + count][rank::count]
             found = [_answer(model, tokenizer, batch, sampling, config.seed) for batch in turn]

@@ -86,7 +86,7 @@ def is_gguf(name_or_path: str) -> bool:
 
 
 def beside_weights(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the options a model is loaded with, those its config and its tokenizer are loaded with."""
+    """Select the options that also apply to loading the config and the tokenizer."""
     return {key: options[key] for key in BESIDE_WEIGHTS if key in options}
 
 
@@ -147,7 +147,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """Why there is no config."""
+    """Explain why the config cannot be loaded."""
     if folder.is_dir() and not (folder / "config.json").is_file():
         files = sorted(path.name for path in folder.glob("*.gguf"))
         return "it has no config.json" + (f"; name one of its GGUF files, {', '.join(files)}" if files else "")

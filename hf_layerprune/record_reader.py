@@ -141,7 +141,7 @@ def _round(data: Any, number: int) -> RoundRecord:
         number=number,
         edits=_edits(data.get("edits"), what),
         criterion=_text(data, "criterion", what),
-        scores=tuple(_scores(choice, what) for choice in scores),
+        scores=tuple(parse_scores(choice, what) for choice in scores),
         seconds_scoring=_number(data, "seconds_scoring", what) if "seconds_scoring" in data else 0.0,
         unhealed=_earlier(data, "unhealed", what),
         before_healing=_earlier(data, "before_healing", what),
@@ -153,7 +153,7 @@ def _round(data: Any, number: int) -> RoundRecord:
 def _in_progress(data: dict[str, Any]) -> RoundInProgress:
     what = "the round in progress"
     data |= {name: _edits(data[name], what) for name in ("edits", "order")}
-    data["scores"] = tuple(_scores(choice, what) for choice in data["scores"])
+    data["scores"] = tuple(parse_scores(choice, what) for choice in data["scores"])
     for name, kind in (("unhealed", EvaluationReport), ("before_healing", EvaluationReport), ("healing", Healing)):
         data[name] = None if data[name] is None else kind(**data[name])
     return RoundInProgress(**data)
@@ -192,12 +192,8 @@ def _earlier(data: Mapping[str, Any], state: str, what: str) -> EvaluationReport
     """The quality of a round's student in an earlier state, where the round was healed."""
     if f"loss_{state}" not in data:
         return None
-    values = {name: data.get(f"{name}_{state}") for name in ("loss", "perplexity", "kl")}
-    broken = {
-        name: math.nan for name, value in values.items() if value is None or value != value or value in (math.inf,)
-    }
-    numbers = {name: _number(values, name, what) for name in values if name not in broken}
-    return EvaluationReport(**(numbers | broken), agreement=None, num_tokens=data["num_tokens"])
+    loss, perplexity, kl = (_or_nan(data, f"{name}_{state}", what) for name in ("loss", "perplexity", "kl"))
+    return EvaluationReport(loss, perplexity, kl, None, data["num_tokens"])
 
 
 def _tasks(data: Any, what: str) -> TaskReport:
@@ -213,7 +209,7 @@ def _tasks(data: Any, what: str) -> TaskReport:
     return report
 
 
-def _scores(data: Any, what: str) -> Scores:
+def parse_scores(data: Any, what: str = "the report") -> Scores:
     """The scores of one choice; JSON has null for a cost that is not finite."""
     values = dict(_mapping(data, f"scores of {what}"))
     certainty = str(values.pop("certainty", ""))
@@ -250,9 +246,11 @@ def _text(data: Mapping[str, Any], name: str, what: str) -> str:
 
 
 def _or_nan(data: Mapping[str, Any], name: str, what: str) -> float:
-    """A number; JSON has null for one that is not finite."""
-    value = data[name]
-    return math.nan if value in (None, math.inf) or value != value else _number(data, name, what)
+    """A number that need not be finite; a report has null for one that is not."""
+    value = data.get(name)
+    if value is None:
+        return math.nan
+    return value if isinstance(value, float) and not math.isfinite(value) else _number(data, name, what)
 
 
 def _number(data: Mapping[str, Any], name: str, what: str) -> Any:

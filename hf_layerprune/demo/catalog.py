@@ -218,7 +218,7 @@ def pushed_run(name: str, token: str | bool | None = None) -> tuple[str, LayerPl
     """The name of a pushed run's teacher, and the plan of its student.
 
     Raises:
-        [`LayerPruneError`]: if there is no such run on the Hub.
+        [`LayerPruneError`]: if the Hub has no such run.
     """
     run = load_run(name, token=token)
     return run.record.teacher.name, run.plan

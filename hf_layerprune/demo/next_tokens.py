@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..forward import final_states, measuring
+from ..forward import final_states, inference
 
 ROWS_AT_ONCE = 16
 """Positions whose distributions are in memory at a time."""
@@ -51,7 +51,7 @@ def compare_next_tokens(
     """
     batch = torch.tensor([ids], device=teacher.device)
     positions: list[Position] = []
-    with measuring(teacher, student):
+    with inference(teacher, student):
         states = [final_states(model, {"input_ids": batch})[0] for model in (teacher, student)]  # (T, H)
         for start in range(0, len(ids), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)

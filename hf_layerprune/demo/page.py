@@ -38,7 +38,7 @@ SAMPLING = {
 """Label, explanation and step of each setting."""
 PROMPT, DIFFERENT = "prompt", "first difference"
 COLORS = {PROMPT: "#bae6fd", DIFFERENT: "#fbbf24"}
-"""Gradio mixes them half with what is behind: black words can be read on both, in light and dark."""
+"""Gradio blends each with the background; black text is readable on both, in light and dark mode."""
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
 ON_DEVICE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device"}

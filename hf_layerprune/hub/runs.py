@@ -148,7 +148,7 @@ class Run:
 
 
 def recorded_plan(folder: Path) -> LayerPlan | None:
-    """The plan in the `config.json` of a saved student; `None` where there is no student."""
+    """Return the plan in the `config.json` of a saved student, or `None` if the folder holds none."""
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -167,7 +167,7 @@ def load_run(name: str | Path, revision: str | None = None, token: str | None = 
         token (`str`, *optional*): for a private repository; by default `HF_TOKEN` or the stored login.
 
     Raises:
-        [`LayerPruneError`]: if there is no such run, none of its rounds is finished, or its report is not valid.
+        [`LayerPruneError`]: if the run does not exist, has no finished round, or has an invalid report.
     """
     folder, commit = Path(name), None
     if not folder.is_dir():

@@ -86,7 +86,7 @@ def run_parallel(layers: list[nn.Module], state: Tensor, kwargs: dict[str, Any])
 class CandidateRuns:
     """Runs a model as it is, index 0, and by other plans made of its layers, index 1, 2, ...
 
-    Its methods run inside [`~forward.measuring`].
+    Its methods run inside [`~forward.inference`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model as it is.
@@ -111,7 +111,7 @@ class CandidateRuns:
         yield whole
         for index in which:
             (start, blocks), repair = self.parts[index - 1], self._repair(index, fold)
-            if repair is not None and repair.weight is not None:  # the block before the gap changes too
+            if repair is not None:  # the block before the gap changes too
                 state, kwargs = calls[repair.position]
                 weight = {f"{architecture_of(self.model.config).mlp_output}.weight": repair.weight}
                 state = functional_call(decoder.layers[repair.position], weight, (state,), kwargs)
@@ -120,7 +120,6 @@ class CandidateRuns:
                 continue
             else:
                 state, kwargs = calls[start]
-                state = state if repair is None else state * repair.scale
             for layers in blocks:
                 state = run_parallel(layers, state, kwargs)
             yield decoder.norm(state)

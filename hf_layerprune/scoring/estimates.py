@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..data import Batch, check_batches, split_rows, valid_next_tokens
 from ..errors import LayerPruneError
-from ..forward import final_states, measuring, to_device
+from ..forward import final_states, inference, to_device
 from ..losses import next_token_loss
 from ..surgery import check_model, plan_of
 from .measure import gathered, shard
@@ -83,7 +83,7 @@ def estimate(
         with torch.no_grad():
             return criterion(model, batches, blocks)
     if criterion in ANGLES:
-        with measuring(model):
+        with inference(model):
             return measure_angles(model, batches, [(block, block + 1) for block in blocks], criterion, on_batch)
     if criterion == "taylor":
         return taylor(model, batches, blocks, on_batch)
@@ -143,7 +143,7 @@ def measure_angles(
 ) -> Evidence:
     """Mean angle by which each stretch of blocks turns its input, over all unpadded tokens; no head is run.
 
-    A stretch is the positions of its first block and of the block after its last. Runs inside [`~forward.measuring`].
+    A stretch is the positions of its first block and of the block after its last. Runs inside [`~forward.inference`].
     """
     evidence, found = Evidence(1 + len(stretches)), []
     tokens_at_once = TOKENS_AT_ONCE.get(model.device.type, MANY_TOKENS)
@@ -211,7 +211,7 @@ def contiguous_block(
     if is_offloaded(model):
         raise needs_memory("'angular_distance'")
     batches = check_batches(batches, model.config.vocab_size, "calibration data")
-    with measuring(model):
+    with inference(model):
         evidence = measure_angles(model, batches, [(n, n + size) for n in starts], "angular_distance")
     best = min(range(len(starts)), key=lambda index: (evidence.value(index + 1), -starts[index]))
     return plan.layers[starts[best] : starts[best] + size]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..compensation import Repair, find_repairs
 from ..data import Batch, check_batches, split_rows, valid_next_tokens
 from ..errors import LayerPruneError
-from ..forward import check_same_vocabulary, measuring
+from ..forward import check_same_vocabulary, inference
 from ..plan import Edit, LayerPlan, layer_indices
 from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
@@ -147,7 +147,7 @@ def score(
         tasks, folds = prepare_tasks(tasks, model, tokenizer), [batches]
     else:
         folds = [batches] if compensation == "none" else halves(batches)
-    with measuring(model, teacher):
+    with inference(model, teacher):
         if is_offloaded(model):
             evidence, left = sweep(model, batches, plans, criterion, teacher, on_batch, max_state_bytes), {}
         else:
@@ -237,7 +237,7 @@ def _repairs(
     plan = plan_of(model)
     layers = [layer for after in plans if (layer := _removed_layer(plan, after)) is not None]
     found = [find_repairs(model, fold, layers, compensation, teacher) for fold in reversed(folds)]
-    return [{plan.remove(n): repair for n, repair in by.items() if not repair.nothing} for by in found]
+    return [{plan.remove(n): repair for n, repair in by.items()} for by in found]
 
 
 def _parts(folds: Sequence[Sequence[Batch]], race: Race | None) -> list[tuple[Batch, int]]:

@@ -269,15 +269,6 @@ class Scores(Generic[Key]):
         }
         return vars(self) | by_label | {"contenders": list(map(_label, self.contenders)), "certainty": self.certainty}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Scores[Edit]:
-        """Read what `to_dict` wrote for edits or for layers to remove, which come back as edits."""
-        read: dict[str, Any] = {name: value for name, value in data.items() if name != "certainty"}
-        for name, value in data.items():
-            if isinstance(value, Mapping):
-                read[name] = {Edit.from_label(label): number for label, number in value.items()}
-        return Scores(**read | {"contenders": tuple(map(Edit.from_label, data.get("contenders", ())))})
-
 
 def _depth_of(key: int | Edit | LayerPlan) -> int:
     """The first layer that a candidate changes; the same for all plans, which change several."""

@@ -50,7 +50,7 @@ def sweep(
     on_batch: Callable[[], None] = lambda: None,
     max_state_bytes: int | None = None,
 ) -> Evidence:
-    """Measure plans that leave out blocks of `model` by `"kl"` or `"loss"`. Runs inside [`~forward.measuring`].
+    """Measure plans that leave out blocks of `model` by `"kl"` or `"loss"`. Runs inside [`~forward.inference`].
 
     `max_state_bytes` bounds the states held at a time, by default half of the memory that is free where the layers
     compute; if those of all candidates are more, there are several sweeps.

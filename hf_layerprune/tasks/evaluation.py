@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Batch, valid_next_tokens
 from ..errors import LayerPruneError
-from ..forward import check_same_vocabulary, final_states, measuring, to_device
+from ..forward import check_same_vocabulary, final_states, inference, to_device
 from ..losses import perplexity_of, token_statistics
 from .chunks import GenerationChunk, PreparedTask, pad_id
 from .lm_eval_task import LmEvalChunk
@@ -118,7 +118,7 @@ def evaluate_tasks(
             raise LayerPruneError(
                 f"task {task.name}: KL needs a teacher to compare with; give one or leave out the task"
             )
-    with measuring(*(one for one in (model, teacher) if one is not None)):
+    with inference(*(one for one in (model, teacher) if one is not None)):
         return TaskReport({task.name: _evaluate(model, task, tokenizer, teacher, on_chunk) for task in prepared})
 
 
@@ -166,7 +166,7 @@ def sums_by_row(
 ) -> tuple[Tensor, Tensor]:
     """Nats summed over each row's scored tokens, `(C, B)`, and the number of these tokens, `(B,)`.
 
-    Runs inside [`~forward.measuring`]. In float64, on the CPU.
+    Runs inside [`~forward.inference`]. In float64, on the CPU.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): whose head the C models share.
