@@ -148,6 +148,8 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
 
 def _reason(error: Exception, folder: Path) -> str:
     """Explain why the config cannot be loaded."""
+    if folder.is_absolute() and not folder.exists():
+        return "the folder does not exist"
     if folder.is_dir() and not (folder / "config.json").is_file():
         files = sorted(path.name for path in folder.glob("*.gguf"))
         return "it has no config.json" + (f"; name one of its GGUF files, {', '.join(files)}" if files else "")

@@ -62,6 +62,11 @@ def test_quantized_checkpoints_are_refused_before_weights_are_read(quantization,
         load_shape(str(tmp_path / "config.json"))
 
 
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(LayerPruneError, match="nowhere cannot be loaded as a model: the folder does not exist"):
+        load_config(str(tmp_path / "nowhere"))
+
+
 def test_config_field_of_the_wrong_type(model, tmp_path):
     fields = json.loads(model.config.to_json_string()) | {"hidden_size": "wide"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
