@@ -91,7 +91,7 @@ def main() -> None:
     print(text)
     if arguments.output is not None:
         arguments.output.write_text(text)
-    print(content["verdict"]["told"])
+    print(content["verdict"]["summary"])
     raise SystemExit(not content["verdict"]["agrees"])
 
 
@@ -120,8 +120,8 @@ def verdict(results: dict[str, dict[str, dict[str, float]]]) -> dict[str, object
     where = max(ratios, key=lambda key: abs(ratios[key] - 1))
     apart = abs(ratios[where] - 1)
     agrees = apart <= LIMIT
-    told = f"{'AGREES' if agrees else 'DISAGREES'}: at most {apart:.1%} apart ({where}); {LIMIT:.0%} is allowed"
-    return {"agrees": agrees, "farthest": apart, "limit": LIMIT, "told": told}
+    summary = f"{'AGREES' if agrees else 'DISAGREES'}: at most {apart:.1%} apart ({where}); {LIMIT:.0%} is allowed"
+    return {"agrees": agrees, "farthest": apart, "limit": LIMIT, "summary": summary}
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def run(folder: Path, seed: int, removed: int, settings: dict[str, Any]) -> dict
 
 
 def folder_of(output_dir: Path, settings: dict[str, Any], seed: int) -> Path:
-    """Of the runs with these settings; another recipe gives another folder."""
+    """The folder of the runs with these settings; another recipe gives another folder."""
     everything = json.dumps([settings, (ASSETS / "recipe.yaml").read_text()], sort_keys=True)
     words = "-".join(str(value).lower() for value in settings.values()) or "recipe"
     return output_dir / f"{words}-{hashlib.sha256(everything.encode()).hexdigest()[:6]}-seed{seed}"
@@ -121,7 +121,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def plot(curves: dict[str, dict[int, list[float]]]) -> Figure:
-    """Healed curves beside those that were never healed, each with a scale of its own."""
+    """Healed curves next to unhealed ones, each with a scale of its own."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, healed in zip(figure.subplots(1, 2), (True, False), strict=True):
         for name, points in curves.items():

@@ -3,10 +3,10 @@
     python benchmarks/on_policy.py --output_dir runs/on_policy --output benchmarks/results/on_policy.json
 
 One student of the embedded teacher (four of its 16 layers removed, the same for all) is healed with the package's
-recipe: on the beginnings of passages of books; on what the teacher writes behind the first words of the same passages,
+recipe: on the beginnings of passages of books; on what the teacher writes after the first words of the same passages,
 sampled as its generation config says and from its whole distribution; and half on the one, half on the other. Every
 way sees the same number of steps and of tokens. Measured: loss and KL on held-out books, and KL on what the teacher
-itself writes behind the first words of those. Answers that are there already are not generated again.
+itself writes after the first words of those. Answers that are there already are not generated again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ANSWERS = {"prompt_tokens": 32, "max_new_tokens": 160, "batch_size": 64}
 def answers(
     name: str, folder: Path, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, **settings: Any
 ) -> tuple[Dataset, dict[str, Any]]:
-    """What the teacher writes behind the openings of some passages, and how long that took."""
+    """What the teacher writes after the openings of some passages, and how long that took."""
     path, config, start = folder / f"{name}.jsonl", HealingDataConfig(**ANSWERS | settings), time.perf_counter()
     report = generate_healing_data(teacher, embedded_dataset(source), path, config, tokenizer)
     seconds = time.perf_counter() - start

@@ -41,7 +41,7 @@ LARGE_HEAD = RANDOM | {"vocab_size": 151_936}  # Qwen's; as many products per to
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that live at once, made while it is on, beside the weights of `model`."""
+    """Counts the bytes of all tensors that live at once, made while it is on, without the weights of `model`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -95,8 +95,8 @@ def influence_elsewhere(model: PreTrainedModel, batches: list[Batch]) -> list[fl
     with torch.no_grad():
         for batch in batches:
             states = model(**batch, output_hidden_states=True).hidden_states
-            for layer, (before, behind) in enumerate(zip(states, states[1:], strict=False)):
-                totals[layer] += float((1 - torch.cosine_similarity(before, behind, dim=-1)).sum())
+            for layer, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+                totals[layer] += float((1 - torch.cosine_similarity(before, after, dim=-1)).sum())
             tokens += batch["input_ids"].numel()
     return [total / tokens for total in totals]
 
@@ -153,7 +153,7 @@ def compare(model: PreTrainedModel, batches: list[Batch], repeats: int) -> dict[
 
 
 def compare_influence(model: PreTrainedModel, batches: list[Batch], repeats: int) -> dict[str, Any]:
-    """Block influence by the hidden states of a full forward pass, and by hooks: time and memory beside the model."""
+    """Time and memory of block influence, by the hidden states of a full forward pass and by hooks."""
     ways: dict[str, Callable[[], Any]] = {
         "elsewhere": lambda: influence_elsewhere(model, batches),
         "hooks": lambda: score_layers(model, batches, "block_influence"),

@@ -38,7 +38,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Qwen2Tokenizer:
 
 
 def encode(tokenizer: Qwen2Tokenizer, books: list[str]) -> Tensor:
-    """All books as one stream of token ids, an end token behind each book."""
+    """All books as one stream of token ids, an end token after each book."""
     ids: list[int] = []
     for text in books:
         ids += tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
