@@ -38,6 +38,8 @@ THREE = LayerPlan(((0,), (1,), (2,)), 4)
 )
 def test_picture(record, handles):
     figure = plot_layer_map(replace(RUN, rounds=(record,)))
-    legend = figure.axes[-1].get_legend()
-    assert {text.get_text() for text in legend.get_texts()} == handles
-    assert len(figure.axes) == (2 if record.scores else 1)
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == handles
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == [str(layer) for layer in range(record.plan.num_teacher_layers)]
+    assert figure.axes[0].yaxis.get_visible() == bool(record.scores)
+    figure.canvas.draw()
