@@ -82,7 +82,7 @@ def measured(trainer: IterativeLayerDistillTrainer, teacher: PreTrainedModel, ow
     record = trainer.run.rounds[0]
     on_own = evaluate_model(trainer.model, own_text, teacher)
     return {
-        "removed_layers": record.removed_layers,
+        "removed_layers": [edit.layers[0] for edit in record.edits],
         "tokens": record.healing.num_tokens,
         "loss_before": record.before_healing.loss,
         "kl_before": record.before_healing.kl,

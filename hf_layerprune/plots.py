@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -118,7 +119,9 @@ def plot_layer_map(run: RunRecord) -> Figure:
 
     A bar is a layer, as high as removing it costs; a line is layers that run in parallel. Edits not made are pale.
     """
-    plan, costs, made, criterion = run.rounds[-1].plan, run.last_costs(), set(run.edits), run.rounds[-1].criterion
+    plan, criterion, made = run.rounds[-1].plan, run.rounds[-1].criterion, set(run.edits)
+    every = (cost for record in run.rounds for scores in record.scores for cost in scores.values.items())
+    costs = {edit: cost for edit, cost in every if math.isfinite(cost)}  # of each edit the last one
     width = min(12.0, max(5.0, 0.32 * plan.num_teacher_layers))
     figure = Figure(figsize=(width, 3.0 if costs else 1.0), layout="constrained")
     axes = figure.subplots()

@@ -8,11 +8,10 @@ once, when they are read.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -30,7 +29,6 @@ from .tasks import TaskReport
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-T = TypeVar("T")
 PLAN_FILE, REPORT_FILE, STATE_FILE = "plan.json", "report.json", "run_state.json"
 Phase = Literal["choosing", "edited", "healed"]
 """How far a round has come: it chooses edits; they are made and measured; the student is healed and saved."""
@@ -149,11 +147,6 @@ class RoundRecord(ModelRecord, RoundWork):
     number: int = 1
     criterion: str = ""
 
-    @property
-    def removed_layers(self) -> list[int]:
-        """Teacher layers that the round removed, in the order of the edits."""
-        return [edit.layers[0] for edit in self.edits if edit.kind == "remove"]
-
 
 @dataclass(frozen=True)
 class RoundInProgress(RoundWork):
@@ -228,17 +221,18 @@ class RunRecord:
         return LayerPlan.from_dict(plan) if isinstance(plan, Mapping) else self.teacher.plan
 
     def until(self, number: int) -> RunRecord:
-        """The run as it was after round `number`."""
+        """The run as it was after round `number`.
+
+        Raises:
+            [`LayerPruneError`]: if there is no such round.
+        """
+        if not 1 <= number <= len(self.rounds):
+            raise LayerPruneError(f"round={number} but the run has rounds 1..{len(self.rounds)}; choose one of them")
         return replace(self, rounds=self.rounds[:number], current=None)
 
     def with_round(self, record: RoundRecord) -> RunRecord:
         """The run after another round."""
         return replace(self, rounds=(*self.rounds, record), current=None)
-
-    def last_costs(self) -> dict[Edit, float]:
-        """What each edit cost when it was measured last; for one that was made, that is when it was chosen."""
-        every = (scores.values for record in self.rounds for scores in record.scores)
-        return {edit: cost for values in every for edit, cost in values.items() if math.isfinite(cost)}
 
     def to_json(self) -> str:
         """The content of `report.json` and `run_state.json`."""
@@ -281,7 +275,7 @@ def read_plan(path: str | Path) -> LayerPlan:
     return _read(Path(path), str(path), LayerPlan.from_json)
 
 
-def _read(path: Path, name: str, parse: Callable[[str], T]) -> T:
+def _read(path: Path, name: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:

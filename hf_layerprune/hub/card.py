@@ -18,7 +18,6 @@ from .runs import Run
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "model_card.md.jinja"
 TAGS = ("hf_layerprune", "layer-pruning", "pruned", "distillation")
-PARALLEL_TAG = "layer-parallelism"
 METRICS = {
     "perplexity": "Perplexity",
     "kl": "KL divergence from the original model, nats per token",
@@ -74,7 +73,7 @@ def run_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         datasets=list(dict.fromkeys(filter(None, [*named.values(), *datasets]))) or None,
-        tags=list(dict.fromkeys([*TAGS, *[PARALLEL_TAG] * bool(plan.parallel_pairs), *tags])),
+        tags=list(dict.fromkeys([*TAGS, *["layer-parallelism"] * bool(plan.parallel_pairs), *tags])),
         metrics=["perplexity"],
         model_name=model_name.split("/")[-1],
         eval_results=_eval_results(public, evaluated_on),

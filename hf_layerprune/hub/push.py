@@ -83,11 +83,8 @@ def push_run(
     if not Path(output_dir).is_dir():
         raise LayerPruneError(f"{output_dir} is not a folder; give the output folder of a run")
     run, api, branch = load_run(output_dir), HfApi(token=token), revision or MAIN
-    finished = len(run.record.rounds)
-    last = finished if round is None else round
-    if not 1 <= last <= finished:
-        raise LayerPruneError(f"round={round} but {output_dir} has rounds 1..{finished}; choose one of them")
-    rounds = {depth_tag(run.record.rounds[n - 1].depth): n for n in range(1 if depth_tags else last, last + 1)}
+    record = run.record.until(len(run.record.rounds) if round is None else round)
+    rounds = {depth_tag(one.depth): one.number for one in record.rounds[0 if depth_tags else -1 :]}
     students = {tag: run.student(number) for tag, number in rounds.items()}  # of several of one depth the last
     repo_id, source = full_name(api, repo_id), base_model or run.settings.get("model")
     facts, why = base_facts(source, token) if source else (ModelCardData(), "the run does not name it: --base_model")
@@ -97,7 +94,7 @@ def push_run(
     options["revisions"] = list(rounds) if depth_tags else []
     with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
         for tag, number in rounds.items():  # all of them, before anything is sent
-            where, folder = branch if number == last else tag, Path(temporary) / tag
+            where, folder = branch if number == len(record.rounds) else tag, Path(temporary) / tag
             card = run_card(run, number, repo_id, revision=None if where == MAIN else where, **options)
             _write_folder(folder, students[tag], run, number, card)
             check_nothing_local(folder, (run.folder, Path.home(), Path.cwd()), token or get_token())
@@ -106,18 +103,20 @@ def push_run(
         for tag in rounds:
             depth = tag.replace("-", " ")
             on_message(f"pushing {depth} to {repo_id}")
-            with hub_errors(f"pushing to {repo_id}"):
-                commit = api.upload_folder(
-                    repo_id=repo_id,
-                    folder_path=Path(temporary) / tag,
-                    revision=branch,
-                    commit_message=commit_message or f"{depth} of {run.record.teacher.name}",
-                    delete_patterns=OWN,
-                )
-                if depth_tags:
-                    with suppress(RevisionNotFoundError):
-                        api.delete_tag(repo_id, tag=tag)  # the Hub cannot move one
-                    api.create_tag(repo_id, tag=tag, revision=commit.oid)
+            title = commit_message or f"{depth} of {record.teacher.name}"
+            commit = _upload(api, repo_id, Path(temporary) / tag, branch, title, tag if depth_tags else None)
+    return commit
+
+
+def _upload(api: HfApi, repo_id: str, folder: Path, branch: str, title: str, tag: str | None) -> CommitInfo:
+    """Send a folder in one commit, and point a tag to it."""
+    with hub_errors(f"pushing to {repo_id}"):
+        options = {"revision": branch, "commit_message": title, "delete_patterns": OWN}
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+        if tag is not None:
+            with suppress(RevisionNotFoundError):
+                api.delete_tag(repo_id, tag=tag)  # the Hub cannot move one
+            api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit
 
 
