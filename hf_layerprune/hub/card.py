@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .. import report as reports
+from .. import report
 from ..errors import first_line
 from ..loading import resolve
 from ..plots import layer_map_text
@@ -18,13 +18,13 @@ from .runs import Run
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "model_card.md.jinja"
 TAGS = ("hf_layerprune", "layer-pruning", "pruned", "distillation")
-METRICS = {
-    "perplexity": "Perplexity",
-    "kl": "KL divergence from the original model, nats per token",
-    "agreement": "Share of positions with the original's most likely token",
-}
-"""Entries of a round that become metrics of the card, and their names there."""
 TEXTS = ("calibration_dataset", "dataset", "eval_dataset")
+METRICS = {
+    "perplexity": ("perplexity", "Perplexity"),
+    "kl": ("hf_layerprune_kl", "KL divergence from the original model, nats per token"),
+    "agreement": ("hf_layerprune_agreement", "Share of positions with the original's most likely token"),
+}
+"""Entries of a round's quality that become metrics of the card, their types and names there."""
 
 
 def base_facts(base: str, token: str | None = None) -> tuple[ModelCardData, str]:
@@ -59,21 +59,20 @@ def run_card(
     other depths.
     """
     public, settings = run.public_record(number), run.settings
-    plan = public.rounds[-1].plan
     base = base_model or settings.get("model")
     origin, base_id = base or public.teacher.name, hub_id(base)
     if facts is None:
         facts = base_facts(base)[0] if base and not base_id else ModelCardData()
-    named = {key: hub_id(settings.get(key)) for key in TEXTS}
-    evaluated_on = named["eval_dataset" if settings.get("eval_dataset") else "dataset"]
+    parallel = ["layer-parallelism"] if public.rounds[-1].plan.parallel_pairs else []
+    evaluated_on = hub_id(settings.get("eval_dataset") or settings.get("dataset"))
     metadata = ModelCardData(
         **facts.to_dict(),
         **({"base_model_relation": "finetune"} if base_id else {}),
         base_model=base_id,
         library_name="transformers",
         pipeline_tag="text-generation",
-        datasets=list(dict.fromkeys(filter(None, [*named.values(), *datasets]))) or None,
-        tags=list(dict.fromkeys([*TAGS, *["layer-parallelism"] * bool(plan.parallel_pairs), *tags])),
+        datasets=list(dict.fromkeys(filter(None, [*(hub_id(settings.get(key)) for key in TEXTS), *datasets]))) or None,
+        tags=list(dict.fromkeys([*TAGS, *parallel, *tags])),
         metrics=["perplexity"],
         model_name=model_name.split("/")[-1],
         eval_results=_eval_results(public, evaluated_on),
@@ -82,35 +81,29 @@ def run_card(
         metadata,
         template_path=str(TEMPLATE),
         run=public,
-        verb="parallelize" if "search" in public.settings else "compress",
+        report=report,
+        layer_map_text=layer_map_text,
+        recipe=without_local_paths(settings),
         model_name=model_name,
         base_id=base_id,
         origin=without_local_paths(origin),
         origin_id=hub_id(origin),
         pushed=pushed,
         revision=revision,
-        revisions=[name for name in revisions if name != revision],
+        revisions=revisions,
         evaluated_on=public.teacher.evaluated_on + (f" ({evaluated_on})" if evaluated_on else ""),
-        recipe=without_local_paths(settings),
-        summary=reports.summary(public),
-        millions=reports.millions,
-        layer_map=layer_map_text(plan),
-        quality_table=reports.quality_table(public),
-        task_table=reports.task_table(public),
     )
 
 
 def _eval_results(run: RunRecord, evaluated_on: str | None) -> list[EvalResult]:
     """The run's own numbers, on held-out text and on the tasks that chose the layers, if any did."""
-
-    def result(dataset: str, name: str, metric: str, metric_name: str, value: float) -> EvalResult:
-        return EvalResult("text-generation", dataset, name, metric, value, "Text Generation", metric_name=metric_name)
-
-    teacher, record = run.teacher, run.rounds[-1]
-    text, data = f"{teacher.evaluated_on}, {teacher.quality.num_tokens:,} tokens", evaluated_on or "held-out-text"
-    metrics = {name: name if name == "perplexity" else f"hf_layerprune_{name}" for name in METRICS}
-    results = [result(data, text, metrics[name], METRICS[name], getattr(record.quality, name)) for name in METRICS]
-    for name, task in ({} if record.tasks is None else record.tasks.results).items():
-        size = f"{name}, {task.num_examples:,} examples"
-        results.append(result(re.sub(r"[^\w.-]+", "-", name), size, task.measure, task.measure, task.quality))
-    return results
+    last, data = run.rounds[-1], evaluated_on or "held-out-text"
+    text = f"{run.teacher.evaluated_on}, {run.teacher.quality.num_tokens:,} tokens"
+    results = [(data, text, *METRICS[name], getattr(last.quality, name)) for name in METRICS]
+    for name, task in last.tasks.results.items() if last.tasks else ():
+        examples = f"{name}, {task.num_examples:,} examples"
+        results.append((re.sub(r"[^\w.-]+", "-", name), examples, task.measure, task.measure, task.quality))
+    return [
+        EvalResult("text-generation", dataset, name, metric, value, "Text Generation", metric_name=metric_name)
+        for dataset, name, metric, metric_name, value in results
+    ]
