@@ -11,7 +11,7 @@ turns, and put into tables: at equal depth, at equal measured time per token, at
 from __future__ import annotations
 
 import argparse
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model
 from hf_layerprune.plots import save_plot
+from hf_layerprune.record import ModelRecord, RoundRecord, RunRecord, read_run
 from hf_layerprune.surgery import apply_plan
 
 TOUCHED = {"trained_layers": "neighbours", "learning_rate": 1e-3}  # heals the blocks an edit touches
@@ -51,8 +52,8 @@ def folder_of(name: str, parent: Path) -> Path:
     return parent / name.replace(",", "").replace(" ", "-")
 
 
-def run(name: str, parent: Path) -> list[dict[str, Any]]:
-    """The rounds of one way, from disk if it is finished."""
+def run(name: str, parent: Path) -> RunRecord:
+    """One way, from disk if it is finished."""
     folder = folder_of(name, parent)
     if not (folder / "model").is_dir():
         arguments = ["compress", "--config", str(ASSETS / "recipe.yaml"), "--measure_speed", "false"]
@@ -60,11 +61,21 @@ def run(name: str, parent: Path) -> list[dict[str, Any]]:
         resume = ["--resume_from_checkpoint", "true"] if (folder / "run_state.json").is_file() else []
         if status := cli.main([*arguments, "--output_dir", str(folder), *settings, *resume]):
             raise SystemExit(status)
-    report = json.loads((folder / "report.json").read_text())
+    record = read_run(folder / "report.json")
     for key, value in STRATEGIES[name].items():
-        if not key.startswith("target") and report["settings"][key] != value:
-            raise SystemExit(f"{folder} holds a run with {key}={report['settings'][key]!r}; move it away")
-    return report["rounds"]
+        if not key.startswith("target") and record.settings[key] != value:
+            raise SystemExit(f"{folder} holds a run with {key}={record.settings[key]!r}; move it away")
+    return record
+
+
+def row(record: ModelRecord) -> dict[str, Any]:
+    """What the tables and plots show of a round, or of the teacher."""
+    found = {"num_layers": record.depth, "num_parameters": record.num_parameters, "plan": record.plan.to_dict()}
+    found |= asdict(record.quality)
+    if isinstance(record, RoundRecord):
+        found |= {f"{key}_unhealed": getattr(record.unhealed, key) for key in ("loss", "perplexity", "kl")}
+        found["edits"] = [edit.label for edit in record.edits]
+    return found
 
 
 def time_all(rounds: dict[str, list[dict[str, Any]]], repeats: int) -> None:
@@ -156,8 +167,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
-    rounds = {name: run(name, arguments.output_dir) for name in STRATEGIES}
-    teacher = json.loads((folder_of("removal", arguments.output_dir) / "report.json").read_text())["teacher"]
+    runs = {name: run(name, arguments.output_dir) for name in STRATEGIES}
+    rounds = {name: [row(record) for record in one.rounds] for name, one in runs.items()}
+    teacher = row(runs["removal"].teacher)
     time_all(rounds, arguments.repeats)
     kept = ("num_layers", "edits", "num_parameters", "latency", "prefill", "loss_unhealed", "perplexity_unhealed",
             "kl_unhealed", "loss", "perplexity", "kl", "agreement", "plan")  # fmt: skip

@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from hf_layerprune.data import ASSETS
 from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.plots import save_plot
+from hf_layerprune.record import RunRecord, read_run
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "figure" / "figure.yaml"
 STYLES = {"tail": ":", "random": ":", "angular": ":", "ShortGPT": ":", "least squares": "--"}
@@ -52,10 +53,10 @@ class FigureRecipe:
     curves: dict[str, dict[str, Any]]
 
 
-def run(folder: Path, seed: int, removed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """The report of one run of the recipe, with other settings."""
+def run(folder: Path, seed: int, removed: int, settings: dict[str, Any]) -> RunRecord:
+    """One run of the recipe, with other settings."""
     if (folder / "model" / "config.json").is_file():
-        return json.loads((folder / "report.json").read_text())
+        return read_run(folder / "report.json")
     base = yaml.safe_load((ASSETS / "recipe.yaml").read_text())
     base.pop("model")
     base |= {"output_dir": str(folder), "target_num_layers": 16 - removed, "seed": seed, "measure_speed": False}
@@ -67,7 +68,7 @@ def run(folder: Path, seed: int, removed: int, settings: dict[str, Any]) -> dict
         calibration_dataset=embedded_dataset("calibration").shuffle(seed=seed),
     )
     trainer.train(resume_from_checkpoint=(folder / "run_state.json").is_file() or None)
-    return json.loads((folder / "report.json").read_text())
+    return trainer.run
 
 
 def folder_of(output_dir: Path, settings: dict[str, Any], seed: int) -> Path:
@@ -83,25 +84,26 @@ def losses(recipe: FigureRecipe, name: str, output_dir: Path, seed: int) -> dict
     settings = recipe.curves[same_choice or name]
     folder = folder_of(output_dir, settings, seed)
     if settings.get("criterion") != "angular_distance":
-        reports = {None: run(folder, seed, recipe.removed, settings)}
+        runs = [run(folder, seed, recipe.removed, settings)]
     else:
         steps = yaml.safe_load((ASSETS / "recipe.yaml").read_text())["max_steps"]
-        reports = {
-            count: run(
+        runs = [
+            run(
                 folder / f"{count}-layers", seed, count,
                 settings | {"layers_per_round": count, "max_steps": steps * count},
             )
             for count in recipe.stretches
-        }  # fmt: skip
-    found, end = {}, "_unhealed" if same_choice else ""
-    for report in reports.values():
-        for record in report["rounds"]:
-            found[16 - record["num_layers"]] = {
-                "rise": record["loss" + end] - report["teacher"]["loss"],
-                "perplexity": record["perplexity" + end],
-                "kl": record["kl" + end],
-                "edits": record["edits"],
-                "tokens": record.get("train_tokens", 0),
+        ]  # fmt: skip
+    found = {}
+    for one in runs:
+        for record in one.rounds:
+            quality = record.unhealed if same_choice else record.quality
+            found[16 - record.depth] = {
+                "rise": quality.loss - one.teacher.quality.loss,
+                "perplexity": quality.perplexity,
+                "kl": quality.kl,
+                "edits": [edit.label for edit in record.edits],
+                "tokens": record.healing.num_tokens if record.healing else 0,
             }
     return found
 
@@ -184,7 +186,7 @@ def main() -> None:
                 flush=True,
             )
     first = folder_of(arguments.output_dir, next(iter(recipe.curves.values())), seeds[0])
-    teacher = json.loads((first / "report.json").read_text())["teacher"]
+    teacher = asdict(read_run(first / "report.json").teacher.quality)
     curves = rises(found)
     arguments.results.mkdir(parents=True, exist_ok=True)
     content = {"teacher": teacher, "curves": found, "settings": recipe.curves, "environment": environment()}

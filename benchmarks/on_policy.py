@@ -12,7 +12,6 @@ itself writes after the first words of those. Answers that are there already are
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -29,7 +28,6 @@ from hf_layerprune import (
     HealingDataConfig,
     IterativeLayerDistillConfig,
     IterativeLayerDistillTrainer,
-    LayerPlan,
     embedded_dataset,
     evaluate_model,
     generate_healing_data,
@@ -39,6 +37,7 @@ from hf_layerprune.data import ASSETS, Batch, tokenized_batches
 from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model, load_tokenizer
+from hf_layerprune.record import read_run
 
 ROOT = Path(__file__).parent.parent
 OWN, WHOLE = {}, {"temperature": 1.0, "top_k": 0}
@@ -80,15 +79,15 @@ def heal(
 
 
 def measured(trainer: IterativeLayerDistillTrainer, teacher: PreTrainedModel, own_text: list[Batch]) -> dict[str, Any]:
-    record = trainer.run.to_dict()["rounds"][0]
+    record = trainer.run.rounds[0]
     on_own = evaluate_model(trainer.model, own_text, teacher)
     return {
-        "removed_layers": record["removed_layers"],
-        "tokens": record["train_tokens"],
-        "loss_before": record["loss_before_healing"],
-        "kl_before": record["kl_before_healing"],
-        "loss": record["loss"],
-        "kl": record["kl"],
+        "removed_layers": [edit.layers[0] for edit in record.edits],
+        "tokens": record.healing.num_tokens,
+        "loss_before": record.before_healing.loss,
+        "kl_before": record.before_healing.kl,
+        "loss": record.quality.loss,
+        "kl": record.quality.kl,
         "kl_on_teachers_own_text": on_own.kl,
     }
 
@@ -117,8 +116,7 @@ def main() -> None:
         "teacher's text, whole distribution": whole,
         "half given, half teacher's": Dataset.from_dict({"text": given[half:]["text"] + whole[:half]["text"]}),
     }
-    rounds = json.loads((ROOT / "recipes" / "tiny" / "results" / "report.json").read_text())["rounds"]
-    gone = list(LayerPlan.from_dict(rounds[2]["plan"]).removed_layers)
+    gone = read_run(ROOT / "recipes" / "tiny" / "results" / "report.json").rounds[2].plan.removed_layers
     start = prune(teacher, gone)
     results: dict[str, Any] = {name: [] for name in ways}
     for seed in arguments.seeds:

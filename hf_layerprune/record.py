@@ -1,16 +1,15 @@
 """The record of a run: what was done to the teacher, what it cost and what is left of its quality.
 
 A [`RunRecord`] is the only form in which a run passes between modules. The trainer extends it, `report.json` and
-`run_state.json` hold it, and the report, the model card, the Hub and the demo read it. Records are frozen;
-`record_reader.py` checks JSON once, when it is read.
+`run_state.json` hold it, and the report, the model card, the Hub and the demo read it. Records are frozen, and checked
+once, when they are read.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,10 +18,11 @@ from transformers import PreTrainedModel
 from .architectures import architecture_of
 from .benchmark import BenchmarkReport
 from .budget import BlockLatency
+from .errors import LayerPruneError
 from .evaluation import EvaluationReport
-from .files import write_atomically
 from .plan import Edit, LayerPlan
 from .scoring import Scores
+from .serialization import from_plain, to_plain
 from .surgery import plan_of
 from .tasks import TaskReport
 
@@ -78,22 +78,13 @@ class ModelRecord:
 
     @classmethod
     def of(cls, model: PreTrainedModel, quality: EvaluationReport, **details: Any) -> Self:
-        """The record of a model that was measured."""
+        """Make the record of a model that was measured."""
         architecture = architecture_of(model.config).name
         return cls(plan_of(model), architecture, model.num_parameters(), quality, **details)
 
     @property
     def depth(self) -> int:
         return self.plan.depth
-
-    def to_dict(self) -> dict[str, Any]:
-        data = {"architecture": self.architecture, "num_layers": self.depth, "num_parameters": self.num_parameters}
-        data |= {name: value for name, value in self.quality.to_dict().items() if value is not None}
-        data |= {} if self.tasks is None else {"tasks": self.tasks.to_dict()}
-        if self.speed is not None:
-            data |= self.speed.report.to_dict()
-            data |= {name: value for name, value in vars(self.speed).items() if name != "report"}
-        return data
 
 
 @dataclass(frozen=True)
@@ -108,11 +99,6 @@ class TeacherRecord(ModelRecord):
     name: str = "model"
     evaluated_on: str = "evaluation data"
 
-    def to_dict(self) -> dict[str, Any]:
-        data = {"name": self.name} | super().to_dict() | {"evaluated_on": self.evaluated_on}
-        is_whole = self.depth == self.plan.num_teacher_layers == len(self.plan.layers)
-        return data if is_whole else data | {"plan": self.plan.to_dict()}
-
 
 @dataclass(frozen=True)
 class Healing:
@@ -126,14 +112,12 @@ class Healing:
     seconds: float
 
 
-@dataclass(frozen=True)
-class RoundRecord(ModelRecord):
-    """One finished round.
+@dataclass(frozen=True, kw_only=True)
+class RoundWork:
+    """What a round does, as far as it has come.
 
     Attributes:
-        number (`int`): from 1.
         edits (`tuple[Edit, ...]`): the edits that the round made, in order.
-        criterion (`str`): what chose them.
         scores (`tuple[Scores[Edit], ...]`): what every possible edit cost, for each choice that was scored.
         seconds_scoring (`float`): wall time of the choice.
         unhealed ([`EvaluationReport`], *optional*): the teacher after all edits of the run, without any training.
@@ -142,9 +126,7 @@ class RoundRecord(ModelRecord):
         files (`dict[str, str]`): SHA-256 of each file of the saved student.
     """
 
-    number: int = 1
     edits: tuple[Edit, ...] = ()
-    criterion: str = ""
     scores: tuple[Scores[Edit], ...] = ()
     seconds_scoring: float = 0.0
     unhealed: EvaluationReport | None = None
@@ -152,69 +134,33 @@ class RoundRecord(ModelRecord):
     healing: Healing | None = None
     files: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def removed_layers(self) -> list[int]:
-        """Teacher layers that the round removed, in the order of the edits."""
-        return [edit.layers[0] for edit in self.edits if edit.kind == "remove"]
 
-    def to_dict(self) -> dict[str, Any]:
-        scores = [scores.to_dict() for scores in self.scores]
-        data = {
-            "round": self.number,
-            "edits": [edit.label for edit in self.edits],
-            "removed_layer": next(iter(self.removed_layers), None),
-            "removed_layers": self.removed_layers,
-            "criterion": self.criterion,
-            "scores": scores[0]["values"] if scores else {},
-            "all_scores": scores,
-            **super().to_dict(),
-            "plan": self.plan.to_dict(),
-            "seconds_scoring": self.seconds_scoring,
-            "weights": self.files,
-        }
-        for state in ("unhealed", "before_healing"):
-            report: EvaluationReport | None = getattr(self, state)
-            data |= (
-                {}
-                if report is None
-                else {f"{key}_{state}": getattr(report, key) for key in ("perplexity", "loss", "kl")}
-            )
-        if self.healing is not None:
-            data |= {"seconds_healing": self.healing.seconds, "train_tokens": self.healing.num_tokens}
-        return data
+@dataclass(frozen=True)
+class RoundRecord(ModelRecord, RoundWork):
+    """One finished round: its student, and what it did.
+
+    Attributes:
+        number (`int`): from 1.
+        criterion (`str`): what chose the edits.
+    """
+
+    number: int = 1
+    criterion: str = ""
 
 
 @dataclass(frozen=True)
-class RoundInProgress:
+class RoundInProgress(RoundWork):
     """The round that a run is in; what of it is known is not computed again after a resume.
 
     Attributes:
         wanted (`int`): edits that the round is to make.
         phase (`str`): how far it has come; see [`Phase`].
-        edits, scores, seconds_scoring, unhealed, before_healing, healing, files: as in [`RoundRecord`].
         order (`tuple[Edit, ...]`): edits in the order they are made, where one scoring chooses all of the round.
     """
 
     wanted: int
     phase: Phase = "choosing"
-    edits: tuple[Edit, ...] = ()
-    scores: tuple[Scores[Edit], ...] = ()
-    seconds_scoring: float = 0.0
     order: tuple[Edit, ...] = ()
-    unhealed: EvaluationReport | None = None
-    before_healing: EvaluationReport | None = None
-    healing: Healing | None = None
-    files: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        by_label = {name: [edit.label for edit in getattr(self, name)] for name in ("edits", "order")}
-        records = {name: getattr(self, name) for name in ("unhealed", "before_healing", "healing")}
-        return (
-            vars(self)
-            | by_label
-            | {name: None if record is None else asdict(record) for name, record in records.items()}
-            | {"scores": [scores.to_dict() for scores in self.scores]}
-        )
 
 
 @dataclass(frozen=True)
@@ -274,49 +220,65 @@ class RunRecord:
         plan = self.settings.get("plan")
         return LayerPlan.from_dict(plan) if isinstance(plan, Mapping) else self.teacher.plan
 
-    @property
-    def weighed_by(self) -> str:
-        """What the cost of an edit is divided by: `"time"`, `"parameters"`, or empty for layers."""
-        if self.settings.get("target_latency") or self.settings.get("target") == "latency":
-            return "time"
-        if self.settings.get("target_num_parameters") or self.settings.get("target") == "parameters":
-            return "parameters"
-        return ""
-
-    @property
-    def cost_unit(self) -> str:
-        """The unit of the costs of edits, where they have one."""
-        return "nats per token" if self.rounds[-1].criterion in ("kl", "loss") and not self.weighed_by else ""
-
     def until(self, number: int) -> RunRecord:
-        """The run as it was after round `number`."""
+        """The run as it was after round `number`.
+
+        Raises:
+            [`LayerPruneError`]: if there is no such round.
+        """
+        if not 1 <= number <= len(self.rounds):
+            raise LayerPruneError(f"round={number} but the run has rounds 1..{len(self.rounds)}; choose one of them")
         return replace(self, rounds=self.rounds[:number], current=None)
 
     def with_round(self, record: RoundRecord) -> RunRecord:
         """The run after another round."""
         return replace(self, rounds=(*self.rounds, record), current=None)
 
-    def last_costs(self) -> dict[Edit, float]:
-        """What each edit cost when it was measured last; for one that was made, that is when it was chosen."""
-        every = (scores.values for record in self.rounds for scores in record.scores)
-        return {edit: cost for values in every for edit, cost in values.items() if math.isfinite(cost)}
+    def to_json(self) -> str:
+        """The content of `report.json` and `run_state.json`."""
+        return json.dumps(to_plain(self), indent=1, allow_nan=False) + "\n"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The content of `report.json`."""
-        seconds = {"total": sum(self.seconds.values()), "phases": self.seconds}
-        return {
-            "teacher": None if self.teacher is None else self.teacher.to_dict(),
-            "rounds": [record.to_dict() for record in self.rounds],
-            "settings": self.settings,
-            "environment": self.environment,
-        } | ({"seconds": seconds} if self.seconds else {})
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote; treats it as outside input."""
+        return from_plain(cls, json.loads(text), "the run")
 
-    def save_state(self, folder: Path) -> None:
-        """Write `run_state.json`, from which a run resumes."""
-        state = self.to_dict() | {
-            "current": None if self.current is None else self.current.to_dict(),
-            "order": [edit.label for edit in self.order],
-            "latency": None if self.latency is None else asdict(self.latency),
-            "done": None if self.done is None else asdict(self.done),
-        }
-        write_atomically(folder / STATE_FILE, json.dumps(state, indent=1))  # NaN and infinity stay
+
+def read_run(path: Path, name: str | None = None) -> RunRecord:
+    """The run in a `report.json` or `run_state.json`, which an error calls `name`.
+
+    Raises:
+        [`LayerPruneError`]: if it cannot be read, or a part is missing or has the wrong type.
+    """
+    return _read(path, name or str(path), RunRecord.from_json)
+
+
+def read_state(folder: Path) -> RunRecord | None:
+    """The run that `folder` holds, from which it resumes; `None` where there is none.
+
+    Raises:
+        [`LayerPruneError`]: if its file is damaged.
+    """
+    path = folder / STATE_FILE
+    try:
+        return read_run(path, f"{path} is damaged") if path.is_file() else None
+    except LayerPruneError as error:
+        raise LayerPruneError(f"{error}; move {folder} away and start again") from None
+
+
+def read_plan(path: str | Path) -> LayerPlan:
+    """The plan in a JSON file.
+
+    Raises:
+        [`LayerPruneError`]: if it cannot be read, or is not a valid plan.
+    """
+    return _read(Path(path), str(path), LayerPlan.from_json)
+
+
+def _read(path: Path, name: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LayerPruneError(f"{name} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not text, not JSON, or a LayerPruneError
+        raise LayerPruneError(f"{name}: {error}") from None

@@ -1,4 +1,4 @@
-"""The report of a run as tables: `report.json`, `report.md` (with two plots), and the table for the terminal."""
+"""The report of a run: `report.json`, `report.md` with two plots, and the table for the terminal."""
 
 from __future__ import annotations
 
@@ -12,31 +12,24 @@ from rich import box
 from rich.table import Table
 
 from .environment import wall_time
-from .files import to_json, write_atomically
+from .files import write_atomically
 from .plan import Edit
 from .plots import save_run_plots
 from .record import REPORT_FILE, ModelRecord, RoundRecord, RunRecord
 
-COLUMNS = {
-    "layers": "layers",
-    "edit": "edit",
-    "parameters": "params",
-    "ppl unhealed": "unhealed",
-    "ppl before healing": "before",
-    "ppl healed": "healed",
-    "ppl": "ppl",
-    "KL": "KL",
-    "agreement": "top-1",
-    "decode tokens/s": "tokens/s",
-}
-"""Columns of the result, and their names in a narrow terminal."""
-HEALING_COLUMNS = ("ppl unhealed", "ppl before healing", "ppl healed")
 BAR = "&#124;"  # `|` inside a cell of a Markdown table
+EXPLANATION = (
+    "KL is to the original, in nats per token; top-1 is the share of positions with the original's most likely token. "
+    "An edit is a layer that is removed, or layers such as 4|5 that run in parallel, as one."
+)
+SPEED_EXPLANATION = (
+    " Speed is the median of several runs; the ratio in brackets is the median of the ratios run by run."
+)
 
 
 def write_report(folder: Path, run: RunRecord) -> None:
     """Write `report.json`, `report.md`, `quality.png` and `layers.png`."""
-    write_atomically(folder / REPORT_FILE, to_json(run.to_dict()))
+    write_atomically(folder / REPORT_FILE, run.to_json())
     write_atomically(folder / "report.md", render_markdown(run))
     if run.rounds:
         save_run_plots(folder, run)
@@ -48,55 +41,55 @@ def recovery(run: RunRecord, record: RoundRecord) -> float | None:
     return (record.unhealed.loss - record.quality.loss) / lost if lost > 0 else None
 
 
-def columns(run: RunRecord) -> tuple[str, ...]:
-    """The columns a result needs: one perplexity where nothing was healed, three where something was."""
-    unused = ("ppl",) if run.is_healed or not run.rounds else HEALING_COLUMNS
-    return tuple(name for name in COLUMNS if name not in unused)
-
-
-def table_rows(run: RunRecord) -> list[list[str]]:
-    """The result as text cells in the order of [`columns`], the teacher first."""
-    rows = [_cells(run.teacher) | {"KL": "0", "agreement": "100.0 %"}]
-    for record in run.rounds:
-        row = _cells(record) | {"edit": ", ".join(edit.label for edit in record.edits)}
-        if record.healing is not None:
-            row["ppl unhealed"] = f"{record.unhealed.perplexity:.2f}"
-            row["ppl before healing"] = f"{record.before_healing.perplexity:.2f}"
-        rows.append(row)
-    return [[row.get(name, "") for name in columns(run)] for row in rows]
-
-
-def _cells(record: ModelRecord) -> dict[str, str]:
-    quality, perplexity = record.quality, f"{record.quality.perplexity:.2f}"
-    cells = {"layers": str(record.depth), "parameters": millions(record.num_parameters)}
-    cells |= {"ppl": perplexity, "ppl healed": perplexity}
-    if quality.kl is not None:
-        cells |= {"KL": f"{quality.kl:.4f}", "agreement": f"{100 * quality.agreement:.1f} %"}
-    if record.speed is not None:
-        speed = record.speed.report
-        cells["decode tokens/s"] = f"{speed.decode_tokens_per_second:.0f} ({speed.decode_ratio:.2f}x)"
-    return cells
-
-
 def millions(count: int) -> str:
     """A number of parameters in millions or billions."""
     return f"{count / 1e6:.2f}M" if count < 1e9 else f"{count / 1e9:.2f}B"
 
 
+def table_rows(run: RunRecord) -> list[dict[str, str]]:
+    """The result by its columns: a row for the teacher, then one per round."""
+    return [_row(record, run.is_healed) for record in (run.teacher, *run.rounds)]
+
+
+def _row(record: ModelRecord, is_healed: bool) -> dict[str, str]:
+    is_round = isinstance(record, RoundRecord)
+    qualities = {"healed" if is_healed else "ppl": record.quality}
+    if is_healed:
+        earlier = (record.unhealed, record.before_healing) if is_round else (None, None)
+        qualities = dict(zip(("unhealed", "before"), earlier, strict=True)) | qualities
+    speed = record.speed and record.speed.report
+    return {
+        "layers": str(record.depth),
+        "edit": ", ".join(edit.label for edit in record.edits) if is_round else "",
+        "params": millions(record.num_parameters),
+        **{name: "" if quality is None else f"{quality.perplexity:.2f}" for name, quality in qualities.items()},
+        "KL": "0" if record.quality.kl is None else f"{record.quality.kl:.4f}",
+        "top-1": "100.0 %" if record.quality.agreement is None else f"{100 * record.quality.agreement:.1f} %",
+        "tokens/s": f"{speed.decode_tokens_per_second:.0f} ({speed.decode_ratio:.2f}x)" if speed else "",
+    }
+
+
+def measured(run: RunRecord) -> str:
+    """What the columns of perplexity hold."""
+    return "perplexity (unhealed, before healing, healed)" if run.is_healed else "perplexity (without training)"
+
+
 def rich_table(run: RunRecord) -> Table:
     """The result as a table that fits a terminal of 80 columns."""
-    title = "perplexity without training" if "ppl" in columns(run) else "perplexity unhealed, before healing, healed"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
-    for name in columns(run):
-        table.add_column(COLUMNS[name], justify="right", no_wrap=name != "edit")
-    for row in table_rows(run):
-        table.add_row(*row)
+    rows = table_rows(run)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=measured(run))
+    for name in rows[0]:
+        table.add_column(name, justify="right", no_wrap=name != "edit")
+    for row in rows:
+        table.add_row(*row.values())
     return table
 
 
-def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned to the right."""
-    head, *body = ("| " + " | ".join(cell.replace("|", BAR) for cell in line) + " |" for line in (names, *rows))
+def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table of rows by their columns, aligned to the right."""
+    names = list(rows[0])
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    head, *body = ("| " + " | ".join(cell.replace("|", BAR) for cell in line) + " |" for line in lines)
     return "\n".join([head, "|" + "---:|" * len(names), *body])
 
 
@@ -104,7 +97,6 @@ def render_markdown(run: RunRecord) -> str:
     """`report.md`: what was removed, what it cost, what healing recovered, where it was measured."""
     template = files(__package__).joinpath("templates/report.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    versions = [f"{name} {value}" for name, value in run.environment.items() if name != "hardware"]
     return environment.from_string(template).render(
         run=run,
         summary=summary(run) if run.rounds else "",
@@ -112,7 +104,7 @@ def render_markdown(run: RunRecord) -> str:
         task_table=task_table(run),
         score_table=score_table(run),
         certainties=[(r.number, s.certainty.replace("|", BAR)) for r in run.rounds for s in r.scores if s.certainty],
-        versions=versions,
+        versions=[f"{name} {value}" for name, value in run.environment.items() if name != "hardware"],
         wall_time=wall_time(run.seconds) if run.seconds else "",
     )
 
@@ -133,55 +125,29 @@ def summary(run: RunRecord) -> str:
 
 def quality_table(run: RunRecord) -> str:
     """The result as a Markdown table, and the sentences that explain it."""
-    parts = [
-        f"Quality on {run.teacher.quality.num_tokens:,} tokens of {run.teacher.evaluated_on}; KL in nats per token "
-        "against the original; agreement is the share of positions with the original's most likely token.",
-        _edits_explained(run.edits),
-        "Speed is a median of several runs; the ratio in brackets is the median of the ratios run by run, so it is "
-        "not quite that of the two medians."
-        if run.teacher.speed
-        else "",
-    ]
-    return markdown_table(columns(run), table_rows(run)) + "\n\n" + " ".join(filter(None, parts))
-
-
-def _edits_explained(edits: Sequence[Edit]) -> str:
-    """What the labels of the edits mean, by the first of each kind."""
-    parts = []
-    for kind in ("remove", "parallelize"):
-        edit = next((edit for edit in edits if edit.kind == kind), None)
-        if edit is not None and kind == "remove":
-            parts.append(f"edit {edit.label} removes layer {edit.layers[0]}")
-        elif edit is not None:
-            *most, last = map(str, edit.layers)
-            parts.append(f"edit {edit.label} runs layers {', '.join(most)} and {last} in parallel, as one layer")
-    return f"{'; '.join(parts).capitalize()}." if parts else ""
+    text = f"{measured(run).capitalize()} on {run.teacher.quality.num_tokens:,} tokens of {run.teacher.evaluated_on}."
+    explanation = f"{text} {EXPLANATION}" + (SPEED_EXPLANATION if run.teacher.speed else "")
+    return f"{markdown_table(table_rows(run))}\n\n{explanation}"
 
 
 def task_table(run: RunRecord) -> str:
     """Quality on the tasks as a Markdown table, a row per depth, and the sentence that explains it."""
-    if run.teacher.tasks is None:
-        return ""
-    measures = {name: result.measure for name, result in run.teacher.tasks.results.items()}
-    rows = []
-    for record in (run.teacher, *run.rounds):
-        if record.tasks is None or not set(measures) <= set(record.tasks.results):
-            continue
-        qualities = [f"{record.tasks.results[name].quality:.4f}" for name in measures]
-        rows.append([str(record.depth), f"{record.tasks.mean_cost:.4f}", *qualities])
-    names = ["layers", "mean cost", *(f"{name} ({measure})" for name, measure in measures.items())]
-    explained = "Mean cost is what layers were chosen by: 1 - accuracy or score, or nats per token."
-    return explained + "\n\n" + markdown_table(names, rows)
+    rows = [
+        {"layers": str(record.depth), "mean cost": f"{record.tasks.mean_cost:.4f}"}
+        | {f"{name} ({result.measure})": f"{result.quality:.4f}" for name, result in record.tasks.results.items()}
+        for record in (run.teacher, *run.rounds)
+        if record.tasks is not None
+    ]
+    explanation = "Mean cost is what layers were chosen by: 1 - accuracy or score, or nats per token."
+    return f"{explanation}\n\n{markdown_table(rows)}" if rows else ""
 
 
 def score_table(run: RunRecord) -> str:
     """What each edit would have cost in the first choice of each round, as a Markdown table."""
     every = {edit for record in run.rounds for scores in record.scores[:1] for edit in scores.values}
-    if not every:
-        return ""
     ordered = sorted(every, key=lambda edit: (edit.kind != "remove", edit.layers))
-    rows = [[edit.label, *(_score_cell(record, edit) for record in run.rounds)] for edit in ordered]
-    return markdown_table(["edit", *(f"round {record.number}" for record in run.rounds)], rows)
+    rows = [{"edit": edit.label} | {f"round {r.number}": _score_cell(r, edit) for r in run.rounds} for edit in ordered]
+    return markdown_table(rows) if rows else ""
 
 
 def _score_cell(record: RoundRecord, edit: Edit) -> str:
@@ -189,7 +155,7 @@ def _score_cell(record: RoundRecord, edit: Edit) -> str:
     value = math.nan if scores is None else scores.values.get(edit, math.nan)
     if math.isnan(value):  # not possible in this round, or not a number
         return ""
-    cell = f"**{value:.4f}**" if record.edits and edit == record.edits[0] else f"{value:.4f}"
+    cell = f"**{value:.4f}**" if edit in record.edits[:1] else f"{value:.4f}"
     error = scores.standard_errors.get(edit, math.nan)
     cell = cell if math.isnan(error) else f"{cell} ± {error:.4f}"
     return f"{cell} (left at {scores.left[edit]:.0%})" if edit in scores.left else cell

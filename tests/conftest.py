@@ -195,13 +195,32 @@ def errors_in(told: str) -> str:
     return "".join(line for line in lines if not line.endswith(" ...\n") and " %" not in line)
 
 
+def flat(record):
+    """A teacher or round of `report.json` with its measures on one level, and what follows from them."""
+    plain = record | record["quality"] | {"num_layers": len(record["plan"]["blocks"])}
+    if speed := record["speed"]:
+        plain |= speed["report"] | speed
+    if "edits" not in record:
+        return plain
+    removed = [int(label) for label in record["edits"] if "|" not in label]
+    scores = record["scores"]
+    plain |= {"round": record["number"], "removed_layers": removed, "removed_layer": next(iter(removed), None)}
+    plain |= {"all_scores": scores, "scores": scores[0]["values"] if scores else {}}
+    for state in filter(record.get, ("unhealed", "before_healing")):
+        plain |= {f"{name}_{state}": value for name, value in record[state].items()}
+    if healing := record["healing"]:
+        plain |= {"train_tokens": healing["num_tokens"], "seconds_healing": healing["seconds"]}
+    return plain
+
+
 def read_report(folder):
-    return json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
+    return report | {"teacher": flat(report["teacher"]), "rounds": [flat(record) for record in report["rounds"]]}
 
 
 def rounds_of(trainer):
-    """The finished rounds as `report.json` holds them."""
-    return trainer.run.to_dict()["rounds"]
+    """The finished rounds as [`read_report`] reads them."""
+    return [flat(record) for record in json.loads(trainer.run.to_json())["rounds"]]
 
 
 def load(folder):

@@ -11,7 +11,6 @@ from hf_layerprune import Edit, Scores, prune
 from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, open_catalog
 from hf_layerprune.demo.settings import embedded_entry
 from hf_layerprune.evaluation import EvaluationReport
-from hf_layerprune.files import to_json
 from hf_layerprune.hub.paths import without_local_paths
 from hf_layerprune.record import Healing, RoundRecord, RunRecord, TeacherRecord
 from hf_layerprune.surgery import plan_of
@@ -72,7 +71,7 @@ def make_run(folder: Path, chat: bool = False) -> Path:
     student.save_pretrained(folder / "run" / "model")
     tokenizer.save_pretrained(folder / "run" / "model")
     (folder / "run" / "recipe.yaml").write_text(yaml.safe_dump({"model": name, "teacher": None}))
-    (folder / "run" / "report.json").write_text(to_json(run.to_dict()))
+    (folder / "run" / "report.json").write_text(run.to_json())
     (folder / "run" / "plan.json").write_text(plan_of(student).to_json())
     return folder / "run"
 

@@ -60,13 +60,10 @@ def call(request):
         pairing = open_catalog(DemoSettings([ModelEntry("pushed", **request)]))["pushed"]
         return {"depths": pairing.depths, "teacher": pairing.teacher.name}
     if kind == "load":
-        wants_model, without_token = request.pop("model", False), request.pop("without_token", False)
+        without_token = request.pop("without_token", False)
         with without("HF_TOKEN") if without_token else contextlib.nullcontext():
             run = load_run(**request)
-            if wants_model:
-                run.load_tokenizer(padding_side="left")
-                return {"kind": type(run.load_model()).__name__, "shown": repr(run)}
-        return {"plan": run.plan.to_dict(), "report": run.report, "revision": run.revision}
+        return {"plan": run.plan.to_dict(), "report": json.loads(run.record.to_json()), "revision": run.revision}
     if kind == "train":
         return train(**request)
     if kind == "python":

@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hf_layerprune"
 # A module may import only from those before it.
 ORDER = (
-    "errors", "files", "fingerprint", "plan", "models", "architectures", "surgery", "matching",
+    "errors", "files", "fingerprint", "plan", "serialization", "models", "architectures", "surgery", "matching",
     "_trl", "losses", "rows", "data", "environment", "loading", "forward", "tasks", "ridge", "compensation", "scoring",
     "healing_data_config", "healing_data", "evaluation", "shapes", "benchmark", "budget", "search", "record",
-    "record_reader", "plots", "report", "hub", "trainer", "memory", "estimate", "progress", "demo", "cli", "__init__",
+    "plots", "report", "hub", "trainer", "memory", "estimate", "progress", "demo", "cli", "__init__",
 )  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = sorted((PACKAGE / "models").glob("*_pruned_qwen2.py"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import rounds_of, tiny_config, tiny_model
+from conftest import read_report, rounds_of, tiny_config, tiny_model
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPlan, LayerPruneError, evaluate_model, prune, score_layers
 from hf_layerprune.compensation import compensate
@@ -89,7 +89,7 @@ def test_the_tail_goes_from_the_end_and_spares_what_is_protected(make):
 def test_without_healing_the_students_are_the_teacher_without_layers(make, tmp_path):
     trainer = make()
     trainer.train()
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    report = read_report(tmp_path / "run")
     for number, record in enumerate(report["rounds"], 1):
         assert "loss_unhealed" not in record
         student = load_model(str(tmp_path / "run" / "rounds" / f"{number:02d}"))
@@ -248,7 +248,7 @@ def test_a_stretch_is_no_longer_than_what_is_left(make):
     trainer = make(criterion="angular_distance", layers_per_round=4, protect_last_layers=1, **budget)
     trainer.train()
     assert sorted(removed(trainer)) == [0, 1, 2, 3, 4]
-    assert all(not record["all_scores"][0]["certainty"] for record in rounds_of(trainer))
+    assert all(not record.scores[0].certainty for record in trainer.run.rounds)
 
 
 def test_tasks_must_stay_the_same_within_a_run(make, tasks_file):

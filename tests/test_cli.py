@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import errors_of, tiny_model
+from conftest import errors_of, read_report, tiny_model
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -45,7 +45,7 @@ def test_compress_writes_everything_and_its_recipe_repeats_it(tmp_path, model_fo
     for name in ("model/config.json", "model/model.safetensors", "model/tokenizer.json", "rounds/01/config.json",
                  "plan.json", "recipe.yaml", "report.json", "report.md", "quality.png"):  # fmt: skip
         assert (out / name).is_file(), name
-    report = json.loads((out / "report.json").read_text())
+    report = read_report(out)
     assert "round 1: remove " in printed and f"{report['rounds'][0]['perplexity']:.2f}" in printed
     assert AutoModelForCausalLM.from_pretrained(out / "model").config.num_hidden_layers == 4
     plan = LayerPlan.from_json((out / "plan.json").read_text())
@@ -54,13 +54,13 @@ def test_compress_writes_everything_and_its_recipe_repeats_it(tmp_path, model_fo
     assert (recipe["model"], recipe["dataset"], recipe["learning_rate"]) == (str(model_folder), str(text_file), 1e-3)
 
     assert run("compress", "--config", out / "recipe.yaml", "--output_dir", tmp_path / "again") == 0
-    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    again = read_report(tmp_path / "again")
     assert again["rounds"][0]["scores"] == report["rounds"][0]["scores"]
     assert again["rounds"][0]["perplexity"] == pytest.approx(report["rounds"][0]["perplexity"], rel=1e-6)
 
     assert run("compress", "--config", out / "recipe.yaml", "--target_num_layers", 3,
                "--resume_from_checkpoint", "true") == 0  # fmt: skip
-    assert [r["num_layers"] for r in json.loads((out / "report.json").read_text())["rounds"]] == [4, 3]
+    assert [r["num_layers"] for r in read_report(out)["rounds"]] == [4, 3]
 
 
 def test_the_recipe_stores_what_was_given_and_nothing_that_was_derived(tmp_path, model_folder, text_file, monkeypatch):
@@ -391,7 +391,7 @@ def test_every_verb_that_reads_text_reads_chats(tmp_path, model_folder, capsys, 
     assert ("on the completions only" in capsys.readouterr().out) == ("completion" in form)
     pairs = ("--num_eval_samples", 4, "--measure_speed", "false", "--pairs", "1,2", "--batch_size", 2)
     assert run("parallelize", *base, *few, *pairs, "--output_dir", tmp_path / "pairs") == 0, capsys.readouterr().err
-    report, of_pairs = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "pairs"))
+    report, of_pairs = (read_report(tmp_path / name) for name in ("run", "pairs"))
     evaluated = json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())
     assert evaluated["loss"] == pytest.approx(report["teacher"]["loss"], rel=1e-5)
     assert evaluated["loss"] == pytest.approx(of_pairs["teacher"]["loss"], rel=1e-5)

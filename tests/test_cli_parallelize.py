@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import errors_of, tiny_model
+from conftest import errors_of, read_report, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import (
@@ -42,7 +42,7 @@ def test_a_search_leaves_model_plan_report_and_plot(run, tmp_path, model_folder)
     assert {path.name for path in out.iterdir()} == {
         "README.md", "layers.png", "model", "plan.json", "quality.png", "recipe.yaml", "report.json", "report.md",
     }  # fmt: skip
-    report = json.loads((out / "report.json").read_text())
+    report = read_report(out)
     assert [record["num_layers"] for record in report["rounds"]] == [4, 3]
     assert report["teacher"]["name"] == "tiny-model" and str(tmp_path) not in json.dumps(report)
     for record in report["rounds"]:
@@ -60,7 +60,7 @@ def test_a_search_leaves_model_plan_report_and_plot(run, tmp_path, model_folder)
 def test_named_pairs_and_a_plan_of_an_earlier_run_give_the_same(run, tmp_path):
     assert run("--pairs", "1,2", "3|4", "--measure_speed", "false") == (0, "")
     assert run("--plan", tmp_path / "out" / "plan.json", "--measure_speed", "false", folder="again") == (0, "")
-    first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("out", "again"))
+    first, second = (read_report(tmp_path / name) for name in ("out", "again"))
     assert first["rounds"][0]["edits"] == second["rounds"][0]["edits"] == ["1|2", "3|4"]
     assert first["rounds"][0]["loss"] == second["rounds"][0]["loss"]
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["blocks"] == [[0], [1, 2], [3, 4]]
@@ -79,7 +79,7 @@ def test_the_search_for_a_range(run, tmp_path):
     repeat = ["--config", tmp_path / "out" / "recipe.yaml", "--output_dir", again]
     assert cli.main(["parallelize", *map(str, repeat)]) == 0
     assert (again / "plan.json").read_text() == (tmp_path / "out" / "plan.json").read_text()
-    assert [record["criterion"] for record in json.loads((again / "report.json").read_text())["rounds"]] == ["loss"]
+    assert [record["criterion"] for record in read_report(again)["rounds"]] == ["loss"]
 
 
 def test_on_a_cpu_that_emulates_bfloat16_it_computes_in_float32_and_saves_what_was_measured(
@@ -92,7 +92,7 @@ def test_on_a_cpu_that_emulates_bfloat16_it_computes_in_float32_and_saves_what_w
     assert run("--pairs", "1,2", model=tmp_path / "half")[0] == 0
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert student.dtype == torch.bfloat16
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = read_report(tmp_path / "out")
     assert report["teacher"]["dtype"] == report["rounds"][0]["dtype"] == "float32"  # the speed
     batches = tokenized_batches(embedded_dataset("held_out"), tokenizer, max_length=32, num_rows=4, batch_size=2)
     assert report["rounds"][0]["loss"] == pytest.approx(evaluate_model(student.float(), batches).loss, abs=1e-6)
@@ -118,7 +118,7 @@ def test_a_student_is_saved_in_the_checkpoints_dtype_and_measured_as_it_is_saved
     arguments = ["--model", out, "--teacher", half, "--dtype", "float32", "--max_length", 32, "--num_samples", 4]
     arguments += ["--dataset", "embedded:held_out"]
     assert cli.main(["evaluate", *map(str, arguments), "--output_dir", str(tmp_path)]) == 0
-    measured = json.loads((tmp_path / "out" / "report.json").read_text())["rounds"][0]
+    measured = read_report(tmp_path / "out")["rounds"][0]
     assert measured["kl"] == pytest.approx(json.loads((tmp_path / "evaluation.json").read_text())["kl"], rel=1e-5)
 
 

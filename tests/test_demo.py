@@ -125,8 +125,8 @@ def test_figures_and_words_of_a_run(service):
     assert "6 layers became 4" in run.about_layers(4) and "0 · 2 · 4 5" in run.about_layers(4)
     assert "(1 2)" in " ".join(embedded.about_layers(10).split())
     assert embedded.layer_map(10) is None and embedded.quality() is None
-    strip = {text.get_text() for text in run.layer_map(4).axes[-1].texts}
-    assert strip == {"0", "1", "2", "3", "4", "5"}
+    labels = [label.get_text() for label in run.layer_map(4).axes[0].get_xticklabels()]
+    assert labels == ["0", "1", "2", "3", "4", "5"]
     assert len(run.quality().axes[0].lines) == 4
 
 

@@ -1,6 +1,5 @@
 """The healing step inside engines that split a model over processes: the same loss and gradients as one process."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import is_deepspeed_available
-from conftest import byte_tokenizer, tiny_config, tiny_model
+from conftest import byte_tokenizer, read_report, tiny_config, tiny_model
 
 from hf_layerprune import LayerPruneError, embedded_dataset, prune
 from hf_layerprune.loading import load_model
@@ -175,7 +174,7 @@ def launch(model, texts, folder, config, killed=False, resume=False, **settings)
     assert (run.returncode == 0) != killed, run.stderr[-3000:]
     if killed:
         return None
-    report = json.loads((folder / "report.json").read_text())
+    report = read_report(folder)
     return report, load_model(str(folder / "model"))
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import byte_tokenizer, errors_of, random_batches, tiny_config
+from conftest import byte_tokenizer, errors_of, random_batches, read_report, tiny_config
 from families import BLOCKS, FAMILIES, family_model
 from parallel_reference import literal
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
@@ -186,7 +186,7 @@ def test_one_round_of_removing_and_one_of_pairing(family, tmp_path, texts):
         trainer.train()
         student = AutoModelForCausalLM.from_pretrained(tmp_path / edits / "model")
         assert type(student) is kind
-        record = json.loads((tmp_path / edits / "report.json").read_text())["rounds"][0]
+        record = read_report(tmp_path / edits)["rounds"][0]
         assert record["num_layers"] == 4 == len(student.model.layers)
         unhealed = apply_plan(teacher, plan_of(student))
         for (name, healed), original in zip(student.named_parameters(), unhealed.parameters(), strict=True):

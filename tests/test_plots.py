@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from test_report import ROUNDS, RUN, entry, scores
 
-from hf_layerprune import Edit, LayerPlan
+from hf_layerprune import LayerPlan
 from hf_layerprune.plots import layer_map_text, plot_layer_map
 
 
@@ -16,9 +16,13 @@ def test_text():
 
 
 def test_costs_are_those_of_the_last_scoring():
-    assert RUN.last_costs() == {Edit.remove(1): 0.25, Edit.remove(2): 0.1}
     both = scores(**{"0": 1.0, "1": float("nan")}) + scores(**{"0": 2.0})
-    assert replace(RUN, rounds=(replace(ROUNDS[0], scores=both),)).last_costs() == {Edit.remove(0): 2.0}
+    for run, expected in (
+        (RUN, {1: 0.25, 2: 0.1}),
+        (replace(RUN, rounds=(replace(ROUNDS[0], scores=both),)), {0: 2.0}),
+    ):
+        bars = plot_layer_map(run).axes[0].patches
+        assert {round(bar.get_center()[0]): bar.get_height() for bar in bars} == expected
 
 
 THREE = LayerPlan(((0,), (1,), (2,)), 4)
@@ -38,6 +42,8 @@ THREE = LayerPlan(((0,), (1,), (2,)), 4)
 )
 def test_picture(record, handles):
     figure = plot_layer_map(replace(RUN, rounds=(record,)))
-    legend = figure.axes[-1].get_legend()
-    assert {text.get_text() for text in legend.get_texts()} == handles
-    assert len(figure.axes) == (2 if record.scores else 1)
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == handles
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == [str(layer) for layer in range(record.plan.num_teacher_layers)]
+    assert figure.axes[0].yaxis.get_visible() == bool(record.scores)
+    figure.canvas.draw()

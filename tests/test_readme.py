@@ -1,6 +1,5 @@
 """What README.md shows is what the repository does."""
 
-import json
 import re
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import read_report
 
 from hf_layerprune.cli import VERBS
 
@@ -22,7 +22,7 @@ def test_the_example_runs_word_for_word(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
     assert "eval_perplexity" in result.stdout
-    rounds = json.loads((tmp_path / "embedded-14" / "report.json").read_text())["rounds"]
+    rounds = read_report(tmp_path / "embedded-14")["rounds"]
     assert [record["num_layers"] for record in rounds] == [15, 14]
     for record in rounds:
         assert record["kl"] < record["kl_before_healing"]

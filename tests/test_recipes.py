@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import VOCAB_SIZE, byte_tokenizer, errors_of
+from conftest import VOCAB_SIZE, byte_tokenizer, errors_of, read_report
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hf_layerprune import cli
@@ -196,6 +196,6 @@ def test_a_round_of_the_paper_scored_by_its_seven_data_sets(tmp_path, capsys):
     }  # fmt: skip
     status = cli.main(["compress", "--config", str(path), *arguments_of(settings)])
     assert status == 0, errors_of(capsys)
-    (record,) = json.loads((tmp_path / "out" / "report.json").read_text())["rounds"]
+    (record,) = read_report(tmp_path / "out")["rounds"]
     assert len(record["scores"]) == 3 and set(record["tasks"]["results"]) == {entry["name"] for entry in entries}
     assert plan_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")).depth == 35

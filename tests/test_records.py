@@ -1,9 +1,7 @@
 """Speed and memory in a report are those of the student as it is saved."""
 
-import json
-
 import torch
-from conftest import byte_tokenizer, tiny_config, tiny_model
+from conftest import byte_tokenizer, read_report, tiny_config, tiny_model
 
 from hf_layerprune import IterativeLayerDistillTrainer
 from hf_layerprune.benchmark import kv_bytes_per_token
@@ -17,7 +15,7 @@ def test_a_checkpoint_that_is_healed_in_float32_is_timed_as_it_is_saved(tmp_path
     trainer = IterativeLayerDistillTrainer(model=str(tmp_path / "teacher"), args=args, train_dataset=texts)
     assert trainer.teacher.dtype == torch.float32
     trainer.train()
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    report = read_report(tmp_path / "run")
     for record, folder in ((report["teacher"], "teacher"), (report["rounds"][-1], "run/model")):
         saved = load_model(str(tmp_path / folder))
         assert record["kv_bytes_per_token"] == kv_bytes_per_token(saved)

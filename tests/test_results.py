@@ -1,36 +1,40 @@
 """The committed results of the demo, and the demo itself (slow)."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from hf_layerprune import LayerPlan, cli
-from hf_layerprune.record_reader import parse_report
+from hf_layerprune import cli
+from hf_layerprune.record import read_run
 from hf_layerprune.report import recovery, render_markdown
 
-RESULTS = Path(__file__).parent.parent / "recipes" / "tiny" / "results"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-def check(report):
-    assert [record["num_layers"] for record in report["rounds"]] == list(range(15, 7, -1))
-    three_quarters = next(record for record in report["rounds"] if record["num_layers"] == 12)
-    run = parse_report(report)
-    assert recovery(run, run.rounds[report["rounds"].index(three_quarters)]) >= 0.75
-    for record in report["rounds"]:
-        assert record["loss"] < record["loss_unhealed"]
-    plan = LayerPlan.from_dict(report["rounds"][-1]["plan"])
+def check(run):
+    assert [record.depth for record in run.rounds] == list(range(15, 7, -1))
+    three_quarters = next(record for record in run.rounds if record.depth == 12)
+    assert recovery(run, three_quarters) >= 0.75
+    for record in run.rounds:
+        assert record.quality.loss < record.unhealed.loss
+    plan = run.rounds[-1].plan
     assert plan.depth == 8 and plan.num_teacher_layers == 16
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/results/report.json")), ids=lambda path: path.parts[-3])
+def test_committed_reports_are_read_and_rendered_as_they_are(path):
+    run = read_run(path)
+    assert path.read_text() == run.to_json()
+    assert path.with_name("report.md").read_text() == render_markdown(run)
+
+
 def test_committed_results_reach_the_goals():
-    report = json.loads((RESULTS / "report.json").read_text())
-    check(report)
-    assert sum(record["seconds_scoring"] + record["seconds_healing"] for record in report["rounds"]) < 360
-    assert (RESULTS / "report.md").read_text() == render_markdown(parse_report(report))
+    run = read_run(RECIPES / "tiny" / "results" / "report.json")
+    check(run)
+    assert sum(record.seconds_scoring + record.healing.seconds for record in run.rounds) < 360
 
 
 @pytest.mark.slow
 def test_the_demo_reaches_the_goals(tmp_path):
     assert cli.main(["compress", "--output_dir", str(tmp_path / "demo")]) == 0
-    check(json.loads((tmp_path / "demo" / "report.json").read_text()))
+    check(read_run(tmp_path / "demo" / "report.json"))

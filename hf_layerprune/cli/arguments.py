@@ -202,7 +202,7 @@ class PushArguments:
     repo_id: str | None = option(None, "Repository on the Hub: user/name.")
     private: bool = option(False, "Make a new repository private; by default the account decides.")
     revision: str | None = option(None, "Branch to push to; main by default.")
-    round: str | None = option(None, "Push the student of this round, such as 05; the last by default.")
+    round: int | None = option(None, "Push the student of this round, such as 5; the last by default.")
     depth_tags: bool = option(False, "Push every round up to that one, each with a tag such as 28-layers.")
     base_model: str | None = option(None, "Hub id of the model the run started from, where the run does not say.")
     commit_message: str | None = option(None, "Title of the commit.")

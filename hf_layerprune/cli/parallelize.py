@@ -22,8 +22,7 @@ from ..loading import load_config, load_tokenizer, saved_dtype
 from ..plan import Edit, LayerPlan, edits_between
 from ..plots import plot_range, save_plot
 from ..progress import Phases, expected_depth, say
-from ..record import RoundRecord, RunRecord, TeacherRecord
-from ..record_reader import read_plan
+from ..record import RoundRecord, RunRecord, TeacherRecord, read_plan
 from ..report import rich_table, write_report
 from ..scoring import Scores
 from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan

@@ -197,8 +197,7 @@ def _pushed_run(entry: ModelEntry, name: str) -> tuple[ModelSource, list[Student
             if (commit := tags.get(depth_tag(record.depth))) is not None:
                 students.append(Student(ModelSource(run.name, commit), record.plan, record.number))
     students.append(Student(ModelSource(run.name, run.revision), run.plan, len(rounds)))
-    settings = run.settings if run.revision is None else {}
-    return _teacher(entry, run.record, settings), students, run.record
+    return _teacher(entry, run.record, run.settings), students, run.record
 
 
 def _teacher(entry: ModelEntry, run: RunRecord, settings: dict[str, Any]) -> ModelSource:

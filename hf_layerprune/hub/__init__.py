@@ -1,7 +1,7 @@
 """Students on the Hugging Face Hub: the model card, push, pull."""
 
-from .card import PARALLEL_TAG, TAGS, run_card
+from .card import TAGS, run_card
 from .push import push_run
 from .runs import Run, load_run
 
-__all__ = ["PARALLEL_TAG", "TAGS", "Run", "load_run", "push_run", "run_card"]
+__all__ = ["TAGS", "Run", "load_run", "push_run", "run_card"]

@@ -35,16 +35,16 @@ def absolute_if_local(name: str) -> str:
 def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings with the inputs on this disk as absolute paths."""
     named = {key: settings[key] for key in INPUTS if isinstance(settings.get(key), str)}
-    return settings | {key: (_absolute_tasks if key == "tasks" else absolute_if_local)(named[key]) for key in named}
+    absolute = {key: absolute_if_local(name) for key, name in named.items()}
+    if "tasks" in named:
+        absolute["tasks"] = ",".join(_absolute_task(part.strip()) for part in named["tasks"].split(","))
+    return settings | absolute
 
 
-def _absolute_tasks(spec: str) -> str:
-    """Tasks separated by commas: each a preset or a file, maybe followed by a colon and the folder of its data."""
-    parts = []
-    for part in [spec] if os.path.isfile(spec) else map(str.strip, spec.split(",")):
-        name, colon, folder = (part, "", "") if os.path.isfile(part) else part.partition(":")
-        parts.append((os.path.abspath(name) if os.path.isfile(name) else name) + colon + absolute_if_local(folder))
-    return ",".join(parts)
+def _absolute_task(part: str) -> str:
+    """A preset or a file, maybe followed by a colon and the folder of its data."""
+    name, colon, folder = (part, "", "") if os.path.isfile(part) else part.partition(":")
+    return (os.path.abspath(name) if os.path.isfile(name) else name) + colon + absolute_if_local(folder)
 
 
 def is_local_path(text: str) -> bool:
@@ -82,11 +82,12 @@ def _public_task(part: str) -> str:
 def check_nothing_local(folder: Path, places: Iterable[Path], token: str | None) -> None:
     """Raise [`LayerPruneError`] if a text file in `folder` contains the path of one of `places`, or any token."""
     roots = {str(form) for place in places for form in (place.absolute(), place.resolve()) if len(form.parts) > 1}
+    local = re.compile(rf"(?<![\w.:-])({'|'.join(map(re.escape, sorted(roots)))})(?![\w.-])")
     for path in sorted(path for path in folder.iterdir() if path.suffix not in (".safetensors", ".png")):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        found = ["an access token"] if (token and token in text) or TOKEN.search(text) else []
-        for root in () if path.name in VOCABULARY else sorted(roots):
-            if re.search(rf"(?<![\w.:-]){re.escape(root)}(?![\w.-])", text):
-                found.append(f"the local path {root}")
-        if found:
-            raise LayerPruneError(f"{path.name} holds {found[0]}; take it out of the run's files, then push again")
+        text, what = path.read_text(encoding="utf-8", errors="replace"), None
+        if (token and token in text) or TOKEN.search(text):
+            what = "an access token"
+        elif roots and path.name not in VOCABULARY and (found := local.search(text)):
+            what = f"the local path {found[0]}"
+        if what:
+            raise LayerPruneError(f"{path.name} holds {what}; take it out of the run's files, then push again")

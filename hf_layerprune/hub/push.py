@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import yaml
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.errors import RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 
 from ..errors import LayerPruneError
 from ..files import write_atomically
@@ -22,11 +22,11 @@ from .paths import check_nothing_local
 from .runs import RECIPE_FILE, Run, hub_errors, load_run
 
 MAIN = "main"
-INDEX = "model.safetensors.index.json"
 STUDENT_FILES = [
     "config.json", "generation_config.json", "configuration_pruned_qwen2.py", "modeling_pruned_qwen2.py",
     "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "special_tokens_map.json", "chat_template.jinja", "model.safetensors", "model-?????-of-?????.safetensors", INDEX,
+    "special_tokens_map.json", "chat_template.jinja", "model.safetensors", "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
 ]  # fmt: skip
 """Files of a saved student that are pushed."""
 OWN = [*STUDENT_FILES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, "report.md", "quality.png", "layers.png"]
@@ -42,7 +42,7 @@ def push_run(
     output_dir: str | Path,
     repo_id: str,
     *,
-    round: int | str | None = None,
+    round: int | None = None,
     revision: str | None = None,
     depth_tags: bool = False,
     private: bool | None = None,
@@ -61,7 +61,7 @@ def push_run(
         output_dir (`str` or `Path`): output folder of a run of `compress`, `parallelize` or the trainer.
         repo_id (`str`): `user/name`, or a name in the token's own namespace. A student that was pushed there before
             is replaced; the history keeps it.
-        round (`int` or `str`, *optional*): push the student of this round; by default the last one.
+        round (`int`, *optional*): push the student of this round; by default the last one.
         revision (`str`, *optional*): branch to push to; main by default.
         depth_tags (`bool`, *optional*, defaults to `False`): push every round up to that one, deepest first, each in
             a commit with a tag such as `28-layers`.
@@ -83,32 +83,40 @@ def push_run(
     if not Path(output_dir).is_dir():
         raise LayerPruneError(f"{output_dir} is not a folder; give the output folder of a run")
     run, api, branch = load_run(output_dir), HfApi(token=token), revision or MAIN
-    last = run.number_of(round)
-    rounds = {depth_tag(run.record.rounds[n - 1].depth): n for n in range(1 if depth_tags else last, last + 1)}
+    record = run.record.until(len(run.record.rounds) if round is None else round)
+    rounds = {depth_tag(one.depth): one.number for one in record.rounds[0 if depth_tags else -1 :]}
     students = {tag: run.student(number) for tag, number in rounds.items()}  # of several of one depth the last
-    repo_id = full_name(api, repo_id)
-    source = base_model or run.settings.get("model")
+    repo_id, source = full_name(api, repo_id), base_model or run.settings.get("model")
     facts, why = base_facts(source, token) if source else (ModelCardData(), "the run does not name it: --base_model")
     if why:
         on_message(f"the card names no license: that of {source or 'the original'} cannot be read ({why})")
-    names, teacher = list(rounds) if depth_tags else [], run.public_record(last).teacher.name
-    options = {"base_model": base_model, "tags": tags, "datasets": datasets, "facts": facts, "revisions": names}
+    options = {"base_model": base_model, "tags": tags, "datasets": datasets, "facts": facts, "pushed": True}
+    options["revisions"] = list(rounds) if depth_tags else []
     with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
         for tag, number in rounds.items():  # all of them, before anything is sent
-            where, folder = branch if number == last else tag, Path(temporary) / tag
-            card = run_card(run, number, repo_id, revision=None if where == MAIN else where, pushed=True, **options)
+            where, folder = branch if number == len(record.rounds) else tag, Path(temporary) / tag
+            card = run_card(run, number, repo_id, revision=None if where == MAIN else where, **options)
             _write_folder(folder, students[tag], run, number, card)
             check_nothing_local(folder, (run.folder, Path.home(), Path.cwd()), token or get_token())
         open_repo(api, repo_id, private=private)
-        tagged = _prepare_branch(api, repo_id, branch)
+        _open_branch(api, repo_id, branch)
         for tag in rounds:
-            on_message(f"pushing {tag.replace('-', ' ')} to {repo_id}")
-            title = commit_message or f"{tag.replace('-', ' ')} of {teacher or 'the original'}"
-            with hub_errors(f"pushing to {repo_id}"):
-                options = {"revision": branch, "commit_message": title, "delete_patterns": OWN}
-                commit = api.upload_folder(repo_id=repo_id, folder_path=Path(temporary) / tag, **options)
-                if depth_tags:
-                    _set_tag(api, repo_id, tag, commit.oid, tagged)
+            depth = tag.replace("-", " ")
+            on_message(f"pushing {depth} to {repo_id}")
+            title = commit_message or f"{depth} of {record.teacher.name}"
+            commit = _upload(api, repo_id, Path(temporary) / tag, branch, title, tag if depth_tags else None)
+    return commit
+
+
+def _upload(api: HfApi, repo_id: str, folder: Path, branch: str, title: str, tag: str | None) -> CommitInfo:
+    """Send a folder in one commit, and point a tag to it."""
+    with hub_errors(f"pushing to {repo_id}"):
+        options = {"revision": branch, "commit_message": title, "delete_patterns": OWN}
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+        if tag is not None:
+            with suppress(RevisionNotFoundError):
+                api.delete_tag(repo_id, tag=tag)  # the Hub cannot move one
+            api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit
 
 
@@ -136,47 +144,27 @@ def check_content(files: Sequence[str], mark: str, what: str) -> None:
         raise LayerPruneError(f"{what} holds something else ({', '.join(other[:3])}, no {mark}); choose another name")
 
 
-def _prepare_branch(api: HfApi, repo_id: str, branch: str) -> dict[str, str]:
-    """Make a branch, empty until its first student, unless it exists; return the tags and their commits."""
+def _open_branch(api: HfApi, repo_id: str, branch: str) -> None:
+    """Make a branch, empty until its first student, unless it exists."""
     with hub_errors(f"looking at {repo_id}"):
-        refs = api.list_repo_refs(repo_id)
-        if branch in {ref.name for ref in refs.branches}:
+        if branch in {ref.name for ref in api.list_repo_refs(repo_id).branches}:
             check_content(api.list_repo_files(repo_id, revision=branch), PLAN_FILE, f"{repo_id}, revision {branch},")
         else:
             first = api.list_repo_commits(repo_id)[-1]
             api.create_branch(repo_id, branch=branch, revision=first.commit_id)
-    return {ref.name: ref.target_commit for ref in refs.tags}
-
-
-def _set_tag(api: HfApi, repo_id: str, tag: str, commit: str, tagged: dict[str, str]) -> None:
-    if tagged.get(tag) != commit:
-        if tag in tagged:
-            api.delete_tag(repo_id, tag=tag)  # the Hub cannot move one
-        api.create_tag(repo_id, tag=tag, revision=commit)
 
 
 def _write_folder(folder: Path, student: Path, run: Run, number: int, card: ModelCard) -> None:
     """Write the folder to push: the student's files as links, and what says how it was made."""
     folder.mkdir()
-    _check_weights(student)
     for path in (path for pattern in STUDENT_FILES for path in student.glob(pattern)):
         try:
             (folder / path.name).symlink_to(path.resolve())
         except OSError:  # a file system, or an account on Windows, without links
             shutil.copyfile(path, folder / path.name)
-    recipe = run.recipe(number) | {"output_dir": card.data.model_name}
     write_atomically(folder / PLAN_FILE, run.record.rounds[number - 1].plan.to_json() + "\n")
-    write_atomically(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
+    if run.settings:
+        recipe = run.recipe(number) | {"output_dir": card.data.model_name}
+        write_atomically(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
     write_report(folder, run.public_record(number))
     write_atomically(folder / "README.md", str(card))
-
-
-def _check_weights(student: Path) -> None:
-    """Raise [`LayerPruneError`] if a file of weights is missing or cut off, such as after an unfinished copy."""
-    index = student / INDEX
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
-    for name in sorted(set(shards.values()) or {"model.safetensors"}):
-        try:
-            safe_open(student / name, "pt")  # the header says how long the file must be
-        except (OSError, SafetensorError) as error:
-            raise LayerPruneError(f"{student} is incomplete: {name} cannot be read ({error}); save it again") from None

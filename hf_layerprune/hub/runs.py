@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError  # of the HTTP library that the client uses
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import TARGETS
 from ..errors import LayerPruneError, first_line
 from ..files import round_folder
-from ..loading import load_model, load_tokenizer, one_revision, resolve
+from ..loading import load_config, one_revision, resolve
 from ..plan import LayerPlan
-from ..record import REPORT_FILE, RunRecord
-from ..record_reader import read_report
+from ..record import REPORT_FILE, RunRecord, read_run
 from ..surgery import plan_of
-from .paths import INPUTS, without_local_paths
+from .paths import without_local_paths
 
 RECIPE_FILE = "recipe.yaml"
-FINGERPRINTS = ("target", "plan", "model", "teacher", "peft", "save_dtype", "num_processes")
-"""What a report keeps next to the settings of the run, together with every entry that ends in `_text`."""
 
 
 @contextmanager
@@ -51,111 +45,41 @@ class Run:
         name (`str`): where the student is: a Hub id, or a folder.
         folder (`Path`): the folder of its report.
         record ([`RunRecord`]): what it measured.
+        settings (`dict[str, Any]`): the recipe in the folder; empty for a run started in Python or on the Hub.
         revision (`str`, *optional*): the commit on the Hub that everything is from.
-        token (`str`, *optional*): reads a private repository.
     """
 
     name: str
     folder: Path
     record: RunRecord
+    settings: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """The content of `report.json`."""
-        return self.record.to_dict()
 
     @property
     def plan(self) -> LayerPlan:
         """Which layers of the teacher the last student holds."""
         return self.record.rounds[-1].plan
 
-    def load_model(self, **kwargs: Any) -> PreTrainedModel:
-        """Load the last student; options of [`load_model`]. No code next to the weights is run."""
-        model = load_model(self.name, **({"revision": self.revision, "token": self.token} | kwargs))
-        if plan_of(model) != self.plan:
-            raise LayerPruneError(f"{self.name}: {REPORT_FILE} and config.json hold different plans; push it again")
-        return model
-
-    def load_tokenizer(self, **kwargs: Any) -> PreTrainedTokenizerBase:
-        """Load the student's tokenizer; options of [`load_tokenizer`]."""
-        return load_tokenizer(self.name, **({"revision": self.revision, "token": self.token} | kwargs))
-
-    def number_of(self, chosen: int | str | None) -> int:
-        """The round a user names, such as `5` or `"05"`; the last by default, if the run is finished."""
-        last = len(self.record.rounds)
-        if chosen is None and recorded_plan(self.folder / "model") != self.plan:
-            raise LayerPruneError(f"{self.folder} holds a run that is not finished; resume it, or name a round")
-        if chosen is not None and not (str(chosen).isdecimal() and 1 <= int(chosen) <= last):
-            raise LayerPruneError(f"round={chosen} but {self.folder} has rounds 1..{last}; choose one of them")
-        return last if chosen is None else int(chosen)
-
     def student(self, number: int) -> Path:
         """The folder of a round's student, which must be there."""
         plan = self.record.rounds[number - 1].plan
         for folder in (round_folder(self.folder, number), self.folder / "model"):
-            if recorded_plan(folder) == plan and any(folder.glob("*.safetensors")):
+            is_there = any(folder.glob("*.safetensors")) and (folder / "config.json").is_file()
+            if is_there and plan_of(load_config(str(folder))) == plan:
                 return folder
-        kept = "parallelize keeps only the last student" if self.verb == "parallelize" else "it was deleted"
-        raise LayerPruneError(f"{self.folder} holds no student of round {number} ({kept}); choose another round")
+        raise LayerPruneError(f"{self.folder} no longer holds the student of round {number}; choose another round")
 
     def public_record(self, number: int) -> RunRecord:
         """The record as it was after a round, without local paths."""
-        run = self.record.until(number)
-        teacher = replace(run.teacher, name=without_local_paths(run.teacher.name))
-        return replace(run, teacher=teacher, settings=without_local_paths(run.settings))
-
-    @cached_property
-    def verb(self) -> str:
-        """The command that made the run."""
-        return "parallelize" if "search" in self.record.settings else "compress"
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the run: its recipe or, if it was started in Python, what its report says of them."""
-        path = self.folder / RECIPE_FILE
-        if path.is_file():
-            try:
-                return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError, yaml.YAMLError) as error:
-                raise LayerPruneError(f"{path} is not a list of settings: {first_line(error)}") from None
-        settings, teacher = self.record.settings, self.record.teacher
-        if self.verb == "parallelize":
-            return settings
-        model = {"model": teacher.name} if self.record.start.depth == teacher.depth else {}
-        dtype = str(settings.get("dtype", "float32")).removeprefix("torch.")
-        given = {key: settings[key] for key in settings if key not in FINGERPRINTS and not key.endswith("_text")}
-        return model | given | {"dtype": dtype}
-
-    @cached_property
-    def names_its_text(self) -> bool:
-        """Whether the settings name the text of the run, which those of a run in Python do not."""
-        return (self.folder / RECIPE_FILE).is_file() or "dataset" in self.settings
+        return replace(self.record.until(number), settings=without_local_paths(self.record.settings))
 
     def recipe(self, number: int) -> dict[str, Any]:
         """The settings that lead to a round's student, without local paths."""
-        settings, cut = without_local_paths(self.settings), number < len(self.record.rounds)
-        if self.verb == "compress" and (cut or all(settings.get(target) is None for target in TARGETS.values())):
-            settings |= dict.fromkeys(TARGETS.values()) | {"target_num_layers": self.record.rounds[number - 1].depth}
+        settings = without_local_paths(self.settings)
+        if number < len(self.record.rounds):
+            depth = self.record.rounds[number - 1].depth
+            settings |= dict.fromkeys(TARGETS.values()) | {"target_num_layers": depth}
         return settings
-
-    @property
-    def local_inputs(self) -> list[str]:
-        """Names of the author's files and folders that the recipe needs."""
-        public = without_local_paths(self.settings)
-        return list(dict.fromkeys(public[key] for key in INPUTS if self.settings.get(key) != public.get(key)))
-
-
-def recorded_plan(folder: Path) -> LayerPlan | None:
-    """Return the plan in the `config.json` of a saved student, or `None` if the folder holds none."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        return LayerPlan.from_dict(json.loads(path.read_text(encoding="utf-8")).get("layer_plan"))
-    except (ValueError, AttributeError) as error:  # a LayerPruneError is a ValueError
-        raise LayerPruneError(f"{path} is not the config of a student: {error}") from None
 
 
 def load_run(name: str | Path, revision: str | None = None, token: str | None = None) -> Run:
@@ -169,15 +93,26 @@ def load_run(name: str | Path, revision: str | None = None, token: str | None = 
     Raises:
         [`LayerPruneError`]: if the run does not exist, has no finished round, or has an invalid report.
     """
-    folder, commit = Path(name), None
-    if not folder.is_dir():
+    folder, commit, settings = Path(name), None, {}
+    if folder.is_dir():
+        settings = _read_recipe(folder / RECIPE_FILE)
+    else:
         with hub_errors(f"reading {name}"):
             wanted, source = one_revision(str(name), revision), resolve(str(name))
             folder = Path(snapshot_download(source, revision=wanted, allow_patterns=REPORT_FILE, token=token))
         commit = folder.name  # the cache keeps a folder per commit
     if not (folder / REPORT_FILE).is_file():
         raise LayerPruneError(f"{name} holds no finished run: it has no {REPORT_FILE}; name a run's output folder")
-    record = read_report(folder / REPORT_FILE, f"{name}/{REPORT_FILE}")
-    if not record.rounds:
+    record = read_run(folder / REPORT_FILE, f"{name}/{REPORT_FILE}")
+    if record.teacher is None or not record.rounds:
         raise LayerPruneError(f"{name} holds a run without a finished round; resume it")
-    return Run(resolve(str(name)), folder, record, commit, token)
+    return Run(resolve(str(name)), folder, record, settings, commit)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise LayerPruneError(f"{path} is not a list of settings: {first_line(error)}") from None

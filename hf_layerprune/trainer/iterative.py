@@ -27,8 +27,7 @@ from ..hub import TAGS
 from ..hub.paths import absolute_if_local
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..matching import with_plan
-from ..record import RunRecord
-from ..record_reader import read_plan
+from ..record import RunRecord, read_plan
 from ..rows import column_names, tell_of_dropped, with_text
 from ..surgery import plan_of, prune, unshare_parameters
 from ..tasks import load_tasks, prepare_tasks

@@ -17,11 +17,10 @@ from ..budget import TARGETS, Goal
 from ..data import Batch
 from ..environment import environment
 from ..errors import LayerPruneError
-from ..files import round_folder
+from ..files import round_folder, write_atomically
 from ..fingerprint import fingerprint, fingerprint_model
 from ..plan import LayerPlan
-from ..record import STATE_FILE, Done, RunRecord
-from ..record_reader import read_state
+from ..record import STATE_FILE, Done, RunRecord, read_state
 from ..report import write_report
 from ..surgery import plan_of
 from ..tasks import PreparedTask
@@ -94,7 +93,7 @@ class RunFile:
         self.begin(self.phase)
         self.record = replace(self.record, done=Done(done, round, step), **changes)
         if self._writes:
-            self.record.save_state(self.folder)
+            write_atomically(self.folder / STATE_FILE, self.record.to_json())
 
     def report(self) -> None:
         """Write the report of the run so far."""
