@@ -54,56 +54,27 @@ def find_repairs(
     method: str,
     teacher: PreTrainedModel | None = None,
     ridge: float = DEFAULT_RIDGE,
-    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[int, Repair]:
     """For each of `layers` alone, the repair that removing it from `model` needs; no model is changed.
 
-    Each layer has another block before it, so one pass over the data serves all.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): holds the layers; possibly a student pruned or parallelized before.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data; padding never counts.
-        layers (`Iterable[int]`): teacher layer indices.
-        method (`str`): `"none"` or `"least_squares"`.
-        teacher ([`~transformers.PreTrainedModel`], *optional*):
-            The model whose states are to be matched. Defaults to `model`.
-        ridge (`float`, *optional*, defaults to `5.0`):
-            How firmly the present weights are held, in tokens: as if `ridge` tokens of mean energy had found those of
-            every neuron right. So the less data there is, the less they move.
-        on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
+    Each layer has another block before it, so one pass over the data serves all. Arguments as in [`compensate`].
 
     Returns:
         A [`Repair`] per layer, but none for the model's first and for layers inside parallel blocks.
-
-    Raises:
-        [`LayerPruneError`]: for an unknown method, a layer that `model` or `teacher` lacks, a teacher that `model` was
-            not made from, or data without a token.
     """
     teacher = model if teacher is None else teacher
     plan, layers = plan_of(model), list(dict.fromkeys(layers))
     batches = _checked(model, batches, method, teacher, layers)
     gaps = [_gap((layer,), plan.remove(layer), plan_of(teacher)) for layer in layers]
     gaps = [gap for gap in gaps if gap.position >= 0 and gap.layers in plan.blocks and method != "none"]
-    return {repair.layers[0]: repair for repair in _refit(model, teacher, batches, gaps, ridge, on_batch)}
+    return {repair.layers[0]: repair for repair in _refit(model, teacher, batches, gaps, ridge)}
 
 
 def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
     """Repair `student`, which lacks the layers, in place.
 
     The new weight has memory of its own, so a model that `student` shares weights with stays as it is.
-
-    Raises:
-        [`LayerPruneError`]: if `student` still has the layers, or another block before them than the student that the
-            repair was found for.
     """
-    plan = plan_of(student)
-    if present := sorted(set(repair.layers) & set(plan.layers)):
-        raise LayerPruneError(f"the repair is for a student without layers {list(repair.layers)}; it has {present}")
-    if _position_before(plan, repair.layers[0]) != repair.position:
-        raise LayerPruneError(
-            f"the repair for removing layers {list(repair.layers)} was found for another student; find it again after "
-            "every removal"
-        )
     projection = output_projections(student, repair.position)[1]
     projection.weight.data = repair.weight.to(projection.weight, copy=True)
 
@@ -123,19 +94,22 @@ def compensate(
 
     Args:
         student ([`~transformers.PreTrainedModel`]): a model that lacks some layers.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data, read once per gap.
+        batches (`Iterable[dict[str, Tensor]]`): calibration data, read once per gap; padding never counts.
         method (`str`): `"none"` or `"least_squares"`.
-        teacher ([`~transformers.PreTrainedModel`]): the model with those layers.
+        teacher ([`~transformers.PreTrainedModel`]): the model with those layers, whose states are to be matched.
         gaps (`Iterable[int]`, *optional*):
             Removed teacher layers to repair `student` for; all by default. Neighbouring layers are one gap. If a gap
             lies within a parallel block, that block is refitted.
-        ridge (`float`, *optional*): see [`find_repairs`].
-        on_batch (`Callable[[], None]`, *optional*): called after every batch of every gap.
+        ridge (`float`, *optional*, defaults to `5.0`):
+            How firmly the present weights are held, in tokens: as if `ridge` tokens of mean energy had found those of
+            every neuron right. So the less data there is, the less they move.
+        on_batch (`Callable[[], None]`, *optional*): called after every batch of every gap, for progress bars.
         share_weights (`bool`, *optional*, defaults to `False`): whether what is not changed shares memory with
             `student`; see [`apply_plan`].
 
     Raises:
-        [`LayerPruneError`]: as [`find_repairs`]; if `gaps` names a layer that `student` has.
+        [`LayerPruneError`]: for an unknown method, a layer that `student` has or `teacher` lacks, a teacher that
+            `student` was not made from, or data without a token.
     """
     plan = plan_of(student)
     layers = sorted(set(plan.removed_layers if gaps is None else gaps))
@@ -190,21 +164,15 @@ class _Gap(NamedTuple):
 
 
 def _gap(layers: tuple[int, ...], plan: LayerPlan, teacher_plan: LayerPlan) -> _Gap:
-    """The gap in `plan`, which lacks `layers`."""
-    position = _position_before(plan, layers[0])
+    """The gap in `plan`, which lacks `layers`; its position is -1 where no block is before it."""
+    position = sum(block[0] < layers[0] for block in plan.blocks) - 1
     following = plan.blocks[position + 1][0] if position + 1 < plan.depth else plan.num_teacher_layers
     return _Gap(layers, position, sum(block[-1] < following for block in teacher_plan.blocks))
 
 
-def _position_before(plan: LayerPlan, layer: int) -> int:
-    """Position of the last block with a layer below `layer`; -1 if there is none."""
-    return sum(block[0] < layer for block in plan.blocks) - 1
-
-
 def _unpadded(batch: Batch) -> Tensor:
     """Which positions are not padding: `(B, T)`."""
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
 def _refit(
@@ -213,7 +181,7 @@ def _refit(
     batches: Sequence[Batch],
     gaps: Sequence[_Gap],
     ridge: float,
-    on_batch: Callable[[], None],
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[Repair]:
     """The repairs of gaps with different blocks before them; `model` may have the removed layers or lack them.
 

@@ -26,7 +26,7 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def final_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Hidden states after the final norm: `(B, T, H)`."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return model.base_model(**inputs | {"use_cache": False}).last_hidden_state
+    return model.base_model(**{"use_cache": False} | inputs).last_hidden_state
 
 
 @dataclass
@@ -62,7 +62,7 @@ def record(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a causal language model, or its decoder.
-        batch (`dict[str, Tensor]`): on the model's device; labels are left out.
+        batch (`dict[str, Any]`): what the model is called with, on its device; labels are left out.
         states (`Collection[int]`): numbers of the states to record.
         inner (`Mapping[int, nn.Module]`, *optional*):
             By position of a block, the module inside it whose input is recorded too.
@@ -104,6 +104,7 @@ def replay(
     blocks: Iterable[Callable[..., Tensor]],
     norm: nn.Module,
     states: Collection[int] = (),
+    **changed: Any,
 ) -> Recording:
     """Run blocks, of the same model or of another, from a recorded state on; what comes before it is not run again.
 
@@ -113,8 +114,9 @@ def replay(
         blocks (`Iterable[Callable[..., Tensor]]`): each is called with a state and the recorded arguments.
         norm (`nn.Module`): what reads the last state.
         states (`Collection[int]`, *optional*): numbers of states to record, of those that a block reads.
+        changed: arguments that take the place of recorded ones, such as `past_key_values`.
     """
-    state, arguments = recording.states[start], recording.arguments[start]
+    state, arguments = recording.states[start], recording.arguments[start] | changed
     replayed = Recording()
     for number, block in enumerate(blocks, start):
         if number in states:
@@ -122,12 +124,6 @@ def replay(
         state = block(state, **arguments)
     replayed.final = norm(state)
     return replayed
-
-
-def call_of_layer(decoder: PreTrainedModel, inputs: Batch, position: int) -> tuple[Tensor, dict[str, Any]]:
-    """The input state `(B, T, H)` and the keyword arguments of the layer at `position`; only those before it run."""
-    call = record(decoder, inputs, [position], stop=True)
-    return call.states[position], call.arguments[position]
 
 
 @contextmanager

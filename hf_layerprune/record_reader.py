@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import BenchmarkReport
-from .budget import BlockLatency
+from .budget import BlockCosts
 from .errors import LayerPruneError
 from .evaluation import EvaluationReport
 from .losses import perplexity_of
@@ -87,7 +87,7 @@ def read_state(folder: Path) -> RunRecord | None:
             rounds=_rounds(data["rounds"]),
             current=None if data["current"] is None else _in_progress(data["current"]),
             order=_edits(data["order"], "the run"),
-            latency=None if data["latency"] is None else BlockLatency(**data["latency"]),
+            latency=None if data["latency"] is None else BlockCosts(**data["latency"]),
             seconds=data.get("seconds", {"phases": {}})["phases"],
             environment=data["environment"],
             done=None if data["done"] is None else Done(**data["done"]),
@@ -221,6 +221,7 @@ def parse_scores(data: Any, what: str = "the report") -> Scores:
     if values.get("margin") is None and certainty and len(values.get("contenders", ())) == 2:
         values["margin"] = math.inf if "is ahead of" in certainty else math.nan
     values["contenders"] = _edits(values.get("contenders", []), what)
+    values.pop("half_agreement", None)  # of older reports
     try:
         return Scores(**values)
     except TypeError as error:

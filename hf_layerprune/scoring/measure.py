@@ -27,7 +27,6 @@ from ..tasks.lm_eval_task import LmEvalChunk
 from .candidates import CandidateRuns
 from .scores import Evidence, price_factors
 
-MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time
 TOKEN_MEASURES = {"kl": "kl", "loss": "nll"}  # criterion -> field of TokenStatistics
 LEAST_ROWS = 6  # the spread of fewer is too uncertain to drop a candidate by
 
@@ -146,8 +145,8 @@ def measure_of(
     data: Chunk,
     statistic: str,
     teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_state_bytes: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_state_bytes: int,
     fold: int = 0,
 ) -> Measure:
     """How to measure a chunk of text or of a task.
@@ -158,7 +157,7 @@ def measure_of(
         statistic (`str`): field of [`TokenStatistics`] to sum over each row's scored tokens.
         teacher ([`~transformers.PreTrainedModel`]): the model `"kl"` compares with.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): to generate with.
-        max_state_bytes (`int`, *optional*):
+        max_state_bytes (`int`):
             Bound of the hidden states held at a time; each row needs as many as there are layers and candidates.
         fold (`int`, *optional*, defaults to `0`): whose repairs in `runs` the candidates get.
     """
@@ -172,10 +171,9 @@ def measure_of(
     def measure(which: Sequence[int]) -> tuple[Tensor, Tensor]:
         states_of_row = bytes_of_row * (config.num_hidden_layers + 1 + len(which))
         found = []
-        for part in split_rows(data.batch, max(1, (max_state_bytes or MAX_STATE_BYTES) // states_of_row)):
+        for part in split_rows(data.batch, max(1, max_state_bytes // states_of_row)):
             part = to_device(part, runs.model.device)
-            states = runs.final_states(part, which, fold)
-            found.append(sums_by_row(runs.model, states, part, statistic, teacher))
+            found.append(sums_by_row(runs.model, runs.final_states(part, which, fold), part, statistic, teacher))
         sums, counts = zip(*found, strict=True)
         return data.reduce(torch.cat(sums, dim=1), torch.cat(counts))
 

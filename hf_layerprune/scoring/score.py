@@ -17,12 +17,13 @@ from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
 from .candidates import CandidateRuns
-from .estimates import MEASURED, Criterion, criterion_of, estimate
+from .estimates import ANGLES, MEASURED, Criterion, criterion_of, estimate
 from .measure import TOKEN_MEASURES, Race, collect, halves, measure_of, shard
 from .scores import Evidence, Key, Scores
-from .sweep import is_offloaded, needs_memory, sweep
+from .sweep import is_offloaded, sweep
 
 CHUNKS_OF_A_RACE = 16  # at least as many, if there are as many rows
+MAX_STATE_BYTES = 4 * 2**30
 
 
 def score_layers(
@@ -64,7 +65,7 @@ def score(
     compensation: str = "none",
     tasks: Sequence[Task | PreparedTask] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_state_bytes: int | None = None,
+    max_state_bytes: int = MAX_STATE_BYTES,
 ) -> Scores[Key]:
     """Score what a model could become, without building it.
 
@@ -119,7 +120,7 @@ def score(
             The model's own, for `"tasks"`.
         max_state_bytes (`int`, *optional*, defaults to 4 GiB):
             Bound of the hidden states held at a time, however many layers there are; rows beyond it run one after
-            the other. For a model on disk, half of the free memory by default; beyond it the weights are read again.
+            the other. Of a model on disk, whose layers are read once for all data, candidates beyond it do.
 
     Returns:
         [`Scores`]: `values` maps each candidate to the measure after it; `baseline` is the measure without any.
@@ -133,10 +134,8 @@ def score(
     if not keys:
         raise LayerPruneError("nothing to score: all layers are protected")
     plans = [_plan_after(key, plan) for key in keys]
-    _check_request(model, criterion, race, compensation)
-    if tasks and criterion != "tasks":
-        raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
-    needs_data = criterion in (*TOKEN_MEASURES, "block_influence", "angular_distance", "taylor")
+    _check_request(model, criterion, race, compensation, tasks)
+    needs_data = criterion in (*TOKEN_MEASURES, *ANGLES, "taylor")
     batches = check_batches(batches, model.config.vocab_size, "calibration data", required=needs_data)
     if criterion not in MEASURED:
         return _estimated(model, batches, dict(zip(keys, plans, strict=True)), criterion, seed, on_batch)
@@ -144,13 +143,13 @@ def score(
     if criterion == "tasks":
         if tokenizer is None:
             raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
-        tasks, folds = prepare_tasks(tasks, model, tokenizer), [batches]
-    else:
-        folds = [batches] if compensation == "none" else halves(batches)
+        tasks = prepare_tasks(tasks, model, tokenizer)
     with inference(model, teacher):
         if is_offloaded(model):
-            evidence, left = sweep(model, batches, plans, criterion, teacher, on_batch, max_state_bytes), {}
+            of_all = (batches, plans, TOKEN_MEASURES[criterion], teacher, max_state_bytes)
+            kinds = [(1.0, [lambda _: sweep(model, *of_all)])]
         else:
+            folds = [batches] if criterion == "tasks" or compensation == "none" else halves(batches)
             runs = CandidateRuns(model, plans, _repairs(model, folds, plans, compensation, teacher))
             of = partial(measure_of, runs, teacher=teacher, tokenizer=tokenizer, max_state_bytes=max_state_bytes)
             if criterion == "tasks":
@@ -158,24 +157,29 @@ def score(
             else:
                 parts, statistic = _parts(folds, race), TOKEN_MEASURES[criterion]
                 kinds = [(1.0, [of(TokenChunk(part), statistic, fold=fold) for part, fold in parts])]
-            count = sum(len(measures) for _, measures in kinds)
-            on_chunk = _as_often(on_batch, len(batches) or count, count)
-            evidence, left = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
+        count = sum(len(measures) for _, measures in kinds)
+        on_chunk = _as_often(on_batch, len(batches) or count, count)
+        evidence, left = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
     return Scores.of(criterion, keys, evidence, left, savings)
 
 
-def _check_request(model: PreTrainedModel, criterion: str | Criterion, race: Race | None, compensation: str) -> None:
+def _check_request(
+    model: PreTrainedModel, criterion: str | Criterion, race: Race | None, compensation: str, tasks: Sequence[Any]
+) -> None:
     """Raise [`LayerPruneError`] unless the criterion can do what is asked."""
     criterion_of(criterion)
-    given = [what for what, is_given in (("a race", race), ("a compensation", compensation != "none")) if is_given]
-    if criterion not in MEASURED and given:
+    if criterion not in MEASURED and (race is not None or compensation != "none"):
         raise LayerPruneError(
-            f"criterion={criterion!r} sees each layer once, as it is; {given[0]} is for {', '.join(MEASURED)}"
+            f"criterion={criterion!r} sees each layer once, as it is; races and compensation are for "
+            f"{', '.join(MEASURED)}"
         )
-    if criterion not in (*TOKEN_MEASURES, "tail", "random"):
-        given = [f"criterion={criterion!r}"]
-    if given and is_offloaded(model):
-        raise needs_memory(given[0])
+    if tasks and criterion != "tasks":
+        raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
+    if (criterion in ("tasks", "taylor") or compensation != "none") and is_offloaded(model):
+        raise LayerPruneError(
+            "a model on disk or in CPU memory can be scored by 'kl' or 'loss' without a compensation, or by an angle; "
+            "load it into memory as a whole for the rest"
+        )
 
 
 def _plan_after(candidate: int | Edit | LayerPlan, plan: LayerPlan) -> LayerPlan:

@@ -63,10 +63,6 @@ class Evidence:
         self.counts[kind] = torch.cat([self.counts[kind], counts[counts > 0]])
         self.seen[list(candidates), kind] = len(self.counts[kind])
 
-    @property
-    def num_rows(self) -> int:
-        return sum(map(len, self.counts))
-
     def value(self, candidate: int) -> float:
         """The measure of one candidate over the rows it saw, a weighted mean over the kinds of data."""
         total = 0.0
@@ -78,22 +74,9 @@ class Evidence:
         """What each of `candidates` adds to the measure of the unchanged model: `(len(candidates),)`."""
         return torch.tensor([self.value(index) - self.value(0) for index in candidates], dtype=torch.float64)
 
-    def influences(self, candidates: Sequence[int]) -> list[Tensor]:
-        """What each row adds to the deviation of the values, to first order: `(len(candidates), R)` per kind of data.
-
-        All candidates must have seen the same rows.
-        """
-        found = []
-        for kind, weight in enumerate(self.weights):
-            rows = slice(0, int(self.seen[candidates[0], kind]))
-            sums, counts = self.sums[kind][list(candidates), rows], self.counts[kind][rows]
-            mean = sums.sum(1, keepdim=True) / counts.sum()
-            found.append(weight * (sums - mean * counts) / counts.sum())
-        return found
-
     def standard_error(self, candidate: int) -> float:
         """Of `value`; `nan` where a kind of data has fewer than two rows."""
-        return float(_errors(self.influences([candidate])))
+        return float(_errors(self._deviations([candidate])))
 
     def difference_errors(
         self, best: int, others: Sequence[int], factors: Mapping[int, float], unseen: Sequence[float] | None = None
@@ -106,35 +89,29 @@ class Evidence:
         """
         factor = torch.tensor([factors[other] for other in others], dtype=torch.float64)[:, None]
         parts = []
-        for rows in self.influences([0, best, *others]):
+        for rows in self._deviations([0, best, *others]):
             over_model = rows[1:] - rows[0]
             parts.append(over_model[1:] * factor - over_model[0] * factors[best])
         return _errors(parts, unseen)
 
-    def half_agreement(self, candidates: Sequence[int], savings: Tensor, trials: int = 200) -> float:
-        """How often two random halves of the rows give the same of `candidates` the lowest price.
+    def _deviations(self, candidates: Sequence[int]) -> list[Tensor]:
+        """What each row adds to the deviation of the values, to first order: `(len(candidates), R)` per kind of data.
 
-        All candidates must have seen all rows. `nan` where a kind of data has only one row.
+        All candidates must have seen the same rows.
         """
-        if any(len(counts) < 2 for counts in self.counts):
-            return math.nan
-        generator, agreed, with_model = torch.Generator().manual_seed(0), 0, [0, *candidates]
-        for _ in range(trials):
-            totals = torch.zeros(2, len(with_model), dtype=torch.float64)
-            for weight, all_sums, counts in zip(self.weights, self.sums, self.counts, strict=True):
-                rows = torch.randperm(len(counts), generator=generator)
-                for half, chosen in enumerate(rows.tensor_split(2)):
-                    totals[half] += weight * all_sums[with_model][:, chosen].sum(1) / counts[chosen].sum()
-            costs = totals[:, 1:] - totals[:, :1]
-            first, second = (costs * price_factors(costs, savings)).nan_to_num(math.inf).argmin(1).tolist()
-            agreed += first == second
-        return agreed / trials
+        found = []
+        for kind, weight in enumerate(self.weights):
+            rows = slice(0, int(self.seen[candidates[0], kind]))
+            sums, counts = self.sums[kind][list(candidates), rows], self.counts[kind][rows]
+            mean = sums.sum(1, keepdim=True) / counts.sum()
+            found.append(weight * (sums - mean * counts) / counts.sum())
+        return found
 
 
-def _errors(influences: Sequence[Tensor], unseen: Sequence[float] | None = None) -> Tensor:
+def _errors(deviations: Sequence[Tensor], unseen: Sequence[float] | None = None) -> Tensor:
     """Standard errors `(C,)` of sums over independent rows: `(C, R)` for each kind of data."""
-    variance = torch.zeros(len(influences[0]), dtype=torch.float64)
-    for part, share in zip(influences, unseen or [1.0] * len(influences), strict=True):
+    variance = torch.zeros(len(deviations[0]), dtype=torch.float64)
+    for part, share in zip(deviations, unseen or [1.0] * len(deviations), strict=True):
         if share:
             rows = part.shape[1]
             variance += share * part.pow(2).sum(1) * (rows / (rows - 1) if rows > 1 else math.nan)
@@ -157,7 +134,6 @@ class Scores(Generic[Key]):
         left (`dict[Key, float]`): candidates that a race dropped, and the share of the data they had seen by then;
             their values are over that data only.
         savings (`dict[Key, float]`): what each saves, above 0; empty if all save the same.
-        half_agreement (`float`, *optional*): how often two random halves of the data choose the same.
         margin (`float`, *optional*): how far the best is ahead of the second, in standard errors of their paired
             difference; `nan` if there is too little data, `None` if there was nothing to compare.
         contenders (`tuple[Key, ...]`): the best two; one if all others left a race.
@@ -170,7 +146,6 @@ class Scores(Generic[Key]):
     standard_errors: dict[Key, float] = field(default_factory=dict)
     left: dict[Key, float] = field(default_factory=dict)
     savings: dict[Key, float] = field(default_factory=dict)
-    half_agreement: float | None = None
     margin: float | None = None
     contenders: tuple[Key, ...] = ()
 
@@ -189,7 +164,7 @@ class Scores(Generic[Key]):
             criterion,
             values={key: evidence.value(number) for key, number in index.items()},
             baseline=evidence.value(0),
-            num_tokens=evidence.num_rows if criterion == "tasks" else int(evidence.counts[0].sum()),
+            num_tokens=sum(map(len, evidence.counts)) if criterion == "tasks" else int(evidence.counts[0].sum()),
             standard_errors={key: evidence.standard_error(number) for key, number in index.items()},
             left={keys[number - 1]: share for number, share in (left or {}).items()},
             savings={} if savings is None else dict(zip(keys, savings, strict=True)),
@@ -198,17 +173,14 @@ class Scores(Generic[Key]):
         scores = replace(scores, contenders=tuple(ranked[:2]))
         if len(ranked) < 2:
             return scores
-        best, second = (index[key] for key in ranked[:2])
+        best, second = (index[key] for key in scores.contenders)
         costs = evidence.costs([best, second])
-        factors = price_factors(costs, scores._savings(ranked[:2]))
+        factors = price_factors(costs, scores._savings(scores.contenders))
         ahead = float((costs * factors).diff())
         by_index = dict(zip((best, second), factors.tolist(), strict=True))
         error = float(evidence.difference_errors(best, [second], by_index))
         margin = ahead / error if error > 0 else math.nan if math.isnan(error) else math.inf if ahead > 0 else 0.0
-        agreement = None
-        if not left and not math.isnan(margin):
-            agreement = evidence.half_agreement(list(index.values()), scores._savings(index))
-        return replace(scores, margin=margin, half_agreement=agreement)
+        return replace(scores, margin=margin)
 
     @property
     def ranking(self) -> tuple[Key, ...]:
@@ -254,11 +226,10 @@ class Scores(Generic[Key]):
         best, second = map(_label, self.contenders)
         if math.isnan(self.margin):
             return f"too little data to tell how sure the choice of {best} is; more calibration data would"
-        halves = "" if self.half_agreement is None else f"; two halves of the data agree {self.half_agreement:.0%}"
         if self.margin < CLEAR_MARGIN:
-            apart = f"cannot be told apart ({self.margin:.1f} standard errors{halves})"
+            apart = f"cannot be told apart ({self.margin:.1f} standard errors)"
             return f"{best} and {second} {apart}; more calibration data would tell"
-        return f"{best} is ahead of {second} by {self.margin:.1f} standard errors{halves}"
+        return f"{best} is ahead of {second} by {self.margin:.1f} standard errors"
 
     def to_dict(self) -> dict[str, Any]:
         """The form written to JSON: candidates by their labels, and `certainty`."""
