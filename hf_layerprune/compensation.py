@@ -11,7 +11,6 @@ Shapes: B batch, T positions, N unpadded positions, H hidden, I neurons of a blo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .architectures import check_supported, output_projections
+from .architectures import output_projections
 from .data import Batch, check_batches
 from .errors import LayerPruneError
 from .forward import check_same_vocabulary, inference, record, to_device
@@ -32,17 +31,14 @@ DEFAULT_RIDGE = 5.0  # on the embedded teacher near the best at 4 and at 16 toke
 MAX_BYTES = 2**32  # of equations held at a time, but at least one block's; solving these takes four times their size
 
 
-@dataclass(frozen=True)
-class Repair:
-    """What makes up for removing neighbouring layers.
+class Repair(NamedTuple):
+    """What makes up for removed layers.
 
     Attributes:
-        layers (`tuple[int, ...]`): the removed teacher layers.
         position (`int`): the block before the gap, the same in the model and in the student without the layers.
         weight (`Tensor` of shape `(H, I)`): its new `mlp.down_proj.weight`.
     """
 
-    layers: tuple[int, ...]
     position: int
     weight: Tensor
 
@@ -65,9 +61,9 @@ def find_repairs(
     teacher = model if teacher is None else teacher
     plan, layers = plan_of(model), list(dict.fromkeys(layers))
     batches = _checked(model, batches, method, teacher, layers)
-    gaps = [_gap((layer,), plan.remove(layer), plan_of(teacher)) for layer in layers]
-    gaps = [gap for gap in gaps if gap.position >= 0 and gap.layers in plan.blocks and method != "none"]
-    return {repair.layers[0]: repair for repair in _refit(model, teacher, batches, gaps, ridge)}
+    gaps = {n: _gap(n, plan.remove(n), plan_of(teacher)) for n in layers if (n,) in plan.blocks and method != "none"}
+    gaps = {layer: gap for layer, gap in gaps.items() if gap.position >= 0}
+    return dict(zip(gaps, _refit(model, teacher, batches, list(gaps.values()), ridge), strict=True))
 
 
 def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
@@ -119,7 +115,7 @@ def compensate(
     repaired = apply_plan(student, plan, share_weights=share_weights)
     neighbours = groupby(layers, key=lambda layer: layer - layers.index(layer))  # equal for consecutive layers
     for _, together in neighbours if method == "least_squares" else ():
-        gap = _gap(tuple(together), plan, plan_of(teacher))
+        gap = _gap(next(together), plan, plan_of(teacher))
         if gap.position >= 0:
             (repair,) = _refit(repaired, teacher, batches, [gap], ridge, on_batch)
             apply_repair(repaired, repair)
@@ -142,7 +138,6 @@ def _checked(
     """The batches, once they and the other arguments are known to fit together."""
     check_compensation(method)
     for each in (model, teacher):
-        check_supported(each.config)
         if any(parameter.is_meta for parameter in each.parameters()):
             raise LayerPruneError("the model is partly on disk or in CPU memory; load it on one device to repair it")
     check_same_vocabulary(model, teacher)
@@ -158,16 +153,15 @@ def _checked(
 class _Gap(NamedTuple):
     """Where removed neighbouring layers were."""
 
-    layers: tuple[int, ...]
     position: int  # of the block before them
     target: int  # number of the teacher's state which that block must hand on: what the next kept layer reads
 
 
-def _gap(layers: tuple[int, ...], plan: LayerPlan, teacher_plan: LayerPlan) -> _Gap:
-    """The gap in `plan`, which lacks `layers`; its position is -1 where no block is before it."""
-    position = sum(block[0] < layers[0] for block in plan.blocks) - 1
+def _gap(layer: int, plan: LayerPlan, teacher_plan: LayerPlan) -> _Gap:
+    """The gap in `plan`, which lacks `layer`; its position is -1 where no block is before it."""
+    position = sum(block[0] < layer for block in plan.blocks) - 1
     following = plan.blocks[position + 1][0] if position + 1 < plan.depth else plan.num_teacher_layers
-    return _Gap(layers, position, sum(block[-1] < following for block in teacher_plan.blocks))
+    return _Gap(position, sum(block[-1] < following for block in teacher_plan.blocks))
 
 
 def _unpadded(batch: Batch) -> Tensor:
@@ -198,7 +192,7 @@ def _refit(
             _add_batch(model, teacher, batch, group, fits)
             if start + at_once >= len(gaps):
                 on_batch()
-        repairs += [Repair(gap.layers, gap.position, fit.solve(ridge)) for gap, fit in zip(group, fits, strict=True)]
+        repairs += [Repair(gap.position, fit.solve(ridge)) for gap, fit in zip(group, fits, strict=True)]
     return repairs
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from .budget import count_parameters
 from .errors import LayerPruneError
 from .memory import DEFAULT_LENGTH, StepMeter, StepShape, Way
-from .scoring.measure import TOKEN_MEASURES
+from .scoring.estimates import TOKEN_MEASURES
 from .surgery import plan_of
 from .trainer import IterativeLayerDistillConfig
 

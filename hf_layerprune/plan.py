@@ -71,8 +71,8 @@ class LayerPlan:
         depth = layers[-1] + 1 if self.num_teacher_layers is None else self.num_teacher_layers
         if type(depth) is not int or not layers[-1] < depth <= MAX_LAYERS:
             raise LayerPruneError(
-                f"layer plan uses layer {layers[-1]!r:.200} of a teacher of {depth!r:.200} layers; at most {MAX_LAYERS} "
-                "are supported"
+                f"layer plan uses layer {layers[-1]!r:.200} of a teacher of {depth!r:.200} layers; a teacher may have "
+                f"{MAX_LAYERS}"
             )
         object.__setattr__(self, "blocks", blocks)
         object.__setattr__(self, "num_teacher_layers", depth)

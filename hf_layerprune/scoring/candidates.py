@@ -7,22 +7,26 @@ L(L-1)/2 + L layer passes instead of L(L-1) + L, with the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import architecture_of
 from ..compensation import Repair, apply_repair
-from ..data import Batch
+from ..data import Batch, split_rows
 from ..forward import record, replay, to_device
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of
-from ..tasks import GenerationChunk
-from ..tasks.evaluation import generated
+from ..tasks.chunks import Chunk, GenerationChunk
+from ..tasks.evaluation import generated, sums_by_row
+from ..tasks.lm_eval_task import LmEvalChunk
+
+MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time; rows beyond it run one after the other
 
 Block = Callable[..., Tensor]
 """What runs as a block: a state `(B, T, H)` and keyword arguments to the next state."""
@@ -92,21 +96,49 @@ class CandidateRuns:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model as it is.
-        plans (`Iterable[LayerPlan]`): plans made of its layers.
+        plans (`Sequence[LayerPlan]`): plans made of its layers.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): the model that `"kl"` compares with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): to generate with.
         repairs (`Sequence[Mapping[LayerPlan, Repair]]`, *optional*): for each fold of the data, what makes up for the
             layer that a plan leaves out.
     """
 
     def __init__(
-        self, model: PreTrainedModel, plans: Iterable[LayerPlan], repairs: Sequence[Mapping[LayerPlan, Repair]] = ()
+        self,
+        model: PreTrainedModel,
+        plans: Sequence[LayerPlan],
+        teacher: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        repairs: Sequence[Mapping[LayerPlan, Repair]] = (),
     ) -> None:
-        self.model, self.plans, self.repairs = model, list(plans), list(repairs) or [{}]
+        self.model, self.plans, self.teacher, self.tokenizer = model, plans, teacher, tokenizer
+        self.repairs = repairs or [{}]
         separate = cache(lambda: separate_layers(model))
         self.parts = [
-            [changed_part(model, plan, of_fold.get(plan), separate) for plan in self.plans] for of_fold in self.repairs
+            [changed_part(model, plan, of_fold.get(plan), separate) for plan in plans] for of_fold in self.repairs
         ]
 
-    def final_states(self, batch: Batch, which: Iterable[int], fold: int = 0) -> Iterator[Tensor]:
+    def measure(self, data: Chunk, statistic: str, fold: int, which: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Measure the model, and the candidates `which`, on a chunk of text or of a task; see [`~measure.Measure`].
+
+        Args:
+            statistic (`str`): field of [`TokenStatistics`] to sum over each row's scored tokens.
+            fold (`int`): whose repairs the candidates get.
+        """
+        if isinstance(data, LmEvalChunk):
+            return data.reduce([self.model, *map(self.student, which)], self.tokenizer)
+        if isinstance(data, GenerationChunk):
+            return data.reduce(list(self.texts(data, which)))
+        bytes_of_row = self.model.dtype.itemsize * self.model.config.hidden_size * data.batch["input_ids"].shape[1]
+        states_of_row = len(self.model.base_model.layers) + 1 + len(which)
+        found = []
+        for part in split_rows(data.batch, max(1, MAX_STATE_BYTES // (bytes_of_row * states_of_row))):
+            part = to_device(part, self.model.device)
+            found.append(sums_by_row(self.model, self.final_states(part, which, fold), part, statistic, self.teacher))
+        sums, counts = zip(*found, strict=True)
+        return data.reduce(torch.cat(sums, dim=1), torch.cat(counts))
+
+    def final_states(self, batch: Batch, which: Sequence[int], fold: int = 0) -> Iterator[Tensor]:
         """Hidden states after the final norm, `(B, T, H)`, of the model as it is, then of each candidate in turn."""
         decoder = self.model.base_model
         run = record(self.model, batch, range(len(decoder.layers) + 1))
@@ -123,9 +155,7 @@ class CandidateRuns:
             apply_repair(student, self.repairs[0][plan])
         return student
 
-    def texts(
-        self, chunk: GenerationChunk, which: Sequence[int], tokenizer: PreTrainedTokenizerBase
-    ) -> Iterator[list[str]]:
+    def texts(self, chunk: GenerationChunk, which: Sequence[int]) -> Iterator[list[str]]:
         """Greedy continuations of a chunk's E prompts by the model as it is, then by each candidate: E texts each.
 
         Below its first change a candidate has the keys and values of the model itself; above it, it runs the prompt
@@ -133,8 +163,8 @@ class CandidateRuns:
         """
         batch = to_device(chunk.batch, self.model.device)
         if batch["input_ids"].shape[1] < 2:  # nothing of the prompt to share
-            yield generated(self.model, chunk, tokenizer)
-            yield from (generated(self.student(index), chunk, tokenizer) for index in which)
+            yield generated(self.model, chunk, self.tokenizer)
+            yield from (generated(self.student(index), chunk, self.tokenizer) for index in which)
             return
         # all but the last token; positions as `generate` counts them, so that padding on the left shifts nothing
         mask, prompt = batch["attention_mask"][:, :-1], DynamicCache(config=self.model.config)
@@ -147,11 +177,11 @@ class CandidateRuns:
         }
         run = record(self.model, inputs, range(len(self.model.base_model.layers) + 1))
         keys_and_values = [(layer.keys, layer.values) for layer in prompt.layers]  # `prompt` grows with the text
-        yield generated(self.model, chunk, tokenizer, prompt)
+        yield generated(self.model, chunk, self.tokenizer, prompt)
         for index in which:
             student, start = self.student(index), self.parts[0][index - 1].start
             own, decoder = DynamicCache(config=student.config), student.base_model
             for position in range(start):
                 own.update(*keys_and_values[position], position)
             replay(run, start, decoder.layers[start:], decoder.norm, past_key_values=own)
-            yield generated(student, chunk, tokenizer, own)
+            yield generated(student, chunk, self.tokenizer, own)

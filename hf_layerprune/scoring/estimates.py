@@ -26,6 +26,7 @@ from .measure import gathered, shard
 from .scores import Evidence
 
 MEASURED = ("kl", "loss", "tasks")
+TOKEN_MEASURES = {"kl": "kl", "loss": "nll"}  # criterion -> field of `TokenStatistics`
 ANGLES: dict[str, Callable[[Tensor], Tensor]] = {
     "block_influence": lambda cosine: 1 - cosine,
     "angular_distance": lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,
@@ -139,10 +140,8 @@ def measure_angles(
     with inference(model):
         for batch in batches[first::step]:
             parts = split_rows(batch, max(1, tokens_at_once // batch["input_ids"].shape[1]))
-            sums, counts = zip(
-                *(_row_angles(model, part, stretches, ANGLES[criterion]) for part in parts), strict=True
-            )
-            found.append((torch.cat(sums, dim=1), torch.cat(counts)))
+            measured = [_row_angles(model, part, stretches, ANGLES[criterion]) for part in parts]
+            found.append([torch.cat(of_parts, dim=-1) for of_parts in zip(*measured, strict=True)])
             on_batch()
     for sums, counts in gathered(found, processes):
         evidence.add(0, range(1 + len(stretches)), sums, counts)

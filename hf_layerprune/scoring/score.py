@@ -17,13 +17,11 @@ from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
 from .candidates import CandidateRuns
-from .estimates import ANGLES, MEASURED, Criterion, criterion_of, estimate
-from .measure import TOKEN_MEASURES, Race, collect, halves, measure_of, shard
+from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate
+from .measure import Race, collect, shard
 from .scores import Evidence, Key, Scores
-from .sweep import is_offloaded, sweep
 
 CHUNKS_OF_A_RACE = 16  # at least as many, if there are as many rows
-MAX_STATE_BYTES = 4 * 2**30
 
 
 def score_layers(
@@ -65,7 +63,6 @@ def score(
     compensation: str = "none",
     tasks: Sequence[Task | PreparedTask] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_state_bytes: int = MAX_STATE_BYTES,
 ) -> Scores[Key]:
     """Score what a model could become, without building it.
 
@@ -75,8 +72,8 @@ def score(
         batches (`Iterable[dict[str, Tensor]]`, *optional*):
             Calibration data: `input_ids` `(B, T)` and, *optional*, `attention_mask` `(B, T)` and `labels` `(B, T)`.
             Padding never counts. `"tasks"` need none, except for a compensation. If `torch.distributed` is
-            initialized, give every process all data; each measures its share (for `"taylor"` and for a model on disk,
-            all of it), and all return the same scores.
+            initialized, give every process all data; each measures its share (for `"taylor"`, all of it), and all
+            return the same scores.
         candidates (`Iterable[int]`, or of [`Edit`] or [`LayerPlan`]):
             Layers to leave out, edits of the model's plan, or whole plans made of its layers.
         criterion (`str` or `Callable`, *optional*, defaults to `"kl"`): measured, with everything else left as it is,
@@ -108,19 +105,13 @@ def score(
         savings (`Sequence[float]`, *optional*):
             What each candidate saves, above 0; the best has the least cost per unit saved. By default all save the
             same.
-        seed (`int`, *optional*, defaults to `0`):
-            Of `"random"`.
+        seed (`int`, *optional*, defaults to `0`): of `"random"`.
         compensation (`str`, *optional*, defaults to `"none"`):
             Measure each candidate after its repair in closed form; see [`compensate`]. Each half of the text is
             measured with repairs fitted to the other half, so they do not look better than they are; `"tasks"` with
             repairs fitted to all of `batches`.
-        tasks (`Sequence[Task]`, *optional*):
-            Representative data sets for `"tasks"`, such as `load_tasks("default")`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The model's own, for `"tasks"`.
-        max_state_bytes (`int`, *optional*, defaults to 4 GiB):
-            Bound of the hidden states held at a time, however many layers there are; rows beyond it run one after
-            the other. Of a model on disk, whose layers are read once for all data, candidates beyond it do.
+        tasks (`Sequence[Task]`, *optional*): data sets for `"tasks"`, such as `load_tasks("default")`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the model's own, for `"tasks"`.
 
     Returns:
         [`Scores`]: `values` maps each candidate to the measure after it; `baseline` is the measure without any.
@@ -145,18 +136,14 @@ def score(
             raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
         tasks = prepare_tasks(tasks, model, tokenizer)
     with inference(model, teacher):
-        if is_offloaded(model):
-            of_all = (batches, plans, TOKEN_MEASURES[criterion], teacher, max_state_bytes)
-            kinds = [(1.0, [lambda _: sweep(model, *of_all)])]
+        folds = [batches] if criterion == "tasks" or compensation == "none" else _halves(batches)
+        repairs = _repairs(model, folds, plans, compensation, teacher)
+        runs = CandidateRuns(model, plans, teacher, tokenizer, repairs)
+        if criterion == "tasks":
+            kinds = [(t.weight, [partial(runs.measure, data, t.statistic, 0) for data in t.chunks]) for t in tasks]
         else:
-            folds = [batches] if criterion == "tasks" or compensation == "none" else halves(batches)
-            runs = CandidateRuns(model, plans, _repairs(model, folds, plans, compensation, teacher))
-            of = partial(measure_of, runs, teacher=teacher, tokenizer=tokenizer, max_state_bytes=max_state_bytes)
-            if criterion == "tasks":
-                kinds = [(task.weight, [of(data, task.statistic) for data in task.chunks]) for task in tasks]
-            else:
-                parts, statistic = _parts(folds, race), TOKEN_MEASURES[criterion]
-                kinds = [(1.0, [of(TokenChunk(part), statistic, fold=fold) for part, fold in parts])]
+            parts, statistic = _parts(folds, race), TOKEN_MEASURES[criterion]
+            kinds = [(1.0, [partial(runs.measure, TokenChunk(part), statistic, fold) for part, fold in parts])]
         count = sum(len(measures) for _, measures in kinds)
         on_chunk = _as_often(on_batch, len(batches) or count, count)
         evidence, left = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
@@ -175,11 +162,8 @@ def _check_request(
         )
     if tasks and criterion != "tasks":
         raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
-    if (criterion in ("tasks", "taylor") or compensation != "none") and is_offloaded(model):
-        raise LayerPruneError(
-            "a model on disk or in CPU memory can be scored by 'kl' or 'loss' without a compensation, or by an angle; "
-            "load it into memory as a whole for the rest"
-        )
+    if criterion in ("tasks", "taylor") and any(parameter.is_meta for parameter in model.parameters()):
+        raise LayerPruneError(f"criterion={criterion!r} needs the whole model in memory; load it so, or score by 'kl'")
 
 
 def _plan_after(candidate: int | Edit | LayerPlan, plan: LayerPlan) -> LayerPlan:
@@ -207,7 +191,6 @@ def _estimated(
 ) -> Scores[Key]:
     """What a criterion that runs no candidate says of removing layers that run alone."""
     plan, name, blocks = plan_of(model), criterion if isinstance(criterion, str) else criterion.__name__, []
-    criterion = criterion_of(criterion)
     for key, after in candidates.items():
         if ((layer := _removed_layer(plan, after)),) not in plan.blocks:
             what = f"removing layer {key}" if isinstance(key, int) else f"'{key}'"
@@ -216,11 +199,23 @@ def _estimated(
                 f"one of {', '.join(MEASURED)}"
             )
         blocks.append(plan.block_of(layer))
-    found = estimate(model, batches, blocks, criterion, seed, on_batch)
+    found = estimate(model, batches, blocks, criterion_of(criterion), seed, on_batch)
     if isinstance(found, Evidence):
         return Scores.of(name, list(candidates), found)
     num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches)
     return Scores(name, dict(zip(candidates, map(float, found), strict=True)), num_tokens=num_tokens)
+
+
+def _halves(batches: Iterable[Batch]) -> list[list[Batch]]:
+    """Every other row of all, and the rest."""
+    found: list[list[Batch]] = [[], []]
+    seen = 0
+    for batch in batches:
+        for number, half in enumerate(found):
+            part = {key: value[(number - seen) % 2 :: 2] for key, value in batch.items()}
+            half += [part] if len(part["input_ids"]) else []
+        seen += len(batch["input_ids"])
+    return found
 
 
 def _repairs(

@@ -9,7 +9,7 @@ Shapes: C candidates, R rows of data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -70,29 +70,27 @@ class Evidence:
             total += weight * float(sums[candidate, :seen].sum() / counts[:seen].sum())
         return total
 
-    def costs(self, candidates: Sequence[int]) -> Tensor:
-        """What each of `candidates` adds to the measure of the unchanged model: `(len(candidates),)`."""
-        return torch.tensor([self.value(index) - self.value(0) for index in candidates], dtype=torch.float64)
-
     def standard_error(self, candidate: int) -> float:
         """Of `value`; `nan` where a kind of data has fewer than two rows."""
         return float(_errors(self._deviations([candidate])))
 
-    def difference_errors(
-        self, best: int, others: Sequence[int], factors: Mapping[int, float], unseen: Sequence[float] | None = None
-    ) -> Tensor:
-        """Standard errors of the paired differences `price of other - price of best`: `(len(others),)`.
+    def compare(
+        self, candidates: Sequence[int], savings: Sequence[float], unseen: Sequence[float] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The price of each candidate, and the standard error of its paired difference to the lowest: `(C,)` each.
 
-        A price is `(value - value of the unchanged model) x factor`, row by row: what moves all alike cancels out.
-        With `unseen`, the share of each kind of data that is still to come, they are relative to what all of the data
-        will show.
+        A price is `(value - value of the unchanged model) x factor`, see [`price_factors`], row by row: what moves all
+        alike cancels out. With `unseen`, the share of each kind of data that is still to come, errors are relative to
+        what all of the data will show.
         """
-        factor = torch.tensor([factors[other] for other in others], dtype=torch.float64)[:, None]
-        parts = []
-        for rows in self._deviations([0, best, *others]):
-            over_model = rows[1:] - rows[0]
-            parts.append(over_model[1:] * factor - over_model[0] * factors[best])
-        return _errors(parts, unseen)
+        costs = torch.tensor([self.value(index) - self.value(0) for index in candidates], dtype=torch.float64)
+        factors = price_factors(costs, torch.tensor(savings, dtype=torch.float64))
+        prices = costs * factors
+        best, parts = int(prices.nan_to_num(math.inf).argmin()), []
+        for rows in self._deviations([0, *candidates]):
+            of_price = (rows[1:] - rows[0]) * factors[:, None]
+            parts.append(of_price - of_price[best])
+        return prices, _errors(parts, unseen)
 
     def _deviations(self, candidates: Sequence[int]) -> list[Tensor]:
         """What each row adds to the deviation of the values, to first order: `(len(candidates), R)` per kind of data.
@@ -173,12 +171,9 @@ class Scores(Generic[Key]):
         scores = replace(scores, contenders=tuple(ranked[:2]))
         if len(ranked) < 2:
             return scores
-        best, second = (index[key] for key in scores.contenders)
-        costs = evidence.costs([best, second])
-        factors = price_factors(costs, scores._savings(scores.contenders))
-        ahead = float((costs * factors).diff())
-        by_index = dict(zip((best, second), factors.tolist(), strict=True))
-        error = float(evidence.difference_errors(best, [second], by_index))
+        saved = [scores.savings.get(key, 1.0) for key in scores.contenders]
+        prices, errors = evidence.compare([index[key] for key in scores.contenders], saved)
+        ahead, error = float(prices.diff()), float(errors[1])
         margin = ahead / error if error > 0 else math.nan if math.isnan(error) else math.inf if ahead > 0 else 0.0
         return replace(scores, margin=margin)
 
@@ -190,16 +185,14 @@ class Scores(Generic[Key]):
         Equal prices go to the deeper layer; a price that is not a number comes last.
         """
         costs = torch.tensor(list(self.values.values()), dtype=torch.float64) - self.baseline
-        prices = (costs * price_factors(costs, self._savings(self.values))).tolist()
+        savings = torch.tensor([self.savings.get(key, 1.0) for key in self.values], dtype=torch.float64)
+        prices = (costs * price_factors(costs, savings)).tolist()
 
         def order(item: tuple[Key, float]) -> tuple[Any, ...]:
             key, price = item
             return math.isnan(price), -self.left.get(key, 1.0), price, -_depth_of(key)
 
         return tuple(key for key, _ in sorted(zip(self.values, prices, strict=True), key=order))
-
-    def _savings(self, keys: Iterable[Key]) -> Tensor:
-        return torch.tensor([self.savings.get(key, 1.0) for key in keys], dtype=torch.float64)
 
     @property
     def safest(self) -> Key:
