@@ -136,8 +136,8 @@ class EditSpace:
     Args:
         kinds (`Iterable[str]` or `str`, *optional*): `"remove"`, `"parallelize"` or both; a string is split at commas.
         max_group_size (`int`, *optional*, defaults to `2`): most layers in one parallel block.
-        protect_first (`int`, *optional*, defaults to `0`): number of first teacher layers that no edit touches.
-        protect_last (`int`, *optional*, defaults to `0`): number of last teacher layers that no edit touches.
+        protect_first, protect_last (`int`, *optional*, defaults to `0`):
+            Number of first and last teacher layers that no edit touches.
 
     Raises:
         [`LayerPruneError`]: for an unknown kind, or a group of fewer than two layers.
@@ -197,19 +197,12 @@ class EditSpace:
 
 @dataclass(frozen=True)
 class Goal:
-    """Where a search ends: a budget, the edits that may lead there, and the size of any plan on the way.
-
-    Attributes:
-        budget ([`Budget`]): where to stop; its unit is that of the size of a plan.
-        space ([`EditSpace`]): the edits that are allowed.
-        costs ([`BlockCosts`]): blocks, parameters or seconds.
-        original ([`LayerPlan`]): the plan that a share of latency refers to.
-    """
+    """Where a search ends: a budget, the edits that may lead there, and the size of any plan on the way."""
 
     budget: Budget
     space: EditSpace
-    costs: BlockCosts
-    original: LayerPlan
+    costs: BlockCosts  # in blocks, parameters or seconds
+    original: LayerPlan  # what a share of latency refers to
 
     @classmethod
     def of(

@@ -51,17 +51,15 @@ def find_repairs(
     teacher: PreTrainedModel | None = None,
     ridge: float = DEFAULT_RIDGE,
 ) -> dict[int, Repair]:
-    """For each of `layers` alone, the repair that removing it from `model` needs; no model is changed.
+    """For each of `layers` alone, which run in no parallel block, the repair that removing it from `model` needs.
 
-    Each layer has another block before it, so one pass over the data serves all. Arguments as in [`compensate`].
-
-    Returns:
-        A [`Repair`] per layer, but none for the model's first and for layers inside parallel blocks.
+    No model is changed. Each layer has another block before it, so one pass over the data serves all; there is no
+    repair for the first. Arguments as in [`compensate`].
     """
     teacher = model if teacher is None else teacher
     plan, layers = plan_of(model), list(dict.fromkeys(layers))
     batches = _checked(model, batches, method, teacher, layers)
-    gaps = {n: _gap(n, plan.remove(n), plan_of(teacher)) for n in layers if (n,) in plan.blocks and method != "none"}
+    gaps = {layer: _gap(layer, plan.remove(layer), plan_of(teacher)) for layer in layers}
     gaps = {layer: gap for layer, gap in gaps.items() if gap.position >= 0}
     return dict(zip(gaps, _refit(model, teacher, batches, list(gaps.values()), ridge), strict=True))
 

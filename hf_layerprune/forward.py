@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,38 +62,34 @@ def record(
     """Run a model on a batch and record some hidden states, whatever the caller's gradient mode.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): a causal language model, or its decoder.
         batch (`dict[str, Any]`): what the model is called with, on its device; labels are left out.
         states (`Collection[int]`): numbers of the states to record.
         inner (`Mapping[int, nn.Module]`, *optional*):
             By position of a block, the module inside it whose input is recorded too.
-        stop (`bool`, *optional*, defaults to `False`):
-            Whether to stop at the last of `states`; the modules of `inner` must come before it.
+        stop (`bool`, *optional*, defaults to `False`): whether to stop at the last of `states`.
         on_state (`Callable[[int, Tensor], None]`, *optional*):
             Called with each state and its number as it is reached, in place of keeping it.
     """
     decoder, recording = model.base_model, Recording()
     keep = recording.states.__setitem__ if on_state is None else on_state
-    last = max(states, default=None) if stop else None
+    last = max(states) if stop else None
 
-    def state_hook(number: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            recording.arguments[number] = kwargs
-            keep(number, args[0])
-            if number == last:
-                raise _Stop
+    def at_state(number: int, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        recording.arguments[number] = kwargs
+        keep(number, args[0])
+        if number == last:
+            raise _Stop
 
-        return hook
-
-    def inner_hook(position: int) -> Callable[..., None]:
-        return lambda _, args: recording.inner.__setitem__(position, args[0])
+    def inside(position: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        recording.inner[position] = args[0]
 
     readers = [*decoder.layers, decoder.norm]
     with ExitStack() as hooks:
         for number in states:
-            hooks.enter_context(readers[number].register_forward_pre_hook(state_hook(number), with_kwargs=True))
+            hook = readers[number].register_forward_pre_hook(partial(at_state, number), with_kwargs=True)
+            hooks.enter_context(hook)
         for position, module in (inner or {}).items():
-            hooks.enter_context(module.register_forward_pre_hook(inner_hook(position)))
+            hooks.enter_context(module.register_forward_pre_hook(partial(inside, position)))
         with suppress(_Stop):
             recording.final = final_states(model, batch)
     return recording
@@ -109,8 +106,7 @@ def replay(
     """Run blocks, of the same model or of another, from a recorded state on; what comes before it is not run again.
 
     Args:
-        recording ([`Recording`]): holds state `start` and its arguments.
-        start (`int`): number of the state that the first of `blocks` reads.
+        recording ([`Recording`]): holds state `start`, which the first of `blocks` reads, and its arguments.
         blocks (`Iterable[Callable[..., Tensor]]`): each is called with a state and the recorded arguments.
         norm (`nn.Module`): what reads the last state.
         states (`Collection[int]`, *optional*): numbers of states to record, of those that a block reads.

@@ -19,7 +19,6 @@ from .errors import LayerPruneError
 from .plan import EDIT_KINDS, Edit, LayerPlan
 from .scoring import Race, Scores, contiguous_block, score
 from .surgery import apply_plan, check_model, plan_of
-from .tasks import prepare_tasks
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,11 @@ class PlanSearch:
     Attributes:
         plan ([`LayerPlan`]): meets the budget; one of latency by the estimate of [`measure_latency`].
         steps (`list[SearchStep]`): the edits in order; the plan of each is the search's answer to a larger budget.
-        budget ([`Budget`]): what was asked for.
         latency ([`BlockCosts`], *optional*): what was measured for a budget of latency.
     """
 
     plan: LayerPlan
     steps: list[SearchStep]
-    budget: Budget
     latency: BlockCosts | None = None
 
 
@@ -148,21 +145,17 @@ def search_plan(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model to make shallower; never changed.
-        batches (`Iterable[dict[str, Tensor]]`, *optional*):
-            Calibration data, as in [`score_layers`]; `"tasks"` need none.
+        batches, criterion, teacher, options: see [`score`].
         budget ([`Budget`] or `dict`):
             Where to stop: `{"depth": blocks}`, `{"latency": share of the original's time per token}` or
             `{"parameters": count}`. Its unit is what edits are weighed by. Latency is measured on `model`'s device.
         edits (`Iterable[str]`, *optional*): `"remove"`, `"parallelize"` or both, the default.
         max_group_size (`int`, *optional*, defaults to `2`):
             Most layers in one parallel block; above 2, neighbouring blocks merge further.
-        criterion (`str`, *optional*, defaults to `"kl"`): how an edit is scored; see [`score_layers`].
-        teacher ([`~transformers.PreTrainedModel`], *optional*): what `"kl"` compares with; `model` by default.
         protect_first_layers, protect_last_layers (`int`, *optional*, defaults to `0`):
             Number of first and last teacher layers that no edit touches.
         latency ([`BlockCosts`], *optional*): measured before; saves the time to measure it.
         on_step (`Callable[[SearchStep], None]`, *optional*): called after every step.
-        options: `race`, `tasks`, `tokenizer`, `compensation`, `on_batch`, ... of [`score`].
 
     Returns:
         [`PlanSearch`]: the plan and the steps to it; [`apply_plan`] builds it.
@@ -173,10 +166,7 @@ def search_plan(
     check_model(model)
     budget, plan, teacher = Budget.of(budget), plan_of(model), model if teacher is None else teacher
     space = EditSpace(edits, max_group_size, protect_first_layers, protect_last_layers)
-    if criterion != "tasks":
-        batches = check_batches(batches, model.config.vocab_size, "calibration data")
-    elif options.get("tokenizer") is not None:  # tokenize once
-        options["tasks"] = prepare_tasks(options.get("tasks", ()), model, options["tokenizer"])
+    batches = check_batches(batches, model.config.vocab_size, "calibration data", required=criterion != "tasks")
     goal = Goal.of(budget, space, model, plan_of(teacher), latency)
     if goal.met(plan):
         raise LayerPruneError(f"the model meets {budget.unit}={budget.target:g} already: it has {goal.size(plan):.4g}")
@@ -186,7 +176,7 @@ def search_plan(
         steps.append(next_edit(student, batches, goal, criterion, teacher, **options))
         student = apply_plan(student, steps[-1].plan, share_weights=True)
         on_step(steps[-1])
-    return PlanSearch(plan_of(student), steps, budget, goal.latency)
+    return PlanSearch(plan_of(student), steps, goal.latency)
 
 
 def find_parallel_range(

@@ -33,11 +33,10 @@ Block = Callable[..., Tensor]
 
 
 class ChangedPart(NamedTuple):
-    """What sets a candidate apart from the model: the position of the first block that differs, and all blocks from
-    there on."""
+    """What sets a candidate apart from the model."""
 
-    start: int
-    blocks: list[Block]
+    start: int  # position of the first block that differs
+    blocks: list[Block]  # all from there on
 
 
 def changed_part(
@@ -45,11 +44,8 @@ def changed_part(
 ) -> ChangedPart:
     """What runs where `model` becomes `plan`: the only place that knows how an edit computes.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]): the model as it is, whose layers are used.
-        plan ([`LayerPlan`]): made of its layers; those of one block run in parallel.
-        repair ([`Repair`], *optional*): the new weight of the block before the first change.
-        separate (`Callable[[], Mapping[int, nn.Module]]`): gives layers that are inside parallel blocks of `model`.
+    The layers of one block run in parallel. `repair` has a new weight for the block before the first change, and
+    `separate` gives layers that are inside parallel blocks of `model`.
     """
     current, layers = plan_of(model).blocks, model.base_model.layers
     start = 0
@@ -68,10 +64,7 @@ def changed_part(
 
 
 def run_parallel(layers: list[nn.Module], state: Tensor, **kwargs: Any) -> Tensor:
-    """Run decoder layers on one input and add their outputs: `(B, T, H) -> (B, T, H)`.
-
-    https://huggingface.co/papers/2502.02790
-    """
+    """Run decoder layers on one input and add their outputs, after https://huggingface.co/papers/2502.02790"""
     if len(layers) == 1:
         return layers[0](state, **kwargs)
     state = state + sum(layer.self_attn(layer.input_layernorm(state), **kwargs)[0] for layer in layers)

@@ -59,12 +59,10 @@ def collect(
     Args:
         kinds (`Sequence[tuple[float, Sequence[Measure]]]`): weight and chunks of each kind of data.
         savings (`Sequence[float]`): what each candidate saves; a race is for the lowest price, see [`price_factors`].
-        race ([`Race`], *optional*): drop candidates on the way; by default all see all data.
         processes (`tuple[int, int]`, *optional*): see [`shard`]; all processes return the same.
-        on_chunk (`Callable[[], None]`, *optional*): called after every chunk of this process.
 
     Returns:
-        The evidence, and the share of the data that each candidate that left had seen.
+        The evidence, and the share of the data that each candidate that left the race had seen.
     """
     evidence = Evidence(1 + len(savings), [weight for weight, _ in kinds])
     alive, left = list(range(1, 1 + len(savings))), {}

@@ -175,10 +175,10 @@ def _plan_after(candidate: int | Edit | LayerPlan, plan: LayerPlan) -> LayerPlan
     return candidate.apply(plan) if isinstance(candidate, Edit) else plan.remove(candidate)
 
 
-def _removed_layer(plan: LayerPlan, after: LayerPlan) -> int | None:
-    """The layer that `after` lacks, if that is all that sets the plans apart."""
-    removed = [layer for layer in plan.layers if layer not in after.layers]
-    return removed[0] if len(removed) == 1 and plan.remove(removed[0]) == after else None
+def _lone_removal(plan: LayerPlan, after: LayerPlan) -> int | None:
+    """The layer that runs alone in `plan` and is all that `after` lacks; `None` where another edit sets them apart."""
+    gone = [block for block in plan.blocks if block not in after.blocks]
+    return gone[0][0] if len(gone) == 1 and len(gone[0]) == 1 and plan.remove(gone[0][0]) == after else None
 
 
 def _estimated(
@@ -192,7 +192,7 @@ def _estimated(
     """What a criterion that runs no candidate says of removing layers that run alone."""
     plan, name, blocks = plan_of(model), criterion if isinstance(criterion, str) else criterion.__name__, []
     for key, after in candidates.items():
-        if ((layer := _removed_layer(plan, after)),) not in plan.blocks:
+        if (layer := _lone_removal(plan, after)) is None:
             what = f"removing layer {key}" if isinstance(key, int) else f"'{key}'"
             raise LayerPruneError(
                 f"criterion={name!r} tells nothing about {what}, only about removing a layer that runs alone; choose "
@@ -234,9 +234,9 @@ def _repairs(
             "measured on the other"
         )
     plan = plan_of(model)
-    layers = [layer for after in plans if (layer := _removed_layer(plan, after)) is not None]
+    layers = {layer: after for after in plans if (layer := _lone_removal(plan, after)) is not None}
     found = [find_repairs(model, fold, layers, compensation, teacher) for fold in reversed(folds)]
-    return [{plan.remove(n): repair for n, repair in by.items()} for by in found]
+    return [{layers[layer]: repair for layer, repair in of_fold.items()} for of_fold in found]
 
 
 def _parts(folds: Sequence[Sequence[Batch]], race: Race | None) -> list[tuple[Batch, int]]:

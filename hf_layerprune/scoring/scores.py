@@ -26,26 +26,18 @@ CLEAR_MARGIN = 2.0  # standard errors between the best two
 def price_factors(costs: Tensor, savings: Tensor) -> Tensor:
     """What to multiply costs by to compare candidates that save different amounts; the lowest price is best.
 
-    A cost above 0 is divided by the saving. A cost of 0 or less is a gain and multiplied by it: any gain comes before
-    any loss, and among equal gains the larger saving comes first. Savings count as shares of the largest one, so
-    prices have the unit of the costs.
-
-    Args:
-        costs (`Tensor` of shape `(C,)`): the measure of each candidate minus that of the unchanged model.
-        savings (`Tensor` of shape `(C,)`): what each saves, above 0, in any unit.
+    A cost, the measure minus that of the unchanged model, is divided by the saving if it is above 0. A cost of 0 or
+    less is a gain and multiplied by it: any gain comes before any loss, and among equal gains the larger saving comes
+    first. Savings, above 0, count as shares of the largest one, so prices have the unit of the costs.
     """
     shares = savings / max(savings.tolist(), default=1.0)
     return torch.where(costs > 0, 1 / shares, shares)
 
 
 class Evidence:
-    """What `count` candidates measured on one or more kinds of data. Candidate 0 is the unchanged model.
+    """What `count` candidates measured on kinds of data with weights in the mean. Candidate 0 is the unchanged model.
 
     A candidate that left a race saw only the first rows: `seen`, `(C, kinds)`, counts them.
-
-    Args:
-        count (`int`): candidates, with the unchanged model.
-        weights (`Sequence[float]`, *optional*): of each kind of data in the mean over all.
     """
 
     def __init__(self, count: int, weights: Sequence[float] = (1.0,)) -> None:
