@@ -138,12 +138,10 @@ def inference(*models: PreTrainedModel) -> Iterator[None]:
 
 def check_causal(model: PreTrainedModel) -> None:
     """Raise [`LayerPruneError`] unless `model` is a causal language model with an output head."""
-    if isinstance(model, str):
-        raise LayerPruneError(f"{model!r} is a name, not a model; load it with hf_layerprune.load_model({model!r})")
-    if not isinstance(model, nn.Module) or not hasattr(model, "lm_head"):
+    if not hasattr(model, "lm_head"):
         raise LayerPruneError(
             f"{type(model).__name__} has no lm_head, so it is not a causal language model; load it with "
-            "AutoModelForCausalLM"
+            "hf_layerprune.load_model"
         )
 
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_layerprune"
 # A module may import only from those before it.
 ORDER = (
     "errors", "files", "fingerprint", "plan", "models", "architectures", "surgery", "matching",
-    "_trl", "losses", "rows", "data", "environment", "loading", "forward", "tasks", "ridge", "compensation", "scoring",
+    "_trl", "losses", "rows", "data", "environment", "loading", "forward", "tasks", "compensation", "scoring",
     "healing_data_config", "healing_data", "evaluation", "shapes", "benchmark", "budget", "search", "record",
     "record_reader", "plots", "report", "hub", "trainer", "memory", "estimate", "progress", "demo", "cli", "__init__",
 )  # fmt: skip

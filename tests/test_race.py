@@ -198,18 +198,18 @@ def test_without_a_race_all_see_everything_in_order():
 
 def test_the_race_chooses_what_all_data_would():
     wrong = 0
-    for seed in range(100):
+    for seed in range(40):
         measure = table([0.0, 0.1, 0.2, 1.0, 2.0, 3.0], seed=seed)
         evidence, left = race(measure, 6, Race(0.95, seed))
         scores = Scores.of("kl", list(range(6)), evidence, left)
         wrong += scores.safest != int(measure.mean()[1:].argmin())
-    assert wrong <= 5
+    assert wrong <= 2
 
 
 def test_data_of_which_little_is_seen_keeps_its_doubt():
     """Two kinds of data: one in many chunks that tell nothing, one in few that decide."""
     wrong, left_early = 0, 0
-    for seed in range(100):
+    for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         few = torch.randn(3, 8, 8, generator=generator, dtype=torch.float64)
         few[0], few[2] = 0, few[2] + 0.1
@@ -220,7 +220,7 @@ def test_data_of_which_little_is_seen_keeps_its_doubt():
         whole = sum(measure.mean() for measure in measures)
         wrong += scores.safest != 1 + int(whole[1:].argmin())
         left_early += bool(left)
-    assert wrong <= 5 and left_early
+    assert wrong <= 2 and left_early
 
 
 def test_data_in_one_chunk_does_not_stop_a_race():
