@@ -247,6 +247,12 @@ def test_tasks_must_stay_the_same_within_a_run(make, tasks_file):
         make(tasks=tasks_file, target_num_layers=4).train(resume_from_checkpoint=True)
 
 
+def test_without_healing_little_text_is_enough(make):
+    trainer = make(per_device_train_batch_size=10_000, target_num_layers=5)
+    trainer.train()
+    assert len(rounds_of(trainer)) == 1
+
+
 def test_settings_as_yaml_reads_them(tmp_path, tasks_file):
     assert tiny_config(tmp_path, trained_layers=3).named_trained_layers() == (3,)
     assert tiny_config(tmp_path, trained_layers=[3, 4]).named_trained_layers() == (3, 4)

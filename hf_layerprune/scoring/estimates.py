@@ -48,8 +48,7 @@ Criterion = Callable[[PreTrainedModel, Sequence[Batch], Sequence[int]], Sequence
 """A criterion of your own: the model, calibration batches (empty if none are given) and positions of blocks in
 `model.base_model.layers`, each of one layer, to a cost for each; lower is safer to remove."""
 
-TOKENS_AT_ONCE = {"cpu": 512}  # on a CPU as fast as more, with a fraction of the memory
-MANY_TOKENS = 8192  # for other devices
+TOKENS_AT_ONCE = {"cpu": 512, "other": 8192}  # on a CPU as fast as more, with a fraction of the memory
 
 
 def criterion_of(criterion: str | Criterion) -> str | Criterion:
@@ -135,7 +134,7 @@ def measure_angles(
     A stretch is the positions of its first block and of the block after its last.
     """
     evidence, found = Evidence(1 + len(stretches)), []
-    tokens_at_once = TOKENS_AT_ONCE.get(model.device.type, MANY_TOKENS)
+    tokens_at_once = TOKENS_AT_ONCE["cpu" if model.device.type == "cpu" else "other"]
     first, step = processes = shard(model)
     with inference(model):
         for batch in batches[first::step]:
