@@ -2,7 +2,7 @@
 
 from .benchmark import BenchmarkReport as BenchmarkReport
 from .benchmark import benchmark_model as benchmark_model
-from .budget import BlockLatency as BlockLatency
+from .budget import BlockCosts as BlockCosts
 from .budget import Budget as Budget
 from .compensation import compensate as compensate
 from .data import EMBEDDED_MODEL as EMBEDDED_MODEL

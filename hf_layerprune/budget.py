@@ -4,7 +4,7 @@ these units, and what is within reach."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -38,14 +38,11 @@ class Budget:
         if self.unit not in TARGETS:
             raise LayerPruneError(f"a budget is in one of {', '.join(TARGETS)}, not {self.unit!r}")
         if self.unit == "latency":
-            if not (isinstance(self.target, float) and 0 < self.target < 1):
-                raise LayerPruneError(
-                    f"latency={self.target!r} is out of range; it is a share of the original's, 0..1"
-                )
-        elif type(self.target) is not int or self.target < 1:
-            raise LayerPruneError(
-                f"{self.unit}={self.target!r} is out of range; it must be a whole number of at least 1"
-            )
+            fits, form = isinstance(self.target, float) and 0 < self.target < 1, "a share of the original's, 0..1"
+        else:
+            fits, form = type(self.target) is int and self.target >= 1, "a whole number of at least 1"
+        if not fits:
+            raise LayerPruneError(f"{self.unit}={self.target!r} is out of range; it must be {form}")
 
     @classmethod
     def of(cls, budget: Budget | Mapping[str, float | None]) -> Budget:
@@ -59,32 +56,12 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class ModelSizes:
-    """Parameters of a model's parts, so that any plan of its layers can be counted."""
-
-    outside: int
-    layer: int  # without norms
-    norms: int  # of one block, whatever its width
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> ModelSizes:
-        blocks = model.base_model.layers
-        norms = sum(p.numel() for name, p in blocks[0].named_parameters() if "layernorm" in name)
-        inside = sum(p.numel() for p in blocks.parameters())
-        layer = (inside - len(blocks) * norms) // len(plan_of(model).layers)
-        return cls(model.num_parameters() - inside, layer, norms)
-
-    def of_plan(self, plan: LayerPlan) -> int:
-        return self.outside + self.layer * len(plan.layers) + self.norms * plan.depth
-
-
-@dataclass(frozen=True)
-class BlockLatency:
-    """Seconds of one decoding step: a fixed part, and one per block that depends on how many layers it has.
+class BlockCosts:
+    """What a model costs in one unit: a fixed part, and one per block that depends on how many layers it has.
 
     Attributes:
-        fixed (`float`): embedding, head, sampling and the loop around them, seconds.
-        blocks (`tuple[float, ...]`): a block of 1, 2, ... layers, seconds.
+        fixed (`float`): all but the blocks, such as embedding and head.
+        blocks (`tuple[float, ...]`): a block of 1, 2, ... layers.
     """
 
     fixed: float
@@ -94,8 +71,17 @@ class BlockLatency:
         object.__setattr__(self, "blocks", tuple(self.blocks))  # JSON gives a list
 
     def of(self, plan: LayerPlan) -> float:
-        """Seconds per token of a model of this plan."""
+        """What a model of this plan costs; of latency, seconds per generated token."""
         return self.fixed + sum(self.blocks[len(block) - 1] for block in plan.blocks)
+
+
+def count_parameters(model: PreTrainedModel) -> BlockCosts:
+    """The parameters of any plan made of `model`'s layers. A block has one layer's norms, whatever its width."""
+    blocks, num_layers = model.base_model.layers, len(plan_of(model).layers)
+    norms = sum(p.numel() for name, p in blocks[0].named_parameters() if "layernorm" in name)
+    inside = sum(p.numel() for p in blocks.parameters())
+    layer = (inside - len(blocks) * norms) // num_layers
+    return BlockCosts(model.num_parameters() - inside, [norms + layer * n for n in range(1, num_layers + 1)])
 
 
 def measure_latency(
@@ -105,7 +91,7 @@ def measure_latency(
     prompt_tokens: int = 64,
     new_tokens: int = 32,
     repeats: int = 7,
-) -> BlockLatency:
+) -> BlockCosts:
     """Time greedy `generate` of `model` whole, by half, and with blocks of each width; solve for the parts.
 
     Forms take turns, as in [`benchmark_models`], and medians count. Wider blocks are copies of layers, of up to 8
@@ -117,8 +103,8 @@ def measure_latency(
         batch_size, prompt_tokens, new_tokens, repeats (`int`, *optional*): see [`benchmark_models`].
 
     Returns:
-        [`BlockLatency`]: an estimate for any plan. If the clock is too coarse, no part is below a hundredth of its
-        neighbour.
+        [`BlockCosts`]: an estimate for any plan, in seconds per decoding step. If the clock is too coarse, no part is
+        below a hundredth of its neighbour.
     """
     layers, depth = plan_of(model).layers, plan_of(model).num_teacher_layers
     settings = (prompt_tokens, new_tokens, batch_size, repeats)
@@ -140,7 +126,7 @@ def measure_latency(
         count = min(len(layers) // width, MOST_BLOCKS)
         ratio = benchmark_models([whole, form(width, count)], *settings)[1].decode_ratio
         blocks.append(max((total / ratio - fixed) / count, blocks[-1] / 100))
-    return BlockLatency(fixed, tuple(blocks))
+    return BlockCosts(fixed, blocks)
 
 
 @dataclass(frozen=True)
@@ -150,8 +136,8 @@ class EditSpace:
     Args:
         kinds (`Iterable[str]` or `str`, *optional*): `"remove"`, `"parallelize"` or both; a string is split at commas.
         max_group_size (`int`, *optional*, defaults to `2`): most layers in one parallel block.
-        protect_first (`int`, *optional*, defaults to `0`): number of first teacher layers that no edit touches.
-        protect_last (`int`, *optional*, defaults to `0`): number of last teacher layers that no edit touches.
+        protect_first, protect_last (`int`, *optional*, defaults to `0`):
+            Number of first and last teacher layers that no edit touches.
 
     Raises:
         [`LayerPruneError`]: for an unknown kind, or a group of fewer than two layers.
@@ -164,9 +150,9 @@ class EditSpace:
 
     def __post_init__(self) -> None:
         kinds = self.kinds.split(",") if isinstance(self.kinds, str) else self.kinds
-        kinds = tuple(kind.strip() if isinstance(kind, str) else kind for kind in kinds)
+        kinds = tuple(str(kind).strip() for kind in kinds)
         if not kinds or not set(kinds) <= set(EDIT_KINDS):
-            raise LayerPruneError(f"edits={','.join(map(str, kinds))!r}: choose {' or '.join(EDIT_KINDS)}, or both")
+            raise LayerPruneError(f"edits={','.join(kinds)!r}: choose {' or '.join(EDIT_KINDS)}, or both")
         if "parallelize" in kinds and (type(self.max_group_size) is not int or self.max_group_size < 2):
             raise LayerPruneError(
                 f"max_group_size={self.max_group_size!r} is out of range; it must be a whole number of at least 2"
@@ -211,21 +197,12 @@ class EditSpace:
 
 @dataclass(frozen=True)
 class Goal:
-    """Where a search ends: a budget, the edits that may lead there, and the size of any plan on the way.
-
-    Attributes:
-        budget ([`Budget`]): where to stop; its unit is the size of a plan.
-        space ([`EditSpace`]): the edits that are allowed.
-        sizes ([`ModelSizes`]): parameters of the model's parts.
-        original ([`LayerPlan`]): the plan that a share of latency refers to.
-        latency ([`BlockLatency`], *optional*): needed for a budget of latency.
-    """
+    """Where a search ends: a budget, the edits that may lead there, and the size of any plan on the way."""
 
     budget: Budget
     space: EditSpace
-    sizes: ModelSizes
-    original: LayerPlan
-    latency: BlockLatency | None = None
+    costs: BlockCosts  # in blocks, parameters or seconds
+    original: LayerPlan  # what a share of latency refers to
 
     @classmethod
     def of(
@@ -234,40 +211,47 @@ class Goal:
         space: EditSpace,
         model: PreTrainedModel,
         original: LayerPlan,
-        latency: BlockLatency | None = None,
+        latency: BlockCosts | None = None,
     ) -> Goal:
         """Measure block latencies on `model` if the budget needs them and they are not given.
 
         Raises:
-            [`LayerPruneError`]: if the given latencies do not cover every block that can come to be.
+            [`LayerPruneError`]: if the given latencies do not cover every block that can come to be, or parameters are
+                to be saved without removing any.
         """
-        if budget.unit == "latency":
-            plan = plan_of(model)
-            grown = min(space.max_group_size, len(plan.layers)) if "parallelize" in space.kinds else 1
-            widest = max(grown, *(len(block) for block in (*original.blocks, *plan.blocks)))
-            latency = measure_latency(model, widest) if latency is None else latency
-            if len(latency.blocks) < widest:
-                raise LayerPruneError(f"latency knows blocks of up to {len(latency.blocks)} layers, not of {widest}")
-        return cls(budget, space, ModelSizes.of(model), original, latency)
+        plan = plan_of(model)
+        if budget.unit == "depth":
+            return cls(budget, space, BlockCosts(0, [1] * len(plan.layers)), original)
+        if budget.unit == "parameters":
+            if "remove" not in space.kinds:
+                raise LayerPruneError(
+                    f"parameters={budget.target} is out of reach by edits='parallelize', which keeps the layers' "
+                    "parameters; allow 'remove'"
+                )
+            return cls(budget, replace(space, kinds=("remove",)), count_parameters(model), original)
+        grown = min(space.max_group_size, len(plan.layers)) if "parallelize" in space.kinds else 1
+        widest = max(grown, *(len(block) for block in (*original.blocks, *plan.blocks)))
+        latency = measure_latency(model, widest) if latency is None else latency
+        if len(latency.blocks) < widest:
+            raise LayerPruneError(f"latency knows blocks of up to {len(latency.blocks)} layers, not of {widest}")
+        return cls(budget, space, latency, original)
+
+    @property
+    def latency(self) -> BlockCosts | None:
+        """What was measured for a budget of latency."""
+        return self.costs if self.budget.unit == "latency" else None
 
     def size(self, plan: LayerPlan) -> float:
         """The plan in the budget's unit."""
-        if self.budget.unit == "depth":
-            return plan.depth
-        if self.budget.unit == "parameters":
-            return self.sizes.of_plan(plan)
-        return self.latency.of(plan) / self.latency.of(self.original)
+        size = self.costs.of(plan)
+        return size / self.costs.of(self.original) if self.budget.unit == "latency" else size
 
     def met(self, plan: LayerPlan) -> bool:
         return self.size(plan) <= self.budget.target
 
     def smallest(self, plan: LayerPlan) -> LayerPlan:
         """The plan of least size that edits can lead to from `plan`."""
-        if self.budget.unit == "latency":
-            return self.space.smallest(plan, lambda width: self.latency.blocks[width - 1])
-        if self.budget.unit == "parameters" and "remove" not in self.space.kinds:
-            return plan  # running layers in parallel saves none to speak of
-        return self.space.smallest(plan)
+        return self.space.smallest(plan, lambda width: self.costs.blocks[width - 1])
 
     def check_reachable(self, plan: LayerPlan, setting: str | None = None) -> None:
         """Raise [`LayerPruneError`] unless edits can lead from `plan` into the budget; `setting` names it."""
@@ -286,8 +270,6 @@ class Goal:
         does.
         """
         edits = [edit for edit in self.space.edits(plan) if self.met(self.smallest(edit.apply(plan)))]
-        if self.budget.unit == "parameters":
-            edits = [edit for edit in edits if edit.kind == "remove"]
         return [edit for edit in edits if self.size(edit.apply(plan)) < self.size(plan)] or edits
 
     def savings(self, edits: Iterable[Edit], plan: LayerPlan) -> list[float]:

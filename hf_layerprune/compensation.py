@@ -5,13 +5,12 @@ Where layers are removed, the next block reads states it has never seen. After
 regression, so that this block hands on what the teacher had after the removed layers. No parameter is added. Before
 the first block there is nothing to refit.
 
-Shapes: B batch, T positions, N unpadded positions, H hidden, I neurons of a block.
+Shapes: B batch, T positions, N unpadded tokens, H hidden, I neurons of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -19,12 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .architectures import check_supported, output_projections
+from .architectures import output_projections
 from .data import Batch, check_batches
 from .errors import LayerPruneError
 from .forward import check_same_vocabulary, inference, record, to_device
 from .plan import LayerPlan
-from .ridge import Regression
 from .surgery import apply_plan, plan_of
 
 COMPENSATIONS = ("none", "least_squares")
@@ -32,17 +30,14 @@ DEFAULT_RIDGE = 5.0  # on the embedded teacher near the best at 4 and at 16 toke
 MAX_BYTES = 2**32  # of equations held at a time, but at least one block's; solving these takes four times their size
 
 
-@dataclass(frozen=True)
-class Repair:
-    """What makes up for removing neighbouring layers.
+class Repair(NamedTuple):
+    """What makes up for removed layers.
 
     Attributes:
-        layers (`tuple[int, ...]`): the removed teacher layers.
         position (`int`): the block before the gap, the same in the model and in the student without the layers.
         weight (`Tensor` of shape `(H, I)`): its new `mlp.down_proj.weight`.
     """
 
-    layers: tuple[int, ...]
     position: int
     weight: Tensor
 
@@ -54,56 +49,25 @@ def find_repairs(
     method: str,
     teacher: PreTrainedModel | None = None,
     ridge: float = DEFAULT_RIDGE,
-    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[int, Repair]:
-    """For each of `layers` alone, the repair that removing it from `model` needs; no model is changed.
+    """For each of `layers` alone, which run in no parallel block, the repair that removing it from `model` needs.
 
-    Each layer has another block before it, so one pass over the data serves all.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): holds the layers; possibly a student pruned or parallelized before.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data; padding never counts.
-        layers (`Iterable[int]`): teacher layer indices.
-        method (`str`): `"none"` or `"least_squares"`.
-        teacher ([`~transformers.PreTrainedModel`], *optional*):
-            The model whose states are to be matched. Defaults to `model`.
-        ridge (`float`, *optional*, defaults to `5.0`):
-            How firmly the present weights are held, in tokens: as if `ridge` tokens of mean energy had found those of
-            every neuron right. So the less data there is, the less they move.
-        on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
-
-    Returns:
-        A [`Repair`] per layer, but none for the model's first and for layers inside parallel blocks.
-
-    Raises:
-        [`LayerPruneError`]: for an unknown method, a layer that `model` or `teacher` lacks, a teacher that `model` was
-            not made from, or data without a token.
+    No model is changed. Each layer has another block before it, so one pass over the data serves all; there is no
+    repair for the first. Arguments as in [`compensate`].
     """
     teacher = model if teacher is None else teacher
     plan, layers = plan_of(model), list(dict.fromkeys(layers))
     batches = _checked(model, batches, method, teacher, layers)
-    gaps = [_gap((layer,), plan.remove(layer), plan_of(teacher)) for layer in layers]
-    gaps = [gap for gap in gaps if gap.position >= 0 and gap.layers in plan.blocks and method != "none"]
-    return {repair.layers[0]: repair for repair in _refit(model, teacher, batches, gaps, ridge, on_batch)}
+    gaps = {layer: _gap(layer, plan.remove(layer), plan_of(teacher)) for layer in layers}
+    gaps = {layer: gap for layer, gap in gaps.items() if gap.position >= 0}
+    return dict(zip(gaps, _refit(model, teacher, batches, list(gaps.values()), ridge), strict=True))
 
 
 def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
     """Repair `student`, which lacks the layers, in place.
 
     The new weight has memory of its own, so a model that `student` shares weights with stays as it is.
-
-    Raises:
-        [`LayerPruneError`]: if `student` still has the layers, or another block before them than the student that the
-            repair was found for.
     """
-    plan = plan_of(student)
-    if present := sorted(set(repair.layers) & set(plan.layers)):
-        raise LayerPruneError(f"the repair is for a student without layers {list(repair.layers)}; it has {present}")
-    if _position_before(plan, repair.layers[0]) != repair.position:
-        raise LayerPruneError(
-            f"the repair for removing layers {list(repair.layers)} was found for another student; find it again after "
-            "every removal"
-        )
     projection = output_projections(student, repair.position)[1]
     projection.weight.data = repair.weight.to(projection.weight, copy=True)
 
@@ -123,19 +87,22 @@ def compensate(
 
     Args:
         student ([`~transformers.PreTrainedModel`]): a model that lacks some layers.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data, read once per gap.
+        batches (`Iterable[dict[str, Tensor]]`): calibration data, read once per gap; padding never counts.
         method (`str`): `"none"` or `"least_squares"`.
-        teacher ([`~transformers.PreTrainedModel`]): the model with those layers.
+        teacher ([`~transformers.PreTrainedModel`]): the model with those layers, whose states are to be matched.
         gaps (`Iterable[int]`, *optional*):
             Removed teacher layers to repair `student` for; all by default. Neighbouring layers are one gap. If a gap
             lies within a parallel block, that block is refitted.
-        ridge (`float`, *optional*): see [`find_repairs`].
-        on_batch (`Callable[[], None]`, *optional*): called after every batch of every gap.
+        ridge (`float`, *optional*, defaults to `5.0`):
+            How firmly the present weights are held, in tokens: as if `ridge` tokens of mean energy had found those of
+            every neuron right. So the less data there is, the less they move.
+        on_batch (`Callable[[], None]`, *optional*): called after every batch of every gap, for progress bars.
         share_weights (`bool`, *optional*, defaults to `False`): whether what is not changed shares memory with
             `student`; see [`apply_plan`].
 
     Raises:
-        [`LayerPruneError`]: as [`find_repairs`]; if `gaps` names a layer that `student` has.
+        [`LayerPruneError`]: for an unknown method, a layer that `student` has or `teacher` lacks, a teacher that
+            `student` was not made from, or data without a token.
     """
     plan = plan_of(student)
     layers = sorted(set(plan.removed_layers if gaps is None else gaps))
@@ -145,7 +112,7 @@ def compensate(
     repaired = apply_plan(student, plan, share_weights=share_weights)
     neighbours = groupby(layers, key=lambda layer: layer - layers.index(layer))  # equal for consecutive layers
     for _, together in neighbours if method == "least_squares" else ():
-        gap = _gap(tuple(together), plan, plan_of(teacher))
+        gap = _gap(next(together), plan, plan_of(teacher))
         if gap.position >= 0:
             (repair,) = _refit(repaired, teacher, batches, [gap], ridge, on_batch)
             apply_repair(repaired, repair)
@@ -168,7 +135,6 @@ def _checked(
     """The batches, once they and the other arguments are known to fit together."""
     check_compensation(method)
     for each in (model, teacher):
-        check_supported(each.config)
         if any(parameter.is_meta for parameter in each.parameters()):
             raise LayerPruneError("the model is partly on disk or in CPU memory; load it on one device to repair it")
     check_same_vocabulary(model, teacher)
@@ -184,27 +150,73 @@ def _checked(
 class _Gap(NamedTuple):
     """Where removed neighbouring layers were."""
 
-    layers: tuple[int, ...]
     position: int  # of the block before them
     target: int  # number of the teacher's state which that block must hand on: what the next kept layer reads
 
 
-def _gap(layers: tuple[int, ...], plan: LayerPlan, teacher_plan: LayerPlan) -> _Gap:
-    """The gap in `plan`, which lacks `layers`."""
-    position = _position_before(plan, layers[0])
+def _gap(layer: int, plan: LayerPlan, teacher_plan: LayerPlan) -> _Gap:
+    """The gap in `plan`, which lacks `layer`; its position is -1 where no block is before it."""
+    position = sum(block[0] < layer for block in plan.blocks) - 1
     following = plan.blocks[position + 1][0] if position + 1 < plan.depth else plan.num_teacher_layers
-    return _Gap(layers, position, sum(block[-1] < following for block in teacher_plan.blocks))
-
-
-def _position_before(plan: LayerPlan, layer: int) -> int:
-    """Position of the last block with a layer below `layer`; -1 if there is none."""
-    return sum(block[0] < layer for block in plan.blocks) - 1
+    return _Gap(position, sum(block[-1] < following for block in teacher_plan.blocks))
 
 
 def _unpadded(batch: Batch) -> Tensor:
     """Which positions are not padding: `(B, T)`."""
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+
+
+class Regression:
+    """Finds the weight W + C, `(H, I)`, for which |E - A C'|^2 + c |C|^2 is least, for inputs A `(N, I)` and what the
+    outputs lack, E `(N, H)`. The penalty, c = ridge |A|^2 / N, holds on to W.
+
+    C' = (A'A + c)^-1 A'E = A' (AA' + c)^-1 E. The first form has I equations, and needs only sums over the tokens. The
+    second has N, and is used if there are fewer tokens than inputs. N is `num_tokens`, over all calls of `add`.
+    """
+
+    def __init__(self, weight: Tensor, num_tokens: int) -> None:
+        outputs, inputs = weight.shape
+        self.weight, self.num_tokens, self.num_added = weight, num_tokens, 0
+        self.few_tokens = num_tokens < inputs
+        size = min(num_tokens, inputs)
+        self.left = weight.new_zeros(size, inputs, dtype=torch.float32)  # A'A; of few tokens A
+        self.right = weight.new_zeros(size, outputs, dtype=torch.float32)  # A'E; of few tokens E
+
+    @staticmethod
+    def num_bytes(weight: Tensor, num_tokens: int) -> int:
+        """What `left` and `right` take."""
+        return 4 * min(num_tokens, weight.shape[1]) * sum(weight.shape)
+
+    def add(self, inputs: Tensor, missing: Tensor) -> None:
+        """Add some tokens: rows of A and of E, in float32."""
+        if self.few_tokens:
+            rows = slice(self.num_added, self.num_added + len(inputs))
+            self.left[rows], self.right[rows] = inputs, missing
+        else:
+            self.left.addmm_(inputs.T, inputs)  # in place, so that autocast leaves it in float32
+            self.right.addmm_(inputs.T, missing)
+        self.num_added += len(inputs)
+
+    def solve(self, ridge: float) -> Tensor:
+        """The new weight `(H, I)`, in the dtype of the present one.
+
+        Raises:
+            [`LayerPruneError`]: if the equations cannot be solved.
+        """
+        device = "cpu" if self.left.device.type == "mps" else self.left.device  # float64 is missing there
+        with torch.autocast(self.left.device.type, enabled=False):
+            gram = self.left @ self.left.T if self.few_tokens else self.left
+            gram, right = (matrix.to(device, torch.float64) for matrix in (gram, self.right))
+            gram.diagonal().add_(ridge * gram.trace() / self.num_tokens)
+            factor, failed = torch.linalg.cholesky_ex(gram)
+            solution = torch.cholesky_solve(right, factor).to(self.left)
+            if failed or not solution.isfinite().all():
+                raise LayerPruneError(
+                    f"ridge={ridge} is too small for this data, or the model's states are not finite; choose a larger "
+                    "ridge"
+                )
+            correction = self.left.T @ solution if self.few_tokens else solution  # (I, H)
+        return (self.weight.float() + correction.T).to(self.weight.dtype)
 
 
 def _refit(
@@ -213,7 +225,7 @@ def _refit(
     batches: Sequence[Batch],
     gaps: Sequence[_Gap],
     ridge: float,
-    on_batch: Callable[[], None],
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[Repair]:
     """The repairs of gaps with different blocks before them; `model` may have the removed layers or lack them.
 
@@ -230,7 +242,7 @@ def _refit(
             _add_batch(model, teacher, batch, group, fits)
             if start + at_once >= len(gaps):
                 on_batch()
-        repairs += [Repair(gap.layers, gap.position, fit.solve(ridge)) for gap, fit in zip(group, fits, strict=True)]
+        repairs += [Repair(gap.position, fit.solve(ridge)) for gap, fit in zip(group, fits, strict=True)]
     return repairs
 
 

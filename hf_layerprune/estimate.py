@@ -11,10 +11,10 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from .budget import ModelSizes
+from .budget import count_parameters
 from .errors import LayerPruneError
 from .memory import DEFAULT_LENGTH, StepMeter, StepShape, Way
-from .scoring.measure import TOKEN_MEASURES
+from .scoring.estimates import TOKEN_MEASURES
 from .surgery import plan_of
 from .trainer import IterativeLayerDistillConfig
 
@@ -81,9 +81,9 @@ class RunSizes:
         plan, budget, most = plan_of(config), args.budget(), args.layers_per_round
         self.config, self.args, self.layers = config, args, plan.layers
         with torch.device("meta"):
-            sizes = ModelSizes.of(AutoModelForCausalLM.from_config(config))
+            costs = count_parameters(AutoModelForCausalLM.from_config(config))
             other = None if teacher is None else AutoModelForCausalLM.from_config(teacher)
-        self.parameters, self.layer_parameters = sizes.of_plan(plan), sizes.layer + sizes.norms
+        self.parameters, self.layer_parameters = costs.of(plan), costs.blocks[0]
         self.teacher_parameters = 0 if other is None else other.num_parameters()
         # layers of the teacher that the model lacks before the run
         self.gaps = max(0, (plan.num_teacher_layers if teacher is None else plan_of(teacher).depth) - plan.depth)

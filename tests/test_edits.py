@@ -52,9 +52,9 @@ def test_parallelizing_merges_the_blocks_of_the_named_layers():
         (Edit.remove(1), "not in the plan"),
         (Edit.remove(7), "not in the plan"),
         (Edit.parallelize(0, 1), "not in the plan"),
-        (Edit.parallelize(0, 3), "not in neighbouring blocks"),
-        (Edit.parallelize(2, 0), "ascending order"),
-        (Edit.parallelize(2), "two or more"),
+        (Edit.parallelize(0, 3), "name all layers of neighbouring blocks"),
+        (Edit.parallelize(2, 0), "in ascending order"),
+        (Edit.parallelize(2), "cannot run in parallel"),
     ],
 )
 def test_edits_that_do_not_fit_the_plan_are_refused(edit, message):

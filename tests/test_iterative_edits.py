@@ -10,7 +10,7 @@ from test_resuming import KillAt, Killed
 
 import hf_layerprune.budget as budget
 from hf_layerprune import LayerPlan, LayerPruneError, PrunedQwen2ForCausalLM, evaluate_model
-from hf_layerprune.budget import BlockLatency, EditSpace
+from hf_layerprune.budget import BlockCosts, EditSpace
 from hf_layerprune.plan import Edit
 from hf_layerprune.scoring import score
 from hf_layerprune.surgery import apply_plan, plan_of
@@ -82,7 +82,7 @@ def test_healing_a_pair_brings_it_back(make):
 
 
 def test_both_kinds_of_edit_under_a_budget_of_latency(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "measure_latency", lambda *_: BlockLatency(1.0, (1.0, 1.4)))
+    monkeypatch.setattr(budget, "measure_latency", lambda *_: BlockCosts(1.0, (1.0, 1.4)))
     settings = {"edits": "remove,parallelize", "target_num_layers": None, "target_latency": 0.7, "max_steps": 1}
     trainer = make(tiny_model(num_layers=6), measure_speed=False, **settings)
     trainer.train()
@@ -103,7 +103,7 @@ def test_both_kinds_of_edit_under_a_budget_of_latency(make, tmp_path, monkeypatc
     deeper = make(tiny_model(num_layers=6), measure_speed=False, **settings)
     deeper.train(resume_from_checkpoint=True)
     assert len(rounds_of(deeper)) > len(plans) - 1
-    assert deeper.run.latency == BlockLatency(1.0, (1.0, 1.4))
+    assert deeper.run.latency == BlockCosts(1.0, (1.0, 1.4))
 
 
 @pytest.mark.parametrize("event, count", [("on_phase_begin", 3), ("on_step_end", 2), ("on_step_end", 4)])

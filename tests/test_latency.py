@@ -10,7 +10,7 @@ from conftest import tiny_model
 
 import hf_layerprune.budget as module
 from hf_layerprune import LayerPlan, parallelize, prune
-from hf_layerprune.budget import MOST_BLOCKS, BlockLatency, measure_latency
+from hf_layerprune.budget import MOST_BLOCKS, BlockCosts, measure_latency
 
 FIXED = 0.7
 PER_WIDTH = (0.3, 0.41, 0.55, 0.6)  # seconds per token of a block of 1, 2, 3, 4 layers
@@ -54,7 +54,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("most", [1, 2, 4])
+@pytest.mark.parametrize("most", [1, 4])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_the_costs_of_the_parts_are_found(timed, make, most):
     model = make()
@@ -87,7 +87,7 @@ def test_wide_blocks_are_few_at_a_time_and_timed_beside_the_whole_model(timed):
 
 
 def test_a_step_takes_the_fixed_part_and_every_block():
-    latency = BlockLatency(0.5, [0.25, 0.3125, 1.0])
+    latency = BlockCosts(0.5, [0.25, 0.3125, 1.0])
     assert latency.blocks == (0.25, 0.3125, 1.0)
     assert latency.of(LayerPlan.identity(3)) == 1.25
     assert latency.of(LayerPlan(((0,), (2, 3), (5, 6, 7), (9, 10)), 12)) == 0.5 + 0.25 + 0.3125 + 1.0 + 0.3125

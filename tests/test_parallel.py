@@ -198,13 +198,12 @@ def test_edits_in_any_order_give_the_same_model():
 @pytest.mark.parametrize(
     "pairs, message",
     [
-        ([(1, 3)], "not in neighbouring blocks"),
+        ([(1, 3)], "name all layers of neighbouring blocks"),
         ([(3, 2)], "ascending order"),
-        ([(2,)], "two or more"),
-        ([(2, 3), (3, 4)], "names a layer twice"),
+        ([(2,)], "cannot run in parallel"),
+        ([(2, 3), (3, 4)], "cannot run in parallel"),
         ([(6, 7)], "not in the plan"),
-        ([2, 3], "no list of groups"),
-        ([], "no list of groups"),
+        ([2, 3], "must be a list of layer indices"),
     ],
 )
 def test_bad_pairs_are_refused(pairs, message):
@@ -213,7 +212,7 @@ def test_bad_pairs_are_refused(pairs, message):
 
 
 def test_what_cannot_be_rearranged_is_refused():
-    with pytest.raises(LayerPruneError, match="name all of \\[2, 3, 4\\]"):
+    with pytest.raises(LayerPruneError, match="name all layers of neighbouring blocks"):
         parallelize(parallelize(model_of(), [(2, 3)]), [(3, 4)])
     with pytest.raises(LayerPruneError, match="teacher of 24 layers; the model's has 7"):
         apply_plan(model_of(), LayerPlan(((0,), (1,)), 24))

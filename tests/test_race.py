@@ -1,7 +1,6 @@
 """How sure a choice is, and races between candidates."""
 
 import math
-import statistics
 from functools import partial
 
 import pytest
@@ -14,7 +13,7 @@ from hf_layerprune.evaluation import evaluate_model
 from hf_layerprune.plan import Edit
 from hf_layerprune.scoring import Race, Scores, contiguous_block, score
 from hf_layerprune.scoring.measure import collect, quantile
-from hf_layerprune.scoring.scores import Evidence, price_factors
+from hf_layerprune.scoring.scores import Evidence
 
 
 def evidence_of(sums, counts):
@@ -66,19 +65,14 @@ def test_a_value_is_the_mean_over_tokens_and_its_error_that_of_a_ratio():
     assert math.isnan(evidence_of([[0.0], [1.0]], [4]).standard_error(1))
 
 
-def test_with_rows_of_equal_length_the_error_is_that_of_a_mean():
-    values = [1.0, 2.0, 4.0, 7.0]
-    evidence = evidence_of([[0.0] * 4, [8 * v for v in values]], [8] * 4)
-    assert evidence.standard_error(1) == pytest.approx(statistics.stdev(values) / 2)
-
-
 def test_differences_are_paired_row_by_row():
     first = [1.0, 5.0, 9.0, 2.0]
     evidence = evidence_of([[0.0] * 4, first, [v + 0.1 for v in first]], [1] * 4)
     assert evidence.standard_error(1) > 1
-    assert evidence.difference_errors(1, [2], {1: 1.0, 2: 1.0})[0] == pytest.approx(0, abs=1e-12)
-    scaled = evidence.difference_errors(1, [2], {1: 1.0, 2: 0.5})[0]
-    assert scaled == pytest.approx(evidence.standard_error(1) / 2)
+    assert evidence.compare([1, 2], [1.0, 1.0])[1].tolist() == pytest.approx([0, 0], abs=1e-12)
+    prices, errors = evidence.compare([1, 2], [1.0, 2.0])  # the second costs as much and saves twice as much
+    assert prices.tolist() == pytest.approx([2 * 4.25, 4.35]) and errors[1] == 0
+    assert errors[0] == pytest.approx(evidence.standard_error(1))
 
 
 def test_parts_are_weighed():
@@ -87,20 +81,9 @@ def test_parts_are_weighed():
     evidence.add(1, [0, 1], torch.tensor([[0.0, 0.0], [10.0, 30.0]]), torch.ones(2))
     assert evidence.value(1) == (3 * 2 + 20) / 4
     assert evidence.standard_error(1) == pytest.approx(math.sqrt((3 / 4 * 1) ** 2 + (1 / 4 * 10) ** 2))
-    assert evidence.num_rows == 4
 
 
-def test_halves_agree_where_one_is_clearly_best_and_not_where_it_is_a_coin():
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 100, generator=generator)
-    clear = torch.stack([torch.zeros(100), noise[0], noise[1] + 5])
-    coin = torch.stack([torch.zeros(100), noise[0], noise[1]])
-    assert evidence_of(clear.tolist(), [1] * 100).half_agreement([1, 2], torch.ones(2)) == 1
-    coin = coin - coin.mean(1, keepdim=True)  # equal on all rows: what one half gains the other loses
-    assert evidence_of(coin.tolist(), [1] * 100).half_agreement([1, 2], torch.ones(2)) < 0.1
-
-
-@pytest.mark.parametrize("rows, expected", [(6, 2.571), (11, 2.228), (31, 2.042), (10**6, 1.960)])
+@pytest.mark.parametrize("rows, expected", [(6, 2.571), (31, 2.042), (10**6, 1.960)])
 def test_quantiles_are_those_of_student(rows, expected):
     assert quantile(0.975, rows) == pytest.approx(expected, abs=0.03)
 
@@ -120,7 +103,7 @@ def test_scores_say_how_sure_they_are(model, batches):
     squares = sum((count * (kl - mean)) ** 2 for kl, count in rows)
     expected = math.sqrt(squares * len(rows) / (len(rows) - 1)) / sum(count for _, count in rows)
     assert scores.standard_errors[2] == pytest.approx(expected, rel=1e-3)
-    assert 0 <= scores.half_agreement <= 1 and scores.margin > 0
+    assert scores.margin > 0
     assert scores.to_dict()["certainty"] == scores.certainty
 
 
@@ -148,7 +131,7 @@ def test_a_tie_and_a_single_row_are_no_certainty():
     assert scores.certainty.startswith("7 and 4 cannot be told apart (0.0 standard errors")
     single = Scores.of("kl", [4, 7], evidence_of([[0.0], [1.0], [2.0]], [9]))
     assert single.certainty.startswith("too little data to tell how sure the choice of 4 is")
-    assert math.isnan(single.margin) and single.half_agreement is None
+    assert math.isnan(single.margin)
     constant = evidence_of([[0.0] * 3, [1.0] * 3, [2.0] * 3], [1] * 3)
     assert Scores.of("kl", [4, 7], constant).margin == math.inf
 
@@ -171,11 +154,13 @@ def test_one_price_ranks_says_how_sure_and_races_where_edits_gain():
     scores = Scores.of("loss", edits, evidence, left, savings)
     assert scores.safest == scores.ranking[0] == scores.contenders[0] == edits[0]
     assert scores.contenders[1] == edits[1] and scores.certainty.startswith("3 is ahead of 5|6 by")
-    factors = price_factors(evidence.costs([1, 2]), torch.tensor([2.0, 1.0]))
-    error = evidence.difference_errors(1, [2], {1: 1.0, 2: 0.5})[0]
-    assert factors.tolist() == [1.0, 0.5]
-    assert scores.margin == pytest.approx(float((evidence.costs([1, 2]) * factors).diff() / error))
-    assert scores.half_agreement == 1 and scores.to_dict()["savings"] == {"3": 2.0, "5|6": 1.0, "7": 2.0}
+    prices, errors = evidence.compare([1, 2], savings[:2])
+    costs = [evidence.value(1) - evidence.value(0), evidence.value(2) - evidence.value(0)]
+    assert prices.tolist() == pytest.approx([costs[0], costs[1] / 2]) and errors[0] == 0
+    by_row = measure.values[1, :, 0] - measure.values[2, :, 0] / 2 - measure.values[0, :, 0] / 2
+    assert errors[1] == pytest.approx(float(by_row.std()) / 8)
+    assert scores.margin == pytest.approx(float(prices.diff() / errors[1]))
+    assert scores.to_dict()["savings"] == {"3": 2.0, "5|6": 1.0, "7": 2.0}
     _, left = race(measure, savings, Race())
     assert set(left) == {2, 3}
 
@@ -211,18 +196,18 @@ def test_without_a_race_all_see_everything_in_order():
 
 def test_the_race_chooses_what_all_data_would():
     wrong = 0
-    for seed in range(100):
+    for seed in range(40):
         measure = table([0.0, 0.1, 0.2, 1.0, 2.0, 3.0], seed=seed)
         evidence, left = race(measure, 6, Race(0.95, seed))
         scores = Scores.of("kl", list(range(6)), evidence, left)
         wrong += scores.safest != int(measure.mean()[1:].argmin())
-    assert wrong <= 5
+    assert wrong <= 2
 
 
 def test_data_of_which_little_is_seen_keeps_its_doubt():
     """Two kinds of data: one in many chunks that tell nothing, one in few that decide."""
     wrong, left_early = 0, 0
-    for seed in range(100):
+    for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         few = torch.randn(3, 8, 8, generator=generator, dtype=torch.float64)
         few[0], few[2] = 0, few[2] + 0.1
@@ -233,7 +218,7 @@ def test_data_of_which_little_is_seen_keeps_its_doubt():
         whole = sum(measure.mean() for measure in measures)
         wrong += scores.safest != 1 + int(whole[1:].argmin())
         left_early += bool(left)
-    assert wrong <= 5 and left_early
+    assert wrong <= 2 and left_early
 
 
 def test_data_in_one_chunk_does_not_stop_a_race():
@@ -289,7 +274,7 @@ def test_layers_race_on_a_model():
 def test_bad_races_are_refused(model, batches):
     with pytest.raises(LayerPruneError, match="confidence=1.5"):
         Race(1.5)
-    with pytest.raises(LayerPruneError, match="a race is for kl, loss"):
+    with pytest.raises(LayerPruneError, match="races and compensation are for kl, loss"):
         score(model, batches, [Edit.remove(1)], "block_influence", race=Race())
 
 

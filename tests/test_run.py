@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from hf_layerprune import LayerPlan, LayerPruneError
 from hf_layerprune.benchmark import BenchmarkReport
-from hf_layerprune.budget import BlockLatency, Budget, EditSpace, Goal, ModelSizes
+from hf_layerprune.budget import BlockCosts, Budget, EditSpace, Goal
 from hf_layerprune.evaluation import EvaluationReport
 from hf_layerprune.plan import Edit
 from hf_layerprune.record import (
@@ -106,7 +106,7 @@ def test_state_round_trip(tmp_path):
     teacher = TeacherRecord(LayerPlan.identity(4), "Qwen2", 1200, EvaluationReport(1.9, 6.7, None, None, 64), name="a")
     current = RoundInProgress(2, "edited", (Edit.remove(0),), edits=(Edit.remove(0),), unhealed=RECORD.unhealed)
     speed = Speed(BenchmarkReport(1.0, 2.0, 3, 4, 1, 0.5, 1.0, 1.0), "float32", 128, 64)
-    run = RunRecord({"seed": 1}, replace(teacher, speed=speed), (RECORD,), current, latency=BlockLatency(1.0, (2.0,)))
+    run = RunRecord({"seed": 1}, replace(teacher, speed=speed), (RECORD,), current, latency=BlockCosts(1.0, (2.0,)))
     run = replace(run, environment={"hardware": "CPU"}, seconds={"scoring": 2.0}, done=Done("scoring", 2))
     (tmp_path / "run_state.json").write_text(run.to_json())
     assert repr(read_state(tmp_path)) == repr(run)  # NaN is not equal to itself
@@ -153,9 +153,8 @@ def test_another_text_to_heal_on_is_told_by_rows_from_all_over(tmp_path, number)
 
 
 def goal(**target):
-    return Goal(
-        Budget.of(target), EditSpace(), ModelSizes(0, 10, 1), LayerPlan.identity(8), BlockLatency(0.0, (1.0, 1.5))
-    )
+    costs = BlockCosts(0.0, (1.0, 1.5)) if "latency" in target else BlockCosts(0, (1, 1))
+    return Goal(Budget.of(target), EditSpace(), costs, LayerPlan.identity(8))
 
 
 def test_a_run_past_its_target_is_refused():

@@ -11,17 +11,17 @@ from parallel_reference import literal
 
 import hf_layerprune.budget as module
 from hf_layerprune import LayerPlan, LayerPruneError, evaluate_model, parallelize, prune, score_layers
-from hf_layerprune.budget import BlockLatency, Budget, EditSpace, Goal, ModelSizes
+from hf_layerprune.budget import BlockCosts, Budget, EditSpace, Goal, count_parameters
 from hf_layerprune.plan import EDIT_KINDS, Edit
 from hf_layerprune.scoring import Scores
-from hf_layerprune.search import ParallelRange, find_parallel_range, search_plan
+from hf_layerprune.search import find_parallel_range, search_plan
 from hf_layerprune.surgery import apply_plan, plan_of
 from hf_layerprune.tasks import PerplexityTask
 
 BOTH = EDIT_KINDS
 KINDS = (("remove",), ("parallelize",), BOTH)
-HALF = BlockLatency(2.0, (1.0, 1.5, 2.0))  # a pair saves half of what leaving a layer out saves
-EQUAL = BlockLatency(0.0, (1.0, 1.0, 1.0))  # a block costs the same, whatever its width
+HALF = BlockCosts(2.0, (1.0, 1.5, 2.0))  # a pair saves half of what leaving a layer out saves
+EQUAL = BlockCosts(0.0, (1.0, 1.0, 1.0))  # a block costs the same, whatever its width
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def assert_unchanged(model, before):
 
 
 def naive_range(model, layers, batches):
-    """Perplexity by blocks of every run of pairs, each of them built by the equations and run whole."""
+    """Loss by blocks of every run of pairs, each of them built by the equations and run whole."""
     found = {}
     for start in range(len(layers)):
         for end in range(start + 2, len(layers) + 1, 2):  # blocks start..end-1 pair up
@@ -63,61 +63,32 @@ def naive_range(model, layers, batches):
                 continue
             pairs = [tuple(layers[n : n + 2]) for n in range(start, end, 2)]
             blocks = (*((n,) for n in layers[:start]), *pairs, *((n,) for n in layers[end:]))
-            found[blocks] = evaluate_model(literal(model, blocks), batches).perplexity
+            found[blocks] = evaluate_model(literal(model, blocks), batches).loss
     return found
 
 
-@pytest.mark.parametrize("depth", [4, 7, 8])
-def test_every_run_of_pairs_gets_its_perplexity(batches, depth):
+@pytest.mark.parametrize("depth, removed", [(4, []), (8, []), (9, [2, 5])])
+def test_every_run_of_pairs_gets_its_loss(batches, depth, removed):
     model = tiny_model(depth)
-    before = snapshot(model)
-    found = find_parallel_range(model, batches)
-    expected = naive_range(model, tuple(range(depth)), batches)
-    assert {plan.blocks: value for plan, value in found.perplexities.items()} == pytest.approx(expected, rel=1e-4)
-    assert {plan.num_teacher_layers for plan in found.perplexities} == {depth}
-    assert found.original == pytest.approx(evaluate_model(model, batches).perplexity, rel=1e-4)
-    assert_unchanged(model, before)
-
-
-def test_first_and_last_block_stay_sequential(batches):
-    for depth in (4, 5, 8, 9):
-        plans = find_parallel_range(tiny_model(depth), batches).perplexities
-        assert {len(plan.blocks[0]) for plan in plans} == {len(plan.blocks[-1]) for plan in plans} == {1}
-        assert {plan.depth for plan in plans} == set(range(depth - (depth - 2) // 2, depth))
-
-
-def test_on_a_pruned_student_the_indices_are_the_teachers(batches):
-    model = tiny_model(9)
-    student = prune(model, [2, 5])
+    student = prune(model, removed)
+    before = snapshot(student)
     found = find_parallel_range(student, batches)
-    expected = naive_range(model, (0, 1, 3, 4, 6, 7, 8), batches)
-    assert {plan.blocks: value for plan, value in found.perplexities.items()} == pytest.approx(expected, rel=1e-4)
-    plan = found.best(4 + 1)
-    assert plan.removed_layers == (2, 5) and plan.num_teacher_layers == 9
-    built = evaluate_model(apply_plan(student, plan), batches).perplexity
-    assert built == pytest.approx(found.perplexities[plan], rel=1e-4)
+    expected = naive_range(model, [n for n in range(depth) if n not in removed], batches)
+    assert {plan.blocks: loss for plan, loss in found.values.items()} == pytest.approx(expected, rel=1e-5)
+    assert {plan.num_teacher_layers for plan in found.values} == {depth}
+    assert found.baseline == pytest.approx(evaluate_model(student, batches).loss, rel=1e-5)
+    assert_unchanged(student, before)
+    for target in {plan.depth for plan in found.values}:
+        of_depth = {blocks: loss for blocks, loss in expected.items() if len(blocks) == target}
+        only = find_parallel_range(student, batches, target)
+        assert {plan.blocks: only.values[plan] for plan in only.values} == pytest.approx(of_depth, rel=1e-5)
+        assert only.safest.blocks == min(of_depth, key=of_depth.get)
 
 
-@pytest.mark.parametrize("target", [5, 6, 7])
-def test_only_runs_of_the_target_depth_are_tried_and_the_best_is_the_plan(batches, target):
-    model = tiny_model(8)
-    expected = {
-        blocks: v for blocks, v in naive_range(model, tuple(range(8)), batches).items() if len(blocks) == target
-    }
-    found = find_parallel_range(model, batches, target)
-    assert {plan.blocks: value for plan, value in found.perplexities.items()} == pytest.approx(expected, rel=1e-4)
-    assert found.best(target).blocks == min(expected, key=expected.get)
-    assert found.best(target) == find_parallel_range(model, batches).best(target)
-
-
-def test_the_best_plan_of_a_depth_has_the_lowest_perplexity_and_of_equal_ones_the_later_run():
-    runs = [LayerPlan.identity(7).parallelize(start, start + 1) for start in range(1, 5)]
-    deeper = runs[0].parallelize(3, 4)
-    found = ParallelRange(dict(zip((*runs, deeper), (3.0, 2.0, 2.0, math.inf, 1.0), strict=True)), 1.5)
-    assert found.best(6) == runs[2]
-    assert found.best(5) == deeper
-    with pytest.raises(LayerPruneError, match="depth=4.* tried were \\[5, 6\\]"):
-        found.best(4)
+def test_of_equal_runs_the_later_is_best(few):
+    found = find_parallel_range(planted(tiny_model(7), range(7)), few)
+    assert found.ranking[0].blocks == ((0,), (1,), (2,), (3,), (4, 5), (6,))
+    assert find_parallel_range(planted(tiny_model(7), range(7)), few, 5).safest.blocks[-3:] == ((2, 3), (4, 5), (6,))
 
 
 def test_runs_share_the_model_before_their_start(batches):
@@ -130,20 +101,15 @@ def test_runs_share_the_model_before_their_start(batches):
     assert len(calls) == 8 + passes
 
 
-@pytest.mark.parametrize("target", [-1, 0, 4, 8, 9, 4.5, 6.5, "6"])
-def test_depths_that_no_run_of_pairs_leads_to_are_refused(few, target):
-    with pytest.raises(LayerPruneError, match="target_depth="):
-        find_parallel_range(tiny_model(8), few, target)
-
-
-def test_models_that_have_no_run_of_pairs_are_refused(model, few):
+def test_models_and_depths_that_have_no_run_of_pairs_are_refused(model, few):
+    for target in (0, 4, 8, 6.5, "6"):
+        with pytest.raises(LayerPruneError, match=r"depth=.* choose one of \[5, 6, 7\]"):
+            find_parallel_range(tiny_model(8), few, target)
     with pytest.raises(LayerPruneError, match=r"layers \[\(1, 2\)\] in parallel already"):
         find_parallel_range(parallelize(model, [(1, 2)]), few)
-    for depth in (1, 2, 3):
+    for depth in (1, 3):
         with pytest.raises(LayerPruneError, match=f"between .* of {depth} layers"):
             find_parallel_range(tiny_model(depth), few)
-        with pytest.raises(LayerPruneError, match=f"between .* of {depth} layers"):
-            find_parallel_range(tiny_model(depth), few, 2)
     with pytest.raises(LayerPruneError, match="no token to score"):
         find_parallel_range(model, [])
 
@@ -151,7 +117,7 @@ def test_models_that_have_no_run_of_pairs_are_refused(model, few):
 def test_a_model_whose_outputs_are_broken_is_refused(model, few):
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     with pytest.raises(LayerPruneError, match="broken"):
-        find_parallel_range(model, few)
+        _ = find_parallel_range(model, few).safest
     with pytest.raises(LayerPruneError, match="broken"):
         search_plan(model, few, {"depth": 4})
 
@@ -167,7 +133,7 @@ def every_edit(plan, kinds, most):
     if "parallelize" in kinds:
         for a, b in zip(plan.blocks, plan.blocks[1:], strict=False):
             if len(a + b) <= most:
-                yield Edit("parallelize", a + b), plan.parallelize(a[0], b[0])
+                yield Edit("parallelize", a + b), plan.parallelize(*a, *b)
 
 
 def naive_reach(kinds, most, met):
@@ -180,9 +146,11 @@ def naive_reach(kinds, most, met):
     return reaches
 
 
-def assert_every_step_is_the_best(found, start, original, batches, teacher, size, kinds, most=2, criterion="kl"):
+def assert_every_step_is_the_best(
+    found, start, target, original, batches, teacher, size, kinds, most=2, criterion="kl"
+):
     """Recompute a search from `start` step by step: run every plan whole, weigh its cost by what it saves."""
-    plan, target = start, found.budget.target
+    plan = start
     reaches = naive_reach(kinds, most, lambda plan: size(plan) <= target)
 
     @cache
@@ -216,19 +184,21 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
-@pytest.mark.parametrize("name", STARTS)
-def test_every_step_costs_least_per_block_saved(few, name, kinds):
+@pytest.mark.parametrize(
+    "name, kinds, target",
+    [("plain", BOTH, 3), ("plain", ("parallelize",), 3), ("pruned", ("remove",), 3), ("parallelized", BOTH, 3),
+     ("parallelized", ("parallelize",), 4)],  # 1|2 leaves 0 alone
+)  # fmt: skip
+def test_every_step_costs_least_per_block_saved(few, name, kinds, target):
     model, start = tiny_model(6), STARTS[name]
-    target = 4 if kinds == ("parallelize",) and name == "parallelized" else 3  # 1|2 leaves 0 alone
     found = search_plan(apply_plan(model, start), few, {"depth": target}, kinds, teacher=model)
     assert len(found.steps) == start.depth - target and found.plan.depth == target
-    assert_every_step_is_the_best(found, start, model, few, model, lambda plan: plan.depth, kinds)
+    assert_every_step_is_the_best(found, start, target, model, few, model, lambda plan: plan.depth, kinds)
 
 
 @pytest.mark.parametrize(
     "name, most, criterion",
-    [("plain", 2, "kl"), ("plain", 3, "loss"), ("pruned", 2, "loss"), ("parallelized", 3, "kl")],
+    [("plain", 3, "loss"), ("parallelized", 3, "kl")],
 )
 def test_every_step_costs_least_per_second_saved(few, name, most, criterion):
     model, start = tiny_model(6), STARTS[name]
@@ -238,11 +208,11 @@ def test_every_step_costs_least_per_second_saved(few, name, most, criterion):
     def size(plan):  # a share of the teacher's time, not of the student's
         return (2 + sum((1, 1.5, 2)[len(block) - 1] for block in plan.blocks)) / 8
 
-    assert found.latency is HALF and found.budget == Budget("latency", 0.7)
-    assert_every_step_is_the_best(found, start, model, few, model, size, BOTH, most, criterion)
+    assert found.latency is HALF
+    assert_every_step_is_the_best(found, start, 0.7, model, few, model, size, BOTH, most, criterion)
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", ["plain", "parallelized"])
 def test_every_step_costs_least_per_parameter_saved(few, name):
     model, start = tiny_model(6), STARTS[name]
     target = prune(model, [1, 2, 3]).num_parameters() + 100
@@ -252,17 +222,17 @@ def test_every_step_costs_least_per_parameter_saved(few, name):
         return apply_plan(model, plan, share_weights=True).num_parameters()
 
     found = search_plan(apply_plan(model, start), few, {"parameters": target}, teacher=model)
-    assert_every_step_is_the_best(found, start, model, few, model, size, ("remove",))
+    assert_every_step_is_the_best(found, start, target, model, few, model, size, ("remove",))
     assert size(found.plan) <= target < size(found.steps[-2].plan)
 
 
 def test_the_costs_are_those_against_the_teacher_that_is_given(few):
     model, teacher = tiny_model(5), tiny_model(5, seed=4)
     found = search_plan(model, few, {"depth": 3}, teacher=teacher)
-    assert_every_step_is_the_best(found, plan_of(model), model, few, teacher, lambda plan: plan.depth, BOTH)
+    assert_every_step_is_the_best(found, plan_of(model), 3, model, few, teacher, lambda plan: plan.depth, BOTH)
 
 
-def test_steps_are_told_as_they_are_made_and_the_model_is_left_as_it_was(few):
+def test_every_step_is_reported_as_it_is_made_and_the_model_is_left_as_it_was(few):
     model, seen = tiny_model(6).train(), []
     before = snapshot(model)
     found = search_plan(model, few, Budget("depth", 4), on_step=seen.append)
@@ -275,8 +245,6 @@ def test_budgets_may_be_objects_or_names(few):
     model = tiny_model(4)
     assert search_plan(model, few, Budget("depth", 2)) == search_plan(model, few, {"depth": 2})
     assert Budget.of({"latency": 0.5}) == Budget("latency", 0.5)
-    assert (Budget("parameters", 7).unit, Budget("parameters", 7).target) == ("parameters", 7)
-    assert (Budget("latency", 0.5).unit, Budget("latency", 0.5).target) == ("latency", 0.5)
 
 
 def test_layers_that_do_nothing_go_first(few):
@@ -302,8 +270,7 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("start", ["whole", "pairs"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("start, tied", [("whole", True), ("pairs", False)])
 def test_parameters_are_counted_as_the_built_model_has_them(tied, start):
     model = tiny_model(6, tie_word_embeddings=tied)
     student = apply_plan(model, LayerPlan(PLANS[start], 6))
@@ -312,7 +279,7 @@ def test_parameters_are_counted_as_the_built_model_has_them(tied, start):
         plan = LayerPlan(blocks, 6)
         built = apply_plan(model, plan)
         assert goal.size(plan) == built.num_parameters() == sum(p.numel() for p in built.parameters())
-        assert ModelSizes.of(built).of_plan(plan) == built.num_parameters()
+        assert count_parameters(built).of(plan) == built.num_parameters()
 
 
 def test_a_budget_of_parameters_never_parallelizes(few):
@@ -322,7 +289,7 @@ def test_a_budget_of_parameters_never_parallelizes(few):
     assert [step.edit.kind for step in found.steps] == ["remove", "remove"]
     assert set(found.plan.removed_layers) == {2, 3}
     assert {edit.kind for step in found.steps for edit in step.scores.values} == {"remove"}
-    with pytest.raises(LayerPruneError, match="parameters=.* out of reach"):
+    with pytest.raises(LayerPruneError, match="parameters=.* out of reach by edits='parallelize'"):
         search_plan(model, few, {"parameters": model.num_parameters() - 1}, ("parallelize",))
 
 
@@ -332,14 +299,14 @@ def test_a_budget_of_parameters_never_parallelizes(few):
 def test_what_a_pair_takes_decides_between_pairs_and_removals(few):
     model = planted(tiny_model(6), range(6), 0.3)
     for pair, kind in ((1.0, "parallelize"), (1.99, "remove"), (2.0, "remove"), (2.5, "remove")):
-        found = search_plan(model, few, {"latency": 0.7}, latency=BlockLatency(0.0, (1.0, pair)))
+        found = search_plan(model, few, {"latency": 0.7}, latency=BlockCosts(0.0, (1.0, pair)))
         assert {step.edit.kind for step in found.steps} == {kind}, pair
 
 
 def test_a_share_of_latency_is_one_of_the_teachers_time(few):
     model = tiny_model(6)
     student = prune(model, [2])
-    latency = BlockLatency(4.0, (1.0, 1.25))  # 10 s whole, 9 s pruned
+    latency = BlockCosts(4.0, (1.0, 1.25))  # 10 s whole, 9 s pruned
     found = search_plan(student, few, {"latency": 0.8}, ("remove",), teacher=model, latency=latency)
     assert [step.size for step in found.steps] == pytest.approx([0.8])
     with pytest.raises(LayerPruneError, match="meets latency=0.9 already: it has 0.9"):
@@ -349,18 +316,18 @@ def test_a_share_of_latency_is_one_of_the_teachers_time(few):
 @pytest.mark.parametrize("most, widest", [(2, 3), (4, 4)])
 def test_latency_is_measured_once_for_every_width_that_can_come(monkeypatch, few, most, widest):
     asked = []
-    monkeypatch.setattr(module, "measure_latency", lambda *args: asked.append(args) or BlockLatency(1, (1, 1, 1, 1)))
+    monkeypatch.setattr(module, "measure_latency", lambda *args: asked.append(args) or BlockCosts(1, (1, 1, 1, 1)))
     model = parallelize(tiny_model(6), [(1, 2, 3)])
     found = search_plan(model, few, {"latency": 0.7}, max_group_size=most)
     assert [(args[0] is model, *args[1:]) for args in asked] == [(True, widest)]
-    assert found.latency == BlockLatency(1, (1, 1, 1, 1))
+    assert found.latency == BlockCosts(1, (1, 1, 1, 1))
     search_plan(model, few, {"latency": 0.7}, latency=EQUAL)
     search_plan(model, few, {"depth": 3})
     assert len(asked) == 1
 
 
 def goal_of_four(latency, target):
-    return Goal(Budget("latency", target), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(4), latency)
+    return Goal(Budget("latency", target), EditSpace(), latency, LayerPlan.identity(4))
 
 
 def best_of_four(goal, values, baseline):
@@ -369,20 +336,20 @@ def best_of_four(goal, values, baseline):
 
 
 def test_what_an_edit_saves_beyond_the_budget_does_not_count():
-    latency, remove, pair = BlockLatency(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
+    latency, remove, pair = BlockCosts(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
     costs = {remove: 0.02, pair: 0.015}
     assert best_of_four(goal_of_four(latency, 0.5), costs, 0.0) == remove  # 0.02 / 0.25 against 0.015 / 0.125
     assert best_of_four(goal_of_four(latency, 0.9), costs, 0.0) == pair  # 0.02 / 0.1 against 0.015 / 0.1
 
 
 def test_only_what_an_edit_adds_to_the_measure_is_its_cost():
-    latency, remove, pair = BlockLatency(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
+    latency, remove, pair = BlockCosts(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
     costs = {remove: 3.10, pair: 3.04}
     assert best_of_four(goal_of_four(latency, 0.5), costs, 3.0) == pair  # 0.4 against 0.32 per unit
 
 
 def test_edits_that_cost_nothing_come_first_and_of_them_those_that_gain_and_save_most():
-    latency, remove, pair = BlockLatency(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
+    latency, remove, pair = BlockCosts(0.0, (1.0, 1.5)), Edit.remove(1), Edit.parallelize(2, 3)
     for costs, expected in (
         ({remove: 3.0, pair: 3.001}, remove),
         ({remove: 3.001, pair: 3.0}, pair),
@@ -433,9 +400,11 @@ REACH = {
 }
 
 
-@pytest.mark.parametrize("name", REACH)
-@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
-@pytest.mark.parametrize("most, first, last", [(3, 0, 0), (2, 1, 1)])
+@pytest.mark.parametrize(
+    "name, kinds, most, first, last",
+    [("whole", BOTH, 2, 1, 1), ("whole", ("parallelize",), 3, 0, 0), ("odd pair", BOTH, 3, 0, 0),
+     ("odd pair", ("parallelize",), 2, 1, 1), ("full pairs", ("remove",), 3, 0, 0)],
+)  # fmt: skip
 def test_every_depth_within_reach_is_reached_exactly(few, name, kinds, most, first, last):
     model, plan = planted(tiny_model(5), (1, 2, 3), 0.1), REACH[name]
     smallest = EditSpace(kinds, most, first, last).smallest(plan)
@@ -453,7 +422,7 @@ def test_every_depth_within_reach_is_reached_exactly(few, name, kinds, most, fir
 
 def test_edits_that_save_nothing_are_tried_only_where_none_saves(few):
     def useful(blocks, depth=1):
-        goal = Goal(Budget("depth", depth), EditSpace(), ModelSizes(0, 1, 1), LayerPlan.identity(5))
+        goal = Goal(Budget("depth", depth), EditSpace(), BlockCosts(0, [1] * 5), LayerPlan.identity(5))
         return [edit.label for edit in goal.useful_edits(LayerPlan(blocks, 5))]
 
     assert useful(((0, 1), (2, 3))) == ["0", "1", "2", "3"]  # two of them save one block
@@ -467,15 +436,17 @@ def test_edits_that_save_nothing_are_tried_only_where_none_saves(few):
 LATENCIES = {
     "equal": EQUAL,
     "half": HALF,
-    "wider is no faster": BlockLatency(1.0, (1.0, 2.0, 3.0)),
-    "triples slower than pairs": BlockLatency(0.0, (1.0, 1.5, 4.0)),
-    "only triples save": BlockLatency(0.0, (1.0, 2.0, 2.0)),
+    "wider is no faster": BlockCosts(1.0, (1.0, 2.0, 3.0)),
+    "triples slower than pairs": BlockCosts(0.0, (1.0, 1.5, 4.0)),
+    "only triples save": BlockCosts(0.0, (1.0, 2.0, 2.0)),
 }
 
 
-@pytest.mark.parametrize("latency", LATENCIES.values(), ids=LATENCIES)
-@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+@pytest.mark.parametrize(
+    "latency, kinds", [*((name, BOTH) for name in LATENCIES), ("only triples save", ("parallelize",))], ids=str
+)
 def test_every_latency_within_reach_is_reached(few, kinds, latency):
+    latency = LATENCIES[latency]
     model = tiny_model(5)
     original = LayerPlan.identity(5)
     for share in (0.85, 0.6, 0.4):
@@ -488,8 +459,7 @@ def test_every_latency_within_reach_is_reached(few, kinds, latency):
                 search_plan(model, few, {"latency": share}, kinds, 3, latency=latency)
 
 
-@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
-@pytest.mark.parametrize("name", ["plain", "pruned"])
+@pytest.mark.parametrize("name, kinds", [("plain", BOTH), ("pruned", ("parallelize",))])
 def test_protected_layers_are_untouched(few, name, kinds):
     model = planted(tiny_model(8), (0, 1, 6, 7))  # nothing is cheaper than to touch these
     student = model if name == "plain" else prune(model, [6])
@@ -506,60 +476,37 @@ def test_protected_layers_are_untouched(few, name, kinds):
 # --- what makes no sense is refused
 
 
-@pytest.mark.parametrize(
-    "budget, message",
-    [
-        ({}, "exactly one"),
-        ({"depth": 3, "latency": 0.5}, "exactly one"),
-        ({"depth": 3, "parameters": 10}, "exactly one"),
-        ({"depth": None}, "exactly one"),
-        ({"depth": 0}, "depth=0"),
-        ({"depth": -1}, "depth=-1"),
-        ({"depth": 1.5}, "depth=1.5"),
-        ({"depth": True}, "depth=True"),
-        ({"depth": "3"}, "depth='3'"),
-        ({"latency": 0}, "latency=0"),
-        ({"latency": 1}, "latency=1"),
-        ({"latency": 1.5}, "latency=1.5"),
-        ({"latency": math.nan}, "latency=nan"),
-        ({"latency": "0.5"}, "latency='?0.5"),
-        ({"parameters": 0}, "parameters=0"),
-        ({"parameters": 1.5}, "parameters=1.5"),
-        ({"parameters": "7B"}, "parameters='7B'"),
-        ({"layers": 3}, "in one of depth, latency, parameters"),
-        ("depth", "exactly one of depth, latency, parameters"),
-        (3, "exactly one of depth, latency, parameters"),
-        (None, "exactly one of depth, latency, parameters"),
-    ],
-    ids=str,
-)
-def test_budgets_that_are_none_are_refused(model, few, budget, message):
-    with pytest.raises(LayerPruneError, match=message):
-        search_plan(model, few, budget)
+def test_budgets_that_are_none_are_refused():
+    for budget, message in [
+        ({}, "exactly one"), ({"depth": 3, "latency": 0.5}, "exactly one"), ({"depth": None}, "exactly one"),
+        ({"depth": 0}, "depth=0"), ({"depth": 1.5}, "depth=1.5"), ({"depth": True}, "depth=True"),
+        ({"depth": "3"}, "depth='3'"), ({"latency": 0}, "latency=0"), ({"latency": 1.5}, "latency=1.5"),
+        ({"latency": math.nan}, "latency=nan"), ({"latency": "0.5"}, "latency='0.5'"),
+        ({"parameters": 0}, "parameters=0"), ({"parameters": "7B"}, "parameters='7B'"),
+        ({"layers": 3}, "in one of depth, latency, parameters"), (3, "exactly one of depth, latency, parameters"),
+    ]:  # fmt: skip
+        with pytest.raises(LayerPruneError, match=message):
+            Budget.of(budget)
 
 
 @pytest.mark.parametrize(
     "request_, message",
     [
         ({"budget": {"depth": 5}}, "meets depth=5 already: it has 5"),
-        ({"budget": {"depth": 9}}, "meets depth=9 already"),
         ({"budget": {"parameters": 10**9}}, "meets parameters=1e\\+09 already"),
         ({"budget": {"depth": 2}, "edits": ["parallelize"]}, "depth=2 is out of reach: .* from 5 to 3"),
         ({"budget": {"parameters": 100}}, "parameters=100 is out of reach"),
         ({"budget": {"latency": 0.3}, "latency": HALF}, "latency=0.3 is out of reach: .* from 1 to 0.4286"),
         ({"budget": {"depth": 1}, "protect_first_layers": 1, "protect_last_layers": 1}, "protect fewer layers"),
-        ({"budget": {"depth": 4}, "protect_first_layers": 3, "protect_last_layers": 2}, "protect fewer layers"),
         ({"budget": {"depth": 4}, "edits": ["prune"]}, "choose remove or parallelize"),
-        ({"budget": {"depth": 4}, "edits": []}, "choose remove or parallelize"),
         ({"budget": {"depth": 4}, "max_group_size": 1}, "max_group_size=1"),
         ({"budget": {"depth": 4}, "criterion": "cosine"}, "criterion='cosine'"),
         ({"budget": {"depth": 4}, "criterion": "tasks"}, "needs the model's tokenizer"),
         ({"budget": {"depth": 4}, "tasks": [PerplexityTask("none")]}, "tasks are for criterion='tasks'"),
         ({"budget": {"depth": 4}, "batches": None}, "no token to score"),
         ({"budget": {"depth": 4}, "criterion": "block_influence"}, "tells nothing about 'parallelize"),
-        ({"budget": {"depth": 4}, "batches": []}, "no token to score"),
         ({"budget": {"depth": 4}, "teacher": SimpleNamespace()}, "vocabulary"),
-        ({"budget": {"latency": 0.9}, "latency": BlockLatency(1.0, (1.0,))}, "latency knows blocks of up to 1 "),
+        ({"budget": {"latency": 0.9}, "latency": BlockCosts(1.0, (1.0,))}, "latency knows blocks of up to 1 "),
     ],
     ids=str,
 )

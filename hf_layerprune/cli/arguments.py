@@ -122,7 +122,7 @@ class ScoreArguments(MeasureArguments):
     race_confidence: float | None = option(
         None, "Drop layers early that are worse with this confidence, such as 0.95."
     )
-    offload: bool = option(False, "Leave the layers on disk and read each once: for models larger than memory.")
+    offload: bool = option(False, "Leave the layers on disk, read each when it runs: for models larger than memory.")
     output_dir: str = option("layerprune-scores", "Folder to write scores and plot to.")
 
 

@@ -19,13 +19,14 @@ from ..files import to_json, write_atomically
 from ..hub import load_run, run_card
 from ..hub.paths import absolute_if_local, with_absolute_paths, without_local_paths
 from ..loading import load_config, load_tokenizer, saved_dtype
+from ..losses import perplexity_of
 from ..plan import Edit, LayerPlan, edits_between
 from ..plots import plot_range, save_plot
 from ..progress import Phases, expected_depth, say
 from ..record import RoundRecord, RunRecord, TeacherRecord, read_plan
 from ..report import rich_table, write_report
 from ..scoring import Scores
-from ..search import ParallelRange, SearchStep, find_parallel_range, search_plan
+from ..search import SearchStep, find_parallel_range, search_plan
 from ..surgery import apply_plan, plan_of, prune
 from ..trainer.speed import speed_runs, with_speed
 from ..trainer.students import check_saving, save_student
@@ -154,8 +155,8 @@ def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase
 
 def _steps(
     arguments: ParallelizeArguments, budget: Budget, model: PreTrainedModel, batches: list[Batch], phases: Phases
-) -> tuple[list[Step], ParallelRange | None]:
-    """The steps to the plan that was named or searched for, and all ranges of pairs if those were tried."""
+) -> tuple[list[Step], Scores[LayerPlan] | None]:
+    """The steps to the plan that was named or searched for, and the losses of all ranges of pairs if tried."""
     plan, found = plan_of(model), None
     if arguments.pairs:
         wanted = plan.with_pairs([_pair(text) for text in arguments.pairs])
@@ -164,7 +165,10 @@ def _steps(
     elif arguments.search == "range":
         phases.phase("measuring every range of pairs", len(batches))
         found = find_parallel_range(model, batches, on_batch=phases.step)
-        wanted = found.best(budget.target)
+        wanted = next((plan for plan in found.ranking if plan.depth == budget.target), None)
+        if wanted is None:
+            depths = sorted({plan.depth for plan in found.values})
+            raise LayerPruneError(f"no run of pairs leads to depth={budget.target}; tried were {depths}")
     else:
         return _searched(arguments, model, batches, budget, phases), None
     return [(tuple(edits_between(plan, wanted)), (), wanted)], found
@@ -196,13 +200,13 @@ def _searched(
     return [((step.edit,), (step.scores,), step.plan) for step in result.steps]
 
 
-def _content(found: ParallelRange) -> dict[str, Any]:
+def _content(losses: Scores[LayerPlan]) -> dict[str, Any]:
     """`range.json`: the perplexity of every range of pairs."""
     runs = [
-        {"pairs": [list(pair) for pair in plan.parallel_pairs], "perplexity": perplexity}
-        for plan, perplexity in found.perplexities.items()
+        {"pairs": [list(pair) for pair in plan.parallel_pairs], "perplexity": perplexity_of(loss)}
+        for plan, loss in losses.values.items()
     ]
-    return {"original": found.original, "runs": runs}
+    return {"original": perplexity_of(losses.baseline), "runs": runs}
 
 
 def _pair(text: str) -> list[int]:

@@ -7,42 +7,72 @@ L(L-1)/2 + L layer passes instead of L(L-1) + L, with the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import architecture_of
 from ..compensation import Repair, apply_repair
-from ..data import Batch
-from ..forward import final_states, to_device
+from ..data import Batch, split_rows
+from ..forward import record, replay, to_device
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of
-from ..tasks import GenerationChunk
-from ..tasks.evaluation import generated
+from ..tasks.chunks import Chunk, GenerationChunk
+from ..tasks.evaluation import generated, sums_by_row
+from ..tasks.lm_eval_task import LmEvalChunk
 
-LayerCall = tuple[Tensor, dict[str, Any]]
-"""What a decoder layer was called with: its input state `(B, T, H)` and keyword arguments."""
+MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time; rows beyond it run one after the other
+
+Block = Callable[..., Tensor]
+"""What runs as a block: a state `(B, T, H)` and keyword arguments to the next state."""
 
 
-@contextmanager
-def recorded_layer_calls(decoder: nn.Module) -> Iterator[list[LayerCall]]:
-    """Record what every decoder layer is called with."""
-    calls: list[LayerCall] = []
+class ChangedPart(NamedTuple):
+    """What sets a candidate apart from the model."""
 
-    def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args[0], kwargs))
+    start: int  # position of the first block that differs
+    blocks: list[Block]  # all from there on
 
-    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in decoder.layers]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def changed_part(
+    model: PreTrainedModel, plan: LayerPlan, repair: Repair | None, separate: Callable[[], Mapping[int, nn.Module]]
+) -> ChangedPart:
+    """What runs where `model` becomes `plan`: the only place that knows how an edit computes.
+
+    The layers of one block run in parallel. `repair` has a new weight for the block before the first change, and
+    `separate` gives layers that are inside parallel blocks of `model`.
+    """
+    current, layers = plan_of(model).blocks, model.base_model.layers
+    start = 0
+    while start < min(len(current), plan.depth) and current[start] == plan.blocks[start]:
+        start += 1
+    blocks: list[Block] = []
+    for block in plan.blocks[start:]:
+        inside = [index for index, other in enumerate(current) if set(other) <= set(block)]
+        whole = [layer for index in inside for layer in current[index]]
+        parts = [separate()[layer] for layer in block if layer not in whole]  # of a larger block that loses layers
+        blocks.append(partial(run_parallel, [layers[index] for index in inside] + parts))
+    if repair is not None:
+        start, name = repair.position, f"{architecture_of(model.config).mlp_output}.weight"
+        blocks.insert(0, partial(_run_with, {name: repair.weight}, layers[start]))
+    return ChangedPart(start, blocks)
+
+
+def run_parallel(layers: list[nn.Module], state: Tensor, **kwargs: Any) -> Tensor:
+    """Run decoder layers on one input and add their outputs, after https://huggingface.co/papers/2502.02790"""
+    if len(layers) == 1:
+        return layers[0](state, **kwargs)
+    state = state + sum(layer.self_attn(layer.input_layernorm(state), **kwargs)[0] for layer in layers)
+    return state + sum(layer.mlp(layer.post_attention_layernorm(state)) for layer in layers)
+
+
+def _run_with(weights: Mapping[str, Tensor], layer: nn.Module, state: Tensor, **kwargs: Any) -> Tensor:
+    return functional_call(layer, weights, (state,), kwargs)
 
 
 def separate_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -52,37 +82,6 @@ def separate_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     return dict(zip(plan.layers, apply_plan(model, singles, share_weights=True).base_model.layers, strict=True))
 
 
-def changed_part(
-    model: PreTrainedModel, plan: LayerPlan, apart: Callable[[], Mapping[int, nn.Module]]
-) -> tuple[int, list[list[nn.Module]]]:
-    """Position of the first block of `plan` that `model` has not, and what runs from there on.
-
-    The layers of one entry run in parallel. All are the model's own; `apart` gives those inside its parallel blocks.
-    """
-    current, layers = plan_of(model).blocks, model.base_model.layers
-    start = 0
-    while start < min(len(current), plan.depth) and current[start] == plan.blocks[start]:
-        start += 1
-    blocks = []
-    for block in plan.blocks[start:]:
-        inside = [index for index, other in enumerate(current) if set(other) <= set(block)]
-        whole = [layer for index in inside for layer in current[index]]
-        parts = [apart()[layer] for layer in block if layer not in whole]  # of a larger block that loses layers
-        blocks.append([layers[index] for index in inside] + parts)
-    return start, blocks
-
-
-def run_parallel(layers: list[nn.Module], state: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Run decoder layers on one input and add their outputs: `(B, T, H) -> (B, T, H)`.
-
-    https://huggingface.co/papers/2502.02790
-    """
-    if len(layers) == 1:
-        return layers[0](state, **kwargs)
-    state = state + sum(layer.self_attn(layer.input_layernorm(state), **kwargs)[0] for layer in layers)
-    return state + sum(layer.mlp(layer.post_attention_layernorm(state)) for layer in layers)
-
-
 class CandidateRuns:
     """Runs a model as it is, index 0, and by other plans made of its layers, index 1, 2, ...
 
@@ -90,58 +89,66 @@ class CandidateRuns:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model as it is.
-        plans (`Iterable[LayerPlan]`): plans made of its layers.
+        plans (`Sequence[LayerPlan]`): plans made of its layers.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): the model that `"kl"` compares with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): to generate with.
         repairs (`Sequence[Mapping[LayerPlan, Repair]]`, *optional*): for each fold of the data, what makes up for the
             layer that a plan leaves out.
     """
 
     def __init__(
-        self, model: PreTrainedModel, plans: Iterable[LayerPlan], repairs: Sequence[Mapping[LayerPlan, Repair]] = ()
+        self,
+        model: PreTrainedModel,
+        plans: Sequence[LayerPlan],
+        teacher: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        repairs: Sequence[Mapping[LayerPlan, Repair]] = (),
     ) -> None:
-        self.model, self.plans, self.repairs = model, list(plans), list(repairs) or [{}]
-        apart = cache(lambda: separate_layers(model))
-        self.parts = [changed_part(model, plan, apart) for plan in self.plans]
-        self.students: dict[int, PreTrainedModel] = {}
+        self.model, self.plans, self.teacher, self.tokenizer = model, plans, teacher, tokenizer
+        self.repairs = repairs or [{}]
+        separate = cache(lambda: separate_layers(model))
+        self.parts = [
+            [changed_part(model, plan, of_fold.get(plan), separate) for plan in plans] for of_fold in self.repairs
+        ]
 
-    def final_states(self, batch: Batch, which: Iterable[int], fold: int = 0) -> Iterator[Tensor]:
+    def measure(self, data: Chunk, statistic: str, fold: int, which: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Measure the model, and the candidates `which`, on a chunk of text or of a task; see [`~measure.Measure`].
+
+        Args:
+            statistic (`str`): field of [`TokenStatistics`] to sum over each row's scored tokens.
+            fold (`int`): whose repairs the candidates get.
+        """
+        if isinstance(data, LmEvalChunk):
+            return data.reduce([self.model, *map(self.student, which)], self.tokenizer)
+        if isinstance(data, GenerationChunk):
+            return data.reduce(list(self.texts(data, which)))
+        bytes_of_row = self.model.dtype.itemsize * self.model.config.hidden_size * data.batch["input_ids"].shape[1]
+        states_of_row = len(self.model.base_model.layers) + 1 + len(which)
+        found = []
+        for part in split_rows(data.batch, max(1, MAX_STATE_BYTES // (bytes_of_row * states_of_row))):
+            part = to_device(part, self.model.device)
+            found.append(sums_by_row(self.model, self.final_states(part, which, fold), part, statistic, self.teacher))
+        sums, counts = zip(*found, strict=True)
+        return data.reduce(torch.cat(sums, dim=1), torch.cat(counts))
+
+    def final_states(self, batch: Batch, which: Sequence[int], fold: int = 0) -> Iterator[Tensor]:
         """Hidden states after the final norm, `(B, T, H)`, of the model as it is, then of each candidate in turn."""
         decoder = self.model.base_model
-        with recorded_layer_calls(decoder) as calls:
-            whole = final_states(self.model, batch)
-        yield whole
+        run = record(self.model, batch, range(len(decoder.layers) + 1))
+        yield run.final
         for index in which:
-            (start, blocks), repair = self.parts[index - 1], self._repair(index, fold)
-            if repair is not None:  # the block before the gap changes too
-                state, kwargs = calls[repair.position]
-                weight = {f"{architecture_of(self.model.config).mlp_output}.weight": repair.weight}
-                state = functional_call(decoder.layers[repair.position], weight, (state,), kwargs)
-            elif start == len(calls):
-                yield whole
-                continue
-            else:
-                state, kwargs = calls[start]
-            for layers in blocks:
-                state = run_parallel(layers, state, kwargs)
-            yield decoder.norm(state)
+            start, blocks = self.parts[fold][index - 1]
+            yield replay(run, start, blocks, decoder.norm).final
 
     def student(self, index: int) -> PreTrainedModel:
-        """A candidate as a model of its own; it shares the weights that do not change.
-
-        It is kept if it has no weights of its own, so memory does not grow with the number of candidates.
-        """
-        if index in self.students:
-            return self.students[index]
-        plan, repair = self.plans[index - 1], self._repair(index)
+        """A candidate as a model of its own; it shares the weights that do not change."""
+        plan = self.plans[index - 1]
         student = apply_plan(self.model, plan, share_weights=True).eval()
-        if repair is not None:
-            apply_repair(student, repair)
-        elif set(plan.blocks) <= set(plan_of(self.model).blocks):
-            self.students[index] = student
+        if plan in self.repairs[0]:
+            apply_repair(student, self.repairs[0][plan])
         return student
 
-    def texts(
-        self, chunk: GenerationChunk, which: Sequence[int], tokenizer: PreTrainedTokenizerBase
-    ) -> Iterator[list[str]]:
+    def texts(self, chunk: GenerationChunk, which: Sequence[int]) -> Iterator[list[str]]:
         """Greedy continuations of a chunk's E prompts by the model as it is, then by each candidate: E texts each.
 
         Below its first change a candidate has the keys and values of the model itself; above it, it runs the prompt
@@ -149,40 +156,25 @@ class CandidateRuns:
         """
         batch = to_device(chunk.batch, self.model.device)
         if batch["input_ids"].shape[1] < 2:  # nothing of the prompt to share
-            yield generated(self.model, chunk, tokenizer)
-            yield from (generated(self.student(index), chunk, tokenizer) for index in which)
+            yield generated(self.model, chunk, self.tokenizer)
+            yield from (generated(self.student(index), chunk, self.tokenizer) for index in which)
             return
         # all but the last token; positions as `generate` counts them, so that padding on the left shifts nothing
-        mask = batch["attention_mask"][:, :-1]
-        cache = DynamicCache(config=self.model.config)
-        with recorded_layer_calls(self.model.base_model) as calls:
-            self.model.base_model(
-                input_ids=batch["input_ids"][:, :-1],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        prompt = [(layer.keys, layer.values) for layer in cache.layers]  # `cache` itself grows with the text
-        yield generated(self.model, chunk, tokenizer, cache)
+        mask, prompt = batch["attention_mask"][:, :-1], DynamicCache(config=self.model.config)
+        inputs = {
+            "input_ids": batch["input_ids"][:, :-1],
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
+            "past_key_values": prompt,
+            "use_cache": True,
+        }
+        run = record(self.model, inputs, range(len(self.model.base_model.layers) + 1))
+        keys_and_values = [(layer.keys, layer.values) for layer in prompt.layers]  # `prompt` grows with the text
+        yield generated(self.model, chunk, self.tokenizer, prompt)
         for index in which:
-            repair, student = self._repair(index), self.student(index)
-            start = self.parts[index - 1][0] if repair is None or repair.weight is None else repair.position
-            yield generated(student, chunk, tokenizer, _prompt_cache(student, prompt, calls, start))
-
-    def _repair(self, index: int, fold: int = 0) -> Repair | None:
-        return self.repairs[fold].get(self.plans[index - 1])
-
-
-def _prompt_cache(
-    student: PreTrainedModel, prompt: Sequence[tuple[Tensor, Tensor]], calls: Sequence[LayerCall], start: int
-) -> DynamicCache:
-    """A student's own cache of the prompt; it differs from the model from block `start` on."""
-    cache = DynamicCache(config=student.config)
-    for position in range(start):
-        cache.update(*prompt[position], position)
-    if start < len(calls):
-        state, kwargs = calls[start]
-        for layer in student.base_model.layers[start:]:
-            state = layer(state, **kwargs | {"past_key_values": cache})
-    return cache
+            student, start = self.student(index), self.parts[0][index - 1].start
+            own, decoder = DynamicCache(config=student.config), student.base_model
+            for position in range(start):
+                own.update(*keys_and_values[position], position)
+            replay(run, start, decoder.layers[start:], decoder.norm, past_key_values=own)
+            yield generated(student, chunk, self.tokenizer, own)

@@ -1,4 +1,4 @@
-"""Criteria that estimate what removing a layer costs, without running the model without it.
+"""The criteria by name, and those that estimate what removing a layer costs, without running the model without it.
 
 `block_influence`, `1 - cos(input, output)`, is that of [ShortGPT](https://huggingface.co/papers/2403.03853);
 `angular_distance`, `arccos(cos) / pi`, that of [The Unreasonable Ineffectiveness of the Deeper
@@ -19,20 +19,18 @@ from transformers import PreTrainedModel
 
 from ..data import Batch, check_batches, split_rows, valid_next_tokens
 from ..errors import LayerPruneError
-from ..forward import final_states, inference, to_device
+from ..forward import final_states, inference, record, to_device
 from ..losses import next_token_loss
 from ..surgery import check_model, plan_of
 from .measure import gathered, shard
 from .scores import Evidence
-from .sweep import is_offloaded, layer_inputs, needs_memory
 
 MEASURED = ("kl", "loss", "tasks")
+TOKEN_MEASURES = {"kl": "kl", "loss": "nll"}  # criterion -> field of `TokenStatistics`
 ANGLES: dict[str, Callable[[Tensor], Tensor]] = {
     "block_influence": lambda cosine: 1 - cosine,
     "angular_distance": lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,
 }
-ESTIMATED = (*ANGLES, "taylor", "tail", "random")
-CRITERIA = (*MEASURED, *ESTIMATED)
 CRITERION_UNITS = {
     "kl": "KL to the original without the layer (nats per token)",
     "loss": "next-token loss without the layer (nats per token)",
@@ -44,13 +42,13 @@ CRITERION_UNITS = {
     "random": "at random",
 }
 """What the cost of a layer is, by criterion."""
+CRITERIA = tuple(CRITERION_UNITS)
 
 Criterion = Callable[[PreTrainedModel, Sequence[Batch], Sequence[int]], Sequence[float] | Evidence]
 """A criterion of your own: the model, calibration batches (empty if none are given) and positions of blocks in
 `model.base_model.layers`, each of one layer, to a cost for each; lower is safer to remove."""
 
-TOKENS_AT_ONCE = {"cpu": 512}  # on a CPU as fast as more, with a fraction of the memory
-MANY_TOKENS = 8192  # for other devices
+TOKENS_AT_ONCE = {"cpu": 512, "other": 8192}  # on a CPU as fast as more, with a fraction of the memory
 
 
 def criterion_of(criterion: str | Criterion) -> str | Criterion:
@@ -75,16 +73,15 @@ def estimate(
     batches: Sequence[Batch],
     blocks: Sequence[int],
     criterion: str | Criterion,
-    seed: int = 0,
-    on_batch: Callable[[], None] = lambda: None,
+    seed: int,
+    on_batch: Callable[[], None],
 ) -> Evidence | Sequence[float]:
     """The cost of each of `blocks`, which are positions in the model; evidence where there is a sample per row."""
     if callable(criterion):
         with torch.no_grad():
             return criterion(model, batches, blocks)
     if criterion in ANGLES:
-        with inference(model):
-            return measure_angles(model, batches, [(block, block + 1) for block in blocks], criterion, on_batch)
+        return measure_angles(model, batches, [(block, block + 1) for block in blocks], criterion, on_batch)
     if criterion == "taylor":
         return taylor(model, batches, blocks, on_batch)
     if criterion == "tail":
@@ -93,44 +90,35 @@ def estimate(
 
 
 def taylor(
-    model: PreTrainedModel,
-    batches: Sequence[Batch],
-    blocks: Sequence[int],
-    on_batch: Callable[[], None] = lambda: None,
+    model: PreTrainedModel, batches: Sequence[Batch], blocks: Sequence[int], on_batch: Callable[[], None]
 ) -> list[float]:
     """Sum of |weight x gradient of the mean next-token loss| over the weights of each block.
 
     Gradients of the blocks are held in float32 until the last batch; those of the user are left alone.
     """
-    layers = [model.base_model.layers[block] for block in blocks]
-    parameters = {id(p): p for layer in layers for p in layer.parameters()}
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    gradients = {key: torch.zeros_like(p, dtype=torch.float32) for key, p in parameters.items()}
+    by_block = [list(model.base_model.layers[block].parameters()) for block in blocks]
+    parameters = [parameter for of_block in by_block for parameter in of_block]
+    gradients = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters}
+    trained = [parameter.requires_grad for parameter in parameters]
     num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches)
-    mode = model.training
-    model.eval()
-    try:
-        for parameter, _ in wanted:
-            parameter.requires_grad_(id(parameter) in parameters)
-        for batch in batches:
-            batch = to_device(batch, model.device)
-            valid, labels = valid_next_tokens(batch)
-            if len(labels):
-                with torch.enable_grad():
+    with inference(model), torch.enable_grad():
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            for batch in batches:
+                batch = to_device(batch, model.device)
+                valid, labels = valid_next_tokens(batch)
+                if len(labels):
                     losses = next_token_loss(final_states(model, batch)[valid], model.lm_head, labels)
-                    loss = losses.sum() / num_tokens
-                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-                for total, part in zip(gradients.values(), found, strict=True):
-                    if part is not None:
+                    found = torch.autograd.grad(losses.sum() / num_tokens, parameters, materialize_grads=True)
+                    for total, part in zip(gradients.values(), found, strict=True):
                         total += part
-            on_batch()
-    finally:
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
-        model.train(mode)
+                on_batch()
+        finally:
+            for parameter, is_trained in zip(parameters, trained, strict=True):
+                parameter.requires_grad_(is_trained)
     return [
-        sum(float((p.detach().float() * gradients[id(p)]).abs().double().sum()) for p in layer.parameters())
-        for layer in layers
+        sum(float((p.detach().float() * gradients[p]).abs().double().sum()) for p in of_block) for of_block in by_block
     ]
 
 
@@ -143,16 +131,17 @@ def measure_angles(
 ) -> Evidence:
     """Mean angle by which each stretch of blocks turns its input, over all unpadded tokens; no head is run.
 
-    A stretch is the positions of its first block and of the block after its last. Runs inside [`~forward.inference`].
+    A stretch is the positions of its first block and of the block after its last.
     """
     evidence, found = Evidence(1 + len(stretches)), []
-    tokens_at_once = TOKENS_AT_ONCE.get(model.device.type, MANY_TOKENS)
+    tokens_at_once = TOKENS_AT_ONCE["cpu" if model.device.type == "cpu" else "other"]
     first, step = processes = shard(model)
-    for batch in batches[first::step]:
-        parts = split_rows(batch, max(1, tokens_at_once // batch["input_ids"].shape[1]))
-        sums, counts = zip(*(_row_angles(model, part, stretches, ANGLES[criterion]) for part in parts), strict=True)
-        found.append((torch.cat(sums, dim=1), torch.cat(counts)))
-        on_batch()
+    with inference(model):
+        for batch in batches[first::step]:
+            parts = split_rows(batch, max(1, tokens_at_once // batch["input_ids"].shape[1]))
+            measured = [_row_angles(model, part, stretches, ANGLES[criterion]) for part in parts]
+            found.append([torch.cat(of_parts, dim=-1) for of_parts in zip(*measured, strict=True)])
+            on_batch()
     for sums, counts in gathered(found, processes):
         evidence.add(0, range(1 + len(stretches)), sums, counts)
     return evidence
@@ -163,29 +152,24 @@ def _row_angles(
 ) -> tuple[Tensor, Tensor]:
     """Angles summed over each row, `(1 + stretches, B)`, of the unchanged model first (0), and tokens per row."""
     batch = to_device(batch, model.device)
-    mask = batch.get("attention_mask")
-    counts = torch.ones_like(batch["input_ids"]) if mask is None else mask
+    counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     sums = torch.zeros(1 + len(stretches), len(counts), dtype=torch.float64)
-    state, kwargs = layer_inputs(model, batch)
     entered: dict[int, tuple[Tensor, Tensor]] = {}  # of stretches that are open: the states and their lengths
-    for position, layer in enumerate(model.base_model.layers):
-        if any(first == position for first, _ in stretches):
-            entered[position] = _with_lengths(state)
-        state = layer(state, **kwargs)
+
+    def on_state(position: int, state: Tensor) -> None:
+        state = state.float()
+        lengths = torch.linalg.vector_norm(state, dim=-1).clamp_min(1e-8)  # that of a zero state is not 0
         for index, (first, end) in enumerate(stretches, 1):
-            if end == position + 1:
-                (before, length), (after, other) = entered[first], _with_lengths(state)
-                cosine = torch.linalg.vecdot(before, after) / (length * other)  # (B, T)
+            if end == position:
+                before, length = entered[first]
+                cosine = torch.linalg.vecdot(before, state) / (length * lengths)  # (B, T)
                 sums[index] = (angle(cosine).double() * counts).sum(1).cpu()
-        still_open = {first for first, end in stretches if end > position + 1}
-        entered = {first: kept for first, kept in entered.items() if first in still_open}
+        entered[position] = state, lengths
+        for first in set(entered) - {first for first, end in stretches if first <= position < end}:
+            del entered[first]
+
+    record(model, batch, {position for stretch in stretches for position in stretch}, stop=True, on_state=on_state)
     return sums, counts.sum(1).cpu()
-
-
-def _with_lengths(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32; the length of a zero state is not 0."""
-    states = states.float()
-    return states, torch.linalg.vector_norm(states, dim=-1).clamp_min(1e-8)
 
 
 def contiguous_block(
@@ -208,10 +192,7 @@ def contiguous_block(
     starts = [n for n in range(plan.depth - size + 1) if allowed.issuperset(plan.layers[n : n + size])]
     if plan.parallel_pairs or not starts or size < 1:
         raise LayerPruneError(f"no stretch of {size} neighbouring single layers among {sorted(allowed)}")
-    if is_offloaded(model):
-        raise needs_memory("'angular_distance'")
     batches = check_batches(batches, model.config.vocab_size, "calibration data")
-    with inference(model):
-        evidence = measure_angles(model, batches, [(n, n + size) for n in starts], "angular_distance")
+    evidence = measure_angles(model, batches, [(n, n + size) for n in starts], "angular_distance")
     best = min(range(len(starts)), key=lambda index: (evidence.value(index + 1), -starts[index]))
     return plan.layers[starts[best] : starts[best] + size]

@@ -6,8 +6,7 @@ are worse than the best beyond doubt, by paired differences over rows. The race 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -16,19 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..data import Batch, split_rows
 from ..errors import LayerPruneError
-from ..forward import to_device
-from ..tasks.chunks import Chunk, GenerationChunk
-from ..tasks.evaluation import sums_by_row
-from ..tasks.lm_eval_task import LmEvalChunk
-from .candidates import CandidateRuns
-from .scores import Evidence, price_factors
+from .scores import Evidence
 
-MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time
-TOKEN_MEASURES = {"kl": "kl", "loss": "nll"}  # criterion -> field of TokenStatistics
 LEAST_ROWS = 6  # the spread of fewer is too uncertain to drop a candidate by
 
 Measure = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
@@ -68,12 +59,10 @@ def collect(
     Args:
         kinds (`Sequence[tuple[float, Sequence[Measure]]]`): weight and chunks of each kind of data.
         savings (`Sequence[float]`): what each candidate saves; a race is for the lowest price, see [`price_factors`].
-        race ([`Race`], *optional*): drop candidates on the way; by default all see all data.
         processes (`tuple[int, int]`, *optional*): see [`shard`]; all processes return the same.
-        on_chunk (`Callable[[], None]`, *optional*): called after every chunk of this process.
 
     Returns:
-        The evidence, and the share of the data that each candidate that left had seen.
+        The evidence, and the share of the data that each candidate that left the race had seen.
     """
     evidence = Evidence(1 + len(savings), [weight for weight, _ in kinds])
     alive, left = list(range(1, 1 + len(savings))), {}
@@ -118,80 +107,18 @@ def _beaten(
     `benchmarks/scoring.py` counts how often the choice is another.
     """
     rows = min(len(counts) for counts, share in zip(evidence.counts, unseen, strict=True) if share > 0)
-    if rows < LEAST_ROWS:
+    prices, errors = evidence.compare(alive, [savings[index - 1] for index in alive], unseen)
+    if rows < LEAST_ROWS or not prices.isfinite().any():
         return []
-    costs = evidence.costs(alive)
-    factors = price_factors(costs, torch.tensor([savings[index - 1] for index in alive], dtype=torch.float64))
-    prices = dict(zip(alive, (costs * factors).tolist(), strict=True))
-    finite = [index for index in alive if math.isfinite(prices[index])]
-    if not finite:
-        return []
-    best = min(finite, key=prices.__getitem__)
-    others = [index for index in finite if index != best]
-    errors = evidence.difference_errors(best, others, dict(zip(alive, factors.tolist(), strict=True)), unseen)
     least = quantile(1 - (1 - confidence) / len(savings), rows)
-    worse = zip(others, errors.tolist(), strict=True)
-    beaten = [other for other, error in worse if prices[other] - prices[best] > least * error]
-    return beaten + [index for index in alive if index not in finite]
+    worse = ~prices.isfinite() | (prices - prices[prices.isfinite()].min() > least * errors)
+    return [index for index, is_worse in zip(alive, worse.tolist(), strict=True) if is_worse]
 
 
 def quantile(probability: float, rows: int) -> float:
     """One-sided quantile of Student's t with `rows - 1` degrees of freedom (Cornish-Fisher, to second order)."""
     z, n = NormalDist().inv_cdf(probability), max(1, rows - 1)
     return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-
-
-def measure_of(
-    runs: CandidateRuns,
-    data: Chunk,
-    statistic: str,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_state_bytes: int | None = None,
-    fold: int = 0,
-) -> Measure:
-    """How to measure a chunk of text or of a task.
-
-    Args:
-        runs ([`CandidateRuns`]): the candidates.
-        data ([`Chunk`]): the batch, and how results become costs.
-        statistic (`str`): field of [`TokenStatistics`] to sum over each row's scored tokens.
-        teacher ([`~transformers.PreTrainedModel`]): the model `"kl"` compares with.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): to generate with.
-        max_state_bytes (`int`, *optional*):
-            Bound of the hidden states held at a time; each row needs as many as there are layers and candidates.
-        fold (`int`, *optional*, defaults to `0`): whose repairs in `runs` the candidates get.
-    """
-    if isinstance(data, LmEvalChunk):
-        return lambda which: data.reduce([runs.model, *map(runs.student, which)], tokenizer)
-    if isinstance(data, GenerationChunk):
-        return lambda which: data.reduce(list(runs.texts(data, which, tokenizer)))
-    config = runs.model.config
-    bytes_of_row = data.batch["input_ids"].shape[1] * config.hidden_size * runs.model.dtype.itemsize
-
-    def measure(which: Sequence[int]) -> tuple[Tensor, Tensor]:
-        states_of_row = bytes_of_row * (config.num_hidden_layers + 1 + len(which))
-        found = []
-        for part in split_rows(data.batch, max(1, (max_state_bytes or MAX_STATE_BYTES) // states_of_row)):
-            part = to_device(part, runs.model.device)
-            states = runs.final_states(part, which, fold)
-            found.append(sums_by_row(runs.model, states, part, statistic, teacher))
-        sums, counts = zip(*found, strict=True)
-        return data.reduce(torch.cat(sums, dim=1), torch.cat(counts))
-
-    return measure
-
-
-def halves(batches: Iterable[Batch]) -> list[list[Batch]]:
-    """Every other row of all, and the rest."""
-    found: list[list[Batch]] = [[], []]
-    seen = 0
-    for batch in batches:
-        for number, half in enumerate(found):
-            part = {key: value[(number - seen) % 2 :: 2] for key, value in batch.items()}
-            half += [part] if len(part["input_ids"]) else []
-        seen += len(batch["input_ids"])
-    return found
 
 
 def shard(model: PreTrainedModel) -> tuple[int, int]:

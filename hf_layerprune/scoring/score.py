@@ -17,10 +17,9 @@ from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
 from .candidates import CandidateRuns
-from .estimates import MEASURED, Criterion, criterion_of, estimate
-from .measure import TOKEN_MEASURES, Race, collect, halves, measure_of, shard
+from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate
+from .measure import Race, collect, shard
 from .scores import Evidence, Key, Scores
-from .sweep import is_offloaded, needs_memory, sweep
 
 CHUNKS_OF_A_RACE = 16  # at least as many, if there are as many rows
 
@@ -64,7 +63,6 @@ def score(
     compensation: str = "none",
     tasks: Sequence[Task | PreparedTask] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_state_bytes: int | None = None,
 ) -> Scores[Key]:
     """Score what a model could become, without building it.
 
@@ -74,26 +72,21 @@ def score(
         batches (`Iterable[dict[str, Tensor]]`, *optional*):
             Calibration data: `input_ids` `(B, T)` and, *optional*, `attention_mask` `(B, T)` and `labels` `(B, T)`.
             Padding never counts. `"tasks"` need none, except for a compensation. If `torch.distributed` is
-            initialized, give every process all data; each measures its share (for `"taylor"` and for a model on disk,
-            all of it), and all return the same scores.
+            initialized, give every process all data; each measures its share (for `"taylor"`, all of it), and all
+            return the same scores.
         candidates (`Iterable[int]`, or of [`Edit`] or [`LayerPlan`]):
             Layers to leave out, edits of the model's plan, or whole plans made of its layers.
         criterion (`str` or `Callable`, *optional*, defaults to `"kl"`): measured, with everything else left as it is,
             - `"kl"`: KL(teacher || model without the layer) of the next-token distributions, nats per token.
             - `"loss"`: next-token loss of the model without the layer, nats per token.
-            - `"tasks"`: mean cost on `tasks`, weighted, as in
-              [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085): 1 - accuracy or score, or
-              nats per token.
+            - `"tasks"`: weighted mean cost on `tasks`: 1 - accuracy or score, or nats per token, as in
+              [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085).
 
             or estimated, for layers that run in no parallel block,
-            - `"block_influence"`: 1 - cos(layer input, layer output), as in
-              [ShortGPT](https://huggingface.co/papers/2403.03853).
-            - `"angular_distance"`: the angle between them over pi, as in
-              [The Unreasonable Ineffectiveness of the Deeper Layers](https://huggingface.co/papers/2403.17887).
-            - `"taylor"`: sum of |weight x gradient of the loss|, as in
-              [Shortened LLaMA](https://huggingface.co/papers/2402.02834).
-            - `"tail"`: the last layer first, as in
-              [Reassessing Layer Pruning](https://huggingface.co/papers/2411.15558).
+            - `"block_influence"`: 1 - cos(layer input, layer output) ([paper](https://huggingface.co/papers/2403.03853)).
+            - `"angular_distance"`: the angle between them over pi ([paper](https://huggingface.co/papers/2403.17887)).
+            - `"taylor"`: sum of |weight x gradient of the loss| ([paper](https://huggingface.co/papers/2402.02834)).
+            - `"tail"`: the last layer first ([paper](https://huggingface.co/papers/2411.15558)).
             - `"random"`: drawn by `seed`.
             - a function of your own, or its name as `"module:function"`: `f(model, batches, blocks)` returns a cost
               for each of `blocks`, positions in `model.base_model.layers`.
@@ -107,19 +100,13 @@ def score(
         savings (`Sequence[float]`, *optional*):
             What each candidate saves, above 0; the best has the least cost per unit saved. By default all save the
             same.
-        seed (`int`, *optional*, defaults to `0`):
-            Of `"random"`.
+        seed (`int`, *optional*, defaults to `0`): of `"random"`.
         compensation (`str`, *optional*, defaults to `"none"`):
             Measure each candidate after its repair in closed form; see [`compensate`]. Each half of the text is
             measured with repairs fitted to the other half, so they do not look better than they are; `"tasks"` with
             repairs fitted to all of `batches`.
-        tasks (`Sequence[Task]`, *optional*):
-            Representative data sets for `"tasks"`, such as `load_tasks("default")`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The model's own, for `"tasks"`.
-        max_state_bytes (`int`, *optional*, defaults to 4 GiB):
-            Bound of the hidden states held at a time, however many layers there are; rows beyond it run one after
-            the other. For a model on disk, half of the free memory by default; beyond it the weights are read again.
+        tasks (`Sequence[Task]`, *optional*): data sets for `"tasks"`, such as `load_tasks("default")`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the model's own, for `"tasks"`.
 
     Returns:
         [`Scores`]: `values` maps each candidate to the measure after it; `baseline` is the measure without any.
@@ -133,10 +120,8 @@ def score(
     if not keys:
         raise LayerPruneError("nothing to score: all layers are protected")
     plans = [_plan_after(key, plan) for key in keys]
-    _check_request(model, criterion, race, compensation)
-    if tasks and criterion != "tasks":
-        raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
-    needs_data = criterion in (*TOKEN_MEASURES, "block_influence", "angular_distance", "taylor")
+    _check_request(model, criterion, race, compensation, tasks)
+    needs_data = criterion in (*TOKEN_MEASURES, *ANGLES, "taylor")
     batches = check_batches(batches, model.config.vocab_size, "calibration data", required=needs_data)
     if criterion not in MEASURED:
         return _estimated(model, batches, dict(zip(keys, plans, strict=True)), criterion, seed, on_batch)
@@ -144,38 +129,36 @@ def score(
     if criterion == "tasks":
         if tokenizer is None:
             raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
-        tasks, folds = prepare_tasks(tasks, model, tokenizer), [batches]
-    else:
-        folds = [batches] if compensation == "none" else halves(batches)
+        tasks = prepare_tasks(tasks, model, tokenizer)
     with inference(model, teacher):
-        if is_offloaded(model):
-            evidence, left = sweep(model, batches, plans, criterion, teacher, on_batch, max_state_bytes), {}
+        folds = [batches] if criterion == "tasks" or compensation == "none" else _halves(batches)
+        repairs = _repairs(model, folds, plans, compensation, teacher)
+        runs = CandidateRuns(model, plans, teacher, tokenizer, repairs)
+        if criterion == "tasks":
+            kinds = [(t.weight, [partial(runs.measure, data, t.statistic, 0) for data in t.chunks]) for t in tasks]
         else:
-            runs = CandidateRuns(model, plans, _repairs(model, folds, plans, compensation, teacher))
-            of = partial(measure_of, runs, teacher=teacher, tokenizer=tokenizer, max_state_bytes=max_state_bytes)
-            if criterion == "tasks":
-                kinds = [(task.weight, [of(data, task.statistic) for data in task.chunks]) for task in tasks]
-            else:
-                parts, statistic = _parts(folds, race), TOKEN_MEASURES[criterion]
-                kinds = [(1.0, [of(TokenChunk(part), statistic, fold=fold) for part, fold in parts])]
-            count = sum(len(measures) for _, measures in kinds)
-            on_chunk = _as_often(on_batch, len(batches) or count, count)
-            evidence, left = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
+            parts, statistic = _parts(folds, race), TOKEN_MEASURES[criterion]
+            kinds = [(1.0, [partial(runs.measure, TokenChunk(part), statistic, fold) for part, fold in parts])]
+        count = sum(len(measures) for _, measures in kinds)
+        on_chunk = _as_often(on_batch, len(batches) or count, count)
+        evidence, left = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
     return Scores.of(criterion, keys, evidence, left, savings)
 
 
-def _check_request(model: PreTrainedModel, criterion: str | Criterion, race: Race | None, compensation: str) -> None:
+def _check_request(
+    model: PreTrainedModel, criterion: str | Criterion, race: Race | None, compensation: str, tasks: Sequence[Any]
+) -> None:
     """Raise [`LayerPruneError`] unless the criterion can do what is asked."""
     criterion_of(criterion)
-    given = [what for what, is_given in (("a race", race), ("a compensation", compensation != "none")) if is_given]
-    if criterion not in MEASURED and given:
+    if criterion not in MEASURED and (race is not None or compensation != "none"):
         raise LayerPruneError(
-            f"criterion={criterion!r} sees each layer once, as it is; {given[0]} is for {', '.join(MEASURED)}"
+            f"criterion={criterion!r} sees each layer once, as it is; races and compensation are for "
+            f"{', '.join(MEASURED)}"
         )
-    if criterion not in (*TOKEN_MEASURES, "tail", "random"):
-        given = [f"criterion={criterion!r}"]
-    if given and is_offloaded(model):
-        raise needs_memory(given[0])
+    if tasks and criterion != "tasks":
+        raise LayerPruneError(f"tasks are for criterion='tasks', not {criterion!r}")
+    if criterion in ("tasks", "taylor") and any(parameter.is_meta for parameter in model.parameters()):
+        raise LayerPruneError(f"criterion={criterion!r} needs the whole model in memory; load it so, or score by 'kl'")
 
 
 def _plan_after(candidate: int | Edit | LayerPlan, plan: LayerPlan) -> LayerPlan:
@@ -187,10 +170,10 @@ def _plan_after(candidate: int | Edit | LayerPlan, plan: LayerPlan) -> LayerPlan
     return candidate.apply(plan) if isinstance(candidate, Edit) else plan.remove(candidate)
 
 
-def _removed_layer(plan: LayerPlan, after: LayerPlan) -> int | None:
-    """The layer that `after` lacks, if that is all that sets the plans apart."""
-    removed = [layer for layer in plan.layers if layer not in after.layers]
-    return removed[0] if len(removed) == 1 and plan.remove(removed[0]) == after else None
+def _lone_removal(plan: LayerPlan, after: LayerPlan) -> int | None:
+    """The layer that runs alone in `plan` and is all that `after` lacks; `None` where another edit sets them apart."""
+    gone = [block for block in plan.blocks if block not in after.blocks]
+    return gone[0][0] if len(gone) == 1 and len(gone[0]) == 1 and plan.remove(gone[0][0]) == after else None
 
 
 def _estimated(
@@ -203,20 +186,31 @@ def _estimated(
 ) -> Scores[Key]:
     """What a criterion that runs no candidate says of removing layers that run alone."""
     plan, name, blocks = plan_of(model), criterion if isinstance(criterion, str) else criterion.__name__, []
-    criterion = criterion_of(criterion)
     for key, after in candidates.items():
-        if ((layer := _removed_layer(plan, after)),) not in plan.blocks:
+        if (layer := _lone_removal(plan, after)) is None:
             what = f"removing layer {key}" if isinstance(key, int) else f"'{key}'"
             raise LayerPruneError(
                 f"criterion={name!r} tells nothing about {what}, only about removing a layer that runs alone; choose "
                 f"one of {', '.join(MEASURED)}"
             )
         blocks.append(plan.block_of(layer))
-    found = estimate(model, batches, blocks, criterion, seed, on_batch)
+    found = estimate(model, batches, blocks, criterion_of(criterion), seed, on_batch)
     if isinstance(found, Evidence):
         return Scores.of(name, list(candidates), found)
     num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches)
     return Scores(name, dict(zip(candidates, map(float, found), strict=True)), num_tokens=num_tokens)
+
+
+def _halves(batches: Iterable[Batch]) -> list[list[Batch]]:
+    """Every other row of all, and the rest."""
+    found: list[list[Batch]] = [[], []]
+    seen = 0
+    for batch in batches:
+        for number, half in enumerate(found):
+            part = {key: value[(number - seen) % 2 :: 2] for key, value in batch.items()}
+            half += [part] if len(part["input_ids"]) else []
+        seen += len(batch["input_ids"])
+    return found
 
 
 def _repairs(
@@ -235,9 +229,9 @@ def _repairs(
             "measured on the other"
         )
     plan = plan_of(model)
-    layers = [layer for after in plans if (layer := _removed_layer(plan, after)) is not None]
+    layers = {layer: after for after in plans if (layer := _lone_removal(plan, after)) is not None}
     found = [find_repairs(model, fold, layers, compensation, teacher) for fold in reversed(folds)]
-    return [{plan.remove(n): repair for n, repair in by.items()} for by in found]
+    return [{layers[layer]: repair for layer, repair in of_fold.items()} for of_fold in found]
 
 
 def _parts(folds: Sequence[Sequence[Batch]], race: Race | None) -> list[tuple[Batch, int]]:

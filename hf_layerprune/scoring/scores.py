@@ -9,7 +9,7 @@ Shapes: C candidates, R rows of data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -26,26 +26,18 @@ CLEAR_MARGIN = 2.0  # standard errors between the best two
 def price_factors(costs: Tensor, savings: Tensor) -> Tensor:
     """What to multiply costs by to compare candidates that save different amounts; the lowest price is best.
 
-    A cost above 0 is divided by the saving. A cost of 0 or less is a gain and multiplied by it: any gain comes before
-    any loss, and among equal gains the larger saving comes first. Savings count as shares of the largest one, so
-    prices have the unit of the costs.
-
-    Args:
-        costs (`Tensor` of shape `(C,)`): the measure of each candidate minus that of the unchanged model.
-        savings (`Tensor` of shape `(C,)`): what each saves, above 0, in any unit.
+    A cost, the measure minus that of the unchanged model, is divided by the saving if it is above 0. A cost of 0 or
+    less is a gain and multiplied by it: any gain comes before any loss, and among equal gains the larger saving comes
+    first. Savings, above 0, count as shares of the largest one, so prices have the unit of the costs.
     """
     shares = savings / max(savings.tolist(), default=1.0)
     return torch.where(costs > 0, 1 / shares, shares)
 
 
 class Evidence:
-    """What `count` candidates measured on one or more kinds of data. Candidate 0 is the unchanged model.
+    """What `count` candidates measured on kinds of data with weights in the mean. Candidate 0 is the unchanged model.
 
     A candidate that left a race saw only the first rows: `seen`, `(C, kinds)`, counts them.
-
-    Args:
-        count (`int`): candidates, with the unchanged model.
-        weights (`Sequence[float]`, *optional*): of each kind of data in the mean over all.
     """
 
     def __init__(self, count: int, weights: Sequence[float] = (1.0,)) -> None:
@@ -63,10 +55,6 @@ class Evidence:
         self.counts[kind] = torch.cat([self.counts[kind], counts[counts > 0]])
         self.seen[list(candidates), kind] = len(self.counts[kind])
 
-    @property
-    def num_rows(self) -> int:
-        return sum(map(len, self.counts))
-
     def value(self, candidate: int) -> float:
         """The measure of one candidate over the rows it saw, a weighted mean over the kinds of data."""
         total = 0.0
@@ -74,11 +62,29 @@ class Evidence:
             total += weight * float(sums[candidate, :seen].sum() / counts[:seen].sum())
         return total
 
-    def costs(self, candidates: Sequence[int]) -> Tensor:
-        """What each of `candidates` adds to the measure of the unchanged model: `(len(candidates),)`."""
-        return torch.tensor([self.value(index) - self.value(0) for index in candidates], dtype=torch.float64)
+    def standard_error(self, candidate: int) -> float:
+        """Of `value`; `nan` where a kind of data has fewer than two rows."""
+        return float(_errors(self._deviations([candidate])))
 
-    def influences(self, candidates: Sequence[int]) -> list[Tensor]:
+    def compare(
+        self, candidates: Sequence[int], savings: Sequence[float], unseen: Sequence[float] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The price of each candidate, and the standard error of its paired difference to the lowest: `(C,)` each.
+
+        A price is `(value - value of the unchanged model) x factor`, see [`price_factors`], row by row: what moves all
+        alike cancels out. With `unseen`, the share of each kind of data that is still to come, errors are relative to
+        what all of the data will show.
+        """
+        costs = torch.tensor([self.value(index) - self.value(0) for index in candidates], dtype=torch.float64)
+        factors = price_factors(costs, torch.tensor(savings, dtype=torch.float64))
+        prices = costs * factors
+        best, parts = int(prices.nan_to_num(math.inf).argmin()), []
+        for rows in self._deviations([0, *candidates]):
+            of_price = (rows[1:] - rows[0]) * factors[:, None]
+            parts.append(of_price - of_price[best])
+        return prices, _errors(parts, unseen)
+
+    def _deviations(self, candidates: Sequence[int]) -> list[Tensor]:
         """What each row adds to the deviation of the values, to first order: `(len(candidates), R)` per kind of data.
 
         All candidates must have seen the same rows.
@@ -91,50 +97,11 @@ class Evidence:
             found.append(weight * (sums - mean * counts) / counts.sum())
         return found
 
-    def standard_error(self, candidate: int) -> float:
-        """Of `value`; `nan` where a kind of data has fewer than two rows."""
-        return float(_errors(self.influences([candidate])))
 
-    def difference_errors(
-        self, best: int, others: Sequence[int], factors: Mapping[int, float], unseen: Sequence[float] | None = None
-    ) -> Tensor:
-        """Standard errors of the paired differences `price of other - price of best`: `(len(others),)`.
-
-        A price is `(value - value of the unchanged model) x factor`, row by row: what moves all alike cancels out.
-        With `unseen`, the share of each kind of data that is still to come, they are relative to what all of the data
-        will show.
-        """
-        factor = torch.tensor([factors[other] for other in others], dtype=torch.float64)[:, None]
-        parts = []
-        for rows in self.influences([0, best, *others]):
-            over_model = rows[1:] - rows[0]
-            parts.append(over_model[1:] * factor - over_model[0] * factors[best])
-        return _errors(parts, unseen)
-
-    def half_agreement(self, candidates: Sequence[int], savings: Tensor, trials: int = 200) -> float:
-        """How often two random halves of the rows give the same of `candidates` the lowest price.
-
-        All candidates must have seen all rows. `nan` where a kind of data has only one row.
-        """
-        if any(len(counts) < 2 for counts in self.counts):
-            return math.nan
-        generator, agreed, with_model = torch.Generator().manual_seed(0), 0, [0, *candidates]
-        for _ in range(trials):
-            totals = torch.zeros(2, len(with_model), dtype=torch.float64)
-            for weight, all_sums, counts in zip(self.weights, self.sums, self.counts, strict=True):
-                rows = torch.randperm(len(counts), generator=generator)
-                for half, chosen in enumerate(rows.tensor_split(2)):
-                    totals[half] += weight * all_sums[with_model][:, chosen].sum(1) / counts[chosen].sum()
-            costs = totals[:, 1:] - totals[:, :1]
-            first, second = (costs * price_factors(costs, savings)).nan_to_num(math.inf).argmin(1).tolist()
-            agreed += first == second
-        return agreed / trials
-
-
-def _errors(influences: Sequence[Tensor], unseen: Sequence[float] | None = None) -> Tensor:
+def _errors(deviations: Sequence[Tensor], unseen: Sequence[float] | None = None) -> Tensor:
     """Standard errors `(C,)` of sums over independent rows: `(C, R)` for each kind of data."""
-    variance = torch.zeros(len(influences[0]), dtype=torch.float64)
-    for part, share in zip(influences, unseen or [1.0] * len(influences), strict=True):
+    variance = torch.zeros(len(deviations[0]), dtype=torch.float64)
+    for part, share in zip(deviations, unseen or [1.0] * len(deviations), strict=True):
         if share:
             rows = part.shape[1]
             variance += share * part.pow(2).sum(1) * (rows / (rows - 1) if rows > 1 else math.nan)
@@ -157,7 +124,6 @@ class Scores(Generic[Key]):
         left (`dict[Key, float]`): candidates that a race dropped, and the share of the data they had seen by then;
             their values are over that data only.
         savings (`dict[Key, float]`): what each saves, above 0; empty if all save the same.
-        half_agreement (`float`, *optional*): how often two random halves of the data choose the same.
         margin (`float`, *optional*): how far the best is ahead of the second, in standard errors of their paired
             difference; `nan` if there is too little data, `None` if there was nothing to compare.
         contenders (`tuple[Key, ...]`): the best two; one if all others left a race.
@@ -170,7 +136,6 @@ class Scores(Generic[Key]):
     standard_errors: dict[Key, float] = field(default_factory=dict)
     left: dict[Key, float] = field(default_factory=dict)
     savings: dict[Key, float] = field(default_factory=dict)
-    half_agreement: float | None = None
     margin: float | None = None
     contenders: tuple[Key, ...] = ()
 
@@ -189,7 +154,7 @@ class Scores(Generic[Key]):
             criterion,
             values={key: evidence.value(number) for key, number in index.items()},
             baseline=evidence.value(0),
-            num_tokens=evidence.num_rows if criterion == "tasks" else int(evidence.counts[0].sum()),
+            num_tokens=sum(map(len, evidence.counts)) if criterion == "tasks" else int(evidence.counts[0].sum()),
             standard_errors={key: evidence.standard_error(number) for key, number in index.items()},
             left={keys[number - 1]: share for number, share in (left or {}).items()},
             savings={} if savings is None else dict(zip(keys, savings, strict=True)),
@@ -198,17 +163,11 @@ class Scores(Generic[Key]):
         scores = replace(scores, contenders=tuple(ranked[:2]))
         if len(ranked) < 2:
             return scores
-        best, second = (index[key] for key in ranked[:2])
-        costs = evidence.costs([best, second])
-        factors = price_factors(costs, scores._savings(ranked[:2]))
-        ahead = float((costs * factors).diff())
-        by_index = dict(zip((best, second), factors.tolist(), strict=True))
-        error = float(evidence.difference_errors(best, [second], by_index))
+        saved = [scores.savings.get(key, 1.0) for key in scores.contenders]
+        prices, errors = evidence.compare([index[key] for key in scores.contenders], saved)
+        ahead, error = float(prices.diff()), float(errors[1])
         margin = ahead / error if error > 0 else math.nan if math.isnan(error) else math.inf if ahead > 0 else 0.0
-        agreement = None
-        if not left and not math.isnan(margin):
-            agreement = evidence.half_agreement(list(index.values()), scores._savings(index))
-        return replace(scores, margin=margin, half_agreement=agreement)
+        return replace(scores, margin=margin)
 
     @property
     def ranking(self) -> tuple[Key, ...]:
@@ -218,16 +177,14 @@ class Scores(Generic[Key]):
         Equal prices go to the deeper layer; a price that is not a number comes last.
         """
         costs = torch.tensor(list(self.values.values()), dtype=torch.float64) - self.baseline
-        prices = (costs * price_factors(costs, self._savings(self.values))).tolist()
+        savings = torch.tensor([self.savings.get(key, 1.0) for key in self.values], dtype=torch.float64)
+        prices = (costs * price_factors(costs, savings)).tolist()
 
         def order(item: tuple[Key, float]) -> tuple[Any, ...]:
             key, price = item
             return math.isnan(price), -self.left.get(key, 1.0), price, -_depth_of(key)
 
         return tuple(key for key, _ in sorted(zip(self.values, prices, strict=True), key=order))
-
-    def _savings(self, keys: Iterable[Key]) -> Tensor:
-        return torch.tensor([self.savings.get(key, 1.0) for key in keys], dtype=torch.float64)
 
     @property
     def safest(self) -> Key:
@@ -254,11 +211,10 @@ class Scores(Generic[Key]):
         best, second = map(_label, self.contenders)
         if math.isnan(self.margin):
             return f"too little data to tell how sure the choice of {best} is; more calibration data would"
-        halves = "" if self.half_agreement is None else f"; two halves of the data agree {self.half_agreement:.0%}"
         if self.margin < CLEAR_MARGIN:
-            apart = f"cannot be told apart ({self.margin:.1f} standard errors{halves})"
+            apart = f"cannot be told apart ({self.margin:.1f} standard errors)"
             return f"{best} and {second} {apart}; more calibration data would tell"
-        return f"{best} is ahead of {second} by {self.margin:.1f} standard errors{halves}"
+        return f"{best} is ahead of {second} by {self.margin:.1f} standard errors"
 
     def to_dict(self) -> dict[str, Any]:
         """The form written to JSON: candidates by their labels, and `certainty`."""
