@@ -203,7 +203,7 @@ def _tasks(data: Any, what: str) -> TaskReport:
     except TypeError as error:
         raise LayerPruneError(f"{what} has tasks that cannot be read: {error}") from None
     for result in report.results.values():
-        for name in ("quality", "cost", "num_examples", "weight", "num_truncated"):
+        for name in ("quality", "cost", "num_examples", "weight"):
             _number(vars(result), name, f"a task of {what}")
         _text(vars(result), "measure", f"a task of {what}")
     return report

@@ -19,10 +19,11 @@ def tasks_file(tmp_path):
 
     def write(*kinds):
         entries = {
-            "pairs": "{kind: minimal_pairs, name: pairs, dataset: rows.jsonl, good: good, bad: bad}",
+            "pairs": "{kind: multiple_choice, name: pairs, dataset: rows.jsonl, prompt: '', choices: [good, bad], "
+            "answer: good}",
             "kl": "{kind: kl, name: close, dataset: rows.jsonl, text: '{good}', max_length: 16}",
             "long": "{kind: multiple_choice, name: long, dataset: rows.jsonl, prompt: '{q}', choices: [good, bad], "
-            "answer: good, answer_form: text}",
+            "answer: good}",
         }
         path = tmp_path / "tasks.yaml"
         path.write_text("".join(f"- {entries[kind]}\n" for kind in kinds))
