@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from task_reference import nll
 
-from hf_layerprune import LayerPruneError, score_layers
+from hf_layerprune import LayerPruneError
 from hf_layerprune.loading import load_model, load_tokenizer
 from hf_layerprune.tasks import (
     GenerationTask,
@@ -62,16 +62,6 @@ def test_the_embedded_teacher_on_rows_of_every_kind(teacher, tokenizer):
     counts = {name: result.num_examples for name, result in results.items()}
     assert counts | {"text": 0} == {"choice": 6, "pairs": 17, "written": 3, "text": 0, "copy": 8}
     right = 0
-    for line in (DATA / "logiqa.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        costs = [
-            nll(teacher, tokenizer, CHOICE["prompt"].format(**row), f" {text}")
-            / len(tokenizer(f" {text}")["input_ids"])
-            for text in row["options"]
-        ]
-        right += costs.index(min(costs)) == "ABCD".index(row["label"])
-    assert results["choice"].quality == pytest.approx(right / 6)
-    right = 0
     for line in (DATA / "blimp.jsonl").read_text().splitlines():
         row = json.loads(line)
         right += nll(teacher, tokenizer, "", row["sentence_good"]) < nll(teacher, tokenizer, "", row["sentence_bad"])
@@ -79,14 +69,6 @@ def test_the_embedded_teacher_on_rows_of_every_kind(teacher, tokenizer):
     assert results["written"].quality == 0  # arithmetic is beyond it
     assert 4 < results["text"].quality < 100  # perplexity, of a book it was trained on
     assert 0 < results["copy"].cost <= 1
-
-
-def test_layers_are_scored_by_real_rows(teacher, tokenizer):
-    scores = score_layers(teacher, None, "tasks", layers=[0, 5], tasks=excerpts(limit=2), tokenizer=tokenizer)
-    assert scores.safest == 5 and all(math.isfinite(value) for value in scores.values.values())
-    choice = excerpts()[:1]
-    scores = score_layers(teacher, None, "tasks", layers=[0, 5], tasks=choice, tokenizer=tokenizer)
-    assert all(round(6 * value) / 6 == pytest.approx(value) for value in scores.values.values())
 
 
 @pytest.mark.skipif("LAYERPRUNE_DATA" not in os.environ, reason="LAYERPRUNE_DATA names no folder of whole data sets")

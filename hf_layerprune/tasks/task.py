@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data import load_text_dataset
+from ..data import load_text_dataset, may_have
 from ..errors import LayerPruneError
 from .chunks import Chunk, Encoded, Example, PreparedTask, TokenChunk, batched, encode, pad_id, scored
 
@@ -105,7 +105,7 @@ class PromptedTask(Task):
         config_name (`str`, *optional*): configuration of a Hub data set.
         num_few_shot (`int`, *optional*, defaults to 0):
             examples with their answers before each prompt: the first rows of the data, which are then not scored.
-        few_shot_split (`str`, *optional*): take the examples from this split instead.
+        few_shot_split (`str`, *optional*): take the examples from this split instead, if the data set has splits.
         few_shot_group (`str`, *optional*): a column (MMLU's subject); a row is shown examples of the same value.
     """
 
@@ -150,9 +150,11 @@ class PromptedTask(Task):
 
     def examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         """The rows to score, in rows of at most `max_length` tokens."""
-        shown, rows = self._few_shot(self.read(self.split))
-        if self.few_shot_split is not None:
-            (shown, _), rows = self._few_shot(self.read(self.few_shot_split)), self.read(self.split)
+        rows, other, dataset = self.read(self.split), self.few_shot_split, self.dataset
+        if other is None or isinstance(dataset, Dataset) or not may_have(str(dataset), other):
+            shown, rows = self._few_shot(rows)
+        else:
+            shown, _ = self._few_shot(self.read(other))
         count, examples = min(len(rows), self.limit or len(rows)), []
         for number, row in (rows[n * len(rows) // count] for n in range(count)):  # files are often sorted by subject
             with located(f"row {number}"):
