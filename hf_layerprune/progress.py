@@ -136,8 +136,6 @@ class RunProgress(LayerDistillCallback):
         self.round_work = sum(count * self.step_work[phase] for phase, count in steps.items())
         self.teacher_work = len(trainer.eval_batches) * self.step_work["evaluating"]
         self.now = 0.0  # work of a step in this phase
-        for notice in filter(None, (task.notice for task in trainer.tasks)):
-            say(phases.console, notice)
         phases.phase("starting", self.teacher_work + self.rounds * self.round_work)
 
     def _rounds_done(self, number: int) -> None:

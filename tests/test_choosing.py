@@ -217,7 +217,7 @@ def tasks_file(tmp_path):
     rows = [{"q": f"say {word}", "good": word, "bad": word[::-1]} for word in ("one", "two", "four", "seven", "ten")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks.yaml").write_text(
-        "- {kind: minimal_pairs, name: pairs, dataset: rows.jsonl, good: good, bad: bad}\n"
+        "- {kind: multiple_choice, name: pairs, dataset: rows.jsonl, prompt: '', choices: [good, bad], answer: good}\n"
         "- {kind: perplexity, name: text, dataset: rows.jsonl, text: '{q}', max_length: 16, weight: 2}\n"
     )
     return str(tmp_path / "tasks.yaml")

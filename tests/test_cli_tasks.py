@@ -19,10 +19,11 @@ def tasks_file(tmp_path):
 
     def write(*kinds):
         entries = {
-            "pairs": "{kind: minimal_pairs, name: pairs, dataset: rows.jsonl, good: good, bad: bad}",
+            "pairs": "{kind: multiple_choice, name: pairs, dataset: rows.jsonl, prompt: '', choices: [good, bad], "
+            "answer: good}",
             "kl": "{kind: kl, name: close, dataset: rows.jsonl, text: '{good}', max_length: 16}",
             "long": "{kind: multiple_choice, name: long, dataset: rows.jsonl, prompt: '{q}', choices: [good, bad], "
-            "answer: good, answer_form: text}",
+            "answer: good}",
         }
         path = tmp_path / "tasks.yaml"
         path.write_text("".join(f"- {entries[kind]}\n" for kind in kinds))
@@ -42,7 +43,7 @@ def run(tmp_path, model_folder, capsys):
     return call
 
 
-def test_score_takes_rows_by_the_batch_size_and_tells_cut_prompts(run, tasks_file, tmp_path, monkeypatch):
+def test_score_takes_rows_by_the_batch_size_and_tells_cut_prompts(run, tasks_file, tmp_path, monkeypatch, caplog):
     score_layers, seen = module.score_layers, []
 
     def spy(*arguments, tasks, **options):
@@ -50,11 +51,11 @@ def test_score_takes_rows_by_the_batch_size_and_tells_cut_prompts(run, tasks_fil
         return score_layers(*arguments, tasks=tasks, **options)
 
     monkeypatch.setattr(module, "score_layers", spy)
-    status, _, error = run("score", "--tasks", tasks_file("pairs", "long"), "--batch_size", "4")
+    status, _, _ = run("score", "--tasks", tasks_file("pairs", "long"), "--batch_size", "4")
     assert status == 0 and seen == [4] * 6
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert (scores["criterion"], scores["num_tokens"]) == ("tasks", 12)
-    assert "task long: prompts too long for the model lost their beginning (12)" in error
+    assert "task long: prompts too long for the model lost their beginning (12)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -71,17 +72,17 @@ def test_score_refuses_what_tasks_have_no_use_for(run, tasks_file, tmp_path, arg
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_says_what_it_leaves_out_and_what_was_cut(run, tasks_file, tmp_path):
+def test_evaluate_says_what_it_leaves_out(run, tasks_file, tmp_path):
     text = ["--dataset", "embedded:held_out", "--max_length", "32", "--num_samples", "2"]
-    status, out, error = run("evaluate", "--tasks", tasks_file("kl", "pairs", "long"), *text)
+    status, out, error = run("evaluate", "--tasks", tasks_file("kl", "pairs"), *text)
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
-    assert status == 0 and set(results) == {"pairs", "long"} and results["long"]["num_truncated"] == 12
-    assert "left out: close; KL needs a teacher to compare with (--teacher)" in error and "cut" in out
+    assert status == 0 and set(results) == {"pairs"}
+    assert "left out: close; KL needs a teacher to compare with (--teacher)" in error
     status, out, _ = run("evaluate", "--tasks", tasks_file("kl", "pairs"), "--teacher", "embedded", *text)
     assert status == 2  # of another vocabulary
     status, out, _ = run("evaluate", "--tasks", tasks_file("kl", "pairs"), "--teacher", tmp_path / "tiny-model", *text)
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
-    assert status == 0 and set(results) == {"close", "pairs"} and "left out" not in out and "cut" not in out
+    assert status == 0 and set(results) == {"close", "pairs"} and "left out" not in out
 
 
 def test_evaluate_of_kl_alone_needs_a_teacher(run, tasks_file, tmp_path):
@@ -99,7 +100,7 @@ def test_another_tokenizer_is_one_line(run, tasks_file, tmp_path, model_folder, 
         shutil.copy(path, tmp_path / "small")
     status, _, error = run(verb, "--tasks", tasks_file("pairs"), "--model", tmp_path / "small")
     assert status == 2 and error.count("\n") == 1
-    assert f"task pairs holds token id {VOCAB_SIZE - 1}, but the model's vocabulary has 100 entries" in error
+    assert f"task pairs: batch 0 holds token id {VOCAB_SIZE - 1}, but the model's vocabulary has 100 entries" in error
 
 
 def test_a_criterion_nobody_knows_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):

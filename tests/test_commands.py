@@ -118,8 +118,8 @@ def a_desk(folder: Path) -> Path:
     }
     for name, rows in files.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tasks = [{"kind": "minimal_pairs", "name": "grammar", "dataset": str(folder / "sentences.jsonl"),
-              "good": "sentence_good", "bad": "sentence_bad"}]  # fmt: skip
+    tasks = [{"kind": "multiple_choice", "name": "grammar", "dataset": str(folder / "sentences.jsonl"), "prompt": "",
+              "choices": ["sentence_good", "sentence_bad"], "answer": "sentence_good"}]  # fmt: skip
     (folder / "my_tasks.yaml").write_text(yaml.safe_dump(tasks))
     recipe = {"model": "Qwen/Qwen2.5-0.5B", "dataset": "my_texts.jsonl", "target_num_layers": 22, "output_dir": "own"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -157,7 +157,7 @@ def test_metadata_survive_a_round_trip():
 
 
 def test_quality_on_tasks_is_told_where_it_was_measured():
-    tasks = TaskReport({"minimal pairs": TaskResult("accuracy", 0.75, 0.25, 0.1, 20, 1.0, 0)})
+    tasks = TaskReport({"minimal pairs": TaskResult("accuracy", 0.75, 0.25, 0.1, 20, 1.0)})
     card = card_of([replace(ROUNDS[0], tasks=tasks)], base=None, teacher=replace(TEACHER, tasks=tasks))
     assert "| layers | mean cost | minimal pairs (accuracy) |" in card.text and "| 3 | 0.2500 | 0.7500 |" in card.text
     found = card.data.eval_results[-1]

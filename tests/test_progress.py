@@ -1,5 +1,4 @@
 import io
-import json
 
 import pytest
 from conftest import tiny_config, tiny_model
@@ -34,19 +33,6 @@ def test_the_bar_tells_the_round_and_what_is_happening_and_ends_near_its_end(tmp
     assert seen[0] == "evaluating teacher"
     assert "round 1/2, 5 layers: scoring" in seen and "round 2/2, 3 layers: healing" in seen
     assert printed.count(": remove ") == 2
-
-
-def test_prompts_that_were_cut_are_told(tmp_path, tokenizer, texts):
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "why? " * 80, "choices": ["a", "b"], "answer": 0}))
-    (tmp_path / "tasks.yaml").write_text("- {kind: multiple_choice, dataset: rows.jsonl, prompt: '{q}'}")
-    settings = {"tasks": str(tmp_path / "tasks.yaml"), "target_num_layers": 4}
-    trainer = IterativeLayerDistillTrainer(
-        model=tiny_model(), args=tiny_config(tmp_path / "run", **settings), train_dataset=texts, eval_dataset=texts,
-        processing_class=tokenizer,
-    )  # fmt: skip
-    console = Console(file=io.StringIO(), width=120)
-    RunProgress(trainer, Phases(console))
-    assert "task rows: prompts too long for the model lost their beginning (2)" in console.file.getvalue()
 
 
 def test_rounds_without_healing(tmp_path, tokenizer, texts):

@@ -183,7 +183,8 @@ def test_a_round_of_the_paper_scored_by_its_seven_data_sets(tmp_path, capsys):
     for entry in entries:
         (row,) = (row for part, row in PAPER_ROWS.items() if part in entry["name"])
         files[entry["name"]] = [row] * 2
-        entry |= {"num_few_shot": 1, "limit": 1} | ({"max_new_tokens": 2} if "max_new_tokens" in entry else {})
+        entry |= {"num_few_shot": 1, "limit": 1, "dataset": f"{entry['name']}.jsonl"}
+        entry |= {"max_new_tokens": 2} if "max_new_tokens" in entry else {}
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(entries))
@@ -191,7 +192,7 @@ def test_a_round_of_the_paper_scored_by_its_seven_data_sets(tmp_path, capsys):
     as_files(AutoModelForCausalLM.from_config(tiny_config(content_of(path)["model"])), tmp_path / "model")
     settings = QUICK["compress"] | {
         "model": tmp_path / "model", "dataset": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out",
-        "tasks": f"{tmp_path / 'tasks.yaml'}:{tmp_path}", "target_num_layers": 35,
+        "tasks": tmp_path / "tasks.yaml", "target_num_layers": 35,
         "protect_first_layers": 33,  # scoring all layers takes long
     }  # fmt: skip
     status = cli.main(["compress", "--config", str(path), *arguments_of(settings)])

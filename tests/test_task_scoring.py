@@ -17,7 +17,6 @@ from hf_layerprune.surgery import plan_of
 from hf_layerprune.tasks import (
     GenerationTask,
     KLTask,
-    MinimalPairsTask,
     MultipleChoiceTask,
     PerplexityTask,
     evaluate_tasks,
@@ -41,10 +40,8 @@ def tokenizer():
 
 def all_kinds():
     return [
-        MultipleChoiceTask(
-            ROWS, name="choice", prompt="{q}:", choices=("a", "wrong"), answer="a", answer_form="text", weight=2.0
-        ),
-        MinimalPairsTask(ROWS, name="pairs", good="a", bad="wrong"),
+        MultipleChoiceTask(ROWS, name="choice", prompt="{q}:", choices=("a", "wrong"), answer="a", weight=2.0),
+        MultipleChoiceTask(ROWS, name="pairs", prompt="", choices=("a", "wrong"), answer="a", choice="{choice}"),
         PerplexityTask(ROWS, name="text", text="{q}", max_length=16, weight=0.5),
         KLTask(ROWS, name="kl", text="{q}", max_length=16),
         GenerationTask(

@@ -88,10 +88,9 @@ def _without_teacher(tasks: list[Task]) -> list[Task]:
 
 
 def _task_table(report: TaskReport) -> Table:
-    cut = any(result.num_truncated for result in report.results.values())
-    table = Table("task", "measure", "quality", "cost", "error", "examples", *(["prompts cut"] if cut else []))
+    table = Table("task", "measure", "quality", "cost", "error", "examples")
     for name, result in report.results.items():
         error = "" if result.standard_error is None else f"± {result.standard_error:.4f}"
         numbers = (f"{result.quality:.4f}", f"{result.cost:.4f}", error, f"{result.num_examples:,}")
-        table.add_row(escape(name), escape(result.measure), *numbers, *([f"{result.num_truncated:,}"] if cut else []))
+        table.add_row(escape(name), escape(result.measure), *numbers)
     return table

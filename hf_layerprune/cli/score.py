@@ -75,8 +75,6 @@ def _scores(
         phases.phase(f"loading {arguments.model}")
         model = load_on_device(arguments.model, arguments.dtype, **offload)
         prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
-        for notice in filter(None, (task.notice for task in prepared)):
-            say(phases.console, notice)
         depth = model.config.num_hidden_layers
         phases.phase(f"scoring {depth} layers by {arguments.criterion}", len(batches or ()) or num_chunks(prepared))
         return score_layers(

@@ -7,8 +7,12 @@ sum of its costs over the sum of their weights.
 
 from __future__ import annotations
 
+import os.path
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -16,8 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import LayerPruneError
-from .metrics import sample_scores
+from ..errors import LayerPruneError, first_line
+
+METRICS = ("exact_match", "prefix", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
+"""Metrics that need no network; others are those of the `evaluate` library."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,7 @@ class Chunk:
             padded on the left if a model continues them.
     """
 
-    batch: dict[str, Tensor]
-
-    def fingerprint(self) -> list[Any]:
-        """What the chunk asks, as tensors and plain values."""
-        return [*self.batch.values(), *(value for name, value in vars(self).items() if name != "batch")]
+    batch: dict[str, Tensor] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class TokenChunk(Chunk):
 
     def reduce(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """`(C, B)` summed nats and `(B,)` scored tokens per row to `(C, E)` costs and `(E,)` weights."""
-        return sums.double(), counts.double()
+        return sums, counts
 
 
 @dataclass(frozen=True)
@@ -53,37 +55,29 @@ class ChoiceChunk(Chunk):
     Attributes:
         sizes (`tuple[int, ...]` of length E): rows per example; they add up to B.
         answers (`tuple[int, ...]` of length E): the right row within each example.
-        divisors (`Tensor` of shape `(B,)`): divide each row's log-likelihood before they are compared.
+        divisors (`tuple[int, ...]` of length B): divide each row's log-likelihood before they are compared.
     """
 
     sizes: tuple[int, ...]
     answers: tuple[int, ...]
-    divisors: Tensor
+    divisors: tuple[int, ...]
 
     def reduce(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """`(C, B)` summed nats and `(B,)` scored tokens per row to `(C, E)` costs, 0 or 1, and `(E,)` weights, 1.
 
         Ties and NaN are wrong: neither shows that the model knows the answer.
         """
-        scores = sums.double() / self.divisors.to(sums.device)
+        scores = sums / torch.tensor(self.divisors, dtype=torch.float64)
         costs = []
         for rows, answer in zip(scores.split(self.sizes, dim=1), self.answers, strict=True):
             others = torch.cat([rows[:, :answer], rows[:, answer + 1 :]], dim=1)
             costs.append(1 - (rows[:, answer, None] < others).all(1).double())
-        return torch.stack(costs, 1), sums.new_ones(len(self.sizes), dtype=torch.float64)
+        return torch.stack(costs, 1), torch.ones(len(self.sizes), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class GenerationChunk(Chunk):
-    """Prompts to continue greedily, and the texts that the continuations are compared with; B = E.
-
-    Attributes:
-        max_new_tokens (`int`): most tokens of a continuation.
-        stop_strings (`tuple[str, ...]`): a continuation ends where one of them appears.
-        references (`tuple[str, ...]` of length E): the right texts.
-        metric (`str`): scores a text.
-        after (`str`, *optional*): compare only what follows its last appearance.
-    """
+    """Prompts to continue greedily, and the right texts, `references`; B = E. The rest is as in [`GenerationTask`]."""
 
     max_new_tokens: int
     stop_strings: tuple[str, ...]
@@ -91,21 +85,64 @@ class GenerationChunk(Chunk):
     metric: str
     after: str | None = None
 
-    def cleaned(self, texts: Sequence[str]) -> list[str]:
-        """The texts as they are scored: cut at the first stop string, without space around."""
-        for stop in self.stop_strings:
-            texts = [text.split(stop)[0] for text in texts]
-        return [answer_part(text, self.after) for text in texts]
-
     def reduce(self, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """C lists of E continuations to `(C, E)` costs, 1 - score, and `(E,)` weights, 1."""
-        scores = [sample_scores(self.metric, self.cleaned(part), self.references) for part in texts]
+        scores = [[self._score(*pair) for pair in zip(part, self.references, strict=True)] for part in texts]
         return 1 - torch.tensor(scores, dtype=torch.float64), torch.ones(len(self.references), dtype=torch.float64)
+
+    def _score(self, text: str, reference: str) -> float:
+        for stop in self.stop_strings:
+            text = text.split(stop)[0]
+        return text_score(self.metric, answer_part(text, self.after), reference)
 
 
 def answer_part(text: str, after: str | None) -> str:
     """What follows the last `after` in a text (all of it if there is none), without space around."""
     return (text if after is None else text.rpartition(after)[2]).strip()
+
+
+def check_metric(metric: str) -> None:
+    """Raise [`LayerPruneError`] unless the metric can be loaded."""
+    try:
+        _loaded(metric)
+    except Exception as error:  # no such metric, no network, a missing package: each raises its own
+        raise LayerPruneError(
+            f"metric {metric!r} is none of {', '.join(METRICS)}, and evaluate cannot load it: {first_line(error)}"
+        ) from error
+
+
+def text_score(metric: str, text: str, reference: str) -> float:
+    """Score a text in [0, 1]."""
+    if metric == "exact_match":
+        return float(text == reference)
+    if metric == "prefix":  # the share of the reference written before the first mistake, in characters
+        return len(os.path.commonprefix([text, reference])) / max(len(reference), 1)
+    if metric.startswith("rouge"):
+        return _loaded(metric).score(reference, text)[metric].fmeasure
+    if metric in METRICS:
+        return min(_loaded(metric).sentence_score(text, [reference]).score / 100, 1.0)
+    results = _loaded(metric).compute(predictions=[text], references=[reference])
+    return float(next(value for value in results.values() if isinstance(value, (int, float))))
+
+
+@cache
+def _loaded(metric: str) -> Any:
+    """The library's object for a metric; importing one takes a second, so only a task that needs it waits."""
+    if metric in ("exact_match", "prefix"):
+        return None
+    if metric.startswith("rouge"):
+        from rouge_score.rouge_scorer import RougeScorer
+
+        # words of any script; rouge_score's own tokenizer drops all letters but a to z
+        words = SimpleNamespace(tokenize=lambda text: re.findall(r"\w+", text.lower()))
+        return RougeScorer([metric], tokenizer=words)
+    if metric in METRICS:
+        import sacrebleu
+
+        return sacrebleu.BLEU(effective_order=True) if metric == "bleu" else sacrebleu.CHRF()
+    import evaluate
+
+    return evaluate.load(metric, keep_in_memory=True)
 
 
 @dataclass(frozen=True)
@@ -117,30 +154,17 @@ class PreparedTask:
         weight (`float`): its weight among others.
         measure (`str`): `"accuracy"`, `"perplexity"`, `"kl"`, a metric's name, or the `"score"` of lm-eval.
         chunks (`list[Chunk]`): its examples.
-        num_truncated (`int`): rows whose prompt did not fit and lost its beginning.
     """
 
     name: str
     weight: float
     measure: str
     chunks: list[Chunk] = field(repr=False)
-    num_truncated: int = 0
 
     @property
     def statistic(self) -> Literal["kl", "nll"]:
         """The field of [`~losses.TokenStatistics`] whose sums per row token and choice chunks take."""
         return "kl" if self.measure == "kl" else "nll"
-
-    def fingerprint(self) -> list[Any]:
-        """What the task asks, as tensors and plain values: the same for two tasks that ask the same."""
-        return [self.name, self.weight, self.measure, *(part for chunk in self.chunks for part in chunk.fingerprint())]
-
-    @property
-    def notice(self) -> str:
-        """One sentence on prompts that were cut; empty if none was."""
-        if not self.num_truncated:
-            return ""
-        return f"task {self.name}: prompts too long for the model lost their beginning ({self.num_truncated:,})"
 
 
 @dataclass(frozen=True)
@@ -154,14 +178,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Example:
-    """One row, whose tokens are scored, or a row per choice, of which `rows[answer]` is right.
-
-    `divisors`, one per row, divide log-likelihoods before they are compared.
-    """
+    """What a model reads for one example; what may follow its prompt, and the index of what should."""
 
     rows: list[Encoded]
+    texts: Sequence[str] = ()
     answer: int = 0
-    divisors: tuple[float, ...] = (1.0,)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -175,14 +196,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, max_length: int, where: str) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, max_length: int) -> Encoded:
     """Tokens of `prompt + continuation`, tokenized as one text, as the model would write it.
 
     Tokens that differ from the prompt's own are scored. A row longer than `max_length` loses the beginning of its
     prompt.
 
     Raises:
-        [`LayerPruneError`]: if the continuation has no token, or does not fit; it begins with `where`.
+        [`LayerPruneError`]: if the continuation has no token, or does not fit.
     """
     before = encode_prompt(tokenizer, prompt)
     ids = encode_prompt(tokenizer, prompt + continuation)
@@ -191,16 +212,32 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, m
     start = 0
     while start < min(len(before), len(ids)) and before[start] == ids[start]:
         start += 1
-    scored = len(ids) - start
-    if not continuation or scored == 0:
-        raise LayerPruneError(f"{where}: there is nothing to score, the text is empty; give it a text")
-    if scored >= max_length:
-        raise LayerPruneError(
-            f"{where}: {scored} tokens to score do not fit into {max_length}; shorten the text or raise max_length"
-        )
+    num_scored = len(ids) - start if continuation else 0
+    if not 0 < num_scored < max_length:
+        raise LayerPruneError(f"there are {num_scored} tokens to score; the model can score 1 to {max_length - 1}")
     cut = max(0, len(ids) - max_length)
     # without a prompt, nothing predicts the first token
     return Encoded(ids[cut:], max(start - cut, 1), cut > 0)
+
+
+def batched(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
+    """Whole examples of together at most `batch_size` rows (but at least one example)."""
+    part: list[Example] = []
+    for example in examples:
+        if part and sum(len(other.rows) for other in (*part, example)) > batch_size:
+            yield part
+            part = []
+        part.append(example)
+    yield part
+
+
+def scored(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
+    """A batch whose labels are -100 on prompts and padding."""
+    rows = [row for example in examples for row in example.rows]
+    batch = padded([row.ids for row in rows], padding, "right")
+    starts = torch.tensor([[row.start] for row in rows])
+    is_scored = (torch.arange(batch["input_ids"].shape[1]) >= starts) & batch["attention_mask"].bool()
+    return batch | {"labels": batch["input_ids"].where(is_scored, -100)}
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -216,31 +253,3 @@ def padded(rows: Sequence[Sequence[int]], padding: int, side: Literal["left", "r
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding, padding_side=side),
         "attention_mask": pad_sequence(masks, batch_first=True, padding_side=side),
     }
-
-
-def scored_chunk(examples: Sequence[Example], padding: int) -> TokenChunk | ChoiceChunk:
-    """Examples whose rows' tokens are scored; labels are -100 on prompt and padding."""
-    rows = [row for example in examples for row in example.rows]
-    batch = padded([row.ids for row in rows], padding, "right")
-    starts = torch.tensor([[row.start] for row in rows])
-    is_scored = (torch.arange(batch["input_ids"].shape[1]) >= starts) & batch["attention_mask"].bool()
-    batch["labels"] = batch["input_ids"].where(is_scored, -100)
-    if len(rows) == len(examples):
-        return TokenChunk(batch)
-    return ChoiceChunk(
-        batch,
-        sizes=tuple(len(example.rows) for example in examples),
-        answers=tuple(example.answer for example in examples),
-        divisors=torch.tensor([value for example in examples for value in example.divisors], dtype=torch.float64),
-    )
-
-
-def whole_examples(sizes: Sequence[int], batch_size: int) -> Iterator[slice]:
-    """Slices over examples of `sizes` rows, each of at most `batch_size` rows (but of at least one example)."""
-    start = rows = 0
-    for number, size in enumerate(sizes):
-        if rows and rows + size > batch_size:
-            yield slice(start, number)
-            start, rows = number, 0
-        rows += size
-    yield slice(start, len(sizes))

@@ -1,24 +1,27 @@
-"""Quality of a model on tasks, one chunk after the other: the plain form of what scoring does for many candidates."""
+"""Tasks by name, and the quality of a model on tasks: the plain form of what scoring does for many candidates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Batch, valid_next_tokens
-from ..errors import LayerPruneError
+from ..data import ASSETS, Batch, check_batches, valid_next_tokens
+from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary, final_states, inference, to_device
 from ..losses import perplexity_of, token_statistics
 from .chunks import GenerationChunk, PreparedTask, pad_id
-from .lm_eval_task import LmEvalChunk
-from .load import load_tasks
-from .metrics import corpus_score
-from .task import Task, check_names
+from .lm_eval_task import LmEvalChunk, LmEvalTask
+from .task import Task, located
+
+LM_EVAL = "lm_eval:"
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,11 @@ class TaskResult:
     """
     Attributes:
         measure (`str`): what `quality` is: `"accuracy"`, `"perplexity"`, `"kl"` (nats per token), or a metric's name.
-        quality (`float`): the measure; for a metric its corpus value. Perplexity and KL lower is better.
-        cost (`float`): mean cost, lower is better: 1 - accuracy, 1 - mean score of the samples, or nats per token.
+        quality (`float`): the measure; of perplexity and KL, lower is better.
+        cost (`float`): mean cost, lower is better: 1 - accuracy, 1 - mean score of the texts, or nats per token.
         standard_error (`float`, *optional*): of the mean cost, over examples; none for a single example.
         num_examples (`int`): examples that were scored.
         weight (`float`): weight of the task among the others.
-        num_truncated (`int`): rows whose prompt did not fit and lost its beginning.
     """
 
     measure: str
@@ -40,7 +42,6 @@ class TaskResult:
     standard_error: float | None
     num_examples: int
     weight: float
-    num_truncated: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,57 @@ class TaskReport:
         return asdict(self) | {"mean_cost": self.mean_cost}
 
 
+def load_tasks(spec: str) -> list[Task]:
+    """The tasks a user names.
+
+    Args:
+        spec (`str`):
+            `"default"` (perplexity, KL, minimal pairs and copying on text that comes with the package), `"paper"` (the
+            seven data sets of https://huggingface.co/papers/2511.05085, from the Hub), a YAML file, `"lm_eval:NAME"`
+            for a task of lm-eval or a task's YAML file of its format, or several of these with commas between.
+
+    Raises:
+        [`LayerPruneError`]: if there is no such preset or file, or a setting is unknown or wrong.
+    """
+    parts = [spec] if Path(spec).is_file() else [part.strip() for part in spec.split(",") if part.strip()]
+    return [task for part in parts for task in _load(part)]
+
+
+def _load(spec: str) -> Iterator[Task]:
+    if spec.startswith(LM_EVAL):
+        yield LmEvalTask(spec.removeprefix(LM_EVAL))
+        return
+    presets = {path.stem: path for path in (ASSETS / "tasks").glob("*.yaml")}
+    path = presets.get(spec, Path(spec))
+    if not path.is_file():
+        known = ", ".join(sorted(presets))
+        raise LayerPruneError(f"tasks {spec!r} must be a preset ({known}), a YAML file or {LM_EVAL}NAME")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise LayerPruneError(f"tasks {path} cannot be read as YAML: {first_line(error)}") from error
+    if not isinstance(content, list):
+        raise LayerPruneError(f"tasks {path} must be a list of tasks, each with `kind:` and `dataset:`")
+    for number, item in enumerate(content, 1):
+        with located(f"tasks {path}, task {number}"):
+            yield _task(item, path.parent)
+
+
+def _task(item: Any, home: Path) -> Task:
+    """Make a task of an entry of a YAML file; data is looked up in the folder of the file first."""
+    kind = item.get("kind") if isinstance(item, dict) else item
+    if not isinstance(item, dict) or str(kind) not in Task.kinds:
+        raise LayerPruneError(f"kind {kind!r} is unknown; write `kind:` with one of {', '.join(Task.kinds)}")
+    settings = {str(name): value for name, value in item.items() if name != "kind"}
+    local = home / str(settings.get("dataset"))
+    if local.is_file():
+        settings["dataset"] = str(local)
+    try:
+        return Task.kinds[str(kind)](**settings)
+    except TypeError as error:  # an unknown or missing setting, or a wrong type
+        raise LayerPruneError(str(error).partition(" Errors:")[0]) from error
+
+
 def prepare_tasks(
     tasks: str | Iterable[Task | PreparedTask],
     model: PreTrainedModel,
@@ -73,18 +125,19 @@ def prepare_tasks(
     Raises:
         [`LayerPruneError`]: if data does not fit its task or the model, two tasks have one name, or there is none.
     """
+    tasks = load_tasks(tasks) if isinstance(tasks, str) else list(tasks)
+    if not tasks:
+        raise LayerPruneError("there are no tasks; name at least one")
+    name, count = Counter(task.name for task in tasks).most_common(1)[0]
+    if count > 1:
+        raise LayerPruneError(f"two tasks are named {name!r}; give one of them another `name`")
     longest = getattr(model.config, "max_position_embeddings", None)
     prepared = [
-        task if isinstance(task, PreparedTask) else task.prepare(tokenizer, batch_size, longest)
-        for task in check_names(load_tasks(tasks) if isinstance(tasks, str) else tasks)
+        task if isinstance(task, PreparedTask) else task.prepare(tokenizer, batch_size, longest) for task in tasks
     ]
     for task in prepared:
-        highest = max((int(chunk.batch["input_ids"].max()) for chunk in task.chunks if chunk.batch), default=0)
-        if highest >= model.config.vocab_size:
-            raise LayerPruneError(
-                f"task {task.name} holds token id {highest}, but the model's vocabulary has {model.config.vocab_size} "
-                "entries; give the model's own tokenizer"
-            )
+        batches = [chunk.batch for chunk in task.chunks if chunk.batch]
+        check_batches(batches, model.config.vocab_size, f"task {task.name}", required=False)
     return prepared
 
 
@@ -113,11 +166,8 @@ def evaluate_tasks(
     prepared = prepare_tasks(tasks, model, tokenizer, batch_size)
     if teacher is not None:
         check_same_vocabulary(model, teacher)
-    for task in prepared:
-        if task.statistic == "kl" and teacher is None:
-            raise LayerPruneError(
-                f"task {task.name}: KL needs a teacher to compare with; give one or leave out the task"
-            )
+    elif of_kl := [task.name for task in prepared if task.statistic == "kl"]:
+        raise LayerPruneError(f"task {of_kl[0]}: KL needs a teacher to compare with; give one or leave out the task")
     with inference(*(one for one in (model, teacher) if one is not None)):
         return TaskReport({task.name: _evaluate(model, task, tokenizer, teacher, on_chunk) for task in prepared})
 
@@ -129,32 +179,21 @@ def _evaluate(
     teacher: PreTrainedModel | None,
     on_chunk: Callable[[], None],
 ) -> TaskResult:
-    costs, weights, texts = [], [], []
+    found = []
     for chunk in task.chunks:
         if isinstance(chunk, LmEvalChunk):
-            cost, weight = chunk.reduce([model], tokenizer)
+            found.append(chunk.reduce([model], tokenizer))
         elif isinstance(chunk, GenerationChunk):
-            written = generated(model, chunk, tokenizer)
-            texts += zip(chunk.cleaned(written), chunk.references, strict=True)
-            cost, weight = chunk.reduce([written])
+            found.append(chunk.reduce([generated(model, chunk, tokenizer)]))
         else:
             batch = to_device(chunk.batch, model.device)
-            cost, weight = chunk.reduce(
-                *sums_by_row(model, [final_states(model, batch)], batch, task.statistic, teacher)
-            )
-        costs.append(cost[0])
-        weights.append(weight)
+            states = [final_states(model, batch)]
+            found.append(chunk.reduce(*sums_by_row(model, states, batch, task.statistic, teacher)))
         on_chunk()
-    cost, weight = torch.cat(costs), torch.cat(weights)
-    mean = (cost.sum() / weight.sum()).item()
-    if texts:
-        quality = corpus_score(task.measure, *zip(*texts, strict=True))
-    elif task.measure == "perplexity":
-        quality = perplexity_of(mean)
-    else:
-        quality = mean if task.measure == "kl" else 1 - mean
-    error = standard_error(cost, weight)
-    return TaskResult(task.measure, quality, mean, error, len(cost), task.weight, task.num_truncated)
+    costs, weights = torch.cat([cost[0] for cost, _ in found]), torch.cat([weight for _, weight in found])
+    mean, error = (costs.sum() / weights.sum()).item(), standard_error(costs, weights)
+    quality = {"perplexity": perplexity_of(mean), "kl": mean}.get(task.measure, 1 - mean)
+    return TaskResult(task.measure, quality, mean, error, len(costs), task.weight)
 
 
 def sums_by_row(
@@ -166,14 +205,8 @@ def sums_by_row(
 ) -> tuple[Tensor, Tensor]:
     """Nats summed over each row's scored tokens, `(C, B)`, and the number of these tokens, `(B,)`.
 
-    Runs inside [`~forward.inference`]. In float64, on the CPU.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): whose head the C models share.
-        states (`Iterable[Tensor]` of length C): final states `(B, T, H)` of `model` itself, then of the others.
-        batch (`dict[str, Tensor]`): what they were computed from, on the model's device.
-        statistic (`str`): `"nll"` or `"kl"`.
-        teacher ([`~transformers.PreTrainedModel`], *optional*): what `"kl"` compares with.
+    Runs inside [`~forward.inference`]; the result is in float64, on the CPU. `states` are the final states `(B, T, H)`
+    of `model` itself, then of other models with its head. `statistic` is `"nll"`, or `"kl"` to `teacher`.
     """
     valid, labels = valid_next_tokens(batch)
     counts, row_of_token = valid.sum(1).cpu().double(), valid.nonzero()[:, 0].cpu()

@@ -189,7 +189,9 @@ def decisive_settings(
         "model": fingerprint_model(start),
         "teacher": fingerprint_model(teacher),
         "healing_text": fingerprint(_some(rows)),
-        "tasks_text": fingerprint(part for task in tasks for part in task.fingerprint()),
+        "tasks_text": fingerprint(
+            part for task in tasks for chunk in task.chunks for part in (task, chunk, *chunk.batch.values())
+        ),
         "peft": None if peft_config is None else json.dumps(peft_config.to_dict(), default=str, sort_keys=True),
     }
     for use, given in batches.items():
