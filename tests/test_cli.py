@@ -2,8 +2,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ QUICK = [
     "--target_num_layers", "4", "--max_steps", "2", "--num_calibration_samples", "2", "--num_eval_samples", "2",
     "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--max_length", "32",
     "--packing", "true", "--packing_strategy", "wrapped", "--save_strategy", "no", "--report_to", "none",
-    "--learning_rate", "1e-3",
+    "--learning_rate", "1e-3", "--measure_speed", "false",
 ]  # fmt: skip
 
 
@@ -90,14 +88,6 @@ def test_a_length_without_limit_is_in_the_recipe(tmp_path, model_folder, text_fi
     settings = [json.loads((tmp_path / name / "report.json").read_text())["settings"] for name in ("out", "again")]
     assert settings[0] == settings[1] and settings[0]["max_length"] is None
     assert run("compress", "--config", written, "--resume", "true", "--target_num_layers", 3) == 0
-
-
-def test_rows_without_text_among_others_are_no_trouble(tmp_path, model_folder, texts):
-    rows = [{"text": text if number % 3 else ""} for number, text in enumerate(list(texts["text"]) * 10)]
-    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["--model", model_folder, "--dataset", tmp_path / "some.jsonl", "--output_dir", tmp_path / "out"]
-    alone = ["--packing", "false", "--per_device_train_batch_size", "1", "--max_steps", "8"]
-    assert run("compress", *arguments, *QUICK, *alone) == 0
 
 
 def test_without_a_target_three_quarters_are_kept(tmp_path, model_folder, text_file):
@@ -283,15 +273,6 @@ def test_loss_that_is_no_number_names_the_step_and_keeps_what_is_done(tmp_path, 
     assert AutoModelForCausalLM.from_pretrained(out / "rounds" / "01").config.num_hidden_layers == 4
 
 
-def test_the_installed_command_runs(tmp_path):
-    command = Path(sys.executable).parent / "hf-layerprune"
-    result = subprocess.run(
-        [command, "compress", "--model", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert result.returncode == 2 and "no config.json" in result.stderr and result.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
 def test_names_with_brackets_are_printed_as_they_are(tmp_path, model_folder, text_file, capsys):
     base = ("--model", model_folder, "--dataset", text_file)
     few = ("--max_length", 32, "--num_samples", 4)
@@ -349,9 +330,8 @@ def test_scores_that_cannot_be_taken_leave_no_folder(tmp_path, model_folder, tex
     assert "race" in errors_of(capsys) and not (tmp_path / "scores").exists()
 
 
-@pytest.mark.parametrize("depth, kept", [(2, 1), (3, 2), (16, 12), (36, 27)])
-def test_the_default_depth_is_below_the_models(depth, kept):
-    assert default_depth(depth) == kept
+def test_the_default_depth_is_below_the_models():
+    assert [default_depth(depth) for depth in (2, 3, 16, 36)] == [1, 2, 12, 27]
 
 
 CHATS = {

@@ -96,7 +96,7 @@ def test_random_weights_of_a_shape_in_several_depths(tmp_path, shape, capsys):
     assert run("--shape", shape, "--layers", 5, 3, "5/4", *QUICK, "--output_dir", out) == 0
     entries = json.loads((out / "benchmark.json").read_text())["reports"]
     assert [(entry["num_layers"], entry["layers"]) for entry in entries] == [(5, "5"), (3, "3"), (4, "5/4")]
-    assert {entry["model"] for entry in entries} == {"shape"}  # the folder's name, not its whole path
+    assert {entry["model"] for entry in entries} == {"config.json"}  # not its whole path
     size = 2 * 2 * 8 * 2  # keys and values, KV heads, head size, bfloat16
     assert [entry["kv_bytes_per_token"] for entry in entries] == [5 * size, 3 * size, 5 * size]
     assert "5/4" in capsys.readouterr().out
@@ -134,7 +134,7 @@ def test_the_table_fits_80_columns(monkeypatch, shape, timed, capsys):
     assert run("--shape", shape, "--layers", "5/4", "--batch_size", 1024) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
-    assert "".join(line.split(" ", 1)[0] for line in printed.splitlines()[3:]) == shape.stem  # folded, but all there
+    assert "".join(line.split(" ", 1)[0] for line in printed.splitlines()[3:]) == shape.name  # folded, but all there
     for cell in ("5/4", "1024", "543211 (10.25x)", "12346 (0.50x)", "12346", "148480", "327680"):
         assert cell in printed
 

@@ -57,17 +57,10 @@ def test_score_takes_rows_by_the_batch_size_and_tells_cut_prompts(run, tasks_fil
     assert "task long: prompts too long for the model lost their beginning (12)" in error
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--criterion", "loss"], "bring their own text and criterion; leave out criterion"),
-        (["--dataset", "mine.txt"], "leave out dataset"),
-        (["--num_samples", "8", "--max_length", "32"], "leave out max_length, num_samples"),
-    ],
-)
-def test_score_refuses_what_tasks_have_no_use_for(run, tasks_file, tmp_path, arguments, message):
+@pytest.mark.parametrize("arguments", [["--criterion", "loss"], ["--dataset", "mine.txt"]], ids=lambda words: words[0])
+def test_score_refuses_what_tasks_have_no_use_for(run, tasks_file, tmp_path, arguments):
     status, _, error = run("score", "--tasks", tasks_file("pairs"), *arguments)
-    assert status == 2 and message in error and error.count("\n") == 1
+    assert status == 2 and "--tasks bring their own text and criterion" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -65,12 +65,9 @@ def _models(arguments: BenchmarkArguments, phases: Phases) -> Iterator[tuple[str
             yield name, load_on_device(name, arguments.dtype, phases)
         return
     phases.phase(f"making random weights of the shape {arguments.shape}")
-    config, path = load_shape(arguments.shape), Path(arguments.shape).absolute()
+    config, name = load_shape(arguments.shape), Path(short_name(arguments.shape)).name
     own = native_dtype(config.dtype or torch.float32, device())
     dtype = own if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    name = short_name(arguments.shape)
-    if path.suffix == ".json":  # the file's, or that of the folder a `config.json` is in
-        name = path.parent.name if path.name == "config.json" else path.stem
     for model in random_models(config, [_layers_and_blocks(text) for text in arguments.layers], dtype, device()):
         yield name, model
 

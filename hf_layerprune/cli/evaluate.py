@@ -16,7 +16,7 @@ from ..loading import load_config, load_tokenizer
 from ..progress import Phases, say
 from ..tasks import KLTask, Task, TaskReport, evaluate_tasks, load_tasks
 from .arguments import EvaluateArguments
-from .measure import check_text, is_embedded, load_on_device, print_table, read_tasks, text_batches
+from .measure import check_text, load_on_device, print_table, read_tasks, text_batches
 from .parsing import parse
 from .recipe import made
 
@@ -45,7 +45,7 @@ def _measure(
 ) -> tuple[dict[str, Any], TaskReport | None]:
     """Quality on text (nothing where only tasks are asked for), and on tasks."""
     config, tokenizer, batches = load_config(arguments.model), load_tokenizer(arguments.model), []
-    if not tasks or arguments.dataset is not None or is_embedded(arguments.model):
+    if not tasks or arguments.dataset is not None:
         check_text(arguments, config)
         phases.phase("reading the text")
         source = arguments.dataset or "embedded:held_out"

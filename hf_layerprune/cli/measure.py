@@ -33,11 +33,6 @@ def load_on_device(name: str, dtype: str, phases: Phases, **kwargs: Any) -> PreT
     return model if kwargs.get("device_map") else model.to(device())
 
 
-def is_embedded(model: str) -> bool:
-    """Whether the texts that come with the package are this model's own."""
-    return resolve(model) == EMBEDDED_MODEL
-
-
 def check_sources(arguments: DataArguments, *others: str | None) -> None:
     """Raise [`LayerPruneError`] if no text is named for a model that brings none, or a split that no text has.
 
@@ -45,7 +40,7 @@ def check_sources(arguments: DataArguments, *others: str | None) -> None:
         arguments ([`DataArguments`]): settings of the verb.
         others (`str`, *optional*): the further data sets they name.
     """
-    if arguments.dataset is None and not is_embedded(arguments.model):
+    if arguments.dataset is None and resolve(arguments.model) != EMBEDDED_MODEL:
         raise LayerPruneError(
             f"--dataset is missing: which text is {arguments.model} to read? (The English books that come with the "
             "package are embedded:healing, embedded:calibration and embedded:held_out)"

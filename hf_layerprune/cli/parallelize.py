@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Set
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,11 +35,6 @@ from .measure import check_text, load_on_device, text_batches
 from .parsing import Parser
 from .recipe import check_new_folder, made, write_recipe
 
-OF_GREEDY = {
-    "edits", "max_group_size", "criterion", "protect_first_layers", "protect_last_layers", "target_latency",
-    "target_num_parameters",
-}  # fmt: skip
-"""Settings of the greedy search; the search for a range takes a depth alone."""
 Step = tuple[tuple[Edit, ...], tuple[Scores[Edit], ...], LayerPlan]
 """Edits, the scores they were chosen by, and the plan they led to."""
 
@@ -49,7 +43,8 @@ def parallelize(argv: list[str]) -> None:
     """Find or take a plan, build it, measure it, and write model, plan and report."""
     parser = Parser("parallelize")
     (arguments,) = parser.read(argv)
-    _check(arguments, parser.given.keys())
+    if arguments.pairs and arguments.plan:
+        raise LayerPruneError("--pairs and --plan are both given; choose one")
     folder = Path(arguments.output_dir)
     check_new_folder(folder)
     config = load_config(arguments.model)
@@ -82,17 +77,6 @@ def parallelize(argv: list[str]) -> None:
         phases.out.print(rich_table(run))
         names = {"model": "model", "report": "report.md", "plot": "quality.png"}
         say(phases.out, "   ".join(f"{what}: {folder / name}" for what, name in names.items()))
-
-
-def _check(arguments: ParallelizeArguments, given: Set[str]) -> None:
-    """Raise [`LayerPruneError`] unless the settings go together."""
-    if arguments.pairs and arguments.plan:
-        raise LayerPruneError("--pairs and --plan are both given; choose one")
-    way, unused = "--search range", OF_GREEDY if arguments.search == "range" else set()
-    if arguments.pairs or arguments.plan:
-        way, unused = "--pairs" if arguments.pairs else "--plan", {"search", "target_num_layers", *OF_GREEDY}
-    if unused := sorted(unused & given):
-        raise LayerPruneError(f"--{unused[0]} has no meaning with {way}; leave it out")
 
 
 def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Batch], list[Batch]]:

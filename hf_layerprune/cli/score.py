@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,20 +19,21 @@ from ..scoring import CRITERION_UNITS, Race, Scores, criterion_of, score_layers
 from ..tasks import Task, load_tasks
 from .arguments import ScoreArguments
 from .measure import check_text, device, load_on_device, print_table, read_tasks, text_batches
-from .parsing import Parser
+from .parsing import parse
 from .recipe import made
-
-OF_TEXT = {"dataset", "dataset_config", "dataset_split", "dataset_text_field", "max_length", "num_samples"}
 
 
 def score(argv: list[str]) -> None:
     """Print and plot what each layer costs."""
-    parser = Parser("score")
-    (arguments,) = parser.read(argv)
+    (arguments,) = parse("score", argv)
     criterion_of(arguments.criterion)
-    tasks, config = _tasks(arguments, parser.given.keys()), load_config(arguments.model)
-    if not tasks:
-        check_text(arguments, config)
+    if arguments.tasks and (arguments.dataset or arguments.criterion not in ("kl", "tasks")):
+        raise LayerPruneError("--tasks bring their own text and criterion; leave out --dataset and --criterion")
+    tasks = []
+    if arguments.tasks or arguments.criterion == "tasks":
+        tasks, arguments.criterion = load_tasks(arguments.tasks or "default"), "tasks"
+    else:
+        check_text(arguments, load_config(arguments.model))
     folder, console = Path(arguments.output_dir), Console()
     with made(folder), Phases() as phases:
         scores = _scores(arguments, tasks, phases)
@@ -45,17 +46,6 @@ def score(argv: list[str]) -> None:
     write_atomically(folder / "scores.json", to_json(scores.to_dict()))
     save_plot(plot_scores(scores, f"{Path(arguments.model).name}: importance of its layers"), folder / "scores.png")
     say(console, f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
-
-
-def _tasks(arguments: ScoreArguments, given: Set[str]) -> list[Task]:
-    """The data sets that score the layers, if they shall."""
-    if arguments.tasks is None and arguments.criterion != "tasks":
-        return []
-    names = arguments.tasks or "default"
-    if wrong := sorted((OF_TEXT if arguments.criterion == "tasks" else OF_TEXT | {"criterion"}) & given):
-        raise LayerPruneError(f"tasks={names} bring their own text and criterion; leave out {', '.join(wrong)}")
-    arguments.criterion = "tasks"
-    return load_tasks(names)
 
 
 def _scores(arguments: ScoreArguments, tasks: list[Task], phases: Phases) -> Scores[int]:
