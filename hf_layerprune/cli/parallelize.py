@@ -49,7 +49,7 @@ def parallelize(argv: list[str]) -> None:
     check_new_folder(folder)
     config = load_config(arguments.model)
     check_text(arguments, config, arguments.eval_dataset)
-    targets = {unit: getattr(arguments, name) for unit, name in TARGETS.items() if name in parser.given}
+    targets = {unit: target for unit, name in TARGETS.items() if (target := getattr(arguments, name)) is not None}
     budget = Budget.of(targets or {"depth": default_depth(config.num_hidden_layers)})
     tokenizer = load_tokenizer(arguments.model)
     with made(folder), Phases() as phases:
@@ -69,9 +69,8 @@ def parallelize(argv: list[str]) -> None:
             save_plot(plot_range(found), folder / "range.png")
         run = _measured(arguments, model, dtype, steps, evaluation, phases)
         write_report(folder, run)
-        write_atomically(
-            folder / "README.md", str(run_card(load_run(folder), len(run.rounds), f"{folder.name}/model"))
-        )
+        card = run_card(load_run(folder), len(run.rounds), f"{folder.name}/model")
+        write_atomically(folder / "README.md", str(card))
         for name in ("README.md", "quality.png", "layers.png"):
             write_atomically(folder / "model" / name, (folder / name).read_bytes())
         phases.out.print(rich_table(run))

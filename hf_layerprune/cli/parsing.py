@@ -126,9 +126,8 @@ class Parser(TrlParser):
     def _unknown(self, name: str) -> LayerPruneError:
         word = name.strip("-").partition("=")[0].replace("-", "_")
         near = get_close_matches(word, self.settings, n=1)
-        return LayerPruneError(
-            f"unknown setting {name}; " + (f"did you mean {near[0]}?" if near else f"see {self.prog} --help")
-        )
+        hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+        return LayerPruneError(f"unknown setting {name}; {hint}")
 
 
 def _is_positional(item: Field) -> bool:
