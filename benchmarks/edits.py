@@ -58,7 +58,7 @@ def run(name: str, parent: Path) -> RunRecord:
     if not (folder / "model").is_dir():
         arguments = ["compress", "--config", str(ASSETS / "recipe.yaml"), "--measure_speed", "false"]
         settings = [str(part) for key, value in STRATEGIES[name].items() for part in (f"--{key}", value)]
-        resume = ["--resume_from_checkpoint", "true"] if (folder / "run_state.json").is_file() else []
+        resume = ["--resume"] if (folder / "run_state.json").is_file() else []
         if status := cli.main([*arguments, "--output_dir", str(folder), *settings, *resume]):
             raise SystemExit(status)
     record = read_run(folder / "report.json")

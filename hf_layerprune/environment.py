@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -51,13 +52,10 @@ def hardware(device: torch.device | None) -> str:
     kind = "cpu" if device is None else device.type
     if kind == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU {_cpu_name()}, {os.cpu_count()} cores" if kind == "cpu" else kind
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(filter(None, names), platform.processor() or platform.machine())
+    if kind != "cpu":
+        return kind
+    info = Path("/proc/cpuinfo")  # on Linux
+    names = (
+        re.findall(r"^model name\s*: (.+)", info.read_text(errors="replace"), re.MULTILINE) if info.exists() else []
+    )
+    return f"CPU {(names or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -13,15 +12,7 @@ from typing import Any
 
 def to_json(value: Any) -> str:
     """JSON that every reader accepts: NaN and infinity become null."""
-
-    def finite(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: finite(item) for key, item in part.items()}
-        if isinstance(part, (list, tuple)):
-            return [finite(item) for item in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    return json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=1) + "\n"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

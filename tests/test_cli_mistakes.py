@@ -24,38 +24,33 @@ def recipe(tmp_path):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["compress", "--max_stps", "3"], "unknown option --max_stps; did you mean --max_steps?"),
-        (["compress", "--target-layers=3"], "unknown option --target-layers; did you mean --target_num_layers?"),
-        (["score", "--num_sample_rows", "3"], "unknown option --num_sample_rows; did you mean --num_samples?"),
-        (["score", "--qqq"], "unknown option --qqq; see hf-layerprune score --help"),
-        (["score", "embedded"], "'embedded' belongs to no option; see hf-layerprune score --help"),
+        (["compress", "--max_stps", "3"], "unknown setting --max_stps; did you mean max_steps?"),
+        (["compress", "--target-layers=3"], "unknown setting --target-layers=3; did you mean target_num_layers?"),
+        (["score", "--qqq"], "unknown setting --qqq; see hf-layerprune score --help"),
+        (["score", "embedded"], "unknown setting embedded; see hf-layerprune score --help"),
+        (["compress", "--use_liger_kernel", "true"], "unknown setting --use_liger_kernel; see hf-layerprune compress"),
         (
             ["compress", "--config", "{recipe}"],
-            "{recipe}: unknown key 'target_layers'; did you mean target_num_layers?",
+            "--config {recipe}: unknown setting target_layers; did you mean target_num_layers?",
         ),
         (["score", "--num_samples", "few"], "invalid int value: 'few'; see hf-layerprune score --help"),
         (["demo", "--server_port", "99999"], "server_port=99999 is out of range; choose 1..65535"),
-        (["score", "--config", "nowhere.yaml"], "--config nowhere.yaml is not a file; give the path of a YAML file"),
-        (["push", "one", "two"], "one two are 2 words where one goes, as --output_dir"),
-        (["push", "one", "--output_dir", "two"], "output_dir named twice: one and --output_dir; leave one out"),
-        (
-            ["compress", "--use_liger_kernel", "true"],
-            "use_liger_kernel has no effect in hf-layerprune compress: each round builds its student anew, without "
-            "such kernels; leave it out",
-        ),
+        (["score", "--config", "nowhere.yaml"], "nowhere.yaml cannot be used: No such file or directory"),
+        (["push", "one", "two", "--repo_id", "me/x"], "unknown setting two; see hf-layerprune push --help"),
+        (["push", "one"], "which run, and where to? hf-layerprune push OUTPUT_DIR --repo_id user/name"),
     ],
 )
 def test_a_wrong_name_is_one_line_with_the_nearest_right_one(words, expected, recipe, capsys):
     assert run(*(word.format(recipe=recipe) for word in words)) == 2
     error = capsys.readouterr().err
-    assert error.startswith("hf-layerprune: ") and error.endswith(expected.format(recipe=recipe) + "\n")
+    assert error.startswith("hf-layerprune: ") and expected.format(recipe=recipe) in error
     assert error.count("\n") == 1 and "Parser" not in error
 
 
 def test_help_names_the_verb_and_every_setting(capsys):
-    for verb in ("score", "estimate"):
-        assert run(verb, "--help") == 0
-        assert f"usage: hf-layerprune {verb} [-h]" in capsys.readouterr().out
+    assert run("push", "--help") == 0
+    printed = capsys.readouterr().out
+    assert "usage: hf-layerprune push [-h]" in printed and "[output_dir]" in printed
     assert run("compress", "--help") == 0
     printed = capsys.readouterr().out
     for name in ("model", "dataset", "target_num_layers", "trained_layers", "learning_rate", "adam_beta1"):
@@ -67,26 +62,30 @@ def test_a_run_without_words_tells_its_verbs(capsys):
     assert run() == 0 and "compress" in capsys.readouterr().out
 
 
-def test_a_switch_takes_no_word_that_follows_it():
-    (arguments,) = parse("push", ["--private", "runs/one", "--depth_tags", "false", "--repo_id=me/one"])
-    assert (arguments.output_dir, arguments.private, arguments.depth_tags) == ("runs/one", True, False)
-
-
 def test_yaml_is_read_as_the_command_line_is(tmp_path):
     settings = tmp_path / "settings.yaml"
-    settings.write_text("batch_size: [1.0, 2.0]\nnew_tokens: 8.0\nlayers: [5, 5/4]\nmodels: one\n")
-    (arguments,) = parse("benchmark", ["--config", str(settings)])
+    settings.write_text("batch_size: [1, 2]\nnew_tokens: 8\nlayers: [5, 5/4]\nmodels: one\ncompile: no\n")
+    (arguments,) = parse("benchmark", [f"--config={settings}"])
     assert arguments == BenchmarkArguments(models=["one"], layers=["5", "5/4"], batch_size=[1, 2], new_tokens=8)
-    assert all(type(n) is int for n in (*arguments.batch_size, arguments.new_tokens))
-    settings.write_text("trained_layers: 3\nmax_steps: 4.0\nmax_length: null\ntarget_num_layers: 3\n")
+    (arguments,) = parse("benchmark", ["a", "--config", str(settings), "b", "--batch_size=4", "--new_tokens", "3"])
+    assert (arguments.models, arguments.batch_size, arguments.new_tokens) == (["a", "b"], [4], 3)
+    settings.write_text(
+        "trained_layers: [3, 4]\nmax_steps: -1\nmax_length: null\ntarget_num_layers: 3\nwarmup_steps: 4\n"
+        "lr_scheduler_kwargs: {min_lr: 0.1}\nlearning_rate: 1e-3\nteacher: 7\n"
+    )
     parser = Parser("compress")
-    _, config = parser.read([f"--config={settings}", "--target-latency", "0.5", "--no_heal"])
-    assert (config.trained_layers, config.max_steps, config.max_length) == ("3", 4, None)
+    arguments, config = parser.read([f"--config={settings}", "--target-latency", "0.5", "--no_heal"])
+    assert (config.trained_layers, config.max_steps, config.max_length) == ("3,4", -1, None)
     assert (config.target_num_layers, config.target_latency, config.heal) == (None, 0.5, False)
-    assert parser.given == {"trained_layers", "max_steps", "max_length", "target_latency", "heal"}
-    for text, message in (("max_steps: 2.5", "max_steps=2.5 is not a whole"), ("seed: .inf", "seed=inf is not a")):
+    assert arguments.teacher == "7"
+    assert parser.given == {
+        "trained_layers": [3, 4], "max_steps": -1, "max_length": None, "target_latency": 0.5, "heal": False,
+        "warmup_steps": 4, "lr_scheduler_kwargs": {"min_lr": 0.1}, "learning_rate": 1e-3, "teacher": "7",
+    }  # fmt: skip
+    assert str(parser.given["warmup_steps"]) == "4"  # as it was given
+    for text, message in (("layers_per_round: 2.0", "invalid int value: '2.0'"), ("seed: .inf", "invalid int value")):
         settings.write_text(text)
-        with pytest.raises(LayerPruneError, match=message):
+        with pytest.raises(LayerPruneError, match=f"--config {settings}: argument --.*{message}"):
             parse("compress", ["--config", str(settings)])
 
 
@@ -107,7 +106,6 @@ def test_debug_shows_the_traceback_as_well(capsys):
         (PermissionError(13, "Permission denied", "scores.json"), 2),
         (OSError(28, "No space left on device"), 2),
         (OSError("raised by a library, about nothing the user named"), None),
-        (FileNotFoundError(2, "No such file", f"{hf_layerprune.__path__[0]}/assets/recipe.yaml"), None),
         (ValueError("too many values to unpack"), None),
         (RuntimeError("The size of tensor a (4) must match the size of tensor b (5)"), None),
     ],
@@ -125,13 +123,12 @@ def test_only_what_a_user_can_mend_is_one_line(error, status, tmp_path, monkeypa
         assert run("score") == status and capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, ImportError])
-def test_an_error_while_a_trainer_is_made_keeps_its_traceback(error, tmp_path, monkeypatch):
+def test_an_error_while_a_trainer_is_made_keeps_its_traceback(tmp_path, monkeypatch):
     def fail(**_):
-        raise error("ours")
+        raise ValueError("ours")
 
     monkeypatch.setattr("hf_layerprune.cli.compress.IterativeLayerDistillTrainer", fail)
-    with pytest.raises(error, match="ours"):
+    with pytest.raises(ValueError, match="ours"):
         run("compress", "--output_dir", tmp_path / "out")
 
 

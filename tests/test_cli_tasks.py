@@ -58,31 +58,25 @@ def test_score_takes_rows_by_the_batch_size_and_tells_cut_prompts(run, tasks_fil
     assert "task long: prompts too long for the model lost their beginning (12)" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--criterion", "loss"], "bring their own text and criterion; leave out criterion"),
-        (["--dataset", "mine.txt"], "leave out dataset"),
-        (["--num_samples", "8", "--max_length", "32"], "leave out max_length, num_samples"),
-    ],
-)
-def test_score_refuses_what_tasks_have_no_use_for(run, tasks_file, tmp_path, arguments, message):
+@pytest.mark.parametrize("arguments", [["--criterion", "loss"], ["--dataset", "mine.txt"]], ids=lambda words: words[0])
+def test_score_refuses_what_tasks_have_no_use_for(run, tasks_file, tmp_path, arguments):
     status, _, error = run("score", "--tasks", tasks_file("pairs"), *arguments)
-    assert status == 2 and message in error and error.count("\n") == 1
+    assert status == 2 and "--tasks bring their own text and criterion" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_evaluate_says_what_it_leaves_out(run, tasks_file, tmp_path):
     text = ["--dataset", "embedded:held_out", "--max_length", "32", "--num_samples", "2"]
-    status, out, error = run("evaluate", "--tasks", tasks_file("kl", "pairs"), *text)
+    status, _, error = run("evaluate", "--tasks", tasks_file("kl", "pairs"), *text)
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
     assert status == 0 and set(results) == {"pairs"}
     assert "left out: close; KL needs a teacher to compare with (--teacher)" in error
-    status, out, _ = run("evaluate", "--tasks", tasks_file("kl", "pairs"), "--teacher", "embedded", *text)
-    assert status == 2  # of another vocabulary
-    status, out, _ = run("evaluate", "--tasks", tasks_file("kl", "pairs"), "--teacher", tmp_path / "tiny-model", *text)
+    assert run("evaluate", "--tasks", tasks_file("kl"), "--teacher", "embedded", *text)[0] == 2  # another vocabulary
+    status, _, error = run(
+        "evaluate", "--tasks", tasks_file("kl", "pairs"), "--teacher", tmp_path / "tiny-model", *text
+    )
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["tasks"]
-    assert status == 0 and set(results) == {"close", "pairs"} and "left out" not in out
+    assert status == 0 and set(results) == {"close", "pairs"} and "left out" not in error
 
 
 def test_evaluate_of_kl_alone_needs_a_teacher(run, tasks_file, tmp_path):

@@ -15,8 +15,7 @@ MODULE = ["-m", "hf_layerprune.cli"]
 
 @pytest.mark.parametrize(
     "command",
-    [[*MODULE, "--help"], [*MODULE, "score", "--help"], [*MODULE, "generate", "--help"], [*SCRIPT, "--version"],
-     [*SCRIPT, "compress", "--help"]],
+    [[*MODULE, "--help"], [*MODULE, "generate", "--help"], [*SCRIPT, "--version"]],
     ids=lambda command: " ".join(command[-2:]),
 )  # fmt: skip
 def test_help_imports_neither_torch_nor_transformers(command):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import traceback
 from importlib import import_module
-from pathlib import Path
 
 from .. import __version__
 from ..errors import LayerPruneError, first_line, is_out_of_memory
@@ -27,26 +26,22 @@ VERBS = {
     "demo": "compare original and compressed side by side, in the browser",
 }
 """Verb to what it does; a file here, and the function in it, have its name."""
-_LINES = "\n".join(f"  {verb:12} {text}" for verb, text in VERBS.items())
-USAGE = f"""\
+USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
-{_LINES}
+{}
 
 hf-layerprune <verb> --help lists the settings of a verb, --version prints the version. --debug after a verb shows the
 traceback of an error that is otherwise one line. Verbs that need a model work on the small English teacher that comes
 with the package where --model is not given.
-"""
+""".format("\n".join(f"  {verb:12} {text}" for verb, text in VERBS.items()))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0
-    if argv[0] == "--version":
-        sys.stdout.write(f"hf-layerprune {__version__}\n")
+    if not argv or argv[0] in ("-h", "--help", "--version"):
+        sys.stdout.write(f"hf-layerprune {__version__}\n" if "--version" in argv else USAGE)
         return 0
     verb, rest = argv[0], [word for word in argv[1:] if word != "--debug"]
     if verb not in VERBS:
@@ -71,9 +66,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(verb: str, argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
-        from .parsing import help_of
+        from .parsing import Parser
 
-        sys.stdout.write(help_of(verb))
+        Parser(verb).print_help()
         return
     name = verb.replace("-", "_")
     module = import_module(f".{name}", __name__)
@@ -85,11 +80,8 @@ def _users_mistake(error: Exception) -> str | None:
     """The line about an error that a user can do something about; `None` for a bug."""
     if isinstance(error, LayerPruneError):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename is not None:  # no permission, a folder that is a file
-        ours = Path(__file__).parent.parent in Path(str(error.filename)).parents
-        return None if ours else f"{error.filename} cannot be used: {error.strerror}"
-    if isinstance(error, OSError) and error.errno is not None:  # a full disk
-        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # no permission, a full disk
+        return f"{error.filename or 'a file'} cannot be used: {error.strerror}"
     if is_out_of_memory(error):
         advice = "give fewer rows at a time (batch_size), shorter ones (max_length), or a smaller model or dtype"
         return f"out of memory: {first_line(error)}; {advice}"

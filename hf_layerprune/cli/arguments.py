@@ -8,36 +8,27 @@ from typing import Any
 from ..errors import LayerPruneError
 
 AUTO = "the checkpoint's own, or float32 on a CPU that would emulate it"
-GUESSES = "block_influence, angular_distance, taylor, tail or random"
+DTYPES = ("float32", "bfloat16", "float16")
 TASKS = "'default', 'paper', a YAML file or 'lm_eval:NAME'"
 TARGETS = {"target_num_layers", "target_latency", "target_num_parameters"}
 """One of them ends a run; on the command line it takes the place of the one in a recipe."""
-POSITIONAL = {"benchmark": "models", "demo": "names", "push": "output_dir", "push-space": "runs"}
-"""Verb to the setting that words without an option belong to."""
-NO_EFFECT = {
-    "the loss is that of distillation": ("label_smoothing_factor", "loss_type", "router_aux_loss_coef"),
-    "each round builds its student anew, without such kernels": ("use_liger_kernel", "liger_kernel_config"),
-    "healing computes without a KV cache": ("use_cache",),
-    "a loss that is not a number ends the run": ("logging_nan_inf_filter",),
-    "a run has its own progress bar": ("disable_tqdm",),
-    "tokens without padding are always counted": ("include_num_input_tokens_seen",),
-    "evaluation measures loss, KL and agreement, and keeps no predictions": (
-        "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps",
-        "include_for_metrics", "batch_eval_metrics", "label_names", "bf16_full_eval", "fp16_full_eval",
-    ),
-    "a finished run is pushed as a whole, checkpoints never": ("hub_strategy", "hub_always_push"),
-    "only scripts of your own read it": ("do_train", "do_eval", "do_predict"),
-    "Ctrl-C and SIGTERM save a checkpoint already": ("enable_jit_checkpoint",),
-    "the launcher sets it": ("local_rank",),
-}  # fmt: skip
-"""Settings of TRL and transformers that a run does not offer, by the reason."""
+OF_TRL = (
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "max_grad_norm", "seed", "bf16", "fp16", "tf32", "torch_compile", "activation_offloading", "use_cpu",
+    "model_init_kwargs", "dataset_text_field", "dataset_num_proc", "dataloader_num_workers", "max_length",
+    "truncation_mode", "packing", "packing_strategy", "padding_free", "completion_only_loss", "assistant_only_loss",
+    "chat_template_path", "eos_token", "pad_token", "per_device_eval_batch_size", "logging_steps", "report_to",
+    "run_name", "save_strategy", "save_steps", "save_total_limit", "push_to_hub", "hub_model_id", "hub_private_repo",
+)  # fmt: skip
+"""Settings of TRL's `SFTConfig` that `compress` and `estimate` take; the others are for Python."""
 
 
-def option(default: Any, help: str) -> Any:
-    """A setting and its help."""
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A setting, its help, and what else argparse should know."""
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default.copy, metadata={"help": help, **more})
+    return field(default=default, metadata={"help": help, **more})
 
 
 def default_depth(depth: int) -> int:
@@ -49,13 +40,11 @@ def default_depth(depth: int) -> int:
 class DataArguments:
     """Which model and which text."""
 
-    model: str = option(
-        "embedded", "Folder, user/name, user/name@revision, file.gguf, user/name/file.gguf or 'embedded'."
-    )
+    model: str = option("embedded", "Folder, user/name, user/name@revision, GGUF file or 'embedded'.")
     dataset: str | None = option(
         None,
-        "Text or chats: a .txt/.json/.jsonl/.csv/.parquet file, a save_to_disk folder, a Hub id, or "
-        "'embedded:healing', 'embedded:calibration', 'embedded:held_out'. Only the embedded model has a default.",
+        "Text or chats: a .txt/.json/.jsonl/.csv/.parquet file, a save_to_disk folder, a Hub id, 'embedded:healing', "
+        "'embedded:calibration' or 'embedded:held_out'. Only the embedded model has a default.",
     )
     dataset_config: str | None = option(None, "Configuration of a data set on the Hub.")
     dataset_split: str = option("train", "Split of the data set, or a slice of one or of a file: 'train[:1000]'.")
@@ -72,32 +61,32 @@ class DataArguments:
 class CompressArguments(DataArguments):
     """Settings of `compress`, next to those of the trainer."""
 
-    eval_dataset: str | None = option(
-        None, "Text for the quality numbers; else a tenth of --dataset, at most 1,000 rows."
-    )
+    eval_dataset: str | None = option(None, "Text to measure on; else a tenth of --dataset, at most 1,000 rows.")
     calibration_dataset: str | None = option(None, "Text that scores the layers; else rows of --dataset.")
-    resume: bool = option(False, "Resume the run in output_dir; short for --resume_from_checkpoint true.")
+    resume: bool = option(False, "Resume the run in output_dir.")
     teacher: str | None = option(None, "Where --model is a student already: its original, to score and heal against.")
-    dtype: str = option("float32", "dtype of the weights in memory: float32, bfloat16 or float16.")
+    dtype: str = option("float32", "dtype of the weights in memory.", choices=DTYPES)
     lora_r: int | None = option(None, "Heal with LoRA adapters of this rank instead of full weights.")
     lora_alpha: int = option(32, "Scale of the LoRA adapters.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lora_r", "lora_alpha"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise LayerPruneError(f"{name}={value} is out of range; it must be at least 1")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise LayerPruneError(f"lora_r={self.lora_r} is out of range; it must be at least 1")
 
 
 @dataclass
 class EstimateArguments(CompressArguments):
     """Settings of `estimate`, next to those of the run; `model` may be a named shape such as Qwen2.5-3B."""
 
-    gpu_memory: str | None = option(
-        None, "Memory that healing must fit in, such as 24GiB; that of this device by default."
-    )
+    gpu_memory: str | None = option(None, "Memory that healing must fit in, such as 24GiB; default: this GPU's.")
     device_tflops: float | None = option(None, "TFLOP/s the device reaches, for a rough time; assumed by default.")
     output_file: str | None = option(None, "File to write every number to, as JSON.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device_tflops is not None and not self.device_tflops > 0:
+            raise LayerPruneError(f"device_tflops={self.device_tflops} is out of range; it must be above 0")
 
 
 @dataclass
@@ -108,7 +97,7 @@ class MeasureArguments(DataArguments):
     num_samples: int = option(64, "Rows of text.")
     batch_size: int = option(8, "Rows at a time.")
     dataset_text_field: str = option("text", "Column that holds the text.")
-    dtype: str = option("float32", f"dtype of the weights: float32, bfloat16, float16 or auto, {AUTO}.")
+    dtype: str = option("float32", f"dtype of the weights; 'auto' is {AUTO}.", choices=("auto", *DTYPES))
 
 
 @dataclass
@@ -116,12 +105,12 @@ class ScoreArguments(MeasureArguments):
     """Settings of `score`."""
 
     criterion: str = option(
-        "kl", f"Measured: kl, loss or tasks; estimated: {GUESSES}, or a function of your own, module:function."
+        "kl",
+        "Measured: kl, loss or tasks; estimated: block_influence, angular_distance, taylor, tail or random, or a "
+        "function of your own, module:function.",
     )
     tasks: str | None = option(None, f"Score by data sets, which bring their own text: {TASKS}.")
-    race_confidence: float | None = option(
-        None, "Drop layers early that are worse with this confidence, such as 0.95."
-    )
+    race_confidence: float | None = option(None, "Drop layers early that are worse with this confidence: 0.95.")
     offload: bool = option(False, "Leave the layers on disk, read each when it runs: for models larger than memory.")
     output_dir: str = option("layerprune-scores", "Folder to write scores and plot to.")
 
@@ -141,16 +130,20 @@ class ParallelizeArguments(MeasureArguments):
 
     pairs: list[str] = option([], "Layers to run in parallel, such as '4,5 6,7'. Without it they are searched for.")
     plan: str | None = option(None, "Instead: the plan.json of a run or a search.")
-    search: str = option("greedy", "'greedy': the cheapest edit each time; 'range': the best range of adjacent pairs.")
+    search: str = option(
+        "greedy", "The cheapest edit each time, or the best range of adjacent pairs.", choices=("greedy", "range")
+    )
     edits: str = option("parallelize", "What the search may do: 'parallelize' or 'remove,parallelize'.")
     target_num_layers: int | None = option(None, "Depth to reach; by default three quarters of the model's.")
     target_latency: float | None = option(None, "Instead: share of the time per generated token to reach.")
     target_num_parameters: int | None = option(None, "Instead: parameters to reach.")
     max_group_size: int = option(2, "Most layers that run in parallel in one block.")
-    criterion: str = option("kl", "What an edit costs: 'kl' or 'loss'.")
+    criterion: str = option("kl", "What an edit costs.", choices=("kl", "loss"))
     protect_first_layers: int = option(0, "Number of first layers that stay as they are.")
     protect_last_layers: int = option(0, "Number of last layers that stay as they are.")
-    dtype: str = option("auto", f"dtype in memory, not of the saved weights; 'auto' is {AUTO}.")
+    dtype: str = option(
+        "auto", f"dtype in memory, not of the saved weights; 'auto' is {AUTO}.", choices=("auto", *DTYPES)
+    )
     eval_dataset: str | None = option(None, "Text for the quality numbers; else rows of --dataset after the others.")
     num_eval_samples: int = option(32, "Rows of text for the quality numbers.")
     measure_speed: bool = option(True, "Whether to time the model before and after.")
@@ -162,7 +155,7 @@ class GenerateArguments(DataArguments):
     """Settings of `generate`, next to those of [`HealingDataConfig`]."""
 
     output_file: str = option("healing-data.jsonl", "File of JSON lines to write, or to continue.")
-    dtype: str = option("auto", f"dtype of the weights in memory; 'auto' is {AUTO}.")
+    dtype: str = option("auto", f"dtype of the weights in memory; 'auto' is {AUTO}.", choices=("auto", *DTYPES))
 
 
 @dataclass
@@ -170,26 +163,22 @@ class BenchmarkArguments:
     """Settings of `benchmark`."""
 
     models: list[str] = option(
-        [],
-        "Model folders, GGUF files or Hub ids, timed in turns; they can also stand without the option. The first is "
-        "what the others are compared with. Default: embedded.",
+        [], "Folders, GGUF files or Hub ids; all are compared with the first. Default: embedded.", positional=True
     )
     shape: str | None = option(
-        None,
-        "Instead of models: random weights of this shape, such as Qwen2.5-3B, or of a config.json. --config means "
-        "the same, unless it names a YAML file.",
+        None, "Instead of models: random weights of this shape, such as Qwen2.5-3B, or of a config.json."
     )
     layers: list[str] = option(
         [],
-        "Depths to time of the shape: N layers, or N/B for N layers in B blocks, some of them pairs that run in "
-        "parallel. Default: all layers.",
+        "Depths of the shape: N layers, or N/B for N layers in B blocks, some of them pairs that run in parallel. "
+        "Default: all layers.",
     )
-    dtype: str = option("auto", f"dtype of the weights; 'auto' is {AUTO}.")
+    dtype: str = option("auto", f"dtype of the weights; 'auto' is {AUTO}.", choices=("auto", *DTYPES))
     prompt_tokens: int = option(128, "Tokens of the prompt.")
     new_tokens: int = option(64, "Tokens to generate.")
     batch_size: list[int] = option([1], "Prompts at once; several numbers are measured in turn.")
     repeats: int = option(3, "Timed runs of each model; the median counts.")
-    cache_implementation: str | None = option(None, "KV cache: 'dynamic' (default) or 'static'.")
+    cache_implementation: str = option("dynamic", "KV cache.", choices=("dynamic", "static"))
     compile: bool = option(False, "Decode with torch.compile; needs --cache_implementation static.")
     output_dir: str | None = option(None, "Folder to write benchmark.json to.")
 
@@ -198,14 +187,13 @@ class BenchmarkArguments:
 class PushArguments:
     """Settings of `push`."""
 
-    output_dir: str | None = option(None, "Output folder of a run; it can also stand without the option.")
+    output_dir: str | None = option(None, "Output folder of a run.", positional=True)
     repo_id: str | None = option(None, "Repository on the Hub: user/name.")
     private: bool = option(False, "Make a new repository private; by default the account decides.")
     revision: str | None = option(None, "Branch to push to; main by default.")
     round: int | None = option(None, "Push the student of this round, such as 5; the last by default.")
     depth_tags: bool = option(False, "Push every round up to that one, each with a tag such as 28-layers.")
     base_model: str | None = option(None, "Hub id of the model the run started from, where the run does not say.")
-    commit_message: str | None = option(None, "Title of the commit.")
 
 
 @dataclass
@@ -214,8 +202,8 @@ class DemoArguments:
 
     names: list[str] = option(
         [],
-        "Output folder of a run, or an original and a student; they can also stand without the option. Default: the "
-        "embedded teacher, and some of its layers in parallel.",
+        "A run, or an original and a student. Default: the embedded teacher, and some of its layers in parallel.",
+        positional=True,
     )
     models: str | None = option(None, "Instead: a YAML file with the list of models that visitors choose from.")
     dtype: str | None = option(None, f"dtype of the weights: auto ({AUTO}), float32, ...")
@@ -232,10 +220,9 @@ class DemoArguments:
 class PushSpaceArguments:
     """Settings of `push-space`."""
 
-    runs: list[str] = option([], "Hub ids of students that were pushed; they can also stand without the option.")
+    runs: list[str] = option([], "Hub ids of students that were pushed.", positional=True)
     repo_id: str | None = option(None, "Space on the Hub: user/name.")
     models: str | None = option(None, "Instead of runs: a YAML file with the list of models; see docs/space.md.")
     title: str | None = option(None, "Title of the Space.")
     hardware: str | None = option(None, "Hardware to suggest to those who copy the Space, such as zero-a10g.")
     private: bool = option(False, "Make a new Space private; by default the account decides.")
-    commit_message: str | None = option(None, "Title of the commit.")

@@ -12,9 +12,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..data import ASSETS
 from ..errors import LayerPruneError, first_line
-from ..loading import beside_weights, load_config, load_tokenizer
+from ..loading import beside_weights, load_config
 from ..progress import Phases, RunProgress, say
-from ..record import STATE_FILE
 from ..report import rich_table
 from ..rows import with_text
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
@@ -22,9 +21,9 @@ from ..trainer.engines import launch_line
 from ..trainer.interrupts import StopWhereNothingIsLost
 from ..trainer.trainable import lora_config
 from .arguments import CompressArguments, default_depth
+from .measure import check_sources, read_dataset
 from .parsing import Parser
 from .recipe import check_new_folder, made, write_recipe
-from .text import check_sources, read_dataset
 
 
 def compress(argv: list[str]) -> None:
@@ -32,19 +31,23 @@ def compress(argv: list[str]) -> None:
     began = time.perf_counter()
     parser = Parser("compress")
     arguments, config = parser.read(with_default_recipe(argv))
-    files = _files(config)
-    set_default_target(config, load_config(arguments.model, **files).num_hidden_layers)
+    init_kwargs = config.model_init_kwargs or {}
+    set_default_target(config, load_config(arguments.model, **beside_weights(init_kwargs)).num_hidden_layers)
     _check_report_to(config.report_to)
-    folder, resume = Path(config.output_dir), _resume(arguments, config)
+    folder = Path(config.output_dir)
+    if not arguments.resume:
+        check_new_folder(folder, "resume the run in it with --resume true, or ")
     config.disable_tqdm = True
-    config.model_init_kwargs = (config.model_init_kwargs or {}) | {"dtype": arguments.dtype}
+    config.model_init_kwargs = {"dtype": arguments.dtype} | init_kwargs
     with Phases(quiet=config.process_index != 0) as phases:
         with made(folder):
-            trainer = _trainer(arguments, config, files, phases)
+            trainer = _trainer(arguments, config, phases)
             trainer.seconds_before = time.perf_counter() - began
-            trainer.open_run(resume)
+            trainer.open_run(arguments.resume)
         if config.should_save:
-            write_recipe(folder, vars(arguments) | config.as_given, parser.given)
+            kept = {name: value for name, value in init_kwargs.items() if name != "token"}  # that is the user's alone
+            changed = {"model_init_kwargs": kept} if init_kwargs else {}
+            write_recipe(folder, parser.given, model=arguments.model, **changed)
         _train(trainer, folder, phases)
         phases.out.print(rich_table(trainer.run))
         names = {"student": "model", "report": "report.md", "plot": "quality.png"}
@@ -71,14 +74,6 @@ def resume_line(folder: Path, processes: int) -> str:
     return f"{launch_line(processes)} compress --config {recipe} --resume true{options}"
 
 
-def _files(config: IterativeLayerDistillConfig) -> dict[str, Any]:
-    """Which files of a model's name are read, such as those of a revision, and with what right."""
-    init_kwargs = config.model_init_kwargs or {}
-    if {"dtype", "torch_dtype"} & set(init_kwargs):
-        raise LayerPruneError(f"model_init_kwargs={init_kwargs} names a dtype; give it with --dtype")
-    return beside_weights({"trust_remote_code": config.trust_remote_code} | init_kwargs)
-
-
 def _check_report_to(names: list[str]) -> None:
     """Raise [`LayerPruneError`] if the package of a tracker is missing, before a model is loaded."""
     try:
@@ -88,20 +83,8 @@ def _check_report_to(names: list[str]) -> None:
         raise LayerPruneError(f"report_to={','.join(names)}: {first_line(error)}") from error
 
 
-def _resume(arguments: CompressArguments, config: IterativeLayerDistillConfig) -> Any:
-    """What to resume from, checked against what is in the output folder."""
-    text, folder = str(config.resume_from_checkpoint).lower(), Path(config.output_dir)
-    known = {"true": True, "false": None, "none": None}
-    resume = True if arguments.resume else known.get(text, config.resume_from_checkpoint)
-    if not resume:
-        check_new_folder(folder, "resume the run in it with --resume true, or ")
-    elif not (folder / STATE_FILE).is_file():
-        raise LayerPruneError(f"output_dir={folder} holds no run to resume; start without --resume")
-    return resume
-
-
 def _trainer(
-    arguments: CompressArguments, config: IterativeLayerDistillConfig, files: dict[str, Any], phases: Phases
+    arguments: CompressArguments, config: IterativeLayerDistillConfig, phases: Phases
 ) -> IterativeLayerDistillTrainer:
     """Read the text and load the models."""
     phases.phase("reading the text")
@@ -113,7 +96,6 @@ def _trainer(
         train_dataset=train,
         eval_dataset=held_out,
         calibration_dataset=calibration,
-        processing_class=load_tokenizer(arguments.model, **files),
         teacher=arguments.teacher,
         peft_config=lora_config(arguments.lora_r, arguments.lora_alpha),
     )

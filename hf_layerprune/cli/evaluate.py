@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from ..data import Batch
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
@@ -18,10 +16,9 @@ from ..loading import load_config, load_tokenizer
 from ..progress import Phases, say
 from ..tasks import KLTask, Task, TaskReport, evaluate_tasks, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments
-from .measure import check_text, load_on_device, num_chunks, text_batches
+from .measure import check_text, load_on_device, print_table, text_batches
 from .parsing import parse
 from .recipe import made
-from .text import is_embedded
 
 
 def evaluate(argv: list[str]) -> None:
@@ -32,16 +29,12 @@ def evaluate(argv: list[str]) -> None:
         tasks = _without_teacher(tasks)
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     with nullcontext() if folder is None else made(folder), Phases() as phases:
-        report, of_tasks, batches = _measure(arguments, tasks, phases)
-    console = Console()
+        report, of_tasks = _measure(arguments, tasks, phases)
     if of_tasks is not None:
-        console.print(_task_table(of_tasks))
+        print_table(("task", "measure", "quality", "cost", "error", "examples"), _rows(of_tasks))
     for name, value in report.items():
         if value is not None:
-            say(console, f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}")
-    labelled = [batch for batch in batches if "labels" in batch]
-    if prompts := sum(int(((b["labels"] == -100) & (b["attention_mask"] == 1)).sum()) for b in labelled):
-        say(console, f"measured on the completions only; {prompts:,} tokens of their prompts are not scored")
+            say(Console(), f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}")
     if folder is not None:
         results = report if of_tasks is None else report | {"tasks": of_tasks.to_dict()["results"]}
         write_atomically(folder / "evaluation.json", to_json(results))
@@ -49,21 +42,18 @@ def evaluate(argv: list[str]) -> None:
 
 def _measure(
     arguments: EvaluateArguments, tasks: list[Task], phases: Phases
-) -> tuple[dict[str, Any], TaskReport | None, list[Batch]]:
-    """Quality on text (nothing where only tasks are asked for), on tasks, and the text."""
-    config, tokenizer = load_config(arguments.model), load_tokenizer(arguments.model)
-    batches: list[Batch] = []
-    if not tasks or arguments.dataset is not None or is_embedded(arguments.model):
+) -> tuple[dict[str, Any], TaskReport | None]:
+    """Quality on text (nothing where only tasks are asked for), and on tasks."""
+    config, tokenizer, batches = load_config(arguments.model), load_tokenizer(arguments.model), []
+    if not tasks or arguments.dataset is not None:
         check_text(arguments, config)
         phases.phase("reading the text")
         source = arguments.dataset or "embedded:held_out"
         batches = text_batches(arguments, tokenizer, source, arguments.num_samples)
     teacher = None
     if arguments.teacher is not None:
-        phases.phase(f"loading {arguments.teacher}")
-        teacher = load_on_device(arguments.teacher, arguments.dtype)
-    phases.phase(f"loading {arguments.model}")
-    model = load_on_device(arguments.model, arguments.dtype)
+        teacher = load_on_device(arguments.teacher, arguments.dtype, phases)
+    model = load_on_device(arguments.model, arguments.dtype, phases)
     prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
     report: dict[str, Any] = {}
     of_tasks: TaskReport | None = None
@@ -71,9 +61,9 @@ def _measure(
         phases.phase("evaluating", len(batches))
         report = evaluate_model(model, batches, teacher, phases.step).to_dict()
     if prepared:
-        phases.phase("evaluating tasks", num_chunks(prepared))
+        phases.phase("evaluating tasks", sum(len(task.chunks) for task in prepared))
         of_tasks = evaluate_tasks(model, prepared, tokenizer, teacher, on_chunk=phases.step)
-    return report, of_tasks, batches
+    return report, of_tasks
 
 
 def _without_teacher(tasks: list[Task]) -> list[Task]:
@@ -87,10 +77,8 @@ def _without_teacher(tasks: list[Task]) -> list[Task]:
     return [task for task in tasks if not isinstance(task, KLTask)]
 
 
-def _task_table(report: TaskReport) -> Table:
-    table = Table("task", "measure", "quality", "cost", "error", "examples")
+def _rows(report: TaskReport) -> Iterator[list[str]]:
     for name, result in report.results.items():
         error = "" if result.standard_error is None else f"± {result.standard_error:.4f}"
-        numbers = (f"{result.quality:.4f}", f"{result.cost:.4f}", error, f"{result.num_examples:,}")
-        table.add_row(escape(name), escape(result.measure), *numbers)
-    return table
+        numbers = [f"{result.quality:.4f}", f"{result.cost:.4f}", error, f"{result.num_examples:,}"]
+        yield [name, result.measure, *numbers]

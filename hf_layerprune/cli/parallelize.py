@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +21,7 @@ from ..loading import load_config, load_tokenizer, saved_dtype
 from ..losses import perplexity_of
 from ..plan import Edit, LayerPlan, edits_between
 from ..plots import plot_range, save_plot
-from ..progress import Phases, expected_depth, say
+from ..progress import Phases, say
 from ..record import RoundRecord, RunRecord, TeacherRecord, read_plan
 from ..report import rich_table, write_report
 from ..scoring import Scores
@@ -36,12 +35,6 @@ from .measure import check_text, load_on_device, text_batches
 from .parsing import Parser
 from .recipe import check_new_folder, made, write_recipe
 
-OF_GREEDY = {
-    "edits", "max_group_size", "criterion", "protect_first_layers", "protect_last_layers", "target_latency",
-    "target_num_parameters",
-}  # fmt: skip
-"""Settings of the greedy search; the search for a range takes a depth alone."""
-OF_SEARCH = OF_GREEDY | {"search", "target_num_layers"}
 Step = tuple[tuple[Edit, ...], tuple[Scores[Edit], ...], LayerPlan]
 """Edits, the scores they were chosen by, and the plan they led to."""
 
@@ -50,30 +43,32 @@ def parallelize(argv: list[str]) -> None:
     """Find or take a plan, build it, measure it, and write model, plan and report."""
     parser = Parser("parallelize")
     (arguments,) = parser.read(argv)
-    _check(arguments, parser.given)
+    if arguments.pairs and arguments.plan:
+        raise LayerPruneError("--pairs and --plan are both given; choose one")
     folder = Path(arguments.output_dir)
     check_new_folder(folder)
     config = load_config(arguments.model)
     check_text(arguments, config, arguments.eval_dataset)
-    budget = _budget(arguments, config.num_hidden_layers)
+    targets = {unit: target for unit, name in TARGETS.items() if (target := getattr(arguments, name)) is not None}
+    budget = Budget.of(targets or {"depth": default_depth(config.num_hidden_layers)})
     tokenizer = load_tokenizer(arguments.model)
     with made(folder), Phases() as phases:
         phases.phase("reading the text")
         calibration, evaluation = _batches(arguments, tokenizer)
-        phases.phase(f"loading {arguments.model}")
-        model = load_on_device(arguments.model, arguments.dtype)
+        model, dtype = load_on_device(arguments.model, arguments.dtype, phases), saved_dtype(arguments.model)
         check_saving(prune(model, [], share_weights=True), tokenizer)
         steps, found = _steps(arguments, budget, model, calibration, phases)
         phases.phase(f"writing {folder / 'model'}")
-        save_dtype = saved_dtype(arguments.model)
-        student = _as_saved(model, steps[-1][-1], save_dtype)
-        save_student(student, tokenizer, save_dtype, folder / "model")  # first of all: the rest only measures it
+        student = _as_saved(model, steps[-1][-1], dtype)
+        save_student(student, tokenizer, dtype, folder / "model")  # first of all: the rest only measures it
         write_atomically(folder / "plan.json", plan_of(student).to_json() + "\n")
-        write_recipe(folder, vars(arguments), parser.given)
+        write_recipe(folder, parser.given, model=arguments.model)
         if found is not None:
-            write_atomically(folder / "range.json", to_json(_content(found)))
+            runs = [{"pairs": p.parallel_pairs, "perplexity": perplexity_of(loss)} for p, loss in found.values.items()]
+            content = {"original": perplexity_of(found.baseline), "runs": runs}
+            write_atomically(folder / "range.json", to_json(content))
             save_plot(plot_range(found), folder / "range.png")
-        run = _measured(arguments, model, steps, evaluation, phases)
+        run = _measured(arguments, model, dtype, steps, evaluation, phases)
         write_report(folder, run)
         card = run_card(load_run(folder), len(run.rounds), f"{folder.name}/model")
         write_atomically(folder / "README.md", str(card))
@@ -82,57 +77,6 @@ def parallelize(argv: list[str]) -> None:
         phases.out.print(rich_table(run))
         names = {"model": "model", "report": "report.md", "plot": "quality.png"}
         say(phases.out, "   ".join(f"{what}: {folder / name}" for what, name in names.items()))
-
-
-def _measured(
-    arguments: ParallelizeArguments, model: PreTrainedModel, steps: list[Step], batches: list[Batch], phases: Phases
-) -> RunRecord:
-    """The quality of the model and of every step, and their speed if asked for."""
-    save_dtype = saved_dtype(arguments.model)
-    phases.phase("evaluating the model and every step", len(batches) * (1 + len(steps)))
-    quality = evaluate_model(model, batches, on_batch=phases.step)
-    name = without_local_paths(absolute_if_local(arguments.model))
-    run = RunRecord(
-        without_local_paths(with_absolute_paths(asdict(arguments))),
-        TeacherRecord.of(model, quality, name=name),
-        environment=environment(model.device),
-    )
-    criterion = "loss" if arguments.search == "range" else arguments.criterion  # a range is chosen by perplexity
-    for number, (edits, scores, plan) in enumerate(steps, 1):
-        student = _as_saved(model, plan, save_dtype)
-        report = evaluate_model(student, batches, model, phases.step)
-        details = {"number": number, "edits": edits, "criterion": criterion, "scores": scores}
-        run = run.with_round(RoundRecord.of(student, report, **details))
-    if arguments.measure_speed:
-        phases.phase("measuring speed", speed_runs(run))
-        run = with_speed(run, model, save_dtype, phases.step)
-    return run
-
-
-def _as_saved(model: PreTrainedModel, plan: LayerPlan, dtype: torch.dtype) -> PreTrainedModel:
-    """`model` by a plan, with the weights that its file will hold."""
-    student = apply_plan(model, plan, share_weights=True)
-    round_weights(student, dtype)
-    return student
-
-
-def _check(arguments: ParallelizeArguments, given: set[str]) -> None:
-    """Raise [`LayerPruneError`] unless the settings go together."""
-    if arguments.pairs and arguments.plan:
-        raise LayerPruneError("--pairs and --plan are both given; choose one")
-    if arguments.search not in ("greedy", "range"):
-        raise LayerPruneError(f"search={arguments.search!r} is unknown; choose greedy or range")
-    named = "--pairs" if arguments.pairs else "--plan" if arguments.plan else None
-    unused = OF_SEARCH if named else OF_GREEDY if arguments.search == "range" else set()
-    if unused := sorted(unused & given):
-        raise LayerPruneError(f"--{unused[0]} has no meaning with {named or '--search range'}; leave it out")
-
-
-def _budget(arguments: ParallelizeArguments, depth: int) -> Budget:
-    targets = {unit: getattr(arguments, name) for unit, name in TARGETS.items()}
-    if all(target is None for target in targets.values()):
-        targets["depth"] = default_depth(depth)
-    return Budget.of(targets)
 
 
 def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Batch], list[Batch]]:
@@ -174,17 +118,24 @@ def _steps(
     return [(tuple(edits_between(plan, wanted)), (), wanted)], found
 
 
+def _pair(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+([,|]\d+)+", text):
+        raise LayerPruneError(f"--pairs {text!r} is not a group of layers; write it as 4,5")
+    return [int(layer) for layer in re.split(r"[,|]", text)]
+
+
 def _searched(
     arguments: ParallelizeArguments, model: PreTrainedModel, batches: list[Batch], budget: Budget, phases: Phases
 ) -> list[Step]:
-    """The steps of a greedy search."""
+    """The steps of a greedy search, each with a bar of its own."""
 
     def on_step(step: SearchStep) -> None:
         say(phases.out, f"{step.edit}: {step.plan.depth} layers, {arguments.criterion} {step.cost:.4f}")
+        if step.size > budget.target:
+            phases.phase(f"searching, {step.plan.depth} layers", len(batches))
 
-    name = "measuring what a block takes, then searching" if budget.unit == "latency" else "searching"
-    edits = plan_of(model).depth - expected_depth(budget, model)
-    phases.phase(name, len(batches) * edits)
+    measuring = "measuring what a block takes, then " * (budget.unit == "latency")
+    phases.phase(f"{measuring}searching, {plan_of(model).depth} layers", len(batches))
     result = search_plan(
         model,
         batches,
@@ -200,16 +151,37 @@ def _searched(
     return [((step.edit,), (step.scores,), step.plan) for step in result.steps]
 
 
-def _content(losses: Scores[LayerPlan]) -> dict[str, Any]:
-    """`range.json`: the perplexity of every range of pairs."""
-    runs = [
-        {"pairs": [list(pair) for pair in plan.parallel_pairs], "perplexity": perplexity_of(loss)}
-        for plan, loss in losses.values.items()
-    ]
-    return {"original": perplexity_of(losses.baseline), "runs": runs}
+def _as_saved(model: PreTrainedModel, plan: LayerPlan, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` by a plan, with the weights that its file will hold."""
+    student = apply_plan(model, plan, share_weights=True)
+    round_weights(student, dtype)
+    return student
 
 
-def _pair(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+([,|]\d+)+", text):
-        raise LayerPruneError(f"--pairs {text!r} is not a group of layers; write it as 4,5")
-    return [int(layer) for layer in re.split(r"[,|]", text)]
+def _measured(
+    arguments: ParallelizeArguments,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    steps: list[Step],
+    batches: list[Batch],
+    phases: Phases,
+) -> RunRecord:
+    """The quality of the model and of every step, and their speed if asked for."""
+    phases.phase("evaluating the model and every step", len(batches) * (1 + len(steps)))
+    quality = evaluate_model(model, batches, on_batch=phases.step)
+    name = without_local_paths(absolute_if_local(arguments.model))
+    run = RunRecord(
+        without_local_paths(with_absolute_paths(asdict(arguments))),
+        TeacherRecord.of(model, quality, name=name),
+        environment=environment(model.device),
+    )
+    criterion = "loss" if arguments.search == "range" else arguments.criterion  # a range is chosen by perplexity
+    for number, (edits, scores, plan) in enumerate(steps, 1):
+        student = _as_saved(model, plan, dtype)
+        report = evaluate_model(student, batches, model, phases.step)
+        details = {"number": number, "edits": edits, "criterion": criterion, "scores": scores}
+        run = run.with_round(RoundRecord.of(student, report, **details))
+    if arguments.measure_speed:
+        phases.phase("measuring speed", speed_runs(run))
+        run = with_speed(run, model, dtype, phases.step)
+    return run

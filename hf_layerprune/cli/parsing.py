@@ -1,21 +1,22 @@
-"""Read the settings of a verb from YAML and the command line, strict about names and types."""
+"""Read the settings of a verb from YAML and the command line into dataclasses."""
 
 from __future__ import annotations
 
+from argparse import SUPPRESS, Namespace
+from dataclasses import Field, fields, make_dataclass
 from difflib import get_close_matches
+from inspect import get_annotations
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, first_line
 from . import arguments
-from .arguments import NO_EFFECT, POSITIONAL, TARGETS
+from .arguments import OF_TRL, TARGETS
 
-TRUTH = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # what a switch takes
-RUN_SETTINGS = Path(__file__).with_name("run_settings.txt")
-"""Settings of the trainer as `--help` prints them; importing those takes seconds. `docs/make_cli.py` writes it."""
+UNSET = object()
 
 
 def parse(verb: str, argv: list[str]) -> tuple[Any, ...]:
@@ -23,50 +24,49 @@ def parse(verb: str, argv: list[str]) -> tuple[Any, ...]:
     return Parser(verb).read(argv)
 
 
-def help_of(verb: str) -> str:
-    """What `hf-layerprune <verb> --help` prints."""
-    types = settings_of(verb) if verb == "generate" else (own_settings_of(verb),)
-    epilog = "--config FILE reads settings from YAML, --debug shows tracebacks."
-    more = RUN_SETTINGS.read_text(encoding="utf-8") if verb in ("compress", "estimate") else ""
-    return Parser(verb, types, epilog=epilog).format_help() + more
-
-
-def own_settings_of(verb: str) -> type:
-    """The dataclass of a verb's own settings."""
-    return getattr(arguments, f"{verb.title().replace('-', '')}Arguments")
-
-
 def settings_of(verb: str) -> tuple[type, ...]:
-    """All dataclasses a verb is parsed into."""
-    if verb == "compress":
-        from ..trainer import IterativeLayerDistillConfig as More
-    elif verb == "estimate":
-        from .estimate import EstimatedRunConfig as More
+    """The dataclasses a verb is parsed into: its own settings, and those of the trainer or of the answers."""
+    own = getattr(arguments, f"{verb.title().replace('-', '')}Arguments")
+    if verb in ("compress", "estimate"):
+        from ..trainer import IterativeLayerDistillConfig as Further
     elif verb == "generate":
-        from ..healing_data_config import HealingDataConfig as More
+        from ..healing_data_config import HealingDataConfig as Further
     else:
-        return (own_settings_of(verb),)
-    return own_settings_of(verb), More
+        return (own,)
+    return own, Further
+
+
+def offered(kind: type) -> list[Field]:
+    """The settings of a dataclass that a verb takes: all of this package and, of TRL's, [`OF_TRL`]."""
+    names, hints = set(OF_TRL), get_type_hints(kind)
+    for base in kind.__mro__:
+        if base.__module__.startswith("hf_layerprune."):
+            names |= get_annotations(base).keys()
+    chosen = [item for item in fields(kind) if item.name in names]
+    for item in chosen:
+        item.type = hints[item.name]
+    return chosen
 
 
 class Parser(TrlParser):
     """Reads the settings of one verb.
 
-    Args:
-        verb (`str`): name of the verb.
-        types (`tuple[type, ...]`, *optional*): dataclasses to read into; by default all of the verb.
-
     Attributes:
-        given (`set[str]`): the settings that were given, on the command line or in YAML. A target in YAML is not,
-            where the command line names one.
+        given (`dict[str, Any]`): the settings that were given, by name.
     """
 
-    def __init__(self, verb: str, types: tuple[type, ...] | None = None, **kwargs: Any) -> None:
-        super().__init__(types or settings_of(verb), allow_abbrev=False, prog=f"hf-layerprune {verb}", **kwargs)
-        self.given: set[str] = set()
-        self._on_line: set[str] = set()
-        self._positional = POSITIONAL.get(verb)
-        self._settings = {action.dest: action for action in self._actions if action.nargs != 0}
+    def __init__(self, verb: str) -> None:
+        self.types, self.given = settings_of(verb), {}
+        self.settings = {item.name: item for kind in self.types for item in offered(kind)}
+        options = [(item.name, item.type, item) for item in self.settings.values() if not _is_positional(item)]
+        epilog = "--debug shows the traceback of an error that is otherwise one line."
+        super().__init__(
+            make_dataclass("Settings", options), allow_abbrev=False, prog=f"hf-layerprune {verb}", epilog=epilog
+        )
+        self.add_argument("--config", help="YAML file of settings; those on the command line win.")
+        for item in filter(_is_positional, self.settings.values()):
+            count = "*" if get_origin(item.type) is list else "?"
+            self.add_argument(item.name, nargs=count, default=SUPPRESS, help=item.metadata["help"])
 
     def read(self, argv: list[str]) -> tuple[Any, ...]:
         """Parse a command line and the YAML file it names into the dataclasses.
@@ -75,108 +75,60 @@ class Parser(TrlParser):
             [`LayerPruneError`]: for an unknown name, a value of another type, a file that cannot be read, or a value
                 that the dataclasses refuse.
         """
-        argv = self._spelled_out(argv)
-        file = _config_of(argv)
-        self._on_line = {action.dest for word in argv if (action := self._action(word))}
-        self._give(self._on_line)
+        line, recipe = self._read_words(argv), {}
+        if (file := line.pop("config", None)) is not None:
+            try:
+                recipe = self._read_file(Path(file))
+            except (ValueError, yaml.YAMLError) as error:
+                raise LayerPruneError(f"--config {file}: {first_line(error)}") from error
+        if TARGETS & line.keys():
+            recipe = {name: value for name, value in recipe.items() if name not in TARGETS}
+        self.given = recipe | line
         try:
-            *parsed, of_file, of_line = self.parse_args_and_config(
-                argv, return_remaining_strings=True, separate_remaining_strings=True
+            return tuple(
+                kind(**{item.name: self.given[item.name] for item in fields(kind) if item.name in self.given})
+                for kind in self.types
             )
-        except (ValueError, OSError, ImportError, TypeError, yaml.YAMLError) as error:
-            if isinstance(error, LayerPruneError) or (isinstance(error, TypeError) and file is None):
-                raise
-            where = f"{file}: " if isinstance(error, TypeError) else ""  # a value that YAML read as a list, say
-            raise LayerPruneError(f"{where}{error}") from error
-        if of_file:
-            key = of_file[0].removeprefix("--")
-            raise LayerPruneError(f"{file}: unknown key {key!r}{self._nearest(key)}")
-        self._place(of_line, parsed[0])
-        return tuple(parsed)
-
-    def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """Take over the settings of a YAML file, in the types that the command line would give them."""
-        if TARGETS & self.given:
-            config = {name: value for name, value in config.items() if name not in TARGETS}
-        self._give(set(config))
-        known = self._settings.keys() & config.keys()
-        config |= {name: _from_yaml(name, config[name], self._settings[name]) for name in known}
-        return super().set_defaults_with_config(**config)
+        except (ValueError, ImportError) as error:  # of TRL and transformers
+            raise LayerPruneError(str(error)) from error
 
     def error(self, message: str) -> NoReturn:
         raise LayerPruneError(f"{message}; see {self.prog} --help")
 
-    def _spelled_out(self, argv: list[str]) -> list[str]:
-        """`--config=FILE` as two words, and a switch in front of another word as `--switch=true`."""
-        words: list[str] = []
-        for word, after in zip(argv, [*argv, "true"][1:], strict=True):
-            action = self._action(word)
-            if word.startswith("--config="):
-                words += word.split("=", 1)
-            elif action and action.nargs == "?" and "=" not in word and after.lower() not in TRUTH:
-                words.append(f"{word}=true")
+    def _read_words(self, words: list[str]) -> dict[str, Any]:
+        unset = Namespace(**dict.fromkeys([*self.settings, "config"], UNSET))
+        found, unknown = self.parse_known_intermixed_args(words, unset)
+        if unknown:
+            raise self._unknown(unknown[0])
+        return {name: value for name, value in vars(found).items() if value is not UNSET}
+
+    def _read_file(self, path: Path) -> dict[str, Any]:
+        """Read each setting as if it stood on the command line; YAML's nulls, mappings and lists stay as they are."""
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise LayerPruneError("the file must hold settings, a line each: `name: value`")
+        words, as_it_is = [], {}
+        for name, value in content.items():
+            if name not in self.settings:
+                raise self._unknown(name)
+            item = self.settings[name]
+            values = value if isinstance(value, list) else [value]
+            if value is None or isinstance(value, dict) or (value is values and get_origin(item.type) is not list):
+                as_it_is[name] = value
+            elif _is_positional(item):
+                words = [*map(str, values), *words]  # before any option that takes several
             else:
-                words.append(word)
-        return words
+                words += [f"--{name}={value}"] if value is not values else [f"--{name}", *map(str, values)]
+        for name, value in self._read_words(words).items():  # 10 stays 10, where a float is meant
+            as_it_is[name] = content[name] if isinstance(value, float) and content[name] == value else value
+        return as_it_is
 
-    def _action(self, word: str) -> Any:
-        return self._option_string_actions.get(word.partition("=")[0])
-
-    def _give(self, names: set[str]) -> None:
-        names = names & self._settings.keys()
-        for reason, without in NO_EFFECT.items():
-            if refused := sorted(names.intersection(without)):
-                raise LayerPruneError(f"{refused[0]} has no effect in {self.prog}: {reason}; leave it out")
-        self.given |= names
-
-    def _place(self, words: list[str], settings: Any) -> None:
-        """Put words that belong to no option where they belong."""
-        if option := next((word.partition("=")[0] for word in words if word.startswith("-")), None):
-            raise LayerPruneError(f"unknown option {option}{self._nearest(option, '--')}")
-        if not words:
-            return
-        name = self._positional
-        if name is None:
-            raise LayerPruneError(f"{words[0]!r} belongs to no option; see {self.prog} --help")
-        if name in self._on_line:
-            raise LayerPruneError(f"{name} named twice: {' '.join(words)} and --{name}; leave one out")
-        several = self._settings[name].nargs == "+"
-        if len(words) > 1 and not several:
-            raise LayerPruneError(f"{' '.join(words)} are {len(words)} words where one goes, as --{name}")
-        setattr(settings, name, words if several else words[0])
-
-    def _nearest(self, name: str, dashes: str = "") -> str:
-        """The end of a message about a wrong name: the known one that is most like it, or where all of them are."""
-        near = get_close_matches(name.strip("-").replace("-", "_"), self._settings, n=1)
-        return f"; did you mean {dashes}{near[0]}?" if near else f"; see {self.prog} --help"
+    def _unknown(self, name: str) -> LayerPruneError:
+        word = name.strip("-").partition("=")[0].replace("-", "_")
+        near = get_close_matches(word, self.settings, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+        return LayerPruneError(f"unknown setting {name}; {hint}")
 
 
-def _config_of(argv: list[str]) -> str | None:
-    """The YAML file that a command line names."""
-    if "--config" not in argv:
-        return None
-    file = argv[argv.index("--config") + 1 :][:1]
-    if not file or not Path(file[0]).is_file():
-        raise LayerPruneError(f"--config {''.join(file) or repr('')} is not a file; give the path of a YAML file")
-    return file[0]
-
-
-def _from_yaml(name: str, value: Any, action: Any) -> Any:
-    """A value as the command line would give it: YAML reads `3` as a number where text is meant, and `3.0` too."""
-    kind = getattr(action.type, "__name__", "")  # of `int | None` the type is a function with the name of `int`
-    if action.nargs == "+" and value is not None:
-        return [_converted(name, part, kind) for part in (value if isinstance(value, list) else [value])]
-    if value is None or isinstance(value, (dict, list, str)):
-        return value  # argparse reads text as it does on the command line
-    return _converted(name, value, kind)
-
-
-def _converted(name: str, value: Any, kind: str) -> Any:
-    if kind != "int":
-        return str(value) if kind == "str" else value
-    try:
-        if int(value) == float(value):
-            return int(value)
-    except (ValueError, OverflowError):
-        pass
-    raise LayerPruneError(f"{name}={value} is not a whole number")
+def _is_positional(item: Field) -> bool:
+    return item.metadata.get("positional", False)

@@ -15,17 +15,17 @@ from .parsing import parse
 def push_space(argv: list[str]) -> None:
     """Make the Space, or update it."""
     (arguments,) = parse("push-space", argv)
-    if arguments.repo_id is None:
-        raise LayerPruneError("where to? give --repo_id user/name")
-    if bool(arguments.runs) == (arguments.models is not None):
-        raise LayerPruneError("what shall it show? give Hub ids of pushed students, or --models with a YAML file")
+    if arguments.repo_id is None or bool(arguments.runs) == (arguments.models is not None):
+        raise LayerPruneError(
+            "what shall it show, and where? hf-layerprune push-space RUN ... --repo_id user/name, or --models with a "
+            "YAML file in place of the Hub ids of runs"
+        )
     commit = push(
         arguments.repo_id,
         arguments.models or arguments.runs,
         title=arguments.title,
         hardware=arguments.hardware,
         private=arguments.private or None,
-        commit_message=arguments.commit_message,
         on_message=partial(say, Console(stderr=True)),
     )
     say(Console(), f"pushed: {commit.commit_url}")

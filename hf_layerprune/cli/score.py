@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
@@ -20,28 +18,29 @@ from ..progress import Phases, say
 from ..scoring import CRITERION_UNITS, Race, Scores, criterion_of, score_layers
 from ..tasks import Task, load_tasks, prepare_tasks
 from .arguments import ScoreArguments
-from .measure import check_text, device, load_on_device, num_chunks, text_batches
-from .parsing import Parser
+from .measure import check_text, device, load_on_device, print_table, text_batches
+from .parsing import parse
 from .recipe import made
-
-BAR = 30  # characters
-OF_TEXT = {"dataset", "dataset_config", "dataset_split", "dataset_text_field", "max_length", "num_samples"}
 
 
 def score(argv: list[str]) -> None:
     """Print and plot what each layer costs."""
-    parser = Parser("score")
-    (arguments,) = parser.read(argv)
+    (arguments,) = parse("score", argv)
     criterion_of(arguments.criterion)
-    tasks = _tasks(arguments, parser.given)
-    config = load_config(arguments.model)
-    if not tasks:
-        check_text(arguments, config)
-    tokenizer = load_tokenizer(arguments.model)
+    if arguments.tasks and (arguments.dataset or arguments.criterion not in ("kl", "tasks")):
+        raise LayerPruneError("--tasks bring their own text and criterion; leave out --dataset and --criterion")
+    tasks = []
+    if arguments.tasks or arguments.criterion == "tasks":
+        tasks, arguments.criterion = load_tasks(arguments.tasks or "default"), "tasks"
+    else:
+        check_text(arguments, load_config(arguments.model))
     folder, console = Path(arguments.output_dir), Console()
     with made(folder), Phases() as phases:
-        scores = _scores(arguments, tasks, tokenizer, phases)
-    console.print(_table(scores))
+        scores = _scores(arguments, tasks, phases)
+    unit = "examples" if scores.criterion == "tasks" else "tokens"
+    seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
+    title = CRITERION_UNITS.get(scores.criterion, scores.criterion) + seen
+    print_table(("layer", "cost", "error", ""), _rows(scores), title)
     if scores.certainty:
         say(console, scores.certainty)
     write_atomically(folder / "scores.json", to_json(scores.to_dict()))
@@ -49,40 +48,25 @@ def score(argv: list[str]) -> None:
     say(console, f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
 
 
-def _tasks(arguments: ScoreArguments, given: set[str]) -> list[Task]:
-    """The data sets that score the layers, if they shall."""
-    if arguments.tasks is None and arguments.criterion != "tasks":
-        return []
-    names = arguments.tasks or "default"
-    wrong = OF_TEXT if arguments.criterion == "tasks" else OF_TEXT | {"criterion"}
-    if wrong := sorted(wrong & given):
-        raise LayerPruneError(f"tasks={names} bring their own text and criterion; leave out {', '.join(wrong)}")
-    arguments.criterion = "tasks"
-    return load_tasks(names)
-
-
-def _scores(
-    arguments: ScoreArguments, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, phases: Phases
-) -> Scores[int]:
+def _scores(arguments: ScoreArguments, tasks: list[Task], phases: Phases) -> Scores[int]:
     """Read the text, load the model and score it."""
-    phases.phase("reading the text")
-    source = arguments.dataset or "embedded:calibration"
-    batches = None if tasks else text_batches(arguments, tokenizer, source, arguments.num_samples)
-    race = None if arguments.race_confidence is None else Race(arguments.race_confidence)
-    with TemporaryDirectory() as offload_folder:
-        where = device_map(arguments.model, device()) if arguments.offload else None
-        offload = {"device_map": where, "offload_folder": offload_folder} if where else {}
-        phases.phase(f"loading {arguments.model}")
-        model = load_on_device(arguments.model, arguments.dtype, **offload)
+    tokenizer, batches = load_tokenizer(arguments.model), []
+    if not tasks:
+        phases.phase("reading the text")
+        source = arguments.dataset or "embedded:calibration"
+        batches = text_batches(arguments, tokenizer, source, arguments.num_samples)
+    with TemporaryDirectory() as folder:
+        offload = {"device_map": device_map(arguments.model, device()), "offload_folder": folder}
+        model = load_on_device(arguments.model, arguments.dtype, phases, **(offload if arguments.offload else {}))
         prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
-        depth = model.config.num_hidden_layers
-        phases.phase(f"scoring {depth} layers by {arguments.criterion}", len(batches or ()) or num_chunks(prepared))
+        steps = len(batches) + sum(len(task.chunks) for task in prepared)
+        phases.phase(f"scoring {model.config.num_hidden_layers} layers by {arguments.criterion}", steps)
         return score_layers(
             model,
-            batches,
+            batches or None,
             arguments.criterion,
             on_batch=phases.step,
-            race=race,
+            race=None if arguments.race_confidence is None else Race(arguments.race_confidence),
             tasks=prepared,
             tokenizer=tokenizer,
         )
@@ -95,25 +79,8 @@ def device_map(name: str, where: torch.device) -> dict[str, str]:
     return dict.fromkeys(rest, str(where)) | {f"model.layers.{n}": "disk" for n in range(depth)}
 
 
-def _table(scores: Scores[int]) -> Table:
-    unit = "examples" if scores.criterion == "tasks" else "tokens"
-    seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
-    table = Table(title=escape(CRITERION_UNITS.get(scores.criterion, scores.criterion)) + seen)
-    for column in ("layer", "cost", "error", ""):
-        table.add_column(column, justify="right" if column else "left")
+def _rows(scores: Scores[int]) -> Iterator[list[str]]:
     for layer, value in sorted(scores.values.items()):
-        mark = "  <- safest" if layer == scores.safest else ""
-        if layer in scores.left:
-            mark = f"  left at {scores.left[layer]:.0%}"
         error = scores.standard_errors.get(layer, math.nan)
-        spread = "" if math.isnan(error) else f"± {error:.5f}"
-        table.add_row(str(layer), f"{value:.5f}", spread, _bar(value, scores) + mark)
-    return table
-
-
-def _bar(value: float, scores: Scores[int]) -> str:
-    """A bar on a logarithmic scale: a first layer that costs a hundred times the others would hide them."""
-    logs = [math.log(v) for v in scores.values.values() if v > 0 and math.isfinite(v)]
-    if not (value > 0 and math.isfinite(value)) or max(logs) == min(logs):
-        return ""
-    return "█" * (1 + round((BAR - 1) * (math.log(value) - min(logs)) / (max(logs) - min(logs))))
+        note = f"left at {scores.left[layer]:.0%}" if layer in scores.left else "safest" * (layer == scores.safest)
+        yield [str(layer), f"{value:.5f}", "" if math.isnan(error) else f"± {error:.5f}", note]
