@@ -78,9 +78,9 @@ def generate_healing_data(
     or [`~trl.SFTTrainer`].
 
     After a kill, the same call continues the file. The random numbers of a batch come from the seed and the number of
-    its first row. So on the same device and with the same libraries, the file is identical, however often the run was
-    interrupted and however many processes share it. Under `torchrun` or `accelerate launch` the processes share the
-    batches; all must see the folder of the file.
+    its first row. So on the same device, with the same libraries and `batch_size`, the file is identical, however
+    often the run was interrupted and however many processes share it. Under `torchrun` or `accelerate launch` the
+    processes share the batches; all must see the folder of the file.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -229,21 +229,21 @@ def _answer_all(
 ) -> list[dict[str, Any]]:
     """Write the rows that the file lacks, and return all; the processes take turns, a batch each."""
     settings = sampling.to_diff_dict() | {"transformers_version": None}
-    run = fingerprint([fingerprint_model(model), model.dtype, prompts, config.seed, config.batch_size, settings])
-    batches = [prompts[start : start + config.batch_size] for start in range(0, len(prompts), config.batch_size)]
+    run = fingerprint([fingerprint_model(model), model.dtype, prompts, config.seed, settings])
     (rows,) = broadcast_object_list([_written(path, run)])
     first_row = rows[-1]["first_row"] if rows else prompts[0].row
-    rows = [row for row in rows if row["first_row"] < first_row]
-    first = next(number for number, batch in enumerate(batches) if batch[0].row == first_row)
+    rows, size = [row for row in rows if row["first_row"] < first_row], config.batch_size
+    done = next(number for number, prompt in enumerate(prompts) if prompt.row == first_row)
+    batches = [prompts[start : start + size] for start in range(done, len(prompts), size)]
     is_main, (rank, count) = processes().is_main_process, shard(model)
     if is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(map(_line, rows)))
-    on_rows(first * config.batch_size, len(prompts))
+    on_rows(done, len(prompts))
     with inference(model):
-        for start in range(first, len(batches), count):
-            turn = batches[start : start + count][rank::count]
-            found = [_answer(model, tokenizer, batch, sampling, config.seed) for batch in turn]
+        for start in range(0, len(batches), count):
+            turn = batches[start : start + count]
+            found = [_answer(model, tokenizer, batch, sampling, config.seed) for batch in turn[rank::count]]
             new = [row | {"run": run} for answers in gathered(found, (rank, count)) for row in answers]
             if is_main:
                 with path.open("a", encoding="utf-8") as file:
@@ -251,7 +251,8 @@ def _answer_all(
                     file.flush()
                     os.fsync(file.fileno())
             rows += new
-            on_rows(min(len(prompts), (start + count) * config.batch_size), len(prompts))
+            done += sum(map(len, turn))
+            on_rows(done, len(prompts))
     return rows
 
 

@@ -140,6 +140,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, tokenizer):
     seen.clear()
     again = generate_healing_data(model, text_rows(), path, config(), tokenizer, lambda *done: seen.append(done))
     assert again == expected and len(seen) == 2 and path.read_bytes() == whole.read_bytes()  # of the last batch only
+    seen.clear()
+    generate_healing_data(model, text_rows(), path, config(batch_size=4), tokenizer, lambda *done: seen.append(done))
+    assert path.read_bytes().startswith(whole.read_bytes()[:1000]) and seen == [(9, 10), (10, 10)]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, tokenizer):
         {"seed": 7},
         {"temperature": 0.5},
         {"max_new_tokens": 13},
-        {"batch_size": 2},
         {"model": 1},
         {"prompts": Dataset.from_dict({"text": [*TEXTS[:-1], "another text"]})},
     ],
