@@ -1,9 +1,9 @@
 """The supported families of models: one row of a table each, with what differs between them.
 
-A family is a dense decoder of the layout Qwen2 has: `model.base_model` has `embed_tokens`, `layers`, `norm` and
-`rotary_emb`, and `model.lm_head` reads what `norm` gives. A row is all that removing layers, scoring, healing and
-measuring need. To run layers in parallel, a family needs a row in `PLAIN_MODELS` as well, which is shipped with
-checkpoints: its layers are Qwen2's but for the attention that row describes.
+A family is a dense decoder with Qwen2's layout: `model.base_model` has `embed_tokens`, `layers`, `norm` and
+`rotary_emb`, and `model.lm_head` reads the output of `norm`. Removing layers, scoring, healing and measuring need no
+more than this row. To run layers in parallel, a family also needs a row in `PLAIN_MODELS`, which is shipped with
+checkpoints: its layers differ from Qwen2's only in the attention that row describes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, Pretrained
 
 from .errors import LayerPruneError
 from .models import PLAIN_MODELS, PrunedQwen2Config
-
-NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-PARTS_OF_MULTIMODAL = ("text_config", "vision_config", "audio_config")
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     if config.model_type not in ARCHITECTURES:
         names = ", ".join(row.name for row in ARCHITECTURES.values())
         raise LayerPruneError(
-            f"model_type={config.model_type!r} {_kind(config)} not supported; hf_layerprune works on dense decoders: "
-            f"{names}"
+            f"model_type={config.model_type!r} is not supported; hf_layerprune works on dense decoders: {names}"
         )
     return ARCHITECTURES[config.model_type]
 
@@ -85,11 +81,10 @@ def check_supported(config: PretrainedConfig) -> None:
     """Raise [`LayerPruneError`] unless `config` is of a supported family, not quantized, with full attention only."""
     architecture = architecture_of(config)
     if quantized := getattr(config, "quantization_config", None):
-        values = quantized if isinstance(quantized, dict) else quantized.to_dict()
-        method = values.get("quant_method", "quant_method is missing")
+        method = dict(quantized).get("quant_method", "quant_method is missing")
         raise LayerPruneError(
-            f"this {architecture.name} model is quantized ({getattr(method, 'value', method)}), which works for GGUF "
-            "files only; use the checkpoint it was made from"
+            f"this {architecture.name} model is quantized ({method}), which works for GGUF files only; use the "
+            "checkpoint it was made from"
         )
     kinds = set(getattr(config, "layer_types", None) or ())
     if "sliding_attention" in kinds or architecture.sliding(config):
@@ -128,17 +123,3 @@ def output_projections(model: PreTrainedModel, position: int) -> tuple[nn.Linear
             f"the output projections of this {architecture.name} model have biases; a repair has no place for them"
         )
     return attention, mlp
-
-
-def _kind(config: PretrainedConfig) -> str:
-    """What kind of model is not supported, as far as its config says: `"is a ..., which is"`, or just `"is"`."""
-    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
-    if getattr(config, "is_encoder_decoder", False):
-        return "is an encoder-decoder, which is"
-    if any(hasattr(config, name) for name in PARTS_OF_MULTIMODAL):
-        return "is a multimodal model, which is"
-    if other := sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention", "attention"}):
-        return f"has layers without softmax attention ({', '.join(other)}), which is"
-    if any((getattr(config, name, None) or 0) > 1 for name in NUMBERS_OF_EXPERTS):
-        return "is a mixture of experts, which is"
-    return "is"

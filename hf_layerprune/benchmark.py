@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import StoppingCriteria
 
-from .errors import LayerPruneError, first_line
+from .errors import LayerPruneError
 from .forward import check_causal, inference
 
 
@@ -48,7 +48,21 @@ class BenchmarkReport:
 
 @dataclass(frozen=True)
 class Load:
-    """What is generated and how: the arguments of [`benchmark_models`], checked."""
+    """What is generated and how.
+
+    Args:
+        prompt_tokens (`int`, *optional*, defaults to `128`): prompt length.
+        new_tokens (`int`, *optional*, defaults to `64`): tokens generated, at least 2.
+        batch_size (`int`, *optional*, defaults to `1`): prompts at once; speeds count the tokens of all of them.
+        repeats (`int`, *optional*, defaults to `3`): timed runs of each model.
+        cache_implementation (`str`, *optional*): KV cache: `"static"`, as long as prompt and new tokens from the
+            start, or `"dynamic"`, which grows and is the default.
+        compile (`bool`, *optional*, defaults to `False`): whether `generate` decodes with `torch.compile` (the prompt
+            is never compiled); needs the static cache. Drops what was compiled before in this process.
+
+    Raises:
+        [`LayerPruneError`]: for a setting that cannot work.
+    """
 
     prompt_tokens: int = 128
     new_tokens: int = 64
@@ -74,63 +88,49 @@ def benchmark_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Benchm
 
 
 def benchmark_models(
-    models: Sequence[PreTrainedModel],
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
-    batch_size: int = 1,
-    repeats: int = 3,
-    *,
-    cache_implementation: str | None = None,
-    compile: bool = False,
-    on_run: Callable[[], None] = lambda: None,
+    models: Sequence[PreTrainedModel], *args: Any, on_run: Callable[[], None] = lambda: None, **kwargs: Any
 ) -> list[BenchmarkReport]:
     """Time greedy `generate` of several models, interleaved, after a warm-up each; medians over `repeats`.
 
     Args:
         models (`Sequence[PreTrainedModel]`): models with one vocabulary size each; prompts are random tokens. Ratios
             are to the first.
-        prompt_tokens (`int`, *optional*, defaults to `128`): prompt length.
-        new_tokens (`int`, *optional*, defaults to `64`): tokens generated, at least 2.
-        batch_size (`int`, *optional*, defaults to `1`): prompts at once; speeds count the tokens of all of them.
-        repeats (`int`, *optional*, defaults to `3`): timed runs of each model.
-        cache_implementation (`str`, *optional*): KV cache: `"static"`, as long as prompt and new tokens from the
-            start, or `"dynamic"`, which grows and is the default.
-        compile (`bool`, *optional*, defaults to `False`): whether `generate` decodes with `torch.compile` (the prompt
-            is never compiled); needs the static cache. Drops what was compiled before in this process.
         on_run (`Callable[[], None]`, *optional*): called after each of the `num_runs`, for progress bars.
+        args, kwargs: the settings of [`Load`].
 
     Raises:
-        [`LayerPruneError`]: for a setting that cannot work, or a model that cannot be compiled.
+        [`LayerPruneError`]: for a setting that cannot work.
     """
-    load = Load(prompt_tokens, new_tokens, batch_size, repeats, cache_implementation, compile)
+    load = Load(*args, **kwargs)
+    size, new = load.batch_size, load.new_tokens
     for model in models:
         check_causal(model)
     seconds: list[list[tuple[float, float]]] = [[] for _ in models]
-    with inference(*models), _as_loaded(models), _compiling(models) if compile else nullcontext():
+    with inference(*models), _as_loaded(models), _compiling(models) if load.compile else nullcontext():
         # one cache for all runs of a model: `generate` would make new ones, at addresses a CUDA graph does not know
-        static = cache_implementation == "static"
-        caches = [
-            StaticCache(config=m.config, max_cache_len=prompt_tokens + new_tokens) if static else None for m in models
-        ]
-        for _ in range(num_runs(1, repeats, compile)):
+        static, length = load.cache_implementation == "static", load.prompt_tokens + new
+        caches = [StaticCache(config=model.config, max_cache_len=length) if static else None for model in models]
+        for _ in range(num_runs(1, load.repeats, load.compile)):
             for model, cache, runs in zip(models, caches, seconds, strict=True):
                 runs.append(_time_generate(model, load, cache))
                 on_run()
-        reports = []
-        for model, cache, runs in zip(models, caches, seconds, strict=True):
-            runs, base = runs[-repeats:], seconds[0][-repeats:]  # without the warm-up
-            prefill, decode = (median(part) for part in zip(*runs, strict=True))
-            report = BenchmarkReport(
-                prefill_tokens_per_second=batch_size * prompt_tokens / prefill,
-                decode_tokens_per_second=batch_size * (new_tokens - 1) / decode,
-                peak_memory_bytes=_peak_memory(model, load, cache),
-                kv_bytes_per_token=kv_bytes_per_token(model),
-                batch_size=batch_size,
-                time_to_first_token=prefill,
-                prefill_ratio=median(first[0] / run[0] for first, run in zip(base, runs, strict=True)),
-                decode_ratio=median(first[1] / run[1] for first, run in zip(base, runs, strict=True)),
-            )
-            reports.append(report)
+        peaks = [_peak_memory(model, load, cache) for model, cache in zip(models, caches, strict=True)]
+        cached = [kv_bytes_per_token(model) for model in models]
+    reports, base = [], seconds[0][-load.repeats :]  # without the warm-up
+    for peak, bytes_per_token, runs in zip(peaks, cached, seconds, strict=True):
+        runs = runs[-load.repeats :]
+        prefill, decode = (median(part) for part in zip(*runs, strict=True))
+        report = BenchmarkReport(
+            prefill_tokens_per_second=size * load.prompt_tokens / prefill,
+            decode_tokens_per_second=size * (new - 1) / decode,
+            peak_memory_bytes=peak,
+            kv_bytes_per_token=bytes_per_token,
+            batch_size=size,
+            time_to_first_token=prefill,
+            prefill_ratio=median(first[0] / run[0] for first, run in zip(base, runs, strict=True)),
+            decode_ratio=median(first[1] / run[1] for first, run in zip(base, runs, strict=True)),
+        )
+        reports.append(report)
     return reports
 
 
@@ -166,8 +166,6 @@ def _compiling(models: Sequence[PreTrainedModel]) -> Iterator[None]:
     try:
         with torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16):
             yield
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise LayerPruneError(f"torch.compile failed: {first_line(error.inner_exception)}") from error
     finally:
         for model in models:
             for name in ("_compiled_call", "_last_compile_config"):  # where `generate` keeps it
@@ -192,10 +190,8 @@ def _time_generate(model: PreTrainedModel, load: Load, cache: StaticCache | None
     """Measure the seconds to the first new token, and those of the rest."""
     ids = torch.randint(model.config.vocab_size, (load.batch_size, load.prompt_tokens), device=model.device)
     watch, options = _Stopwatch(), {}
-    config = GenerationConfig(
-        max_new_tokens=load.new_tokens, do_sample=False, pad_token_id=0, disable_compile=not load.compile
-    )
-    config.eos_token_id = None  # every run is equally long
+    config = GenerationConfig(max_new_tokens=load.new_tokens, do_sample=False, disable_compile=not load.compile)
+    config.eos_token_id, config.pad_token_id = None, 0  # every run is equally long
     if load.compile:
         # left open, sizes that differ between models would be compiled as unknown ones from the second model on
         config.compile_config = CompileConfig(dynamic=False)
@@ -204,12 +200,11 @@ def _time_generate(model: PreTrainedModel, load: Load, cache: StaticCache | None
         cache.reset()
         options["past_key_values"] = cache
     own, model.generation_config = model.generation_config, config
-    criteria, mask = StoppingCriteriaList([watch]), torch.ones_like(ids)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     start = time.perf_counter()
     try:
-        model.generate(ids, attention_mask=mask, stopping_criteria=criteria, **options)
+        model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[watch], **options)
     finally:
         model.generation_config = own
     return watch.times[0] - start, watch.times[-1] - watch.times[0]

@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
 from importlib.resources import files
-from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
-from datasets.iterable_dataset import ExamplesIterable
 from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -94,19 +91,14 @@ def _checked(batch: Any, vocab_size: int, where: str) -> Batch:
     batch = {key: batch[key] for key in BATCH_KEYS if batch.get(key) is not None}
     for key, value in batch.items():
         if not isinstance(value, Tensor) or value.shape != ids.shape:
-            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise LayerPruneError(
-                f"{where}: {key} is {given}; give a tensor of the shape of input_ids, {(*ids.shape,)}"
-            )
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(wrong):
+            raise LayerPruneError(f"{where}: {key} must be a tensor of the shape of input_ids, {(*ids.shape,)}")
+    labels = batch.get("labels", ids)
+    tokens = torch.cat([ids.flatten(), labels[labels != -100]])
+    if len(wrong := tokens[(tokens < 0) | (tokens >= vocab_size)]):
         raise LayerPruneError(
             f"{where} holds token id {wrong[0]}, but the model's vocabulary has {vocab_size} entries; was the text "
             "tokenized with another tokenizer?"
         )
-    labels = batch.get("labels", ids)
-    if labels.is_floating_point() or bool(((labels != -100) & ((labels < 0) | (labels >= vocab_size))).any()):
-        raise LayerPruneError(f"{where}: labels must be token ids below {vocab_size}, or -100 where nothing is scored")
     return batch
 
 
@@ -243,7 +235,7 @@ def tokenized_batches(
     the prompts out), messages and rows of token ids are a row each, cut at `max_length` and padded with a mask.
 
     Args:
-        dataset (`Dataset`, `IterableDataset` or `Iterable[dict]`): rows; read only as far as needed.
+        dataset (`Dataset`, `IterableDataset` or `Iterable[dict]`): rows; a data set is read only as far as needed.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): an end token goes after each text.
         text_field (`str`, *optional*, defaults to `"text"`): column of the text.
         max_length (`int`, *optional*, defaults to `512`): T, tokens per row.
@@ -270,10 +262,9 @@ def _as_stream(dataset: Iterable[Mapping[str, Any]]) -> IterableDataset:
     """Rows as a stream, so that only those that are read are worked on."""
     if isinstance(dataset, IterableDataset):
         return dataset
-    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
-        return dataset.with_format(None).to_iterable_dataset()
-    (rows,) = tee(iter(dataset), 1)  # each copy begins with the first row; one is read only as far as it is asked for
-    return IterableDataset(ExamplesIterable(lambda: ((n, dict(row)) for n, row in enumerate(copy(rows))), {}))
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        dataset = Dataset.from_list([dict(row) for row in dataset])
+    return dataset.with_format(None).to_iterable_dataset()
 
 
 def _packed(

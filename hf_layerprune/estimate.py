@@ -82,9 +82,8 @@ class RunSizes:
         self.config, self.args, self.layers = config, args, plan.layers
         with torch.device("meta"):
             costs = count_parameters(AutoModelForCausalLM.from_config(config))
-            other = None if teacher is None else AutoModelForCausalLM.from_config(teacher)
-        self.parameters, self.layer_parameters = costs.of(plan), costs.blocks[0]
-        self.teacher_parameters = 0 if other is None else other.num_parameters()
+            other = 0 if teacher is None else AutoModelForCausalLM.from_config(teacher).num_parameters()
+        self.parameters, self.layer_parameters, self.teacher_parameters = costs.of(plan), costs.blocks[0], other
         # layers of the teacher that the model lacks before the run
         self.gaps = max(0, (plan.num_teacher_layers if teacher is None else plan_of(teacher).depth) - plan.depth)
         self.length = args.max_length or DEFAULT_LENGTH
@@ -102,16 +101,13 @@ class RunSizes:
     def steps(self, way: Way) -> list[StepShape]:
         """List the steps that may need most: of the first round, its gaps as low as can be, so that gradients pass
         every layer; and of the last one, where layers healed before are no longer the teacher's."""
-        if not self.edits or way.trained != "neighbours":
-            return [self._step(way)]
-        before = (self.rounds - 1) * self.args.layers_per_round
-        gone = before * self.removed
-        copies = min(2 * before, max(0, len(self.layers) - gone - 2 * self.args.layers_per_round))
-        return [self._step(way), self._step(way, gone, copies)]
+        last = (self.rounds - 1) * self.args.layers_per_round if self.edits and way.trained == "neighbours" else 0
+        return [self._step(way, edits) for edits in dict.fromkeys((0, last))]
 
-    def _step(self, way: Way, gone: int = 0, copies: int = 0) -> StepShape:
-        """Describe a round before which `gone` layers were removed and `copies` healed."""
-        edits, width = self.edits_of_round, 1
+    def _step(self, way: Way, before: int) -> StepShape:
+        """Describe a round after `before` edits of other rounds."""
+        gone, edits, width = before * self.removed, self.edits_of_round, 1
+        copies = min(2 * before, max(0, len(self.layers) - gone - 2 * self.args.layers_per_round))
         reach = len(self.layers) - gone - edits * self.removed
         if way.trained == "all":
             trained = reach
@@ -143,29 +139,28 @@ class RunSizes:
             checkpoint=(0 if way.lora_r else self.students[0] * itemsize) + 3 * needs[0].trained,
         )
 
-    def healing_flops(self, way: Way, step: StepShape, trained: int) -> int:
-        """Count matrix products and attention of healing on one row; `trained` parameters change."""
-        config, args, layer = self.config, self.args, 2 * self.layer_parameters  # of a token, forward
+    def _forward_flops(self) -> int:
+        """Count what a layer computes of a token, which sees half of its row on average."""
+        config = self.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        attention = 2 * self.length * config.num_attention_heads * head_dim  # a token sees half of the row
-        own = step.trained * step.width
-        reach = own + step.frozen
-        forward = len(self.layers) + self.gaps + reach * (1 + way.gradient_checkpointing)
-        operations = forward * (layer + attention) + reach * (layer + 2.5 * attention)
-        operations += 6 * trained if way.lora_r else own * layer
+        return 2 * self.layer_parameters + 2 * self.length * config.num_attention_heads * head_dim
+
+    def healing_flops(self, way: Way, step: StepShape, trained: int) -> int:
+        """Count roughly what healing computes on one row; `trained` parameters change."""
+        own, args, layer = step.trained * step.width, self.args, self._forward_flops()
+        passes = len(self.layers) + self.gaps + (own + step.frozen) * (2 + way.gradient_checkpointing)
+        operations = layer * passes + (6 * trained if way.lora_r else own * layer)
         heads = (5 + way.everything) * bool(args.kl_weight or args.loss_preset == "paper")
         heads += (3 + way.everything) * bool(args.lm_weight)
-        return round(self.length * (operations + heads * 2 * config.hidden_size * config.vocab_size))
+        return self.length * (operations + heads * 2 * self.config.hidden_size * self.config.vocab_size)
 
     def scoring_flops(self, depth: int) -> int:
-        """Count about what choosing one edit of `depth` layers takes; 0 for guesses and tasks."""
+        """Count roughly what choosing one edit of `depth` layers computes; 0 for guesses and tasks."""
         if self.args.criterion not in TOKEN_MEASURES:
             return 0
-        config, attention = self.config, 2 * self.length * self.config.hidden_size  # over half of the row on average
         passes = depth * (depth + 1) // 2 + len(self.layers) * (depth < len(self.layers))
-        head = 2 * config.hidden_size * config.vocab_size * (depth + 1)
-        of_token = passes * (2 * self.layer_parameters + attention) + head
-        return self.args.num_calibration_samples * self.length * of_token
+        head = 2 * self.config.hidden_size * self.config.vocab_size * (depth + 1)
+        return self.args.num_calibration_samples * self.length * (passes * self._forward_flops() + head)
 
     def disk(self, setting: HealingSetting) -> dict[str, int]:
         """Count the bytes in the output folder; students are saved in the dtype of the checkpoint the run starts from.

@@ -1,7 +1,7 @@
 """Let the teacher write data to heal on: prompts in, its own answers out.
 
-answers.jsonl           the rows, written when every prompt has its answer
-answers.jsonl.journal   what decides the answers, then a line for each batch of answers, appended when it is done
+The rows of each batch are appended to the file when they are done. After a kill, the last batch in the file is written
+again, as it may not be whole, and then what is missing.
 """
 
 from __future__ import annotations
@@ -47,13 +47,6 @@ class Prompt(NamedTuple):
     ids: list[int]
 
 
-class Answer(NamedTuple):
-    row: int
-    text: str
-    num_tokens: int  # without the end token
-    truncated: bool
-
-
 @dataclass(frozen=True)
 class HealingDataReport:
     """What [`generate_healing_data`] wrote.
@@ -61,7 +54,7 @@ class HealingDataReport:
     Attributes:
         num_rows (`int`): rows in the file.
         num_empty (`int`): prompts without a row, because the answer was blank.
-        num_truncated (`int`): answers that were cut at `max_new_tokens`: rows unless `keep_truncated=False`.
+        num_truncated (`int`): rows whose answer was cut at `max_new_tokens`.
         num_tokens (`int`): tokens of the answers in the file.
         num_too_long (`int`): prompts that were left out, because they are longer than `max_prompt_tokens`.
     """
@@ -84,28 +77,25 @@ def generate_healing_data(
     """Write a teacher's answers to prompts as rows of `prompt` and `completion`, for [`IterativeLayerDistillTrainer`]
     or [`~trl.SFTTrainer`].
 
-    After a kill, the same call continues after the last complete batch. The random numbers of a batch come from the
-    seed and the number of its first row. So on the same device, with the same libraries and `batch_size`, the file is
-    identical, however often the run was interrupted and however many processes share it. Under `torchrun` or
-    `accelerate launch` the processes share the batches; all must see the folder of the file.
+    After a kill, the same call continues the file. The random numbers of a batch come from the seed and the number of
+    its first row. So on the same device, with the same libraries and `batch_size`, the file is identical, however
+    often the run was interrupted and however many processes share it. Under `torchrun` or `accelerate launch` the
+    processes share the batches; all must see the folder of the file.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
             The teacher. One that is named is loaded in its own dtype, on this process's device.
         prompts (`str` or [`~datasets.Dataset`]):
             Rows with messages, prompts or text; or a file, a Hub id or an embedded text, see [`load_text_dataset`].
-        output_file (`str` or `Path`): file of JSON lines to write.
+        output_file (`str` or `Path`): file of JSON lines to write or to continue.
         config ([`HealingDataConfig`], *optional*): which prompts, how to sample, what to keep.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): by default the model's own.
         on_rows (`Callable[[int, int], None]`, *optional*):
             Called at the start and after each batch with the number of prompts that have an answer, and of all.
 
-    Returns:
-        [`HealingDataReport`]: counts; the same again for a file that is finished already.
-
     Raises:
-        [`LayerPruneError`]: if model, prompts and settings do not fit together, `output_file` holds something else, or
-            no answer is left to write.
+        [`LayerPruneError`]: if model, prompts and settings do not fit together, `output_file` holds rows of another
+            run, or all answers are blank.
     """
     config, state, path = config or HealingDataConfig(), processes(), Path(output_file)
     if path.suffix != ".jsonl":
@@ -120,10 +110,12 @@ def generate_healing_data(
     check_tokenizer(tokenizer, model, name)
     sampling = _sampling(model, tokenizer, config)
     asked, num_too_long = _read_prompts(dataset, tokenizer, config, num_positions(model.config))
-    answers = _answer_all(model, tokenizer, asked, sampling, config, path, on_rows)
-    report = _write(path, asked, answers, config.keep_truncated, num_too_long)
+    rows = _answer_all(model, tokenizer, asked, sampling, config, path, on_rows)
     state.wait_for_everyone()
-    return report
+    if not rows:
+        raise LayerPruneError("all answers are blank; sample at another temperature, or give other prompts")
+    num_truncated, num_tokens = (sum(row[key] for row in rows) for key in ("truncated", "num_tokens"))
+    return HealingDataReport(len(rows), len(asked) - len(rows), num_truncated, num_tokens, num_too_long)
 
 
 def processes() -> PartialState:
@@ -232,34 +224,53 @@ def _answer_all(
     prompts: Sequence[Prompt],
     sampling: GenerationConfig,
     config: HealingDataConfig,
-    output_file: Path,
+    path: Path,
     on_rows: Callable[[int, int], None],
-) -> dict[int, Answer]:
-    """Answer the prompts that the journal has no answer to; the processes take turns, a batch each."""
-    journal = output_file.with_name(f"{output_file.name}.journal")
-    settings = {"model": fingerprint_model(model), "dtype": str(model.dtype), "prompts": fingerprint(prompts)}
-    settings = json.dumps(settings | {"seed": config.seed} | sampling.to_diff_dict())
-    (answers,) = broadcast_object_list([_read_journal(journal, settings)])  # all share the same batches
-    batches = [prompts[start : start + config.batch_size] for start in range(0, len(prompts), config.batch_size)]
-    batches = [[prompt for prompt in batch if prompt.row not in answers] for batch in batches]
-    batches = [batch for batch in batches if batch]
-    if batches and output_file.exists():
-        raise LayerPruneError(f"{output_file} exists and was not written by this run; choose another output_file")
+) -> list[dict[str, Any]]:
+    """Write the rows that the file lacks, and return all; the processes take turns, a batch each."""
+    settings = sampling.to_diff_dict() | {"transformers_version": None}
+    run = fingerprint([fingerprint_model(model), model.dtype, prompts, config.seed, settings])
+    (rows,) = broadcast_object_list([_written(path, run)])
+    first_row = rows[-1]["first_row"] if rows else prompts[0].row
+    rows, size = [row for row in rows if row["first_row"] < first_row], config.batch_size
+    done = next(number for number, prompt in enumerate(prompts) if prompt.row == first_row)
+    batches = [prompts[start : start + size] for start in range(done, len(prompts), size)]
     is_main, (rank, count) = processes().is_main_process, shard(model)
-    if is_main and not journal.exists():
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(journal, settings)
-    on_rows(len(answers), len(prompts))
+    if is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(map(_line, rows)))
+    on_rows(done, len(prompts))
     with inference(model):
         for start in range(0, len(batches), count):
-            turn = batches[start : start + count][rank::count]
-            found = [_answer(model, tokenizer, batch, sampling, config.seed) for batch in turn]
-            found = gathered(found, (rank, count))
-            for batch in found if is_main else ():
-                _append(journal, batch)
-            answers |= {answer.row: answer for batch in found for answer in batch}
-            on_rows(len(answers), len(prompts))
-    return answers
+            turn = batches[start : start + count]
+            found = [_answer(model, tokenizer, batch, sampling, config.seed) for batch in turn[rank::count]]
+            new = [row | {"run": run} for answers in gathered(found, (rank, count)) for row in answers]
+            if is_main:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write("".join(map(_line, new)))
+                    file.flush()
+                    os.fsync(file.fileno())
+            rows += new
+            done += sum(map(len, turn))
+            on_rows(done, len(prompts))
+    return rows
+
+
+def _written(path: Path, run: str) -> list[dict[str, Any]]:
+    """Read the whole lines of a file that this run began."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    with suppress(ValueError, TypeError, KeyError):
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]  # half a line may follow
+        if all(row["run"] == run for row in rows) and bool(rows) == bool(text):
+            return rows
+    raise LayerPruneError(
+        f"{path} holds rows of another run, with another model, other prompts or settings; delete it, or choose "
+        "another output_file"
+    )
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _answer(
@@ -268,7 +279,7 @@ def _answer(
     prompts: Sequence[Prompt],
     sampling: GenerationConfig,
     seed: int,
-) -> list[Answer]:
+) -> list[dict[str, Any]]:
     """Answer one batch. Its random numbers depend on the seed and its first row; the process's own state stays."""
     batch = to_device(padded([prompt.ids for prompt in prompts], sampling.pad_token_id, "left"), model.device)
     devices = [] if model.device.type == "cpu" else [model.device]
@@ -276,62 +287,13 @@ def _answer(
         digest = hashlib.sha256(f"{seed} {prompts[0].row}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
         ids = model.generate(**batch, generation_config=sampling, tokenizer=tokenizer)
-    answers = []
+    rows = []
     for prompt, written in zip(prompts, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
         end = next((n for n, token in enumerate(written) if token in (sampling.eos_token_id or ())), len(written))
-        truncated = end == sampling.max_new_tokens
-        text = tokenizer.decode(written[:end])
-        answers.append(Answer(prompt.row, text.rstrip("\ufffd") if truncated else text, end, truncated))
-    return answers
-
-
-def _read_journal(journal: Path, settings: str) -> dict[int, Answer]:
-    """The answers that are known, by their rows; those of other settings are refused."""
-    if not journal.exists():
-        return {}
-    first, *lines = journal.read_text().split("\n")
-    before, now = json.loads(first), json.loads(settings)
-    for key in sorted({*before, *now} - {"transformers_version"}):
-        if before.get(key) != now.get(key):
-            raise LayerPruneError(
-                f"{journal} holds answers of another run: {key} was {before.get(key)!r}, now it is {now.get(key)!r}; "
-                "delete it, or choose another output_file"
-            )
-    answers = {}
-    for line in lines:
-        with suppress(ValueError):  # half a line, where a run was killed
-            answers |= {answer.row: answer for answer in (Answer(*parts) for parts in json.loads(line))}
-    return answers
-
-
-def _append(journal: Path, answers: Sequence[Answer]) -> None:
-    """Add the answers of one batch so that they outlast the process."""
-    with journal.open("a") as file:
-        file.write("\n" + json.dumps(answers))  # the line break comes first: what stands before may be half a line
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write(
-    path: Path, prompts: Sequence[Prompt], answers: dict[int, Answer], keep_truncated: bool, num_too_long: int
-) -> HealingDataReport:
-    """Write the rows to keep; after a finished run they are there already."""
-    answered = [(prompt.content, answers[prompt.row]) for prompt in prompts if answers[prompt.row].text.strip()]
-    kept = [(content, answer) for content, answer in answered if keep_truncated or not answer.truncated]
-    num_empty, num_truncated = len(prompts) - len(answered), sum(answer.truncated for _, answer in answered)
-    if not kept:
-        raise LayerPruneError(
-            f"no answer is left: {num_empty} are empty and {num_truncated} cut at max_new_tokens; raise it, or set "
-            "keep_truncated"
-        )
-    rows = []
-    for content, answer in kept:
-        completion = answer.text if isinstance(content, str) else [{"role": "assistant", "content": answer.text}]
-        rows.append({"prompt": content, "completion": completion, "truncated": answer.truncated})
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if path.exists() and path.read_bytes() != text.encode():
-        raise LayerPruneError(f"{path} holds other rows than this run; choose another output_file, or delete it")
-    if processes().is_main_process:
-        write_atomically(path, text)
-    num_tokens = sum(answer.num_tokens for _, answer in kept)
-    return HealingDataReport(len(kept), num_empty, num_truncated, num_tokens, num_too_long)
+        truncated, text = end == sampling.max_new_tokens, tokenizer.decode(written[:end])
+        text = text.rstrip("\ufffd") if truncated else text
+        if text.strip():
+            completion = text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
+            row = {"prompt": prompt.content, "completion": completion, "truncated": truncated, "num_tokens": end}
+            rows.append(row | {"first_row": prompts[0].row})
+    return rows

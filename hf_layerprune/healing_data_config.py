@@ -33,8 +33,6 @@ class HealingDataConfig:
         top_k (`int`, *optional*): number of tokens to sample from; 0 is all.
         seed (`int`, *optional*, defaults to `42`): seed of the sampling.
         batch_size (`int`, *optional*, defaults to `8`): prompts at a time, per process.
-        keep_truncated (`bool`, *optional*, defaults to `True`):
-            Keep answers that were cut at `max_new_tokens`; they are marked by `"truncated": true`.
 
     Raises:
         [`LayerPruneError`]: for a value out of range.
@@ -60,20 +58,12 @@ class HealingDataConfig:
     top_k: int | None = field(default=None, metadata={"help": "Number of tokens to sample from; 0 is all."})
     seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
     batch_size: int = field(default=8, metadata={"help": "Prompts at a time, per process."})
-    keep_truncated: bool = field(
-        default=True, metadata={"help": "Keep answers that were cut at max_new_tokens (they are marked)."}
-    )
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "num_prompts", "max_prompt_tokens", "max_new_tokens", "batch_size"):
+        least = dict.fromkeys(("prompt_tokens", "num_prompts", "max_prompt_tokens", "max_new_tokens", "batch_size"), 1)
+        for name, minimum in (least | {"temperature": 0, "top_p": 0, "top_k": 0}).items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise LayerPruneError(f"{name}={value} is out of range; it must be at least 1")
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise LayerPruneError(f"temperature={self.temperature} is out of range; give 0 (greedy) or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise LayerPruneError(f"top_p={self.top_p} is out of range; it must be above 0 and at most 1")
-        if self.top_k is not None and self.top_k < 0:
-            raise LayerPruneError(f"top_k={self.top_k} is out of range; give 0 (all tokens) or more")
-        if self.temperature == 0 and (self.top_p, self.top_k) != (None, None):
-            raise LayerPruneError("temperature=0 is greedy, so top_p and top_k change nothing; leave them out")
+            if value is not None and not minimum <= value < float("inf"):
+                raise LayerPruneError(f"{name}={value} is out of range; it must be at least {minimum}")
+        if self.top_p is not None and self.top_p > 1:
+            raise LayerPruneError(f"top_p={self.top_p} is out of range; it must be at most 1")

@@ -73,8 +73,6 @@ def gguf_name(name_or_path: str, gguf_file: str | None) -> str:
     """One name for a GGUF file in a folder or a repository: `"folder/file.gguf"`, `"user/name/file.gguf@revision"`."""
     if gguf_file is None:
         return name_or_path
-    if not gguf_file.lower().endswith(".gguf"):
-        raise LayerPruneError(f"gguf_file={gguf_file!r} is not a GGUF file; give a name that ends with .gguf")
     name, revision = split_revision(name_or_path)
     return f"{name.rstrip('/')}/{gguf_file}" + (f"@{revision}" if revision else "")
 
@@ -96,36 +94,32 @@ def name_of(model: PreTrainedModel) -> str:
     return EMBEDDED if name == EMBEDDED_MODEL else name
 
 
-def _source(name_or_path: str, kwargs: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+def _source(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """The full name of a model, its folder or Hub id, and the options of `from_pretrained`: with the revision of the
     name, and without running code of the repository unless asked for."""
     options = {"trust_remote_code": False} | kwargs
     name = gguf_name(name_or_path, options.pop("gguf_file", None))
-    if (revision := one_revision(name, kwargs.get("revision"))) is not None:
+    bare, revision = split_revision(name)[0], one_revision(name, options.pop("revision", None))
+    if revision is not None:
         options["revision"] = revision
     if not is_gguf(name):
         return name, resolve(name), options
-    path = _gguf_path(name, {key: options[key] for key in OF_THE_HUB if key in options})
-    options.pop("revision", None)  # of the repository; the file is here
+    path = Path(bare).absolute()
+    if not path.is_file():  # on the Hub
+        if bare.count("/") < 2:
+            raise LayerPruneError(f"{name} does not exist; give the path of a GGUF file, or user/name/file.gguf")
+        user, repository, file = bare.split("/", 2)
+        of_the_hub = {key: options[key] for key in OF_THE_HUB if key in options}
+        try:
+            path = Path(cached_file(f"{user}/{repository}", file, **of_the_hub))
+        except LOADING_ERRORS as error:
+            raise LayerPruneError(f"{name} cannot be loaded: {first_line(error)}") from error
+        options.pop("revision", None)
     return name, str(path.parent), options | {"gguf_file": str(path)}
 
 
-def _gguf_path(name_or_path: str, options: dict[str, Any]) -> Path:
-    """Where a GGUF file lies on this machine; a file on the Hub is downloaded."""
-    name = split_revision(name_or_path)[0]
-    if Path(name).is_file():
-        return Path(name).absolute()
-    user, repository, file = [*name.split("/", 2), "", ""][:3]
-    if not (user and repository and file):
-        raise LayerPruneError(f"{name_or_path} does not exist; give the path of a GGUF file, or user/name/file.gguf")
-    try:
-        return Path(cached_file(f"{user}/{repository}", file, **options))
-    except LOADING_ERRORS as error:
-        raise LayerPruneError(f"{name_or_path} cannot be loaded: {first_line(error)}") from error
-
-
 def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
-    """The config of a model.
+    """Load the config of a model.
 
     Raises:
         [`LayerPruneError`]: if there is none, or its architecture is not supported.
@@ -138,7 +132,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     try:
         if "gguf_file" in options:
             config.name_or_path, config.dtype = name, GGUF_DTYPE
-            _complete(config, options["gguf_file"])
+            _scale_positions(config, options["gguf_file"])
         check_supported(config)
         plan_of(config)
     except LayerPruneError as error:
@@ -153,16 +147,12 @@ def _reason(error: Exception, folder: Path) -> str:
     if folder.is_dir() and not (folder / "config.json").is_file():
         files = sorted(path.name for path in folder.glob("*.gguf"))
         return "it has no config.json" + (f"; name one of its GGUF files, {', '.join(files)}" if files else "")
-    is_hint_due = not folder.exists() and "config.json" in str(error)
-    return first_line(error) + ("; if it holds GGUF files, name one with gguf_file" if is_hint_due else "")
+    return first_line(error)
 
 
-def _complete(config: PretrainedConfig, path: str) -> None:
-    """Add what transformers does not read from a GGUF file, how Llama 3 scales its rotary positions; refuse another
-    scaling, and one of several files."""
+def _scale_positions(config: PretrainedConfig, path: str) -> None:
+    """Scale the rotary positions as Llama 3 does where a GGUF file says so, which transformers does not read."""
     metadata, tensors = read_gguf_metadata(path)
-    if (parts := metadata.get("split.count", 1)) > 1:
-        raise LayerPruneError(f"it is one of {parts} files; merge them with llama.cpp's llama-gguf-split --merge")
     kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors:
         from gguf import GGUFReader
@@ -207,7 +197,7 @@ def load_model(
     keep_models_whole()
     config = load_config(name_or_path, **beside_weights(kwargs))
     name, source, options = _source(name_or_path, kwargs)
-    if packed := "gguf_file" in options:
+    if is_packed := "gguf_file" in options:
         options |= {"config": config, "quantization_config": GgufConfig(dequantize=True)}
     if dtype == "auto" and for_device is not None:
         dtype = native_dtype(config.dtype, torch.device(for_device)) or "auto"
@@ -221,7 +211,7 @@ def load_model(
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
     if wrong:
         raise LayerPruneError(f"{name}: weights do not fit the config: {', '.join(wrong[:5])}")
-    if packed:
+    if is_packed:
         model.name_or_path = model.config.name_or_path = name
         with torch.no_grad():
             for parameter in model.parameters():
@@ -253,8 +243,8 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         [`LayerPruneError`]: if there is none.
     """
     name, source, options = _source(name_or_path, kwargs)
-    folder, packed = Path(source), "gguf_file" in options
-    if not packed and folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    folder, is_packed = Path(source), "gguf_file" in options
+    if not is_packed and folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         # transformers would make an empty tokenizer without a word
         raise LayerPruneError(f"{name} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one next to the model")
     try:

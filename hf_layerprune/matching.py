@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import LayerPruneError
@@ -12,7 +12,6 @@ from .surgery import plan_of, prune
 
 CLEARLY_NEARER = 0.7
 """Largest distance to the nearest layer of the teacher, as a share of that to the next; unrelated layers are at 1."""
-UNLIKE = 10.0  # the distance of layers of other shapes
 NUMBERS_PER_TENSOR = 2**16  # that are compared, from all over it
 
 
@@ -22,9 +21,9 @@ def with_plan(student: PreTrainedModel, teacher: PreTrainedModel, plan: LayerPla
     Raises:
         [`LayerPruneError`]: if `plan` does not fit the student, or none is given and none can be found.
     """
-    depth, recorded = student.config.num_hidden_layers, getattr(student.config, "layer_plan", None)
-    if recorded is not None:
-        if plan is not None and plan != plan_of(student):
+    depth = student.config.num_hidden_layers
+    if getattr(student.config, "layer_plan", None) is not None:
+        if plan not in (None, plan_of(student)):
             raise LayerPruneError(f"plan={plan.to_json()} is not that of the student's config.json; leave it out")
         return student
     if plan is None:
@@ -48,37 +47,35 @@ def find_plan(student: PreTrainedModel, teacher: PreTrainedModel) -> LayerPlan:
     Raises:
         [`LayerPruneError`]: if a layer is about as near to another one, or the layers do not ascend.
     """
-    plan = plan_of(teacher)
+    plan, last = plan_of(teacher), -1
     if plan.parallel_pairs:
         raise LayerPruneError("the teacher runs layers in parallel; say which layers the student holds with plan")
-    teachers, chosen = _layers(teacher), []
-    for number, own in enumerate(_layers(student)):
-        distances = torch.tensor([_distance(own, its) for its in teachers])
-        order = distances.argsort().tolist()
-        nearest, next_one = (float(distances[index]) for index in order[:2])
-        if not nearest < CLEARLY_NEARER * min(next_one, 1.0) or any(order[0] <= before for before in chosen):
+    teachers, layers = _samples(teacher), []
+    for number, own in enumerate(_samples(student)):
+        distances = torch.stack([_distance(own, its) for its in teachers])
+        (nearest, second), order = distances.topk(2, largest=False)
+        if not nearest < CLEARLY_NEARER * second.clamp(max=1) or order[0] <= last:
             raise LayerPruneError(
                 f"layer {number} of the student is not clearly one of the teacher's: its weights differ by "
-                f"{nearest:.2f} of their size from layer {plan.layers[order[0]]} and by {next_one:.2f} from layer "
+                f"{nearest:.2f} of their size from layer {plan.layers[order[0]]} and by {second:.2f} from layer "
                 f"{plan.layers[order[1]]}; say which layers it holds with --plan plan.json"
             )
-        chosen.append(order[0])
-    return LayerPlan(tuple((plan.layers[index],) for index in chosen), plan.num_teacher_layers)
+        last = int(order[0])
+        layers.append(plan.layers[last])
+    return LayerPlan(tuple((layer,) for layer in layers), plan.num_teacher_layers)
 
 
-def _layers(model: PreTrainedModel) -> list[list[Tensor]]:
+def _samples(model: PreTrainedModel) -> list[list[Tensor]]:
     """Some weights of every matrix of each layer."""
-
-    def some(weights: nn.Parameter) -> Tensor:
-        flat = weights.detach().flatten()
-        return flat[:: max(1, len(flat) // NUMBERS_PER_TENSOR)].float().cpu()
-
-    return [[some(part) for part in layer.parameters() if part.dim() > 1] for layer in model.base_model.layers]
+    layers = (
+        [part.detach().flatten() for part in layer.parameters() if part.dim() > 1] for layer in model.base_model.layers
+    )
+    return [[part[:: max(1, len(part) // NUMBERS_PER_TENSOR)].float().cpu() for part in parts] for parts in layers]
 
 
-def _distance(own: list[Tensor], its: list[Tensor]) -> float:
+def _distance(own: list[Tensor], its: list[Tensor]) -> Tensor:
     """Mean over the matrices of the norm of the difference over that of the teacher's."""
     if [part.shape for part in own] != [part.shape for part in its]:
-        return UNLIKE
-    parts = [(float((a - b).norm()), float(b.norm())) for a, b in zip(own, its, strict=True)]
-    return sum(difference / norm if norm else float(difference > 0) for difference, norm in parts) / len(parts)
+        return torch.tensor(torch.inf)
+    parts = [((a - b).norm(), b.norm()) for a, b in zip(own, its, strict=True)]
+    return torch.stack([difference / norm if norm else (difference > 0).float() for difference, norm in parts]).mean()

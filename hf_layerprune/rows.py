@@ -30,8 +30,7 @@ def with_text(dataset: Dataset | IterableDataset, text_field: str | None, name: 
     formatting function writes the text) only token ids are touched.
 
     Raises:
-        [`LayerPruneError`]: if there is no such column, no row with text, or a row of another kind than the first; a
-            stream raises the last when it gets there.
+        [`LayerPruneError`]: if there is no such column, no row with text, or the first has another form.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise LayerPruneError(
@@ -48,16 +47,13 @@ def with_text(dataset: Dataset | IterableDataset, text_field: str | None, name: 
     kept = _text_columns(columns, text_field, name)
     more = [] if kept == [text_field] else [column for column in NEXT_TO_CHATS if column in columns]
     dataset = dataset.select_columns(kept + more)
-    first = next((row[kept[0]] for row in dataset if not _is_blank(row, kept)), None)
+    first = next((row for row in dataset if not _is_blank(row, kept)), None)
     if first is None:
         raise LayerPruneError(f"{name}: column {' and '.join(map(repr, kept))} holds no text, only blank rows")
-    if kept == ["conversations"] and isinstance(first, list) and is_message(first[0]):
+    _check_row(first, kept, text_field, name)
+    if kept == ["conversations"] and is_message(first["conversations"][0]):
         dataset, kept = dataset.rename_column("conversations", "messages"), ["messages"]
-    any_kind = list if isinstance(first, list) else str
-    kinds = {
-        column: {text_field: str, "messages": list, "conversations": list}.get(column, any_kind) for column in kept
-    }
-    return _filtered(dataset, _is_readable, f"{name}: blank rows left out", kinds=kinds, name=name)
+    return _filtered(dataset, lambda row: not _is_blank(row, kept), f"{name}: blank rows left out")
 
 
 def is_message(value: Any) -> bool:
@@ -104,27 +100,27 @@ def _is_blank(row: dict[str, Any], columns: Sequence[str]) -> bool:
     return any(cell is None or not (cell.strip() if isinstance(cell, str) else cell) for cell in cells)
 
 
-def _is_readable(row: dict[str, Any], number: int, kinds: dict[str, type], name: str) -> bool:
-    """Whether a row has text; one that TRL would stumble over raises."""
-    if _is_blank(row, list(kinds)):
-        return False
-    for column, kind in kinds.items():
-        value, is_chat = row[column], kind is list and column != "conversations"
-        if not isinstance(value, kind) or is_chat and not all(map(is_message, value)):
-            what = "text" if kind is str else "a list of messages"
-            raise LayerPruneError(f"{name}: row {number} has {value!r:.80} in column {column!r}, which is not {what}")
-    return True
+def _check_row(row: dict[str, Any], columns: Sequence[str], text_field: str, name: str) -> None:
+    """Raise [`LayerPruneError`] if a row is not of a form that TRL reads."""
+    is_chat = isinstance(row["prompt"], list) if "prompt" in columns else columns != [text_field]
+    for column in columns:
+        value = row[column]
+        if is_chat:
+            readable = isinstance(value, list) and (column == "conversations" or all(map(is_message, value)))
+        else:
+            readable = isinstance(value, str)
+        if not readable:
+            kind = "a list of messages" if is_chat else "text"
+            raise LayerPruneError(f"{name} has {value!r:.80} in column {column!r}, which is not {kind}")
 
 
 def _filtered(
-    dataset: Dataset | IterableDataset, condition: Callable[..., bool], warning: str, **options: Any
+    dataset: Dataset | IterableDataset, condition: Callable[[dict[str, Any]], bool], warning: str
 ) -> Dataset | IterableDataset:
-    """The rows for which `condition(row, number, **options)` holds; warn how many do not, except for a stream."""
-    kept = dataset.filter(condition, with_indices=True, fn_kwargs=options)
-    if isinstance(dataset, IterableDataset):
+    """The rows that meet a condition; warn how many do not, except for a stream."""
+    kept = dataset.filter(condition)
+    if isinstance(dataset, IterableDataset) or len(kept) == len(dataset):
         return kept
-    if len(kept) == len(dataset):
-        return dataset
     logger.warning(f"{warning}: {len(dataset) - len(kept):,} of {len(dataset):,}")
     return kept
 
@@ -136,17 +132,14 @@ def _is_tokens(value: Any) -> bool:
 def _without_padding(dataset: Dataset | IterableDataset, columns: list[str], name: str) -> Dataset | IterableDataset:
     """Rows of token ids that hold some, without the tokens that their attention mask hides."""
     if "attention_mask" in columns:
-        how = {"with_indices": True, "fn_kwargs": {"name": name}, "remove_columns": ["attention_mask"]}
-        dataset = dataset.map(_unpadded, **how)
-    return _filtered(dataset, lambda row, number: bool(row["input_ids"]), f"{name}: rows without a token left out")
+        dataset = dataset.map(_unpadded, remove_columns=["attention_mask"])
+    return _filtered(dataset, lambda row: bool(row["input_ids"]), f"{name}: rows without a token left out")
 
 
-def _unpadded(row: dict[str, Any], number: int, name: str) -> dict[str, Any]:
+def _unpadded(row: dict[str, Any]) -> dict[str, Any]:
     """A row with every list of its tokens (ids, labels, masks) cut to where the attention mask is 1."""
-    ids, mask = row["input_ids"], row["attention_mask"]
-    if not ids or mask is None or all(mask):
+    mask = row["attention_mask"]
+    if mask is None or all(mask):
         return row
-    if len(mask) != len(ids):
-        raise LayerPruneError(f"{name}: row {number} has {len(ids)} input_ids but {len(mask)} in its attention_mask")
     lists = {key: value for key, value in row.items() if isinstance(value, list) and len(value) == len(mask)}
     return row | {key: list(compress(value, mask)) for key, value in lists.items()}

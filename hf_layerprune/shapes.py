@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from .architectures import architecture_of, check_supported
 from .data import ASSETS
-from .errors import LayerPruneError, first_line
-from .loading import LOADING_ERRORS
+from .errors import LayerPruneError
+from .loading import load_config
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 
@@ -37,15 +38,7 @@ def load_shape(name_or_path: str) -> PretrainedConfig:
     if not path.is_file():
         names = ", ".join(SHAPES)
         raise LayerPruneError(f"there is no shape {name_or_path!r}; choose one of {names}, or a path to a config.json")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_supported(config)
-        plan_of(config)
-    except LayerPruneError as error:
-        raise LayerPruneError(f"{name_or_path}: {error}") from None
-    except LOADING_ERRORS as error:
-        raise LayerPruneError(f"{name_or_path} cannot be read as a config.json: {first_line(error)}") from error
-    return config
+    return load_config(str(path))
 
 
 def shape_plan(config: PretrainedConfig, num_layers: int, num_blocks: int | None = None) -> LayerPlan:
@@ -58,15 +51,12 @@ def shape_plan(config: PretrainedConfig, num_layers: int, num_blocks: int | None
         [`LayerPruneError`]: if there are too many layers, or blocks that pairs and single layers cannot make up.
     """
     depth, blocks = len(plan_of(config).layers), num_layers if num_blocks is None else num_blocks
-    if not 1 <= num_layers <= depth:
-        raise LayerPruneError(f"num_layers={num_layers} is out of range; the shape has {depth} layers")
-    if not (num_layers + 1) // 2 <= blocks <= num_layers:
+    pairs, single = num_layers - blocks, 2 * blocks - num_layers
+    if not 1 <= num_layers <= depth or min(pairs, single) < 0:
         raise LayerPruneError(
-            f"num_blocks={blocks} is out of range; {num_layers} layers, alone or in pairs, make "
-            f"{(num_layers + 1) // 2}..{num_layers} blocks"
+            f"num_layers={num_layers}, num_blocks={blocks} is out of range; the shape has {depth} layers, and a block "
+            "holds one or two"
         )
-    pairs = num_layers - blocks
-    single = num_layers - 2 * pairs
     first = single - min(max(1, num_layers // 8), single // 2)  # layers before the pairs
     plan = LayerPlan.identity(num_layers)
     return plan.with_pairs((n, n + 1) for n in range(first, first + 2 * pairs, 2)) if pairs else plan
@@ -101,18 +91,14 @@ def random_models(
         values["layer_types"] = ["full_attention"] * depth
     for key in ("model_type", "architectures", "auto_map", "layer_plan", "dtype"):
         values.pop(key, None)
-    plain = architecture_of(config).config_class(**values)
-    whole = _random_model(plain, dtype, device)
+    whole = _random_model(architecture_of(config).config_class(**values), dtype, device)
     return [apply_plan(whole, LayerPlan(plan.blocks, depth), share_weights=True) for plan in plans]
 
 
 def _random_model(config: PretrainedConfig, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
     """Fill a model with small weights and norms of one: copies of a million numbers, as drawing all takes minutes."""
-    with torch.device("meta"):
+    with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    rotary = type(model.base_model.rotary_emb)(model.config)  # its buffers are computed: `to_empty` would lose them
-    model.to_empty(device=device)
-    model.base_model.rotary_emb = rotary.to(device)
     model.tie_weights()
     numbers = torch.empty(1_000_003, dtype=dtype, device=device).normal_(std=0.02)
     with torch.no_grad():

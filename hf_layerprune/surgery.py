@@ -1,4 +1,4 @@
-"""Apply a layer plan to a model: remove layers, run them in parallel, convert between plain models and PrunedQwen2.
+"""Apply a layer plan to a model: remove layers, run them in parallel, take parallel layers apart.
 
 A student without parallel blocks stays what it was, a plain model of its teacher's family, so that stock transformers,
 vLLM, SGLang and llama.cpp load it. Its `config.layer_plan` says which teacher layers it holds.
@@ -16,13 +16,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architectures import architecture_of, check_supported, keep_layers
 from .errors import LayerPruneError
-from .models import PLAIN_MODELS, PrunedQwen2Config, PrunedQwen2ForCausalLM
+from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM
 from .models.configuration_pruned_qwen2 import older_rope
 from .models.modeling_pruned_qwen2 import adopt_weights, is_tied
 from .plan import LayerPlan, layer_indices
-
-NOT_OF_PLAIN = ("model_type", "architectures", "auto_map", "attention_bias", "qk_norm")
-"""Entries of a PrunedQwen2's config that a plain model does not take over."""
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -164,24 +161,16 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
         )
     if set(plan.blocks) <= set(current.blocks) and (plan.parallel_pairs or not current.parallel_pairs):
         return _keep_blocks(model, current, plan, share_weights)
-    student = _rearranged(model, plan)
+    try:
+        student = PrunedQwen2ForCausalLM.from_plain(model, plan)
+    except ValueError as error:
+        raise LayerPruneError(str(error)) from None
     student = student if plan.parallel_pairs else to_plain(student)
     if share_weights:
         return student.requires_grad_(False)
-    theirs = {parameter.data_ptr(): parameter.requires_grad for parameter in model.parameters()}
-    trained_layers = {
-        layer
-        for block, module in zip(current.blocks, model.base_model.layers, strict=True)
-        for layer in block
-        if any(parameter.requires_grad for parameter in module.parameters())
-    }
-    for block, module in zip(plan.blocks, student.base_model.layers, strict=True):
-        module.requires_grad_(not trained_layers.isdisjoint(block))  # of a new block: as the layers it is made of
-    shared = [parameter for parameter in student.parameters() if parameter.data_ptr() in theirs]
-    for parameter in shared:
-        parameter.requires_grad_(theirs[parameter.data_ptr()])
-    unshare_parameters(shared)
-    return student
+    theirs = {parameter.data_ptr() for parameter in model.parameters()}
+    unshare_parameters(parameter for parameter in student.parameters() if parameter.data_ptr() in theirs)
+    return student.requires_grad_(any(parameter.requires_grad for parameter in model.parameters()))
 
 
 def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, share_weights: bool) -> PreTrainedModel:
@@ -216,35 +205,15 @@ def unshare_parameters(parameters: Iterable[nn.Parameter]) -> None:
 
 def share_equal_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Let every tensor of `student` that equals the teacher's, bit by bit, be the teacher's in memory."""
-    blocks, blocks_of_teacher = plan_of(student).blocks, plan_of(teacher).blocks
-    theirs = dict(teacher.named_parameters())
-    for name, parameter in student.named_parameters():
-        before, layers, rest = name.partition(".layers.")
-        if layers:  # the teacher has the block at another position, or lacks it
-            position, _, inside = rest.partition(".")
-            block = blocks[int(position)]
-            name = f"{before}.layers.{blocks_of_teacher.index(block) if block in blocks_of_teacher else None}.{inside}"
-        other = theirs.get(name)
-        alike = other is not None and (other.dtype, other.device) == (parameter.dtype, parameter.device)
-        if alike and torch.equal(parameter.data, other.data):
-            parameter.data = other.data
-
-
-def _rearranged(model: PreTrainedModel, plan: LayerPlan) -> PrunedQwen2ForCausalLM:
-    try:
-        return PrunedQwen2ForCausalLM.from_plain(model, plan)
-    except ValueError as error:
-        raise LayerPruneError(str(error)) from None
-
-
-def to_pruned_qwen2(model: PreTrainedModel) -> PrunedQwen2ForCausalLM:
-    """A plain model as `PrunedQwen2ForCausalLM` (weights shared): bit-identical logits.
-
-    Raises:
-        [`LayerPruneError`]: if the blocks of PrunedQwen2 cannot hold the layers of `model`'s family.
-    """
-    check_model(model)
-    return _rearranged(model, plan_of(model))
+    theirs = dict(zip(plan_of(teacher).blocks, teacher.base_model.layers, strict=True))
+    pairs = [(student.get_input_embeddings(), teacher.get_input_embeddings()), (student.lm_head, teacher.lm_head)]
+    pairs.append((student.base_model.norm, teacher.base_model.norm))
+    for block, layer in zip(plan_of(student).blocks, student.base_model.layers, strict=True):
+        pairs += [(layer, theirs[block])] if block in theirs else []
+    for own, its in pairs:
+        for mine, other in zip(own.parameters(), its.parameters(), strict=False):
+            if (mine.dtype, mine.device) == (other.dtype, other.device) and torch.equal(mine, other):
+                mine.data = other.data
 
 
 def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
@@ -256,17 +225,11 @@ def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
     if pairs := plan_of(model).parallel_pairs:
         raise LayerPruneError(f"the plan runs layers {list(pairs)} in parallel; a plain model cannot express that")
     architecture = architecture_of(model.config)
-    values = {key: value for key, value in model.config.to_dict().items() if key not in NOT_OF_PLAIN}
-    values["tie_word_embeddings"] = is_tied(model)
-    config_class = architecture.config_class
-    known = {item.name for item in fields(config_class)}
-    for name, value in PLAIN_MODELS[architecture.model_type].items():
-        if name in known:
-            values[name] = value
-    for name in ("layer_types", "max_window_layers", "use_sliding_window", "sliding_window"):
-        if name not in known:
-            values.pop(name, None)
-    config = config_class(**values, attn_implementation=model.config._attn_implementation)
+    own, its = ({field.name for field in fields(kind)} for kind in (PrunedQwen2Config, architecture.config_class))
+    left_out = (own - its - {"layer_plan"}) | {"model_type", "architectures", "auto_map"}
+    values = {key: value for key, value in model.config.to_dict().items() if key not in left_out}
+    values |= {"tie_word_embeddings": is_tied(model), "attn_implementation": model.config._attn_implementation}
+    config = architecture.config_class(**values)
     with torch.device("meta"):
         plain = architecture.model_class(config)
     adopt_weights(plain, model, model.state_dict())

@@ -7,6 +7,8 @@ from conftest import SHAPE, with_layers_that_matter
 from transformers import PreTrainedModel
 
 from hf_layerprune.architectures import ARCHITECTURES
+from hf_layerprune.models import PrunedQwen2ForCausalLM
+from hf_layerprune.surgery import plan_of
 
 FAMILIES = {
     "qwen2": {},
@@ -17,6 +19,11 @@ FAMILIES = {
 """What the config of each needs beside the common shape."""
 BLOCKS = ((0,), (1, 2, 3), (4,), (5, 6))
 """A plan of seven layers: a group of three, and a pair."""
+
+
+def pruned_qwen2(model: PreTrainedModel) -> PrunedQwen2ForCausalLM:
+    """The same blocks as a PrunedQwen2."""
+    return PrunedQwen2ForCausalLM.from_plain(model, plan_of(model))
 
 
 def family_model(family: str, num_layers: int = 5, seed: int = 0, **changes) -> PreTrainedModel:

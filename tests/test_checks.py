@@ -119,17 +119,17 @@ def test_a_column_of_text_that_is_named_is_the_one_that_counts(row):
 
 
 @pytest.mark.parametrize(
-    "rows, number",
+    "row, column",
     [
-        ([{"messages": [{"rol": "user", "content": "Hi"}]}], 0),
-        ([{"messages": "Hi"}], 0),
-        ([{"prompt": 1, "completion": 2}], 0),
-        ([{"prompt": "Hi", "completion": TURNS}], 0),
+        ({"messages": [{"rol": "user", "content": "Hi"}]}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"prompt": 1, "completion": 2}, "prompt"),
+        ({"prompt": "Hi", "completion": TURNS}, "completion"),
     ],
 )
-def test_rows_that_cannot_be_read_are_named(rows, number):
-    with pytest.raises(LayerPruneError, match=f"train_dataset: row {number} has "):
-        with_text(Dataset.from_list(rows), "text", "train_dataset")
+def test_rows_that_cannot_be_read_are_named(row, column):
+    with pytest.raises(LayerPruneError, match=f"train_dataset has .* in column '{column}', which is not"):
+        with_text(Dataset.from_list([row]), "text", "train_dataset")
 
 
 def test_what_is_no_data_set_is_named():

@@ -131,7 +131,7 @@ def test_evaluate(tmp_path, model_folder, text_file, capsys):
 def bad_requests():
     """Name, arguments, and what the message must name. `{...}` is filled in from the test's files."""
     return {
-        "text that is a number": (["--dataset", "{number}"], "number.jsonl: row 0"),
+        "text that is a number": (["--dataset", "{number}"], "number.jsonl has 5"),
         "text that is null": (["--dataset", "{null}"], "only blank rows"),
         "no text for a model of the user's": (["--dataset", None], "--dataset is missing"),
         "split of a file": (["--dataset_split", "test"], "dataset_split='test' is not in"),

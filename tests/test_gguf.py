@@ -146,7 +146,6 @@ def test_positions_of_llama_3_are_scaled_as_the_file_says(tmp_path):
     [
         ({"rope_factors": torch.tensor([1.0, 2.0, 5.0, 3.0])}, r"rotary positions are scaled \(rope_freqs\)"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, r"rotary positions are scaled \(yarn\)"),
-        ({"metadata": {"split.count": 3}}, "one of 3 files; merge them"),
         ({"left_out": "blk.3.ffn_up.weight"}, r"do not fit the config: model\.layers\.3\.mlp\.up_proj"),
     ],
 )

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import random_batches, tiny_model
+from families import pruned_qwen2
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
 
@@ -17,7 +18,7 @@ from hf_layerprune import (
     parallelize,
     prune,
 )
-from hf_layerprune.surgery import apply_plan, plan_of, to_pruned_qwen2
+from hf_layerprune.surgery import apply_plan, plan_of
 
 PAIRED = {
     "vocab_size": 64,
@@ -31,7 +32,7 @@ PAIRED = {
 
 
 def test_auto_classes_know_it(tmp_path):
-    to_pruned_qwen2(tiny_model()).save_pretrained(tmp_path)
+    pruned_qwen2(tiny_model()).save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is PrunedQwen2Config
     assert type(AutoModel.from_pretrained(tmp_path)) is PrunedQwen2Model
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is PrunedQwen2ForCausalLM
@@ -181,7 +182,7 @@ def test_plans_that_do_not_fit_a_checkpoint_are_refused(tmp_path):
 @pytest.mark.parametrize("pairs", [False, True])
 def test_loads_as_remote_code_where_the_package_is_missing(tmp_path, pairs):
     model = prune(tiny_model(), [2])
-    model = parallelize(model, [(1, 3)]) if pairs else to_pruned_qwen2(model)
+    model = parallelize(model, [(1, 3)]) if pairs else pruned_qwen2(model)
     model.save_pretrained(tmp_path / "saved")
     ids = random_batches(1, padded=False)[0]["input_ids"]
     generated = model.generate(ids, max_new_tokens=6, do_sample=False)

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from conftest import random_batches, tiny_model
+from families import pruned_qwen2
 from parallel_reference import literal
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2ForCausalLM, StaticCache
 
 from hf_layerprune import LayerPlan, LayerPruneError, PrunedQwen2ForCausalLM, parallelize, prune, unparallelize
-from hf_layerprune.surgery import apply_plan, plan_of, to_pruned_qwen2
+from hf_layerprune.surgery import apply_plan, plan_of
 
 SHAPES = {
     "grouped-query attention": {},
@@ -240,7 +241,7 @@ def test_frozen_models_stay_frozen_and_checkpointing_stays_as_it_was_set():
 
 
 def test_unparallelize_of_single_layers_is_plain():
-    assert type(unparallelize(to_pruned_qwen2(model_of()))) is Qwen2ForCausalLM
+    assert type(unparallelize(pruned_qwen2(model_of()))) is Qwen2ForCausalLM
 
 
 def test_sliding_windows_are_refused():

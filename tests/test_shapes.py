@@ -93,10 +93,10 @@ def test_a_few_pairs_leave_an_eighth_behind_them():
 @pytest.mark.parametrize(
     "layers, blocks, message",
     [
-        (37, None, "num_layers=37.*36"),
+        (37, None, "num_layers=37.*has 36 layers"),
         (0, None, "num_layers=0"),
-        (36, 17, "num_blocks=17.*18..36"),
-        (8, 9, "4..8"),
+        (36, 17, "num_blocks=17"),
+        (8, 9, "num_blocks=9"),
     ],
 )
 def test_depths_that_cannot_be_are_refused(layers, blocks, message):

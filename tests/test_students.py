@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import END, VOCAB_SIZE, byte_tokenizer, embedded_dataset, tiny_config
-from families import family_model
+from families import family_model, pruned_qwen2
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
@@ -19,7 +19,6 @@ from hf_layerprune import (
     prune,
     unparallelize,
 )
-from hf_layerprune.surgery import to_pruned_qwen2
 from hf_layerprune.trainer.students import save_student
 
 SCALING = {
@@ -34,7 +33,7 @@ IN_PYTHON = {
     "prune": lambda source: prune(load(source), [1]),
     "parallelize": lambda source: parallelize(load(source), [(1, 2)]),
     "unparallelize": lambda source: unparallelize(parallelize(load(source), [(1, 2)])),
-    "to_pruned_qwen2": lambda source: to_pruned_qwen2(load(source)),
+    "from_plain": lambda source: pruned_qwen2(load(source)),
     "from_pretrained": lambda source: PrunedQwen2ForCausalLM.from_pretrained(source, layer_plan=PAIRED),
 }
 TEXTS = "--dataset embedded:calibration --eval_dataset embedded:held_out "
@@ -119,7 +118,7 @@ def test_positions_are_written_as_transformers_4_reads_them_too(student, source,
 )
 def test_every_kind_of_positions_has_its_older_form(rope, older, form, tmp_path):
     model = family_model("qwen3", rope_parameters=rope | {"rope_theta": 1e5})
-    student = prune(model, [1]) if form == "plain" else to_pruned_qwen2(model)
+    student = prune(model, [1]) if form == "plain" else pruned_qwen2(model)
     student.save_pretrained(tmp_path)
     assert config_of(tmp_path)["rope_theta"] == 1e5 and config_of(tmp_path)["rope_scaling"] == older
     again = load(tmp_path)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import random_batches, tiny_model
+from families import pruned_qwen2
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
@@ -21,7 +22,7 @@ from hf_layerprune import (
     score_layers,
     search_plan,
 )
-from hf_layerprune.surgery import plan_of, to_plain, to_pruned_qwen2, unshare_parameters
+from hf_layerprune.surgery import plan_of, to_plain, unshare_parameters
 
 
 def naive_without(model, layer):
@@ -113,7 +114,7 @@ def test_shared_weights_share_memory_until_unshared(model):
 
 def test_pruned_qwen2_without_pairs_is_bit_identical_and_converts_back(model, batches):
     student = prune(model, [3])
-    pruned = to_pruned_qwen2(student)
+    pruned = pruned_qwen2(student)
     assert type(pruned) is PrunedQwen2ForCausalLM
     assert torch.equal(pruned(**batches[0]).logits, student(**batches[0]).logits)
     back = to_plain(pruned)
@@ -123,7 +124,7 @@ def test_pruned_qwen2_without_pairs_is_bit_identical_and_converts_back(model, ba
 
 
 def test_pruned_qwen2_can_be_pruned(model, batches):
-    a, b = prune(to_pruned_qwen2(model), [1]), prune(model, [1])
+    a, b = prune(pruned_qwen2(model), [1]), prune(model, [1])
     assert type(a) is PrunedQwen2ForCausalLM
     assert torch.equal(a(**batches[0]).logits, b(**batches[0]).logits)
 
@@ -147,7 +148,6 @@ def test_bad_requests_are_refused(model, tmp_path):
     [
         lambda model, batches: prune(model, [3]),
         lambda model, batches: apply_plan(model, LayerPlan.identity(5).remove(3)),
-        lambda model, batches: to_pruned_qwen2(model),
         lambda model, batches: score_layers(model, batches),
         lambda model, batches: score(model, batches, [Edit.remove(3)]),
         lambda model, batches: search_plan(model, batches, {"depth": 4}),

@@ -29,7 +29,6 @@ def generate(argv: list[str]) -> None:
             model, prompts, arguments.output_file, config, tokenizer, on_rows=partial(phases.done, "answering")
         )
     cut = f", {report.num_truncated:,} cut at {config.max_new_tokens} tokens" if report.num_truncated else ""
-    cut += " and left out" if cut and not config.keep_truncated else ""
     empty = f", {report.num_empty:,} empty and left out" if report.num_empty else ""
     empty += f", {report.num_too_long:,} prompts too long and left out" if report.num_too_long else ""
     say(
