@@ -28,8 +28,7 @@ from .losses import MAX_LOGITS_PER_CHUNK, parts_of_loss
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 from .trainer import IterativeLayerDistillConfig
-from .trainer.targets import HiddenStateMap
-from .trainer.towers import run_towers
+from .trainer.towers import HiddenStateMap, run_towers
 from .trainer.trainable import lora_config, make_trainable
 
 DEFAULT_LENGTH = 1024  # tokens per row where `max_length` sets no bound
@@ -77,7 +76,7 @@ class FakeBytes(FakeTensorMode):
 class Way:
     """A way to heal."""
 
-    trained: str  # a value of `trained_layers`
+    trained: str | tuple[int, ...]  # a value of `trained_layers`
     lora_r: int | None  # rank of the adapters, where these are trained instead of the weights
     dtype: str  # of the weights in memory
     gradient_checkpointing: bool
@@ -206,8 +205,7 @@ class StepMeter:
         shared = None if student.get_input_embeddings().weight.requires_grad else 0
         half = torch.float16 if args.fp16 else torch.bfloat16
         with torch.autocast("cpu", half, enabled=bool(args.bf16 or args.fp16)):
-            updates = args.hidden_target == "updates"
-            towers = run_towers(student, teacher, {"input_ids": ids}, valid, states, shared, updates)
+            towers = run_towers(student, teacher, {"input_ids": ids}, valid, states, shared)
             parts = parts_of_loss(towers, student.lm_head, teacher.lm_head, torch.zeros_like(valid[0]), args)
             divergence = [self.fake.now]
             reached = (part for part in (towers.student_final, student.lm_head.weight) if part.requires_grad)

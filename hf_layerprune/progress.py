@@ -116,13 +116,13 @@ class RunProgress(LayerDistillCallback):
     taken to be the same in all rounds."""
 
     def __init__(self, trainer: IterativeLayerDistillTrainer, phases: Phases) -> None:
-        args, budget, depth = trainer.args, trainer.args.budget(), plan_of(trainer.start).depth
+        args, budget, depth = trainer.args, trainer.args.budget, plan_of(trainer.start).depth
         self.phases, self.number = phases, 0
         self.rounds = max(1, -(-(depth - expected_depth(budget, trainer.teacher)) // args.layers_per_round))
         self.of_rounds = f"/{self.rounds}" if budget.unit == "depth" else ""  # else a guess
         batch = args.per_device_eval_batch_size
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        candidates = len(args.edit_space().kinds) * depth  # half of the layers runs for each
+        candidates = len(args.edits) * depth  # half of the layers runs for each
         passes = {"scoring": 1 + candidates / 2, "repairing": 2, "evaluating": 2, "healing": 2 + BACKWARD}
         self.step_work = {phase: count * (step if phase == "healing" else batch) for phase, count in passes.items()}
         rows, edits = trainer.all_train_rows, args.layers_per_round

@@ -81,7 +81,7 @@ def test_yaml_is_read_as_the_command_line_is(tmp_path):
     settings.write_text("trained_layers: 3\nmax_steps: 4.0\nmax_length: null\ntarget_num_layers: 3\n")
     parser = Parser("compress")
     _, config = parser.read([f"--config={settings}", "--target-latency", "0.5", "--no_heal"])
-    assert (config.trained_layers, config.max_steps, config.max_length) == ("3", 4, None)
+    assert (config.trained_layers, config.max_steps, config.max_length) == ((3,), 4, None)
     assert (config.target_num_layers, config.target_latency, config.heal) == (None, 0.5, False)
     assert parser.given == {"trained_layers", "max_steps", "max_length", "target_latency", "heal"}
     for text, message in (("max_steps: 2.5", "max_steps=2.5 is not a whole"), ("seed: .inf", "seed=inf is not a")):

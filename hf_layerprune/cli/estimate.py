@@ -24,7 +24,8 @@ from ..progress import Phases, say
 from ..shapes import SHAPES, load_shape, short_name
 from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
-from ..trainer.checks import check_budget
+from ..trainer.config import as_words
+from ..trainer.run import check_budget
 from .arguments import EstimateArguments
 from .compress import set_default_target, with_default_recipe
 from .parsing import parse
@@ -91,19 +92,20 @@ def _check(
     for name in ("lora_r", "device_tflops"):
         if (value := getattr(arguments, name)) is not None and not value > 0:
             raise LayerPruneError(f"{name}={value} is out of range; it must be above 0")
-    plan, budget = plan_of(config), args.budget()
-    if missing := [layer for layer in args.named_trained_layers() or () if layer not in plan.layers]:
+    plan, budget = plan_of(config), args.budget
+    named = args.trained_layers if isinstance(args.trained_layers, tuple) else ()
+    if missing := [layer for layer in named if layer not in plan.layers]:
         raise LayerPruneError(f"trained_layers names {missing}; {arguments.model} has layers {list(plan.layers)}")
     if budget.unit != "latency":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        goal = Goal.of(budget, args.edit_space(), model, original)
+        goal = Goal.of(budget, args.edit_space, model, original)
         check_budget(arguments.model, goal, plan, args.heal)
     check_length(args.max_length, config, arguments.model)
 
 
 def _target(found: Estimate, args: IterativeLayerDistillConfig) -> str:
-    start, budget = f"{_count(found.parameters)} parameters", args.budget()
+    start, budget = f"{_count(found.parameters)} parameters", args.budget
     if found.rounds is None:
         return f"{start} -> {budget.unit} {budget.target:g}; how many rounds that takes, only measuring tells"
     return f"{start} -> {_count(found.student_parameters)} in {found.rounds} round{'s' * (found.rounds > 1)}"
@@ -122,7 +124,7 @@ def _table(settings: list[HealingSetting], memory: int) -> Table:
         of_way = list(group)
         fitting = [setting for setting in of_way if setting.fits(memory)]
         shown = (fitting or of_way[:1])[-1]
-        name = f"{shown.trained} LoRA {shown.lora_r}" if shown.lora_r else shown.trained
+        name = as_words(shown.trained) + (f" LoRA {shown.lora_r}" if shown.lora_r else "")
         parts = (shown.weights, shown.optimizer, shown.activations, *(setting.peak for setting in of_way))
         twice = "yes" if shown.gradient_checkpointing else "no"
         table.add_row(name, shown.dtype, twice, *map(_gib, parts), str(shown.rows) if fitting else "no")
@@ -134,7 +136,7 @@ def _fitting(found: Estimate, memory: int) -> str:
     best = found.recommended or min(found.settings, key=lambda setting: setting.peak)
     lora = f" --lora_r {best.lora_r}" if best.lora_r else ""
     options = (
-        f"--trained_layers {best.trained}{lora} --dtype {best.dtype} --gradient_checkpointing "
+        f"--trained_layers {as_words(best.trained)}{lora} --dtype {best.dtype} --gradient_checkpointing "
         f"{str(best.gradient_checkpointing).lower()} --per_device_train_batch_size {best.rows} "
         f"--gradient_accumulation_steps {best.accumulation}"
     )
