@@ -17,26 +17,21 @@ from ..errors import LayerPruneError
 from ..scoring import CRITERIA, MEASURED, Race, criterion_of
 
 TRAINED_LAYERS = ("neighbours", "all")
-CHOICES = {
-    "compensation": COMPENSATIONS,
-    "loss_preset": (None, "paper"),
-}
+CHOICES = {"compensation": COMPENSATIONS, "loss_preset": (None, "paper")}
 AT_LEAST = {  # whole numbers where the bound is one
-    "layers_per_round": 1,
-    "protect_first_layers": 0,
-    "protect_last_layers": 0,
-    "num_calibration_samples": 1,
-    "num_repair_samples": 1,
-    "num_eval_samples": 1,
-    "kl_weight": 0.0,
-    "hidden_weight": 0.0,
-    "lm_weight": 0.0,
-}
+    "layers_per_round": 1, "num_calibration_samples": 1, "num_repair_samples": 1, "num_eval_samples": 1,
+    "kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 0.0,
+}  # fmt: skip
 
 
 def as_words(value: Any) -> str:
     """Several values as the command line takes them: `"3,4"`."""
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A setting and its help."""
+    return field(default=default, metadata={"help": help} | metadata)
 
 
 @dataclass
@@ -132,103 +127,62 @@ class IterativeLayerDistillConfig(SFTConfig):
         [`LayerPruneError`]: for a value out of range.
     """
 
-    target_num_layers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Depth at which to stop: rounds go on until the student has this many layers. On the command line "
-            "three quarters of the model's, if no target is given."
-        },
+    target_num_layers: int | None = option(
+        None,
+        "Depth at which to stop: rounds go on until the student has this many layers. On the command line "
+        "three quarters of the model's, if no target is given.",
     )
-    target_latency: float | None = field(
-        default=None,
-        metadata={"help": "Instead: time per generated token to reach, as a share of the teacher's, measured here."},
+    target_latency: float | None = option(
+        None, "Instead: time per generated token to reach, as a share of the teacher's, measured here."
     )
-    target_num_parameters: int | None = field(
-        default=None, metadata={"help": "Instead: number of parameters to reach."}
+    target_num_parameters: int | None = option(None, "Instead: number of parameters to reach.")
+    plan: str | None = option(
+        None, "Of a student made elsewhere: the plan.json of the teacher's layers it holds; else found."
     )
-    plan: str | None = field(
-        default=None,
-        metadata={"help": "Of a student made elsewhere: the plan.json of the teacher's layers it holds; else found."},
+    edits: str = option("remove", "What a round may do: 'remove', 'parallelize' or 'remove,parallelize'.")
+    max_group_size: int = option(2, "Most layers that run in parallel in one block.")
+    layers_per_round: int = option(1, "Layers removed (edits made) between two healings.")
+    criterion: str = option(
+        "kl", f"What a layer costs: {', '.join(CRITERIA)}, or your own function as module:function."
     )
-    edits: str = field(
-        default="remove",
-        metadata={"help": "What a round may do: 'remove', 'parallelize' or 'remove,parallelize'."},
+    tasks: str | None = option(None, "Data sets that score layers: 'default', 'paper', a YAML file or 'lm_eval:NAME'.")
+    one_shot: bool = option(False, "Score once and remove in that order, instead of scoring in every round.")
+    race_confidence: float | None = option(
+        None, "Drop layers early that are worse beyond doubt; confidence of the choice, such as 0.95."
     )
-    max_group_size: int = field(default=2, metadata={"help": "Most layers that run in parallel in one block."})
-    layers_per_round: int = field(default=1, metadata={"help": "Layers removed (edits made) between two healings."})
-    criterion: str = field(
-        default="kl",
-        metadata={"help": f"What a layer costs: {', '.join(CRITERIA)}, or your own function as module:function."},
+    protect_first_layers: int = option(0, "Number of first teacher layers that no edit touches.")
+    protect_last_layers: int = option(0, "Number of last teacher layers that no edit touches.")
+    num_calibration_samples: int = option(64, "Rows of calibration data that score the layers.")
+    num_repair_samples: int | None = option(
+        None, "Rows of calibration data to repair on; those that score the layers by default."
     )
-    tasks: str | None = field(
-        default=None,
-        metadata={"help": "Data sets that score layers: 'default', 'paper', a YAML file or 'lm_eval:NAME'."},
+    num_eval_samples: int | None = option(None, "Rows of the evaluation data that measure quality; all by default.")
+    compensation: str = option(
+        "none", "Repair in closed form after every removal: 'none' or 'least_squares'.", choices=COMPENSATIONS
     )
-    one_shot: bool = field(
-        default=False, metadata={"help": "Score once and remove in that order, instead of scoring in every round."}
+    heal: bool = option(True, "Whether rounds heal; without it layers are only chosen and removed.")
+    trained_layers: str = option(
+        "neighbours",
+        "What healing trains: 'neighbours' of the removed layers, 'all' parameters, or named teacher "
+        "layers such as '3,4,10'.",
     )
-    race_confidence: float | None = field(
-        default=None,
-        metadata={"help": "Drop layers early that are worse beyond doubt; confidence of the choice, such as 0.95."},
+    kl_weight: float = option(1.0, "Weight of KL(teacher || student), nats per token.")
+    beta: float = option(
+        0.0, "Divergence: 0 KL(teacher || student), 1 KL(student || teacher), Jensen-Shannon between."
     )
-    protect_first_layers: int = field(
-        default=0, metadata={"help": "Number of first teacher layers that no edit touches."}
+    hidden_weight: float = option(
+        10.0, "Weight of the hidden-state part: the distance of hidden states from the teacher's."
     )
-    protect_last_layers: int = field(
-        default=0, metadata={"help": "Number of last teacher layers that no edit touches."}
+    lm_weight: float = option(0.0, "Weight of the next-token loss on the data.")
+    temperature: float = option(1.0, "Temperature of both distributions in the KL part.")
+    loss_preset: str | None = option(
+        None,
+        "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE, in place of "
+        "kl_weight and hidden_weight.",
     )
-    num_calibration_samples: int = field(
-        default=64, metadata={"help": "Rows of calibration data that score the layers."}
-    )
-    num_repair_samples: int | None = field(
-        default=None,
-        metadata={"help": "Rows of calibration data to repair on; those that score the layers by default."},
-    )
-    num_eval_samples: int | None = field(
-        default=None, metadata={"help": "Rows of the evaluation data that measure quality; all by default."}
-    )
-    compensation: str = field(
-        default="none",
-        metadata={
-            "help": "Repair in closed form after every removal: 'none' or 'least_squares'.",
-            "choices": COMPENSATIONS,
-        },
-    )
-    heal: bool = field(
-        default=True, metadata={"help": "Whether rounds heal; without it layers are only chosen and removed."}
-    )
-    trained_layers: str = field(
-        default="neighbours",
-        metadata={
-            "help": "What healing trains: 'neighbours' of the removed layers, 'all' parameters, or named teacher "
-            "layers such as '3,4,10'."
-        },
-    )
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(teacher || student), nats per token."})
-    beta: float = field(
-        default=0.0,
-        metadata={"help": "Divergence: 0 KL(teacher || student), 1 KL(student || teacher), Jensen-Shannon between."},
-    )
-    hidden_weight: float = field(
-        default=10.0,
-        metadata={"help": "Weight of the hidden-state part: the distance of hidden states from the teacher's."},
-    )
-    lm_weight: float = field(default=0.0, metadata={"help": "Weight of the next-token loss on the data."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions in the KL part."})
-    loss_preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE, in place of "
-            "kl_weight and hidden_weight."
-        },
-    )
-    measure_speed: bool = field(
-        default=True, metadata={"help": "Whether to time the teacher and every depth at the end of a run."}
-    )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of each healing."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations in the backward pass to save memory."}
-    )
+    measure_speed: bool = option(True, "Whether to time the teacher and every depth at the end of a run.")
+    learning_rate: float = option(1e-4, "Peak learning rate of each healing.")
+    gradient_checkpointing: bool | None = option(None, "Recompute activations in the backward pass to save memory.")
 
     def __post_init__(self) -> None:
         self.tasks = self.tasks and as_words(self.tasks)

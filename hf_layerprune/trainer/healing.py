@@ -135,11 +135,8 @@ class HealingTrainer(Trainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Measure the student as the rounds do."""
-        student = without_adapters(self.accelerator.unwrap_model(self.model))
-        metrics = self.rounds.metrics_of(student, self.rounds.eval_batches, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        self.rounds.state, self.rounds.control = self.state, self.control
+        return self.rounds.evaluate(metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         parts = {name: sum(values) / len(values) for name, values in self._parts.items()}

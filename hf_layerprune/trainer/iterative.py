@@ -317,11 +317,6 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         """What the run has done so far; `None` before it is opened."""
         return None if self.file is None else self.file.record
 
-    def metrics_of(self, student: PreTrainedModel, batches: list[Batch], prefix: str) -> dict[str, float]:
-        """What `evaluate` returns."""
-        report = evaluate_model(without_adapters(student), batches, self.teacher)
-        return {f"{prefix}_{key}": value for key, value in report.to_dict().items()}
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -332,7 +327,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             eval_dataset = with_text(eval_dataset, self._text_field, "eval_dataset")
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
             batches = self._batches(prepared_for_evaluation(self, eval_dataset, packing), None, "evaluation data")
-        metrics = self.metrics_of(self.model, batches, metric_key_prefix)
+        report = evaluate_model(without_adapters(self.model), batches, self.teacher)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in report.to_dict().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -164,17 +164,8 @@ def decisive_settings(
     tasks: list[PreparedTask],
     peft_config: Any | None,
 ) -> dict[str, Any]:
-    """The settings of a run's record, and short fingerprints of models and data, as JSON values.
-
-    Args:
-        args ([`IterativeLayerDistillConfig`]): the settings.
-        start ([`~transformers.PreTrainedModel`]): the model the run starts from.
-        teacher ([`~transformers.PreTrainedModel`]): the model it heals against.
-        rows ([`~datasets.Dataset`]): the rows to heal on; some from all over enter, of a stream the first.
-        batches (`dict[str, list[Batch]]`): by their use: `"calibration"`, `"repair"` and `"evaluation"`.
-        tasks (`list[PreparedTask]`): the tasks that choose layers.
-        peft_config ([`~peft.PeftConfig`], *optional*): the adapters.
-    """
+    """The settings of a run's record, and short fingerprints of models and data, as JSON values; `batches` by their
+    use. Of the rows to heal on some from all over enter, of a stream the first."""
     values = {name: getattr(args, name, None) for name in (*DECISIVE, *OF_OPTIMIZER)}
     values |= {
         "bf16": args.as_given["bf16"],  # what was derived from the hardware here is nothing to repeat elsewhere
