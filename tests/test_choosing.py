@@ -124,13 +124,11 @@ def test_a_run_of_one_scoring_goes_on_in_the_same_order(make, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"criterion": "taylor", "edits": "parallelize"}, "nothing about running layers in parallel"),
-        ({"one_shot": True, "edits": "remove,parallelize"}, "one_shot=True removes"),
+        ({"criterion": "taylor", "edits": "parallelize"}, "edits='parallelize' needs a criterion that is measured"),
+        ({"one_shot": True, "edits": "remove,parallelize"}, "leave out one_shot"),
         ({"race_confidence": 0.9, "criterion": "tail"}, "needs a criterion that is measured"),
         ({"race_confidence": 0.9, "one_shot": True}, "leave out one_shot"),
         ({"race_confidence": 2.0}, "confidence=2"),
-        ({"compensation": "least_squares", "edits": "parallelize"}, "removes none; leave it out"),
-        ({"num_repair_samples": 8}, "num_repair_samples=8 are read by compensation"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused(tmp_path, settings, message):

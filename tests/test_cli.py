@@ -152,7 +152,7 @@ def bad_requests():
         "output folder in a file": (["--output_dir", "{text}/x"], "in, a file"),
         "tracker that is none": (["--report_to", "foo"], "foo"),
         "tracker that is not installed": (["--report_to", "comet_ml"], "comet"),
-        "optimizer that is not installed": (["--optim", "lion_8bit"], "bnb optimizer"),
+        "optimizer that is not installed": (["--optim", "lion_8bit"], "bitsandbytes"),
         "dtype in another place": (["--model_init_kwargs", '{{"dtype": "bfloat16"}}'], "--dtype"),
         "file of nothing": (["--dataset", "{nothing}"], "nothing.jsonl cannot be loaded: the file is empty"),
         "target not below the depth": (["--target_num_layers", "5"], "choose 1..4"),

@@ -48,6 +48,11 @@ def test_values_out_of_range_are_refused(tmp_path, changes):
         IterativeLayerDistillConfig(output_dir=str(tmp_path), **changes)
 
 
+def test_checkpointing_is_never_reentrant():
+    config = IterativeLayerDistillConfig(output_dir="x", gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert config.gradient_checkpointing_kwargs == config.activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
 def test_settings_are_values_and_keep_what_was_given():
     config = IterativeLayerDistillConfig(output_dir="x", trained_layers="10, 3,3", edits="remove, parallelize")
     assert config.trained_layers == (3, 10) and config.edits == config.edit_space.kinds == ("remove", "parallelize")

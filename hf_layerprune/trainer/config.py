@@ -192,8 +192,9 @@ class IterativeLayerDistillConfig(SFTConfig):
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         super().__post_init__()
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
-        # the reentrant kind gives layers after frozen ones no gradient
-        self.gradient_checkpointing_kwargs = (self.gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}
+        # the reentrant kind gives layers after frozen ones no gradient; transformers reads the second name
+        kwargs = (self.gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}
+        self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs = kwargs
         self._check_values()
         self.trained_layers = parsed_layers(self.trained_layers)
         protected = (self.protect_first_layers, self.protect_last_layers)

@@ -138,10 +138,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 formatting_func=formatting_func,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
-            if args.heal and optimizer_cls_and_kwargs is None:
-                self.get_optimizer_cls_and_kwargs(
-                    args, self.model
-                )  # what it refuses is known before a layer is scored
+            if args.heal and optimizer_cls_and_kwargs is None:  # known before a layer is scored
+                self.get_optimizer_cls_and_kwargs(args, self.model)
         except (ValueError, ImportError, TemplateError) as error:  # what TRL and transformers say of the arguments
             raise LayerPruneError(first_line(error)) from error
         check_engine(self.accelerator, args)
@@ -233,9 +231,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
     ) -> Dataset | IterableDataset:
         """Tokenize as TRL does, which leaves out rows without a token that counts: here with a warning, and also
         before rows are packed."""
-        if (
-            args.completion_only_loss is None and formatting_func is None
-        ):  # each data set's own, not the training data's
+        if args.completion_only_loss is None and formatting_func is None:  # TRL's is that of the training data
             self.completion_only_loss = {"prompt", "completion"} <= set(column_names(dataset))
         cut = packing and args.packing_strategy == "bfd"  # which cuts rows, whatever is left of them
         how = (packing and not cut, formatting_func, dataset_name)

@@ -149,9 +149,8 @@ def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
         return
     if goal.met(plan):
         least = f"1..{plan.depth - 1}" if budget.unit == "depth" else f"less than {goal.size(plan):.6g}"
-        raise LayerPruneError(
-            f"{setting}={budget.target:g} but {name} has {goal.size(plan):,} ({budget.unit}); choose {least}"
-        )
+        unit = "layers" if budget.unit == "depth" else budget.unit
+        raise LayerPruneError(f"{setting}={budget.target:g} but {name} has {goal.size(plan):,} {unit}; choose {least}")
     goal.check_reachable(plan, setting)
 
 
