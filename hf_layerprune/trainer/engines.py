@@ -47,7 +47,7 @@ def autocast(accelerator: Accelerator) -> Any:
 
 
 def outline(student: nn.Module) -> nn.Module:
-    """A copy of `student`, frozen weights shared and empty ones in place of the trained: what [`fill`] fills again."""
+    """Copy `student` with its frozen weights shared and empty tensors for the trained ones, which [`fill`] fills."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in student.buffers()}
     for parameter in student.parameters():
         data = parameter.new_empty(0) if parameter.requires_grad else parameter.detach()
@@ -65,13 +65,12 @@ def frozen_head(empty: nn.Module) -> nn.Linear | None:
 def fill(empty: nn.Module, trained: nn.Module, device: torch.device) -> nn.Module:
     """Put the weights that an engine trained into the [`outline`] of its model, on every process the whole of them.
 
-    Accelerate's `get_state_dict` does not serve: it gives whole weights to the main process alone, in 16 bits under
-    ZeRO-3.
+    Accelerate's `get_state_dict` gives whole weights to the main process alone, and in 16 bits under ZeRO-3.
 
     Args:
         empty (`nn.Module`): taken of the model before the engine got it.
         trained (`nn.Module`): the model, unwrapped. All processes must call this together.
-        device (`torch.device`): where the processes talk to each other and the weights shall be.
+        device (`torch.device`): where the processes communicate, and where the weights go.
     """
     found = {name.replace(WRAPPER, ""): parameter for name, parameter in trained.named_parameters()}
     for name, parameter in empty.named_parameters():
@@ -91,12 +90,12 @@ def _whole(parameter: nn.Parameter, device: torch.device) -> Tensor:
 
 
 def agreed(value: Any) -> Any:
-    """The main process's value, on every process."""
+    """Return the main process's value on every process."""
     return broadcast_object_list([value])[0]
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
-    """What `act` returns on the main process, which alone runs it, or the error it raises, on every process."""
+    """Run `act` on the main process alone; every process returns its value or raises its error."""
     value, error = None, None
     if accelerator.is_main_process:
         try:

@@ -1,7 +1,7 @@
 """Iterative layer-wise distillation: score, remove, heal, evaluate, until the student is shallow enough.
 
 https://huggingface.co/papers/2511.05085. Each round scores the CURRENT student against the ORIGINAL teacher, removes
-the layer that costs least (or runs it beside its neighbour), and heals the student against the original teacher.
+the layer that costs least (or runs it in parallel with its neighbour), and heals the student against the original teacher.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
     last one), `plan.json`, `report.json`, `report.md`, two plots and a card. A student is a plain model of
     its teacher's family, or [`PrunedQwen2ForCausalLM`] once layers run in parallel.
 
-    With `push_to_hub=True` the repository is found or made before the training starts, and the last student is pushed
-    when the run is done, and nothing before.
+    With `push_to_hub=True` the repository is found or made before the training starts. The last student is pushed when
+    the run is done, and nothing before.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -254,7 +254,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` (or the output folder) goes on with the run in `args.output_dir`, inside the round it was in.
+                `True` (or the output folder) continues the run in `args.output_dir`, inside the round it was in.
 
         Raises:
             [`LayerPruneError`]: if the output folder holds a run and `resume_from_checkpoint` is not set, or the
@@ -281,7 +281,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             self.file.close()
 
     def open_run(self, resume_from_checkpoint: str | bool | None = None) -> None:
-        """Start a run in `args.output_dir`, or take up the one that is there; `train()` does it if you do not.
+        """Start a run in `args.output_dir`, or open the one that is there; `train()` does it if you do not.
 
         Raises:
             [`LayerPruneError`]: see `train`; nothing has been written then.

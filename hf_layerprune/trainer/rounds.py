@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 
 class Rounds:
-    """The rounds of one call of `train()`; what is known of them lies in `trainer.file`, the run on disk.
+    """The rounds of one call of `train()`. `trainer.file`, the run on disk, holds what is known of them.
 
-    A run that resumes finds there what it need not do again: the edits of the round in progress, the last whole
+    A run that resumes finds there what it need not repeat: the edits of the round in progress, the last whole
     checkpoint of its healing, or that the round is healed.
     """
 
@@ -54,11 +54,11 @@ class Rounds:
         return self.file.record
 
     def train(self) -> TrainOutput:
-        """The loop."""
+        """Run rounds until the plan meets the target."""
         student = self._first_student()
         plan = plan_of(student)
         self._evaluate_teacher()
-        only_heals = not self.run.rounds and self.goal.met(plan)  # a student as deep as it shall be
+        only_heals = not self.run.rounds and self.goal.met(plan)  # a student that has the depth already
         while only_heals or not self.goal.met(plan):
             only_heals = False
             for made in range(self._begin_round(plan)):
@@ -98,7 +98,7 @@ class Rounds:
         self.file.save(Done("evaluating teacher"), teacher=record)
 
     def _begin_round(self, plan: LayerPlan) -> int:
-        """Begin the next round, or take up the one in progress; returns how many edits it is to make."""
+        """Begin the next round, or continue the one in progress; returns how many edits it makes."""
         self.trainer.round = len(self.run.rounds) + 1
         self._event("on_round_begin", number=self.trainer.round, depth=plan.depth)
         if self.run.current is None:
@@ -208,7 +208,7 @@ class Rounds:
         healing = HealingTrainer(trainer, student, blocks, rows, self.checkpoints, on_checkpoint)
         try:
             student, self.output = healing.heal(trainer.save_dtype, checkpoint, before)
-        except NotANumber as error:  # it would come to the same from any checkpoint
+        except NotANumber as error:  # it would diverge again from any checkpoint
             on_main(trainer.accelerator, lambda: shutil.rmtree(self.checkpoints, ignore_errors=True))
             raise LayerPruneError(f"{error}. A run that resumes heals round {number} from its start") from error
         return student, healing.so_far

@@ -1,4 +1,4 @@
-"""A run on disk while it goes on: what decides its result, its lock, and its record after every costly step."""
+"""A run on disk: what decides its result, its lock, and its record after every costly step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OF_OPTIMIZER = (
 
 
 class RunFile:
-    """The run in an output folder, which no other run can open meanwhile.
+    """The run in an output folder, which no other run can open at the same time.
 
     Attributes:
         folder (`Path`): the output folder.
@@ -59,7 +59,7 @@ class RunFile:
         self._since = time.perf_counter() - seconds
 
     def open(self, settings: dict[str, Any], resume: str | bool | None) -> None:
-        """Lock the folder and start a run in it, or go on with the one that is there.
+        """Lock the folder and start a run in it, or continue the one that is there.
 
         Raises:
             [`LayerPruneError`]: if another run is working in the folder; if it holds a run and `resume` is not set,
