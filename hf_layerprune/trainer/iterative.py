@@ -1,7 +1,8 @@
 """Iterative layer-wise distillation: score, remove, heal, evaluate, until the student is shallow enough.
 
 https://huggingface.co/papers/2511.05085. Each round scores the CURRENT student against the ORIGINAL teacher, removes
-the layer that costs least (or runs it in parallel with its neighbour), and heals the student against the original teacher.
+the layer that costs least (or runs it in parallel with its neighbour), and heals the student against the original
+teacher.
 """
 
 from __future__ import annotations
