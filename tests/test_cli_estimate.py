@@ -113,7 +113,7 @@ def test_nothing_fits_is_an_answer(shape, capsys):
     [
         (["--gpu_memory", "24 bananas"], "24 bananas"),
         (["--gpu_memory", "1GiB", "--target_num_layers", "4"], "choose 1..3"),
-        (["--gpu_memory", "1GiB", "--target_num_layers", "0"], "target_num_layers=0"),
+        (["--gpu_memory", "1GiB", "--target_num_layers", "0"], "depth=0"),
         (["--gpu_memory", "1GiB", "--model", "nobody/nothing"], "nobody/nothing"),
         (["--gpu_memory", "1GiB", "--model", "{gpt2}"], "gpt2"),
         (["--gpu_memory", "1GiB", "--model", "{missing}"], "missing"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from conftest import tiny_config, tiny_model
 from datasets import Dataset
+from peft import LoraConfig
 
 from hf_layerprune import LayerPlan, LayerPruneError
 from hf_layerprune.benchmark import BenchmarkReport
@@ -73,3 +74,13 @@ def test_another_text_to_heal_on_is_told_by_rows_from_all_over(tmp_path, number)
     assert settings(rows) == before
     for other in (rows[:-1] + [[0, 7]], rows[:8] + [[7, *row] for row in rows[8:]] + [[1]], [[9, 9], *rows[1:]]):
         assert settings(other) != before
+
+
+def test_adapters_print_alike_in_every_process(tmp_path):
+    model, peft = (
+        tiny_model(2),
+        LoraConfig(target_modules=["q_proj", "down_proj", "up_proj"]),
+    )
+    data = (Dataset.from_dict({"input_ids": [[1, 2]]}), {}, [])
+    settings = decisive_settings(tiny_config(tmp_path), model, model, *data, peft)
+    assert json.loads(settings["peft"])["target_modules"] == ["down_proj", "q_proj", "up_proj"]
