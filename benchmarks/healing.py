@@ -40,8 +40,7 @@ from hf_layerprune.loading import load_model
 from hf_layerprune.losses import relative_hidden_state_mse
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer.healing import HealingTrainer
-from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.towers import shared_depth
+from hf_layerprune.trainer.towers import HiddenStateMap, shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
 QWEN_3B = {
@@ -131,8 +130,7 @@ def our_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTraine
     neighbours = [shape["gap"] - 1, shape["gap"]]
     student = make_trainable(student, neighbours, everything=False).train()
     args = SimpleNamespace(
-        loss_preset=None, kl_weight=1.0, lm_weight=0.0, temperature=1.0, beta=0.0,
-        hidden_distance="mse", hidden_target="states",
+        loss_preset=None, kl_weight=1.0, lm_weight=0.0, temperature=1.0, beta=0.0
     )  # fmt: skip
     trainer = SimpleNamespace(
         teacher=teacher,

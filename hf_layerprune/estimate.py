@@ -78,7 +78,7 @@ class RunSizes:
     def __init__(
         self, config: PretrainedConfig, args: IterativeLayerDistillConfig, teacher: PretrainedConfig | None = None
     ) -> None:
-        plan, budget, most = plan_of(config), args.budget(), args.layers_per_round
+        plan, budget, most = plan_of(config), args.budget, args.layers_per_round
         self.config, self.args, self.layers = config, args, plan.layers
         with torch.device("meta"):
             costs = count_parameters(AutoModelForCausalLM.from_config(config))
@@ -88,7 +88,7 @@ class RunSizes:
         self.gaps = max(0, (plan.num_teacher_layers if teacher is None else plan_of(teacher).depth) - plan.depth)
         self.length = args.max_length or DEFAULT_LENGTH
         self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps  # rows, on one device
-        self.removed = int("remove" in args.edit_space().kinds)  # layers that an edit removes; a pair keeps both
+        self.removed = int("remove" in args.edits)  # layers that an edit removes; a pair keeps both
         self.edits = plan.depth - budget.target if budget.unit == "depth" else None  # `None`: only measuring can tell
         if budget.unit == "parameters" and self.removed:
             self.edits = math.ceil((self.parameters - budget.target) / self.layer_parameters)
@@ -112,7 +112,7 @@ class RunSizes:
         if way.trained == "all":
             trained = reach
         elif way.trained != "neighbours":
-            named = self.args.named_trained_layers()
+            named = way.trained
             trained, reach = len(named), min(reach, len(self.layers) - self.layers.index(min(named)))
             copies = 0 if self.removed else 2 * edits  # pairs have weights of their own, trained or not
         elif edits and not self.removed:

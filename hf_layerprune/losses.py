@@ -168,11 +168,6 @@ def relative_hidden_state_mse(student: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
-def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cos of the angle between the states of each position, in float32: `(N, H), (N, H) -> (N,)`."""
-    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
-
-
 def next_token_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     """Negative log-likelihood of `labels`, in nats, per position, with gradients: `(N, H), (N,) -> (N,)`.
 
@@ -186,16 +181,13 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return torch.cat([checkpoint(chunk_loss, hidden[r], labels[r], use_reentrant=False) for r in rows])
 
 
-HIDDEN_DISTANCES = {"mse": relative_hidden_state_mse, "cosine": cosine_distance}
-
-
 @dataclass
 class TowerStates:
     """What student and teacher computed at N valid positions.
 
     Attributes:
         student_final, teacher_final (`Tensor` of shape `(N, H)`): states after the final norm.
-        student, teacher (`list[Tensor]`): `(N, H)` each, pairs of hidden states to compare, or of updates.
+        student, teacher (`list[Tensor]`): `(N, H)` each, pairs of hidden states to compare.
     """
 
     student_final: Tensor
@@ -216,7 +208,7 @@ def parts_of_loss(
         args ([`IterativeLayerDistillConfig`]): its settings of the loss.
     """
     paper = args.loss_preset == "paper"
-    distance = hidden_state_mse if paper else HIDDEN_DISTANCES[args.hidden_distance]
+    distance = hidden_state_mse if paper else relative_hidden_state_mse
     hidden = [distance(own, its).sum() for own, its in zip(towers.student, towers.teacher, strict=True)]
     hidden = hidden[-1:] if paper else hidden
     student_final, teacher_final = towers.student_final, towers.teacher_final

@@ -29,8 +29,7 @@ from .losses import MAX_LOGITS_PER_CHUNK, parts_of_loss
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 from .trainer import IterativeLayerDistillConfig
-from .trainer.targets import HiddenStateMap
-from .trainer.towers import run_towers
+from .trainer.towers import HiddenStateMap, run_towers
 from .trainer.trainable import lora_config, make_trainable
 
 DEFAULT_LENGTH = 1024  # tokens per row where `max_length` sets no bound
@@ -64,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
 class Way:
     """A way to heal."""
 
-    trained: str  # a value of `trained_layers`
+    trained: str | tuple[int, ...]  # a value of `trained_layers`
     lora_r: int | None  # rank of the adapters, where these are trained instead of the weights
     dtype: str  # of the weights in memory
     gradient_checkpointing: bool
@@ -200,8 +199,7 @@ class StepMeter:
         states = HiddenStateMap.of(plan_of(student), plan_of(teacher), list(range(blocks)))
         half = torch.float16 if args.fp16 else torch.bfloat16
         with torch.autocast("cpu", half, enabled=bool(args.bf16 or args.fp16)):
-            updates = args.hidden_target == "updates"
-            towers = run_towers(student, teacher, {"input_ids": ids}, valid, states, 0, updates)
+            towers = run_towers(student, teacher, {"input_ids": ids}, valid, states, 0)
             parts = parts_of_loss(towers, student.lm_head, teacher.lm_head, torch.zeros_like(valid[0]), args)
         return parts["hidden"] + parts["final_hidden"], self.live.now
 

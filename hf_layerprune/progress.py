@@ -105,7 +105,7 @@ class RunProgress(LayerDistillCallback):
     """Follow an [`IterativeLayerDistillTrainer`]: a bar for each phase, and a line about each round."""
 
     def __init__(self, trainer: IterativeLayerDistillTrainer, phases: Phases) -> None:
-        budget, depth = trainer.args.budget(), plan_of(trainer.start).depth
+        budget, depth = trainer.args.budget, plan_of(trainer.start).depth
         self.phases, self.name = phases, ""
         self.first = self.number = 0  # the round that this process began with, and the one it is in
         self.began = time.monotonic()

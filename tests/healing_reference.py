@@ -23,8 +23,6 @@ def divergence(p, q, beta):
 def distance(x, y, args):
     if args.loss_preset == "paper":
         return (x - y).pow(2).mean(-1).sum()
-    if args.hidden_distance == "cosine":
-        return (1 - F.cosine_similarity(x, y, -1)).sum()
     return ((x - y).pow(2).mean(-1) / y.pow(2).mean(-1)).sum()
 
 
@@ -36,11 +34,8 @@ def parts_of_loss(student, teacher, batch, states, args):
         p, q = (F.log_softmax(out.logits[0, :-1] / args.temperature, -1) for out in (t, s))
         kl = kl + args.temperature**2 * divergence(p, q, args.beta)
         compared = []
-        for a, b, start in zip(states.student, states.teacher, states.teacher_start, strict=True):
-            x, y = s.hidden_states[a + 1][0, :-1], t.hidden_states[b + 1][0, :-1]
-            if args.hidden_target == "updates":
-                x, y = x - s.hidden_states[a][0, :-1], y - t.hidden_states[start][0, :-1]
-            compared.append(distance(x, y, args))
+        for a, b in zip(states.student, states.teacher, strict=True):
+            compared.append(distance(s.hidden_states[a + 1][0, :-1], t.hidden_states[b + 1][0, :-1], args))
         hidden = hidden + torch.stack(compared[-1:] if args.loss_preset == "paper" else compared).mean()
         final = final + distance(s.hidden_states[-1][0, :-1], t.hidden_states[-1][0, :-1], args)
         lm = lm + F.cross_entropy(s.logits[0, :-1], ids[0, 1:], reduction="sum")

@@ -4,13 +4,11 @@ import pytest
 import torch
 from conftest import byte_tokenizer, rounds_of, tiny_config, tiny_model
 from datasets import Dataset, IterableDataset
-from trl import SFTConfig
 
 from hf_layerprune import (
     IterativeLayerDistillTrainer,
     LayerPruneError,
     load_model,
-    parallelize,
     prune,
     tokenized_batches,
 )
@@ -138,40 +136,17 @@ def test_what_is_no_data_set_is_named():
             with_text(given, "text", "eval_dataset")
 
 
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("optimizers", (object(), None), "give optimizer_cls_and_kwargs"),
-        ("compute_loss_func", print, "the loss is that of distillation"),
-        ("compute_metrics", print, "no logits are kept"),
-        ("preprocess_logits_for_metrics", print, "no logits are kept"),
-        ("peft_config", "lora", "is no PeftConfig"),
-        ("args", SFTConfig(use_cpu=True, bf16=False), "args is SFTConfig; give an IterativeLayerDistillConfig"),
-        ("processing_class", None, "processing_class is missing"),
-    ],
-)
-def test_arguments_that_would_change_nothing_are_refused(tmp_path, name, value, message):
-    given = {"args": tiny_config(tmp_path), "processing_class": byte_tokenizer()} | {name: value}
-    with pytest.raises(LayerPruneError, match=message):
+def test_arguments_that_would_change_nothing_are_refused(tmp_path):
+    given = {"args": tiny_config(tmp_path), "processing_class": byte_tokenizer(), "compute_metrics": print}
+    with pytest.raises(TypeError, match="compute_metrics"):
         IterativeLayerDistillTrainer(tiny_model(), train_dataset=Dataset.from_list([{"text": TEXT}] * 20), **given)
 
 
 def test_a_stream_needs_a_number_of_steps(tmp_path):
     rows = Dataset.from_list([{"text": TEXT}] * 20).to_iterable_dataset()
-    with pytest.raises(LayerPruneError, match="stream.* set max_steps"):
+    with pytest.raises(LayerPruneError, match="max_steps has to be specified"):
         IterativeLayerDistillTrainer(
             tiny_model(), tiny_config(tmp_path, max_steps=-1), rows, processing_class=byte_tokenizer()
-        )
-
-
-@pytest.mark.parametrize("criterion", ["taylor", "tail", "angular_distance"])
-def test_a_guess_cannot_go_on_from_layers_in_parallel(tmp_path, criterion):
-    with pytest.raises(LayerPruneError, match="tells nothing of layers in parallel"):
-        IterativeLayerDistillTrainer(
-            parallelize(tiny_model(), [(1, 2)]),
-            tiny_config(tmp_path, criterion=criterion, target_num_layers=2),
-            Dataset.from_list([{"text": TEXT}] * 20),
-            processing_class=byte_tokenizer(),
         )
 
 
@@ -248,7 +223,7 @@ def test_an_optimizer_that_is_given_is_the_one_that_is_checked(tmp_path):
     given = (torch.optim.SGD, {"lr": 0.1})
     IterativeLayerDistillTrainer(tiny_model(), args, optimizer_cls_and_kwargs=given, **settings)
     IterativeLayerDistillTrainer(tiny_model(), tiny_config(tmp_path, optim="lion_8bit", heal=False), **settings)
-    with pytest.raises(LayerPruneError, match="optim='lion_8bit'"):
+    with pytest.raises(LayerPruneError, match="install `bitsandbytes`"):
         IterativeLayerDistillTrainer(tiny_model(), args, **settings)
 
 

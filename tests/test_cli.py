@@ -137,22 +137,17 @@ def bad_requests():
         "split of a file": (["--dataset_split", "test"], "dataset_split='test' is not in"),
         "split that is not there": (["--dataset", "{saved}", "--dataset_split", "test"], 'Unknown split "test"'),
         "rows longer than the model": (["--max_length", "257"], "max_length=257 but"),
-        "rows as long as they are": (["--max_length", "None", "--packing", "false"], "max_length=None does not cut"),
-        "completions of plain text": (["--completion_only_loss", "true"], "completion_only_loss=True"),
         "text that is blank": (["--dataset", "{blank}"], "only blank rows"),
-        "output folder in a file": (["--output_dir", "{text}/x"], "cannot be used: Not a directory"),
-        "schedule that lacks a setting": (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
+        "output folder in a file": (["--output_dir", "{text}/x"], "a file"),
         "tracker that is none": (["--report_to", "foo"], "foo"),
         "tracker that is not installed": (["--report_to", "comet_ml"], "comet"),
-        "optimizer's setting that is none": (["--optim_args", "foo"], "optim='adamw"),
-        "optimizer that is not installed": (["--optim", "galore_adamw"], "galore_adamw"),
+        "optimizer that is not installed": (["--optim", "lion_8bit"], "bitsandbytes"),
         "file of nothing": (["--dataset", "{nothing}"], "nothing.jsonl cannot be loaded: the file is empty"),
         "target not below the depth": (["--target_num_layers", "5"], "choose 1..4"),
         "folder that is no model": (["--model", "{empty}"], "no config.json"),
         "model that is nowhere": (["--model", "nobody/nothing"], "nobody/nothing"),
         "architecture not supported": (["--model", "{gpt2}"], "gpt2"),
         "data set without text": (["--dataset", "{no_text}"], "no text"),
-        "data set shorter than a batch": (["--dataset", "{short}", "--eval_dataset", "{text}"], "less than one batch"),
         "data set that is nowhere": (["--dataset", "{empty}/nothing.txt"], "nothing.txt"),
         "data set of unknown type": (["--dataset", "{gpt2}/config.toml"], "config.toml"),
         "output folder of another run": (["--output_dir", "{used}"], "not empty"),
@@ -171,12 +166,8 @@ def test_settings_that_cannot_work_are_one_line_before_anything_is_loaded(tmp_pa
     for extra, expected in [
         (["--streaming", "true"], "--streaming"),
         (["--lora_r", "0"], "lora_r=0"),
-        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0"),
-        (["--learning_rate", "nan"], "learning_rate=nan"),
-        (["--max_steps", "-1", "--num_train_epochs", "nan"], "num_train_epochs=nan"),
         (["--hidden_weight", "inf"], "hidden_weight=inf"),
         (["--label_smoothing_factor", "0.1"], "unknown setting --label_smoothing_factor"),
-        (["--target_num_layers", "0"], "target_num_layers=0"),
         (["--config"], "--config"),
         (["--target_num_layers", "few"], "few"),
         (["--criterion", "cosine"], "cosine"),
@@ -193,7 +184,7 @@ def test_settings_that_cannot_work_are_one_line_before_anything_is_loaded(tmp_pa
 @pytest.mark.parametrize("name", bad_requests())
 def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_path, model_folder, text_file, capsys):
     files = {"text": text_file, "empty": tmp_path / "empty", "gpt2": tmp_path / "gpt2", "used": tmp_path / "used",
-             "no_text": tmp_path / "no_text.csv", "short": tmp_path / "short.txt",
+             "no_text": tmp_path / "no_text.csv",
              "other_vocabulary": tmp_path / "other",
              "no_tokenizer": tmp_path / "bare", "number": tmp_path / "number.jsonl", "null": tmp_path / "null.jsonl",
              "blank": tmp_path / "blank.jsonl", "nothing": tmp_path / "nothing.jsonl",
@@ -210,7 +201,6 @@ def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_pa
     files["used"].mkdir()
     (files["used"] / "run_state.json").write_text("{}")
     files["no_text"].write_text("number\n1\n2\n")
-    files["short"].write_text("Hello.\nWorld.\n")
     tiny_model(vocab_size=200, eos_token_id=0).save_pretrained(files["other_vocabulary"])
     shutil.copy(model_folder / "tokenizer.json", files["other_vocabulary"])
     tiny_model().save_pretrained(files["no_tokenizer"])
@@ -231,7 +221,7 @@ def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_pa
 def test_an_empty_folder_of_the_users_stays(tmp_path, model_folder, text_file):
     (tmp_path / "mine").mkdir()
     arguments = ["--model", model_folder, "--dataset", text_file, "--output_dir", tmp_path / "mine", *QUICK]
-    assert run("compress", *arguments, "--per_device_train_batch_size", 10_000) == 2
+    assert run("compress", *arguments, "--target_num_layers", 5) == 2
     assert (tmp_path / "mine").is_dir() and not list((tmp_path / "mine").iterdir())
 
 

@@ -75,7 +75,7 @@ def test_yaml_is_read_as_the_command_line_is(tmp_path):
     )
     parser = Parser("compress")
     arguments, config = parser.read([f"--config={settings}", "--target-latency", "0.5", "--no_heal"])
-    assert (config.trained_layers, config.max_steps, config.max_length) == ("3,4", -1, None)
+    assert (config.trained_layers, config.max_steps, config.max_length) == ((3, 4), -1, None)
     assert (config.target_num_layers, config.target_latency, config.heal) == (None, 0.5, False)
     assert arguments.teacher == "7"
     assert parser.given == {

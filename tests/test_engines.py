@@ -16,7 +16,7 @@ from conftest import byte_tokenizer, read_report, tiny_config, tiny_model
 
 from hf_layerprune import LayerPruneError, embedded_dataset, prune
 from hf_layerprune.loading import load_model
-from hf_layerprune.trainer.engines import check_engine, check_whole, second_copy
+from hf_layerprune.trainer.engines import check_engine
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "recipes" / "accelerate"
@@ -26,7 +26,6 @@ import sys
 from types import SimpleNamespace
 import torch
 import torch.distributed as dist
-from accelerate import DistributedType
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 sys.path.insert(0, sys.argv[1])
@@ -36,19 +35,17 @@ from hf_layerprune import evaluate_model, prune
 from hf_layerprune.loading import load_model
 from hf_layerprune.surgery import plan_of
 from hf_layerprune._trl import redirect_forward
-from hf_layerprune.trainer.engines import fill, frozen_head, outline, second_copy
+from hf_layerprune.trainer.engines import fill, frozen_head, outline
 from hf_layerprune.trainer.healing import HealingTrainer
 from hf_layerprune.trainer.students import save_student
-from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.towers import shared_depth
+from hf_layerprune.trainer.towers import HiddenStateMap, shared_depth
 from hf_layerprune.trainer.trainable import make_plain, make_trainable
 
 dist.init_process_group("gloo")
 mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
 everything = sys.argv[2] == "all"
 blocks = list(range(5)) if everything else [2, 3]
-args = SimpleNamespace(loss_preset=None, kl_weight=1.0, lm_weight=0.2, temperature=1.0, beta=0.0,
-                       hidden_distance="mse", hidden_target="states")
+args = SimpleNamespace(loss_preset=None, kl_weight=1.0, lm_weight=0.2, temperature=1.0, beta=0.0)
 (batch,) = random_batches(1, rows=4)
 
 def step(split):
@@ -62,13 +59,9 @@ def step(split):
     trainer.frozen_head = frozen_head(empty) if split else None
     assert (trainer.frozen_head is None) == (everything or not split)
     if split:
-        engine = SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=dist.get_world_size())
-        copied, own = second_copy(engine, student), {p.data_ptr() for p in teacher.parameters()}
         for layer in student.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(student, mesh=mesh)
-        shards = {p.to_local().data_ptr(): p.to_local().nbytes for p in student.parameters() if not p.requires_grad}
-        assert own.isdisjoint(shards) and abs(sum(shards.values()) - copied) <= 64 and (copied == 0) == everything
         part = {key: value[dist.get_rank() :: 2] for key, value in batch.items()}
         scale = float(dist.get_world_size())  # the engine takes the mean of the processes' gradients
     loss_parts = lambda model, inputs: HealingTrainer.loss_parts(trainer, model, inputs)
@@ -222,8 +215,8 @@ def test_a_healing_that_was_killed_goes_on_from_the_checkpoint_of_its_engine(tmp
     how = (*one_process[:2], tmp_path / "cut", config)
     settings = {"target_num_layers": 4, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1}
     launch(*how, killed=True, **settings)
-    assert (tmp_path / "cut" / "rounds" / "01" / "checkpoint-2" / "trainer_state.json").is_file()
-    assert not (tmp_path / "cut" / "rounds" / "02").exists() and not (tmp_path / "cut" / "model").exists()
+    assert (tmp_path / "cut" / "healing" / "checkpoint-2" / "trainer_state.json").is_file()
+    assert not (tmp_path / "cut" / "rounds").exists() and not (tmp_path / "cut" / "model").exists()
     cut, student = launch(*how, resume=True, **settings)
     whole, expected = launch(*how[:2], tmp_path / "whole", config, **settings)
     assert cut["rounds"][0]["train_tokens"] == whole["rounds"][0]["train_tokens"]
@@ -248,20 +241,11 @@ def engine(kind, **more):
     return SimpleNamespace(distributed_type=DistributedType[kind], **more)
 
 
-def test_several_gpus_in_one_process_are_refused(tmp_path):
-    args = tiny_config(tmp_path)
-    assert args.n_gpu <= 1
-    args._n_gpu = 4  # as on a machine with four of them, without a launcher
-    with pytest.raises(LayerPruneError, match="sees 4 GPUs.*accelerate launch --num_processes 4 -m hf_layerprune.cli"):
-        check_engine(engine("NO"), args)
-
-
 @pytest.mark.parametrize(
     "accelerator, changes, words",
     [
         (engine("FSDP", is_fsdp2=False), {}, "fsdp_version: 2"),
         (engine("FSDP", is_fsdp2=True), {"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy='steps'"),
-        (engine("MEGATRON_LM"), {}, "MEGATRON_LM"),
     ],
 )
 def test_what_cannot_work_in_an_engine_is_refused_in_one_line(tmp_path, accelerator, changes, words):
@@ -271,30 +255,12 @@ def test_what_cannot_work_in_an_engine_is_refused_in_one_line(tmp_path, accelera
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "accelerator, parts",
-    [
-        (engine("MULTI_GPU"), 0),
-        (engine("FSDP", num_processes=4), 4),
-        (engine("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=2)), 0),
-        (engine("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=3), num_processes=2), 2),
-    ],
-)
-def test_how_much_an_engine_holds_again(accelerator, parts):
-    student = tiny_model(4)
-    student.model.layers.requires_grad_(False)
-    frozen = 4 * sum(p.numel() for p in student.model.layers.parameters())
-    assert second_copy(accelerator, student) == (frozen // parts if parts else 0)
-
-
 @pytest.mark.parametrize("accelerator", [engine("NO"), engine("MULTI_GPU"), engine("DEEPSPEED")])
 def test_what_works_is_not_refused(tmp_path, accelerator):
     check_engine(accelerator, tiny_config(tmp_path))
 
 
-def test_a_teacher_that_is_not_whole_is_refused(monkeypatch, model_folder):
-    with torch.device("meta"), pytest.raises(LayerPruneError, match="not loaded"):
-        check_whole(torch.nn.Linear(2, 2))
+def test_a_teacher_that_would_not_be_whole_is_refused(monkeypatch, model_folder):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(LayerPruneError, match="fsdp_cpu_ram_efficient_loading"):

@@ -67,7 +67,7 @@ def test_the_estimated_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained
             model, args, texts, processing_class=tokenizer, peft_config=peft, callbacks=[watch]
         ).train()
     run = RunSizes(model.config, args)
-    way = Way(trained, lora_r, "float32", False)
+    way = Way(args.trained_layers, lora_r, "float32", False)
     setting = run.setting(way, rows, StepMeter(model.config, args, [rows]))
     assert len(watch.peaks) == run.rounds == 2 and setting.accumulation == 4 // rows
     assert setting.peak == pytest.approx(max(watch.peaks), rel=0.15), (trained, watch.peaks, setting)
@@ -89,7 +89,7 @@ def test_a_pruned_qwen2_without_pairs_needs_what_the_plain_model_does(tmp_path):
     [
         ({"target_num_layers": 6}, "neighbours", [StepShape(2, 5, 1), StepShape(2, 4, 1 + 1 + 2)]),
         ({"target_num_layers": 6}, "all", [StepShape(7, 0, 1)]),
-        ({"target_num_layers": 6, "trained_layers": "4,6"}, "4,6", [StepShape(2, 2, 4)]),
+        ({"target_num_layers": 6, "trained_layers": "4,6"}, (4, 6), [StepShape(2, 2, 4)]),
         (
             {"target_num_layers": 6, "edits": "parallelize"},
             "neighbours",

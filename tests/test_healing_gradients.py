@@ -9,8 +9,7 @@ from test_healing import gradients, make_healing
 
 PACKING = {"packing": True, "packing_strategy": "bfd"}
 TOGETHER = {
-    "temperature": 1.6, "beta": 0.6, "hidden_distance": "cosine", "hidden_target": "updates", "lm_weight": 0.3,
-    "gradient_checkpointing": True, **PACKING,
+    "temperature": 1.6, "beta": 0.6, "lm_weight": 0.3, "gradient_checkpointing": True, **PACKING,
 }  # fmt: skip
 ALONE = [
     {},
@@ -21,8 +20,6 @@ ALONE = [
     {"beta": 1.0},
     {"kl_weight": 0.0},
     {"lm_weight": 0.3},
-    {"hidden_distance": "cosine"},
-    {"hidden_target": "updates"},
     {"loss_preset": "paper"},
     {"gradient_checkpointing": True},
     PACKING,

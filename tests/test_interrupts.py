@@ -17,7 +17,7 @@ import yaml
 from conftest import rounds_of, tiny_config, tiny_model
 from datasets import Dataset
 
-from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
+from hf_layerprune import IterativeLayerDistillTrainer
 from hf_layerprune.loading import load_model
 from hf_layerprune.trainer.healing import HealingTrainer
 
@@ -225,42 +225,19 @@ def make(tmp_path, tokenizer):
     return build
 
 
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-    ids=["device", "cpu"],
-)
-def test_no_memory_left_is_one_line(make, error, monkeypatch):
+def test_out_of_memory_stays_what_it_is_and_the_run_resumes(make, monkeypatch):
     trainer = make()
 
     def fail(*_, **__):
         if trainer.round == 2:
-            raise error
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         return parts(*_, **__)
 
     parts = HealingTrainer.loss_parts
     with monkeypatch.context() as patch:
         patch.setattr(HealingTrainer, "loss_parts", fail)
-        with pytest.raises(LayerPruneError, match="out of memory while healing: .*Resume with gradient_checkpointing"):
+        with pytest.raises(torch.OutOfMemoryError):
             trainer.train()
     again = make()
     again.train(resume_from_checkpoint=True)
     assert [record["num_layers"] for record in rounds_of(again)] == [4, 3]
-
-
-def test_any_other_error_stays_what_it_is(make, monkeypatch):
-    trainer = make()
-    monkeypatch.setattr(HealingTrainer, "loss_parts", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        trainer.train()
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])  # which holds the plan
-def test_a_round_that_was_changed_is_refused(make, tmp_path, name):
-    make(target_num_layers=4).train()
-    path = tmp_path / "run" / "rounds" / "01" / name
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-    with pytest.raises(LayerPruneError, match=f"{name} is damaged: it is not what round 1 saved"):
-        make().train(resume_from_checkpoint=True)

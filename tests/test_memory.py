@@ -11,7 +11,7 @@ from hf_layerprune.memory import LiveBytes, StepMeter, StepShape, Way
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160}
 HALF = {"bf16": True}
-MORE = {"lm_weight": 0.5, "hidden_target": "updates"}
+MORE = {"lm_weight": 0.5}
 
 
 def check_solved(folder, config, way, shape, **settings):

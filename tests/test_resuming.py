@@ -1,6 +1,7 @@
 """A run that stopped, for whatever reason, goes on from where it was, or says why it does not."""
 
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,11 @@ import pytest
 import torch
 from conftest import load, read_report, tiny_model
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_layerprune import LayerDistillCallback, LayerPlan, LayerPruneError
-from hf_layerprune.files import replace_folder
-from hf_layerprune.trainer import healing, rounds
+from hf_layerprune.trainer import rounds, students
 from hf_layerprune.trainer import run as run_module
-from hf_layerprune.trainer.checkpoints import Checkpoint, seal, sealed_checkpoints
 
 
 class Killed(Exception):
@@ -74,7 +72,7 @@ def test_resume_continues_where_it_was_and_ends_the_same(make, tmp_path, event, 
     for a, b in zip(load(tmp_path / "whole" / "model").parameters(), load(tmp_path / "cut" / "model").parameters(),
                     strict=True):  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert not list((tmp_path / "cut" / "rounds").glob("*/checkpoint-*"))
+    assert not (tmp_path / "cut" / "healing").exists()
     assert resumed.model.config.num_hidden_layers == 3
     assert resumed.evaluate()["eval_loss"] == pytest.approx(cut["rounds"][-1]["loss"], rel=1e-5)
 
@@ -86,16 +84,59 @@ def assert_same_weights(*models):
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
-def test_a_damaged_checkpoint_is_passed_over_and_the_teacher_stays(make, tmp_path, name):
-    settings = WITH_CHECKPOINTS | {"trained_layers": "neighbours"}
+@pytest.mark.parametrize("moment", ["before", "after", "recorded"])
+def test_killed_while_a_healed_student_is_saved(make, tmp_path, monkeypatch, moment):
+    make(folder="whole", **WITH_CHECKPOINTS).train()
+    name = {"before": "replace_folder", "after": "save_student", "recorded": "rmtree"}[moment]
+    module = {"replace_folder": students, "save_student": rounds, "rmtree": shutil}[name]
+    act = getattr(module, name)
+
+    def die(path, *args, **kwargs):
+        if moment == "after":
+            act(path, *args, **kwargs)
+        if moment != "recorded" or (Path(path).name == "healing" and kwargs and list(Path(path).glob("*"))):
+            raise Killed
+        return act(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, name, die)
+        make(**WITH_CHECKPOINTS).train()
+    steps = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    make(callbacks=[Watch()], **WITH_CHECKPOINTS).train(resume_from_checkpoint=True)
+    assert steps == ([] if moment == "recorded" else [2]), "more was healed again than the last steps"
+    assert_same_weights(load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model"))
+    assert [path.name for path in (tmp_path / "run" / "rounds").iterdir()] == ["01"]
+    assert not (tmp_path / "run" / "healing").exists()
+    whole, cut = (read_report(tmp_path / name)["rounds"][0] for name in ("whole", "run"))
+    assert cut["train_tokens"] == whole["train_tokens"] and cut["seconds_healing"] > 0
+
+
+def kill_at_save(monkeypatch, killed_step):
+    """Raise when the run is about to name the checkpoint of a step."""
+    save = run_module.RunFile.save
+
+    def die(self, done, **changes):
+        if done.step == killed_step:
+            raise Killed
+        save(self, done, **changes)
+
+    monkeypatch.setattr(run_module.RunFile, "save", die)
+
+
+def test_an_older_checkpoint_stays_until_the_run_names_the_new_one(make, tmp_path, monkeypatch):
+    settings = WITH_CHECKPOINTS | {"save_total_limit": 1, "trained_layers": "neighbours"}
     make(folder="whole", **settings).train()
-    with pytest.raises(Killed):
-        make(callbacks=[KillAt("on_step_end", 3)], **settings).train()
-    path = tmp_path / "run" / "rounds" / "01" / "checkpoint-2" / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 64
-    path.write_bytes(bytes(content))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at_save(patch, 2)
+        make(**settings).train()
+    folder = tmp_path / "run" / "healing"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    (folder / "checkpoint-2" / "model.safetensors").write_bytes(b"half of it")
     steps = []
 
     class Watch(TrainerCallback):
@@ -107,78 +148,6 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_teacher_stays(make, tmp_pat
     assert steps == [1, 2]
     assert_same_weights(teacher, tiny_model())
     assert_same_weights(load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model"))
-
-
-@pytest.mark.parametrize("moment", ["before", "between", "after"])
-def test_killed_while_a_healed_student_takes_the_place_of_its_checkpoints(make, tmp_path, monkeypatch, moment):
-    make(folder="whole", **WITH_CHECKPOINTS).train()
-
-    def die(source, target):
-        if moment == "between":
-            target.rename(target.with_name(target.name + ".old"))
-        if moment == "after":
-            replace_folder(source, target)
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(rounds, "replace_folder", die)
-        make(**WITH_CHECKPOINTS).train()
-    steps = []
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            steps.append(state.global_step)
-
-    make(callbacks=[Watch()], **WITH_CHECKPOINTS).train(resume_from_checkpoint=True)
-    assert not steps, "what was healed was healed again"
-    assert_same_weights(load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model"))
-    assert [path.name for path in (tmp_path / "run" / "rounds").iterdir()] == ["01"]
-    whole, cut = (read_report(tmp_path / name)["rounds"][0] for name in ("whole", "run"))
-    assert cut["train_tokens"] == whole["train_tokens"] and cut["seconds_healing"] > 0
-
-
-def test_resuming_writes_nothing_into_the_weights_that_are_the_teachers(make, tmp_path):
-    settings = WITH_CHECKPOINTS | {"trained_layers": "neighbours"}
-    with pytest.raises(Killed):
-        make(callbacks=[KillAt("on_step_end", 3)], **settings).train()
-    weights = tmp_path / "run" / "rounds" / "01" / "checkpoint-2" / "model.safetensors"
-    tensors = load_file(weights)
-    save_file(tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"] + 1}, weights)
-    seal(Checkpoint(str(weights.parent), seconds=0.0))
-    teacher = tiny_model()
-    make(teacher, **settings).train(resume_from_checkpoint=True)
-    assert_same_weights(teacher, tiny_model())
-
-
-def test_cut_off_after_a_checkpoint_it_continues_from_there(make, tmp_path, monkeypatch):
-    settings = WITH_CHECKPOINTS | {"save_total_limit": 1}
-    make(folder="whole", **settings).train()
-    trainer = make(**settings)
-    save = run_module.RunFile.save
-
-    def die(self, done, round=0, step=None, **changes):
-        if step == 2:
-            raise Killed
-        save(self, done, round, step, **changes)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(run_module.RunFile, "save", die)
-        trainer.train()
-    assert [path.name for path in (tmp_path / "run" / "rounds" / "01").iterdir()] == ["checkpoint-2"]
-    make(**settings).train(resume_from_checkpoint=True)
-    assert_same_weights(load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model"))
-
-
-def test_an_older_checkpoint_stays_until_the_new_one_is_sealed(make, tmp_path, monkeypatch):
-    def die(checkpoint):
-        if checkpoint.folder.endswith("checkpoint-2"):
-            raise Killed
-        seal(checkpoint)
-
-    monkeypatch.setattr(healing, "seal", die)
-    with pytest.raises(Killed):
-        make(**WITH_CHECKPOINTS, save_total_limit=1).train()
-    assert [path.name for path in sealed_checkpoints(tmp_path / "run" / "rounds" / "01")] == ["checkpoint-1"]
 
 
 def test_a_finished_run_can_go_deeper(make, tmp_path):
@@ -199,7 +168,6 @@ def test_runs_are_not_mixed_up(make, tmp_path):
         ({"num_calibration_samples": 2}, "calibration_text"),
         ({"weight_decay": 0.3}, "weight_decay"),
         ({"data_seed": 3}, "data_seed"),
-        ({"optim_args": "rank=4"}, "optim_args"),
         ({"teacher": tiny_model(seed=9)}, "model="),
     ):
         with pytest.raises(LayerPruneError, match=message):
@@ -228,25 +196,17 @@ def test_loss_that_is_no_number_stops_and_keeps_the_last_round(make, tmp_path):
     assert len(read_report(tmp_path / "run")["rounds"]) == 2
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end"])
-def test_only_ruined_checkpoints_of_a_ruined_healing_go(make, tmp_path, event):
+def test_a_ruined_healing_begins_again_with_another_learning_rate(make, tmp_path):
     class Poison(LayerDistillCallback):
-        def poison(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 2:  # before the third step, or behind the second, which is then saved
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:  # it is saved then
                 with torch.no_grad():
                     next(model.parameters()).fill_(math.nan)
 
-    setattr(Poison, event, Poison.poison)
-    left = {"on_step_begin": "checkpoint-2", "on_step_end": "checkpoint-1"}[event]
-    with pytest.raises(
-        LayerPruneError, match=f"nan at step 3 of 3.*{left} is left to go on from; delete .*01 to heal"
-    ):
+    with pytest.raises(LayerPruneError, match="nan at step 3 of 3.*resumes heals round 1 from its start"):
         make(callbacks=[Poison()], **WITH_CHECKPOINTS).train()
-    names = sorted(path.name for path in (tmp_path / "run" / "rounds" / "01").iterdir())
-    assert names == ["checkpoint-1", "checkpoint-2"][: int(left[-1])]
-    with pytest.raises(LayerPruneError, match="learning_rate=.*delete .*01 to heal its round from the start"):
-        make(learning_rate=1e-4, **WITH_CHECKPOINTS).train(resume_from_checkpoint=True)
-    make(**WITH_CHECKPOINTS).train(resume_from_checkpoint=True)
+    assert not (tmp_path / "run" / "healing").exists()
+    make(learning_rate=1e-4, **WITH_CHECKPOINTS).train(resume_from_checkpoint=True)
     assert len(read_report(tmp_path / "run")["rounds"]) == 1
 
 
@@ -276,7 +236,8 @@ except ValueError as error:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     subprocess.run(launch, check=True, stdin=subprocess.DEVNULL, timeout=200)
     first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
-    assert first == second and "nan at step 2 of 3" in first and "checkpoint-1 is left" in first
+    assert first == second and "nan at step 2 of 3" in first
+    assert not (tmp_path / "run" / "healing").exists()
 
 
 def test_other_errors_leave_all_checkpoints(make, tmp_path):
@@ -287,7 +248,7 @@ def test_other_errors_leave_all_checkpoints(make, tmp_path):
 
     with pytest.raises(LayerPruneError, match="something else$"):
         make(callbacks=[Refuse()], **WITH_CHECKPOINTS).train()
-    assert [path.name for path in (tmp_path / "run" / "rounds" / "01").iterdir()] == ["checkpoint-1"]
+    assert [path.name for path in (tmp_path / "run" / "healing").iterdir()] == ["checkpoint-1"]
 
 
 def test_what_is_on_disk_is_read_behind_the_lock(make, tmp_path, monkeypatch):
@@ -316,8 +277,6 @@ def test_another_target_within_a_round(make, tmp_path):
     settings = {"layers_per_round": 2, "max_steps": 2}
     with pytest.raises(Killed):
         make(callbacks=[KillAt("on_step_end", 1)], target_num_layers=3, **settings).train()
-    with pytest.raises(LayerPruneError, match="at 3 already"):
-        make(target_num_layers=4, **settings).train(resume_from_checkpoint=True)
     make(target_num_layers=2, **settings).train(resume_from_checkpoint=True)
     rounds = read_report(tmp_path / "run")["rounds"]
     assert [len(record["removed_layers"]) for record in rounds] == [2, 1]
@@ -333,10 +292,10 @@ def test_weights_ruined_by_the_very_last_step_are_noticed(make, tmp_path):
     assert not (tmp_path / "run" / "rounds" / "01" / "config.json").exists()
 
 
-def test_a_target_above_what_is_reached_is_refused(make):
+def test_a_target_above_what_is_reached_changes_nothing(make, tmp_path):
     make(target_num_layers=3).train()
-    with pytest.raises(LayerPruneError, match="at 3 already"):
-        make(target_num_layers=4).train(resume_from_checkpoint=True)
+    make(target_num_layers=4).train(resume_from_checkpoint=True)
+    assert [record["num_layers"] for record in read_report(tmp_path / "run")["rounds"]] == [4, 3]
 
 
 @pytest.mark.parametrize("count", [4, 6])  # behind a checkpoint; at the start of round 2

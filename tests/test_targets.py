@@ -2,7 +2,8 @@ import pytest
 
 from hf_layerprune import LayerPlan, LayerPruneError
 from hf_layerprune.plan import Edit
-from hf_layerprune.trainer.targets import HiddenStateMap, touched_blocks, trained_blocks
+from hf_layerprune.trainer.towers import HiddenStateMap
+from hf_layerprune.trainer.trainable import touched_blocks, trained_blocks
 
 TEACHER = LayerPlan.identity(8)
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import random_batches, rounds_of, tiny_config, tiny_model
+from conftest import random_batches, tiny_config, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -12,8 +12,7 @@ from hf_layerprune import IterativeLayerDistillTrainer, parallelize, prune
 from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.surgery import plan_of, share_equal_weights
 from hf_layerprune.trainer.rounds import Rounds
-from hf_layerprune.trainer.targets import HiddenStateMap
-from hf_layerprune.trainer.towers import run_towers, shared_depth, why_nothing_is_shared
+from hf_layerprune.trainer.towers import HiddenStateMap, run_towers, shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
 
@@ -75,7 +74,7 @@ def test_what_stands_in_the_way_of_sharing():
     teacher, student, _ = pair()
     assert shared_depth(student, teacher) == 2
     copied = copy.deepcopy(student)
-    assert shared_depth(copied, teacher) is None and "embedding" in why_nothing_is_shared(copied, teacher)
+    assert shared_depth(copied, teacher) is None
     share_equal_weights(copied, teacher)
     assert shared_depth(copied, teacher) == 2
     assert {p.data_ptr() for p in copied.model.layers[2].parameters()} <= {
@@ -83,11 +82,9 @@ def test_what_stands_in_the_way_of_sharing():
     }  # equal until it is trained, and then it has memory of its own
     student.set_attn_implementation("eager")
     assert shared_depth(student, teacher) is None
-    assert "the student computes attention by eager, the teacher by sdpa" in why_nothing_is_shared(student, teacher)
     teacher, student, _ = pair(attention_dropout=0.1)
-    assert shared_depth(student, teacher) is None and "dropout=0.1" in why_nothing_is_shared(student, teacher)
+    assert shared_depth(student, teacher) is None
     teacher, student, _ = pair()
-    assert why_nothing_is_shared(student, teacher) is None
     assert shared_depth(make_trainable(student, list(range(5)), everything=True), teacher) is None
 
 
@@ -129,8 +126,8 @@ def test_rounds_hold_one_model_and_what_they_trained(make, healings, monkeypatch
     trainer = make()
     held, heal = [], Rounds._heal
 
-    def watched(self, student):
-        result = heal(self, student)
+    def watched(self, student, plan):
+        result = heal(self, student, plan)
         models = (trainer.teacher, trainer.start, result[0])
         storages = {p.data_ptr(): p.numel() for model in models for p in model.parameters()}
         held.append((sum(storages.values()), healings[-1].shared_depth))
@@ -154,13 +151,3 @@ def test_a_run_with_shared_blocks_ends_as_one_without(make, healings, monkeypatc
     assert healings[-1].shared_depth is None
     for (name, a), b in zip(ours.model.named_parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("trained, said", [("neighbours", 1), ("all", 0)])
-def test_a_run_says_once_why_both_models_run_in_full(make, healings, caplog, trained, said):
-    changes = {"attention_dropout": 0.1} if trained == "neighbours" else {}  # all trains the embedding: no surprise
-    trainer = make(model=tiny_model(6, **changes), trained_layers=trained)
-    trainer.train()
-    assert healings[-1].shared_depth is None and len(rounds_of(trainer)) == 2
-    messages = [record.getMessage() for record in caplog.records if "run in full" in record.getMessage()]
-    assert len(messages) == said and all("attention_dropout=0.1" in message for message in messages)

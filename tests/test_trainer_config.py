@@ -4,6 +4,8 @@ import pytest
 from trl import SFTConfig, TrlParser
 
 from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError
+from hf_layerprune.budget import Budget
+from hf_layerprune.scoring import Race
 
 
 def own_fields():
@@ -12,7 +14,7 @@ def own_fields():
 
 
 def test_every_own_field_is_documented_twice():
-    assert len(own_fields()) == 28
+    assert len(own_fields()) == 26
     for field in own_fields():
         assert f"{field.name} (" in IterativeLayerDistillConfig.__doc__, field.name
         assert field.metadata["help"].replace("%%", "").count("%") == 0
@@ -22,23 +24,23 @@ def test_every_own_field_is_documented_twice():
     "changes",
     [
         {"target_num_layers": 0},
+        {"target_num_layers": 2.5},
+        {"target_num_layers": 3, "target_latency": 0.5},
         {"layers_per_round": 0},
-        {"protect_first_layers": -1},
+        {"layers_per_round": 2.0},
         {"num_calibration_samples": 0},
-        {"num_eval_samples": 0},
-        {"per_device_eval_batch_size": 0},
         {"kl_weight": -1.0},
         {"kl_weight": "1"},
-        {"target_num_layers": float("nan")},
-        {"target_num_layers": 2.5},
+        {"hidden_weight": float("nan")},
+        {"beta": 2.0},
         {"temperature": 0.0},
         {"criterion": "cosine"},
         {"loss_preset": "balanced"},
         {"compensation": "rescale"},
         {"loss_preset": "paper", "lm_weight": 0.1},
         {"trained_layers": "some"},
-        {"kl_weight": 0.0, "hidden_weight": 0.0},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"race_confidence": 0.9, "one_shot": True},
+        {"edits": "parallelize", "criterion": "tail"},
     ],
 )
 def test_values_out_of_range_are_refused(tmp_path, changes):
@@ -46,9 +48,19 @@ def test_values_out_of_range_are_refused(tmp_path, changes):
         IterativeLayerDistillConfig(output_dir=str(tmp_path), **changes)
 
 
-def test_named_layers():
-    assert IterativeLayerDistillConfig(output_dir="x", trained_layers="10, 3,3").named_trained_layers() == (3, 10)
-    assert IterativeLayerDistillConfig(output_dir="x").named_trained_layers() is None
+def test_checkpointing_is_never_reentrant():
+    config = IterativeLayerDistillConfig(output_dir="x", gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert config.gradient_checkpointing_kwargs == config.activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_settings_are_values_and_keep_what_was_given():
+    config = IterativeLayerDistillConfig(output_dir="x", trained_layers="10, 3,3", edits="remove, parallelize")
+    assert config.trained_layers == (3, 10) and config.edits == config.edit_space.kinds == ("remove", "parallelize")
+    assert config.budget is None and config.race is None
+    assert (config.as_given["trained_layers"], config.as_given["bf16"]) == ("10, 3,3", None)
+    config = IterativeLayerDistillConfig(output_dir="x", target_latency=0.5, race_confidence=0.9)
+    assert config.trained_layers == "neighbours" and config.budget == Budget("latency", 0.5)
+    assert config.race == Race(0.9, config.seed)
 
 
 @pytest.mark.filterwarnings("error")

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
+from ..budget import Budget
 from ..data import ASSETS
 from ..errors import LayerPruneError, first_line
 from ..loading import beside_weights, load_config
@@ -17,8 +18,7 @@ from ..progress import Phases, RunProgress, say
 from ..report import rich_table
 from ..rows import with_text
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
-from ..trainer.engines import launch_line
-from ..trainer.interrupts import StopWhereNothingIsLost
+from ..trainer.callbacks import StopOnSignal
 from ..trainer.trainable import lora_config
 from .arguments import CompressArguments, default_depth
 from .measure import check_sources, read_dataset
@@ -63,15 +63,18 @@ def with_default_recipe(argv: list[str]) -> list[str]:
 
 def set_default_target(config: IterativeLayerDistillConfig, depth: int) -> None:
     """Where no target is given, three quarters of the depth."""
-    if config.budget() is None:
-        config.target_num_layers = default_depth(depth)
+    if config.budget is None:
+        config.budget = Budget("depth", default_depth(depth))
 
 
 def resume_line(folder: Path, processes: int) -> str:
     """The command that resumes a run; the other options of a launcher are for the user to repeat."""
     options = "" if processes == 1 else " (with the options it was launched with)"
     recipe = shlex.quote(str(folder / "recipe.yaml"))
-    return f"{launch_line(processes)} compress --config {recipe} --resume true{options}"
+    start = "hf-layerprune"
+    if processes > 1:
+        start = f"accelerate launch --num_processes {processes} -m hf_layerprune.cli"
+    return f"{start} compress --config {recipe} --resume true{options}"
 
 
 def _check_report_to(names: list[str]) -> None:
@@ -127,7 +130,7 @@ def _train(trainer: IterativeLayerDistillTrainer, folder: Path, phases: Phases) 
     """Run the rounds; Ctrl-C saves a checkpoint and prints the command that resumes the run."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RunProgress(trainer, phases))
-    with StopWhereNothingIsLost() as stop:
+    with StopOnSignal() as stop:
         trainer.add_callback(stop)
         try:
             trainer.train()

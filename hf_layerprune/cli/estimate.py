@@ -23,7 +23,8 @@ from ..report import millions
 from ..shapes import SHAPES, load_shape, short_name
 from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
-from ..trainer.checks import check_budget
+from ..trainer.config import as_words
+from ..trainer.run import check_budget
 from .compress import set_default_target, with_default_recipe
 from .measure import print_table
 from .parsing import Parser
@@ -75,18 +76,19 @@ def _check(name: str, args: IterativeLayerDistillConfig, config: PretrainedConfi
     """Raise [`LayerPruneError`] for a run that would not start."""
     if not args.heal:
         raise LayerPruneError("heal=False trains nothing, and what is estimated is training; leave it out")
-    plan, budget = plan_of(config), args.budget()
-    if missing := [layer for layer in args.named_trained_layers() or () if layer not in plan.layers]:
+    plan, budget = plan_of(config), args.budget
+    named = args.trained_layers if isinstance(args.trained_layers, tuple) else ()
+    if missing := [layer for layer in named if layer not in plan.layers]:
         raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
     if budget.unit != "latency":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        check_budget(name, Goal.of(budget, args.edit_space(), model, original), plan, args.heal)
+        check_budget(name, Goal.of(budget, args.edit_space, model, original), plan, args.heal)
     check_length(args.max_length, config, name)
 
 
 def _target(found: Estimate, args: IterativeLayerDistillConfig) -> str:
-    start, budget = f"{millions(found.parameters)} parameters", args.budget()
+    start, budget = f"{millions(found.parameters)} parameters", args.budget
     if found.rounds is None:
         return f"{start} -> {budget.unit} {budget.target:g}; how many rounds that takes, only measuring tells"
     return f"{start} -> {millions(found.student_parameters)} in {found.rounds} round{'s' * (found.rounds > 1)}"
@@ -99,7 +101,7 @@ def _print_settings(settings: list[HealingSetting], memory: int) -> None:
         of_way = list(group)
         fitting = [setting for setting in of_way if setting.fits(memory)]
         shown = (fitting or of_way[:1])[-1]
-        name = f"{shown.trained} LoRA {shown.lora_r}" if shown.lora_r else shown.trained
+        name = as_words(shown.trained) + (f" LoRA {shown.lora_r}" if shown.lora_r else "")
         sizes = (shown.weights, shown.optimizer, shown.activations, *(setting.peak for setting in of_way))
         twice = "yes" if shown.gradient_checkpointing else "no"
         lines.append([name, shown.dtype, twice, *map(_gib, sizes), str(shown.rows) if fitting else "no"])
@@ -112,8 +114,8 @@ def _fitting(found: Estimate, memory: int) -> str:
     """Say which options of `compress` to take, or what would help."""
     best = found.recommended or min(found.settings, key=lambda setting: setting.peak)
     options = (
-        f"--trained_layers {best.trained}{f' --lora_r {best.lora_r}' if best.lora_r else ''} --dtype {best.dtype} "
-        f"--gradient_checkpointing {str(best.gradient_checkpointing).lower()} "
+        f"--trained_layers {as_words(best.trained)}{f' --lora_r {best.lora_r}' if best.lora_r else ''} "
+        f"--dtype {best.dtype} --gradient_checkpointing {str(best.gradient_checkpointing).lower()} "
         f"--per_device_train_batch_size {best.rows} --gradient_accumulation_steps {best.accumulation}"
     )
     if found.recommended:

@@ -5,52 +5,33 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from trl import SFTConfig
 
 from ..budget import TARGETS, Budget, EditSpace
-from ..compensation import COMPENSATIONS, check_compensation
+from ..compensation import COMPENSATIONS
 from ..environment import has_bf16
 from ..errors import LayerPruneError
-from ..losses import HIDDEN_DISTANCES
 from ..scoring import CRITERIA, MEASURED, Race, criterion_of
-from .targets import named_layers
 
-HIDDEN_TARGETS = ("states", "updates")
-WHOLE_NUMBERS = {  # and the least they may be
-    "target_num_layers": 1,
-    "target_num_parameters": 1,
-    "layers_per_round": 1,
-    "protect_first_layers": 0,
-    "protect_last_layers": 0,
-    "num_calibration_samples": 1,
-    "num_repair_samples": 1,
-    "num_eval_samples": 1,
-    "max_length": 2,
-    "seed": 0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-}
-NUMBERS = {  # the same
-    "kl_weight": 0,
-    "hidden_weight": 0,
-    "lm_weight": 0,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "num_train_epochs": 0,
-}
+TRAINED_LAYERS = ("neighbours", "all")
+CHOICES = {"compensation": COMPENSATIONS, "loss_preset": (None, "paper")}
+AT_LEAST = {  # whole numbers where the bound is one
+    "layers_per_round": 1, "num_calibration_samples": 1, "num_repair_samples": 1, "num_eval_samples": 1,
+    "kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 0.0,
+}  # fmt: skip
 
 
-def _joined(value: Any) -> Any:
-    """A list, or a single number, as YAML reads it, in the form of the command line."""
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return str(value) if isinstance(value, int) else value
+def as_words(value: Any) -> str:
+    """Several values as the command line takes them: `"3,4"`."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A setting and its help."""
+    return field(default=default, metadata={"help": help} | metadata)
 
 
 @dataclass
@@ -63,6 +44,9 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     Other defaults than there: `learning_rate` 1e-4 (the paper's), no gradient checkpointing, and `bf16` only where the
     hardware computes in it.
+
+    Once made, the settings are values: `edits` is a tuple, `trained_layers` a word or a tuple of layers, and `budget`,
+    `edit_space` and `race` hold what the target, edit and race settings say. `as_given` keeps them as they were given.
 
     Parameters:
         target_num_layers (`int`, *optional*):
@@ -125,13 +109,8 @@ class IterativeLayerDistillConfig(SFTConfig):
             Which divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalized
             Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
         hidden_weight (`float`, *optional*, defaults to `10.0`):
-            Weight of the hidden-state part: the distance of the healed layers' outputs and of the final state from the
-            teacher's, averaged over tokens and over the states compared.
-        hidden_distance (`str`, *optional*, defaults to `"mse"`):
-            `"mse"`, the squared error over the teacher's mean square, or `"cosine"`, 1 - cos.
-        hidden_target (`str`, *optional*, defaults to `"states"`):
-            What of the healed layers is compared: the `"states"` they hand on, or the `"updates"`, what they add to
-            the residual stream (with what the removed layers next to them added).
+            Weight of the hidden-state part: the squared distance of the healed layers' outputs and of the final state
+            from the teacher's, over the teacher's mean square, averaged over tokens and over the states compared.
         lm_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the next-token loss on the data, nats per token.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -148,235 +127,131 @@ class IterativeLayerDistillConfig(SFTConfig):
         [`LayerPruneError`]: for a value out of range.
     """
 
-    target_num_layers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Depth at which to stop: rounds go on until the student has this many layers. On the command line "
-            "three quarters of the model's, if no target is given."
-        },
+    target_num_layers: int | None = option(
+        None,
+        "Depth at which to stop: rounds go on until the student has this many layers. On the command line "
+        "three quarters of the model's, if no target is given.",
     )
-    target_latency: float | None = field(
-        default=None,
-        metadata={"help": "Instead: time per generated token to reach, as a share of the teacher's, measured here."},
+    target_latency: float | None = option(
+        None, "Instead: time per generated token to reach, as a share of the teacher's, measured here."
     )
-    target_num_parameters: int | None = field(
-        default=None, metadata={"help": "Instead: number of parameters to reach."}
+    target_num_parameters: int | None = option(None, "Instead: number of parameters to reach.")
+    plan: str | None = option(
+        None, "Of a student made elsewhere: the plan.json of the teacher's layers it holds; else found."
     )
-    plan: str | None = field(
-        default=None,
-        metadata={"help": "Of a student made elsewhere: the plan.json of the teacher's layers it holds; else found."},
+    edits: str = option("remove", "What a round may do: 'remove', 'parallelize' or 'remove,parallelize'.")
+    max_group_size: int = option(2, "Most layers that run in parallel in one block.")
+    layers_per_round: int = option(1, "Layers removed (edits made) between two healings.")
+    criterion: str = option(
+        "kl", f"What a layer costs: {', '.join(CRITERIA)}, or your own function as module:function."
     )
-    edits: str = field(
-        default="remove",
-        metadata={"help": "What a round may do: 'remove', 'parallelize' or 'remove,parallelize'."},
+    tasks: str | None = option(None, "Data sets that score layers: 'default', 'paper', a YAML file or 'lm_eval:NAME'.")
+    one_shot: bool = option(False, "Score once and remove in that order, instead of scoring in every round.")
+    race_confidence: float | None = option(
+        None, "Drop layers early that are worse beyond doubt; confidence of the choice, such as 0.95."
     )
-    max_group_size: int = field(default=2, metadata={"help": "Most layers that run in parallel in one block."})
-    layers_per_round: int = field(default=1, metadata={"help": "Layers removed (edits made) between two healings."})
-    criterion: str = field(
-        default="kl",
-        metadata={"help": f"What a layer costs: {', '.join(CRITERIA)}, or your own function as module:function."},
+    protect_first_layers: int = option(0, "Number of first teacher layers that no edit touches.")
+    protect_last_layers: int = option(0, "Number of last teacher layers that no edit touches.")
+    num_calibration_samples: int = option(64, "Rows of calibration data that score the layers.")
+    num_repair_samples: int | None = option(
+        None, "Rows of calibration data to repair on; those that score the layers by default."
     )
-    tasks: str | None = field(
-        default=None,
-        metadata={"help": "Data sets that score layers: 'default', 'paper', a YAML file or 'lm_eval:NAME'."},
+    num_eval_samples: int | None = option(None, "Rows of the evaluation data that measure quality; all by default.")
+    compensation: str = option(
+        "none", "Repair in closed form after every removal: 'none' or 'least_squares'.", choices=COMPENSATIONS
     )
-    one_shot: bool = field(
-        default=False, metadata={"help": "Score once and remove in that order, instead of scoring in every round."}
+    heal: bool = option(True, "Whether rounds heal; without it layers are only chosen and removed.")
+    trained_layers: str = option(
+        "neighbours",
+        "What healing trains: 'neighbours' of the removed layers, 'all' parameters, or named teacher "
+        "layers such as '3,4,10'.",
     )
-    race_confidence: float | None = field(
-        default=None,
-        metadata={"help": "Drop layers early that are worse beyond doubt; confidence of the choice, such as 0.95."},
+    kl_weight: float = option(1.0, "Weight of KL(teacher || student), nats per token.")
+    beta: float = option(
+        0.0, "Divergence: 0 KL(teacher || student), 1 KL(student || teacher), Jensen-Shannon between."
     )
-    protect_first_layers: int = field(
-        default=0, metadata={"help": "Number of first teacher layers that no edit touches."}
+    hidden_weight: float = option(
+        10.0, "Weight of the hidden-state part: the distance of hidden states from the teacher's."
     )
-    protect_last_layers: int = field(
-        default=0, metadata={"help": "Number of last teacher layers that no edit touches."}
+    lm_weight: float = option(0.0, "Weight of the next-token loss on the data.")
+    temperature: float = option(1.0, "Temperature of both distributions in the KL part.")
+    loss_preset: str | None = option(
+        None,
+        "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE, in place of "
+        "kl_weight and hidden_weight.",
     )
-    num_calibration_samples: int = field(
-        default=64, metadata={"help": "Rows of calibration data that score the layers."}
-    )
-    num_repair_samples: int | None = field(
-        default=None,
-        metadata={"help": "Rows of calibration data to repair on; those that score the layers by default."},
-    )
-    num_eval_samples: int | None = field(
-        default=None, metadata={"help": "Rows of the evaluation data that measure quality; all by default."}
-    )
-    compensation: str = field(
-        default="none",
-        metadata={
-            "help": "Repair in closed form after every removal: 'none' or 'least_squares'.",
-            "choices": COMPENSATIONS,
-        },
-    )
-    heal: bool = field(
-        default=True, metadata={"help": "Whether rounds heal; without it layers are only chosen and removed."}
-    )
-    trained_layers: str = field(
-        default="neighbours",
-        metadata={
-            "help": "What healing trains: 'neighbours' of the removed layers, 'all' parameters, or named teacher "
-            "layers such as '3,4,10'."
-        },
-    )
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of KL(teacher || student), nats per token."})
-    beta: float = field(
-        default=0.0,
-        metadata={"help": "Divergence: 0 KL(teacher || student), 1 KL(student || teacher), Jensen-Shannon between."},
-    )
-    hidden_weight: float = field(
-        default=10.0,
-        metadata={"help": "Weight of the hidden-state part: the distance of hidden states from the teacher's."},
-    )
-    hidden_distance: str = field(
-        default="mse",
-        metadata={"help": "'mse', over the teacher's mean square, or 'cosine'.", "choices": tuple(HIDDEN_DISTANCES)},
-    )
-    hidden_target: str = field(
-        default="states",
-        metadata={
-            "help": "Compare the 'states' that healed layers hand on, or the 'updates' they add.",
-            "choices": HIDDEN_TARGETS,
-        },
-    )
-    lm_weight: float = field(default=0.0, metadata={"help": "Weight of the next-token loss on the data."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions in the KL part."})
-    loss_preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE, in place of "
-            "kl_weight and hidden_weight."
-        },
-    )
-    measure_speed: bool = field(
-        default=True, metadata={"help": "Whether to time the teacher and every depth at the end of a run."}
-    )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of each healing."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations in the backward pass to save memory."}
-    )
+    measure_speed: bool = option(True, "Whether to time the teacher and every depth at the end of a run.")
+    learning_rate: float = option(1e-4, "Peak learning rate of each healing.")
+    gradient_checkpointing: bool | None = option(None, "Recompute activations in the backward pass to save memory.")
 
     def __post_init__(self) -> None:
-        self.trained_layers, self.tasks = _joined(self.trained_layers), _joined(self.tasks)
+        self.tasks = self.tasks and as_words(self.tasks)
         self.as_given = {item.name: deepcopy(getattr(self, item.name)) for item in fields(self)}  # nothing derived yet
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         super().__post_init__()
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
-        self._check_numbers()
-        self._check_loss()
-        self._check_memory()
-        self.named_trained_layers()
-        self._check_choice()
-
-    def _check_numbers(self) -> None:
-        for name, least in (WHOLE_NUMBERS | NUMBERS).items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, Integral if name in WHOLE_NUMBERS else Real):
-                raise LayerPruneError(f"{name}={value!r} is not a {'whole ' * (name in WHOLE_NUMBERS)}number")
-            if not math.isfinite(value) or value < least:
-                raise LayerPruneError(f"{name}={value} is out of range; it must be at least {least}")
-        if not 0 < self.temperature < math.inf:
-            raise LayerPruneError(f"temperature={self.temperature} is out of range; it must be above 0")
-        if not 0 <= self.beta <= 1:
-            raise LayerPruneError(f"beta={self.beta} is out of range; it must lie between 0 and 1")
-
-    def _check_loss(self) -> None:
-        """Do the settings of the loss fit together?"""
-        if self.loss_preset not in (None, "paper"):
-            raise LayerPruneError(f"loss_preset={self.loss_preset!r} is unknown; choose 'paper' or leave it out")
-        for name, choices in (("hidden_distance", HIDDEN_DISTANCES), ("hidden_target", HIDDEN_TARGETS)):
-            if getattr(self, name) not in choices:
-                raise LayerPruneError(f"{name}={getattr(self, name)!r} is unknown; choose {' or '.join(choices)}")
-        plain = (self.beta, self.hidden_distance, self.hidden_target, self.lm_weight) == (0, "mse", "states", 0)
-        if self.loss_preset == "paper" and not plain:
-            raise LayerPruneError(
-                "loss_preset='paper' is the authors' own loss; leave out beta, hidden_distance, hidden_target and "
-                "lm_weight"
-            )
-        for name in ("label_smoothing_factor", "loss_type"):
-            if getattr(self, name) != getattr(SFTConfig, name):
-                raise LayerPruneError(f"{name}={getattr(self, name)!r} belongs to another loss; leave it out")
-        if self.neftune_noise_alpha and self.trained_layers != "all":
-            raise LayerPruneError(
-                f"neftune_noise_alpha={self.neftune_noise_alpha} adds noise to the embedding, which the teacher runs "
-                "for both models; leave it out, or set trained_layers='all'"
-            )
-        if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
-            raise LayerPruneError(
-                "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
-            )
-
-    def _check_memory(self) -> None:
-        """Can activations be kept and made again as is asked?"""
-        if self.activation_offloading and self.use_cpu:
-            raise LayerPruneError(
-                "activation_offloading=True moves activations off a GPU, and there is none; leave it out"
-            )
-        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise LayerPruneError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} gives layers after frozen ones no gradient; "
-                "leave it out"
-            )
-
-    def _check_choice(self) -> None:
-        """Do the settings that choose layers fit together?"""
-        criterion_of(self.criterion)
-        if self.criterion == "tasks" and self.tasks is None:
-            self.tasks = "default"
-        if self.tasks is not None and self.criterion != "tasks":
-            if self.criterion != type(self).criterion:
-                raise LayerPruneError(f"tasks={self.tasks!r} are for criterion='tasks', not {self.criterion!r}")
-            self.criterion = "tasks"
-        measured = " or ".join(repr(name) for name in MEASURED)
-        if "parallelize" in self.edit_space().kinds:
-            if self.criterion not in MEASURED:
-                raise LayerPruneError(
-                    f"criterion={self.criterion!r} tells nothing about running layers in parallel; choose {measured}"
-                )
-            if self.one_shot:
-                raise LayerPruneError("one_shot=True removes layers in a fixed order; it cannot run them in parallel")
-        if self.race_confidence is not None:
-            if self.criterion not in MEASURED or self.one_shot:
-                raise LayerPruneError(
-                    f"race_confidence={self.race_confidence} needs a criterion that is measured ({measured}) and "
-                    "every round scored for one choice; leave out one_shot"
-                )
-            Race(self.race_confidence)
-        check_compensation(self.compensation)
-        if self.num_repair_samples is not None and self.compensation == "none":
-            raise LayerPruneError(
-                f"num_repair_samples={self.num_repair_samples} are read by compensation='least_squares'; set both"
-            )
-        if self.compensation != "none" and "remove" not in self.edit_space().kinds:
-            raise LayerPruneError(
-                f"compensation={self.compensation!r} repairs the gap that a removed layer leaves, and edits="
-                f"{self.edits!r} removes none; leave it out"
-            )
-
-    def edit_space(self) -> EditSpace:
-        """The edits a round may make."""
-        return EditSpace(self.edits, self.max_group_size, self.protect_first_layers, self.protect_last_layers)
-
-    def budget(self) -> Budget | None:
-        """What the rounds lead to; `None` where no target is set.
-
-        Raises:
-            [`LayerPruneError`]: if more than one target is set, or one is out of range.
-        """
+        # the reentrant kind gives layers after frozen ones no gradient; transformers reads the second name
+        kwargs = (self.gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}
+        self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs = kwargs
+        self._check_values()
+        self.trained_layers = parsed_layers(self.trained_layers)
+        protected = (self.protect_first_layers, self.protect_last_layers)
+        self.edit_space = EditSpace(self.edits, self.max_group_size, *protected)
+        self.edits = self.edit_space.kinds
         targets = {unit: getattr(self, name) for unit, name in TARGETS.items() if getattr(self, name) is not None}
-        if len(targets) > 1:
-            raise LayerPruneError(f"{' and '.join(TARGETS[unit] for unit in targets)} are both set; choose one target")
-        return Budget.of(targets) if targets else None
+        self.budget = Budget.of(targets) if targets else None
+        self.race = None if self.race_confidence is None else Race(self.race_confidence, self.seed)
+        self._settle_criterion()
 
-    def named_trained_layers(self) -> tuple[int, ...] | None:
-        """The teacher layers `trained_layers` names, or `None` where it is a word.
+    def _check_values(self) -> None:
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise LayerPruneError(f"{name}={value!r} is unknown; choose {' or '.join(map(str, choices))}")
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            kind, words = (int, "a whole number") if isinstance(least, int) else ((int, float), "a number")
+            if value is not None and not (isinstance(value, kind) and least <= value < math.inf):
+                raise LayerPruneError(f"{name}={value!r} must be {words} of at least {least:g}")
+        if not (0 < self.temperature < math.inf and 0 <= self.beta <= 1):
+            raise LayerPruneError(
+                f"temperature={self.temperature} must be above 0, and beta={self.beta} must lie between 0 and 1"
+            )
+        if self.loss_preset == "paper" and (self.beta or self.lm_weight):
+            raise LayerPruneError("loss_preset='paper' is the authors' own loss; leave out beta and lm_weight")
 
-        Raises:
-            [`LayerPruneError`]: if it is neither a known word nor a list of integers.
-        """
-        return named_layers(self.trained_layers)
+    def _settle_criterion(self) -> None:
+        """Let `tasks` imply their criterion, and check that the criterion can choose as asked."""
+        criterion_of(self.criterion)
+        if self.tasks is not None and self.criterion == type(self).criterion:
+            self.criterion = "tasks"
+        if self.criterion == "tasks":
+            self.tasks = self.tasks or "default"
+        elif self.tasks is not None:
+            raise LayerPruneError(f"tasks={self.tasks!r} are for criterion='tasks', not {self.criterion!r}")
+        asked = [f"race_confidence={self.race_confidence}"] if self.race else []
+        asked += ["edits='parallelize'"] if "parallelize" in self.edits else []
+        if asked and (self.one_shot or self.criterion not in MEASURED):
+            raise LayerPruneError(
+                f"{asked[0]} needs a criterion that is measured in every round; choose one of {', '.join(MEASURED)} "
+                f"(now {self.criterion!r}), and leave out one_shot"
+            )
+
+
+def parsed_layers(trained_layers: Any) -> str | tuple[int, ...]:
+    """What `trained_layers` says: one of `TRAINED_LAYERS`, or the teacher layers it names.
+
+    Raises:
+        [`LayerPruneError`]: if it is neither.
+    """
+    words = as_words(trained_layers)
+    if words in TRAINED_LAYERS:
+        return words
+    try:
+        return tuple(sorted({int(word) for word in words.split(",")}))
+    except ValueError:
+        raise LayerPruneError(
+            f"trained_layers={trained_layers!r} is neither {' nor '.join(TRAINED_LAYERS)} nor a list of layers such "
+            "as '3,4,10'"
+        ) from None

@@ -26,57 +26,15 @@ def splits_model(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def launch_line(processes: int) -> str:
-    """How the command line is started, on so many processes of this machine."""
-    if processes == 1:
-        return "hf-layerprune"
-    return f"accelerate launch --num_processes {processes} -m hf_layerprune.cli"
-
-
 def check_engine(accelerator: Accelerator, args: Any) -> None:
     """Raise [`LayerPruneError`] if a run cannot work in the engine it was launched with."""
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED) and "MULTI_" not in str(kind):
-        raise LayerPruneError(
-            f"distributed_type={kind.value} is not supported; launch with DDP, FSDP2 or DeepSpeed ZeRO"
-        )
-    if args.n_gpu > 1:  # a Trainer would wrap the student in nn.DataParallel, and the loss would be n times too large
-        raise LayerPruneError(
-            f"one process sees {args.n_gpu} GPUs; start one process for each, `{launch_line(args.n_gpu)} ...`, or "
-            "leave it one, CUDA_VISIBLE_DEVICES=0"
-        )
-    if not splits_model(accelerator):
-        return
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise LayerPruneError("FSDP1 flattens weights that are trained with those that are not; set fsdp_version: 2")
-    if args.eval_strategy != "no":
+    if splits_model(accelerator) and args.eval_strategy != "no":
         raise LayerPruneError(
             f"eval_strategy={str(args.eval_strategy.value)!r} measures a student that is split over processes; leave "
             "it out: every round is measured before and after its healing"
         )
-
-
-def second_copy(accelerator: Accelerator, student: nn.Module) -> int:
-    """Bytes that each process takes for its part of the frozen weights, which the teacher holds already.
-
-    FSDP2 and DeepSpeed ZeRO-3 make parts of all weights of a student; the others leave the frozen ones where they are.
-    """
-    kind = accelerator.distributed_type
-    zero3 = kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
-    if kind != DistributedType.FSDP and not zero3:
-        return 0
-    frozen = {p.data_ptr(): p.nbytes for p in student.parameters() if not p.requires_grad}
-    return sum(frozen.values()) // accelerator.num_processes
-
-
-def check_whole(model: nn.Module) -> None:
-    """Raise [`LayerPruneError`] if a process holds a part of `model` only."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or parameter.is_meta:
-            raise LayerPruneError(
-                f"{name} is split over processes or not loaded; load the model before the settings are made, or give "
-                "its name"
-            )
 
 
 def autocast(accelerator: Accelerator) -> Any:
@@ -89,7 +47,7 @@ def autocast(accelerator: Accelerator) -> Any:
 
 
 def outline(student: nn.Module) -> nn.Module:
-    """A copy of `student`, frozen weights shared and empty ones in place of the trained: what [`fill`] fills again."""
+    """Copy `student` with its frozen weights shared and empty tensors for the trained ones, which [`fill`] fills."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in student.buffers()}
     for parameter in student.parameters():
         data = parameter.new_empty(0) if parameter.requires_grad else parameter.detach()
@@ -107,23 +65,24 @@ def frozen_head(empty: nn.Module) -> nn.Linear | None:
 def fill(empty: nn.Module, trained: nn.Module, device: torch.device) -> nn.Module:
     """Put the weights that an engine trained into the [`outline`] of its model, on every process the whole of them.
 
+    Accelerate's `get_state_dict` gives whole weights to the main process alone, and in 16 bits under ZeRO-3.
+
     Args:
         empty (`nn.Module`): taken of the model before the engine got it.
         trained (`nn.Module`): the model, unwrapped. All processes must call this together.
-        device (`torch.device`): where the processes talk to each other and the weights shall be.
+        device (`torch.device`): where the processes communicate, and where the weights go.
     """
     found = {name.replace(WRAPPER, ""): parameter for name, parameter in trained.named_parameters()}
     for name, parameter in empty.named_parameters():
         if parameter.requires_grad:
-            parameter.data = whole(found[name], device).to(parameter.dtype)
+            parameter.data = _whole(found[name], device).to(parameter.dtype)
     return empty
 
 
-def whole(parameter: nn.Parameter, device: torch.device) -> Tensor:
-    """A parameter that processes may hold parts of; under DeepSpeed the optimizer's, in its full precision."""
+def _whole(parameter: nn.Parameter, device: torch.device) -> Tensor:
     if isinstance(parameter, DTensor):
         return parameter.detach().to(device).full_tensor()
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # DeepSpeed's optimizer has full precision
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter).to(device)
@@ -131,12 +90,12 @@ def whole(parameter: nn.Parameter, device: torch.device) -> Tensor:
 
 
 def agreed(value: Any) -> Any:
-    """The main process's value, on every process."""
+    """Return the main process's value on every process."""
     return broadcast_object_list([value])[0]
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
-    """What `act` returns on the main process, which alone runs it, or the error it raises, on every process."""
+    """Run `act` on the main process alone; every process returns its value or raises its error."""
     value, error = None, None
     if accelerator.is_main_process:
         try:

@@ -15,27 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
-from transformers.utils import logging
 from trl import SFTTrainer
 
 from .._trl import leave_weights, redirect_forward, set_model
 from ..data import Batch, valid_next_tokens
 from ..errors import NotANumber
+from ..files import sync_folder
 from ..losses import loss_of_parts, parts_of_loss
+from ..record import Healing
 from ..surgery import plan_of
-from .checkpoints import Checkpoint, load_trained, seal
 from .config import IterativeLayerDistillConfig
-from .engines import autocast, fill, frozen_head, outline, second_copy, splits_model
-from .targets import HiddenStateMap
-from .towers import run_towers, shared_depth, why_nothing_is_shared, without_adapters
+from .engines import autocast, fill, frozen_head, outline, splits_model
+from .towers import HiddenStateMap, run_towers, shared_depth, without_adapters
 from .trainable import make_plain, make_trainable
-
-logger = logging.get_logger(__name__)
 
 
 class HealingTrainer(Trainer):
@@ -51,7 +47,8 @@ class HealingTrainer(Trainer):
         blocks (`list[int]`): positions of the blocks whose weights change; all weights if the settings say so.
         rows ([`~datasets.Dataset`]): the tokenized text to train on.
         folder (`Path`): for the checkpoints.
-        on_checkpoint (`Callable[[int], None]`, *optional*): called with the step of each checkpoint.
+        on_checkpoint (`Callable[[int, Healing], None]`, *optional*): called with the step of each whole checkpoint
+            and what the healing has taken until then.
     """
 
     args: IterativeLayerDistillConfig
@@ -64,12 +61,11 @@ class HealingTrainer(Trainer):
         blocks: list[int],
         rows: Dataset | IterableDataset,
         folder: Path,
-        on_checkpoint: Callable[[int], None] = lambda step: None,
+        on_checkpoint: Callable[[int, Healing], None] = lambda step, so_far: None,
     ) -> None:
-        self.rounds, self.teacher, self.on_checkpoint = rounds, rounds.teacher, on_checkpoint
-        everything = rounds.args.trained_layers == "all"
+        self.rounds, self.teacher, self.folder, self.on_checkpoint = rounds, rounds.teacher, folder, on_checkpoint
         self.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(self.teacher), blocks)
-        trained = make_trainable(student, blocks, everything, rounds._peft_config)
+        trained = make_trainable(student, blocks, rounds.args.trained_layers == "all", rounds._peft_config)
         self.shared_depth = shared_depth(trained, self.teacher)
         use_cache = trained.config.use_cache  # which a `Trainer` sets
         args = copy.copy(rounds.args)
@@ -85,15 +81,9 @@ class HealingTrainer(Trainer):
         )
         trained.config.use_cache = use_cache
         set_model(rounds, trained)
-        self.folder = folder
         self.callback_handler.callbacks = rounds.callback_handler.callbacks
         self.model_accepts_loss_kwargs = True
         self._signature_columns = ["input_ids", "labels", "seq_lengths"]
-        reason = why_nothing_is_shared(trained, self.teacher)
-        if reason is not None and not everything and self.accelerator.is_main_process:
-            logger.warning_once(f"student and teacher both run in full, which takes longer: {reason}")
-        if (copied := second_copy(self.accelerator, trained)) and self.accelerator.is_main_process:
-            logger.warning_once(f"the engine holds a second copy of frozen weights, {copied >> 20:,} MiB a process")
         self._outline = outline(trained) if splits_model(self.accelerator) else None
         self.frozen_head = None if self._outline is None else frozen_head(self._outline)
         self._step_loss: Tensor | int = 0  # sum over the micro-batches of the step in progress
@@ -102,25 +92,26 @@ class HealingTrainer(Trainer):
         leave_weights(rounds, trained)
 
     def heal(
-        self, save_dtype: torch.dtype, checkpoint: Checkpoint | None = None
+        self, save_dtype: torch.dtype, checkpoint: Path | None = None, seconds: float = 0.0
     ) -> tuple[PreTrainedModel, TrainOutput]:
         """Train the student.
 
         Args:
             save_dtype (`torch.dtype`): what the trained weights are rounded to in the end.
-            checkpoint ([`Checkpoint`], *optional*): to continue from.
+            checkpoint (`Path`, *optional*): to continue from.
+            seconds (`float`, *optional*, defaults to `0.0`): wall time that the healing had taken by then.
 
         Returns:
             The healed student, without adapters, and what [`~transformers.Trainer.train`] returns.
 
         Raises:
-            [`NotANumber`]: if the loss is not finite.
+            [`NotANumber`]: if the loss or a weight is not finite.
         """
-        self._started = time.perf_counter() - (0.0 if checkpoint is None else checkpoint.seconds)
+        self._started = time.perf_counter() - seconds
         set_seed(self.args.seed + self.rounds.round)  # a `Trainer` that is made sets it to the same in every round
         self.accelerator.free_memory()
         try:
-            output = self.train(resume_from_checkpoint=None if checkpoint is None else checkpoint.folder)
+            output = self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             self.rounds.state, self.rounds.control = self.state, self.control
         healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -130,6 +121,11 @@ class HealingTrainer(Trainer):
         self.accelerator.free_memory()
         return make_plain(healed, save_dtype), output
 
+    @property
+    def so_far(self) -> Healing:
+        """What the healing has taken until now, over all sessions of the run."""
+        return Healing(int(self.state.num_input_tokens_seen), time.perf_counter() - self._started)
+
     def create_accelerator_and_postprocess(self) -> None:
         """Take that of the rounds: DeepSpeed allows only one."""
         names = ("accelerator", "gather_function", "is_deepspeed_enabled", "is_fsdp_enabled", "is_tp_enabled")
@@ -137,18 +133,10 @@ class HealingTrainer(Trainer):
             if hasattr(self.rounds, name):
                 setattr(self, name, getattr(self.rounds, name))
 
-    @property
-    def seconds(self) -> float:
-        """Wall time of the healing so far, over all sessions of the run."""
-        return time.perf_counter() - self._started
-
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Measure the student as the rounds do."""
-        student = without_adapters(self.accelerator.unwrap_model(self.model))
-        metrics = self.rounds.metrics_of(student, self.rounds.eval_batches, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        self.rounds.state, self.rounds.control = self.state, self.control
+        return self.rounds.evaluate(metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         parts = {name: sum(values) / len(values) for name, values in self._parts.items()}
@@ -156,27 +144,21 @@ class HealingTrainer(Trainer):
         super().log({"round": self.rounds.round} | logs | parts, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Checkpoints of a healing lie in the folder of its round."""
         return str(self.folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Seal it, unless it is that of the last step: a `Trainer` that resumes there takes one more."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones stay until it is sealed
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        """Report it once it is whole, unless it is that of the last step: a `Trainer` that resumes there takes one
+        more."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones stay until it is whole
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit, step = limit, self.state.global_step
         self.accelerator.wait_for_everyone()
-        if self.args.should_save and self.state.global_step < self.state.max_steps:
-            seal(Checkpoint(str(self.folder / f"checkpoint-{self.state.global_step}"), self.seconds))
-            rotate_checkpoints(str(self.folder), limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.on_checkpoint(self.state.global_step)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if splits_model(self.accelerator) or is_peft_model(self.model):  # they load only parts of their own
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_trained(self.model, Path(resume_from_checkpoint))
+        if step < self.state.max_steps:
+            if self.args.should_save:
+                sync_folder(self.folder / f"checkpoint-{step}")
+            self.on_checkpoint(step, self.so_far)
+            if self.args.should_save:
+                rotate_checkpoints(str(self.folder), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def compute_loss(
         self,
@@ -207,8 +189,7 @@ class HealingTrainer(Trainer):
         """What [`~losses.parts_of_loss`] gives for a batch."""
         student = without_adapters(student)
         valid, labels = valid_next_tokens(inputs)
-        updates = self.args.hidden_target == "updates"
-        towers = run_towers(student, self.teacher, inputs, valid, self.hidden_state_map, self.shared_depth, updates)
+        towers = run_towers(student, self.teacher, inputs, valid, self.hidden_state_map, self.shared_depth)
         return parts_of_loss(towers, self.frozen_head or student.lm_head, self.teacher.lm_head, labels, self.args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

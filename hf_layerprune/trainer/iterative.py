@@ -1,53 +1,62 @@
 """Iterative layer-wise distillation: score, remove, heal, evaluate, until the student is shallow enough.
 
 https://huggingface.co/papers/2511.05085. Each round scores the CURRENT student against the ORIGINAL teacher, removes
-the layer that costs least (or runs it beside its neighbour), and heals the student against the original teacher.
+the layer that costs least (or runs it in parallel with its neighbour), and heals the student against the original
+teacher.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub import CommitInfo, HfApi
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from safetensors import SafetensorError
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from .._trl import prepared_for_evaluation, restore_forward
 from ..budget import Goal
-from ..data import Batch, check_batches, collated_batches, num_positions
+from ..data import Batch, check_batches, check_length, collated_batches
 from ..errors import LayerPruneError, first_line
 from ..evaluation import evaluate_model
-from ..hub import TAGS
+from ..files import write_atomically
+from ..forward import check_same_vocabulary, check_tokenizer
+from ..hub import TAGS, load_run, push_run, run_card
 from ..hub.paths import absolute_if_local
+from ..hub.runs import hub_errors
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..matching import with_plan
-from ..record import RunRecord, read_plan
+from ..record import Done, RunRecord, read_plan
 from ..rows import column_names, tell_of_dropped, with_text
 from ..surgery import plan_of, prune, unshare_parameters
 from ..tasks import load_tasks, prepare_tasks
-from .checks import check_added_tokens, check_arguments, check_budget, check_enough_rows, check_request
 from .config import IterativeLayerDistillConfig
-from .engines import agreed, check_engine, check_whole, on_main, splits_model
-from .interrupts import explained
-from .publishing import HubPublishing
+from .engines import agreed, check_engine, on_main, splits_model
 from .rounds import Rounds
-from .run import RunFile, check_not_past_target, decisive_settings
+from .run import RunFile, check_budget, decisive_settings
 from .students import check_saving, unpruned
 from .towers import without_adapters
 
+DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
 
-class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
+
+class IterativeLayerDistillTrainer(SFTTrainer):
     """Make a language model shallower, one measured and healed layer at a time.
 
     `train()` runs all rounds and leaves in `args.output_dir`: `rounds/NN/` (the student of each round), `model/` (the
     last one), `plan.json`, `report.json`, `report.md`, two plots and a card. A student is a plain model of
     its teacher's family, or [`PrunedQwen2ForCausalLM`] once layers run in parallel.
+
+    With `push_to_hub=True` the repository is found or made before the training starts. The last student is pushed when
+    the run is done, and nothing before.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -70,7 +79,7 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
             Heal with adapters on the trained layers; they are merged at the end of each round.
         callbacks (`list[TrainerCallback]`, *optional*):
             Callbacks of any [`~transformers.Trainer`], and [`LayerDistillCallback`]s that follow the rounds.
-        kwargs: passed to [`~trl.SFTTrainer`] (`data_collator`, `formatting_func`, `optimizer_cls_and_kwargs`, ...).
+        data_collator, formatting_func, optimizer_cls_and_kwargs (*optional*): as in [`~trl.SFTTrainer`].
 
     Raises:
         [`LayerPruneError`]: where the model, the data and the settings do not fit together.
@@ -94,88 +103,122 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
         teacher: str | PreTrainedModel | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        **kwargs: Any,
+        data_collator: DataCollator | None = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
-        if train_dataset is None:
-            raise LayerPruneError("train_dataset is missing; healing needs text")
         began = time.perf_counter()
-        check_arguments(args, train_dataset, peft_config, teacher is not None, kwargs)
-        keep_models_whole()
-        files: dict[str, Any] = {}  # which files of that name, and with what right they are read
-        if isinstance(model, str):
-            init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
-            init |= args.model_init_kwargs or {}
-            self.model_name = absolute_if_local(gguf_name(model, init.pop("gguf_file", None)))
-            model = load_model(self.model_name, for_device=args.device, **init)
-            files = beside_weights(init)
-            self.save_dtype = saved_dtype(self.model_name, **files)
-        else:
-            self.model_name, self.save_dtype = absolute_if_local(name_of(model)), model.dtype
+        files = self._load(model, teacher, args)
         if processing_class is None:
-            if not self.model_name:
-                raise LayerPruneError(
-                    "processing_class is missing; the model was not loaded by name, give its tokenizer"
-                )
             processing_class = load_tokenizer(self.model_name, **files)
-        if isinstance(teacher, str):
-            init = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-            init = {name: value for name, value in init.items() if name not in ("revision", "subfolder", "gguf_file")}
-            teacher = load_model(teacher, **init | {"dtype": model.dtype})
-        self.teacher_name = self.model_name if teacher is None else absolute_if_local(name_of(teacher))
-        for given in (model, model if teacher is None else teacher):
-            check_whole(given)
-        if teacher is not None:
-            model = with_plan(model, teacher, None if args.plan is None else read_plan(args.plan))
-        self.teacher = (teacher if teacher is not None else model).to(args.device)
-        self.start = model.to(args.device)  # what the first round starts from
-        self.goal: Goal | None = None  # what students are measured by; made when the run is opened
-        name, optimizer = self.model_name or type(model).__name__, kwargs.get("optimizer_cls_and_kwargs")
-        check_request(name, self.start, self.teacher, args, processing_class, optimizer)
-        datasets = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
-        self._text_field = args.dataset_text_field if kwargs.get("formatting_func") is None else None
-        datasets = {
-            name: with_text(dataset, self._text_field, f"{name}_dataset")
-            for name, dataset in datasets.items()
-            if dataset is not None
+        self._check_request(args, processing_class)
+        self._text_field = args.dataset_text_field if formatting_func is None else None
+        texts = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
+        texts = {
+            name: with_text(rows, self._text_field, f"{name}_dataset")
+            for name, rows in texts.items()
+            if rows is not None
         }
-        train_dataset = datasets.pop("train")
-
         self.file: RunFile | None = None
+        self.goal: Goal | None = None  # what students are measured by; made when the run is opened
         self._opened = False
         self._peft_config = peft_config
         self.round = 0  # the round in progress, from 1
         args = copy.copy(args)  # the user's own stays as it is
         args.model_init_kwargs = None  # they have done their work; SFTTrainer would warn of them
-        super().__init__(
-            model=prune(self.start, [], share_weights=True),
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=datasets or None,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                model=prune(self.start, [], share_weights=True),
+                args=args,
+                train_dataset=texts.pop("train", None),
+                eval_dataset=texts or None,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                data_collator=data_collator,
+                formatting_func=formatting_func,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            )
+            if args.heal and optimizer_cls_and_kwargs is None:  # known before a layer is scored
+                self.get_optimizer_cls_and_kwargs(args, self.model)
+        except (ValueError, ImportError, TemplateError) as error:  # what TRL and transformers say of the arguments
+            raise LayerPruneError(first_line(error)) from error
         check_engine(self.accelerator, args)
-        check_added_tokens(self.processing_class, self.start, args)
+        if len(self.processing_class) > self.start.config.vocab_size:
+            raise LayerPruneError(
+                f"with chat_template_path={args.chat_template_path!r} the tokenizer has {len(self.processing_class)} "
+                f"tokens but the model only {self.start.config.vocab_size}; save the template alone to a .jinja file "
+                "and name that file"
+            )
         restore_forward(self.model)
-        self.all_train_rows = self.train_dataset
-        datasets = self.eval_dataset or {}
-        calibration = datasets.get("calibration", self.all_train_rows)
-        self.eval_dataset = datasets.get("eval")
-        self.calibration_batches = self._batches(calibration, args.num_calibration_samples, "calibration data")
-        self.repair_batches = self.calibration_batches
-        if args.num_repair_samples is not None:
-            self.repair_batches = self._batches(calibration, args.num_repair_samples, "calibration data")
-        if self.eval_dataset is None:
-            self.eval_batches = self.calibration_batches
-        else:
-            self.eval_batches = self._batches(self.eval_dataset, args.num_eval_samples, "evaluation data")
-        check_enough_rows(self.all_train_rows, args)
+        self._make_batches(self.eval_dataset or {})
         self.tasks = []
         if args.tasks:
             rows = args.per_device_eval_batch_size
             self.tasks = prepare_tasks(load_tasks(args.tasks), self.start, processing_class, rows)
         self.seconds_before = time.perf_counter() - began
+
+    def _load(
+        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, args: IterativeLayerDistillConfig
+    ) -> dict[str, Any]:
+        """Load what is given by name; returns how the files next to the model's weights are read."""
+        keep_models_whole()
+        init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        file, files = init.pop("gguf_file", None), beside_weights(init)
+        if isinstance(model, str):
+            self.model_name = absolute_if_local(gguf_name(model, file))
+            model = load_model(self.model_name, for_device=args.device, **init)
+            self.save_dtype = saved_dtype(self.model_name, **files)
+        else:
+            self.model_name, self.save_dtype = absolute_if_local(name_of(model)), model.dtype
+        if isinstance(teacher, str):
+            init = {name: value for name, value in init.items() if name not in ("revision", "subfolder")}
+            teacher = load_model(teacher, **init | {"dtype": model.dtype})
+        if teacher is None and args.plan is not None:
+            raise LayerPruneError(
+                f"plan={args.plan!r} says which of a teacher's layers the model holds, but no teacher is given; name "
+                "it with teacher"
+            )
+        self.teacher_name = self.model_name
+        if teacher is not None:
+            self.teacher_name = absolute_if_local(name_of(teacher))
+            model = with_plan(model, teacher, None if args.plan is None else read_plan(args.plan))
+        self.start = model.to(args.device)  # what the first round starts from
+        self.teacher = self.start if teacher is None else teacher.to(args.device)
+        return files
+
+    def _check_request(self, args: IterativeLayerDistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise [`LayerPruneError`] unless the model can be compressed as the settings ask."""
+        name = self.model_name or type(self.start).__name__
+        plan, teacher_plan = plan_of(self.start), plan_of(self.teacher)
+        if args.budget is None:
+            raise LayerPruneError(
+                f"target_num_layers is missing; {name} has {plan.depth} layers, choose 1..{plan.depth - 1}"
+            )
+        check_same_vocabulary(self.start, self.teacher)
+        check_tokenizer(tokenizer, self.start, name)
+        check_length(args.max_length, self.start.config, name)
+        if plan.num_teacher_layers != teacher_plan.num_teacher_layers or {*plan.layers} - {*teacher_plan.layers}:
+            raise LayerPruneError(
+                f"the student's layers {list(plan.layers)} of {plan.num_teacher_layers} are not all layers of the "
+                f"teacher ({list(teacher_plan.layers)} of {teacher_plan.num_teacher_layers}); use the model it was "
+                "pruned from"
+            )
+        named = args.trained_layers if isinstance(args.trained_layers, tuple) else ()
+        if missing := [layer for layer in named if layer not in plan.layers]:
+            raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
+        if args.budget.unit != "latency":  # which is measured when the run is opened
+            check_budget(name, Goal.of(args.budget, args.edit_space, self.teacher, teacher_plan), plan, args.heal)
+
+    def _make_batches(self, datasets: dict[str, Dataset]) -> None:
+        """Set the rows and batches of every use."""
+        args, self.all_train_rows = self.args, self.train_dataset
+        calibration, self.eval_dataset = datasets.get("calibration", self.all_train_rows), datasets.get("eval")
+        self.calibration_batches = self._batches(calibration, args.num_calibration_samples, "calibration data")
+        self.repair_batches = self.eval_batches = self.calibration_batches
+        if args.num_repair_samples is not None:
+            self.repair_batches = self._batches(calibration, args.num_repair_samples, "calibration data")
+        if self.eval_dataset is not None:
+            self.eval_batches = self._batches(self.eval_dataset, args.num_eval_samples, "evaluation data")
 
     def _prepare_dataset(
         self,
@@ -188,31 +231,13 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
     ) -> Dataset | IterableDataset:
         """Tokenize as TRL does, which leaves out rows without a token that counts: here with a warning, and also
         before rows are packed."""
-        columns, name = set(column_names(dataset)), f"{dataset_name} data"
-        has_completions = {"prompt", "completion"} <= columns
-        if args.completion_only_loss is None and formatting_func is None:
-            self.completion_only_loss = has_completions  # of each data set; TRL's is that of the training data
-        is_marked = has_completions or columns & {"completion_mask", "labels"}
-        if args.completion_only_loss and dataset_name == "train" and not is_marked:
-            raise LayerPruneError(
-                f"completion_only_loss=True, but the {name} has columns {sorted(columns)}; bring prompt and "
-                "completion, or leave it out"
-            )
+        if args.completion_only_loss is None and formatting_func is None:  # TRL's is that of the training data
+            self.completion_only_loss = {"prompt", "completion"} <= set(column_names(dataset))
         cut = packing and args.packing_strategy == "bfd"  # which cuts rows, whatever is left of them
-        try:
-            how = (packing and not cut, formatting_func, dataset_name)
-            rows = super()._prepare_dataset(dataset, processing_class, args, *how)
-        except TemplateError as error:
-            raise LayerPruneError(f"{name} does not fit the chat template: {first_line(error)}") from error
-        if isinstance(rows, Dataset):
-            if cut or not packing:
-                tell_of_dropped(name, len(dataset) - len(rows), len(dataset), args.max_length)
-            positions = num_positions(self.teacher.config)
-            if args.max_length is None and max(map(len, rows["input_ids"])) > positions:
-                raise LayerPruneError(
-                    f"the {name} has rows of more tokens than the model has positions ({positions}), and "
-                    "max_length=None does not cut them; set it"
-                )
+        how = (packing and not cut, formatting_func, dataset_name)
+        rows = super()._prepare_dataset(dataset, processing_class, args, *how)
+        if isinstance(rows, Dataset) and (cut or not packing):
+            tell_of_dropped(f"{dataset_name} data", len(dataset) - len(rows), len(dataset), args.max_length)
         return super()._prepare_dataset(rows, processing_class, args, True, None, dataset_name) if cut else rows
 
     def _batches(self, rows: Dataset | IterableDataset, limit: int | None, what: str) -> list[Batch]:
@@ -229,7 +254,7 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` (or the output folder) goes on with the run in `args.output_dir`, inside the round it was in.
+                `True` (or the output folder) continues the run in `args.output_dir`, inside the round it was in.
 
         Raises:
             [`LayerPruneError`]: if the output folder holds a run and `resume_from_checkpoint` is not set, or the
@@ -247,43 +272,37 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
             unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
             self.accelerator.wait_for_everyone()
             return output
-        except Exception as error:
-            if (
-                isinstance(error, LayerPruneError)
-                or (clear := explained(error, self.file.folder, self.file.phase)) is None
-            ):
+        except (SafetensorError, RuntimeError) as error:  # instead of the operating system's own
+            if not any(part in str(error).lower() for part in DISK_FULL):
                 raise
-            raise clear from error
+            raise LayerPruneError(f"{self.args.output_dir} cannot be written: {first_line(error)}") from error
         finally:
             self.teacher.train(was_training)
             self.file.close()
 
     def open_run(self, resume_from_checkpoint: str | bool | None = None) -> None:
-        """Start a run in `args.output_dir`, or take up the one that is there; `train()` does it if you do not.
+        """Start a run in `args.output_dir`, or open the one that is there; `train()` does it if you do not.
 
         Raises:
             [`LayerPruneError`]: see `train`; nothing has been written then.
         """
-        folder, should_save = Path(self.args.output_dir), self.args.should_save
-        self.file = RunFile(folder, should_save, self.args.device, self.seconds_before)
-        on_main(self.accelerator, lambda: check_saving(unpruned(self.start), self.processing_class))
+        args, start, teacher = self.args, self.start, self.teacher
+        self.file = RunFile(Path(args.output_dir), args.should_save, args.device, self.seconds_before)
+        on_main(self.accelerator, lambda: check_saving(unpruned(start), self.processing_class))
         batches = {
             "calibration": self.calibration_batches,
             "repair": self.repair_batches,
             "evaluation": self.eval_batches,
         }
         data = (self.all_train_rows, batches, self.tasks)
-        settings = decisive_settings(self.args, self.start, self.teacher, *data, self._peft_config)
+        settings = decisive_settings(args, start, teacher, *data, self._peft_config)
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
         try:
             on_main(self.accelerator, lambda: self.file.open(settings, resume_from_checkpoint))
-            self.file.record = agreed(self.file.record)
-            latency = self.run.latency
-            goal = Goal.of(self.args.budget(), self.args.edit_space(), self.teacher, plan_of(self.teacher), latency)
-            self.goal = agreed(goal)
-            check_budget(self.model_name, self.goal, plan_of(self.start), self.args.heal)
-            check_not_past_target(self.run, plan_of(self.start), self.goal)
-            self.file.save("opened", latency=self.goal.latency)
+            run = self.file.record = agreed(self.file.record)
+            self.goal = agreed(Goal.of(args.budget, args.edit_space, teacher, plan_of(teacher), run.latency))
+            check_budget(self.model_name, self.goal, plan_of(start), args.heal)
+            self.file.save(run.done or Done("opened"), latency=self.goal.latency)
         except BaseException:
             self.file.close()
             raise
@@ -293,11 +312,6 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
     def run(self) -> RunRecord | None:
         """What the run has done so far; `None` before it is opened."""
         return None if self.file is None else self.file.record
-
-    def metrics_of(self, student: PreTrainedModel, batches: list[Batch], prefix: str) -> dict[str, float]:
-        """What `evaluate` returns."""
-        report = evaluate_model(without_adapters(student), batches, self.teacher)
-        return {f"{prefix}_{key}": value for key, value in report.to_dict().items()}
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -309,7 +323,8 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
             eval_dataset = with_text(eval_dataset, self._text_field, "eval_dataset")
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
             batches = self._batches(prepared_for_evaluation(self, eval_dataset, packing), None, "evaluation data")
-        metrics = self.metrics_of(self.model, batches, metric_key_prefix)
+        report = evaluate_model(without_adapters(self.model), batches, self.teacher)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in report.to_dict().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -322,3 +337,51 @@ class IterativeLayerDistillTrainer(HubPublishing, SFTTrainer):
         self._save(output_dir)  # no engine holds it: it is whole on every process, and one writes it
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Find the repository this run will be pushed to, or make it."""
+        with hub_errors("push_to_hub"):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **options: Any,
+    ) -> CommitInfo | Any:
+        """Push the run in `args.output_dir`, from the main process; `options` are `round` and `depth_tags` of
+        [`push_run`]. Where nothing else is said, the `hub_*` settings count. Returns `CommitInfo`, or with
+        `blocking=False` its `Future`."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.is_world_process_zero():
+            return None
+        args = self.args
+        arguments = (args.output_dir, args.hub_model_id or Path(args.output_dir).absolute().name)
+        options |= {"commit_message": commit_message, "base_model": self.model_name}
+        options |= {"token": token or args.hub_token, "revision": revision or args.hub_revision}
+        options |= {"private": args.hub_private_repo if private is None else private}
+        options |= {"tags": _as_list(tags), "datasets": _as_list(dataset_name)}
+        return push_run(*arguments, **options) if blocking else HfApi().run_as_future(push_run, *arguments, **options)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` into the output folder, from what the run has measured so far."""
+        folder = Path(self.args.output_dir)
+        if self.args.should_save and self.run is not None and self.run.rounds:
+            names = (model_name or f"{folder.name}/model", self.model_name, _as_list(tags))
+            card = run_card(load_run(folder), len(self.run.rounds), *names, datasets=_as_list(dataset_name))
+            write_atomically(folder / "README.md", str(card))
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

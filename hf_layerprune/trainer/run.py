@@ -1,4 +1,4 @@
-"""A run on disk while it goes on: what decides its result, its lock, and its record after every costly step."""
+"""A run on disk: what decides its result, its lock, and its record after every costly step."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
-from ..budget import TARGETS, Goal
+from ..budget import TARGETS, Budget, Goal
 from ..data import Batch
 from ..environment import environment
 from ..errors import LayerPruneError
-from ..files import round_folder, write_atomically
+from ..files import write_atomically
 from ..fingerprint import fingerprint, fingerprint_model
 from ..plan import LayerPlan
 from ..record import STATE_FILE, Done, RunRecord, read_state
 from ..report import write_report
 from ..surgery import plan_of
 from ..tasks import PreparedTask
-from .checkpoints import sealed_checkpoints
 from .config import IterativeLayerDistillConfig
 
 LOCK_FILE = ".lock"
@@ -33,23 +32,24 @@ FINGERPRINT_ROWS = 64
 DECISIVE = (
     "edits", "max_group_size", "criterion", "tasks", "one_shot", "race_confidence", "compensation", "layers_per_round",
     "heal", "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight", "beta", "hidden_weight",
-    "hidden_distance", "hidden_target", "lm_weight", "temperature", "loss_preset", "weight_decay", "optim",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "max_length", "packing", "packing_strategy", "completion_only_loss",
-    "assistant_only_loss", "seed", "data_seed", "optim_args",
+    "lm_weight", "temperature", "loss_preset", "weight_decay", "max_steps",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing",
+    "packing_strategy", "completion_only_loss", "assistant_only_loss", "seed", "data_seed",
 )  # fmt: skip
-# May change between two healings, so that one that diverged can be tried again.
-PER_HEALING = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "bf16", "fp16"
+# May change when a run resumes, so that a healing that diverged or could not start can be tried again.
+OF_OPTIMIZER = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim",
+    "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16",
 )  # fmt: skip
 
 
 class RunFile:
-    """The run in an output folder, which no other run can open meanwhile.
+    """The run in an output folder, which no other run can open at the same time.
 
     Attributes:
         folder (`Path`): the output folder.
         record ([`RunRecord`]): the run so far.
+        phase (`str`): what it is doing.
     """
 
     def __init__(self, folder: Path, writes: bool, device: torch.device, seconds: float = 0.0) -> None:
@@ -59,7 +59,7 @@ class RunFile:
         self._since = time.perf_counter() - seconds
 
     def open(self, settings: dict[str, Any], resume: str | bool | None) -> None:
-        """Lock the folder and start a run in it, or go on with the one that is there.
+        """Lock the folder and start a run in it, or continue the one that is there.
 
         Raises:
             [`LayerPruneError`]: if another run is working in the folder; if it holds a run and `resume` is not set,
@@ -88,10 +88,10 @@ class RunFile:
         self.record = replace(self.record, seconds=seconds)
         self.phase, self._since = phase, now
 
-    def save(self, done: str, round: int = 0, step: int | None = None, **changes: Any) -> None:
+    def save(self, done: Done, **changes: Any) -> None:
         """Change fields of the record and write it."""
         self.begin(self.phase)
-        self.record = replace(self.record, done=Done(done, round, step), **changes)
+        self.record = replace(self.record, done=done, **changes)
         if self._writes:
             write_atomically(self.folder / STATE_FILE, self.record.to_json())
 
@@ -117,47 +117,41 @@ def lock_run(folder: Path) -> FileLock:
 
 def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any], resume: str | bool | None) -> None:
     """Raise [`LayerPruneError`] unless the run `found` in `folder` is the one that `settings` describe."""
-    if resume and found is None:
-        raise LayerPruneError(f"resume_from_checkpoint={resume!r} but {folder} holds no run; start without it")
     if isinstance(resume, str) and Path(resume).resolve() != folder.resolve():
         raise LayerPruneError(
             f"resume_from_checkpoint={resume!r} is not output_dir={folder}; a run resumes in its own folder"
         )
     if found is None:
+        if resume:
+            raise LayerPruneError(f"resume_from_checkpoint={resume!r} but {folder} holds no run; start without it")
         return
     if not resume:
         raise LayerPruneError(
             f"output_dir={folder} holds another run of {len(found.rounds)} rounds; resume it "
             "(resume_from_checkpoint) or choose another folder"
         )
-    if set(found.settings) != set(settings):
-        raise LayerPruneError(f"{folder} holds a run of another version of hf_layerprune; choose another output_dir")
-    healing = round_folder(folder, len(found.rounds) + 1)
-    is_healed = found.current is not None and found.current.phase == "healed"
-    in_healing = not is_healed and bool(sealed_checkpoints(healing))
-    for key, value in found.settings.items():
-        if value != settings[key] and (in_healing or key not in PER_HEALING):
-            start = f"delete {healing} to heal its round from the start, " if key in PER_HEALING else ""
+    for key in found.settings | settings:
+        if key not in OF_OPTIMIZER and found.settings.get(key) != settings.get(key):
             raise LayerPruneError(
-                f"{folder} holds a run with {key}={value!r}, now it is {settings[key]!r}; resume with the same "
-                f"settings, model and data, {start}or choose another output_dir"
+                f"{folder} holds a run with {key}={found.settings.get(key)!r}, now it is {settings.get(key)!r}; "
+                "resume with the same settings, model and data, or choose another output_dir"
             )
 
 
-def check_not_past_target(run: RunRecord, start: LayerPlan, goal: Goal) -> None:
-    """Raise [`LayerPruneError`] if a run that started from `start` is past its target already."""
-    plans = [start, *(record.plan for record in run.rounds)]
-    size = goal.size(plans[-1])
-    if goal.budget.unit == "depth":
-        size -= run.current.wanted if run.current else 0  # the round in progress is finished first
-        too_far = size < goal.budget.target
-    else:  # the last round may overshoot, but only the last
-        too_far = bool(run.rounds) and goal.met(plans[-2])
-    if too_far:
-        raise LayerPruneError(
-            f"{TARGETS[goal.budget.unit]}={goal.budget.target:g} but the run is at {size:.6g} already; its rounds/ "
-            "hold the students before"
-        )
+def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
+    """Raise [`LayerPruneError`] unless the allowed edits lead from `plan`, that of the model called `name`, to the
+    target, not met yet.
+
+    A student may have the depth that is asked for, to be healed without an edit.
+    """
+    setting, budget = TARGETS[goal.budget.unit], goal.budget
+    if heal and budget == Budget("depth", plan.depth) and plan.blocks != goal.original.blocks:
+        return
+    if goal.met(plan):
+        least = f"1..{plan.depth - 1}" if budget.unit == "depth" else f"less than {goal.size(plan):.6g}"
+        unit = "layers" if budget.unit == "depth" else budget.unit
+        raise LayerPruneError(f"{setting}={budget.target:g} but {name} has {goal.size(plan):,} {unit}; choose {least}")
+    goal.check_reachable(plan, setting)
 
 
 def decisive_settings(
@@ -169,21 +163,12 @@ def decisive_settings(
     tasks: list[PreparedTask],
     peft_config: Any | None,
 ) -> dict[str, Any]:
-    """What must not change within a run: settings, and short fingerprints of models and data, as JSON values.
-
-    Args:
-        args ([`IterativeLayerDistillConfig`]): the settings.
-        start ([`~transformers.PreTrainedModel`]): the model the run starts from.
-        teacher ([`~transformers.PreTrainedModel`]): the model it heals against.
-        rows ([`~datasets.Dataset`]): the rows to heal on; some from all over enter, of a stream the first.
-        batches (`dict[str, list[Batch]]`): by their use: `"calibration"`, `"repair"` and `"evaluation"`.
-        tasks (`list[PreparedTask]`): the tasks that choose layers.
-        peft_config ([`~peft.PeftConfig`], *optional*): the adapters.
-    """
-    values = {name: getattr(args, name, None) for name in (*DECISIVE, *PER_HEALING)}
+    """The settings of a run's record, and short fingerprints of models and data, as JSON values; `batches` by their
+    use. Of the rows to heal on some from all over enter, of a stream the first."""
+    values = {name: getattr(args, name, None) for name in (*DECISIVE, *OF_OPTIMIZER)}
     values |= {
         "bf16": args.as_given["bf16"],  # what was derived from the hardware here is nothing to repeat elsewhere
-        "target": args.budget().unit,
+        "target": args.budget.unit,
         "dtype": str(start.dtype),
         "plan": plan_of(start).to_dict(),
         "model": fingerprint_model(start),
@@ -192,11 +177,15 @@ def decisive_settings(
         "tasks_text": fingerprint(
             part for task in tasks for chunk in task.chunks for part in (task, chunk, *chunk.batch.values())
         ),
-        "peft": None if peft_config is None else json.dumps(peft_config.to_dict(), default=str, sort_keys=True),
+        "peft": None if peft_config is None else json.dumps(peft_config.to_dict(), default=_plain, sort_keys=True),
     }
     for use, given in batches.items():
         values[f"{use}_text"] = fingerprint(tensor for batch in given for tensor in batch.values())
     return json.loads(json.dumps(values, default=str))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)  # a set prints otherwise in every process
 
 
 def _some(rows: Dataset | IterableDataset) -> list[Any]:

@@ -6,7 +6,7 @@ part, without gradients, and the student continues from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import is_peft_model
@@ -14,10 +14,37 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import Batch
-from ..forward import Recording, record, replay
+from ..forward import record, replay
 from ..losses import TowerStates
+from ..plan import LayerPlan
 from ..surgery import plan_of
-from .targets import HiddenStateMap
+
+
+@dataclass(frozen=True)
+class HiddenStateMap:
+    """Which hidden states are compared: what a block hands on, with what the next layer reads in the teacher.
+
+    After a gap that is the state after the removed layers, since the block before the gap now does their work too;
+    after a pair it is the state after the pair's second layer.
+
+    Attributes:
+        student (`tuple[int, ...]`): positions of blocks in the student.
+        teacher (`tuple[int, ...]`): positions in the teacher of the layers whose outputs theirs are compared with.
+    """
+
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: LayerPlan, teacher_plan: LayerPlan, blocks: list[int]) -> HiddenStateMap:
+        """Compare the outputs of `blocks` (positions in `plan`), but not the last one's: that is the final state."""
+        compared = []
+        for position in blocks:
+            if position < plan.depth - 1:
+                last, reader = plan.blocks[position][-1], teacher_plan.block_of(plan.blocks[position + 1][0])
+                if teacher_plan.block_of(last) != reader:  # else the teacher has no state between them
+                    compared.append((position, reader - 1))
+        return cls(*zip(*compared, strict=True)) if compared else cls((), ())
 
 
 def without_adapters(student: nn.Module) -> PreTrainedModel:
@@ -25,27 +52,17 @@ def without_adapters(student: nn.Module) -> PreTrainedModel:
     return student.get_base_model() if is_peft_model(student) else student
 
 
-def why_nothing_is_shared(student: nn.Module, teacher: PreTrainedModel) -> str | None:
-    """Why the teacher cannot run the first blocks for both models; `None` if it can. `student` may hold adapters."""
-    student = without_adapters(student)
-    if student.config.attention_dropout:
-        return f"attention_dropout={student.config.attention_dropout} drops other weights in each of them"
-    if not _same(student.get_input_embeddings(), teacher.get_input_embeddings()):
-        return "the embedding is trained, or another one"
-    own, its = student.config._attn_implementation, teacher.config._attn_implementation
-    if own != its:  # each has masks of its own form
-        return f"the student computes attention by {own}, the teacher by {its}"
-    return None
-
-
 def shared_depth(student: nn.Module, teacher: PreTrainedModel) -> int | None:
     """How many blocks, from the first, are the same weights in memory in both models and are not trained.
 
-    `student` may hold adapters. `None` if both must run in full, see [`why_nothing_is_shared`].
+    `student` may hold adapters. `None` if both must run in full: they differ in the embedding or in how attention is
+    computed (each kind has its own masks), or dropout drops other weights in each of them.
     """
-    if why_nothing_is_shared(student, teacher) is not None:
-        return None
     student = without_adapters(student)
+    same_attention = student.config._attn_implementation == teacher.config._attn_implementation
+    same_start = _same(student.get_input_embeddings(), teacher.get_input_embeddings())
+    if student.config.attention_dropout or not same_attention or not same_start:
+        return None
     own_blocks = zip(plan_of(student).blocks, student.base_model.layers, strict=True)
     its_blocks = zip(plan_of(teacher).blocks, teacher.base_model.layers, strict=True)
     depth = 0
@@ -71,7 +88,6 @@ def run_towers(
     valid: Tensor,
     states: HiddenStateMap,
     shared: int | None,
-    updates: bool = False,
 ) -> TowerStates:
     """Run both models, without wrappers, on a batch; the student with gradients.
 
@@ -80,11 +96,9 @@ def run_towers(
         valid (`Tensor` of shape `(B, T)`): the N positions that count.
         states ([`HiddenStateMap`]): the hidden states to compare.
         shared (`int`, *optional*): see [`shared_depth`]; without it the student runs from its embedding on.
-        updates (`bool`, *optional*, defaults to `False`): compare what blocks add to the residual stream.
     """
-    own_starts, its_starts = (states.student, states.teacher_start) if updates else ((), ())
-    own_numbers = {*own_starts, *(position + 1 for position in states.student)}
-    its_numbers = {*its_starts, *(position + 1 for position in states.teacher)}
+    own_numbers = {position + 1 for position in states.student}
+    its_numbers = {position + 1 for position in states.teacher}
     with torch.no_grad():
         its = record(teacher, inputs, its_numbers if shared is None else its_numbers | {shared})
     if shared is None:
@@ -95,14 +109,6 @@ def run_towers(
     return TowerStates(
         own.final[valid],
         its.final[valid],
-        _compared(own, states.student, own_starts, valid),
-        _compared(its, states.teacher, its_starts, valid),
+        [own.states[position + 1][valid] for position in states.student],
+        [its.states[position + 1][valid] for position in states.teacher],
     )
-
-
-def _compared(recording: Recording, ends: Sequence[int], starts: Sequence[int], valid: Tensor) -> list[Tensor]:
-    """`(N, H)` each: what the blocks at `ends` hand on, less what those at `starts` read, if there are any."""
-    handed_on = [recording.states[position + 1][valid] for position in ends]
-    if not starts:
-        return handed_on
-    return [state - recording.states[start][valid] for state, start in zip(handed_on, starts, strict=True)]

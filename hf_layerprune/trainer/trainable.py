@@ -1,8 +1,8 @@
-"""Make a student ready for healing, and plain again afterwards."""
+"""What the healing of a round trains: the blocks, made ready before it and plain again afterwards."""
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,40 @@ from transformers import PreTrainedModel
 
 from .._trl import restore_forward
 from ..errors import LayerPruneError, NotANumber
+from ..plan import Edit, LayerPlan, edits_between
 from ..surgery import unshare_parameters
+
+
+def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tuple[int, ...]) -> list[int]:
+    """Positions of the blocks whose weights healing changes.
+
+    Args:
+        plan ([`LayerPlan`]): the student's.
+        edits (`list[Edit]`): this round's; if there are none, all gaps of the plan count.
+        trained_layers (`str` or `tuple[int, ...]`): `"neighbours"`, `"all"`, or teacher layers; one must be left.
+    """
+    if trained_layers == "neighbours":
+        return touched_blocks(plan, edits or edits_between(LayerPlan.identity(plan.num_teacher_layers), plan))
+    if trained_layers == "all":
+        return list(range(plan.depth))
+    blocks = sorted({plan.block_of(layer) for layer in trained_layers if layer in plan.layers})
+    if not blocks:
+        raise LayerPruneError(f"trained_layers={list(trained_layers)}: all of them have been removed; name others")
+    return blocks
+
+
+def touched_blocks(plan: LayerPlan, edits: list[Edit]) -> list[int]:
+    """Positions of the blocks next to the gap of each removal, and of the merged ones."""
+    touched: set[int] = set()
+    for edit in edits:
+        if edit.kind == "parallelize":
+            touched |= {plan.block_of(layer) for layer in edit.layers if layer in plan.layers}
+        else:
+            (layer,) = edit.layers
+            before = sum(block[0] < layer for block in plan.blocks) - 1
+            after = sum(block[-1] < layer for block in plan.blocks)
+            touched |= {before, after} & set(range(plan.depth))
+    return sorted(touched)
 
 
 def lora_config(r: int | None, alpha: int = 32) -> Any:
@@ -34,11 +67,10 @@ def make_trainable(
         peft_config ([`~peft.PeftConfig`], *optional*): train adapters on `blocks` instead, and on nothing else.
     """
     in_blocks = [p for position in blocks for p in student.base_model.layers[position].parameters()]
+    trained = list(student.parameters()) if everything and peft_config is None else in_blocks
+    unshare_parameters(trained)  # merging adapters changes them in place too
     if peft_config is not None:
-        unshare_parameters(in_blocks)  # merging the adapters changes them in place
         return _with_adapters(student, blocks, peft_config)
-    trained = list(student.parameters()) if everything else in_blocks
-    unshare_parameters(trained)
     for parameter in trained:
         parameter.requires_grad_(True)
     return student
@@ -47,27 +79,17 @@ def make_trainable(
 def _with_adapters(student: PreTrainedModel, blocks: list[int], peft_config: Any) -> nn.Module:
     from peft import get_peft_model
 
-    if not hasattr(peft_config, "layers_to_transform"):
-        raise LayerPruneError(f"{type(peft_config).__name__} cannot be limited to layers; use LoRA")
     if peft_config.layers_to_transform is not None:
         raise LayerPruneError(
             "peft_config.layers_to_transform is set, but layers move as others are removed; say which layers to heal "
             "with trained_layers"
         )
-    config = copy.deepcopy(peft_config)
-    config.layers_to_transform = blocks
-    if config.target_modules == "all-linear":  # PEFT would name each in full, and then ignore layers_to_transform
+    changes: dict[str, Any] = {"layers_to_transform": blocks}
+    if peft_config.target_modules == "all-linear":  # PEFT would name each in full, and ignore layers_to_transform
         parts = (part for position in blocks for part in student.base_model.layers[position].named_modules())
         names = {name.rsplit(".", 1)[-1] for name, part in parts if isinstance(part, nn.Linear)}
-        config.target_modules = sorted(names)
-    adapted = get_peft_model(student, config)
-    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    for name in trained:
-        if not any(f".layers.{position}." in name for position in blocks):
-            raise LayerPruneError(
-                f"peft_config trains {name}, outside the layers to heal; give target_modules as a list of module names"
-            )
-    return adapted
+        changes["target_modules"] = sorted(names)
+    return get_peft_model(student, replace(peft_config, **changes))
 
 
 def round_weights(student: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -78,6 +100,7 @@ def round_weights(student: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = rounded
 
 
+@torch.no_grad()
 def make_plain(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     """The healed student as a plain model without gradients, its trained weights rounded to `dtype`.
 
@@ -88,12 +111,11 @@ def make_plain(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
         student = student.merge_and_unload()
         trained = list(student.parameters())
     restore_forward(student)
-    with torch.no_grad():
-        for parameter in trained:
-            parameter.copy_(parameter.to(dtype))
-            if not torch.isfinite(parameter).all():
-                raise NotANumber(
-                    f"healing left weights that are not numbers in {str(dtype).removeprefix('torch.')} after its last "
-                    "step; lower the learning rate or train in higher precision"
-                )
+    for parameter in trained:
+        parameter.copy_(parameter.to(dtype))
+        if not torch.isfinite(parameter).all():
+            raise NotANumber(
+                f"healing left weights that are not numbers in {dtype} after its last step; lower the learning rate "
+                "or train in higher precision"
+            )
     return student.requires_grad_(False)
