@@ -12,12 +12,14 @@ import json
 import os
 import sys
 import time
+import warnings
 
-from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, embedded_dataset
+from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, embedded_dataset, loading
 from hf_layerprune.demo import DemoSettings, ModelEntry, open_catalog
 from hf_layerprune.demo.space import push_space
 from hf_layerprune.hub import load_run, push, push_run
 
+loading.EMBEDDED_MODEL = os.environ.get("EMBEDDED_MODEL", loading.EMBEDDED_MODEL)
 gc.freeze()  # what the imports made is not looked through at every later collection
 drawn = {}
 
@@ -70,7 +72,9 @@ def call(request):
     if kind == "train":
         return train(**request)
     if kind == "python":
-        exec(request["code"], {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            exec(request["code"], {})
         return {}
     if request["argv"][0] == "demo":
         from hf_layerprune.demo import page

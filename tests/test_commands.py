@@ -1,16 +1,14 @@
 """Every command and every snippet of README, docs and recipes is run as it stands there.
 
 What stands for something of the reader's is put in: texts under the names that the pages use, `me` for `user`, and
-tiny models of the same architecture and depth, on a Hub on loopback, for the real ones. Settings appended to a command
-make it short; data sets of the recipes are local rows.
+tiny models of the same architecture and depth, on a Hub on loopback, for the real ones; the embedded teacher is a
+narrow one as well. Settings appended to a command make it short; data sets of the recipes are local rows.
 """
 
 import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,11 +19,12 @@ from conftest import byte_tokenizer
 from gguf_writer import write_gguf
 from hub_client import Worker
 from hub_server import HubServer
-from test_recipes import QUICK, RECIPES, arguments_of, as_files, content_of, tiny_config, verb_of
-from transformers import AutoModelForCausalLM
+from test_recipes import QUICK, RECIPES, SMALL, arguments_of, as_files, content_of, tiny_config, verb_of
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hf_layerprune import embedded_dataset
 from hf_layerprune.cli import VERBS
+from hf_layerprune.data import EMBEDDED_MODEL
 from hf_layerprune.surgery import plan_of
 
 ROOT = Path(__file__).parent.parent
@@ -36,16 +35,8 @@ WHOLE_COMMAND = re.compile(r"`(hf-layerprune [\w-]+ --[^`<]*)`")  # within a sen
 DEFAULT_FOLDERS = {"compress": "trainer_output", "parallelize": "layerprune-parallel"}
 STANDS_FOR_SOMETHING = re.compile(r"[A-Z]+|user/name")
 
-PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and page.name != "cli.md"]
-PAGES_OF_RECIPES = sorted(ROOT.glob("recipes/**/README.md"))
-MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-3B")
-MODELS_OF_RECIPES = (
-    "Qwen/Qwen2.5-7B-Instruct",
-    "Qwen/Qwen3-8B",
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "Qwen/Qwen2.5-Coder-0.5B-Instruct",
-)
-EXAMPLE = (ROOT / "examples" / "compress.py").read_text()  # see test_readme.py
+MODELS = sorted({"Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B-Instruct"} | {content_of(path)["model"] for path in RECIPES})
+EXAMPLE = (ROOT / "examples" / "compress.py").read_text()
 GIVEN = """
 from conftest import random_batches
 from hf_layerprune.loading import load_model
@@ -89,9 +80,18 @@ def of_the_package(words: list[str]) -> list[str] | None:
     return words[1:] if words[0] == "hf-layerprune" else None
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
-def test_commands_are_known(page):
-    for words in commands(page):
+def is_typed(page: Path) -> bool:
+    """Whether a page, whose commands are not those of README, has something for `types`."""
+    return page.name != "cli.md" and bool(blocks(page, "python") or any(map(of_the_package, commands(page))))
+
+
+PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and is_typed(page)]
+PAGES_OF_RECIPES = [page for page in sorted(ROOT.glob("recipes/**/README.md")) if is_typed(page)]
+
+
+def test_commands_are_known():
+    pages = [*PAGES, ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"]
+    for words in (words for page in pages for words in commands(page)):
         ours = of_the_package(words)
         if ours is not None:
             assert ours[0] in VERBS, words
@@ -133,18 +133,30 @@ def a_desk(folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def a_terminal(desk: Path, models: tuple[str, ...], tmp_path_factory) -> Iterator[Worker]:
-    """A process with the Hub's client, and tiny models of these names on the Hub."""
+def narrow_teacher(folder: Path) -> Path:
+    """The embedded teacher with its depth and its tokenizer, but next to no width."""
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    torch.manual_seed(0)
+    config = Qwen2Config.from_pretrained(EMBEDDED_MODEL)
+    narrow = {name: SMALL[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")}
+    config.update(narrow | {"num_key_value_heads": 1, "initializer_range": 0.15, "dtype": "float32"})
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def terminal(desk, tmp_path_factory):
+    """A process with the Hub's client, and tiny models on the Hub."""
     with HubServer() as hub:
-        for model in models:
+        for model in MODELS:
             torch.manual_seed(0)
             files = as_files(AutoModelForCausalLM.from_config(tiny_config(model)), tmp_path_factory.mktemp("model"))
             hub.seed(model, files)
             if model == "Qwen/Qwen2.5-0.5B":
                 hub.seed("me/qwen-parallel", files)
         hub.seed("me/name", {"model-Q8_0.gguf": (desk / "SmolLM2-135M-Instruct-Q4_K_M.gguf").read_bytes()})
-        with Worker(hub, tmp_path_factory.mktemp("cache"), desk) as worker:
+        teacher = narrow_teacher(tmp_path_factory.mktemp("embedded") / "teacher")
+        with Worker(hub, tmp_path_factory.mktemp("cache"), desk, EMBEDDED_MODEL=str(teacher)) as worker:
             yield worker
 
 
@@ -154,12 +166,18 @@ def desk(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reader(desk, tmp_path_factory):
+def reader(terminal, desk):
     """Somebody who has read README and typed all of it, one line after the other."""
-    with a_terminal(desk, MODELS, tmp_path_factory) as worker:
-        types(worker, desk, ROOT / "README.md")
-        typed(worker, desk, shlex.split("hf-layerprune push qwen-29 --repo_id me/qwen-29"))
-        yield worker
+    types(terminal, desk, ROOT / "README.md")
+    typed(terminal, desk, shlex.split("hf-layerprune push qwen-29 --repo_id me/qwen-29"))
+    return terminal
+
+
+def num_rounds(output_dir: str) -> int:
+    """As many as the recipe that writes this folder has."""
+    (recipe,) = (recipe for recipe in map(content_of, RECIPES) if recipe.get("output_dir") == output_dir)
+    gone = tiny_config(recipe["model"]).num_hidden_layers - recipe["target_num_layers"]
+    return -(-gone // recipe.get("layers_per_round", 1))
 
 
 def typed(worker: Worker, desk: Path, words: list[str]) -> None:
@@ -170,6 +188,12 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     verb, *rest = of_the_package(words)
     rest = [re.sub(r"^user/", "me/", word) for word in rest]
     short = SHORT.get(verb, {})
+    if verb == "compress" and "--layers_per_round" not in rest:
+        short = short | {"layers_per_round": 4}
+    for position, word in enumerate(rest):
+        if found := re.fullmatch(r"([^/]+)/rounds/(\d+)", word):
+            assert int(found[2]) <= num_rounds(found[1])
+            rest[position] = f"{found[1]}/rounds/02"  # of fewer, with more layers each
     if verb == "benchmark" and "Qwen2.5-3B" in rest:
         rest[rest.index("Qwen2.5-3B")] = "shape.json"
         rest = [word for word in rest if word != "--compile"]  # takes minutes; see test_benchmark.py
@@ -197,7 +221,7 @@ def types(worker: Worker, desk: Path, page: Path) -> None:
     for words in commands(page):
         if of_the_package(words):
             typed(worker, desk, words)
-    snippets = [code for code in blocks(page, "python") if code not in EXAMPLE and "gradio_client" not in code]
+    snippets = [code for code in blocks(page, "python") if "gradio_client" not in code]
     if snippets:
         code = "\n".join([GIVEN, *snippets]).replace("user/", "me/")
         answer = worker("python", code=re.sub(r"(?<=max_new_tokens=)\d+", "4", code))
@@ -209,23 +233,18 @@ def test_a_reader_types_what_stands_there(reader, desk, page):
     types(reader, desk, page)
 
 
-@pytest.fixture(scope="module")
-def another_desk(tmp_path_factory):
-    return a_desk(tmp_path_factory.mktemp("desk"))
-
-
-@pytest.fixture(scope="module")
-def terminal(another_desk, tmp_path_factory):
-    with a_terminal(another_desk, MODELS + MODELS_OF_RECIPES, tmp_path_factory) as worker:
-        yield worker
+def test_the_example_of_readme_has_run(reader, desk):
+    assert EXAMPLE.split('"""\n\n', 1)[1] in (ROOT / "README.md").read_text()
+    rounds = json.loads((desk / "embedded-14" / "report.json").read_text())["rounds"]
+    assert [record["num_layers"] for record in rounds] == [15, 14]
 
 
 @pytest.mark.parametrize("page", PAGES_OF_RECIPES, ids=lambda page: page.parent.name)
-def test_a_reader_types_a_recipe(terminal, another_desk, page):
-    types(terminal, another_desk, page)
+def test_a_reader_types_a_recipe(terminal, desk, page):
+    types(terminal, desk, page)
     for path in RECIPES:
         if path.parent == page.parent:
-            check_result(another_desk, path)
+            check_result(desk, path)
 
 
 def check_result(desk: Path, path: Path) -> None:
