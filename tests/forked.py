@@ -86,6 +86,19 @@ def run(code: str | Path, *arguments: object, environment: Mapping[str, str] = o
     return process
 
 
+def run_without_package(code: str, modules: Path) -> None:
+    """Run code where `hf_layerprune` cannot be imported; code of checkpoints is copied to the folder `modules`."""
+    start = f"""
+import sys
+assert "hf_layerprune" not in sys.modules
+sys.modules["hf_layerprune"] = None
+from transformers import dynamic_module_utils
+dynamic_module_utils.HF_MODULES_CACHE = {str(modules)!r}
+"""
+    process = run(start + code)
+    assert process.wait() == 0, process.stderr
+
+
 def run_ranks(count: int, code: str | Path, *arguments: object) -> None:
     """Run a script or code in processes that find each other, as torchrun starts them; all must succeed."""
     with socket.socket() as free:

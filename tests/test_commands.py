@@ -57,6 +57,7 @@ SHORT = QUICK | {
     "benchmark": {"prompt_tokens": 4, "new_tokens": 3, "repeats": 1},
     "estimate": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 64},
 }
+SHORT_IN_PYTHON = {"max_new_tokens": "max_new_tokens=4", "max_steps": "max_steps=2, measure_speed=False"}
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -224,7 +225,9 @@ def types(worker: Worker, desk: Path, page: Path) -> None:
     snippets = [code for code in blocks(page, "python") if "gradio_client" not in code]
     if snippets:
         code = "\n".join([GIVEN, *snippets]).replace("user/", "me/")
-        answer = worker("python", code=re.sub(r"(?<=max_new_tokens=)\d+", "4", code))
+        for setting, few in SHORT_IN_PYTHON.items():
+            code = re.sub(rf"\b{setting}=\d+", few, code)
+        answer = worker("python", code=code)
         assert "error" not in answer, (page.name, answer)
 
 

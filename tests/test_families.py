@@ -1,14 +1,12 @@
 """The test matrix: everything that works for Qwen2 works for every family; others are refused by name."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import byte_tokenizer, errors_of, random_batches, tiny_config
 from families import BLOCKS, FAMILIES, family_model
+from forked import run_without_package
 from parallel_reference import literal
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
@@ -73,8 +71,6 @@ def test_students_load_where_only_transformers_is(tmp_path):
             name = type(student).__name__
             torch.save((name, ids, student(ids).logits.detach(), generated), folder / "expected.pt")
     script = f"""
-import sys
-sys.modules["hf_layerprune"] = None
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
@@ -86,8 +82,7 @@ for folder in Path({str(tmp_path)!r}).glob("*-*"):
     assert torch.equal(model(ids).logits, logits), folder
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), generated), folder
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL, env=environment)
+    run_without_package(script, tmp_path / "home")
 
 
 @every_family
