@@ -55,8 +55,15 @@ SHORT = QUICK | {
     "score": {"num_samples": 2, "max_length": 32, "batch_size": 2},
     "evaluate": {"num_samples": 2, "max_length": 32, "batch_size": 2},
     "benchmark": {"prompt_tokens": 4, "new_tokens": 3, "repeats": 1},
-    "estimate": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 64},
+    "estimate": {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "max_length": 64,
+        "dtype": "bfloat16",
+    },
 }
+FEW = 4
+"""As many layers are removed by a recipe's command, in two rounds."""
 SHORT_IN_PYTHON = {"max_new_tokens": "max_new_tokens=4", "max_steps": "max_steps=2, measure_speed=False"}
 
 
@@ -174,6 +181,10 @@ def reader(terminal, desk):
     return terminal
 
 
+def few_layers_less(recipe: dict) -> int:
+    return tiny_config(recipe["model"]).num_hidden_layers - FEW
+
+
 def num_rounds(output_dir: str) -> int:
     """As many as the recipe that writes this folder has."""
     (recipe,) = (recipe for recipe in map(content_of, RECIPES) if recipe.get("output_dir") == output_dir)
@@ -190,11 +201,11 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     rest = [re.sub(r"^user/", "me/", word) for word in rest]
     short = SHORT.get(verb, {})
     if verb == "compress" and "--layers_per_round" not in rest:
-        short = short | {"layers_per_round": 4}
+        short = short | {"layers_per_round": 4}  # fewer rounds
     for position, word in enumerate(rest):
         if found := re.fullmatch(r"([^/]+)/rounds/(\d+)", word):
             assert int(found[2]) <= num_rounds(found[1])
-            rest[position] = f"{found[1]}/rounds/02"  # of fewer, with more layers each
+            rest[position] = f"{found[1]}/rounds/02"
     if verb == "benchmark" and "Qwen2.5-3B" in rest:
         rest[rest.index("Qwen2.5-3B")] = "shape.json"
         rest = [word for word in rest if word != "--compile"]  # takes minutes; see test_benchmark.py
@@ -206,6 +217,8 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
             short = short | ({"eval_dataset": "rows.jsonl"} if "eval_dataset" in recipe else {})
         if "tasks" in recipe:
             short = short | {"tasks": "my_tasks.yaml"}
+        if verb == "compress" and "--layers_per_round" not in rest:
+            short = short | {"target_num_layers": few_layers_less(recipe), "layers_per_round": FEW // 2}
     output_dir = rest[rest.index("--output_dir") + 1] if "--output_dir" in rest else recipe.get("output_dir")
     output_dir = output_dir or DEFAULT_FOLDERS.get(verb)
     if verb in DEFAULT_FOLDERS and "--resume" not in rest:  # another example under the same name
@@ -251,7 +264,7 @@ def test_a_reader_types_a_recipe(terminal, desk, page):
 
 
 def check_result(desk: Path, path: Path) -> None:
-    """A recipe leaves answers, or a student of the depth it asks for made by its kind of edit."""
+    """A recipe leaves answers, or a student made by its kind of edit."""
     recipe = content_of(path)
     if verb_of(path) == "generate":
         answers = [json.loads(line) for line in (desk / recipe["output_file"]).read_text().splitlines()]
@@ -259,7 +272,8 @@ def check_result(desk: Path, path: Path) -> None:
         return
     plan = plan_of(AutoModelForCausalLM.from_pretrained(desk / recipe["output_dir"] / "model"))
     depth = tiny_config(recipe["model"]).num_hidden_layers
-    gone = depth - recipe["target_num_layers"]
-    assert (plan.depth, plan.num_teacher_layers) == (recipe["target_num_layers"], depth)
+    target = few_layers_less(recipe) if verb_of(path) == "compress" else recipe["target_num_layers"]
+    gone = depth - target
+    assert (plan.depth, plan.num_teacher_layers) == (target, depth)
     pairs = verb_of(path) == "parallelize" or recipe.get("edits") == "parallelize"
     assert (len(plan.parallel_pairs), len(plan.removed_layers)) == ((gone, 0) if pairs else (0, gone))
