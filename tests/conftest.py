@@ -13,6 +13,7 @@ os.environ.update(
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import drawn  # noqa: F401
 import pytest
 import torch
 from datasets import Dataset
@@ -183,6 +184,16 @@ def healings(monkeypatch):
 
     monkeypatch.setattr(HealingTrainer, "__init__", remember)
     return found
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs that a demo shows, see `demo_models.make_service`; only to be read."""
+    from demo_models import make_service
+
+    folder = tmp_path_factory.mktemp("demo")
+    make_service(folder)
+    return folder
 
 
 def errors_of(capsys) -> str:

@@ -44,8 +44,8 @@ expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    service = make_service(tmp_path_factory.mktemp("demo"), max_new_tokens=1000, max_prompt_tokens=3000)
+def service(demo_folder):
+    service = make_service(demo_folder, max_new_tokens=1000, max_prompt_tokens=3000)
     service.warm_up()
     return service
 
