@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES=""
@@ -101,12 +102,17 @@ def tokenizer() -> Qwen2Tokenizer:
     return byte_tokenizer()
 
 
-@pytest.fixture
-def model_folder(tmp_path: Path, tokenizer: Qwen2Tokenizer) -> Path:
-    folder = tmp_path / "tiny-model"
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Qwen2Tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "tiny-model"
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, saved_model: Path) -> Path:
+    return Path(shutil.copytree(saved_model, tmp_path / "tiny-model"))
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def set_sampling(page, name, value):
 
 def test_both_models_stream_and_are_measured(visit):
     page = visit()
-    set_sampling(page, "max_new_tokens", 400)
+    set_sampling(page, "max_new_tokens", 200)
     ask(page)
     for side in (0, 1):
         expect(page.locator("#lp-facts tr", has_text="first token").locator("td").nth(side + 1)).to_contain_text("ms")
