@@ -8,7 +8,11 @@ import os
 import shutil
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES=""
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    CUDA_VISIBLE_DEVICES="",
+    OMP_NUM_THREADS="1",  # tiny models gain nothing by more, and threads of several processes wait for each other
 )
 
 from collections.abc import Callable, Iterator
@@ -24,9 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, embedded_dataset
 from hf_layerprune.trainer.healing import HealingTrainer
 
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # they and the processes they start share the cores
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(1)
 gc.freeze()  # what the imports made is not looked through at every later collection, nor what a file of tests left
 
 END = "<|endoftext|>"

@@ -1,22 +1,20 @@
-"""Importing this draws the plots of a run once for every plan: they take longer than a round of a tiny model."""
+"""Importing this draws the plots of a run once for every kind of run: they take longer than tiny rounds."""
 
 from pathlib import Path
 
 from hf_layerprune import report
-from hf_layerprune.plan import LayerPlan
 from hf_layerprune.record import RunRecord
 
 FILES = ("quality.png", "layers.png")
-draw = report.save_run_plots
-drawn: dict[tuple[LayerPlan, ...], dict[str, bytes]] = {}
+draw, drawn = report.save_run_plots, {}
 
 
 def save_run_plots(folder: Path, run: RunRecord) -> None:
-    plans = tuple(record.plan for record in run.rounds)
-    if plans not in drawn:
+    kind = (len(run.rounds), run.is_healed, *sorted({edit.kind for edit in run.edits}))
+    if kind not in drawn:
         draw(folder, run)
-        drawn[plans] = {name: (folder / name).read_bytes() for name in FILES}
-    for name, content in drawn[plans].items():
+        drawn[kind] = {name: (folder / name).read_bytes() for name in FILES}
+    for name, content in drawn[kind].items():
         (folder / name).write_bytes(content)
 
 
