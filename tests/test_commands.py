@@ -20,7 +20,7 @@ from gguf_writer import write_gguf
 from hub_client import Worker
 from hub_server import HubServer
 from test_recipes import QUICK, RECIPES, SMALL, arguments_of, as_files, content_of, tiny_config, verb_of
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from hf_layerprune import embedded_dataset
 from hf_layerprune.cli import VERBS
@@ -62,9 +62,15 @@ SHORT = QUICK | {
         "dtype": "bfloat16",
     },
 }
+DEPTHS = {"Qwen/Qwen2.5-0.5B": 24, "Qwen/Qwen2.5-3B": 30, "Qwen/Qwen2.5-3B-Instruct": 30}
+"""Of the models on the Hub that README and docs make shallower."""
 FEW = 4
 """As many layers are removed by a recipe's command, in two rounds."""
-SHORT_IN_PYTHON = {"max_new_tokens": "max_new_tokens=4", "max_steps": "max_steps=2, measure_speed=False"}
+SHORT_IN_PYTHON = {
+    r"max_new_tokens=\d+": "max_new_tokens=4",
+    r"max_steps=\d+": "max_steps=2, measure_speed=False",
+    r'(train_dataset=embedded_dataset\("healing"\))': r"\1.select(range(64))",
+}
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -158,7 +164,8 @@ def terminal(desk, tmp_path_factory):
     with HubServer() as hub:
         for model in MODELS:
             torch.manual_seed(0)
-            files = as_files(AutoModelForCausalLM.from_config(tiny_config(model)), tmp_path_factory.mktemp("model"))
+            tiny = AutoModelForCausalLM.from_config(on_the_hub(model))
+            files = as_files(tiny, tmp_path_factory.mktemp("model"))
             hub.seed(model, files)
             if model == "Qwen/Qwen2.5-0.5B":
                 hub.seed("me/qwen-parallel", files)
@@ -181,8 +188,12 @@ def reader(terminal, desk):
     return terminal
 
 
+def on_the_hub(model: str) -> PretrainedConfig:
+    return tiny_config(model, num_hidden_layers=DEPTHS.get(model, 3 * FEW))
+
+
 def few_layers_less(recipe: dict) -> int:
-    return tiny_config(recipe["model"]).num_hidden_layers - FEW
+    return on_the_hub(recipe["model"]).num_hidden_layers - FEW
 
 
 def num_rounds(output_dir: str) -> int:
@@ -209,16 +220,20 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     if verb == "benchmark" and "Qwen2.5-3B" in rest:
         rest[rest.index("Qwen2.5-3B")] = "shape.json"
         rest = [word for word in rest if word != "--compile"]  # takes minutes; see test_benchmark.py
-    config = rest[rest.index("--config") + 1] if "--config" in rest and verb in QUICK else ""
+    config = rest[rest.index("--config") + 1] if "--config" in rest else ""
     recipe = yaml.safe_load((desk / config).read_text()) if config.endswith(".yaml") else {}
-    if config.startswith("recipes/"):
+    if config.startswith("recipes/") and verb == "estimate":
+        short = short | {"target_num_layers": few_layers_less(recipe)}
+    elif config.startswith("recipes/"):
         if not (desk / recipe["dataset"]).exists():  # else `generate` has written it
             short = short | {"dataset": "rows.jsonl", "dataset_split": "train"}
             short = short | ({"eval_dataset": "rows.jsonl"} if "eval_dataset" in recipe else {})
         if "tasks" in recipe:
             short = short | {"tasks": "my_tasks.yaml"}
         if verb == "compress" and "--layers_per_round" not in rest:
-            short = short | {"target_num_layers": few_layers_less(recipe), "layers_per_round": FEW // 2}
+            short = short | {"layers_per_round": FEW // 2}
+        if verb != "generate":
+            short = short | {"target_num_layers": few_layers_less(recipe)}
     output_dir = rest[rest.index("--output_dir") + 1] if "--output_dir" in rest else recipe.get("output_dir")
     output_dir = output_dir or DEFAULT_FOLDERS.get(verb)
     if verb in DEFAULT_FOLDERS and "--resume" not in rest:  # another example under the same name
@@ -238,8 +253,8 @@ def types(worker: Worker, desk: Path, page: Path) -> None:
     snippets = [code for code in blocks(page, "python") if "gradio_client" not in code]
     if snippets:
         code = "\n".join([GIVEN, *snippets]).replace("user/", "me/")
-        for setting, few in SHORT_IN_PYTHON.items():
-            code = re.sub(rf"\b{setting}=\d+", few, code)
+        for long, few in SHORT_IN_PYTHON.items():
+            code = re.sub(long, few, code)
         answer = worker("python", code=code)
         assert "error" not in answer, (page.name, answer)
 
@@ -271,9 +286,6 @@ def check_result(desk: Path, path: Path) -> None:
         assert answers and all({"prompt", "completion"} <= set(answer) for answer in answers)
         return
     plan = plan_of(AutoModelForCausalLM.from_pretrained(desk / recipe["output_dir"] / "model"))
-    depth = tiny_config(recipe["model"]).num_hidden_layers
-    target = few_layers_less(recipe) if verb_of(path) == "compress" else recipe["target_num_layers"]
-    gone = depth - target
-    assert (plan.depth, plan.num_teacher_layers) == (target, depth)
+    assert (plan.depth, plan.num_teacher_layers - plan.depth) == (few_layers_less(recipe), FEW)
     pairs = verb_of(path) == "parallelize" or recipe.get("edits") == "parallelize"
-    assert (len(plan.parallel_pairs), len(plan.removed_layers)) == ((gone, 0) if pairs else (0, gone))
+    assert (len(plan.parallel_pairs), len(plan.removed_layers)) == ((FEW, 0) if pairs else (0, FEW))

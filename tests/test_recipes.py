@@ -132,11 +132,11 @@ def test_the_table_is_what_its_script_makes(tmp_path):
 # -------------------------------------------------------------------------------------------------------- dry runs
 
 
-def tiny_config(model: str) -> PretrainedConfig:
+def tiny_config(model: str, **changes) -> PretrainedConfig:
     """The architecture and the depth of a model, and nothing of its width."""
     config = load_shape(model)
     kept = ("num_hidden_layers", "tie_word_embeddings", "rms_norm_eps", "rope_parameters")
-    return type(config)(**{name: getattr(config, name) for name in kept} | SMALL)
+    return type(config)(**{name: getattr(config, name) for name in kept} | SMALL | changes)
 
 
 def arguments_of(settings: dict) -> list[str]:
