@@ -65,7 +65,7 @@ SHORT = QUICK | {
 DEPTHS = {"Qwen/Qwen2.5-0.5B": 24, "Qwen/Qwen2.5-3B": 30, "Qwen/Qwen2.5-3B-Instruct": 30}
 """Of the models on the Hub that README and docs make shallower."""
 FEW = 4
-"""As many layers are removed by a recipe's command, in two rounds."""
+"""As many layers are removed by a recipe's command, in two rounds; elsewhere they are those of one round."""
 SHORT_IN_PYTHON = {
     r"max_new_tokens=\d+": "max_new_tokens=4",
     r"max_steps=\d+": "max_steps=2, measure_speed=False",
@@ -203,6 +203,27 @@ def num_rounds(output_dir: str) -> int:
     return -(-gone // recipe.get("layers_per_round", 1))
 
 
+def value_of(words: list[str], option: str) -> str | None:
+    return words[words.index(option) + 1] if option in words else None
+
+
+def short(verb: str, rest: list[str], recipe: dict, desk: Path) -> dict:
+    """Settings that make a command short."""
+    settings = dict(SHORT.get(verb, {}))
+    of_a_recipe = (value_of(rest, "--config") or "").startswith("recipes/")
+    if verb == "compress" and "--layers_per_round" not in rest:
+        settings["layers_per_round"] = FEW // 2 if of_a_recipe else FEW
+    if of_a_recipe and verb != "generate":
+        settings["target_num_layers"] = few_layers_less(recipe)
+    if of_a_recipe and verb != "estimate":
+        if not (desk / recipe["dataset"]).exists():  # else `generate` has written it
+            settings |= {"dataset": "rows.jsonl", "dataset_split": "train"}
+            settings |= {"eval_dataset": "rows.jsonl"} if "eval_dataset" in recipe else {}
+        few = {"tasks": "my_tasks.yaml", "num_repair_samples": 4}
+        settings |= {name: value for name, value in few.items() if name in recipe}
+    return {} if verb == "score" and "--tasks" in rest else settings
+
+
 def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     """Type a command, unless this very one was typed before."""
     if words in worker.typed:
@@ -210,9 +231,6 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     worker.typed.append(words)
     verb, *rest = of_the_package(words)
     rest = [re.sub(r"^user/", "me/", word) for word in rest]
-    short = SHORT.get(verb, {})
-    if verb == "compress" and "--layers_per_round" not in rest:
-        short = short | {"layers_per_round": 4}  # fewer rounds
     for position, word in enumerate(rest):
         if found := re.fullmatch(r"([^/]+)/rounds/(\d+)", word):
             assert int(found[2]) <= num_rounds(found[1])
@@ -220,29 +238,14 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     if verb == "benchmark" and "Qwen2.5-3B" in rest:
         rest[rest.index("Qwen2.5-3B")] = "shape.json"
         rest = [word for word in rest if word != "--compile"]  # takes minutes; see test_benchmark.py
-    config = rest[rest.index("--config") + 1] if "--config" in rest else ""
+    config = value_of(rest, "--config") or ""
     recipe = yaml.safe_load((desk / config).read_text()) if config.endswith(".yaml") else {}
-    if config.startswith("recipes/") and verb == "estimate":
-        short = short | {"target_num_layers": few_layers_less(recipe)}
-    elif config.startswith("recipes/"):
-        if not (desk / recipe["dataset"]).exists():  # else `generate` has written it
-            short = short | {"dataset": "rows.jsonl", "dataset_split": "train"}
-            short = short | ({"eval_dataset": "rows.jsonl"} if "eval_dataset" in recipe else {})
-        if "tasks" in recipe:
-            short = short | {"tasks": "my_tasks.yaml"}
-        if verb == "compress" and "--layers_per_round" not in rest:
-            short = short | {"layers_per_round": FEW // 2}
-        if verb != "generate":
-            short = short | {"target_num_layers": few_layers_less(recipe)}
-    output_dir = rest[rest.index("--output_dir") + 1] if "--output_dir" in rest else recipe.get("output_dir")
-    output_dir = output_dir or DEFAULT_FOLDERS.get(verb)
+    output_dir = value_of(rest, "--output_dir") or recipe.get("output_dir") or DEFAULT_FOLDERS.get(verb)
     if verb in DEFAULT_FOLDERS and "--resume" not in rest:  # another example under the same name
         shutil.rmtree(desk / output_dir, ignore_errors=True)
     if "--tasks" in rest:
         rest[rest.index("--tasks") + 1] = "my_tasks.yaml"  # the paper's are on the Hub, the default ones take long
-        if verb == "score":
-            short = {}
-    status, _, error = worker.run(verb, *rest, *arguments_of(short))
+    status, _, error = worker.run(verb, *rest, *arguments_of(short(verb, rest, recipe, desk)))
     assert status == 0, (words, error)
 
 
