@@ -213,7 +213,7 @@ def short(verb: str, rest: list[str], recipe: dict, desk: Path) -> dict:
     of_a_recipe = (value_of(rest, "--config") or "").startswith("recipes/")
     if verb == "compress" and "--layers_per_round" not in rest:
         settings["layers_per_round"] = FEW // 2 if of_a_recipe else FEW
-    if of_a_recipe and verb != "generate":
+    if of_a_recipe and verb in ("compress", "parallelize"):
         settings["target_num_layers"] = few_layers_less(recipe)
     if of_a_recipe and verb != "estimate":
         if not (desk / recipe["dataset"]).exists():  # else `generate` has written it
