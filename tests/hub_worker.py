@@ -13,14 +13,17 @@ import sys
 import time
 import warnings
 
-import drawn  # noqa: F401
+from hf_layerprune import data
 
-from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, embedded_dataset, loading
-from hf_layerprune.demo import DemoSettings, ModelEntry, open_catalog
-from hf_layerprune.demo.space import push_space
-from hf_layerprune.hub import load_run, push_run
+data.EMBEDDED_MODEL = os.environ.get("EMBEDDED_MODEL", data.EMBEDDED_MODEL)  # before anything imports it from there
 
-loading.EMBEDDED_MODEL = os.environ.get("EMBEDDED_MODEL", loading.EMBEDDED_MODEL)
+import drawn  # noqa: E402, F401
+
+from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, embedded_dataset  # noqa: E402
+from hf_layerprune.demo import DemoSettings, ModelEntry, open_catalog  # noqa: E402
+from hf_layerprune.demo.space import push_space  # noqa: E402
+from hf_layerprune.hub import load_run, push_run  # noqa: E402
+
 gc.freeze()  # what the imports made is not looked through at every later collection
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.02))
