@@ -5,14 +5,20 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES=""
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    CUDA_VISIBLE_DEVICES="",
+    OMP_NUM_THREADS="1",  # tiny models gain nothing by more, and threads of several processes wait for each other
 )
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import drawn  # noqa: F401
 import pytest
 import torch
 from datasets import Dataset
@@ -22,9 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, embedded_dataset
 from hf_layerprune.trainer.healing import HealingTrainer
 
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # they and the processes they start share the cores
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(1)
 gc.freeze()  # what the imports made is not looked through at every later collection, nor what a file of tests left
 
 END = "<|endoftext|>"
@@ -100,12 +104,17 @@ def tokenizer() -> Qwen2Tokenizer:
     return byte_tokenizer()
 
 
-@pytest.fixture
-def model_folder(tmp_path: Path, tokenizer: Qwen2Tokenizer) -> Path:
-    folder = tmp_path / "tiny-model"
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Qwen2Tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "tiny-model"
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, saved_model: Path) -> Path:
+    return Path(shutil.copytree(saved_model, tmp_path / "tiny-model"))
 
 
 @pytest.fixture
@@ -183,6 +192,16 @@ def healings(monkeypatch):
 
     monkeypatch.setattr(HealingTrainer, "__init__", remember)
     return found
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs that a demo shows, see `demo_models.make_service`; only to be read."""
+    from demo_models import make_service
+
+    folder = tmp_path_factory.mktemp("demo")
+    make_service(folder)
+    return folder
 
 
 def errors_of(capsys) -> str:

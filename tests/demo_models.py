@@ -77,11 +77,14 @@ def make_run(folder: Path, chat: bool = False) -> Path:
 
 
 def make_service(folder: Path, **limits) -> DemoService:
-    """A demo of the embedded teacher, a run and a chat run."""
+    """A demo of the embedded teacher, a run and a chat run; the runs are made where they are not there yet."""
+    for kind in ("text", "chat"):
+        if not (folder / kind).exists():
+            make_run(folder / kind, chat=kind == "chat")
     models = [
         embedded_entry(),
-        ModelEntry("tiny run", run=str(make_run(folder / "text")), description="Three <b>rounds</b>."),
-        ModelEntry("tiny chat", run=str(make_run(folder / "chat", chat=True))),
+        ModelEntry("tiny run", run=str(folder / "text" / "run"), description="Three <b>rounds</b>."),
+        ModelEntry("tiny chat", run=str(folder / "chat" / "run")),
     ]
     settings = DemoSettings(models, limits=Limits(**limits))
     return DemoService(settings, open_catalog(settings))

@@ -1,16 +1,14 @@
 """Every command and every snippet of README, docs and recipes is run as it stands there.
 
 What stands for something of the reader's is put in: texts under the names that the pages use, `me` for `user`, and
-tiny models of the same architecture and depth, on a Hub on loopback, for the real ones. Settings appended to a command
-make it short; data sets of the recipes are local rows.
+tiny models of the same architecture and depth, on a Hub on loopback, for the real ones; the embedded teacher is a
+narrow one as well. Settings appended to a command make it short; data sets of the recipes are local rows.
 """
 
 import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,11 +19,12 @@ from conftest import byte_tokenizer
 from gguf_writer import write_gguf
 from hub_client import Worker
 from hub_server import HubServer
-from test_recipes import QUICK, RECIPES, arguments_of, as_files, content_of, tiny_config, verb_of
-from transformers import AutoModelForCausalLM
+from test_recipes import QUICK, RECIPES, SMALL, arguments_of, as_files, content_of, tiny_config, verb_of
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from hf_layerprune import embedded_dataset
 from hf_layerprune.cli import VERBS
+from hf_layerprune.data import EMBEDDED_MODEL
 from hf_layerprune.surgery import plan_of
 
 ROOT = Path(__file__).parent.parent
@@ -36,16 +35,8 @@ WHOLE_COMMAND = re.compile(r"`(hf-layerprune [\w-]+ --[^`<]*)`")  # within a sen
 DEFAULT_FOLDERS = {"compress": "trainer_output", "parallelize": "layerprune-parallel"}
 STANDS_FOR_SOMETHING = re.compile(r"[A-Z]+|user/name")
 
-PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and page.name != "cli.md"]
-PAGES_OF_RECIPES = sorted(ROOT.glob("recipes/**/README.md"))
-MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", "meta-llama/Llama-3.2-3B")
-MODELS_OF_RECIPES = (
-    "Qwen/Qwen2.5-7B-Instruct",
-    "Qwen/Qwen3-8B",
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "Qwen/Qwen2.5-Coder-0.5B-Instruct",
-)
-EXAMPLE = (ROOT / "examples" / "compress.py").read_text()  # see test_readme.py
+MODELS = sorted({"Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B-Instruct"} | {content_of(path)["model"] for path in RECIPES})
+EXAMPLE = (ROOT / "examples" / "compress.py").read_text()
 GIVEN = """
 from conftest import random_batches
 from hf_layerprune.loading import load_model
@@ -64,7 +55,21 @@ SHORT = QUICK | {
     "score": {"num_samples": 2, "max_length": 32, "batch_size": 2},
     "evaluate": {"num_samples": 2, "max_length": 32, "batch_size": 2},
     "benchmark": {"prompt_tokens": 4, "new_tokens": 3, "repeats": 1},
-    "estimate": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 64},
+    "estimate": {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "max_length": 64,
+        "dtype": "bfloat16",
+    },
+}
+DEPTHS = {"Qwen/Qwen2.5-0.5B": 24, "Qwen/Qwen2.5-3B": 30, "Qwen/Qwen2.5-3B-Instruct": 30}
+"""Of the models on the Hub that README and docs make shallower."""
+FEW = 4
+"""As many layers are removed by a recipe's command, in two rounds; elsewhere they are those of one round."""
+SHORT_IN_PYTHON = {
+    r"max_new_tokens=\d+": "max_new_tokens=4",
+    r"max_steps=\d+": "max_steps=2, measure_speed=False",
+    r'(train_dataset=embedded_dataset\("healing"\))': r"\1.select(range(64))",
 }
 
 
@@ -89,9 +94,18 @@ def of_the_package(words: list[str]) -> list[str] | None:
     return words[1:] if words[0] == "hf-layerprune" else None
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
-def test_commands_are_known(page):
-    for words in commands(page):
+def is_typed(page: Path) -> bool:
+    """Whether a page, whose commands are not those of README, has something for `types`."""
+    return page.name != "cli.md" and bool(blocks(page, "python") or any(map(of_the_package, commands(page))))
+
+
+PAGES_OF_DOCS = [page for page in PAGES if page.parent.name == "docs" and is_typed(page)]
+PAGES_OF_RECIPES = [page for page in sorted(ROOT.glob("recipes/**/README.md")) if is_typed(page)]
+
+
+def test_commands_are_known():
+    pages = [*PAGES, ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md"]
+    for words in (words for page in pages for words in commands(page)):
         ours = of_the_package(words)
         if ours is not None:
             assert ours[0] in VERBS, words
@@ -133,18 +147,31 @@ def a_desk(folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def a_terminal(desk: Path, models: tuple[str, ...], tmp_path_factory) -> Iterator[Worker]:
-    """A process with the Hub's client, and tiny models of these names on the Hub."""
+def narrow_teacher(folder: Path) -> Path:
+    """The embedded teacher with its depth and its tokenizer, but next to no width."""
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    torch.manual_seed(0)
+    config = Qwen2Config.from_pretrained(EMBEDDED_MODEL)
+    narrow = {name: SMALL[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim")}
+    config.update(narrow | {"num_key_value_heads": 1, "initializer_range": 0.15, "dtype": "float32"})
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def terminal(desk, tmp_path_factory):
+    """A process with the Hub's client, and tiny models on the Hub."""
     with HubServer() as hub:
-        for model in models:
+        for model in MODELS:
             torch.manual_seed(0)
-            files = as_files(AutoModelForCausalLM.from_config(tiny_config(model)), tmp_path_factory.mktemp("model"))
+            tiny = AutoModelForCausalLM.from_config(on_the_hub(model))
+            files = as_files(tiny, tmp_path_factory.mktemp("model"))
             hub.seed(model, files)
             if model == "Qwen/Qwen2.5-0.5B":
                 hub.seed("me/qwen-parallel", files)
         hub.seed("me/name", {"model-Q8_0.gguf": (desk / "SmolLM2-135M-Instruct-Q4_K_M.gguf").read_bytes()})
-        with Worker(hub, tmp_path_factory.mktemp("cache"), desk) as worker:
+        teacher = narrow_teacher(tmp_path_factory.mktemp("embedded") / "teacher")
+        with Worker(hub, tmp_path_factory.mktemp("cache"), desk, EMBEDDED_MODEL=str(teacher)) as worker:
             yield worker
 
 
@@ -154,12 +181,47 @@ def desk(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reader(desk, tmp_path_factory):
+def reader(terminal, desk):
     """Somebody who has read README and typed all of it, one line after the other."""
-    with a_terminal(desk, MODELS, tmp_path_factory) as worker:
-        types(worker, desk, ROOT / "README.md")
-        typed(worker, desk, shlex.split("hf-layerprune push qwen-29 --repo_id me/qwen-29"))
-        yield worker
+    types(terminal, desk, ROOT / "README.md")
+    typed(terminal, desk, shlex.split("hf-layerprune push qwen-29 --repo_id me/qwen-29"))
+    return terminal
+
+
+def on_the_hub(model: str) -> PretrainedConfig:
+    return tiny_config(model, num_hidden_layers=DEPTHS.get(model, 3 * FEW))
+
+
+def few_layers_less(recipe: dict) -> int:
+    return on_the_hub(recipe["model"]).num_hidden_layers - FEW
+
+
+def num_rounds(output_dir: str) -> int:
+    """As many as the recipe that writes this folder has."""
+    (recipe,) = (recipe for recipe in map(content_of, RECIPES) if recipe.get("output_dir") == output_dir)
+    gone = tiny_config(recipe["model"]).num_hidden_layers - recipe["target_num_layers"]
+    return -(-gone // recipe.get("layers_per_round", 1))
+
+
+def value_of(words: list[str], option: str) -> str | None:
+    return words[words.index(option) + 1] if option in words else None
+
+
+def short(verb: str, rest: list[str], recipe: dict, desk: Path) -> dict:
+    """Settings that make a command short."""
+    settings = dict(SHORT.get(verb, {}))
+    of_a_recipe = (value_of(rest, "--config") or "").startswith("recipes/")
+    if verb == "compress" and "--layers_per_round" not in rest:
+        settings["layers_per_round"] = FEW // 2 if of_a_recipe else FEW
+    if of_a_recipe and verb in ("compress", "parallelize"):
+        settings["target_num_layers"] = few_layers_less(recipe)
+    if of_a_recipe and verb != "estimate":
+        if not (desk / recipe["dataset"]).exists():  # else `generate` has written it
+            settings |= {"dataset": "rows.jsonl", "dataset_split": "train"}
+            settings |= {"eval_dataset": "rows.jsonl"} if "eval_dataset" in recipe else {}
+        few = {"tasks": "my_tasks.yaml", "num_repair_samples": 4}
+        settings |= {name: value for name, value in few.items() if name in recipe}
+    return {} if verb == "score" and "--tasks" in rest else settings
 
 
 def typed(worker: Worker, desk: Path, words: list[str]) -> None:
@@ -169,27 +231,21 @@ def typed(worker: Worker, desk: Path, words: list[str]) -> None:
     worker.typed.append(words)
     verb, *rest = of_the_package(words)
     rest = [re.sub(r"^user/", "me/", word) for word in rest]
-    short = SHORT.get(verb, {})
+    for position, word in enumerate(rest):
+        if found := re.fullmatch(r"([^/]+)/rounds/(\d+)", word):
+            assert int(found[2]) <= num_rounds(found[1])
+            rest[position] = f"{found[1]}/rounds/02"
     if verb == "benchmark" and "Qwen2.5-3B" in rest:
         rest[rest.index("Qwen2.5-3B")] = "shape.json"
         rest = [word for word in rest if word != "--compile"]  # takes minutes; see test_benchmark.py
-    config = rest[rest.index("--config") + 1] if "--config" in rest and verb in QUICK else ""
+    config = value_of(rest, "--config") or ""
     recipe = yaml.safe_load((desk / config).read_text()) if config.endswith(".yaml") else {}
-    if config.startswith("recipes/"):
-        if not (desk / recipe["dataset"]).exists():  # else `generate` has written it
-            short = short | {"dataset": "rows.jsonl", "dataset_split": "train"}
-            short = short | ({"eval_dataset": "rows.jsonl"} if "eval_dataset" in recipe else {})
-        if "tasks" in recipe:
-            short = short | {"tasks": "my_tasks.yaml"}
-    output_dir = rest[rest.index("--output_dir") + 1] if "--output_dir" in rest else recipe.get("output_dir")
-    output_dir = output_dir or DEFAULT_FOLDERS.get(verb)
+    output_dir = value_of(rest, "--output_dir") or recipe.get("output_dir") or DEFAULT_FOLDERS.get(verb)
     if verb in DEFAULT_FOLDERS and "--resume" not in rest:  # another example under the same name
         shutil.rmtree(desk / output_dir, ignore_errors=True)
     if "--tasks" in rest:
         rest[rest.index("--tasks") + 1] = "my_tasks.yaml"  # the paper's are on the Hub, the default ones take long
-        if verb == "score":
-            short = {}
-    status, _, error = worker.run(verb, *rest, *arguments_of(short))
+    status, _, error = worker.run(verb, *rest, *arguments_of(short(verb, rest, recipe, desk)))
     assert status == 0, (words, error)
 
 
@@ -197,10 +253,12 @@ def types(worker: Worker, desk: Path, page: Path) -> None:
     for words in commands(page):
         if of_the_package(words):
             typed(worker, desk, words)
-    snippets = [code for code in blocks(page, "python") if code not in EXAMPLE and "gradio_client" not in code]
+    snippets = [code for code in blocks(page, "python") if "gradio_client" not in code]
     if snippets:
         code = "\n".join([GIVEN, *snippets]).replace("user/", "me/")
-        answer = worker("python", code=re.sub(r"(?<=max_new_tokens=)\d+", "4", code))
+        for long, few in SHORT_IN_PYTHON.items():
+            code = re.sub(long, few, code)
+        answer = worker("python", code=code)
         assert "error" not in answer, (page.name, answer)
 
 
@@ -209,35 +267,28 @@ def test_a_reader_types_what_stands_there(reader, desk, page):
     types(reader, desk, page)
 
 
-@pytest.fixture(scope="module")
-def another_desk(tmp_path_factory):
-    return a_desk(tmp_path_factory.mktemp("desk"))
-
-
-@pytest.fixture(scope="module")
-def terminal(another_desk, tmp_path_factory):
-    with a_terminal(another_desk, MODELS + MODELS_OF_RECIPES, tmp_path_factory) as worker:
-        yield worker
+def test_the_example_of_readme_has_run(reader, desk):
+    assert EXAMPLE.split('"""\n\n', 1)[1] in (ROOT / "README.md").read_text()
+    rounds = json.loads((desk / "embedded-14" / "report.json").read_text())["rounds"]
+    assert [record["num_layers"] for record in rounds] == [15, 14]
 
 
 @pytest.mark.parametrize("page", PAGES_OF_RECIPES, ids=lambda page: page.parent.name)
-def test_a_reader_types_a_recipe(terminal, another_desk, page):
-    types(terminal, another_desk, page)
+def test_a_reader_types_a_recipe(terminal, desk, page):
+    types(terminal, desk, page)
     for path in RECIPES:
         if path.parent == page.parent:
-            check_result(another_desk, path)
+            check_result(desk, path)
 
 
 def check_result(desk: Path, path: Path) -> None:
-    """A recipe leaves answers, or a student of the depth it asks for made by its kind of edit."""
+    """A recipe leaves answers, or a student made by its kind of edit."""
     recipe = content_of(path)
     if verb_of(path) == "generate":
         answers = [json.loads(line) for line in (desk / recipe["output_file"]).read_text().splitlines()]
         assert answers and all({"prompt", "completion"} <= set(answer) for answer in answers)
         return
     plan = plan_of(AutoModelForCausalLM.from_pretrained(desk / recipe["output_dir"] / "model"))
-    depth = tiny_config(recipe["model"]).num_hidden_layers
-    gone = depth - recipe["target_num_layers"]
-    assert (plan.depth, plan.num_teacher_layers) == (recipe["target_num_layers"], depth)
+    assert (plan.depth, plan.num_teacher_layers - plan.depth) == (few_layers_less(recipe), FEW)
     pairs = verb_of(path) == "parallelize" or recipe.get("edits") == "parallelize"
-    assert (len(plan.parallel_pairs), len(plan.removed_layers)) == ((gone, 0) if pairs else (0, gone))
+    assert (len(plan.parallel_pairs), len(plan.removed_layers)) == ((FEW, 0) if pairs else (0, FEW))

@@ -2,12 +2,10 @@
 
 import concurrent.futures
 import json
-import os
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
+import forked
 import pytest
 from demo_models import make_service
 
@@ -16,14 +14,15 @@ gradio = pytest.importorskip("gradio", reason="the demo's extra is not installed
 from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
+from hf_layerprune import cli  # noqa: E402
 from hf_layerprune.demo.page import build_page, launch_page, words_of  # noqa: E402
 
 RUN = "tiny run"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    service = make_service(tmp_path_factory.mktemp("demo"), max_waiting=30, max_prompt_tokens=300)
+def url(demo_folder):
+    service = make_service(demo_folder, max_waiting=30, max_prompt_tokens=300)
     page = build_page(service)
     _, url, _ = launch_page(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     yield url
@@ -55,15 +54,11 @@ def test_compare_streams_and_ends_with_both_answers(client):
     ("changes", "told"),
     [
         ({"prompt": "x" * 100_000}, "100,000 characters"),
-        ({"prompt": ""}, "empty"),
         ({"prompt": "word " * 200}, "tokens; 1 to 300"),
-        ({"max_new_tokens": 10**6}, "max_new_tokens"),
         ({"temperature": "hot"}, "temperature"),
         ({"model": "user/other"}, "not on the list"),
-        ({"chat": True}, "no chat template"),
-        ({"depth": "abc"}, "depth='abc'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_limits_hold_on_the_server(client, changes, told):
     with pytest.raises(AppError, match=told) as error:
@@ -74,7 +69,7 @@ def test_limits_hold_on_the_server(client, changes, told):
 def test_ten_visitors_at_once_are_served_in_turn_and_see_their_own_words_alone(url):
     """With no luck in the draw, an answer depends on its prompt alone: it must be what the prompt gives by itself."""
     prompts = [f"visitor {number} said" for number in range(10)]
-    options = {"model": RUN, "max_new_tokens": 16, "temperature": 0, "api_name": "/compare"}
+    options = {"model": RUN, "max_new_tokens": 8, "temperature": 0, "api_name": "/compare"}
     alone = Client(url, verbose=False)
     wanted = [alone.predict(prompt, **options) for prompt in prompts]
 
@@ -85,16 +80,16 @@ def test_ten_visitors_at_once_are_served_in_turn_and_see_their_own_words_alone(u
         answers = list(pool.map(ask, prompts))
     for name in ("original", "compressed"):
         assert [answer[name]["text"] for answer in answers] == [answer[name]["text"] for answer in wanted]
-        assert all(answer[name]["ended"] and answer[name]["num_tokens"] == 16 for answer in answers)
+        assert all(answer[name]["ended"] and answer[name]["num_tokens"] == 8 for answer in answers)
     assert len({answer["original"]["text"] for answer in answers}) > 5
 
 
-def test_more_than_may_wait_are_told_so(tmp_path):
-    page = build_page(make_service(tmp_path, max_waiting=1))
+def test_more_than_may_wait_are_told_so(demo_folder):
+    page = build_page(make_service(demo_folder, max_waiting=1))
     _, url, _ = launch_page(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     try:
         clients = [Client(url, verbose=False) for _ in range(6)]
-        options = {"model": RUN, "max_new_tokens": 300, "api_name": "/compare"}
+        options = {"model": RUN, "max_new_tokens": 150, "api_name": "/compare"}
         jobs = [client.submit("a", **options) for client in clients]
         errors = [str(job.exception(timeout=120)) for job in jobs]
         assert any("queue" in error.lower() or "full" in error.lower() for error in errors)
@@ -108,10 +103,15 @@ def test_the_package_and_the_command_line_work_without_gradio():
 import sys
 sys.modules["gradio"] = None
 import hf_layerprune, hf_layerprune.demo, hf_layerprune.cli.demo, hf_layerprune.demo.space
-print("fine")
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
-    assert run.stdout == "fine\n", run.stderr
+    process = forked.run(code)
+    assert process.wait() == 0, process.stderr
+
+
+def test_a_port_that_is_taken_is_one_line(url, capsys):
+    assert cli.main(["demo", "--server_port", url.strip("/").rpartition(":")[2]]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hf-layerprune: the demo cannot be served: ")
 
 
 def test_only_what_uses_the_device_waits_in_line(client):
@@ -129,8 +129,8 @@ def test_the_first_different_word_is_marked():
     assert words_of([("a", "b", "b c")], 0, 1) == [("a", "prompt"), ("b", None)]  # the other one goes on
 
 
-def test_other_errors_show_no_details(tmp_path):
-    service = make_service(tmp_path)
+def test_other_errors_show_no_details(demo_folder):
+    service = make_service(demo_folder)
     service.store.get = lambda source: Path("/secret/place").read_text()
     page = build_page(service)
     _, url, _ = launch_page(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
@@ -150,6 +150,6 @@ def test_the_one_tool_of_mcp_is_compare(url):
     assert {"prompt", "model", "depth", "chat", "seed"} <= set(tool["inputSchema"]["properties"])
 
 
-def test_the_page_names_no_other_host(url):
-    config = json.dumps(Client(url, verbose=False).config)
+def test_the_page_names_no_other_host(client):
+    config = json.dumps(client.config)
     assert "googleapis" not in config and "gstatic" not in config

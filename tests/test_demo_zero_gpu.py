@@ -89,8 +89,8 @@ def calls(monkeypatch):
 
 
 @pytest.fixture
-def service(calls, tmp_path):
-    return make_service(tmp_path, max_prompt_tokens=200)
+def service(calls, demo_folder):
+    return make_service(demo_folder, max_prompt_tokens=200)
 
 
 def last(service, prompt="It was", model="tiny run", sampling=SHORT, **options):

@@ -1,7 +1,6 @@
 """The healing step inside engines that split a model over processes: the same loss and gradients as one process."""
 
-import subprocess
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import is_deepspeed_available
 from conftest import byte_tokenizer, read_report, tiny_config, tiny_model
+from forked import CLI, accelerate_launch, run, run_ranks
 
 from hf_layerprune import LayerPruneError, embedded_dataset, prune
 from hf_layerprune.loading import load_model
@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import byte_tokenizer, random_batches, tiny_model
 from hf_layerprune import evaluate_model, prune
@@ -43,7 +42,7 @@ from hf_layerprune.trainer.trainable import make_plain, make_trainable
 
 dist.init_process_group("gloo")
 mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-everything = sys.argv[2] == "all"
+everything = sys.argv[1] == "all"
 blocks = list(range(5)) if everything else [2, 3]
 args = SimpleNamespace(loss_preset=None, kl_weight=1.0, lm_weight=0.2, temperature=1.0, beta=0.0)
 (batch,) = random_batches(1, rows=4)
@@ -95,28 +94,22 @@ for (name, a), b in zip(healed.named_parameters(), plain.parameters(), strict=Tr
     assert torch.equal(*everyone), name
 scores = evaluate_model(healed, [batch], tiny_model(6))
 if dist.get_rank() == 0:
-    save_student(healed, byte_tokenizer(), torch.float32, Path(sys.argv[3]))
+    save_student(healed, byte_tokenizer(), torch.float32, Path(sys.argv[2]))
 dist.barrier()
-saved = load_model(sys.argv[3])
+saved = load_model(sys.argv[2])
 assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), healed.parameters(), strict=True))
 assert evaluate_model(saved, [batch], tiny_model(6)).kl == scores.kl
 dist.destroy_process_group()
-print("equal")
 """
 
 
 @pytest.mark.parametrize("trained", ["neighbours", "all"])
 def test_fully_sharded_healing_is_that_of_one_process_and_comes_back_whole(tmp_path, trained):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
-    command += [sys.executable, "-c", SCRIPT, str(TESTS), trained, str(tmp_path / "student")]
-    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("equal") == 2
+    run_ranks(2, SCRIPT, trained, tmp_path / "student")
 
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
 if {engine}:
     import cpu_engine
 import torch.distributed as dist
@@ -153,18 +146,18 @@ def launch(model, texts, folder, config, killed=False, resume=False, **settings)
     } | settings  # fmt: skip
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "hf_layerprune.cli", "compress", "--config", str(path)]
-    if config is not None:
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-        start += ["--num_processes", "2", "--mixed_precision", "no"]
+    words = ["compress", "--config", str(path), *(["--resume"] if resume else [])]
+    if config is None:
+        assert (one := run(CLI, *words)).wait() == 0, one.stderr[-3000:]
+    else:
         plain = config == "ddp_cpu.yaml"
-        cpu = ["-m", "hf_layerprune.cli"] if plain else [str(TESTS / "cpu_engine.py")]
+        script = ["-m", "hf_layerprune.cli"] if plain else [TESTS / "cpu_engine.py"]
         if killed:
-            cpu = [str(folder.with_name("killed.py"))]
-            Path(cpu[0]).write_text(KILLED.format(tests=str(TESTS), engine=not plain))
-        command = [*start, *cpu, *command[3:], *(["--resume"] if resume else [])]
-    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    assert (run.returncode == 0) != killed, run.stderr[-3000:]
+            script = [folder.with_name("killed.py")]
+            script[0].write_text(KILLED.format(engine=not plain))
+        settings = ("--config_file", CONFIGS / config, "--num_processes", 2, "--mixed_precision", "no")
+        with pytest.raises(AssertionError) if killed else nullcontext():
+            accelerate_launch(*settings, *script, *words)
     if killed:
         return None
     report = read_report(folder)

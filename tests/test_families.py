@@ -1,14 +1,12 @@
 """The test matrix: everything that works for Qwen2 works for every family; others are refused by name."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import byte_tokenizer, errors_of, random_batches, read_report, tiny_config
 from families import BLOCKS, FAMILIES, family_model
+from forked import run_without_package
 from parallel_reference import literal
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
 
@@ -73,8 +71,6 @@ def test_students_load_where_only_transformers_is(tmp_path):
             name = type(student).__name__
             torch.save((name, ids, student(ids).logits.detach(), generated), folder / "expected.pt")
     script = f"""
-import sys
-sys.modules["hf_layerprune"] = None
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
@@ -86,8 +82,7 @@ for folder in Path({str(tmp_path)!r}).glob("*-*"):
     assert torch.equal(model(ids).logits, logits), folder
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), generated), folder
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL, env=environment)
+    run_without_package(script, tmp_path / "home")
 
 
 @every_family
@@ -171,32 +166,31 @@ def test_edits_are_scored_as_the_models_they_make(family, batches):
         assert scores.values[edit] == pytest.approx(evaluate_model(expected, batches, model).kl, abs=1e-5)
 
 
-@every_family
-def test_one_round_of_removing_and_one_of_pairing(family, tmp_path, texts):
-    for edits, kind in (("remove", type(family_model(family))), ("parallelize", PrunedQwen2ForCausalLM)):
-        teacher = family_model(family)
-        settings = {"target_num_layers": 4, "max_steps": 2, "edits": edits, "measure_speed": False}
-        trainer = IterativeLayerDistillTrainer(
-            model=teacher,
-            args=tiny_config(tmp_path / edits, **settings),
-            train_dataset=texts,
-            eval_dataset=texts,
-            processing_class=byte_tokenizer(),
-        )
-        trainer.train()
-        student = AutoModelForCausalLM.from_pretrained(tmp_path / edits / "model")
-        assert type(student) is kind
-        record = read_report(tmp_path / edits)["rounds"][0]
-        assert record["num_layers"] == 4 == len(student.model.layers)
-        unhealed = apply_plan(teacher, plan_of(student))
-        for (name, healed), original in zip(student.named_parameters(), unhealed.parameters(), strict=True):
-            assert not torch.equal(healed, original), f"{name} was not trained"
-        measured = evaluate_model(student, trainer.eval_batches, teacher)
-        assert measured.kl == pytest.approx(record["kl"], abs=1e-5)
-        name = ARCHITECTURES[family].name
-        card = (tmp_path / edits / "README.md").read_text()
-        assert f"A {name} language model" in card
-        assert ("A `PrunedQwen2ForCausalLM`" if edits == "parallelize" else f"A plain `{name}ForCausalLM`") in card
+@pytest.mark.parametrize(
+    "family, edits", [("qwen3", "remove"), ("mistral", "remove"), ("qwen3", "parallelize"), ("llama", "parallelize")]
+)
+def test_a_round_of_training(family, edits, tmp_path, texts):
+    teacher = family_model(family)
+    trainer = IterativeLayerDistillTrainer(
+        model=teacher,
+        args=tiny_config(tmp_path, target_num_layers=4, max_steps=2, edits=edits),
+        train_dataset=texts,
+        eval_dataset=texts,
+        processing_class=byte_tokenizer(),
+    )
+    trainer.train()
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(student) is (PrunedQwen2ForCausalLM if edits == "parallelize" else type(teacher))
+    record = read_report(tmp_path)["rounds"][0]
+    assert record["num_layers"] == 4 == len(student.model.layers)
+    unhealed = apply_plan(teacher, plan_of(student))
+    for (name, healed), original in zip(student.named_parameters(), unhealed.parameters(), strict=True):
+        assert not torch.equal(healed, original), f"{name} was not trained"
+    measured = evaluate_model(student, trainer.eval_batches, teacher)
+    assert measured.kl == pytest.approx(record["kl"], abs=1e-5)
+    name, card = ARCHITECTURES[family].name, (tmp_path / "README.md").read_text()
+    assert f"A {name} language model" in card
+    assert ("A `PrunedQwen2ForCausalLM`" if edits == "parallelize" else f"A plain `{name}ForCausalLM`") in card
 
 
 @every_family
@@ -290,8 +284,7 @@ def test_sliding_windows_are_refused(family, changes):
     check_supported(family_model(family, **changes | {"sliding_window": None}).config)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "t5"])
-@pytest.mark.parametrize("verb", ["score", "parallelize", "benchmark", "evaluate"])
+@pytest.mark.parametrize("verb, kind", [("score", "mixtral"), ("parallelize", "t5"), ("benchmark", "t5")])
 def test_the_command_line_refuses_in_one_line(verb, kind, tmp_path, capsys):
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")

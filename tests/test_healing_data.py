@@ -2,10 +2,9 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import END, VOCAB_SIZE, byte_tokenizer, errors_of, rounds_of, tiny_config, tiny_model
@@ -109,7 +108,6 @@ def test_the_checkpoints_own_sampling_is_the_default(tmp_path, tokenizer):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
 from conftest import byte_tokenizer, tiny_model
 from test_healing_data import config, text_rows
 from hf_layerprune import generate_healing_data
@@ -118,15 +116,14 @@ def kill(done, total):
     if done >= 6:
         os.kill(os.getpid(), signal.SIGKILL)
 
-generate_healing_data(tiny_model(), text_rows(), sys.argv[2], config(), byte_tokenizer(), on_rows=kill)
+generate_healing_data(tiny_model(), text_rows(), sys.argv[1], config(), byte_tokenizer(), on_rows=kill)
 """
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, tokenizer):
     path, whole = tmp_path / "answers.jsonl", tmp_path / "whole.jsonl"
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    killed = forked.run(KILLED, path)
+    assert killed.wait() == -signal.SIGKILL, killed.stderr
     expected = generate_healing_data(tiny_model(), text_rows(), whole, config(), tokenizer)
     assert whole.read_bytes().startswith(path.read_bytes()) and 0 < len(rows_of(path)) <= 6
     with path.open("a") as file:  # a second kill, in the middle of writing
@@ -280,7 +277,6 @@ def test_a_stream_is_refused(tmp_path, tokenizer):
 
 TOGETHER = """
 import sys
-sys.path.insert(0, sys.argv[1])
 from conftest import byte_tokenizer, tiny_model
 from test_healing_data import config, text_rows
 import torch.distributed as dist
@@ -288,7 +284,7 @@ from hf_layerprune import generate_healing_data
 calls, model = [], tiny_model()
 whole = model.generate
 model.generate = lambda **inputs: calls.append(len(inputs["input_ids"])) or whole(**inputs)
-report = generate_healing_data(model, text_rows(), sys.argv[2], config(), byte_tokenizer())
+report = generate_healing_data(model, text_rows(), sys.argv[1], config(), byte_tokenizer())
 assert sum(calls) == (6, 4)[dist.get_rank()], calls
 assert report.num_rows + report.num_empty == 10
 dist.destroy_process_group()
@@ -297,10 +293,7 @@ dist.destroy_process_group()
 
 def test_two_processes_write_what_one_does(tmp_path, tokenizer):
     path, alone = tmp_path / "together.jsonl", tmp_path / "alone.jsonl"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["--no-python", sys.executable, "-c", TOGETHER, str(Path(__file__).parent), str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    assert run.returncode == 0, run.stderr
+    forked.run_ranks(2, TOGETHER, path)
     generate_healing_data(tiny_model(), text_rows(), alone, config(), tokenizer)
     assert path.read_bytes() == alone.read_bytes()
 

@@ -1,16 +1,15 @@
 """Whatever ends a run in the middle, the last good round is on disk and the same command goes on from there."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -22,7 +21,7 @@ from hf_layerprune.loading import load_model
 from hf_layerprune.trainer.healing import HealingTrainer
 
 RECIPE = {
-    "target_num_layers": 2, "max_steps": 6, "trained_layers": "all", "logging_steps": 1, "learning_rate": 1e-3,
+    "target_num_layers": 3, "max_steps": 6, "trained_layers": "all", "logging_steps": 1, "learning_rate": 1e-3,
     "num_calibration_samples": 4, "num_eval_samples": 4, "per_device_train_batch_size": 2,
     "per_device_eval_batch_size": 2, "max_length": 32, "packing": True, "packing_strategy": "wrapped",
     "measure_speed": False, "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "steps",
@@ -67,29 +66,22 @@ def recipe(place, tmp_path):
     return Path(shutil.copy(place / "recipe.yaml", tmp_path))
 
 
-def command(recipe, folder, *more, slowly=False):
-    start = ["-c", SLOWLY] if slowly else ["-m", "hf_layerprune.cli"]
-    return [sys.executable, *start, "compress", "--config", str(recipe), "--output_dir", str(folder), *more]
+def words(recipe, folder, *more):
+    return ["compress", "--config", str(recipe), "--output_dir", str(folder), *more]
 
 
-def run(*args, **kwargs):
-    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run(*args):
+    return forked.run(forked.CLI, *words(*args))
 
 
-def start(*args, **kwargs):
-    return subprocess.Popen(
-        command(*args, **kwargs),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(*args):
+    return forked.Process(SLOWLY, *words(*args))
 
 
 def until(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()[-2000:]
+        assert process.poll() is None and time.monotonic() < end, process.stderr[-2000:]
         time.sleep(0.02)
 
 
@@ -110,38 +102,37 @@ def assert_same_result(folder, whole):
 def whole(place):
     """What a run that nothing ends leaves."""
     done = run(place / "recipe.yaml", place / "whole")
-    assert done.returncode == 0, done.stderr
+    assert done.wait() == 0, done.stderr
     return place / "whole"
 
 
 def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(recipe, tmp_path, whole):
     folder = tmp_path / "cut"
-    process = start(recipe, folder, slowly=True)
+    process = start(recipe, folder)
     until(lambda: len(state(folder)["rounds"]) == 1 and state(folder)["done"].get("phase") == "checkpoint", process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    message = process.stderr.read().strip().splitlines()[-1]
+    message = process.stderr.strip().splitlines()[-1]
     assert message.startswith(
         "hf-layerprune: stopped; what is done is kept; to go on: hf-layerprune compress --config"
     )
     stopped = state(folder)["done"]
     assert stopped["round"] == 2 and stopped["phase"] == "checkpoint" and stopped["step"] >= 2
-    words = message.split("to go on: hf-layerprune ")[1].split()
-    resumed = subprocess.run([sys.executable, "-m", "hf_layerprune.cli", *words], capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = forked.run(forked.CLI, *message.split("to go on: hf-layerprune ")[1].split())
+    assert resumed.wait() == 0, resumed.stderr
     assert_same_result(folder, whole)
 
 
 def test_a_second_run_in_the_folder_is_refused(recipe, tmp_path):
     folder = tmp_path / "shared"
-    process = start(recipe, folder, slowly=True)
+    process = start(recipe, folder)
     until(lambda: state(folder)["done"], process)
     second = run(recipe, folder, "--resume")
-    assert second.returncode == 2 and "another run is working in it" in second.stderr
+    assert second.wait() == 2 and "another run is working in it" in second.stderr
     assert "another run" in second.stderr.strip().splitlines()[-1] and "Traceback" not in second.stderr
     process.kill()
     process.wait()
-    assert run(recipe, folder, "--resume").returncode == 0  # a lock dies with its process
+    assert run(recipe, folder, "--resume").wait() == 0  # a lock dies with its process
 
 
 PHASES = ("evaluating teacher", "scoring", "checkpoint", "healing", "round")
@@ -160,7 +151,7 @@ def kill_and_resume(recipe, folder, whole, phases, seed):
     while len(killed) < len(phases):
         path = folder / "run_state.json"
         opened = path.stat().st_mtime_ns if path.is_file() else 0
-        process = start(recipe, folder, *(["--resume"] if opened else []), slowly=True)
+        process = start(recipe, folder, *(["--resume"] if opened else []))
         while process.poll() is None:
             fresh = path.is_file() and path.stat().st_mtime_ns > opened  # it writes its state once it is under way
             if fresh and state(folder)["done"].get("phase") == phases[len(killed)]:
@@ -170,16 +161,16 @@ def kill_and_resume(recipe, folder, whole, phases, seed):
             process.wait(moments.uniform(0, 0.4))
         if process.poll() is None:
             before = state(folder)["rounds"]
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
             killed.append(state(folder)["done"]["phase"])
             assert state(folder)["rounds"][: len(before)] == before, f"killed in {killed}: a round is lost"
         else:
-            assert process.returncode == 0, process.stderr.read()
+            assert process.wait() == 0, process.stderr
             assert_same_result(folder, whole)
             shutil.rmtree(folder)
     last = run(recipe, folder, *(["--resume"] if (folder / "run_state.json").is_file() else []))
-    assert last.returncode == 0, last.stderr
+    assert last.wait() == 0, last.stderr
     assert_same_result(folder, whole)
     assert len(killed) == len(phases) and len(set(killed)) > 1, killed
 
@@ -192,7 +183,7 @@ def test_killed_at_random_moments(recipe, tmp_path, whole):
 @pytest.mark.parametrize("seed, name", list(enumerate(SETTINGS, start=1)), ids=list(SETTINGS))
 def test_killed_at_many_random_moments(recipe, tmp_path, seed, name):
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | SETTINGS[name]))
-    assert run(recipe, tmp_path / "whole").returncode == 0
+    assert run(recipe, tmp_path / "whole").wait() == 0
     phases = random.Random(seed).sample(PHASES, len(PHASES))
     kill_and_resume(recipe, tmp_path / "cut", tmp_path / "whole", phases, seed)
 
@@ -200,16 +191,13 @@ def test_killed_at_many_random_moments(recipe, tmp_path, seed, name):
 def test_a_full_disk_is_one_line(recipe, tmp_path, whole):
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
-    limited += "import sys; from hf_layerprune.cli import main; sys.exit(main(sys.argv[1:]))"
     folder = tmp_path / "full"
-    words = command(recipe, folder)
-    words[1:3] = ["-c", limited]
-    failed = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert failed.returncode == 2, failed.stderr
+    failed = forked.run(limited + forked.CLI, *words(recipe, folder))
+    assert failed.wait() == 2, failed.stderr
     last = failed.stderr.strip().splitlines()[-1]
     assert "cannot be written" in last and "Traceback" not in failed.stderr
     resumed = run(recipe, folder, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.wait() == 0, resumed.stderr
     assert_same_result(folder, whole)
 
 

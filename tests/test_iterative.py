@@ -2,14 +2,12 @@ import copy
 import inspect
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import load, random_batches, read_report, rounds_of, tiny_config, tiny_model
 from datasets import Dataset
+from forked import run_ranks, run_without_package
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer
@@ -99,8 +97,6 @@ def test_healing_heals(make):
 def test_student_loads_where_only_transformers_is(make, tmp_path):
     make(target_num_layers=4, max_steps=1).train()
     script = f"""
-import sys
-sys.modules["hf_layerprune"] = None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = {str(tmp_path / "run" / "model")!r}
@@ -109,7 +105,7 @@ ids = AutoTokenizer.from_pretrained(folder)("Once upon a time", return_tensors="
 a, b = (model.generate(**ids, max_new_tokens=12, do_sample=False, use_cache=flag) for flag in (True, False))
 assert type(model).__name__ == "Qwen2ForCausalLM" and torch.equal(a, b)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL)
+    run_without_package(script, tmp_path / "home")
 
 
 def test_only_the_neighbours_move(make, tmp_path):
@@ -164,10 +160,8 @@ def test_several_layers_a_round_are_scored_one_after_the_other(make):
 
 
 def test_two_processes_agree_and_one_writes(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(f"""
+    script = f"""
 import json, os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 import conftest, torch
 from pathlib import Path
 from hf_layerprune import IterativeLayerDistillTrainer
@@ -181,9 +175,8 @@ seen = [trainer.accelerator.num_processes, [r["removed_layers"] for r in conftes
         [r["perplexity"] for r in conftest.rounds_of(trainer)],
         [p.double().sum().item() for p in trainer.model.parameters()]]
 Path({str(tmp_path)!r}, "rank" + os.environ["RANK"]).write_text(json.dumps(seen))
-""")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    subprocess.run(launch, check=True, stdin=subprocess.DEVNULL)
+"""
+    run_ranks(2, script)
     first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1))
     assert first == second and first[0] == 2
     assert [record["removed_layers"] for record in read_report(tmp_path / "run")["rounds"]] == first[1]

@@ -1,12 +1,10 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import random_batches, tiny_model
 from families import pruned_qwen2
+from forked import run_without_package
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
 
@@ -190,8 +188,6 @@ def test_loads_as_remote_code_where_the_package_is_missing(tmp_path, pairs):
     tiny_model().save_pretrained(tmp_path / "teacher")
     blocks = [[0], [1, 3], [4]] if pairs else [[0], [1], [3], [4]]
     script = f"""
-import sys
-sys.modules["hf_layerprune"] = None  # importing it would fail
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 folder = {str(tmp_path / "saved")!r}
@@ -209,8 +205,7 @@ model.save_pretrained({str(tmp_path / "again")!r})  # what a stranger saves is w
 again = AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
 assert torch.equal(again(ids).logits, logits)
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    subprocess.run([sys.executable, "-c", script], check=True, stdin=subprocess.DEVNULL, env=environment)
+    run_without_package(script, tmp_path / "home")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert set(saved["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 

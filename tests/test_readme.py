@@ -15,16 +15,13 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_word_for_word(tmp_path):
-    code = (ROOT / "examples" / "compress.py").read_text()
-    assert code.split('"""\n\n', 1)[1] in README
-    command = [sys.executable, "-W", "error::FutureWarning", "-c", code]
+@pytest.mark.slow  # test_commands.py runs it on a narrow teacher
+def test_the_example_heals(tmp_path):
+    command = [sys.executable, "-W", "error::FutureWarning", ROOT / "examples" / "compress.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
     assert "eval_perplexity" in result.stdout
-    rounds = read_report(tmp_path / "embedded-14")["rounds"]
-    assert [record["num_layers"] for record in rounds] == [15, 14]
-    for record in rounds:
+    for record in read_report(tmp_path / "embedded-14")["rounds"]:
         assert record["kl"] < record["kl_before_healing"]
 
 
@@ -44,9 +41,8 @@ def test_the_make_targets_and_the_verbs_exist():
     assert [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step] == commands
 
 
-@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/*.md")],
-                         ids=lambda path: path.name)  # fmt: skip
-def test_links_lead_somewhere(path):
-    for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
-        if not link.startswith("http"):
-            assert (path.parent / link).exists(), link
+def test_links_lead_somewhere():
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/*.md")):
+        for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
+            if not link.startswith("http"):
+                assert (path.parent / link).exists(), f"{link} in {path}"

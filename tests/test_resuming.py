@@ -2,13 +2,12 @@
 
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import load, read_report, tiny_model
+from forked import run_ranks
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -211,10 +210,8 @@ def test_a_ruined_healing_begins_again_with_another_learning_rate(make, tmp_path
 
 
 def test_no_number_on_one_process_ends_all_of_them_with_one_message(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(f"""
-import math, os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+    script = f"""
+import math, os
 import conftest
 from pathlib import Path
 from hf_layerprune import IterativeLayerDistillTrainer
@@ -232,9 +229,8 @@ try:
     trainer.train()
 except ValueError as error:
     Path({str(tmp_path)!r}, "rank" + os.environ["RANK"]).write_text(str(error))
-""")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    subprocess.run(launch, check=True, stdin=subprocess.DEVNULL, timeout=200)
+"""
+    run_ranks(2, script)
     first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
     assert first == second and "nan at step 2 of 3" in first
     assert not (tmp_path / "run" / "healing").exists()

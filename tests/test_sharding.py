@@ -1,12 +1,10 @@
 """Several processes share the data of a scoring: all get the scores one process would."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from conftest import random_batches, tiny_model
+from forked import run_ranks
 
 from hf_layerprune import score_layers
 from hf_layerprune.scoring import Race
@@ -14,7 +12,6 @@ from hf_layerprune.scoring import Race
 SCRIPT = """
 import json, sys
 import torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
 from conftest import random_batches, tiny_model
 from hf_layerprune import score_layers
 from hf_layerprune.scoring import Race
@@ -24,7 +21,7 @@ seen, shares = [], []
 scores = score_layers(tiny_model(), batches, on_batch=lambda: seen.append(1))
 race = score_layers(tiny_model(), batches, race=Race(0.6))
 influence = score_layers(tiny_model(), batches, "block_influence", on_batch=lambda: shares.append(1))
-with open(f"{sys.argv[2]}/{dist.get_rank()}.json", "w") as file:
+with open(f"{sys.argv[1]}/{dist.get_rank()}.json", "w") as file:
     json.dump([scores.to_dict(), race.to_dict(), len(seen), influence.to_dict(), len(shares)], file)
 dist.destroy_process_group()
 """
@@ -33,10 +30,7 @@ dist.destroy_process_group()
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["--no-python", sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_ranks(2, SCRIPT, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

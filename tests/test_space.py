@@ -1,11 +1,9 @@
 """The Space: its files in the repository, and `push-space` against a Hub on loopback."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from demo_models import make_run
 from hub_client import Worker
 from hub_server import HubServer
 
@@ -65,13 +63,14 @@ def worker(hub, tmp_path_factory):
 
 
 @pytest.fixture
-def pushed(hub, tmp_path):
+def pushed(hub, demo_folder):
     """A student on the Hub, made from a model that is there too, with a tag of another depth."""
     hub.reset()
-    run = make_run(tmp_path)
+    folder = demo_folder / "text"
+    run = folder / "run"
     report = (run / "report.json").read_text().replace('"name": "teacher"', '"name": "me/teacher"')
-    for name, folder in (("me/teacher", tmp_path / "teacher"), ("me/student", run / "model")):
-        hub.seed(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+    for name, model in (("me/teacher", folder / "teacher"), ("me/student", run / "model")):
+        hub.seed(name, {path.name: path.read_bytes() for path in model.iterdir()})
     files = {"plan.json": (run / "plan.json").read_bytes(), "report.json": report.encode()}
     repo = hub.seed("me/student", files)
     depth_4 = run / "rounds" / "02"
@@ -111,53 +110,44 @@ def test_a_yaml_list_is_pushed_as_it_is(hub, worker, tmp_path, pushed):
     assert read_settings(there) == read_settings(path)
 
 
-@pytest.mark.parametrize(
-    ("argv", "told"),
-    [
+def test_mistakes_are_one_line_and_nothing_is_sent(hub, worker, pushed, demo_folder, tmp_path):
+    run, local = demo_folder / "text" / "run", tmp_path / "local.yaml"
+    local.write_text(f"models: [{{name: a, run: {run}, teacher: embedded}}]")
+    hub.seed("spaces/me/taken", {"index.html": b"<html>"})
+    before = len(hub.repos["spaces/me/taken"].titles())
+    for argv, told in (
         ([], "give --repo_id"),
         (["--repo_id", "me/space"], "what shall it show"),
         (["me/student", "--models", "a.yaml", "--repo_id", "me/space"], "what shall it show"),
-        (["RUN", "--repo_id", "me/space"], "push it first"),
+        ([run, "--repo_id", "me/space"], "push it first"),
         (["me/nothing", "--repo_id", "me/space"], "me/nothing"),
         (["me/student", "--repo_id", "you/space"], "You don't have the rights to create a model under you"),
         (["me/student", "--repo_id", "a b"], "looking at a b: Repo id must"),
         (["me/student", "--repo_id", "me/taken"], "holds something else"),
-        (["--models", "LOCAL", "--repo_id", "me/space"], "is not a model on the Hub"),
-    ],
-    ids=str,
-)
-def test_mistakes_are_one_line_and_nothing_is_sent(hub, worker, pushed, tmp_path, argv, told):
-    (tmp_path / "local.yaml").write_text(f"models: [{{name: a, run: {tmp_path / 'run'}, teacher: embedded}}]")
-    hub.seed("spaces/me/taken", {"index.html": b"<html>"})
-    places = {"RUN": str(tmp_path / "run"), "LOCAL": str(tmp_path / "local.yaml")}
-    before = len(hub.repos["spaces/me/taken"].titles())
-    status, _, err = worker.run("push-space", *(places.get(word, word) for word in argv))
-    assert status == 2 and told in err and err.strip().splitlines()[-1].startswith("hf-layerprune: ")
+        (["--models", local, "--repo_id", "me/space"], "is not a model on the Hub"),
+    ):
+        status, _, err = worker.run("push-space", *argv)
+        assert status == 2 and told in err and err.strip().splitlines()[-1].startswith("hf-layerprune: "), argv
     assert "spaces/me/space" not in hub.repos and len(hub.repos["spaces/me/taken"].titles()) == before
 
 
-@pytest.mark.parametrize(
-    ("entry", "told"),
-    [
-        ("run: me/typo", "me/typo"),
-        ("run: me/teacher", "no report.json"),
-        ("{teacher: me/typo, student: me/student}", "a: looking at me/typo: 404"),
-        ("{teacher: me/teacher, student: me/typo@v1}", "a: looking at me/typo@v1: 404"),
-        ("{teacher: me/teacher, student: me/student@9-layers}", "me/student@9-layers"),
-        ("run: me/local", "was made from 'teacher', which is not a model on the Hub"),
-    ],
-    ids=str,
-)
-def test_every_model_of_a_list_is_looked_for_before_anything_is_sent(hub, worker, pushed, tmp_path, entry, told):
-    path = tmp_path / "list.yaml"
-    settings = yaml.safe_load(entry if entry.startswith("{") else f"{{{entry}}}")
-    path.write_text(yaml.safe_dump({"models": [{"name": "a"} | settings]}))
-    student = hub.repos["me/student"].files()
-    report = student["report.json"].replace(b"me/teacher", b"teacher")
-    hub.seed("me/local", student | {"report.json": report})
-    status, _, err = worker.run("push-space", "--models", path, "--repo_id", "me/space")
-    assert status == 2 and told in err and err.strip().count("\n") == 0
+def test_every_model_of_a_list_is_looked_for_before_anything_is_sent(hub, worker, pushed, tmp_path):
+    path, student = tmp_path / "list.yaml", hub.repos["me/student"].files()
+    hub.seed("me/local", student | {"report.json": student["report.json"].replace(b"me/teacher", b"teacher")})
+    for entry, told in (
+        ({"run": "me/typo"}, "me/typo"),
+        ({"run": "me/teacher"}, "no report.json"),
+        ({"teacher": "me/typo", "student": "me/student"}, "a: looking at me/typo: 404"),
+        ({"teacher": "me/teacher", "student": "me/typo@v1"}, "a: looking at me/typo@v1: 404"),
+        ({"teacher": "me/teacher", "student": "me/student@9-layers"}, "me/student@9-layers"),
+        ({"run": "me/local"}, "was made from 'teacher', which is not a model on the Hub"),
+    ):
+        path.write_text(yaml.safe_dump({"models": [{"name": "a"} | entry]}))
+        status, _, err = worker.run("push-space", "--models", path, "--repo_id", "me/space")
+        assert status == 2 and told in err and err.strip().count("\n") == 0, entry
     assert "spaces/me/space" not in hub.repos
+    status, _, err = worker.run("demo", "me/local")
+    assert status == 2 and "made from 'teacher', which is not a model on the Hub; name its original" in err
 
 
 def test_private_models_are_told(hub, worker, pushed):
@@ -169,16 +159,3 @@ def test_private_models_are_told(hub, worker, pushed):
 def test_without_a_token_nothing_is_sent(hub, worker, pushed):
     status, _, err = worker.run("push-space", pushed, "--repo_id", "me/space", without_token=True)
     assert status == 2 and "Token is required" in err
-
-
-def test_copying_the_space_is_enough(tmp_path):
-    """What stands in the folder needs nothing beside it."""
-    shutil.copytree(SPACE, tmp_path / "space")
-    assert read_settings(tmp_path / "space" / "models.yaml").models[0].teacher == "embedded"
-
-
-def test_a_pushed_run_whose_original_is_only_a_name_asks_for_it(hub, worker, pushed):
-    student = hub.repos["me/student"].files()
-    hub.seed("me/local", student | {"report.json": student["report.json"].replace(b"me/teacher", b"teacher")})
-    status, _, err = worker.run("demo", "me/local")
-    assert status == 2 and "made from 'teacher', which is not a model on the Hub; name its original" in err

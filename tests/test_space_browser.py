@@ -44,8 +44,8 @@ expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    service = make_service(tmp_path_factory.mktemp("demo"), max_new_tokens=1000, max_prompt_tokens=3000)
+def service(demo_folder):
+    service = make_service(demo_folder, max_new_tokens=1000, max_prompt_tokens=3000)
     service.warm_up()
     return service
 
@@ -147,7 +147,7 @@ def set_sampling(page, name, value):
 
 def test_both_models_stream_and_are_measured(visit):
     page = visit()
-    set_sampling(page, "max_new_tokens", 400)
+    set_sampling(page, "max_new_tokens", 200)
     ask(page)
     for side in (0, 1):
         expect(page.locator("#lp-facts tr", has_text="first token").locator("td").nth(side + 1)).to_contain_text("ms")

@@ -1,14 +1,13 @@
 """Two processes share a model by transformers' own tensor-parallel plan: pairs need half the all-reduces."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from families import family_model
+from forked import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -20,33 +19,30 @@ ROOT = Path(__file__).parent.parent
 EMBEDDING = 1
 
 
-def check(report):
+def check(report, num_layers, num_pairs):
     forms = report["forms"]
-    assert forms["original"]["all_reduces"] == EMBEDDING + 2 * 16
+    assert forms["original"]["all_reduces"] == EMBEDDING + 2 * num_layers
     for name in ("in pairs", "first of each pair removed"):
-        assert forms[name]["blocks"] == 11 and forms[name]["all_reduces"] == EMBEDDING + 2 * 11
-    assert forms["in pairs"]["pairs"] == 5
+        assert forms[name]["blocks"] == num_layers - num_pairs
+        assert forms[name]["all_reduces"] == EMBEDDING + 2 * (num_layers - num_pairs)
+    assert forms["in pairs"]["pairs"] == num_pairs
     for form in forms.values():
         assert form["largest_logit_difference"] < 1e-4 and form["same_greedy_tokens"]
 
 
-def test_two_processes_give_the_logits_of_one_with_half_the_all_reduces(tmp_path):
+def test_two_processes_give_the_logits_of_one_with_half_the_all_reduces(tmp_path, model_folder):
     output = tmp_path / "all_reduces.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(ROOT / "benchmarks" / "all_reduces.py"), "--output", str(output)]
-    subprocess.run([*command, *script], check=True, stdin=subprocess.DEVNULL, capture_output=True)
-    check(json.loads(output.read_text()))
+    script = ROOT / "benchmarks" / "all_reduces.py"
+    run_ranks(2, script, "--model", model_folder, "--pairs", 1, "--output", output)
+    check(json.loads(output.read_text()), 5, 1)
 
 
 def test_the_committed_counts_are_those():
-    check(json.loads((ROOT / "benchmarks" / "results" / "all_reduces.json").read_text()))
+    check(json.loads((ROOT / "benchmarks" / "results" / "all_reduces.json").read_text()), 16, 5)
 
 
 def test_every_family_with_parallel_layers_computes_the_same_in_two_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = [str(ROOT / "tests" / "tensor_parallel_worker.py"), str(tmp_path)]
-    result = subprocess.run([*command, *worker], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(2, ROOT / "tests" / "tensor_parallel_worker.py", tmp_path)
 
 
 @pytest.fixture
@@ -91,7 +87,4 @@ def test_heads_that_nobody_can_place_are_refused(attention):
 
 @pytest.mark.slow
 def test_blocks_with_norms_of_heads_compute_the_same_wherever_a_mesh_has_tensor_parallelism():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    worker = str(ROOT / "tests" / "mesh_worker.py")
-    result = subprocess.run([*command, worker], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks(4, ROOT / "tests" / "mesh_worker.py")
