@@ -1,9 +1,11 @@
 import json
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils.offload import OffloadedWeightsLoader
 from conftest import random_batches, tiny_config, tiny_model
 from parallel_reference import literal
 
@@ -378,6 +380,20 @@ def on_disk(model, folder):
     model.save_pretrained(folder / "model")
     where = device_map(str(folder / "model"), torch.device("cpu"))
     return load_model(str(folder / "model"), device_map=where, offload_folder=str(folder / "offload"))
+
+
+def test_one_sweep_reads_every_weight_of_a_layer_once(model, tmp_path, monkeypatch):
+    offloaded, read, get = on_disk(model, tmp_path), [], OffloadedWeightsLoader.__getitem__
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", lambda self, key: read.append(key) or get(self, key))
+    expected = score_layers(model, random_batches(4))
+    for states, sweeps in ((candidates.MAX_STATE_BYTES, 1), (1, model.config.num_hidden_layers)):
+        monkeypatch.setattr(sys.modules["hf_layerprune.scoring.score"], "MAX_STATE_BYTES", states)
+        read.clear()
+        scores = score_layers(offloaded, random_batches(4))
+        assert scores.values == pytest.approx(expected.values, rel=1e-5)
+        assert scores.standard_errors == pytest.approx(expected.standard_errors, rel=1e-4)
+        of_layers = [name for name in read if ".layers." in name]
+        assert len(of_layers) == sweeps * len(set(of_layers)) > 0
 
 
 def test_a_model_on_disk_gets_the_same_scores(batches, tmp_path):

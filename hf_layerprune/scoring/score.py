@@ -16,10 +16,11 @@ from ..plan import Edit, LayerPlan, layer_indices
 from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
-from .candidates import CandidateRuns
+from .candidates import MAX_STATE_BYTES, CandidateRuns
 from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate
 from .measure import Race, collect, shard
 from .scores import Evidence, Key, Scores
+from .sweep import is_offloaded, sweep
 
 CHUNKS_OF_A_RACE = 16  # at least as many, if there are as many rows
 
@@ -133,12 +134,17 @@ def score(
     with inference(model, teacher):
         folds = [batches] if criterion == "tasks" or compensation == "none" else _halves(batches)
         repairs = _repairs(model, folds, plans, compensation, teacher)
-        runs = CandidateRuns(model, plans, teacher, tokenizer, repairs)
-        if criterion == "tasks":
-            kinds = [(t.weight, [partial(runs.measure, data, t.statistic, 0) for data in t.chunks]) for t in tasks]
+        only_removals = all(set(after.blocks) <= set(plan.blocks) for after in plans)
+        if is_offloaded(model) and only_removals and criterion != "tasks" and race is None:
+            of_all = (batches, plans, TOKEN_MEASURES[criterion], teacher, MAX_STATE_BYTES)
+            kinds = [(1.0, [lambda _: sweep(model, *of_all)])]
         else:
-            parts, statistic = _parts(folds, race), TOKEN_MEASURES[criterion]
-            kinds = [(1.0, [partial(runs.measure, TokenChunk(part), statistic, fold) for part, fold in parts])]
+            runs = CandidateRuns(model, plans, teacher, tokenizer, repairs)
+            if criterion == "tasks":
+                kinds = [(t.weight, [partial(runs.measure, data, t.statistic, 0) for data in t.chunks]) for t in tasks]
+            else:
+                parts, statistic = _parts(folds, race), TOKEN_MEASURES[criterion]
+                kinds = [(1.0, [partial(runs.measure, TokenChunk(part), statistic, fold) for part, fold in parts])]
         count = sum(len(measures) for _, measures in kinds)
         on_chunk = _as_often(on_batch, len(batches) or count, count)
         evidence, left = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
