@@ -35,6 +35,13 @@ from .measure import check_text, load_on_device, text_batches
 from .parsing import Parser
 from .recipe import check_new_folder, made, write_recipe
 
+OF_GREEDY = {
+    "edits", "max_group_size", "criterion", "protect_first_layers", "protect_last_layers", "target_latency",
+    "target_num_parameters",
+}  # fmt: skip
+OF_SEARCH = OF_GREEDY | {"search", "target_num_layers"}
+"""Settings of each search, which mean nothing without it."""
+
 Step = tuple[tuple[Edit, ...], tuple[Scores[Edit], ...], LayerPlan]
 """Edits, the scores they were chosen by, and the plan they led to."""
 
@@ -45,6 +52,10 @@ def parallelize(argv: list[str]) -> None:
     (arguments,) = parser.read(argv)
     if arguments.pairs and arguments.plan:
         raise LayerPruneError("--pairs and --plan are both given; choose one")
+    named = "--pairs" if arguments.pairs else "--plan" if arguments.plan else None
+    unused = OF_SEARCH if named else OF_GREEDY if arguments.search == "range" else set()
+    if unused := sorted(unused & parser.given.keys()):
+        raise LayerPruneError(f"--{unused[0]} has no meaning with {named or '--search range'}; leave it out")
     folder = Path(arguments.output_dir)
     check_new_folder(folder)
     config = load_config(arguments.model)
