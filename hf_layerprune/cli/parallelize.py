@@ -204,8 +204,8 @@ def _searched(
 def _content(losses: Scores[LayerPlan]) -> dict[str, Any]:
     """`range.json`: the perplexity of every range of pairs."""
     runs = [
-        {"pairs": [list(pair) for pair in plan.parallel_pairs], "perplexity": perplexity_of(loss)}
-        for plan, loss in losses.values.items()
+        {"pairs": [list(pair) for pair in plan.parallel_pairs], "perplexity": perplexity_of(losses.values[plan])}
+        for plan in sorted(losses.values, key=lambda plan: (-plan.depth, plan.parallel_pairs))
     ]
     return {"original": perplexity_of(losses.baseline), "runs": runs}
 
