@@ -51,7 +51,8 @@ class Budget:
             return budget
         given = [item for item in budget.items() if item[1] is not None] if isinstance(budget, Mapping) else []
         if len(given) != 1:
-            raise LayerPruneError(f"budget={budget!r}: give exactly one of {', '.join(TARGETS)}, as {{'depth': 12}}")
+            units = ", ".join(f"{unit} ({setting})" for unit, setting in TARGETS.items())
+            raise LayerPruneError(f"budget={budget!r}: give exactly one of {units}, as {{'depth': 12}}")
         return cls(*given[0])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -46,20 +45,6 @@ def replace_folder(source: Path, target: Path) -> None:
         target.rename(old)
     source.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            found.update(part)
-    return found.hexdigest()
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder and in those within it, by their paths from there."""
-    return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def round_folder(folder: Path, number: int) -> Path:

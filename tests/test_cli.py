@@ -138,7 +138,7 @@ def bad_requests():
         "split that is not there": (["--dataset", "{saved}", "--dataset_split", "test"], 'Unknown split "test"'),
         "rows longer than the model": (["--max_length", "257"], "max_length=257 but"),
         "text that is blank": (["--dataset", "{blank}"], "only blank rows"),
-        "output folder in a file": (["--output_dir", "{text}/x"], "a file"),
+        "output folder in a file": (["--output_dir", "{text}/x"], "Not a directory"),
         "tracker that is none": (["--report_to", "foo"], "foo"),
         "tracker that is not installed": (["--report_to", "comet_ml"], "comet"),
         "optimizer that is not installed": (["--optim", "lion_8bit"], "bitsandbytes"),
@@ -263,7 +263,7 @@ def test_loss_that_is_no_number_names_the_step_and_keeps_what_is_done(tmp_path, 
     assert AutoModelForCausalLM.from_pretrained(out / "rounds" / "01").config.num_hidden_layers == 4
 
 
-def test_names_with_brackets_are_printed_as_they_are(tmp_path, model_folder, text_file, capsys):
+def test_names_with_brackets_are_printed_as_they_are(tmp_path, model_folder, text_file, capsys, caplog):
     base = ("--model", model_folder, "--dataset", text_file)
     few = ("--max_length", 32, "--num_samples", 4)
     folders = [tmp_path / "all [x]" / f"[/{verb}]" for verb in ("score", "parallelize", "compress")]
@@ -279,7 +279,7 @@ def test_names_with_brackets_are_printed_as_they_are(tmp_path, model_folder, tex
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text("- {kind: multiple_choice, dataset: rows.jsonl, prompt: '{q}', name: 'my [/x] rows'}")
     assert run("score", "--model", model_folder, "--tasks", tasks, "--output_dir", tmp_path / "scores") == 0
-    assert "task my [/x] rows: prompts too long" in capsys.readouterr().err
+    assert "task my [/x] rows: prompts too long" in caplog.text
     assert run("evaluate", *base, *few, "--tasks", tasks) == 0
     assert "my [/x] rows" in capsys.readouterr().out
 

@@ -192,7 +192,7 @@ def test_a_target_on_the_command_line_replaces_that_of_the_recipe(tmp_path, mode
     recipe.write_text(recipe.read_text() + "target_latency: 0.5\n")
     arguments = ["--config", recipe, "--output_dir", tmp_path / "again", *COMPRESS]
     assert cli.main(["compress", *map(str, arguments)]) == 2
-    assert "target_num_layers and target_latency are both set" in errors_of(capsys)
+    assert "give exactly one of" in errors_of(capsys)
 
 
 def test_what_cannot_be_saved_is_known_before_the_search(run, tmp_path, monkeypatch):
@@ -202,5 +202,5 @@ def test_what_cannot_be_saved_is_known_before_the_search(run, tmp_path, monkeypa
     monkeypatch.setattr("hf_layerprune.cli.parallelize._steps", pytest.fail)
     monkeypatch.setattr("transformers.Qwen2Tokenizer.save_pretrained", refuse)
     status, error = run("--target_num_layers", 3)
-    assert status == 2 and "the students' tokenizer cannot be saved" in error and "no template" in error
+    assert status == 2 and "students cannot be saved" in error and "no template" in error
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, read_report
 from gguf_writer import write_gguf
 from hub_client import Worker
 from hub_server import HubServer
@@ -269,8 +269,7 @@ def test_a_reader_types_what_stands_there(reader, desk, page):
 
 def test_the_example_of_readme_has_run(reader, desk):
     assert EXAMPLE.split('"""\n\n', 1)[1] in (ROOT / "README.md").read_text()
-    rounds = json.loads((desk / "embedded-14" / "report.json").read_text())["rounds"]
-    assert [record["num_layers"] for record in rounds] == [15, 14]
+    assert [record["num_layers"] for record in read_report(desk / "embedded-14")["rounds"]] == [15, 14]
 
 
 @pytest.mark.parametrize("page", PAGES_OF_RECIPES, ids=lambda page: page.parent.name)

@@ -82,8 +82,8 @@ def test_the_speed_benchmark_has_a_verdict():
     assert close["greedy"] == {"tokens_per_second": 50.0, "ratio": 1.0}
     far = script.compared({"benchmark": [100.0], "greedy": [80.0]})
     assert script.verdict({"original": close, "compressed": close})["agrees"]
-    told = script.verdict({"original": close, "compressed": far})
-    assert not told["agrees"] and told["told"].startswith("DISAGREES: at most 20.0% apart (compressed, greedy)")
+    found = script.verdict({"original": close, "compressed": far})
+    assert not found["agrees"] and found["summary"].startswith("DISAGREES: at most 20.0% apart (compressed, greedy)")
 
 
 def test_the_command_and_a_copied_space_are_served_and_ask_nothing_of_other_hosts(start, tmp_path):

@@ -116,7 +116,7 @@ def test_mistakes_are_one_line_and_nothing_is_sent(hub, worker, pushed, demo_fol
     hub.seed("spaces/me/taken", {"index.html": b"<html>"})
     before = len(hub.repos["spaces/me/taken"].titles())
     for argv, told in (
-        ([], "give --repo_id"),
+        ([], "what shall it show, and where"),
         (["--repo_id", "me/space"], "what shall it show"),
         (["me/student", "--models", "a.yaml", "--repo_id", "me/space"], "what shall it show"),
         ([run, "--repo_id", "me/space"], "push it first"),

@@ -95,19 +95,19 @@ def _target(found: Estimate, args: IterativeLayerDistillConfig) -> str:
 
 
 def _print_settings(settings: list[HealingSetting], memory: int) -> None:
-    """Print a line for each way to heal; its parts are those of the most rows that fit, or of the fewest."""
+    """Print a line for each way to heal; what its peak is made of stands in --output_file."""
     lines = []
     for _, group in groupby(settings, lambda one: (one.trained, one.lora_r, one.dtype, one.gradient_checkpointing)):
         of_way = list(group)
         fitting = [setting for setting in of_way if setting.fits(memory)]
-        shown = (fitting or of_way[:1])[-1]
+        shown = of_way[0]
         name = as_words(shown.trained) + (f" LoRA {shown.lora_r}" if shown.lora_r else "")
-        sizes = (shown.weights, shown.optimizer, shown.activations, *(setting.peak for setting in of_way))
         twice = "yes" if shown.gradient_checkpointing else "no"
-        lines.append([name, shown.dtype, twice, *map(_gib, sizes), str(shown.rows) if fitting else "no"])
-    peaks = [f"peak,\n{n} rows" for n in sorted({setting.rows for setting in settings})]
-    names = ("trained", "dtype", "ckpt", "both\nmodels", "grad+\nAdamW", "act.+\nKL", *peaks, "fits")
-    print_table(names, lines, "GiB on the GPU, by rows of a micro-batch, and the most rows that fit")
+        peaks = [_gib(setting.peak) for setting in of_way]
+        lines.append([name, shown.dtype, twice, *peaks, str(fitting[-1].rows) if fitting else "no"])
+    counts = [f"{n} row{'s' * (n > 1)}" for n in sorted({setting.rows for setting in settings})]
+    names = ("trained", "dtype", "ckpt", *counts, "fits")
+    print_table(names, lines, "peak in GiB on the GPU, by rows of a micro-batch, and the most rows that fit")
 
 
 def _fitting(found: Estimate, memory: int) -> str:

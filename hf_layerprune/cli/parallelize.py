@@ -75,7 +75,8 @@ def parallelize(argv: list[str]) -> None:
         write_atomically(folder / "plan.json", plan_of(student).to_json() + "\n")
         write_recipe(folder, parser.given, model=arguments.model)
         if found is not None:
-            runs = [{"pairs": p.parallel_pairs, "perplexity": perplexity_of(loss)} for p, loss in found.values.items()]
+            plans = sorted(found.values, key=lambda plan: (-plan.depth, plan.parallel_pairs))
+            runs = [{"pairs": p.parallel_pairs, "perplexity": perplexity_of(found.values[p])} for p in plans]
             content = {"original": perplexity_of(found.baseline), "runs": runs}
             write_atomically(folder / "range.json", to_json(content))
             save_plot(plot_range(found), folder / "range.png")
