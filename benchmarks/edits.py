@@ -63,7 +63,8 @@ def run(name: str, parent: Path) -> RunRecord:
             raise SystemExit(status)
     record = read_run(folder / "report.json")
     for key, value in STRATEGIES[name].items():
-        if not key.startswith("target") and record.settings[key] != value:
+        wanted = value.split(",") if key == "edits" else value
+        if not key.startswith("target") and record.settings[key] != wanted:
             raise SystemExit(f"{folder} holds a run with {key}={record.settings[key]!r}; move it away")
     return record
 

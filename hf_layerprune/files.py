@@ -48,5 +48,5 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def round_folder(folder: Path, number: int) -> Path:
-    """Folder of round `number` (from 1) in a run: its student, or before that the checkpoints of its healing."""
+    """Folder of round `number` (from 1) in a run: its student."""
     return folder / "rounds" / f"{number:02d}"

@@ -123,7 +123,6 @@ class RoundWork:
         unhealed ([`EvaluationReport`], *optional*): the teacher after all edits of the run, without any training.
         before_healing ([`EvaluationReport`], *optional*): the student after this round's edits.
         healing ([`Healing`], *optional*): `None` for a round without healing.
-        files (`dict[str, str]`): SHA-256 of each file of the saved student.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -132,7 +131,6 @@ class RoundWork:
     unhealed: EvaluationReport | None = None
     before_healing: EvaluationReport | None = None
     healing: Healing | None = None
-    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ class Done:
     """What a run finished last.
 
     Attributes:
-        phase (`str`): such as `"choosing"`, `"checkpoint"` or `"round"`.
+        phase (`str`): such as `"scoring"`, `"checkpoint"` or `"round"`.
         round (`int`): the round it was in; 0 before the first.
         step (`int`, *optional*): the step of a checkpoint.
     """

@@ -37,7 +37,6 @@ RECORD = RoundRecord(
     unhealed=EvaluationReport(3.0, 20.1, 1.0, None, 64),
     before_healing=EvaluationReport(2.5, 12.2, 0.8, None, 64),
     healing=Healing(4096, 1.5),
-    files={"model.safetensors": "ab"},
 )
 
 

@@ -41,6 +41,13 @@ def test_every_own_field_is_documented_twice():
         {"trained_layers": "some"},
         {"race_confidence": 0.9, "one_shot": True},
         {"edits": "parallelize", "criterion": "tail"},
+        {"kl_weight": 0.0, "hidden_weight": 0.0},
+        {"num_repair_samples": 8},
+        {"compensation": "least_squares", "edits": "parallelize"},
+        {"activation_offloading": True, "use_cpu": True},
+        {"label_smoothing_factor": 0.1},
+        {"neftune_noise_alpha": 5.0},
+        {"one_shot": True, "criterion": "angular_distance", "target_latency": 0.8},
     ],
 )
 def test_values_out_of_range_are_refused(tmp_path, changes):

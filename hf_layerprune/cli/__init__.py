@@ -83,7 +83,10 @@ def _users_mistake(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:  # no permission, a full disk
         return f"{error.filename or 'a file'} cannot be used: {error.strerror}"
     if is_out_of_memory(error):
-        advice = "give fewer rows at a time (batch_size), shorter ones (max_length), or a smaller model or dtype"
+        advice = (
+            "give fewer rows at a time (batch_size), shorter ones (max_length), or a smaller model or dtype; a run of "
+            "compress keeps its rounds and resumes with --resume --gradient_checkpointing true"
+        )
         return f"out of memory: {first_line(error)}; {advice}"
     return None
 

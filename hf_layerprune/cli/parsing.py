@@ -110,7 +110,7 @@ class Parser(TrlParser):
         words, as_it_is = [], {}
         for name, value in content.items():
             if name not in self.settings:
-                raise self._unknown(name)
+                raise self._unknown(str(name))
             item = self.settings[name]
             values = value if isinstance(value, list) else [value]
             if value is None or isinstance(value, dict) or (value is values and get_origin(item.type) is not list):

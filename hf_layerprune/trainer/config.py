@@ -220,6 +220,25 @@ class IterativeLayerDistillConfig(SFTConfig):
             )
         if self.loss_preset == "paper" and (self.beta or self.lm_weight):
             raise LayerPruneError("loss_preset='paper' is the authors' own loss; leave out beta and lm_weight")
+        if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
+            raise LayerPruneError(
+                "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
+            )
+        if self.num_repair_samples is not None and self.compensation == "none":
+            raise LayerPruneError(
+                f"num_repair_samples={self.num_repair_samples} has no effect without compensation='least_squares'"
+            )
+        if self.activation_offloading and self.use_cpu:
+            raise LayerPruneError("activation_offloading moves activations off a GPU, and there is none; leave it out")
+        if self.label_smoothing_factor:
+            raise LayerPruneError(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no effect on distillation"
+            )
+        if self.neftune_noise_alpha and self.trained_layers != "all":
+            raise LayerPruneError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} adds noise to the embedding, which the teacher runs "
+                "for both models; leave it out, or set trained_layers='all'"
+            )
 
     def _settle_criterion(self) -> None:
         """Let `tasks` imply their criterion, and check that the criterion can choose as asked."""
@@ -232,6 +251,13 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(f"tasks={self.tasks!r} are for criterion='tasks', not {self.criterion!r}")
         asked = [f"race_confidence={self.race_confidence}"] if self.race else []
         asked += ["edits='parallelize'"] if "parallelize" in self.edits else []
+        if self.compensation != "none" and "remove" not in self.edits:
+            raise LayerPruneError(
+                f"compensation={self.compensation!r} repairs removals; edits={','.join(self.edits)!r} makes none"
+            )
+        of_depth = self.budget is None or self.budget.unit == "depth"
+        if self.one_shot and self.criterion == "angular_distance" and not of_depth:
+            raise LayerPruneError("criterion='angular_distance' with one_shot needs a depth; give target_num_layers")
         if asked and (self.one_shot or self.criterion not in MEASURED):
             raise LayerPruneError(
                 f"{asked[0]} needs a criterion that is measured in every round; choose one of {', '.join(MEASURED)} "

@@ -36,6 +36,7 @@ from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, 
 from ..matching import with_plan
 from ..record import Done, RunRecord, read_plan
 from ..rows import column_names, tell_of_dropped, with_text
+from ..scoring import MEASURED
 from ..surgery import plan_of, prune, unshare_parameters
 from ..tasks import load_tasks, prepare_tasks
 from .config import IterativeLayerDistillConfig
@@ -197,6 +198,12 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         check_same_vocabulary(self.start, self.teacher)
         check_tokenizer(tokenizer, self.start, name)
         check_length(args.max_length, self.start.config, name)
+        check_length(args.max_length, self.teacher.config, "the teacher")
+        if plan.parallel_pairs and args.criterion not in MEASURED:
+            raise LayerPruneError(
+                f"criterion={args.criterion!r} judges single layers, but {list(plan.parallel_pairs)} run in parallel; "
+                f"choose one of {', '.join(MEASURED)}"
+            )
         if plan.num_teacher_layers != teacher_plan.num_teacher_layers or {*plan.layers} - {*teacher_plan.layers}:
             raise LayerPruneError(
                 f"the student's layers {list(plan.layers)} of {plan.num_teacher_layers} are not all layers of the "
@@ -212,6 +219,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
     def _make_batches(self, datasets: dict[str, Dataset]) -> None:
         """Set the rows and batches of every use."""
         args, self.all_train_rows = self.args, self.train_dataset
+        if args.heal and isinstance(self.all_train_rows, Dataset) and not len(self.all_train_rows):
+            raise LayerPruneError("the training data makes no row; give more text, or a smaller max_length")
         calibration, self.eval_dataset = datasets.get("calibration", self.all_train_rows), datasets.get("eval")
         self.calibration_batches = self._batches(calibration, args.num_calibration_samples, "calibration data")
         self.repair_batches = self.eval_batches = self.calibration_batches

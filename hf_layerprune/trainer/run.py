@@ -123,12 +123,12 @@ def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any]
         )
     if found is None:
         if resume:
-            raise LayerPruneError(f"resume_from_checkpoint={resume!r} but {folder} holds no run; start without it")
+            raise LayerPruneError(f"{folder} holds no run to resume; start without --resume (resume_from_checkpoint)")
         return
     if not resume:
         raise LayerPruneError(
             f"output_dir={folder} holds another run of {len(found.rounds)} rounds; resume it "
-            "(resume_from_checkpoint) or choose another folder"
+            "(--resume, or resume_from_checkpoint) or choose another folder"
         )
     for key in found.settings | settings:
         if key not in OF_OPTIMIZER and found.settings.get(key) != settings.get(key):
