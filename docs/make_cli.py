@@ -30,7 +30,7 @@ Every setting can stand on the command line (`--criterion kl`) or in a YAML file
 line wins, and an unknown key is an error. A switch takes `true` or `false`. An empty default is none.
 """
 OF_TRL_TEXT = f"""\
-`compress` and `estimate` take these of TRL's [`SFTConfig`]({DOCS_OF_TRL}). Python takes all of them.
+`compress` and `estimate` take these of TRL's [`SFTConfig`]({DOCS_OF_TRL}). In Python the others work too.
 """
 
 

@@ -1,5 +1,7 @@
 """A user's mistake is one line that says what to do; an error of ours keeps its traceback."""
 
+from pathlib import Path
+
 import pytest
 from conftest import tiny_model
 
@@ -105,6 +107,7 @@ def test_debug_shows_the_traceback_as_well(capsys):
     [
         (PermissionError(13, "Permission denied", "scores.json"), 2),
         (OSError(28, "No space left on device"), 2),
+        (FileNotFoundError(2, "No such file", str(Path(cli.__file__).parent / "gone.jinja")), None),
         (OSError("raised by a library, about nothing the user named"), None),
         (ValueError("too many values to unpack"), None),
         (RuntimeError("The size of tensor a (4) must match the size of tensor b (5)"), None),

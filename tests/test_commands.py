@@ -63,7 +63,7 @@ SHORT = QUICK | {
     },
 }
 DEPTHS = {"Qwen/Qwen2.5-0.5B": 24, "Qwen/Qwen2.5-3B": 30, "Qwen/Qwen2.5-3B-Instruct": 30}
-"""Of the models on the Hub that README and docs make shallower."""
+"""Layers of the models on the Hub that README and docs make shallower."""
 FEW = 4
 """As many layers are removed by a recipe's command, in two rounds; elsewhere they are those of one round."""
 SHORT_IN_PYTHON = {

@@ -436,7 +436,7 @@ def test_edits_that_save_nothing_are_tried_only_where_none_saves(few):
 LATENCIES = {
     "equal": EQUAL,
     "half": HALF,
-    "wider is no faster": BlockCosts(1.0, (1.0, 2.0, 3.0)),
+    "a pair takes as long as two layers": BlockCosts(1.0, (1.0, 2.0, 3.0)),
     "triples slower than pairs": BlockCosts(0.0, (1.0, 1.5, 4.0)),
     "only triples save": BlockCosts(0.0, (1.0, 2.0, 2.0)),
 }

@@ -46,6 +46,7 @@ def test_every_own_field_is_documented_twice():
         {"compensation": "least_squares", "edits": "parallelize"},
         {"activation_offloading": True, "use_cpu": True},
         {"label_smoothing_factor": 0.1},
+        {"loss_type": "dft"},
         {"neftune_noise_alpha": 5.0},
         {"one_shot": True, "criterion": "angular_distance", "target_latency": 0.8},
     ],

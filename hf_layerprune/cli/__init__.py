@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from importlib import import_module
+from pathlib import Path
 
 from .. import __version__
 from ..errors import LayerPruneError, first_line, is_out_of_memory
@@ -81,7 +82,8 @@ def _users_mistake(error: Exception) -> str | None:
     if isinstance(error, LayerPruneError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno is not None:  # no permission, a full disk
-        return f"{error.filename or 'a file'} cannot be used: {error.strerror}"
+        ours = Path(__file__).parent.parent in Path(str(error.filename)).parents  # a file the package lacks is a bug
+        return None if ours else f"{error.filename or 'a file'} cannot be used: {error.strerror}"
     if is_out_of_memory(error):
         advice = (
             "give fewer rows at a time (batch_size), shorter ones (max_length), or a smaller model or dtype; a run of "

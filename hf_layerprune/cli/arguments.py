@@ -110,8 +110,10 @@ class ScoreArguments(MeasureArguments):
         "function of your own, module:function.",
     )
     tasks: str | None = option(None, f"Score by data sets, which bring their own text: {TASKS}.")
-    race_confidence: float | None = option(None, "Drop layers early that are worse with this confidence: 0.95.")
-    offload: bool = option(False, "Leave the layers on disk, read each when it runs: for models larger than memory.")
+    race_confidence: float | None = option(
+        None, "Drop layers early that are worse with this confidence, such as 0.95."
+    )
+    offload: bool = option(False, "Leave the layers on disk, for models larger than memory.")
     output_dir: str = option("layerprune-scores", "Folder to write scores and plot to.")
 
 

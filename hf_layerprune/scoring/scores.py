@@ -63,7 +63,7 @@ class Evidence:
         return total
 
     def standard_error(self, candidate: int) -> float:
-        """Of `value`; `nan` where a kind of data has fewer than two rows."""
+        """The standard error of `value`; `nan` where a kind of data has fewer than two rows."""
         return float(_errors(self._deviations([candidate])))
 
     def compare(

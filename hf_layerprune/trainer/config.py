@@ -230,10 +230,9 @@ class IterativeLayerDistillConfig(SFTConfig):
             )
         if self.activation_offloading and self.use_cpu:
             raise LayerPruneError("activation_offloading moves activations off a GPU, and there is none; leave it out")
-        if self.label_smoothing_factor:
-            raise LayerPruneError(
-                f"label_smoothing_factor={self.label_smoothing_factor} has no effect on distillation"
-            )
+        for name in ("label_smoothing_factor", "loss_type"):
+            if (value := getattr(self, name)) != getattr(SFTConfig, name):
+                raise LayerPruneError(f"{name}={value!r} has no effect on distillation; leave it out")
         if self.neftune_noise_alpha and self.trained_layers != "all":
             raise LayerPruneError(
                 f"neftune_noise_alpha={self.neftune_noise_alpha} adds noise to the embedding, which the teacher runs "
