@@ -1,4 +1,4 @@
-"""Everything the library needs of TRL and transformers that is not public, in one place.
+"""The private names of TRL and transformers that the library imports or changes, in one place.
 
 `tests/test_trl_internals.py` fails loudly when one of these moves.
 """

@@ -1,4 +1,4 @@
-"""Run a causal language model, or a part of it, and record what its blocks are called with: the only place with hooks.
+"""Run a causal language model, or a part of it, and record what its blocks are called with.
 
 Shapes: B batch, T positions, H hidden, L blocks of the model. A hidden state is numbered by the block that reads it:
 state 0 is the embedding, block p turns state p into state p + 1, and the final norm reads state L.

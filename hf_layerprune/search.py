@@ -1,4 +1,4 @@
-"""The only place that chooses: the next edit, and searches that make several.
+"""Choose the next edit, and search for a plan that meets a budget.
 
 `next_edit` takes the edit that costs least per unit saved; rounds of healing call it, and so does `search_plan`, which
 trains nothing. `find_parallel_range` is the search of [Leveraging the True Depth of

@@ -1,4 +1,4 @@
-"""Students on the Hugging Face Hub: the model card, push, pull."""
+"""Students on the Hugging Face Hub: the model card, pushing, reading."""
 
 from .card import TAGS, run_card
 from .push import push_run

@@ -10,7 +10,8 @@ are exactly one Qwen2 layer: both norms of a kind see the same vector, so each g
 follow, and what is left is one layer with the heads and the neurons of both. If queries and keys are normalised, as in
 Qwen3, each head keeps the gain of the layer it is from.
 
-This file is shipped inside checkpoints: it imports torch, transformers and its configuration, nothing else.
+This file is shipped inside checkpoints: it imports torch, transformers, its configuration and the
+standard library.
 """
 
 import re

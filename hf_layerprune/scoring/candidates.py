@@ -42,7 +42,7 @@ class ChangedPart(NamedTuple):
 def changed_part(
     model: PreTrainedModel, plan: LayerPlan, repair: Repair | None, separate: Callable[[], Mapping[int, nn.Module]]
 ) -> ChangedPart:
-    """What runs where `model` becomes `plan`: the only place that knows how an edit computes.
+    """What runs where `model` becomes `plan`.
 
     The layers of one block run in parallel. `repair` has a new weight for the block before the first change, and
     `separate` gives layers that are inside parallel blocks of `model`.

@@ -31,7 +31,7 @@ class LayerDistillCallback(TrainerCallback):
         speed"` or `"writing"`. Phases of a round come with `num_layers`, the measuring of speed with `num_runs`."""
 
     def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """One batch of a scoring or an evaluation is done."""
+        """One step of a phase other than healing is done: a batch, or a timed run."""
 
     def on_round_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, record: RoundRecord
