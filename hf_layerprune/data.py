@@ -131,7 +131,9 @@ def embedded_dataset(name: str) -> Dataset:
     """An embedded text as a [`~datasets.Dataset`] with one column, `text`; or `"minimal_pairs"`, with BLiMP's columns
     `sentence_good`, `sentence_bad`, `linguistics_term` and `UID`."""
     if name not in (*EMBEDDED_TEXTS, EMBEDDED_PAIRS):
-        raise LayerPruneError(f"no embedded text {name!r}; choose one of {', '.join((*EMBEDDED_TEXTS, EMBEDDED_PAIRS))}")
+        raise LayerPruneError(
+            f"no embedded text {name!r}; choose one of {', '.join((*EMBEDDED_TEXTS, EMBEDDED_PAIRS))}"
+        )
     kind = "jsonl" if name == EMBEDDED_PAIRS else "txt"
     text = lzma.decompress((ASSETS / "text" / f"{name}.{kind}.xz").read_bytes()).decode()
     if name == EMBEDDED_PAIRS:

@@ -18,7 +18,6 @@ from .errors import LayerPruneError
 
 MAX_LAYERS = 10_000
 """Deeper than any teacher; a plan from outside that asks for more is a mistake, or meant to fill the memory."""
-MAX_JSON_CHARACTERS = 1_000_000
 
 
 def layer_indices(layers: Iterable[int], what: str = "layers") -> list[int]:
@@ -159,10 +158,8 @@ class LayerPlan:
         """Read what `to_json` wrote.
 
         Raises:
-            [`LayerPruneError`]: if `text` is not JSON, is too long, or is not a valid plan.
+            [`LayerPruneError`]: if `text` is not JSON, or is not a valid plan.
         """
-        if len(text) > MAX_JSON_CHARACTERS:
-            raise LayerPruneError(f"layer plan has {len(text):,} characters; at most {MAX_JSON_CHARACTERS:,} are read")
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:

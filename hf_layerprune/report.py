@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import jinja2
 from rich import box
 from rich.table import Table
 
-from .environment import wall_time
 from .files import write_atomically
 from .plan import Edit
 from .plots import save_run_plots
@@ -107,6 +107,17 @@ def render_markdown(run: RunRecord) -> str:
         versions=[f"{name} {value}" for name, value in run.environment.items() if name != "hardware"],
         wall_time=wall_time(run.seconds) if run.seconds else "",
     )
+
+
+def wall_time(phases: dict[str, float]) -> str:
+    """One sentence on how long a run took, from the seconds of its phases."""
+
+    def duration(value: float) -> str:
+        return f"{value:.1f} s" if value < 60 else str(timedelta(seconds=round(value)))
+
+    longest_first = sorted(phases.items(), key=lambda phase: -phase[1])
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in longest_first)
+    return f"The run took {duration(sum(phases.values()))}: {parts}."
 
 
 def summary(run: RunRecord) -> str:

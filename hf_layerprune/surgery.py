@@ -187,9 +187,8 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
 
     config, student_decoder = student.config, student.base_model
     student_decoder.layers = nn.ModuleList(student_decoder.layers[position] for position in kept)
-    attention = architecture_of(config).attention
     for position, layer in enumerate(student_decoder.layers):
-        layer.get_submodule(attention).layer_idx = position  # the KV cache is indexed by it
+        layer.self_attn.layer_idx = position  # the KV cache is indexed by it
     keep_layers(config, kept)
     config.layer_plan = wanted.to_dict()
     config.tie_word_embeddings = is_tied(student)

@@ -36,7 +36,7 @@ from hf_layerprune.surgery import plan_of
 from hf_layerprune._trl import redirect_forward
 from hf_layerprune.trainer.engines import fill, frozen_head, outline
 from hf_layerprune.trainer.healing import HealingTrainer
-from hf_layerprune.trainer.students import save_student
+from hf_layerprune.trainer.run import save_student
 from hf_layerprune.trainer.towers import HiddenStateMap, shared_depth
 from hf_layerprune.trainer.trainable import make_plain, make_trainable
 

@@ -8,7 +8,7 @@ from conftest import load, tiny_model
 from transformers import GenerationConfig
 
 from hf_layerprune import LayerPruneError, load_model, prune
-from hf_layerprune.trainer.students import check_saving, save_student, unpruned
+from hf_layerprune.trainer.run import check_saving, save_student, unpruned
 
 
 @pytest.mark.parametrize(

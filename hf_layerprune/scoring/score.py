@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, find_repairs
-from ..data import Batch, check_batches, split_rows, valid_next_tokens
+from ..data import Batch, Batches, check_batches, split_rows, valid_next_tokens
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, inference
 from ..plan import Edit, LayerPlan, layer_indices
@@ -207,9 +207,9 @@ def _estimated(
     return Scores(name, dict(zip(candidates, map(float, found), strict=True)), num_tokens=num_tokens)
 
 
-def _halves(batches: Iterable[Batch]) -> list[list[Batch]]:
+def _halves(batches: Batches) -> list[Batches]:
     """Every other row of all, and the rest."""
-    found: list[list[Batch]] = [[], []]
+    found = [Batches(vocab_size=batches.vocab_size) for _ in range(2)]
     seen = 0
     for batch in batches:
         for number, half in enumerate(found):

@@ -34,7 +34,7 @@ from ..hub.paths import absolute_if_local
 from ..hub.runs import hub_errors
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..matching import with_plan
-from ..record import Done, RunRecord, read_plan
+from ..record import RunRecord, read_plan
 from ..rows import column_names, tell_of_dropped, with_text
 from ..scoring import MEASURED
 from ..surgery import plan_of, prune, unshare_parameters
@@ -42,8 +42,7 @@ from ..tasks import load_tasks, prepare_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import agreed, check_engine, on_main, splits_model
 from .rounds import Rounds
-from .run import RunFile, check_budget, decisive_settings
-from .students import check_saving, unpruned
+from .run import RunFile, check_budget, check_saving, decisive_settings, unpruned
 from .towers import without_adapters
 
 DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
@@ -311,7 +310,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             run = self.file.record = agreed(self.file.record)
             self.goal = agreed(Goal.of(args.budget, args.edit_space, teacher, plan_of(teacher), run.latency))
             check_budget(self.model_name, self.goal, plan_of(start), args.heal)
-            self.file.save(run.done or Done("opened"), latency=self.goal.latency)
+            self.file.save(latency=self.goal.latency)
         except BaseException:
             self.file.close()
             raise
