@@ -101,7 +101,7 @@ class LayerPlan:
         """Blocks of more than one layer."""
         return tuple(block for block in self.blocks if len(block) > 1)
 
-    def block_of(self, layer: int) -> int:
+    def position_of(self, layer: int) -> int:
         """Position of the student block that holds teacher layer `layer`."""
         for position, block in enumerate(self.blocks):
             if layer in block:
@@ -110,7 +110,7 @@ class LayerPlan:
 
     def remove(self, layer: int) -> LayerPlan:
         """The plan without teacher layer `layer`."""
-        position = self.block_of(layer)
+        position = self.position_of(layer)
         rest = tuple(other for other in self.blocks[position] if other != layer)
         blocks = self.blocks[:position] + ((rest,) if rest else ()) + self.blocks[position + 1 :]
         if not blocks:
@@ -119,7 +119,7 @@ class LayerPlan:
 
     def parallelize(self, *layers: int) -> LayerPlan:
         """The plan with neighbouring blocks, named by all their teacher layers, merged into one."""
-        first, last = self.block_of(layers[0]), self.block_of(layers[-1])
+        first, last = self.position_of(layers[0]), self.position_of(layers[-1])
         merged = tuple(layer for block in self.blocks[first : last + 1] for layer in block)
         if len(layers) < 2 or merged != tuple(layers):
             raise LayerPruneError(

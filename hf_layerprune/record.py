@@ -22,7 +22,7 @@ from .errors import LayerPruneError
 from .evaluation import EvaluationReport
 from .plan import Edit, LayerPlan
 from .scoring import Scores
-from .serialization import from_plain, to_plain
+from .serialization import from_json_value, to_json_value
 from .surgery import plan_of
 from .tasks import TaskReport
 
@@ -220,12 +220,12 @@ class RunRecord:
 
     def to_json(self) -> str:
         """The content of `report.json` and `run_state.json`."""
-        return json.dumps(to_plain(self), indent=1, allow_nan=False) + "\n"
+        return json.dumps(to_json_value(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote; treats it as outside input."""
-        return from_plain(cls, json.loads(text), "the run")
+        return from_json_value(cls, json.loads(text), "the run")
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:

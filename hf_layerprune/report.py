@@ -169,4 +169,4 @@ def _score_cell(record: RoundRecord, edit: Edit) -> str:
     cell = f"**{value:.4f}**" if edit in record.edits[:1] else f"{value:.4f}"
     error = scores.standard_errors.get(edit, math.nan)
     cell = cell if math.isnan(error) else f"{cell} ± {error:.4f}"
-    return f"{cell} (left at {scores.left[edit]:.0%})" if edit in scores.left else cell
+    return f"{cell} (dropped at {scores.dropped[edit]:.0%})" if edit in scores.dropped else cell

@@ -17,7 +17,7 @@ from .budget import BlockCosts, Budget, EditSpace, Goal
 from .data import Batch, check_batches
 from .errors import LayerPruneError
 from .plan import EDIT_KINDS, Edit, LayerPlan
-from .scoring import Race, Scores, contiguous_block, score
+from .scoring import Race, Scores, contiguous_stretch, score
 from .surgery import apply_plan, check_model, plan_of
 
 
@@ -107,7 +107,7 @@ def _order_of_removals(
     if criterion != "angular_distance":
         return scores.ranking, scores
     size = min(num_removals, len(edits))
-    layers = contiguous_block(student, batches, size, [edit.layers[0] for edit in edits])
+    layers = contiguous_stretch(student, batches, size, [edit.layers[0] for edit in edits])
     scores = replace(scores, margin=None, contenders=())
     return [Edit.remove(layer) for layer in reversed(layers)], scores
 

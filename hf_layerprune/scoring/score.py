@@ -147,8 +147,8 @@ def score(
                 kinds = [(1.0, [partial(runs.measure, TokenChunk(part), statistic, fold) for part, fold in parts])]
         count = sum(len(measures) for _, measures in kinds)
         on_chunk = _as_often(on_batch, len(batches) or count, count)
-        evidence, left = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
-    return Scores.of(criterion, keys, evidence, left, savings)
+        evidence, dropped = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
+    return Scores.of(criterion, keys, evidence, dropped, savings)
 
 
 def _check_request(
@@ -199,7 +199,7 @@ def _estimated(
                 f"criterion={name!r} tells nothing about {what}, only about removing a layer that runs alone; choose "
                 f"one of {', '.join(MEASURED)}"
             )
-        blocks.append(plan.block_of(layer))
+        blocks.append(plan.position_of(layer))
     found = estimate(model, batches, blocks, criterion_of(criterion), seed, on_batch)
     if isinstance(found, Evidence):
         return Scores.of(name, list(candidates), found)

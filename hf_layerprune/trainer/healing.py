@@ -30,8 +30,8 @@ from ..record import Healing
 from ..surgery import plan_of
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, fill, frozen_head, outline, splits_model
-from .towers import HiddenStateMap, run_towers, shared_depth, without_adapters
-from .trainable import make_plain, make_trainable
+from .towers import compared_states, run_towers, shared_depth, without_adapters
+from .trainable import make_trainable, merge_and_round
 
 
 class HealingTrainer(Trainer):
@@ -64,7 +64,7 @@ class HealingTrainer(Trainer):
         on_checkpoint: Callable[[int, Healing], None] = lambda step, so_far: None,
     ) -> None:
         self.rounds, self.teacher, self.folder, self.on_checkpoint = rounds, rounds.teacher, folder, on_checkpoint
-        self.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(self.teacher), blocks)
+        self.compared = compared_states(plan_of(student), plan_of(self.teacher), blocks)
         trained = make_trainable(student, blocks, rounds.args.trained_layers == "all", rounds._peft_config)
         self.shared_depth = shared_depth(trained, self.teacher)
         use_cache = trained.config.use_cache  # which a `Trainer` sets
@@ -119,7 +119,7 @@ class HealingTrainer(Trainer):
         self.model = self.model_wrapped = self.optimizer = self.lr_scheduler = self.deepspeed = None
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.accelerator.free_memory()
-        return make_plain(healed, save_dtype), output
+        return merge_and_round(healed, save_dtype), output
 
     @property
     def so_far(self) -> Healing:
@@ -189,7 +189,7 @@ class HealingTrainer(Trainer):
         """What [`~losses.parts_of_loss`] gives for a batch."""
         student = without_adapters(student)
         valid, labels = valid_next_tokens(inputs)
-        towers = run_towers(student, self.teacher, inputs, valid, self.hidden_state_map, self.shared_depth)
+        towers = run_towers(student, self.teacher, inputs, valid, self.compared, self.shared_depth)
         return parts_of_loss(towers, self.frozen_head or student.lm_head, self.teacher.lm_head, labels, self.args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
