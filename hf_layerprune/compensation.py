@@ -133,10 +133,12 @@ def _checked(
         if any(parameter.is_meta for parameter in each.parameters()):
             raise LayerPruneError("the model is partly on disk or in CPU memory; load it on one device to repair it")
     check_same_vocabulary(model, teacher)
-    own, its = ((plan_of(each).num_teacher_layers, each.config.hidden_size) for each in (model, teacher))
-    if own != its:
+    ours, theirs = ((plan_of(each).num_teacher_layers, each.config.hidden_size) for each in (model, teacher))
+    if ours != theirs:
         words = "{} layers of {} hidden units".format
-        raise LayerPruneError(f"the model was not made from this teacher, which has {words(*its)}, not {words(*own)}")
+        raise LayerPruneError(
+            f"the model was not made from this teacher, which has {words(*theirs)}, not {words(*ours)}"
+        )
     if unknown := sorted(set(layers) - set(plan_of(teacher).layers)):
         raise LayerPruneError(f"layers {unknown} are not in the teacher; it has {list(plan_of(teacher).layers)}")
     return check_batches(batches, model.config.vocab_size, "calibration data")
@@ -254,11 +256,12 @@ def _add_batch(
     batch = to_device(batch, model.device)
     with inference(model, teacher):
         if teacher is model:
-            own = its = record(model, batch, outputs | targets, inner, stop=True)
+            of_model = of_teacher = record(model, batch, outputs | targets, inner, stop=True)
         else:
-            own = record(model, batch, outputs, inner, stop=True)
-            its = record(teacher, to_device(batch, teacher.device), targets, stop=True)
+            of_model = record(model, batch, outputs, inner, stop=True)
+            of_teacher = record(teacher, to_device(batch, teacher.device), targets, stop=True)
     valid = _unpadded(batch)
     for gap, fit in zip(gaps, fits, strict=True):
-        target = its.states[gap.target].to(model.device)[valid].float()
-        fit.add(own.inner[gap.position][valid].float(), target - own.states[gap.position + 1][valid].float())
+        target = of_teacher.states[gap.target].to(model.device)[valid].float()
+        output = of_model.states[gap.position + 1][valid].float()
+        fit.add(of_model.inner[gap.position][valid].float(), target - output)

@@ -40,9 +40,9 @@ class SearchStep:
     order: tuple[Edit, ...] = ()
 
     @property
-    def cost(self) -> float:
-        """The criterion after this edit."""
-        return self.scores.values[self.edit]
+    def cost(self) -> float | None:
+        """The criterion after this edit; `None` if it was taken from an order."""
+        return None if self.scores is None else self.scores.values[self.edit]
 
 
 def next_edit(

@@ -106,7 +106,7 @@ def test_races_choose_the_same(make):
     racing.train()
     assert removed(racing) == removed(calm)
     assert any(record["all_scores"][0]["dropped"] for record in rounds_of(racing))
-    assert "(left at " in (Path(racing.args.output_dir) / "report.md").read_text()
+    assert "(dropped at " in (Path(racing.args.output_dir) / "report.md").read_text()
 
 
 def test_a_run_of_one_scoring_goes_on_in_the_same_order(make, tmp_path):

@@ -34,7 +34,7 @@ from hf_layerprune import evaluate_model, prune
 from hf_layerprune.loading import load_model
 from hf_layerprune.surgery import plan_of
 from hf_layerprune._trl import redirect_forward
-from hf_layerprune.trainer.engines import fill, frozen_head, outline
+from hf_layerprune.trainer.engines import fill_outline, frozen_head, outline
 from hf_layerprune.trainer.healing import HealingTrainer
 from hf_layerprune.trainer.run import save_student
 from hf_layerprune.trainer.towers import compared_states, shared_depth
@@ -84,7 +84,7 @@ for name, gradient in expected.items():
 for model in (plain, split):
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01).step()
 before = [p.data_ptr() for p in empty.parameters() if not p.requires_grad]
-healed = merge_and_round(fill(empty, split, torch.device("cpu")), torch.float32)
+healed = merge_and_round(fill_outline(empty, split, torch.device("cpu")), torch.float32)
 plain = merge_and_round(plain, torch.float32)
 assert type(healed) is type(plain) and not any(isinstance(p, DTensor) for p in healed.parameters())
 assert before == [p.data_ptr() for name, p in healed.named_parameters() if name not in expected]  # still the teacher's

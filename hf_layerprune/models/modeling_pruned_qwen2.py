@@ -127,12 +127,6 @@ def adopt_weights(rebuilt, model, tensors):
     rebuilt.base_model.rotary_emb = deepcopy(rotary, {id(buffer): buffer.clone() for buffer in rotary.buffers()})
     if model.can_generate():
         rebuilt.generation_config = deepcopy(model.generation_config)
-    functions = [
-        m._gradient_checkpointing_func for m in model.modules() if getattr(m, "gradient_checkpointing", False)
-    ]
-    for module in rebuilt.modules():
-        if functions and hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing, module._gradient_checkpointing_func = True, functions[0]
     rebuilt.train(model.training)
 
 

@@ -26,7 +26,8 @@ LM_EVAL = "lm_eval:"
 
 @dataclass(frozen=True)
 class TaskResult:
-    """
+    """How good a model is on one task.
+
     Attributes:
         measure (`str`): what `quality` is: `"accuracy"`, `"perplexity"`, `"kl"` (nats per token), or a metric's name.
         quality (`float`): the measure; of perplexity and KL, lower is better.
@@ -46,7 +47,8 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """
+    """How good a model is on several tasks.
+
     Attributes:
         results (`dict[str, TaskResult]`): one per task, by name.
     """
@@ -256,7 +258,7 @@ def generated(
 
 
 def standard_error(costs: Tensor, weights: Tensor) -> float | None:
-    """Of the mean cost sum(costs) / sum(weights) over E examples, `(E,), (E,) -> number`."""
+    """Standard error of the mean cost sum(costs) / sum(weights) over E examples, `(E,), (E,) -> number`."""
     count = len(costs)
     if count < 2:
         return None

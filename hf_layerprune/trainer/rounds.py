@@ -26,9 +26,9 @@ from ..search import SearchStep, next_edit
 from ..surgery import apply_plan, plan_of, share_equal_weights
 from ..tasks import TaskReport, evaluate_tasks
 from .callbacks import LayerDistillCallback
-from .engines import agreed, autocast, on_main
+from .engines import autocast, broadcast_from_main, on_main
 from .healing import HealingTrainer
-from .run import publish_student, save_student, speed_runs, unpruned, with_speed
+from .run import make_unpruned_student, publish_student, save_student, speed_runs, with_speed
 from .trainable import round_weights, trained_blocks
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class Rounds:
         return self.output
 
     def _first_student(self) -> PreTrainedModel:
-        student = self._load_student(len(self.run.rounds)) if self.run.rounds else unpruned(self.trainer.start)
+        number = len(self.run.rounds)
+        student = self._load_student(number) if number else make_unpruned_student(self.trainer.start)
         share_equal_weights(student, self.teacher)
         set_model(self.trainer, student)
         return student
@@ -118,7 +119,7 @@ class Rounds:
         self._phase("scoring", num_layers=plan_of(student).depth)
         start = time.perf_counter()
         with autocast(self.trainer.accelerator):  # all candidates are rounded alike, in half of the time
-            step = agreed(self._choice(student))
+            step = broadcast_from_main(self._choice(student))
         self.file.record = replace(self.run, order=step.order)
         self._change_round(
             edits=(*current.edits, step.edit),

@@ -241,7 +241,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def unpruned(model: PreTrainedModel) -> PreTrainedModel:
+def make_unpruned_student(model: PreTrainedModel) -> PreTrainedModel:
     """A student that holds every layer of `model`, in the same memory, and can be saved.
 
     The generation settings that transformers ignores, such as a temperature of greedy decoding, are unset: it saves

@@ -16,6 +16,13 @@ from ..plan import Edit, LayerPlan, edits_between
 from ..surgery import unshare_parameters
 
 
+def check_trained_layers(trained_layers: str | tuple[int, ...], plan: LayerPlan, name: str) -> None:
+    """Raise [`LayerPruneError`] if `trained_layers` names layers that the model called `name` lacks."""
+    named = trained_layers if isinstance(trained_layers, tuple) else ()
+    if missing := [layer for layer in named if layer not in plan.layers]:
+        raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
+
+
 def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tuple[int, ...]) -> list[int]:
     """Positions of the blocks whose weights healing changes.
 
