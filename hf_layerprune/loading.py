@@ -110,8 +110,9 @@ def _source(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[str, str, dic
         if bare.count("/") < 2:
             raise LayerPruneError(f"{name} does not exist; give the path of a GGUF file, or user/name/file.gguf")
         user, repository, file = bare.split("/", 2)
+        where = {key: value for key, value in beside_weights(options).items() if key != "trust_remote_code"}
         try:
-            path = Path(cached_file(f"{user}/{repository}", file, **beside_weights(options)))
+            path = Path(cached_file(f"{user}/{repository}", file, **where))
         except LOADING_ERRORS as error:
             raise LayerPruneError(f"{name} cannot be loaded: {first_line(error)}") from error
         options = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
