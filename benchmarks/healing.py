@@ -40,7 +40,7 @@ from hf_layerprune.loading import load_model
 from hf_layerprune.losses import relative_hidden_state_mse
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer.healing import HealingTrainer
-from hf_layerprune.trainer.towers import HiddenStateMap, shared_depth
+from hf_layerprune.trainer.towers import compared_states, shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
 QWEN_3B = {
@@ -104,7 +104,7 @@ def paper_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTrai
 
 def full_logits_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTrainedModel, Step]:
     student, neighbours = separate_student(teacher, shape["gap"])
-    states = HiddenStateMap.of(plan_of(student), plan_of(teacher), neighbours)
+    states = compared_states(plan_of(student), plan_of(teacher), neighbours)
     batch = make_batch(shape, teacher.config.vocab_size)
     valid, labels = valid_next_tokens(batch)
 
@@ -114,10 +114,7 @@ def full_logits_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[P
         own = student(**batch, output_hidden_states=True)
         log_p, log_q = (F.log_softmax(logits.float(), -1) for logits in (theirs.logits, own.logits))
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)[valid].sum()
-        pairs = [
-            (own.hidden_states[a + 1], theirs.hidden_states[b + 1])
-            for a, b in zip(states.student, states.teacher, strict=True)
-        ]
+        pairs = [(own.hidden_states[a + 1], theirs.hidden_states[b + 1]) for a, b in states]
         hidden = torch.stack([relative_hidden_state_mse(a[valid], b[valid]).sum() for a, b in pairs]).mean()
         final = relative_hidden_state_mse(own.hidden_states[-1][valid], theirs.hidden_states[-1][valid]).sum()
         return (kl + HIDDEN_WEIGHT * (hidden + final) / 2) / len(labels)
@@ -135,7 +132,7 @@ def our_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTraine
     trainer = SimpleNamespace(
         teacher=teacher,
         args=args,
-        hidden_state_map=HiddenStateMap.of(plan_of(student), plan_of(teacher), neighbours),
+        compared=compared_states(plan_of(student), plan_of(teacher), neighbours),
         shared_depth=shared_depth(student, teacher),
         frozen_head=None,
     )

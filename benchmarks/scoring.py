@@ -147,7 +147,7 @@ def compare(model: PreTrainedModel, batches: list[Batch], repeats: int) -> dict[
         "over_naive": ratios(seconds, "naive"),
         "over_naive_by_counting": expected["shared prefix"] / expected["naive"],
         "largest_difference": max(abs(full.values[layer] - cost) for layer, cost in results["naive"].items()),
-        "race_left": {str(layer): share for layer, share in results["race"].left.items()},
+        "race_dropped": {str(layer): share for layer, share in results["race"].dropped.items()},
         "race_chose_the_same": results["race"].safest == full.safest,
     }
 
@@ -193,7 +193,7 @@ def cost_of_parts(model: PreTrainedModel, batches: list[Batch]) -> tuple[float, 
 
 def trials(model: PreTrainedModel, rows: torch.Tensor, number: int, size: int) -> dict[str, Any]:
     """How often a race over `size` random rows chooses what all of them would; the time it takes, over all data's."""
-    agreed, shares, left, of_naive = 0, [], [], []
+    agreed, shares, dropped, of_naive = 0, [], [], []
     for seed in range(number):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:size]
         batches = [{"input_ids": part} for part in rows[order].split(8)]
@@ -203,14 +203,14 @@ def trials(model: PreTrainedModel, rows: torch.Tensor, number: int, size: int) -
         shares.append(short / whole)
         if seed % 5 == 0:
             of_naive.append(short / timed(lambda batches=batches: naive(model, batches))[0])
-        left.append(len(race.left))
+        dropped.append(len(race.dropped))
     return {
         "trials": number,
         "agreed": agreed,
         "over_naive": statistics.median(of_naive),
         "over_shared_prefix": statistics.median(shares),
         "over_shared_prefix_mean": statistics.mean(shares),
-        "candidates_that_left": statistics.mean(left),
+        "candidates_dropped": statistics.mean(dropped),
     }
 
 

@@ -25,7 +25,7 @@ from .plan import Edit as Edit
 from .plan import LayerPlan as LayerPlan
 from .scoring import Race as Race
 from .scoring import Scores as Scores
-from .scoring import contiguous_block as contiguous_block
+from .scoring import contiguous_stretch as contiguous_stretch
 from .scoring import score as score
 from .scoring import score_layers as score_layers
 from .search import PlanSearch as PlanSearch

@@ -20,7 +20,7 @@ __all__ = [
     "TOKEN_CHUNK_SIZE",
     "VOCAB_CHUNK_SIZE",
     "ChunkedDivergenceFunction",
-    "leave_weights",
+    "keep_weights_in_place",
     "prepared_for_evaluation",
     "redirect_forward",
     "restore_forward",
@@ -45,7 +45,7 @@ def set_model(trainer: SFTTrainer, model: nn.Module) -> None:
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
 
 
-def leave_weights(trainer: SFTTrainer, model: nn.Module) -> None:
+def keep_weights_in_place(trainer: SFTTrainer, model: nn.Module) -> None:
     """Tell TRL's activation offloading, where it is on, which saved tensors are weights of `model` and stay."""
     if trainer.args.activation_offloading:
         trainer.maybe_activation_offload_context.update_model_params(model)
@@ -55,8 +55,9 @@ def prepared_for_evaluation(
     trainer: SFTTrainer, rows: Dataset | IterableDataset, packing: bool
 ) -> Dataset | IterableDataset:
     """Rows of text tokenized as the trainer does with the evaluation data it is made with."""
-    how = (trainer.processing_class, trainer.args, packing, trainer._formatting_func)
-    return trainer._prepare_dataset(rows, *how, "eval")
+    return trainer._prepare_dataset(
+        rows, trainer.processing_class, trainer.args, packing, trainer._formatting_func, "eval"
+    )
 
 
 def tokenized(

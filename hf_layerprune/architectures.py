@@ -25,19 +25,13 @@ class Architecture:
     Args:
         name (`str`): what its classes begin with: `"Llama"` of `LlamaForCausalLM`.
         model_type (`str`): what its `config.json` calls it.
-        attention (`str`, *optional*): the part of a layer that has a place in the KV cache, its `layer_idx`.
-        attention_output (`str`, *optional*): the projection of a layer that adds what its attention found.
         mlp_output (`str`, *optional*): the projection of a layer that adds what its MLP found.
-        per_layer (`tuple[str, ...]`, *optional*): entries of the config that list something for every layer.
         sliding (`Callable`, *optional*): whether a config asks for sliding windows, where `layer_types` does not say.
     """
 
     name: str
     model_type: str
-    attention: str = "self_attn"
-    attention_output: str = "self_attn.o_proj"
     mlp_output: str = "mlp.down_proj"
-    per_layer: tuple[str, ...] = ("layer_types",)
     sliding: Callable[[PretrainedConfig], bool] = lambda config: False
 
     @property
@@ -102,24 +96,13 @@ def check_supported(config: PretrainedConfig) -> None:
 
 def keep_layers(config: PretrainedConfig, positions: Sequence[int]) -> None:
     """Make `config` that of a model which has only the layers at `positions`, in place."""
-    for name in architecture_of(config).per_layer:
-        if (entries := getattr(config, name, None)) is not None:
-            setattr(config, name, [entries[position] for position in positions])
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[position] for position in positions]
     if hasattr(config, "max_window_layers"):  # the number of first layers that never have a sliding window
         config.max_window_layers = sum(position < config.max_window_layers for position in positions)
     config.num_hidden_layers = len(positions)
 
 
-def output_projections(model: PreTrainedModel, position: int) -> tuple[nn.Linear, nn.Linear]:
-    """The projections of a block that add to the residual stream: of its attention, and of its MLP.
-
-    Raises:
-        [`LayerPruneError`]: if one of them has a bias; Qwen2's have none.
-    """
-    architecture, block = architecture_of(model.config), model.base_model.layers[position]
-    attention, mlp = (block.get_submodule(name) for name in (architecture.attention_output, architecture.mlp_output))
-    if attention.bias is not None or mlp.bias is not None:
-        raise LayerPruneError(
-            f"the output projections of this {architecture.name} model have biases; a repair has no place for them"
-        )
-    return attention, mlp
+def mlp_output(model: PreTrainedModel, position: int) -> nn.Linear:
+    """The projection of a block that adds what its MLP found to the residual stream."""
+    return model.base_model.layers[position].get_submodule(architecture_of(model.config).mlp_output)

@@ -20,7 +20,8 @@ from .forward import check_causal, inference
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """
+    """How fast a model generates, and the memory it takes.
+
     Attributes:
         prefill_tokens_per_second (`float`): prompt tokens over the time to the first new token.
         decode_tokens_per_second (`float`): new tokens after the first over the time they took.

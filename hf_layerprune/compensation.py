@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .architectures import output_projections
+from .architectures import mlp_output
 from .data import Batch, check_batches
 from .errors import LayerPruneError
 from .forward import check_same_vocabulary, inference, record, to_device
@@ -68,7 +68,7 @@ def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
 
     The new weight has memory of its own, so a model that `student` shares weights with stays as it is.
     """
-    projection = output_projections(student, repair.position)[1]
+    projection = mlp_output(student, repair.position)
     projection.weight.data = repair.weight.to(projection.weight, copy=True)
 
 
@@ -119,12 +119,6 @@ def compensate(
     return repaired
 
 
-def check_compensation(method: str) -> None:
-    """Raise [`LayerPruneError`] unless there is such a method."""
-    if method not in COMPENSATIONS:
-        raise LayerPruneError(f"compensation={method!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
-
-
 def _checked(
     model: PreTrainedModel,
     batches: Iterable[Batch],
@@ -133,15 +127,18 @@ def _checked(
     layers: Sequence[int],
 ) -> list[Batch]:
     """The batches, once they and the other arguments are known to fit together."""
-    check_compensation(method)
+    if method not in COMPENSATIONS:
+        raise LayerPruneError(f"compensation={method!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
     for each in (model, teacher):
         if any(parameter.is_meta for parameter in each.parameters()):
             raise LayerPruneError("the model is partly on disk or in CPU memory; load it on one device to repair it")
     check_same_vocabulary(model, teacher)
-    own, its = ((plan_of(each).num_teacher_layers, each.config.hidden_size) for each in (model, teacher))
-    if own != its:
+    ours, theirs = ((plan_of(each).num_teacher_layers, each.config.hidden_size) for each in (model, teacher))
+    if ours != theirs:
         words = "{} layers of {} hidden units".format
-        raise LayerPruneError(f"the model was not made from this teacher, which has {words(*its)}, not {words(*own)}")
+        raise LayerPruneError(
+            f"the model was not made from this teacher, which has {words(*theirs)}, not {words(*ours)}"
+        )
     if unknown := sorted(set(layers) - set(plan_of(teacher).layers)):
         raise LayerPruneError(f"layers {unknown} are not in the teacher; it has {list(plan_of(teacher).layers)}")
     return check_batches(batches, model.config.vocab_size, "calibration data")
@@ -232,7 +229,7 @@ def _refit(
     If the equations of all gaps take more than `MAX_BYTES`, the data is read several times.
     """
     num_tokens = sum(int(_unpadded(batch).sum()) for batch in batches)
-    weights = [output_projections(model, gap.position)[1].weight.detach() for gap in gaps]
+    weights = [mlp_output(model, gap.position).weight.detach() for gap in gaps]
     at_once = max(1, MAX_BYTES // max((Regression.num_bytes(weight, num_tokens) for weight in weights), default=1))
     repairs = []
     for start in range(0, len(gaps), at_once):
@@ -254,16 +251,17 @@ def _add_batch(
     fits: Sequence[Regression],
 ) -> None:
     """Run a batch, and add its tokens to the regressions of all gaps."""
-    inner = {gap.position: output_projections(model, gap.position)[1] for gap in gaps}
+    inner = {gap.position: mlp_output(model, gap.position) for gap in gaps}
     outputs, targets = {position + 1 for position in inner}, {gap.target for gap in gaps}
     batch = to_device(batch, model.device)
     with inference(model, teacher):
         if teacher is model:
-            own = its = record(model, batch, outputs | targets, inner, stop=True)
+            of_model = of_teacher = record(model, batch, outputs | targets, inner, stop=True)
         else:
-            own = record(model, batch, outputs, inner, stop=True)
-            its = record(teacher, to_device(batch, teacher.device), targets, stop=True)
+            of_model = record(model, batch, outputs, inner, stop=True)
+            of_teacher = record(teacher, to_device(batch, teacher.device), targets, stop=True)
     valid = _unpadded(batch)
     for gap, fit in zip(gaps, fits, strict=True):
-        target = its.states[gap.target].to(model.device)[valid].float()
-        fit.add(own.inner[gap.position][valid].float(), target - own.states[gap.position + 1][valid].float())
+        target = of_teacher.states[gap.target].to(model.device)[valid].float()
+        output = of_model.states[gap.position + 1][valid].float()
+        fit.add(of_model.inner[gap.position][valid].float(), target - output)

@@ -33,7 +33,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ._trl import tokenized
 from .errors import LayerPruneError, first_line
-from .rows import column_names, tell_of_dropped, with_text
+from .rows import column_names, select_text_column, warn_of_dropped_rows
 
 ASSETS = Path(str(files("hf_layerprune"))) / "assets"
 EMBEDDED_MODEL = str(ASSETS / "teacher")
@@ -248,7 +248,7 @@ def tokenized_batches(
     if min(num_rows, batch_size) < 1 or max_length < 2:
         raise LayerPruneError(f"rows={num_rows} of {max_length} tokens, {batch_size} at a time: all must be positive")
     try:
-        stream = with_text(_as_stream(dataset), text_field, "the data")
+        stream = select_text_column(_as_stream(dataset), text_field, "the data")
         columns = column_names(stream)
         rows = tokenized(stream, columns, tokenizer, text_field)
         return (_packed if columns == [text_field] else _padded)(rows, max_length, num_rows, batch_size)
@@ -297,6 +297,6 @@ def _padded(
         examples.append(example)
         if len(examples) == num_rows:
             break
-    tell_of_dropped("the data", dropped, dropped + len(examples), max_length)
+    warn_of_dropped_rows("the data", dropped, dropped + len(examples), max_length)
     collator = DataCollatorForLanguageModeling(pad_token_id=0)
     return [collator(examples[n : n + batch_size]) for n in range(0, len(examples), batch_size)]

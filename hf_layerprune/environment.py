@@ -1,16 +1,19 @@
-"""Versions and hardware that numbers were measured with, and how long a run took."""
+"""Versions and hardware that numbers were measured with, and short hashes of the models and texts they are of."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
-from datetime import timedelta
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
 
 
@@ -36,17 +39,6 @@ def native_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype
     return dtype if device.type != "cpu" or dtype in native else torch.float32
 
 
-def wall_time(phases: dict[str, float]) -> str:
-    """One sentence on how long a run took, from the seconds of its phases."""
-
-    def duration(value: float) -> str:
-        return f"{value:.1f} s" if value < 60 else str(timedelta(seconds=round(value)))
-
-    longest_first = sorted(phases.items(), key=lambda phase: -phase[1])
-    parts = ", ".join(f"{name} {duration(value)}" for name, value in longest_first)
-    return f"The run took {duration(sum(phases.values()))}: {parts}."
-
-
 def hardware(device: torch.device | None) -> str:
     """Product name of a device; `None` is the CPU."""
     kind = "cpu" if device is None else device.type
@@ -59,3 +51,17 @@ def hardware(device: torch.device | None) -> str:
         re.findall(r"^model name\s*: (.+)", info.read_text(errors="replace"), re.MULTILINE) if info.exists() else []
     )
     return f"CPU {(names or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores"
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """Hash tensors, and anything else by how it prints."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(str(part.tolist() if isinstance(part, Tensor) else part).encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_model(model: PreTrainedModel) -> str:
+    """Hash some weights from all over every tensor: cheap at any size, different after any training."""
+    flat = (parameter.detach().flatten() for parameter in model.parameters())
+    return fingerprint(weights[:: max(1, len(weights) // 8)].float().cpu() for weights in flat)

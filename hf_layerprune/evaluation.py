@@ -15,7 +15,8 @@ from .losses import perplexity_of, token_statistics
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """
+    """How good a model is on token batches.
+
     Attributes:
         loss (`float`): mean next-token loss, nats per token.
         perplexity (`float`): `exp(loss)`.

@@ -149,7 +149,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
     """Raise [`LayerPruneError`] if a tokenizer has tokens that the model called `name` lacks."""
     if len(tokenizer) > model.config.vocab_size:
         raise LayerPruneError(
-            f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's own"
+            f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's "
+            "own, and of another model its chat template alone, as a .jinja file"
         )
 
 

@@ -25,9 +25,9 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import load_text_dataset, num_positions
+from .environment import fingerprint, fingerprint_model
 from .errors import LayerPruneError, first_line
 from .files import write_atomically
-from .fingerprint import fingerprint, fingerprint_model
 from .forward import check_tokenizer, inference, to_device
 from .healing_data_config import HealingDataConfig
 from .loading import load_model, load_tokenizer, name_of

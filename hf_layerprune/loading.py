@@ -32,9 +32,10 @@ from .surgery import plan_of
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-BESIDE_WEIGHTS = ("revision", "trust_remote_code", "token", "gguf_file")
+BESIDE_WEIGHTS = (
+    "revision", "trust_remote_code", "token", "gguf_file", "cache_dir", "local_files_only", "subfolder",
+)  # fmt: skip
 """Options of a model that its config and its tokenizer need too."""
-OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only")
 GGUF_DTYPE = torch.bfloat16
 """A GGUF file names no dtype to save a student in: it counts as a checkpoint in this one, and is rounded to it."""
 LLAMA3_ROPE = {
@@ -109,12 +110,12 @@ def _source(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[str, str, dic
         if bare.count("/") < 2:
             raise LayerPruneError(f"{name} does not exist; give the path of a GGUF file, or user/name/file.gguf")
         user, repository, file = bare.split("/", 2)
-        of_the_hub = {key: options[key] for key in OF_THE_HUB if key in options}
+        where = {key: value for key, value in beside_weights(options).items() if key != "trust_remote_code"}
         try:
-            path = Path(cached_file(f"{user}/{repository}", file, **of_the_hub))
+            path = Path(cached_file(f"{user}/{repository}", file, **where))
         except LOADING_ERRORS as error:
             raise LayerPruneError(f"{name} cannot be loaded: {first_line(error)}") from error
-        options.pop("revision", None)
+        options = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
     return name, str(path.parent), options | {"gguf_file": str(path)}
 
 
@@ -128,7 +129,8 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        raise LayerPruneError(f"{name} cannot be loaded as a model: {_reason(error, Path(source))}") from error
+        reason = _reason(error, Path(source, options.get("subfolder", "")))
+        raise LayerPruneError(f"{name} cannot be loaded as a model: {reason}") from error
     try:
         if "gguf_file" in options:
             config.name_or_path, config.dtype = name, GGUF_DTYPE
@@ -243,7 +245,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         [`LayerPruneError`]: if there is none.
     """
     name, source, options = _source(name_or_path, kwargs)
-    folder, is_packed = Path(source), "gguf_file" in options
+    folder, is_packed = Path(source, options.get("subfolder", "")), "gguf_file" in options
     if not is_packed and folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         # transformers would make an empty tokenizer without a word
         raise LayerPruneError(f"{name} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); save one next to the model")

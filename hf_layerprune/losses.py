@@ -209,7 +209,7 @@ def parts_of_loss(
     """
     paper = args.loss_preset == "paper"
     distance = hidden_state_mse if paper else relative_hidden_state_mse
-    hidden = [distance(own, its).sum() for own, its in zip(towers.student, towers.teacher, strict=True)]
+    hidden = [distance(*pair).sum() for pair in zip(towers.student, towers.teacher, strict=True)]
     hidden = hidden[-1:] if paper else hidden
     student_final, teacher_final = towers.student_final, towers.teacher_final
     parts = {

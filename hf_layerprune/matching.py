@@ -1,4 +1,4 @@
-"""Find out from its weights which of a teacher's layers a student made elsewhere consists of."""
+"""Infer from weights which teacher layers a student holds."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def find_plan(student: PreTrainedModel, teacher: PreTrainedModel) -> LayerPlan:
     plan, last = plan_of(teacher), -1
     if plan.parallel_pairs:
         raise LayerPruneError("the teacher runs layers in parallel; say which layers the student holds with plan")
-    teachers, layers = _samples(teacher), []
-    for number, own in enumerate(_samples(student)):
-        distances = torch.stack([_distance(own, its) for its in teachers])
+    teacher_samples, layers = _samples(teacher), []
+    for number, sample in enumerate(_samples(student)):
+        distances = torch.stack([_distance(sample, other) for other in teacher_samples])
         (nearest, second), order = distances.topk(2, largest=False)
         if not nearest < CLEARLY_NEARER * second.clamp(max=1) or order[0] <= last:
             raise LayerPruneError(
@@ -73,9 +73,9 @@ def _samples(model: PreTrainedModel) -> list[list[Tensor]]:
     return [[part[:: max(1, len(part) // NUMBERS_PER_TENSOR)].float().cpu() for part in parts] for parts in layers]
 
 
-def _distance(own: list[Tensor], its: list[Tensor]) -> Tensor:
+def _distance(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     """Mean over the matrices of the norm of the difference over that of the teacher's."""
-    if [part.shape for part in own] != [part.shape for part in its]:
+    if [part.shape for part in student] != [part.shape for part in teacher]:
         return torch.tensor(torch.inf)
-    parts = [((a - b).norm(), b.norm()) for a, b in zip(own, its, strict=True)]
+    parts = [((a - b).norm(), b.norm()) for a, b in zip(student, teacher, strict=True)]
     return torch.stack([difference / norm if norm else (difference > 0).float() for difference, norm in parts]).mean()

@@ -29,7 +29,7 @@ from .losses import MAX_LOGITS_PER_CHUNK, parts_of_loss
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 from .trainer import IterativeLayerDistillConfig
-from .trainer.towers import HiddenStateMap, run_towers
+from .trainer.towers import compared_states, run_towers
 from .trainer.trainable import lora_config, make_trainable
 
 DEFAULT_LENGTH = 1024  # tokens per row where `max_length` sets no bound
@@ -196,10 +196,10 @@ class StepMeter:
         args, length = self.args, self.length - 1
         ids = torch.zeros(rows, self.length, dtype=torch.long)
         valid = torch.arange(rows).repeat_interleave(length), torch.arange(length).repeat(rows)
-        states = HiddenStateMap.of(plan_of(student), plan_of(teacher), list(range(blocks)))
+        compared = compared_states(plan_of(student), plan_of(teacher), range(blocks))
         half = torch.float16 if args.fp16 else torch.bfloat16
         with torch.autocast("cpu", half, enabled=bool(args.bf16 or args.fp16)):
-            towers = run_towers(student, teacher, {"input_ids": ids}, valid, states, 0)
+            towers = run_towers(student, teacher, {"input_ids": ids}, valid, compared, 0)
             parts = parts_of_loss(towers, student.lm_head, teacher.lm_head, torch.zeros_like(valid[0]), args)
         return parts["hidden"] + parts["final_hidden"], self.live.now
 

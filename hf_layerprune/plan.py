@@ -18,7 +18,6 @@ from .errors import LayerPruneError
 
 MAX_LAYERS = 10_000
 """Deeper than any teacher; a plan from outside that asks for more is a mistake, or meant to fill the memory."""
-MAX_JSON_CHARACTERS = 1_000_000
 
 
 def layer_indices(layers: Iterable[int], what: str = "layers") -> list[int]:
@@ -102,7 +101,7 @@ class LayerPlan:
         """Blocks of more than one layer."""
         return tuple(block for block in self.blocks if len(block) > 1)
 
-    def block_of(self, layer: int) -> int:
+    def position_of(self, layer: int) -> int:
         """Position of the student block that holds teacher layer `layer`."""
         for position, block in enumerate(self.blocks):
             if layer in block:
@@ -111,7 +110,7 @@ class LayerPlan:
 
     def remove(self, layer: int) -> LayerPlan:
         """The plan without teacher layer `layer`."""
-        position = self.block_of(layer)
+        position = self.position_of(layer)
         rest = tuple(other for other in self.blocks[position] if other != layer)
         blocks = self.blocks[:position] + ((rest,) if rest else ()) + self.blocks[position + 1 :]
         if not blocks:
@@ -120,7 +119,7 @@ class LayerPlan:
 
     def parallelize(self, *layers: int) -> LayerPlan:
         """The plan with neighbouring blocks, named by all their teacher layers, merged into one."""
-        first, last = self.block_of(layers[0]), self.block_of(layers[-1])
+        first, last = self.position_of(layers[0]), self.position_of(layers[-1])
         merged = tuple(layer for block in self.blocks[first : last + 1] for layer in block)
         if len(layers) < 2 or merged != tuple(layers):
             raise LayerPruneError(
@@ -159,10 +158,8 @@ class LayerPlan:
         """Read what `to_json` wrote.
 
         Raises:
-            [`LayerPruneError`]: if `text` is not JSON, is too long, or is not a valid plan.
+            [`LayerPruneError`]: if `text` is not JSON, or is not a valid plan.
         """
-        if len(text) > MAX_JSON_CHARACTERS:
-            raise LayerPruneError(f"layer plan has {len(text):,} characters; at most {MAX_JSON_CHARACTERS:,} are read")
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:

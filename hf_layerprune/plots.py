@@ -149,5 +149,5 @@ def plot_layer_map(run: RunRecord) -> Figure:
 
 def _state(layer: int, plan: LayerPlan, made: set[Edit]) -> str:
     if layer in plan.layers:
-        return "in parallel, as one layer" if len(plan.blocks[plan.block_of(layer)]) > 1 else "kept"
+        return "in parallel, as one layer" if len(plan.blocks[plan.position_of(layer)]) > 1 else "kept"
     return "removed" if Edit.remove(layer) in made else "removed before this run"

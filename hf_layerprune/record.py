@@ -22,7 +22,7 @@ from .errors import LayerPruneError
 from .evaluation import EvaluationReport
 from .plan import Edit, LayerPlan
 from .scoring import Scores
-from .serialization import from_plain, to_plain
+from .serialization import from_json_value, to_json_value
 from .surgery import plan_of
 from .tasks import TaskReport
 
@@ -36,7 +36,8 @@ Phase = Literal["choosing", "edited", "healed"]
 
 @dataclass(frozen=True)
 class Speed:
-    """
+    """The speed of a model, and what was generated to measure it.
+
     Attributes:
         report ([`BenchmarkReport`]): the measured speed; ratios are to the teacher.
         dtype (`str`): dtype of the weights, such as `"bfloat16"`.
@@ -102,7 +103,8 @@ class TeacherRecord(ModelRecord):
 
 @dataclass(frozen=True)
 class Healing:
-    """
+    """What a healing took.
+
     Attributes:
         num_tokens (`int`): tokens that the student was trained on.
         seconds (`float`): wall time.
@@ -153,27 +155,12 @@ class RoundInProgress(RoundWork):
     Attributes:
         wanted (`int`): edits that the round is to make.
         phase (`str`): how far it has come; see [`Phase`].
-        order (`tuple[Edit, ...]`): edits in the order they are made, where one scoring chooses all of the round.
+        checkpoint (`int`, *optional*): the step of the last whole checkpoint of its healing.
     """
 
     wanted: int
     phase: Phase = "choosing"
-    order: tuple[Edit, ...] = ()
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a run finished last.
-
-    Attributes:
-        phase (`str`): such as `"scoring"`, `"checkpoint"` or `"round"`.
-        round (`int`): the round it was in; 0 before the first.
-        step (`int`, *optional*): the step of a checkpoint.
-    """
-
-    phase: str
-    round: int = 0
-    step: int | None = None
+    checkpoint: int | None = None
 
 
 @dataclass(frozen=True)
@@ -185,11 +172,11 @@ class RunRecord:
         teacher ([`TeacherRecord`], *optional*): `None` until it is measured.
         rounds (`tuple[RoundRecord, ...]`): the finished rounds.
         current ([`RoundInProgress`], *optional*): the round after them, once it has begun.
-        order (`tuple[Edit, ...]`): for a run that scores once, its edits in the order they are made.
+        order (`tuple[Edit, ...]`): edits that one scoring chose, in the order they are made: all of the run if it
+            scores once, or those of the current round.
         latency ([`BlockCosts`], *optional*): what a block costs in time, where the target is a latency.
         seconds (`dict[str, float]`): wall time of each phase, over all sessions of the run.
         environment (`dict[str, str]`): hardware and versions that the numbers were measured with.
-        done ([`Done`], *optional*): what was finished last.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -200,7 +187,6 @@ class RunRecord:
     latency: BlockCosts | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    done: Done | None = None
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -234,12 +220,12 @@ class RunRecord:
 
     def to_json(self) -> str:
         """The content of `report.json` and `run_state.json`."""
-        return json.dumps(to_plain(self), indent=1, allow_nan=False) + "\n"
+        return json.dumps(to_json_value(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote; treats it as outside input."""
-        return from_plain(cls, json.loads(text), "the run")
+        return from_json_value(cls, json.loads(text), "the run")
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import jinja2
 from rich import box
 from rich.table import Table
 
-from .environment import wall_time
 from .files import write_atomically
 from .plan import Edit
 from .plots import save_run_plots
@@ -109,6 +109,17 @@ def render_markdown(run: RunRecord) -> str:
     )
 
 
+def wall_time(phases: dict[str, float]) -> str:
+    """One sentence on how long a run took, from the seconds of its phases."""
+
+    def duration(value: float) -> str:
+        return f"{value:.1f} s" if value < 60 else str(timedelta(seconds=round(value)))
+
+    longest_first = sorted(phases.items(), key=lambda phase: -phase[1])
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in longest_first)
+    return f"The run took {duration(sum(phases.values()))}: {parts}."
+
+
 def summary(run: RunRecord) -> str:
     """One sentence: the loss before and after, and how much of what was lost healing recovers."""
     last, before = run.rounds[-1], run.teacher.quality.loss
@@ -158,4 +169,4 @@ def _score_cell(record: RoundRecord, edit: Edit) -> str:
     cell = f"**{value:.4f}**" if edit in record.edits[:1] else f"{value:.4f}"
     error = scores.standard_errors.get(edit, math.nan)
     cell = cell if math.isnan(error) else f"{cell} ± {error:.4f}"
-    return f"{cell} (left at {scores.left[edit]:.0%})" if edit in scores.left else cell
+    return f"{cell} (dropped at {scores.dropped[edit]:.0%})" if edit in scores.dropped else cell

@@ -22,7 +22,9 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
-def with_text(dataset: Dataset | IterableDataset, text_field: str | None, name: str) -> Dataset | IterableDataset:
+def select_text_column(
+    dataset: Dataset | IterableDataset, text_field: str | None, name: str
+) -> Dataset | IterableDataset:
     """Keep the columns that TRL turns into tokens, so that no other column interferes, and leave out blank rows.
 
     These are token ids, without those that an attention mask hides; else the column `text_field`, unless that is
@@ -63,7 +65,7 @@ def is_message(value: Any) -> bool:
     return value.get("content") is not None or any(part for key, part in value.items() if key != "role")
 
 
-def tell_of_dropped(name: str, dropped: int, total: int, max_length: int | None) -> None:
+def warn_of_dropped_rows(name: str, dropped: int, total: int, max_length: int | None) -> None:
     """Warn of rows that are left out because none of their tokens counts.
 
     Raises:

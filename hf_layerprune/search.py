@@ -17,7 +17,7 @@ from .budget import BlockCosts, Budget, EditSpace, Goal
 from .data import Batch, check_batches
 from .errors import LayerPruneError
 from .plan import EDIT_KINDS, Edit, LayerPlan
-from .scoring import Race, Scores, contiguous_block, score
+from .scoring import Race, Scores, contiguous_stretch, score
 from .surgery import apply_plan, check_model, plan_of
 
 
@@ -40,9 +40,9 @@ class SearchStep:
     order: tuple[Edit, ...] = ()
 
     @property
-    def cost(self) -> float:
-        """The criterion after this edit."""
-        return self.scores.values[self.edit]
+    def cost(self) -> float | None:
+        """The criterion after this edit; `None` if it was taken from an order."""
+        return None if self.scores is None else self.scores.values[self.edit]
 
 
 def next_edit(
@@ -107,7 +107,7 @@ def _order_of_removals(
     if criterion != "angular_distance":
         return scores.ranking, scores
     size = min(num_removals, len(edits))
-    layers = contiguous_block(student, batches, size, [edit.layers[0] for edit in edits])
+    layers = contiguous_stretch(student, batches, size, [edit.layers[0] for edit in edits])
     scores = replace(scores, margin=None, contenders=())
     return [Edit.remove(layer) for layer in reversed(layers)], scores
 
@@ -179,35 +179,22 @@ def search_plan(
     return PlanSearch(plan_of(student), steps, goal.latency)
 
 
-def find_parallel_range(
-    model: PreTrainedModel,
-    batches: Iterable[Batch],
-    target_depth: int | None = None,
-    on_batch: Callable[[], None] = lambda: None,
-) -> Scores[LayerPlan]:
-    """Score every contiguous run of parallel pairs by loss; first and last block stay sequential.
-
-    The search of [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790), which pairs up
-    consecutive layers from a start to an end. Runs share the part of the model before their start.
+def parallel_ranges(plan: LayerPlan, target_depth: int | None = None) -> list[LayerPlan]:
+    """List every plan that runs one contiguous range of pairs in parallel; the first and the last layer stay alone.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): the model, possibly pruned before, without parallel blocks.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score_layers`].
-        target_depth (`int`, *optional*):
-            Number of blocks. Only runs of that depth are tried; by default all starts and ends are.
-        on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
-
-    Returns:
-        [`Scores`]: the loss of every run that was tried; `safest` is the best plan, of equal ones that with the later
-        run.
+        plan ([`LayerPlan`]): without parallel blocks.
+        target_depth (`int`, *optional*): number of blocks of the plans; by default all starts and ends are listed.
 
     Raises:
-        [`LayerPruneError`]: if no run of pairs leads to `target_depth`, or the model has parallel blocks.
+        [`LayerPruneError`]: if no range leads to `target_depth`, or the plan has parallel blocks.
     """
-    check_model(model)
-    plan = plan_of(model)
     if plan.parallel_pairs:
         raise LayerPruneError(f"the model runs layers {list(plan.parallel_pairs)} in parallel already")
+    if plan.depth < 4:
+        raise LayerPruneError(
+            f"the model has {plan.depth} layers; a range of pairs between the first and the last needs at least 4"
+        )
     layers, plans = plan.layers, []
     for count in range(1, (plan.depth - 2) // 2 + 1):
         for start in reversed(range(1, plan.depth - 2 * count)):  # the order decides between equal ones
@@ -215,7 +202,36 @@ def find_parallel_range(
     wanted = [paired for paired in plans if target_depth in (None, paired.depth)]
     if not wanted:
         raise LayerPruneError(
-            f"depth={target_depth!r}: no run of pairs between the first and the last of {plan.depth} layers leads "
+            f"depth={target_depth}: no range of pairs between the first and the last of {plan.depth} layers leads "
             f"there; choose one of {sorted({paired.depth for paired in plans})}"
         )
-    return score(model, batches, wanted, "loss", on_batch=on_batch)
+    return wanted
+
+
+def find_parallel_range(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    target_depth: int | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Scores[LayerPlan]:
+    """Score every contiguous range of parallel pairs by loss; see [`parallel_ranges`].
+
+    The search of [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790), which pairs up
+    consecutive layers from a start to an end. Ranges share the part of the model before their start.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model, possibly pruned before, without parallel blocks.
+        batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score_layers`].
+        target_depth (`int`, *optional*):
+            Number of blocks. Only ranges of that depth are tried; by default all starts and ends are.
+        on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
+
+    Returns:
+        [`Scores`]: the loss of every range that was tried; `safest` is the best plan, of equal ones that with the
+        later range.
+
+    Raises:
+        [`LayerPruneError`]: if no range of pairs leads to `target_depth`, or the model has parallel blocks.
+    """
+    check_model(model)
+    return score(model, batches, parallel_ranges(plan_of(model), target_depth), "loss", on_batch=on_batch)

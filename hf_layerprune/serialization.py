@@ -16,23 +16,23 @@ MAX_WHOLE = 2**63
 WANTED = {int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "an object"}
 
 
-def to_plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """Turn a value into what JSON has: an edit into its label, a float that is not finite into text."""
     if isinstance(value, LayerPlan):
         return value.to_dict()
     if isinstance(value, Edit):
         return value.label
     if is_dataclass(value):
-        return {each.name: to_plain(getattr(value, each.name)) for each in fields(value)}
+        return {each.name: to_json_value(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, dict):
-        return {to_plain(key): to_plain(item) for key, item in value.items()}
+        return {to_json_value(key): to_json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def from_plain(kind: Any, data: Any, name: str) -> Any:
-    """Turn what [`to_plain`] made back into a value of type `kind`; errors call it `name`.
+def from_json_value(kind: Any, data: Any, name: str) -> Any:
+    """Turn what [`to_json_value`] made back into a value of type `kind`; errors call it `name`.
 
     Fields with defaults may be missing, and entries that are no fields are ignored.
 
@@ -43,7 +43,7 @@ def from_plain(kind: Any, data: Any, name: str) -> Any:
     if origin is Any:
         return data
     if origin in (Union, UnionType):  # X | None
-        return None if data is None else from_plain(arguments[0], data, name)
+        return None if data is None else from_json_value(arguments[0], data, name)
     if origin is Literal:
         return data if data in arguments else _refuse(name, data, f"one of {', '.join(arguments)}")
     if origin is LayerPlan:
@@ -54,10 +54,13 @@ def from_plain(kind: Any, data: Any, name: str) -> Any:
     if is_dataclass(origin):
         return _record(kind, _checked(dict, data, name), name)
     if origin is tuple:
-        return tuple(from_plain(arguments[0], item, name) for item in _checked(list, data, name))
+        return tuple(from_json_value(arguments[0], item, name) for item in _checked(list, data, name))
     if origin is dict:
         items, (key_kind, item_kind) = _checked(dict, data, name).items(), arguments
-        return {from_plain(key_kind, key, name): from_plain(item_kind, item, f"{name}.{key}") for key, item in items}
+        return {
+            from_json_value(key_kind, key, name): from_json_value(item_kind, item, f"{name}.{key}")
+            for key, item in items
+        }
     if origin is float and (data in ("nan", "inf", "-inf") or (type(data) is int and abs(data) < MAX_WHOLE)):
         return float(data)
     return _checked(origin, data, name)
@@ -70,7 +73,7 @@ def _record(kind: Any, data: dict[str, Any], name: str) -> Any:
         if field.name in data:
             hint = hints[field.name]
             hint = hint[get_args(kind)] if getattr(hint, "__parameters__", ()) else hint  # `Key` of `Scores[Edit]`
-            given[field.name] = from_plain(hint, data[field.name], f"{name}.{field.name}")
+            given[field.name] = from_json_value(hint, data[field.name], f"{name}.{field.name}")
         elif field.default is MISSING and field.default_factory is MISSING:
             raise LayerPruneError(f"{name} lacks {field.name}")
     return origin(**given)

@@ -187,9 +187,8 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
 
     config, student_decoder = student.config, student.base_model
     student_decoder.layers = nn.ModuleList(student_decoder.layers[position] for position in kept)
-    attention = architecture_of(config).attention
     for position, layer in enumerate(student_decoder.layers):
-        layer.get_submodule(attention).layer_idx = position  # the KV cache is indexed by it
+        layer.self_attn.layer_idx = position  # the KV cache is indexed by it
     keep_layers(config, kept)
     config.layer_plan = wanted.to_dict()
     config.tie_word_embeddings = is_tied(student)
@@ -210,8 +209,8 @@ def share_equal_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> N
     pairs.append((student.base_model.norm, teacher.base_model.norm))
     for block, layer in zip(plan_of(student).blocks, student.base_model.layers, strict=True):
         pairs += [(layer, theirs[block])] if block in theirs else []
-    for own, its in pairs:
-        for mine, other in zip(own.parameters(), its.parameters(), strict=False):
+    for module, teacher_module in pairs:
+        for mine, other in zip(module.parameters(), teacher_module.parameters(), strict=False):
             if (mine.dtype, mine.device) == (other.dtype, other.device) and torch.equal(mine, other):
                 mine.data = other.data
 
@@ -225,8 +224,8 @@ def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
     if pairs := plan_of(model).parallel_pairs:
         raise LayerPruneError(f"the plan runs layers {list(pairs)} in parallel; a plain model cannot express that")
     architecture = architecture_of(model.config)
-    own, its = ({field.name for field in fields(kind)} for kind in (PrunedQwen2Config, architecture.config_class))
-    left_out = (own - its - {"layer_plan"}) | {"model_type", "architectures", "auto_map"}
+    ours, theirs = ({field.name for field in fields(kind)} for kind in (PrunedQwen2Config, architecture.config_class))
+    left_out = (ours - theirs - {"layer_plan"}) | {"model_type", "architectures", "auto_map"}
     values = {key: value for key, value in model.config.to_dict().items() if key not in left_out}
     values |= {"tie_word_embeddings": is_tied(model), "attn_implementation": model.config._attn_implementation}
     config = architecture.config_class(**values)

@@ -34,7 +34,7 @@ def parts_of_loss(student, teacher, batch, states, args):
         p, q = (F.log_softmax(out.logits[0, :-1] / args.temperature, -1) for out in (t, s))
         kl = kl + args.temperature**2 * divergence(p, q, args.beta)
         compared = []
-        for a, b in zip(states.student, states.teacher, strict=True):
+        for a, b in states:
             compared.append(distance(s.hidden_states[a + 1][0, :-1], t.hidden_states[b + 1][0, :-1], args))
         hidden = hidden + torch.stack(compared[-1:] if args.loss_preset == "paper" else compared).mean()
         final = final + distance(s.hidden_states[-1][0, :-1], t.hidden_states[-1][0, :-1], args)

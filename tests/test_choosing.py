@@ -10,7 +10,7 @@ from conftest import read_report, rounds_of, tiny_config, tiny_model
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPlan, LayerPruneError, evaluate_model, prune, score_layers
 from hf_layerprune.compensation import compensate
 from hf_layerprune.loading import load_model
-from hf_layerprune.scoring import contiguous_block
+from hf_layerprune.scoring import contiguous_stretch
 from hf_layerprune.tasks import evaluate_tasks, load_tasks
 
 FAST = {"heal": False, "measure_speed": False}
@@ -54,7 +54,7 @@ def test_scored_once(make):
 def test_a_stretch_of_layers_goes_in_one_round_or_from_its_top(make):
     trainer = make(criterion="angular_distance", layers_per_round=3)
     trainer.train()
-    stretch = contiguous_block(tiny_model(6), trainer.calibration_batches, 3)
+    stretch = contiguous_stretch(tiny_model(6), trainer.calibration_batches, 3)
     assert removed(trainer) == list(reversed(stretch)) and len(rounds_of(trainer)) == 1
     rounds = make("rounds", criterion="angular_distance", one_shot=True)
     rounds.train()
@@ -64,10 +64,10 @@ def test_a_stretch_of_layers_goes_in_one_round_or_from_its_top(make):
 def test_the_stretch_is_that_with_the_least_angle(make):
     trainer = make()
     model, batches = tiny_model(6), trainer.calibration_batches
-    assert contiguous_block(model, batches, 1)[0] == score_layers(model, batches, "angular_distance").safest
-    assert contiguous_block(model, batches, 2, layers=[0, 1, 3]) == (0, 1)
+    assert contiguous_stretch(model, batches, 1)[0] == score_layers(model, batches, "angular_distance").safest
+    assert contiguous_stretch(model, batches, 2, layers=[0, 1, 3]) == (0, 1)
     with pytest.raises(LayerPruneError, match="no stretch of 3"):
-        contiguous_block(model, batches, 3, layers=[0, 1, 3])
+        contiguous_stretch(model, batches, 3, layers=[0, 1, 3])
 
 
 def test_random_draws_follow_the_seed(make):
@@ -105,8 +105,8 @@ def test_races_choose_the_same(make):
     calm.train()
     racing.train()
     assert removed(racing) == removed(calm)
-    assert any(record["all_scores"][0]["left"] for record in rounds_of(racing))
-    assert "(left at " in (Path(racing.args.output_dir) / "report.md").read_text()
+    assert any(record["all_scores"][0]["dropped"] for record in rounds_of(racing))
+    assert "(dropped at " in (Path(racing.args.output_dir) / "report.md").read_text()
 
 
 def test_a_run_of_one_scoring_goes_on_in_the_same_order(make, tmp_path):

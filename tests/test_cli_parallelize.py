@@ -57,6 +57,12 @@ def test_a_search_leaves_model_plan_report_and_plot(run, tmp_path, model_folder)
     assert (out / "model" / "modeling_pruned_qwen2.py").is_file() and (out / "model" / "tokenizer.json").is_file()
 
 
+def test_a_depth_that_no_range_has_is_refused_before_weights_are_read(run, monkeypatch):
+    monkeypatch.setattr("hf_layerprune.cli.parallelize.load_on_device", pytest.fail)
+    status, error = run("--search", "range", "--target_num_layers", 2)
+    assert status == 2 and "depth=2: no range of pairs" in error and "choose one of [4]" in error
+
+
 def test_named_pairs_and_a_plan_of_an_earlier_run_give_the_same(run, tmp_path):
     assert run("--pairs", "1,2", "3|4", "--measure_speed", "false") == (0, "")
     assert run("--plan", tmp_path / "out" / "plan.json", "--measure_speed", "false", folder="again") == (0, "")
@@ -135,7 +141,6 @@ def test_a_student_is_saved_in_the_checkpoints_dtype_and_measured_as_it_is_saved
         (["--plan", "nowhere.json"], "nowhere.json"),
         (["--plan", "{broken}"], "not JSON"),
         (["--plan", "{other}"], "teacher of 9 layers"),
-        (["--search", "range", "--target_num_layers", "2"], "depth=2; tried were [4]"),
         (["--target_num_layers", "0"], "depth=0"),
         (["--num_eval_samples", "0"], "all must be positive"),
         (["--target_num_layers", "2"], "out of reach"),

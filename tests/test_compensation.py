@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import random_batches, tiny_model
+from families import family_model
 
 from hf_layerprune import LayerPlan, LayerPruneError, compensation, evaluate_model, prune
 from hf_layerprune.compensation import DEFAULT_RIDGE, Regression, apply_repair, compensate, find_repairs
@@ -60,6 +61,15 @@ def test_refit_is_the_dense_least_squares_solution(model, num_batches, layer):
     assert repair.position == layer - 1
     expected = dense_refit(model, batches, layer - 1, target, 0.02)
     torch.testing.assert_close(repair.weight, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_a_bias_stays_as_it_is(batches):
+    model = family_model("llama", attention_bias=True, mlp_bias=True)
+    repaired = compensate(prune(model, [2]), batches, "least_squares", model, ridge=0.02)
+    projection, present = (each.model.layers[1].mlp.down_proj for each in (repaired, model))
+    expected = dense_refit(model, batches, 1, stacked(model, batches)[0][3], 0.02)
+    torch.testing.assert_close(projection.weight, expected, atol=2e-4, rtol=1e-3)
+    assert present.bias.any() and torch.equal(projection.bias, present.bias)
 
 
 @pytest.mark.parametrize("num_tokens, ridge", [(20, 5.0), (95, 0.02), (96, 0.02), (300, 5.0)])

@@ -2,10 +2,12 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_model
 from datasets import Dataset, DatasetDict
 
-from hf_layerprune import LayerPruneError, embedded_dataset, evaluate_model, score_layers
+from hf_layerprune import LayerPruneError, data, embedded_dataset, evaluate_model, score_layers
 from hf_layerprune.data import check_batches, load_text_dataset, tokenized_batches, valid_next_tokens
+from hf_layerprune.tasks import PerplexityTask, evaluate_tasks, prepare_tasks
 
 
 def test_valid_next_tokens_needs_both_sides_and_a_label():
@@ -95,6 +97,20 @@ def test_what_is_no_batches_is_refused_with_the_remedy(model, batches, what):
     for act in (evaluate_model, score_layers, lambda *given: score_layers(*given, compensation="least_squares")):
         with pytest.raises(LayerPruneError, match=f"batch 0 is {what}.* hf_layerprune.tokenized_batches"):
             act(model, batches)
+
+
+def test_a_batch_is_validated_once(model, batches, tokenizer, monkeypatch):
+    seen, check = [], data._checked
+    monkeypatch.setattr(data, "_checked", lambda *args: seen.append(args) or check(*args))
+    score_layers(model, batches, compensation="least_squares")
+    assert len(seen) == len(batches)
+    tasks = prepare_tasks([PerplexityTask(Dataset.from_list([{"text": "one row of text"}]))], model, tokenizer)
+    seen.clear()
+    evaluate_tasks(model, tasks, tokenizer)
+    score_layers(model, None, "tasks", tasks=tasks, tokenizer=tokenizer)
+    assert not seen
+    with pytest.raises(LayerPruneError, match="holds token id"):
+        evaluate_tasks(tiny_model(vocab_size=50, eos_token_id=49), tasks, tokenizer)
 
 
 def test_embedded_texts():

@@ -34,11 +34,11 @@ from hf_layerprune import evaluate_model, prune
 from hf_layerprune.loading import load_model
 from hf_layerprune.surgery import plan_of
 from hf_layerprune._trl import redirect_forward
-from hf_layerprune.trainer.engines import fill, frozen_head, outline
+from hf_layerprune.trainer.engines import fill_outline, frozen_head, outline
 from hf_layerprune.trainer.healing import HealingTrainer
-from hf_layerprune.trainer.students import save_student
-from hf_layerprune.trainer.towers import HiddenStateMap, shared_depth
-from hf_layerprune.trainer.trainable import make_plain, make_trainable
+from hf_layerprune.trainer.run import save_student
+from hf_layerprune.trainer.towers import compared_states, shared_depth
+from hf_layerprune.trainer.trainable import merge_and_round, make_trainable
 
 dist.init_process_group("gloo")
 mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -50,8 +50,8 @@ args = SimpleNamespace(loss_preset=None, kl_weight=1.0, lm_weight=0.2, temperatu
 def step(split):
     teacher = tiny_model(6)
     student = make_trainable(prune(teacher, [3], share_weights=True), blocks, everything)
-    states = HiddenStateMap.of(plan_of(student), plan_of(teacher), blocks)
-    trainer = SimpleNamespace(teacher=teacher, args=args, hidden_state_map=states,
+    states = compared_states(plan_of(student), plan_of(teacher), blocks)
+    trainer = SimpleNamespace(teacher=teacher, args=args, compared=states,
                               shared_depth=shared_depth(student, teacher))
     assert (trainer.shared_depth is None) == everything
     part, scale, empty = batch, 1.0, outline(student)
@@ -84,7 +84,8 @@ for name, gradient in expected.items():
 for model in (plain, split):
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01).step()
 before = [p.data_ptr() for p in empty.parameters() if not p.requires_grad]
-healed, plain = make_plain(fill(empty, split, torch.device("cpu")), torch.float32), make_plain(plain, torch.float32)
+healed = merge_and_round(fill_outline(empty, split, torch.device("cpu")), torch.float32)
+plain = merge_and_round(plain, torch.float32)
 assert type(healed) is type(plain) and not any(isinstance(p, DTensor) for p in healed.parameters())
 assert before == [p.data_ptr() for name, p in healed.named_parameters() if name not in expected]  # still the teacher's
 for (name, a), b in zip(healed.named_parameters(), plain.parameters(), strict=True):

@@ -7,7 +7,7 @@ from datasets import Dataset
 from trl.models.activation_offloading import OffloadActivations
 
 from hf_layerprune import IterativeLayerDistillTrainer, prune
-from hf_layerprune._trl import leave_weights
+from hf_layerprune._trl import keep_weights_in_place
 from hf_layerprune.trainer.healing import HealingTrainer
 
 
@@ -47,9 +47,9 @@ def test_activation_offloading_gives_the_same_gradients(tmp_path, tokenizer, mon
     results = []
     for on in (False, True):
         if on:
-            trainer.rounds.args.activation_offloading = True
-            trainer.rounds.maybe_activation_offload_context = offloading
-            leave_weights(trainer.rounds, student)
+            trainer.owner.args.activation_offloading = True
+            trainer.owner.maybe_activation_offload_context = offloading
+            keep_weights_in_place(trainer.owner, student)
         student.zero_grad()
         trainer.training_step(student, copy.copy(batch), torch.tensor(20))
         results.append(gradients(trainer))

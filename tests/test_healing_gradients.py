@@ -70,7 +70,7 @@ def test_a_step_is_that_of_the_plain_formula(tmp_path, tokenizer, switches, rows
         assert all((batch["position_ids"] == 0).sum() > len(batch["input_ids"]) for batch in batches)
     else:
         assert any(not batch["attention_mask"].all() for batch in batches), "padding matters"
-    expected = loss_of_step(trainer.model, trainer.teacher, batches, trainer.hidden_state_map, trainer.args)
+    expected = loss_of_step(trainer.model, trainer.teacher, batches, trainer.compared, trainer.args)
     expected.backward()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-3)  # logged with few digits
     reference = gradients(trainer)

@@ -87,7 +87,18 @@ def until(condition, process, seconds=120):
 
 def state(folder):
     path = folder / "run_state.json"
-    return json.loads(path.read_text()) if path.is_file() else {"rounds": [], "done": {}}
+    return json.loads(path.read_text()) if path.is_file() else {"rounds": [], "teacher": None, "current": None}
+
+
+def reached(folder):
+    """What the run on disk has finished last."""
+    run = state(folder)
+    current = run["current"]
+    if current is None:
+        return "round" if run["rounds"] else "evaluating teacher" if run["teacher"] else None
+    if current["phase"] == "healed":
+        return "healing"
+    return "checkpoint" if current["checkpoint"] else "scoring" if current["phase"] == "choosing" else "evaluating"
 
 
 def assert_same_result(folder, whole):
@@ -109,15 +120,14 @@ def whole(place):
 def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(recipe, tmp_path, whole):
     folder = tmp_path / "cut"
     process = start(recipe, folder)
-    until(lambda: len(state(folder)["rounds"]) == 1 and state(folder)["done"].get("phase") == "checkpoint", process)
+    until(lambda: len(state(folder)["rounds"]) == 1 and reached(folder) == "checkpoint", process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     message = process.stderr.strip().splitlines()[-1]
     assert message.startswith(
         "hf-layerprune: stopped; what is done is kept; to go on: hf-layerprune compress --config"
     )
-    stopped = state(folder)["done"]
-    assert stopped["round"] == 2 and stopped["phase"] == "checkpoint" and stopped["step"] >= 2
+    assert len(state(folder)["rounds"]) == 1 and state(folder)["current"]["checkpoint"] >= 2
     resumed = forked.run(forked.CLI, *message.split("to go on: hf-layerprune ")[1].split())
     assert resumed.wait() == 0, resumed.stderr
     assert_same_result(folder, whole)
@@ -126,7 +136,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(recipe, tmp_path, whole)
 def test_a_second_run_in_the_folder_is_refused(recipe, tmp_path):
     folder = tmp_path / "shared"
     process = start(recipe, folder)
-    until(lambda: state(folder)["done"], process)
+    until(lambda: (folder / "run_state.json").is_file(), process)
     second = run(recipe, folder, "--resume")
     assert second.wait() == 2 and "another run is working in it" in second.stderr
     assert "another run" in second.stderr.strip().splitlines()[-1] and "Traceback" not in second.stderr
@@ -154,7 +164,7 @@ def kill_and_resume(recipe, folder, whole, phases, seed):
         process = start(recipe, folder, *(["--resume"] if opened else []))
         while process.poll() is None:
             fresh = path.is_file() and path.stat().st_mtime_ns > opened  # it writes its state once it is under way
-            if fresh and state(folder)["done"].get("phase") == phases[len(killed)]:
+            if fresh and reached(folder) == phases[len(killed)]:
                 break
             time.sleep(0.005)
         with suppress(subprocess.TimeoutExpired):
@@ -163,7 +173,7 @@ def kill_and_resume(recipe, folder, whole, phases, seed):
             before = state(folder)["rounds"]
             process.kill()
             process.wait()
-            killed.append(state(folder)["done"]["phase"])
+            killed.append(reached(folder))
             assert state(folder)["rounds"][: len(before)] == before, f"killed in {killed}: a round is lost"
         else:
             assert process.wait() == 0, process.stderr

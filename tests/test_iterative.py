@@ -114,7 +114,7 @@ def test_only_the_neighbours_move(make, tmp_path):
     report = read_report(tmp_path / "run")
     removed = report["rounds"][0]["removed_layer"]
     plan = LayerPlan.identity(5).remove(removed)
-    neighbours = {plan.block_of(layer) for layer in (removed - 1, removed + 1) if layer in plan.layers}
+    neighbours = {plan.position_of(layer) for layer in (removed - 1, removed + 1) if layer in plan.layers}
     student, unhealed = load(tmp_path / "run" / "model"), prune(teacher, [removed])
     for (name, healed), original in zip(student.named_parameters(), unhealed.parameters(), strict=True):
         moved = "layers" in name and int(name.split(".")[2]) in neighbours

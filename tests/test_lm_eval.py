@@ -7,7 +7,7 @@ import yaml
 
 from hf_layerprune import LayerPruneError, prune, score_layers
 from hf_layerprune.tasks import LmEvalTask, MultipleChoiceTask, evaluate_tasks, load_tasks
-from hf_layerprune.tasks.lm_eval_task import costs_of_samples
+from hf_layerprune.tasks.kinds import costs_of_samples
 
 ROWS = [
     {"question": "Who leads the team?", "options": ["(A)accountant", "(B)salesperson", "(C)driver"], "label": "B"},

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import AutoConfig, GPT2Config
 
 from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, prune
 from hf_layerprune.loading import load_config, load_model, load_tokenizer
@@ -17,6 +17,24 @@ def test_loads_a_folder_with_its_plan(model, tmp_path):
     prune(model, [1]).save_pretrained(tmp_path)
     assert plan_of(load_model(str(tmp_path))).removed_layers == (1,)
     assert load_model(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_config_and_the_tokenizer_come_from_where_the_weights_do(model, tokenizer, tmp_path, monkeypatch):
+    tiny_model(3).save_pretrained(tmp_path)
+    prune(model, [1]).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    assert plan_of(load_config(str(tmp_path), subfolder="student")).removed_layers == (1,)
+    assert plan_of(load_model(str(tmp_path), subfolder="student")).removed_layers == (1,)
+    assert len(load_tokenizer(str(tmp_path), subfolder="student")) == len(tokenizer)
+    with pytest.raises(LayerPruneError, match="the folder does not exist"):
+        load_model(str(tmp_path), subfolder="nothing")
+    seen, read = [], AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        AutoConfig, "from_pretrained", lambda *args, **kwargs: seen.append(kwargs) or read(*args, **kwargs)
+    )
+    where = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    load_model(str(tmp_path), **where)
+    assert where.items() <= seen[0].items()
 
 
 def test_folder_that_is_no_model(tmp_path):

@@ -11,7 +11,7 @@ def test_everything_follows_from_the_blocks():
     assert plan.layers == (0, 1, 2, 4, 5, 6, 7, 9)
     assert plan.removed_layers == (3, 8, 10)
     assert plan.parallel_pairs == ((4, 5), (6, 7))
-    assert [plan.block_of(layer) for layer in plan.layers] == [0, 1, 2, 3, 3, 4, 4, 5]
+    assert [plan.position_of(layer) for layer in plan.layers] == [0, 1, 2, 3, 3, 4, 4, 5]
 
 
 def test_json_round_trip():

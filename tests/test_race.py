@@ -11,7 +11,7 @@ from hf_layerprune import LayerPruneError, prune, score_layers
 from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.evaluation import evaluate_model
 from hf_layerprune.plan import Edit
-from hf_layerprune.scoring import Race, Scores, contiguous_block, score
+from hf_layerprune.scoring import Race, Scores, contiguous_stretch, score
 from hf_layerprune.scoring.measure import collect, quantile
 from hf_layerprune.scoring.scores import Evidence
 
@@ -90,7 +90,7 @@ def test_quantiles_are_those_of_student(rows, expected):
 
 def test_scores_say_how_sure_they_are(model, batches):
     scores = score_layers(model, batches)
-    assert set(scores.standard_errors) == set(scores.values) and not scores.left
+    assert set(scores.standard_errors) == set(scores.values) and not scores.dropped
     assert all(error > 0 for error in scores.standard_errors.values())
     rows = []  # by hand: KL of every row without layer 2
     student = prune(model, [2])
@@ -119,8 +119,8 @@ def test_certainty_in_words():
     assert text.startswith("7 and 4 cannot be told apart (0.") and "more calibration data" in text
     clear = evidence_of([[0.0] * 6, [1.0, 1, 2, 1, 1, 2], [9.0, 9, 9, 8, 9, 9]], [1] * 6)
     assert Scores.of("kl", [7, 4], clear).certainty.startswith("7 is ahead of 4 by")
-    scores = Scores("kl", {7: 1.0, 4: 0.5}, 0.0, 10, {7: 0.1, 4: 0.1}, left={4: 0.25}, contenders=(7,))
-    assert scores.safest == 7  # what left a race is no choice, whatever it had by then
+    scores = Scores("kl", {7: 1.0, 4: 0.5}, 0.0, 10, {7: 0.1, 4: 0.1}, dropped={4: 0.25}, contenders=(7,))
+    assert scores.safest == 7  # what a race dropped is no choice, whatever it had by then
     assert scores.certainty == "7 won the race against 4 after 25% of the data"
 
 
@@ -150,8 +150,8 @@ def test_one_price_ranks_says_how_sure_and_races_where_edits_gain():
     costs = torch.tensor([0.0, -1.0, -1.1, 5.0])[:, None, None]  # gains x savings: -1.0 and -0.55
     measure = Table(noise + costs)
     edits, savings = [Edit.remove(3), Edit.parallelize(5, 6), Edit.remove(7)], [2.0, 1.0, 2.0]
-    evidence, left = race(measure, savings)
-    scores = Scores.of("loss", edits, evidence, left, savings)
+    evidence, dropped = race(measure, savings)
+    scores = Scores.of("loss", edits, evidence, dropped, savings)
     assert scores.safest == scores.ranking[0] == scores.contenders[0] == edits[0]
     assert scores.contenders[1] == edits[1] and scores.certainty.startswith("3 is ahead of 5|6 by")
     prices, errors = evidence.compare([1, 2], savings[:2])
@@ -161,8 +161,8 @@ def test_one_price_ranks_says_how_sure_and_races_where_edits_gain():
     assert errors[1] == pytest.approx(float(by_row.std()) / 8)
     assert scores.margin == pytest.approx(float(prices.diff() / errors[1]))
     assert scores.to_dict()["savings"] == {"3": 2.0, "5|6": 1.0, "7": 2.0}
-    _, left = race(measure, savings, Race())
-    assert set(left) == {2, 3}
+    _, dropped = race(measure, savings, Race())
+    assert set(dropped) == {2, 3}
 
 
 # ------------------------------------------------------------------------------------------------ races
@@ -170,13 +170,13 @@ def test_one_price_ranks_says_how_sure_and_races_where_edits_gain():
 
 def test_the_clearly_worse_leave_early_and_are_measured_no_more():
     measure = table([0.0, 0.3, 5.0, 5.0, 5.0])
-    evidence, left = race(measure, 5, Race(0.95))
-    assert set(left) >= {3, 4, 5} and max(left[n] for n in (3, 4, 5)) < 0.5
-    assert 1 not in left
+    evidence, dropped = race(measure, 5, Race(0.95))
+    assert set(dropped) >= {3, 4, 5} and max(dropped[n] for n in (3, 4, 5)) < 0.5
+    assert 1 not in dropped
     counts = [len(which) for _, which in measure.asked]
     assert counts == sorted(counts, reverse=True) and counts[0] == 5
     last = {n: max(i for i, (_, which) in enumerate(measure.asked, 1) if n in which) for n in range(1, 6)}
-    for index, share in left.items():
+    for index, share in dropped.items():
         assert last[index] / 64 == pytest.approx(share)
         rows = [chunk for chunk, which in measure.asked if index in which]
         assert evidence.value(index) == pytest.approx(float(measure.values[index, rows].mean()))
@@ -184,22 +184,22 @@ def test_the_clearly_worse_leave_early_and_are_measured_no_more():
 
 def test_a_race_ends_when_one_is_left():
     measure = table([0.0, 9.0, 9.0], noise=0.1)
-    _, left = race(measure, 3, Race())
-    assert set(left) == {2, 3} and len(measure.asked) < 10
+    _, dropped = race(measure, 3, Race())
+    assert set(dropped) == {2, 3} and len(measure.asked) < 10
 
 
 def test_without_a_race_all_see_everything_in_order():
     measure = table([0.0, 9.0])
-    _, left = race(measure, 2)
-    assert not left and measure.asked == [(n, (1, 2)) for n in range(64)]
+    _, dropped = race(measure, 2)
+    assert not dropped and measure.asked == [(n, (1, 2)) for n in range(64)]
 
 
 def test_the_race_chooses_what_all_data_would():
     wrong = 0
     for seed in range(40):
         measure = table([0.0, 0.1, 0.2, 1.0, 2.0, 3.0], seed=seed)
-        evidence, left = race(measure, 6, Race(0.95, seed))
-        scores = Scores.of("kl", list(range(6)), evidence, left)
+        evidence, dropped = race(measure, 6, Race(0.95, seed))
+        scores = Scores.of("kl", list(range(6)), evidence, dropped)
         wrong += scores.safest != int(measure.mean()[1:].argmin())
     assert wrong <= 2
 
@@ -213,19 +213,19 @@ def test_data_of_which_little_is_seen_keeps_its_doubt():
         few[0], few[2] = 0, few[2] + 0.1
         deciding = Table(few)
         measures = [table([0.0, 0.0], rows=64, noise=0.01, seed=seed), deciding]
-        evidence, left = collect([measure.kind for measure in measures], [1.0, 1.0], Race(0.95, seed))
-        scores = Scores.of("kl", [1, 2], evidence, left)
+        evidence, dropped = collect([measure.kind for measure in measures], [1.0, 1.0], Race(0.95, seed))
+        scores = Scores.of("kl", [1, 2], evidence, dropped)
         whole = sum(measure.mean() for measure in measures)
         wrong += scores.safest != 1 + int(whole[1:].argmin())
-        left_early += bool(left)
+        left_early += bool(dropped)
     assert wrong <= 2 and left_early
 
 
 def test_data_in_one_chunk_does_not_stop_a_race():
     generator = torch.Generator().manual_seed(0)
     whole = Table(torch.randn(3, 1, 8, generator=generator, dtype=torch.float64) * 0.01)
-    _, left = collect([table([0.0, 5.0], noise=0.1).kind, whole.kind], [1.0, 1.0], Race())
-    assert left[2] < 0.5
+    _, dropped = collect([table([0.0, 5.0], noise=0.1).kind, whole.kind], [1.0, 1.0], Race())
+    assert dropped[2] < 0.5
 
 
 def test_a_single_candidate_is_measured_on_everything():
@@ -245,15 +245,15 @@ def test_the_order_is_drawn_by_the_seed():
 
 def test_a_race_is_for_the_least_cost_per_unit_saved():
     measure = table([2.0, 3.0, 8.0], noise=0.1)
-    _, left = race(measure, [1.0, 2.0, 2.0], Race())  # prices 2, 1.5 and 4
-    assert set(left) == {1, 3}
+    _, dropped = race(measure, [1.0, 2.0, 2.0], Race())  # prices 2, 1.5 and 4
+    assert set(dropped) == {1, 3}
 
 
 def test_an_output_that_is_no_number_loses():
     measure = table([0.0, 0.1, 0.2])
     measure.values[1] = math.nan
-    _, left = race(measure, 3, Race())
-    assert 1 in left and len(left) < 3
+    _, dropped = race(measure, 3, Race())
+    assert 1 in dropped and len(dropped) < 3
 
 
 def test_layers_race_on_a_model():
@@ -267,7 +267,7 @@ def test_layers_race_on_a_model():
     full = score_layers(model, batches)
     scores = score_layers(model, batches, race=Race(0.95), on_batch=lambda: seen.append(1))
     assert scores.safest == full.safest == 2
-    assert scores.left and set(scores.left) <= {0, 1, 3, 4, 5} and len(seen) <= len(batches)
+    assert scores.dropped and set(scores.dropped) <= {0, 1, 3, 4, 5} and len(seen) <= len(batches)
     assert scores.ranking[0] == 2 and scores.values[2] == pytest.approx(full.values[2], rel=0.5)
 
 
@@ -292,4 +292,4 @@ def test_planted_identity_layers_are_found(criterion):
     assert set(scores.ranking[:3]) == {2, 3, 6}
     assert all(math.isfinite(value) for value in scores.values.values())
     if criterion == "angular_distance":
-        assert contiguous_block(model, random_batches(3), 2) == (2, 3)
+        assert contiguous_stretch(model, random_batches(3), 2) == (2, 3)

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from hf_layerprune import LayerDistillCallback, LayerPlan, LayerPruneError
-from hf_layerprune.trainer import rounds, students
+from hf_layerprune.trainer import rounds
 from hf_layerprune.trainer import run as run_module
 
 
@@ -76,6 +76,20 @@ def test_resume_continues_where_it_was_and_ends_the_same(make, tmp_path, event, 
     assert resumed.evaluate()["eval_loss"] == pytest.approx(cut["rounds"][-1]["loss"], rel=1e-5)
 
 
+def test_a_healed_student_is_loaded_not_made_again(make, tmp_path):
+    settings = {"compensation": "least_squares", "target_num_layers": 4}
+    with pytest.raises(Killed):
+        make(callbacks=[KillAt("on_phase_begin", 7)], **settings).train()  # healed, not yet evaluated
+    phases = []
+
+    class Watch(LayerDistillCallback):
+        def on_phase_begin(self, *_, phase, **__):
+            phases.append(phase)
+
+    make(callbacks=[Watch()], **settings).train(resume_from_checkpoint=True)
+    assert phases == ["evaluating", "writing"]
+
+
 WITH_CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "target_num_layers": 4, "measure_speed": False}
 
 
@@ -87,7 +101,7 @@ def assert_same_weights(*models):
 def test_killed_while_a_healed_student_is_saved(make, tmp_path, monkeypatch, moment):
     make(folder="whole", **WITH_CHECKPOINTS).train()
     name = {"before": "replace_folder", "after": "save_student", "recorded": "rmtree"}[moment]
-    module = {"replace_folder": students, "save_student": rounds, "rmtree": shutil}[name]
+    module = {"replace_folder": run_module, "save_student": rounds, "rmtree": shutil}[name]
     act = getattr(module, name)
 
     def die(path, *args, **kwargs):
@@ -119,10 +133,10 @@ def kill_at_save(monkeypatch, killed_step):
     """Raise when the run is about to name the checkpoint of a step."""
     save = run_module.RunFile.save
 
-    def die(self, done, **changes):
-        if done.step == killed_step:
+    def die(self, **changes):
+        if getattr(changes.get("current"), "checkpoint", None) == killed_step:
             raise Killed
-        save(self, done, **changes)
+        save(self, **changes)
 
     monkeypatch.setattr(run_module.RunFile, "save", die)
 

@@ -13,7 +13,6 @@ from hf_layerprune.budget import BlockCosts
 from hf_layerprune.evaluation import EvaluationReport
 from hf_layerprune.plan import Edit
 from hf_layerprune.record import (
-    Done,
     Healing,
     RoundInProgress,
     RoundRecord,
@@ -42,10 +41,10 @@ RECORD = RoundRecord(
 
 def test_state_round_trip(tmp_path):
     teacher = TeacherRecord(LayerPlan.identity(4), "Qwen2", 1200, EvaluationReport(1.9, 6.7, None, None, 64), name="a")
-    current = RoundInProgress(2, "edited", (Edit.remove(0),), edits=(Edit.remove(0),), unhealed=RECORD.unhealed)
+    current = RoundInProgress(2, "edited", 3, edits=(Edit.remove(0),), unhealed=RECORD.unhealed)
     speed = Speed(BenchmarkReport(1.0, 2.0, 3, 4, 1, 0.5, 1.0, 1.0), "float32", 128, 64)
     run = RunRecord({"seed": 1}, replace(teacher, speed=speed), (RECORD,), current, latency=BlockCosts(1.0, (2.0,)))
-    run = replace(run, environment={"hardware": "CPU"}, seconds={"scoring": 2.0}, done=Done("scoring", 2))
+    run = replace(run, environment={"hardware": "CPU"}, seconds={"scoring": 2.0}, order=(Edit.remove(0),))
     (tmp_path / "run_state.json").write_text(run.to_json())
     assert repr(read_state(tmp_path)) == repr(run)  # NaN is not equal to itself
     assert read_state(tmp_path / "nowhere") is None

@@ -50,6 +50,6 @@ def test_each_measures_its_share(results):
 def test_races_end_alike_on_all(results):
     assert results[0][1] == results[1][1]
     best = min(
-        results[0][1]["values"], key=lambda layer: (layer in results[0][1]["left"], results[0][1]["values"][layer])
+        results[0][1]["values"], key=lambda layer: (layer in results[0][1]["dropped"], results[0][1]["values"][layer])
     )
     assert int(best) == score_layers(tiny_model(), random_batches(5, rows=4), race=Race(0.6)).safest

@@ -19,7 +19,7 @@ from hf_layerprune import (
     prune,
     unparallelize,
 )
-from hf_layerprune.trainer.students import save_student
+from hf_layerprune.trainer.run import save_student
 
 SCALING = {
     "rope_type": "llama3",

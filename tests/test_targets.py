@@ -2,7 +2,7 @@ import pytest
 
 from hf_layerprune import LayerPlan, LayerPruneError
 from hf_layerprune.plan import Edit
-from hf_layerprune.trainer.towers import HiddenStateMap
+from hf_layerprune.trainer.towers import compared_states
 from hf_layerprune.trainer.trainable import touched_blocks, trained_blocks
 
 TEACHER = LayerPlan.identity(8)
@@ -41,25 +41,25 @@ def test_trained_blocks():
 
 def test_the_output_of_a_pair_is_compared_with_that_of_its_second_layer():
     plan = TEACHER.parallelize(3, 4).remove(6)
-    states = HiddenStateMap.of(plan, TEACHER, list(range(plan.depth)))
-    assert dict(zip(states.student, states.teacher, strict=True)) == {0: 0, 1: 1, 2: 2, 3: 4, 4: 6}
+    states = compared_states(plan, TEACHER, list(range(plan.depth)))
+    assert dict(states) == {0: 0, 1: 1, 2: 2, 3: 4, 4: 6}
 
 
 def test_a_teacher_that_runs_layers_in_parallel_has_no_state_between_them():
     teacher = TEACHER.parallelize(0, 1).parallelize(4, 5)
-    states = HiddenStateMap.of(TEACHER, teacher, list(range(8)))
-    assert dict(zip(states.student, states.teacher, strict=True)) == {1: 0, 2: 1, 3: 2, 5: 3, 6: 4}
+    states = compared_states(TEACHER, teacher, list(range(8)))
+    assert dict(states) == {1: 0, 2: 1, 3: 2, 5: 3, 6: 4}
 
 
 def test_hidden_states_are_compared_where_the_next_layer_reads_them():
     plan = TEACHER.remove(3).remove(4)
-    states = HiddenStateMap.of(plan, TEACHER, list(range(plan.depth)))
+    states = compared_states(plan, TEACHER, list(range(plan.depth)))
     # student block 2 (layer 2) feeds layer 5, which in the teacher reads the output of layer 4
-    assert dict(zip(states.student, states.teacher, strict=True)) == {0: 0, 1: 1, 2: 4, 3: 5, 4: 6}
+    assert dict(states) == {0: 0, 1: 1, 2: 4, 3: 5, 4: 6}
 
 
 def test_hidden_states_map_onto_a_teacher_that_is_pruned_itself():
     teacher = TEACHER.remove(1)
     plan = teacher.remove(4)
-    states = HiddenStateMap.of(plan, teacher, touched_blocks(plan, removals(4)))
-    assert dict(zip(states.student, states.teacher, strict=True)) == {2: 3, 3: 4}
+    states = compared_states(plan, teacher, touched_blocks(plan, removals(4)))
+    assert dict(states) == {2: 3, 3: 4}

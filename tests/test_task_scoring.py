@@ -135,7 +135,7 @@ def test_races_over_tasks(tokenizer):
     full = score_layers(model, None, "tasks", **options)
     scores = score_layers(model, None, "tasks", race=Race(0.9), **options)
     assert scores.safest == full.safest == 2
-    assert scores.left and 2 not in scores.left and all(share < 1 for share in scores.left.values())
+    assert scores.dropped and 2 not in scores.dropped and all(share < 1 for share in scores.dropped.values())
 
 
 def test_what_is_missing_is_said(tokenizer, model):

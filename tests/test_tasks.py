@@ -6,7 +6,7 @@ import sacrebleu
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import tiny_model
+from conftest import END, byte_tokenizer, tiny_model
 from datasets import Dataset, DatasetDict
 from task_reference import nll
 
@@ -178,6 +178,16 @@ def test_long_prompts_lose_their_beginning(tokenizer, monkeypatch):
     assert warnings_seen == ["task multiple_choice: prompts too long for the model lost their beginning (4)"]
     task.prepare(tokenizer)
     assert len(warnings_seen) == 1
+
+
+def test_a_prompt_that_is_cut_keeps_the_begin_token():
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = END
+    choice = MultipleChoiceTask(Dataset.from_list(MMLU[:1])).prepare(tokenizer, max_length=8)
+    assert prompts(choice, tokenizer) == [f"{END} + 1?"] * 4
+    rows = Dataset.from_list(GSM8K[:1])
+    (chunk,) = GenerationTask(rows, prompt="{question}", max_new_tokens=8).prepare(tokenizer, max_length=16).chunks
+    assert tokenizer.batch_decode(chunk.batch["input_ids"]) == [f"{END} total?"]
 
 
 def test_perplexity_and_kl_by_hand(model, tokenizer, write):

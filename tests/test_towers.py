@@ -12,7 +12,7 @@ from hf_layerprune import IterativeLayerDistillTrainer, parallelize, prune
 from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.surgery import plan_of, share_equal_weights
 from hf_layerprune.trainer.rounds import Rounds
-from hf_layerprune.trainer.towers import HiddenStateMap, run_towers, shared_depth
+from hf_layerprune.trainer.towers import compared_states, run_towers, shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
 
@@ -22,7 +22,7 @@ def pair(blocks=(2, 3), removed=(3,), pairs=(), **changes):
     student = prune(teacher, list(removed), share_weights=True)
     student = parallelize(student, pairs, share_weights=True) if pairs else student
     student = make_trainable(student, list(blocks), everything=False)
-    return teacher, student, HiddenStateMap.of(plan_of(student), plan_of(teacher), list(blocks))
+    return teacher, student, compared_states(plan_of(student), plan_of(teacher), list(blocks))
 
 
 def loss_of(towers):

@@ -16,7 +16,7 @@ from ..errors import LayerPruneError, first_line
 from ..loading import beside_weights, load_config
 from ..progress import Phases, RunProgress, say
 from ..report import rich_table
-from ..rows import with_text
+from ..rows import select_text_column
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.callbacks import StopOnSignal
 from ..trainer.trainable import lora_config
@@ -108,7 +108,7 @@ def _datasets(arguments: CompressArguments, text_field: str, seed: int) -> tuple
     """Healing, held-out and calibration text. `None` for calibration: rows of the healing text."""
 
     def load(source: str) -> Any:
-        return with_text(read_dataset(arguments, source), text_field, source)
+        return select_text_column(read_dataset(arguments, source), text_field, source)
 
     check_sources(arguments, arguments.eval_dataset, arguments.calibration_dataset)
     if arguments.dataset is None:

@@ -25,6 +25,7 @@ from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
 from ..trainer.config import as_words
 from ..trainer.run import check_budget
+from ..trainer.trainable import check_trained_layers
 from .compress import set_default_target, with_default_recipe
 from .measure import print_table
 from .parsing import Parser
@@ -77,9 +78,7 @@ def _check(name: str, args: IterativeLayerDistillConfig, config: PretrainedConfi
     if not args.heal:
         raise LayerPruneError("heal=False trains nothing, and what is estimated is training; leave it out")
     plan, budget = plan_of(config), args.budget
-    named = args.trained_layers if isinstance(args.trained_layers, tuple) else ()
-    if missing := [layer for layer in named if layer not in plan.layers]:
-        raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
+    check_trained_layers(args.trained_layers, plan, name)
     if budget.unit != "latency":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

@@ -25,10 +25,9 @@ from ..progress import Phases, say
 from ..record import RoundRecord, RunRecord, TeacherRecord, read_plan
 from ..report import rich_table, write_report
 from ..scoring import Scores
-from ..search import SearchStep, find_parallel_range, search_plan
+from ..search import SearchStep, find_parallel_range, parallel_ranges, search_plan
 from ..surgery import apply_plan, plan_of, prune
-from ..trainer.speed import speed_runs, with_speed
-from ..trainer.students import check_saving, save_student
+from ..trainer.run import check_saving, save_student, speed_runs, with_speed
 from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments, default_depth
 from .measure import check_text, load_on_device, text_batches
@@ -62,6 +61,8 @@ def parallelize(argv: list[str]) -> None:
     check_text(arguments, config, arguments.eval_dataset)
     targets = {unit: target for unit, name in TARGETS.items() if (target := getattr(arguments, name)) is not None}
     budget = Budget.of(targets or {"depth": default_depth(config.num_hidden_layers)})
+    if arguments.search == "range" and named is None:
+        parallel_ranges(plan_of(config), budget.target)  # refuses a depth that no range has
     tokenizer = load_tokenizer(arguments.model)
     with made(folder), Phases() as phases:
         phases.phase("reading the text")
@@ -121,10 +122,7 @@ def _steps(
     elif arguments.search == "range":
         phases.phase("measuring every range of pairs", len(batches))
         found = find_parallel_range(model, batches, on_batch=phases.step)
-        wanted = next((plan for plan in found.ranking if plan.depth == budget.target), None)
-        if wanted is None:
-            depths = sorted({plan.depth for plan in found.values})
-            raise LayerPruneError(f"no run of pairs leads to depth={budget.target}; tried were {depths}")
+        wanted = next(plan for plan in found.ranking if plan.depth == budget.target)
     else:
         return _searched(arguments, model, batches, budget, phases), None
     return [(tuple(edits_between(plan, wanted)), (), wanted)], found

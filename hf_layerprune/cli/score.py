@@ -82,5 +82,7 @@ def device_map(name: str, where: torch.device) -> dict[str, str]:
 def _rows(scores: Scores[int]) -> Iterator[list[str]]:
     for layer, value in sorted(scores.values.items()):
         error = scores.standard_errors.get(layer, math.nan)
-        note = f"left at {scores.left[layer]:.0%}" if layer in scores.left else "safest" * (layer == scores.safest)
+        note = "safest" * (layer == scores.safest)
+        if layer in scores.dropped:
+            note = f"dropped at {scores.dropped[layer]:.0%}"
         yield [str(layer), f"{value:.5f}", "" if math.isnan(error) else f"± {error:.5f}", note]

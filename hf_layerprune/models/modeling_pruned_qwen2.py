@@ -127,12 +127,6 @@ def adopt_weights(rebuilt, model, tensors):
     rebuilt.base_model.rotary_emb = deepcopy(rotary, {id(buffer): buffer.clone() for buffer in rotary.buffers()})
     if model.can_generate():
         rebuilt.generation_config = deepcopy(model.generation_config)
-    functions = [
-        m._gradient_checkpointing_func for m in model.modules() if getattr(m, "gradient_checkpointing", False)
-    ]
-    for module in rebuilt.modules():
-        if functions and hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing, module._gradient_checkpointing_func = True, functions[0]
     rebuilt.train(model.training)
 
 
@@ -236,8 +230,8 @@ class PrunedQwen2Loading:
         if layer_plan is None and given is not None and given != recorded.get("layer_plan", given):
             layer_plan = given  # Auto classes put the argument into the config, whatever the weights are
             kwargs["config"] = config = copy(kwargs["config"])
-            for name in ("layer_plan", "num_hidden_layers", "layer_types", "max_window_layers"):
-                setattr(config, name, recorded[name])
+            for name in {"layer_plan", "num_hidden_layers", "layer_types", "max_window_layers"} & recorded.keys():
+                setattr(config, name, recorded[name])  # Llama's has only the first two
         kind = recorded.get("model_type")
         if layer_plan is None and kind in PLAIN_MODELS and kind != "qwen2":  # whose config is no PrunedQwen2's
             blocks = [[layer] for layer in range(recorded["num_hidden_layers"])]

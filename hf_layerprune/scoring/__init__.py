@@ -5,7 +5,7 @@ or in a race), `sweep.py` does so for a model on disk, `estimates.py` holds the 
 `scores.py` adds up.
 """
 
-from .estimates import CRITERIA, CRITERION_UNITS, MEASURED, contiguous_block, criterion_of
+from .estimates import CRITERIA, CRITERION_UNITS, MEASURED, contiguous_stretch, criterion_of
 from .measure import Race
 from .score import score, score_layers
 from .scores import Scores
@@ -16,7 +16,7 @@ __all__ = [
     "MEASURED",
     "Race",
     "Scores",
-    "contiguous_block",
+    "contiguous_stretch",
     "criterion_of",
     "score",
     "score_layers",

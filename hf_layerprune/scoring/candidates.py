@@ -24,7 +24,7 @@ from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of
 from ..tasks.chunks import Chunk, GenerationChunk
 from ..tasks.evaluation import generated, sums_by_row
-from ..tasks.lm_eval_task import LmEvalChunk
+from ..tasks.kinds import LmEvalChunk
 
 MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time; rows beyond it run one after the other
 

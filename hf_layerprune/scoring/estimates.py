@@ -2,7 +2,7 @@
 
 `block_influence`, `1 - cos(input, output)`, is that of [ShortGPT](https://huggingface.co/papers/2403.03853);
 `angular_distance`, `arccos(cos) / pi`, that of [The Unreasonable Ineffectiveness of the Deeper
-Layers](https://huggingface.co/papers/2403.17887), whose best stretch of layers is `contiguous_block`; `taylor`,
+Layers](https://huggingface.co/papers/2403.17887), whose best stretch of layers is `contiguous_stretch`; `taylor`,
 |weight x gradient|, that of [Shortened LLaMA](https://huggingface.co/papers/2402.02834).
 """
 
@@ -172,7 +172,7 @@ def _row_angles(
     return sums, counts.sum(1).cpu()
 
 
-def contiguous_block(
+def contiguous_stretch(
     model: PreTrainedModel, batches: Iterable[Batch], size: int, layers: Iterable[int] | None = None
 ) -> tuple[int, ...]:
     """The stretch of `size` neighbouring layers that turns its input least, by angular distance.

@@ -1,4 +1,4 @@
-"""Measure candidates on data: all of them on all of it, or in a race that the worse ones leave early.
+"""Measure candidates on data: all of them on all of it, or in a race that drops the worse ones early.
 
 In a race every candidate still in it is measured on the same rows. After each chunk of data, those are dropped that
 are worse than the best beyond doubt, by paired differences over rows. The race ends when one is left or the data ends.
@@ -62,10 +62,10 @@ def collect(
         processes (`tuple[int, int]`, *optional*): see [`shard`]; all processes return the same.
 
     Returns:
-        The evidence, and the share of the data that each candidate that left the race had seen.
+        The evidence, and the share of the data that each candidate that the race dropped had seen.
     """
     evidence = Evidence(1 + len(savings), [weight for weight, _ in kinds])
-    alive, left = list(range(1, 1 + len(savings))), {}
+    alive, dropped = list(range(1, 1 + len(savings))), {}
     sizes = [len(chunks) for _, chunks in kinds]
     order, unseen = _order(sizes, race), list(sizes)
     first, step = processes
@@ -82,10 +82,10 @@ def collect(
             shares = [to_come / size for to_come, size in zip(unseen, sizes, strict=True)]
             for index in _beaten(evidence, alive, savings, race.confidence, shares):
                 alive.remove(index)
-                left[index] = done
+                dropped[index] = done
             if len(alive) == 1:
                 break
-    return evidence, left
+    return evidence, dropped
 
 
 def _order(sizes: Sequence[int], race: Race | None) -> list[tuple[int, int]]:

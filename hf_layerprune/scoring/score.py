@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, find_repairs
-from ..data import Batch, check_batches, split_rows, valid_next_tokens
+from ..data import Batch, Batches, check_batches, split_rows, valid_next_tokens
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, inference
 from ..plan import Edit, LayerPlan, layer_indices
@@ -147,8 +147,8 @@ def score(
                 kinds = [(1.0, [partial(runs.measure, TokenChunk(part), statistic, fold) for part, fold in parts])]
         count = sum(len(measures) for _, measures in kinds)
         on_chunk = _as_often(on_batch, len(batches) or count, count)
-        evidence, left = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
-    return Scores.of(criterion, keys, evidence, left, savings)
+        evidence, dropped = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
+    return Scores.of(criterion, keys, evidence, dropped, savings)
 
 
 def _check_request(
@@ -199,7 +199,7 @@ def _estimated(
                 f"criterion={name!r} tells nothing about {what}, only about removing a layer that runs alone; choose "
                 f"one of {', '.join(MEASURED)}"
             )
-        blocks.append(plan.block_of(layer))
+        blocks.append(plan.position_of(layer))
     found = estimate(model, batches, blocks, criterion_of(criterion), seed, on_batch)
     if isinstance(found, Evidence):
         return Scores.of(name, list(candidates), found)
@@ -207,9 +207,9 @@ def _estimated(
     return Scores(name, dict(zip(candidates, map(float, found), strict=True)), num_tokens=num_tokens)
 
 
-def _halves(batches: Iterable[Batch]) -> list[list[Batch]]:
+def _halves(batches: Batches) -> list[Batches]:
     """Every other row of all, and the rest."""
-    found: list[list[Batch]] = [[], []]
+    found = [Batches(vocab_size=batches.vocab_size) for _ in range(2)]
     seen = 0
     for batch in batches:
         for number, half in enumerate(found):

@@ -35,9 +35,9 @@ def price_factors(costs: Tensor, savings: Tensor) -> Tensor:
 
 
 class Evidence:
-    """What `count` candidates measured on kinds of data with weights in the mean. Candidate 0 is the unchanged model.
+    """Per-row measurements of `count` candidates on weighted kinds of data; candidate 0 is the unchanged model.
 
-    A candidate that left a race saw only the first rows: `seen`, `(C, kinds)`, counts them.
+    A candidate that a race dropped saw only the first rows: `seen`, `(C, kinds)`, counts them.
     """
 
     def __init__(self, count: int, weights: Sequence[float] = (1.0,)) -> None:
@@ -121,12 +121,12 @@ class Scores(Generic[Key]):
         num_tokens (`int`): positions that were scored; rows, if `criterion` is `"tasks"`.
         standard_errors (`dict[Key, float]`): of each value, over rows of data; `nan` with one row. Empty for a
             criterion that is only an estimate.
-        left (`dict[Key, float]`): candidates that a race dropped, and the share of the data they had seen by then;
+        dropped (`dict[Key, float]`): candidates that a race dropped, and the share of the data they had seen by then;
             their values are over that data only.
         savings (`dict[Key, float]`): what each saves, above 0; empty if all save the same.
         margin (`float`, *optional*): how far the best is ahead of the second, in standard errors of their paired
             difference; `nan` if there is too little data, `None` if there was nothing to compare.
-        contenders (`tuple[Key, ...]`): the best two; one if all others left a race.
+        contenders (`tuple[Key, ...]`): the best two; one if a race dropped all others.
     """
 
     criterion: str
@@ -134,7 +134,7 @@ class Scores(Generic[Key]):
     baseline: float = 0.0
     num_tokens: int = 0
     standard_errors: dict[Key, float] = field(default_factory=dict)
-    left: dict[Key, float] = field(default_factory=dict)
+    dropped: dict[Key, float] = field(default_factory=dict)
     savings: dict[Key, float] = field(default_factory=dict)
     margin: float | None = None
     contenders: tuple[Key, ...] = ()
@@ -145,7 +145,7 @@ class Scores(Generic[Key]):
         criterion: str,
         keys: Sequence[Key],
         evidence: Evidence,
-        left: Mapping[int, float] | None = None,
+        dropped: Mapping[int, float] | None = None,
         savings: Sequence[float] | None = None,
     ) -> Scores[Key]:
         """What the evidence on candidates 1, 2, ... says of `keys`."""
@@ -156,10 +156,10 @@ class Scores(Generic[Key]):
             baseline=evidence.value(0),
             num_tokens=sum(map(len, evidence.counts)) if criterion == "tasks" else int(evidence.counts[0].sum()),
             standard_errors={key: evidence.standard_error(number) for key, number in index.items()},
-            left={keys[number - 1]: share for number, share in (left or {}).items()},
+            dropped={keys[number - 1]: share for number, share in (dropped or {}).items()},
             savings={} if savings is None else dict(zip(keys, savings, strict=True)),
         )
-        ranked = [key for key in scores.ranking if key not in scores.left and math.isfinite(scores.values[key])]
+        ranked = [key for key in scores.ranking if key not in scores.dropped and math.isfinite(scores.values[key])]
         scores = replace(scores, contenders=tuple(ranked[:2]))
         if len(ranked) < 2:
             return scores
@@ -171,8 +171,8 @@ class Scores(Generic[Key]):
 
     @property
     def ranking(self) -> tuple[Key, ...]:
-        """Candidates by price, see [`price_factors`], the lowest first. Those that left a race come last, in reverse
-        order of leaving.
+        """Candidates by price, see [`price_factors`], the lowest first. Those that a race dropped come last, the last
+        dropped first.
 
         Equal prices go to the deeper layer; a price that is not a number comes last.
         """
@@ -182,7 +182,7 @@ class Scores(Generic[Key]):
 
         def order(item: tuple[Key, float]) -> tuple[Any, ...]:
             key, price = item
-            return math.isnan(price), -self.left.get(key, 1.0), price, -_depth_of(key)
+            return math.isnan(price), -self.dropped.get(key, 1.0), price, -_depth_of(key)
 
         return tuple(key for key, _ in sorted(zip(self.values, prices, strict=True), key=order))
 
@@ -203,9 +203,9 @@ class Scores(Generic[Key]):
     @property
     def certainty(self) -> str:
         """One sentence on how sure the choice is; empty for a criterion that is only an estimate."""
-        if len(self.contenders) == 1 and self.left:
-            best, second = self.contenders[0], max(self.left, key=self.left.__getitem__)
-            return f"{_label(best)} won the race against {_label(second)} after {self.left[second]:.0%} of the data"
+        if len(self.contenders) == 1 and self.dropped:
+            best, second = self.contenders[0], max(self.dropped, key=self.dropped.__getitem__)
+            return f"{_label(best)} won the race against {_label(second)} after {self.dropped[second]:.0%} of the data"
         if self.margin is None or len(self.contenders) < 2:
             return ""
         best, second = map(_label, self.contenders)

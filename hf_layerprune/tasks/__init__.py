@@ -7,11 +7,19 @@ candidates.
 
 from .chunks import GenerationChunk, PreparedTask
 from .evaluation import TaskReport, TaskResult, evaluate_tasks, load_tasks, prepare_tasks
-from .kinds import GenerationTask, KLTask, MultipleChoiceTask, PerplexityTask
-from .lm_eval_task import LmEvalChunk, LmEvalTask
+from .kinds import (
+    TASK_KINDS,
+    GenerationTask,
+    KLTask,
+    LmEvalChunk,
+    LmEvalTask,
+    MultipleChoiceTask,
+    PerplexityTask,
+)
 from .task import PromptedTask, Task
 
 __all__ = [
+    "TASK_KINDS",
     "GenerationChunk",
     "GenerationTask",
     "KLTask",

@@ -154,12 +154,14 @@ class PreparedTask:
         weight (`float`): its weight among others.
         measure (`str`): `"accuracy"`, `"perplexity"`, `"kl"`, a metric's name, or the `"score"` of lm-eval.
         chunks (`list[Chunk]`): its examples.
+        vocab_size (`int`): of the smallest vocabulary that its tokens are known to be in; 0 before they are checked.
     """
 
     name: str
     weight: float
     measure: str
     chunks: list[Chunk] = field(repr=False)
+    vocab_size: int = field(default=0, repr=False)
 
     @property
     def statistic(self) -> Literal["kl", "nll"]:
@@ -196,11 +198,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
 
 
+def cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) -> list[int]:
+    """Keep the last `length` tokens, the first of which stays the begin token if `ids` start with it."""
+    if len(ids) <= length:
+        return ids
+    begin = [ids[0]] if length > 1 and ids[0] == tokenizer.bos_token_id else []
+    return begin + ids[len(ids) - length + len(begin) :]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, max_length: int) -> Encoded:
     """Tokens of `prompt + continuation`, tokenized as one text, as the model would write it.
 
     Tokens that differ from the prompt's own are scored. A row longer than `max_length` loses the beginning of its
-    prompt.
+    prompt, but not the begin token.
 
     Raises:
         [`LayerPruneError`]: if the continuation has no token, or does not fit.
@@ -217,7 +227,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, m
         raise LayerPruneError(f"there are {num_scored} tokens to score; the model can score 1 to {max_length - 1}")
     cut = max(0, len(ids) - max_length)
     # without a prompt, nothing predicts the first token
-    return Encoded(ids[cut:], max(start - cut, 1), cut > 0)
+    return Encoded(cut_left(tokenizer, ids, max_length), max(start - cut, 1), cut > 0)
 
 
 def batched(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:

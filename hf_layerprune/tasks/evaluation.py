@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary, final_states, inference, to_device
 from ..losses import perplexity_of, token_statistics
 from .chunks import GenerationChunk, PreparedTask, pad_id
-from .lm_eval_task import LmEvalChunk, LmEvalTask
+from .kinds import TASK_KINDS, LmEvalChunk, LmEvalTask
 from .task import Task, located
 
 LM_EVAL = "lm_eval:"
@@ -26,7 +26,8 @@ LM_EVAL = "lm_eval:"
 
 @dataclass(frozen=True)
 class TaskResult:
-    """
+    """How good a model is on one task.
+
     Attributes:
         measure (`str`): what `quality` is: `"accuracy"`, `"perplexity"`, `"kl"` (nats per token), or a metric's name.
         quality (`float`): the measure; of perplexity and KL, lower is better.
@@ -46,7 +47,8 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """
+    """How good a model is on several tasks.
+
     Attributes:
         results (`dict[str, TaskResult]`): one per task, by name.
     """
@@ -102,14 +104,14 @@ def _load(spec: str) -> Iterator[Task]:
 def _task(item: Any, home: Path) -> Task:
     """Make a task of an entry of a YAML file; data is looked up in the folder of the file first."""
     kind = item.get("kind") if isinstance(item, dict) else item
-    if not isinstance(item, dict) or str(kind) not in Task.kinds:
-        raise LayerPruneError(f"kind {kind!r} is unknown; write `kind:` with one of {', '.join(Task.kinds)}")
+    if not isinstance(item, dict) or str(kind) not in TASK_KINDS:
+        raise LayerPruneError(f"kind {kind!r} is unknown; write `kind:` with one of {', '.join(TASK_KINDS)}")
     settings = {str(name): value for name, value in item.items() if name != "kind"}
     local = home / str(settings.get("dataset"))
     if local.is_file():
         settings["dataset"] = str(local)
     try:
-        return Task.kinds[str(kind)](**settings)
+        return TASK_KINDS[str(kind)](**settings)
     except TypeError as error:  # an unknown or missing setting, or a wrong type
         raise LayerPruneError(str(error).partition(" Errors:")[0]) from error
 
@@ -131,13 +133,15 @@ def prepare_tasks(
     name, count = Counter(task.name for task in tasks).most_common(1)[0]
     if count > 1:
         raise LayerPruneError(f"two tasks are named {name!r}; give one of them another `name`")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    prepared = [
-        task if isinstance(task, PreparedTask) else task.prepare(tokenizer, batch_size, longest) for task in tasks
-    ]
-    for task in prepared:
-        batches = [chunk.batch for chunk in task.chunks if chunk.batch]
-        check_batches(batches, model.config.vocab_size, f"task {task.name}", required=False)
+    longest, vocab_size = getattr(model.config, "max_position_embeddings", None), model.config.vocab_size
+    prepared = []
+    for task in tasks:
+        task = task if isinstance(task, PreparedTask) else task.prepare(tokenizer, batch_size, longest)
+        if not 0 < task.vocab_size <= vocab_size:
+            batches = [chunk.batch for chunk in task.chunks if chunk.batch]
+            check_batches(batches, vocab_size, f"task {task.name}", required=False)
+            task = replace(task, vocab_size=vocab_size)
+        prepared.append(task)
     return prepared
 
 
@@ -254,7 +258,7 @@ def generated(
 
 
 def standard_error(costs: Tensor, weights: Tensor) -> float | None:
-    """Of the mean cost sum(costs) / sum(weights) over E examples, `(E,), (E,) -> number`."""
+    """Standard error of the mean cost sum(costs) / sum(weights) over E examples, `(E,), (E,) -> number`."""
     count = len(costs)
     if count < 2:
         return None

@@ -43,8 +43,6 @@ class Task:
         [`LayerPruneError`]: for a setting that cannot work; `TypeError` for one of the wrong type.
     """
 
-    kinds: ClassVar[dict[str, type[Task]]] = {}
-    """All classes of tasks by their `kind`."""
     kind: ClassVar[str]
     """What a YAML file calls this kind of task."""
     measure: ClassVar[str] = "accuracy"
@@ -55,10 +53,6 @@ class Task:
     name: str = ""
     limit: int | None = None
     weight: float | int = 1.0
-
-    def __init_subclass__(cls) -> None:
-        if "kind" in vars(cls):
-            Task.kinds[cls.kind] = cls
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

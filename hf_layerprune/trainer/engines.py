@@ -47,7 +47,7 @@ def autocast(accelerator: Accelerator) -> Any:
 
 
 def outline(student: nn.Module) -> nn.Module:
-    """Copy `student` with its frozen weights shared and empty tensors for the trained ones, which [`fill`] fills."""
+    """Copy `student` with its frozen weights shared, and empty tensors, for [`fill_outline`], as its trained ones."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in student.buffers()}
     for parameter in student.parameters():
         data = parameter.new_empty(0) if parameter.requires_grad else parameter.detach()
@@ -62,7 +62,7 @@ def frozen_head(empty: nn.Module) -> nn.Linear | None:
 
 
 @torch.no_grad()
-def fill(empty: nn.Module, trained: nn.Module, device: torch.device) -> nn.Module:
+def fill_outline(empty: nn.Module, trained: nn.Module, device: torch.device) -> nn.Module:
     """Put the weights that an engine trained into the [`outline`] of its model, on every process the whole of them.
 
     Accelerate's `get_state_dict` gives whole weights to the main process alone, and in 16 bits under ZeRO-3.
@@ -89,7 +89,7 @@ def _whole(parameter: nn.Parameter, device: torch.device) -> Tensor:
     return parameter.detach().clone()
 
 
-def agreed(value: Any) -> Any:
+def broadcast_from_main(value: Any) -> Any:
     """Return the main process's value on every process."""
     return broadcast_object_list([value])[0]
 
@@ -102,7 +102,7 @@ def on_main(accelerator: Accelerator, act: Callable[[], Any]) -> Any:
             value = act()
         except Exception as raised:
             error = raised
-    value, refused = agreed((value, None if error is None else str(error)))
+    value, refused = broadcast_from_main((value, None if error is None else str(error)))
     if refused is not None:
         raise error or LayerPruneError(refused)
     return value

@@ -12,16 +12,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
-from trl import SFTTrainer
 
-from .._trl import leave_weights, redirect_forward, set_model
+from .._trl import keep_weights_in_place, redirect_forward, set_model
 from ..data import Batch, valid_next_tokens
 from ..errors import NotANumber
 from ..files import sync_folder
@@ -29,9 +28,12 @@ from ..losses import loss_of_parts, parts_of_loss
 from ..record import Healing
 from ..surgery import plan_of
 from .config import IterativeLayerDistillConfig
-from .engines import autocast, fill, frozen_head, outline, splits_model
-from .towers import HiddenStateMap, run_towers, shared_depth, without_adapters
-from .trainable import make_plain, make_trainable
+from .engines import autocast, fill_outline, frozen_head, outline, splits_model
+from .towers import compared_states, run_towers, shared_depth, without_adapters
+from .trainable import make_trainable, merge_and_round
+
+if TYPE_CHECKING:
+    from .iterative import IterativeLayerDistillTrainer
 
 
 class HealingTrainer(Trainer):
@@ -42,7 +44,7 @@ class HealingTrainer(Trainer):
     model's own and nothing trains it.
 
     Args:
-        rounds ([`~trl.SFTTrainer`]): the trainer of the rounds, with the text, settings, callbacks and `teacher`.
+        owner ([`IterativeLayerDistillTrainer`]): has the text, the settings, the callbacks and the teacher.
         student ([`~transformers.PreTrainedModel`]): may share weights with the teacher; what is trained is copied.
         blocks (`list[int]`): positions of the blocks whose weights change; all weights if the settings say so.
         rows ([`~datasets.Dataset`]): the tokenized text to train on.
@@ -56,32 +58,32 @@ class HealingTrainer(Trainer):
 
     def __init__(
         self,
-        rounds: SFTTrainer,
+        owner: IterativeLayerDistillTrainer,
         student: PreTrainedModel,
         blocks: list[int],
         rows: Dataset | IterableDataset,
         folder: Path,
         on_checkpoint: Callable[[int, Healing], None] = lambda step, so_far: None,
     ) -> None:
-        self.rounds, self.teacher, self.folder, self.on_checkpoint = rounds, rounds.teacher, folder, on_checkpoint
-        self.hidden_state_map = HiddenStateMap.of(plan_of(student), plan_of(self.teacher), blocks)
-        trained = make_trainable(student, blocks, rounds.args.trained_layers == "all", rounds._peft_config)
+        self.owner, self.teacher, self.folder, self.on_checkpoint = owner, owner.teacher, folder, on_checkpoint
+        self.compared = compared_states(plan_of(student), plan_of(self.teacher), blocks)
+        trained = make_trainable(student, blocks, owner.args.trained_layers == "all", owner._peft_config)
         self.shared_depth = shared_depth(trained, self.teacher)
         use_cache = trained.config.use_cache  # which a `Trainer` sets
-        args = copy.copy(rounds.args)
+        args = copy.copy(owner.args)
         args.push_to_hub, args.report_to, args.enable_jit_checkpoint = False, [], False
         super().__init__(
             trained,
             args,
-            rounds.data_collator,
+            owner.data_collator,
             rows,
-            rounds.eval_dataset or rows,  # never read: `evaluate` measures as the rounds do
-            processing_class=rounds.processing_class,
-            optimizer_cls_and_kwargs=rounds.optimizer_cls_and_kwargs,
+            owner.eval_dataset or rows,  # never read: `evaluate` measures as the rounds do
+            processing_class=owner.processing_class,
+            optimizer_cls_and_kwargs=owner.optimizer_cls_and_kwargs,
         )
         trained.config.use_cache = use_cache
-        set_model(rounds, trained)
-        self.callback_handler.callbacks = rounds.callback_handler.callbacks
+        set_model(owner, trained)
+        self.callback_handler.callbacks = owner.callback_handler.callbacks
         self.model_accepts_loss_kwargs = True
         self._signature_columns = ["input_ids", "labels", "seq_lengths"]
         self._outline = outline(trained) if splits_model(self.accelerator) else None
@@ -89,7 +91,7 @@ class HealingTrainer(Trainer):
         self._step_loss: Tensor | int = 0  # sum over the micro-batches of the step in progress
         self._parts: dict[str, list[float]] = defaultdict(list)  # of the loss, since the last line of the log
         self._started = 0.0
-        leave_weights(rounds, trained)
+        keep_weights_in_place(owner, trained)
 
     def heal(
         self, save_dtype: torch.dtype, checkpoint: Path | None = None, seconds: float = 0.0
@@ -108,18 +110,18 @@ class HealingTrainer(Trainer):
             [`NotANumber`]: if the loss or a weight is not finite.
         """
         self._started = time.perf_counter() - seconds
-        set_seed(self.args.seed + self.rounds.round)  # a `Trainer` that is made sets it to the same in every round
+        set_seed(self.args.seed + self.owner.round)  # a `Trainer` that is made sets it to the same in every round
         self.accelerator.free_memory()
         try:
             output = self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
-            self.rounds.state, self.rounds.control = self.state, self.control
+            self.owner.state, self.owner.control = self.state, self.control
         healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        healed = healed if self._outline is None else fill(self._outline, healed, self.args.device)
+        healed = healed if self._outline is None else fill_outline(self._outline, healed, self.args.device)
         self.model = self.model_wrapped = self.optimizer = self.lr_scheduler = self.deepspeed = None
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.accelerator.free_memory()
-        return make_plain(healed, save_dtype), output
+        return merge_and_round(healed, save_dtype), output
 
     @property
     def so_far(self) -> Healing:
@@ -127,28 +129,30 @@ class HealingTrainer(Trainer):
         return Healing(int(self.state.num_input_tokens_seen), time.perf_counter() - self._started)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Take that of the rounds: DeepSpeed allows only one."""
+        """Reuse the run's accelerator; DeepSpeed allows only one."""
         names = ("accelerator", "gather_function", "is_deepspeed_enabled", "is_fsdp_enabled", "is_tp_enabled")
         for name in names:
-            if hasattr(self.rounds, name):
-                setattr(self, name, getattr(self.rounds, name))
+            if hasattr(self.owner, name):
+                setattr(self, name, getattr(self.owner, name))
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Measure the student as the rounds do."""
-        self.rounds.state, self.rounds.control = self.state, self.control
-        return self.rounds.evaluate(metric_key_prefix=metric_key_prefix)
+        self.owner.state, self.owner.control = self.state, self.control
+        return self.owner.evaluate(metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         parts = {name: sum(values) / len(values) for name, values in self._parts.items()}
         self._parts.clear()
-        super().log({"round": self.rounds.round} | logs | parts, *args, **kwargs)
+        super().log({"round": self.owner.round} | logs | parts, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Report it once it is whole, unless it is that of the last step: a `Trainer` that resumes there takes one
-        more."""
+        """Save a checkpoint; report it when it is complete, except at the last step.
+
+        A `Trainer` that resumes from the last step would take one more.
+        """
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones stay until it is whole
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit, step = limit, self.state.global_step
@@ -189,13 +193,13 @@ class HealingTrainer(Trainer):
         """What [`~losses.parts_of_loss`] gives for a batch."""
         student = without_adapters(student)
         valid, labels = valid_next_tokens(inputs)
-        towers = run_towers(student, self.teacher, inputs, valid, self.hidden_state_map, self.shared_depth)
+        towers = run_towers(student, self.teacher, inputs, valid, self.compared, self.shared_depth)
         return parts_of_loss(towers, self.frozen_head or student.lm_head, self.teacher.lm_head, labels, self.args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Stops all processes if the loss of a step is not a finite number in one of them."""
-        self.rounds.state, self.rounds.control = self.state, self.control  # for callbacks that hold the rounds
-        with self.rounds.maybe_activation_offload_context:
+        self.owner.state, self.owner.control = self.state, self.control  # for callbacks that hold the owner
+        with self.owner.maybe_activation_offload_context:
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss = self._step_loss + loss.detach()
         if self.accelerator.sync_gradients:

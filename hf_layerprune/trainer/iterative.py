@@ -34,17 +34,17 @@ from ..hub.paths import absolute_if_local
 from ..hub.runs import hub_errors
 from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
 from ..matching import with_plan
-from ..record import Done, RunRecord, read_plan
-from ..rows import column_names, tell_of_dropped, with_text
+from ..record import RunRecord, read_plan
+from ..rows import column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
 from ..surgery import plan_of, prune, unshare_parameters
 from ..tasks import load_tasks, prepare_tasks
 from .config import IterativeLayerDistillConfig
-from .engines import agreed, check_engine, on_main, splits_model
+from .engines import broadcast_from_main, check_engine, on_main, splits_model
 from .rounds import Rounds
-from .run import RunFile, check_budget, decisive_settings
-from .students import check_saving, unpruned
+from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
 from .towers import without_adapters
+from .trainable import check_trained_layers
 
 DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
 
@@ -112,11 +112,11 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         files = self._load(model, teacher, args)
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name, **files)
-        self._check_request(args, processing_class)
+        self._check_request(args)
         self._text_field = args.dataset_text_field if formatting_func is None else None
         texts = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
         texts = {
-            name: with_text(rows, self._text_field, f"{name}_dataset")
+            name: select_text_column(rows, self._text_field, f"{name}_dataset")
             for name, rows in texts.items()
             if rows is not None
         }
@@ -144,12 +144,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         except (ValueError, ImportError, TemplateError) as error:  # what TRL and transformers say of the arguments
             raise LayerPruneError(first_line(error)) from error
         check_engine(self.accelerator, args)
-        if len(self.processing_class) > self.start.config.vocab_size:
-            raise LayerPruneError(
-                f"with chat_template_path={args.chat_template_path!r} the tokenizer has {len(self.processing_class)} "
-                f"tokens but the model only {self.start.config.vocab_size}; save the template alone to a .jinja file "
-                "and name that file"
-            )
+        check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)
         self._make_batches(self.eval_dataset or {})
         self.tasks = []
@@ -187,7 +182,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         self.teacher = self.start if teacher is None else teacher.to(args.device)
         return files
 
-    def _check_request(self, args: IterativeLayerDistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _check_request(self, args: IterativeLayerDistillConfig) -> None:
         """Raise [`LayerPruneError`] unless the model can be compressed as the settings ask."""
         name = self.model_name or type(self.start).__name__
         plan, teacher_plan = plan_of(self.start), plan_of(self.teacher)
@@ -196,7 +191,6 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 f"target_num_layers is missing; {name} has {plan.depth} layers, choose 1..{plan.depth - 1}"
             )
         check_same_vocabulary(self.start, self.teacher)
-        check_tokenizer(tokenizer, self.start, name)
         check_length(args.max_length, self.start.config, name)
         check_length(args.max_length, self.teacher.config, "the teacher")
         if plan.parallel_pairs and args.criterion not in MEASURED:
@@ -210,9 +204,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 f"teacher ({list(teacher_plan.layers)} of {teacher_plan.num_teacher_layers}); use the model it was "
                 "pruned from"
             )
-        named = args.trained_layers if isinstance(args.trained_layers, tuple) else ()
-        if missing := [layer for layer in named if layer not in plan.layers]:
-            raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
+        check_trained_layers(args.trained_layers, plan, name)
         if args.budget.unit != "latency":  # which is measured when the run is opened
             check_budget(name, Goal.of(args.budget, args.edit_space, self.teacher, teacher_plan), plan, args.heal)
 
@@ -243,10 +235,11 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if args.completion_only_loss is None and formatting_func is None:  # TRL's is that of the training data
             self.completion_only_loss = {"prompt", "completion"} <= set(column_names(dataset))
         cut = packing and args.packing_strategy == "bfd"  # which cuts rows, whatever is left of them
-        how = (packing and not cut, formatting_func, dataset_name)
-        rows = super()._prepare_dataset(dataset, processing_class, args, *how)
+        rows = super()._prepare_dataset(
+            dataset, processing_class, args, packing and not cut, formatting_func, dataset_name
+        )
         if isinstance(rows, Dataset) and (cut or not packing):
-            tell_of_dropped(f"{dataset_name} data", len(dataset) - len(rows), len(dataset), args.max_length)
+            warn_of_dropped_rows(f"{dataset_name} data", len(dataset) - len(rows), len(dataset), args.max_length)
         return super()._prepare_dataset(rows, processing_class, args, True, None, dataset_name) if cut else rows
 
     def _batches(self, rows: Dataset | IterableDataset, limit: int | None, what: str) -> list[Batch]:
@@ -297,21 +290,21 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         """
         args, start, teacher = self.args, self.start, self.teacher
         self.file = RunFile(Path(args.output_dir), args.should_save, args.device, self.seconds_before)
-        on_main(self.accelerator, lambda: check_saving(unpruned(start), self.processing_class))
+        on_main(self.accelerator, lambda: check_saving(make_unpruned_student(start), self.processing_class))
         batches = {
             "calibration": self.calibration_batches,
             "repair": self.repair_batches,
             "evaluation": self.eval_batches,
         }
-        data = (self.all_train_rows, batches, self.tasks)
-        settings = decisive_settings(args, start, teacher, *data, self._peft_config)
+        settings = decisive_settings(args, start, teacher, self.all_train_rows, batches, self.tasks, self._peft_config)
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
         try:
             on_main(self.accelerator, lambda: self.file.open(settings, resume_from_checkpoint))
-            run = self.file.record = agreed(self.file.record)
-            self.goal = agreed(Goal.of(args.budget, args.edit_space, teacher, plan_of(teacher), run.latency))
+            run = self.file.record = broadcast_from_main(self.file.record)
+            goal = Goal.of(args.budget, args.edit_space, teacher, plan_of(teacher), run.latency)
+            self.goal = broadcast_from_main(goal)
             check_budget(self.model_name, self.goal, plan_of(start), args.heal)
-            self.file.save(run.done or Done("opened"), latency=self.goal.latency)
+            self.file.save(latency=self.goal.latency)
         except BaseException:
             self.file.close()
             raise
@@ -329,7 +322,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         `eval_agreement`, all weighted by tokens."""
         batches = self.eval_batches
         if eval_dataset is not None:
-            eval_dataset = with_text(eval_dataset, self._text_field, "eval_dataset")
+            eval_dataset = select_text_column(eval_dataset, self._text_field, "eval_dataset")
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
             batches = self._batches(prepared_for_evaluation(self, eval_dataset, packing), None, "evaluation data")
         report = evaluate_model(without_adapters(self.model), batches, self.teacher)

@@ -20,16 +20,15 @@ from ..files import round_folder, write_atomically
 from ..hub.paths import without_local_paths
 from ..loading import load_model
 from ..plan import Edit, LayerPlan
-from ..record import PLAN_FILE, Done, Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
+from ..record import PLAN_FILE, Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
 from ..scoring import MEASURED
 from ..search import SearchStep, next_edit
 from ..surgery import apply_plan, plan_of, share_equal_weights
 from ..tasks import TaskReport, evaluate_tasks
 from .callbacks import LayerDistillCallback
-from .engines import agreed, autocast, on_main
+from .engines import autocast, broadcast_from_main, on_main
 from .healing import HealingTrainer
-from .speed import speed_runs, with_speed
-from .students import publish_student, save_student, unpruned
+from .run import make_unpruned_student, publish_student, save_student, speed_runs, with_speed
 from .trainable import round_weights, trained_blocks
 
 if TYPE_CHECKING:
@@ -65,7 +64,8 @@ class Rounds:
                 if (edit := self._next_edit(student, made)) is None:
                     break
                 plan = edit.apply(plan)
-                student = self._built(student, plan, edit)
+                if self.run.current.phase != "healed":  # else the student is on disk
+                    student = self._built(student, plan, edit)
             self._evaluate_unhealed(student, plan)
             student = self._healed(student, plan)
             self._end_round(student, self._evaluate(student))
@@ -73,7 +73,8 @@ class Rounds:
         return self.output
 
     def _first_student(self) -> PreTrainedModel:
-        student = self._load_student(len(self.run.rounds)) if self.run.rounds else unpruned(self.trainer.start)
+        number = len(self.run.rounds)
+        student = self._load_student(number) if number else make_unpruned_student(self.trainer.start)
         share_equal_weights(student, self.teacher)
         set_model(self.trainer, student)
         return student
@@ -95,7 +96,7 @@ class Rounds:
             name=without_local_paths(self.trainer.teacher_name),
             evaluated_on="calibration data" if self.trainer.eval_dataset is None else "evaluation data",
         )
-        self.file.save(Done("evaluating teacher"), teacher=record)
+        self.file.save(teacher=record)
 
     def _begin_round(self, plan: LayerPlan) -> int:
         """Begin the next round, or continue the one in progress; returns how many edits it makes."""
@@ -109,23 +110,20 @@ class Rounds:
         return self.run.current.wanted
 
     def _next_edit(self, student: PreTrainedModel, made: int) -> Edit | None:
-        """The edit after `made` others in this round, scored on what they left; `None` if the target is met."""
+        """The edit after `made` others in this round, scored on what they left; `None` if there is no other."""
         current = self.run.current
         if made < len(current.edits):  # of a run that resumes
             return current.edits[made]
-        if self.goal.met(plan_of(student)):
+        if current.phase != "choosing" or self.goal.met(plan_of(student)):
             return None
         self._phase("scoring", num_layers=plan_of(student).depth)
         start = time.perf_counter()
         with autocast(self.trainer.accelerator):  # all candidates are rounded alike, in half of the time
-            step = agreed(self._choice(student))
-        one_shot = self.args.one_shot
-        self.file.record = replace(self.run, order=step.order if one_shot else ())
+            step = broadcast_from_main(self._choice(student))
+        self.file.record = replace(self.run, order=step.order)
         self._change_round(
-            "scoring",
             edits=(*current.edits, step.edit),
             scores=current.scores if step.scores is None else (*current.scores, step.scores),
-            order=() if one_shot else step.order,
             seconds_scoring=current.seconds_scoring + time.perf_counter() - start,
         )
         return step.edit
@@ -147,7 +145,7 @@ class Rounds:
             args.criterion,
             self.teacher,
             race=args.race,
-            order=self.run.order if args.one_shot else self.run.current.order,
+            order=self.run.order,
             num_removals=num_removals,
             on_batch=self._phase_step,
             **options,
@@ -159,8 +157,15 @@ class Rounds:
         if self.args.compensation != "none" and edit.kind == "remove":
             self._phase("repairing", num_layers=plan.depth)
             with autocast(self.trainer.accelerator):
-                repair = (self.trainer.repair_batches, self.args.compensation, self.teacher, edit.layers)
-                student = compensate(student, *repair, on_batch=self._phase_step, share_weights=True)
+                student = compensate(
+                    student,
+                    self.trainer.repair_batches,
+                    self.args.compensation,
+                    self.teacher,
+                    gaps=edit.layers,
+                    on_batch=self._phase_step,
+                    share_weights=True,
+                )
         round_weights(student, self.trainer.save_dtype)
         return student
 
@@ -171,7 +176,7 @@ class Rounds:
         before = unhealed = self._evaluate(student)
         if self.run.rounds or self.trainer.start is not self.teacher or self.args.compensation != "none":
             unhealed = self._evaluate(apply_plan(self.teacher, plan, share_weights=True))
-        self._change_round("evaluating unhealed", phase="edited", before_healing=before, unhealed=unhealed)
+        self._change_round(phase="edited", before_healing=before, unhealed=unhealed)
 
     def _healed(self, student: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
         """The student of this round after its healing, on disk."""
@@ -184,9 +189,9 @@ class Rounds:
             set_model(trainer, student)
             trainer.accelerator.wait_for_everyone()
             if self.args.should_save:
-                how = (trainer.processing_class, trainer.save_dtype)
-                save_student(student, *how, round_folder(self.file.folder, number))
-            self._change_round("healing", phase="healed", healing=healing)
+                folder = round_folder(self.file.folder, number)
+                save_student(student, trainer.processing_class, trainer.save_dtype, folder)
+            self._change_round(phase="healed", healing=healing)
             trainer.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
@@ -203,21 +208,21 @@ class Rounds:
         before = self.run.current.healing.seconds if checkpoint else 0.0
 
         def on_checkpoint(step: int, so_far: Healing) -> None:
-            self._change_round("checkpoint", step, healing=so_far)
+            self._change_round(checkpoint=step, healing=so_far)
 
         healing = HealingTrainer(trainer, student, blocks, rows, self.checkpoints, on_checkpoint)
         try:
             student, self.output = healing.heal(trainer.save_dtype, checkpoint, before)
         except NotANumber as error:  # it would diverge again from any checkpoint
+            self._change_round(checkpoint=None, healing=None)
             on_main(trainer.accelerator, lambda: shutil.rmtree(self.checkpoints, ignore_errors=True))
             raise LayerPruneError(f"{error}. A run that resumes heals round {number} from its start") from error
         return student, healing.so_far
 
     def _last_checkpoint(self) -> Path | None:
         """The checkpoint that the run names: it does so once all processes have written it. Others are deleted."""
-        done = self.run.done
-        path = self.checkpoints / f"checkpoint-{done.step}"
-        if (done.phase, done.round) == ("checkpoint", self.trainer.round) and path.is_dir():
+        step = self.run.current.checkpoint
+        if step is not None and (path := self.checkpoints / f"checkpoint-{step}").is_dir():
             return path
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         return None
@@ -225,7 +230,7 @@ class Rounds:
     def _end_round(self, student: PreTrainedModel, quality: EvaluationReport) -> None:
         number, current = self.trainer.round, self.run.current
         if not math.isfinite(quality.loss):  # this healing does not count
-            self._change_round("scoring", phase="edited" if self.args.heal else "choosing", healing=None)
+            self._change_round(phase="edited" if self.args.heal else "choosing", checkpoint=None, healing=None)
             if self.args.should_save:
                 shutil.rmtree(round_folder(self.file.folder, number))
             advice = "; lower the learning rate" if self.args.heal else ""
@@ -242,7 +247,7 @@ class Rounds:
             **{name: getattr(current, name) for name in names},
         )
         self.file.record = self.run.with_round(record)
-        self.file.save(Done("round", number))
+        self.file.save(order=self.run.order if self.args.one_shot else ())
         self.file.report()
         self._event("on_round_end", record=record)
 
@@ -252,7 +257,7 @@ class Rounds:
         if is_writer and self.args.measure_speed and self.run.rounds[-1].speed is None:
             self._phase("measuring speed", num_runs=speed_runs(self.run))
             self.file.record = with_speed(self.run, self.teacher, self.trainer.save_dtype, self._phase_step)
-        self.file.save(Done("all", self.trainer.round))
+        self.file.save()
         self._phase("writing")
         if is_writer:
             folder, last = self.file.folder, self.run.rounds[-1]
@@ -270,9 +275,9 @@ class Rounds:
         tasks = self.trainer.tasks
         return evaluate_tasks(model, tasks, self.trainer.processing_class, self.teacher) if tasks else None
 
-    def _change_round(self, done: str, step: int | None = None, **changes: Any) -> None:
+    def _change_round(self, **changes: Any) -> None:
         """Change fields of the round in progress and save the run."""
-        self.file.save(Done(done, self.trainer.round, step), current=replace(self.run.current, **changes))
+        self.file.save(current=replace(self.run.current, **changes))
 
     def _phase(self, phase: str, **details: Any) -> None:
         self.file.begin(phase)

@@ -1,32 +1,37 @@
-"""A run on disk: what decides its result, its lock, and its record after every costly step."""
+"""A run on disk: its lock and its record, its students, the speed of every depth, and what decides its result."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..benchmark import benchmark_models, num_runs
 from ..budget import TARGETS, Budget, Goal
 from ..data import Batch
-from ..environment import environment
+from ..environment import environment, fingerprint, fingerprint_model, native_dtype
 from ..errors import LayerPruneError
-from ..files import write_atomically
-from ..fingerprint import fingerprint, fingerprint_model
+from ..files import replace_folder, write_atomically
 from ..plan import LayerPlan
-from ..record import STATE_FILE, Done, RunRecord, read_state
+from ..record import STATE_FILE, RunRecord, Speed, read_state
 from ..report import write_report
-from ..surgery import plan_of
+from ..surgery import apply_plan, plan_of, prune
 from ..tasks import PreparedTask
 from .config import IterativeLayerDistillConfig
 
 LOCK_FILE = ".lock"
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 64, 5  # of the measured speed
 FINGERPRINT_ROWS = 64
 # What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
 DECISIVE = (
@@ -88,10 +93,10 @@ class RunFile:
         self.record = replace(self.record, seconds=seconds)
         self.phase, self._since = phase, now
 
-    def save(self, done: Done, **changes: Any) -> None:
+    def save(self, **changes: Any) -> None:
         """Change fields of the record and write it."""
         self.begin(self.phase)
-        self.record = replace(self.record, done=done, **changes)
+        self.record = replace(self.record, **changes)
         if self._writes:
             write_atomically(self.folder / STATE_FILE, self.record.to_json())
 
@@ -193,3 +198,97 @@ def _some(rows: Dataset | IterableDataset) -> list[Any]:
         return list(rows.take(FINGERPRINT_ROWS))
     spread = {number * (len(rows) - 1) // (FINGERPRINT_ROWS - 1) for number in range(FINGERPRINT_ROWS)}
     return [len(rows), rows[sorted(spread)]]
+
+
+def save_student(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, target: Path
+) -> None:
+    """Write a student in `dtype`, so that nothing half written is ever seen at `target`."""
+    temporary = _cleared(target)
+    prune(student, [], share_weights=True).to(dtype).save_pretrained(temporary)
+    _save_tokenizer(tokenizer, temporary)
+    replace_folder(temporary, target)
+
+
+def publish_student(source: Path, target: Path, files: list[Path]) -> None:
+    """Copy a saved student, and `files` next to it, so that no half of a copy is ever seen at `target`."""
+    temporary = _cleared(target)
+    shutil.copytree(source, temporary)
+    for path in files:
+        shutil.copy(path, temporary)
+    replace_folder(temporary, target)
+
+
+def _cleared(target: Path) -> Path:
+    """A name next to `target`, without what a kill has left there."""
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer so that transformers 4 reads it as well, which needs the names it had there."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in values:
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    ids = tokenizer("a").input_ids  # in tokenizer.json, but transformers 4 adds a BOS token to Llama's by default
+    values["add_bos_token"] = ids[:1] == [tokenizer.bos_token_id]
+    values["add_eos_token"] = ids[-1:] == [tokenizer.eos_token_id]
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make_unpruned_student(model: PreTrainedModel) -> PreTrainedModel:
+    """A student that holds every layer of `model`, in the same memory, and can be saved.
+
+    The generation settings that transformers ignores, such as a temperature of greedy decoding, are unset: it saves
+    them as they were loaded, but no more once a `Trainer` has set the special tokens.
+    """
+    student = prune(model, [], share_weights=True)
+    try:
+        student.generation_config.validate(strict=True)
+    except ValueError as error:
+        for name in re.findall(r"^- `(\w+)`: ", str(error), re.MULTILINE):
+            setattr(student.generation_config, name, None)
+    return student
+
+
+def check_saving(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise [`LayerPruneError`] unless a student can be saved: all but its weights is, to a temporary folder."""
+    with TemporaryDirectory(prefix="hf-layerprune-") as folder:
+        try:
+            student.config.save_pretrained(folder)
+            student.generation_config.save_pretrained(folder)
+            _save_tokenizer(tokenizer, Path(folder))
+        except Exception as error:  # what transformers, or a class of the user's, cannot write
+            reason = " ".join(str(error).split())
+            raise LayerPruneError(
+                f"students cannot be saved, correct the model's config, generation_config or tokenizer: {reason}"
+            ) from error
+
+
+def speed_runs(run: RunRecord) -> int:
+    """How often [`with_speed`] calls `on_run`."""
+    return num_runs(1 + len(run.rounds), REPEATS)
+
+
+def with_speed(
+    run: RunRecord, teacher: PreTrainedModel, dtype: torch.dtype, on_run: Callable[[], None] = lambda: None
+) -> RunRecord:
+    """The run with the speed of every depth, measured side by side in the dtype the students are saved in (float32
+    where the CPU would emulate it).
+
+    Speed depends on shapes and dtype only: no student is loaded.
+    """
+    dtype = native_dtype(dtype, teacher.device) or dtype
+    models = [teacher if teacher.dtype == dtype else prune(teacher, [], share_weights=True).to(dtype)]
+    for record in run.rounds:  # each is made of the one before, so that common blocks are in memory once
+        models.append(apply_plan(models[-1], record.plan, share_weights=True))
+    reports = benchmark_models(models, PROMPT_TOKENS, NEW_TOKENS, repeats=REPEATS, on_run=on_run)
+    name = str(dtype).removeprefix("torch.")
+    teacher_speed, *speeds = (Speed(report, name, PROMPT_TOKENS, NEW_TOKENS) for report in reports)
+    rounds = tuple(replace(record, speed=speed) for record, speed in zip(run.rounds, speeds, strict=True))
+    return replace(run, teacher=replace(run.teacher, speed=teacher_speed), rounds=rounds)

@@ -6,7 +6,7 @@ part, without gradients, and the student continues from there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import is_peft_model
@@ -20,31 +20,20 @@ from ..plan import LayerPlan
 from ..surgery import plan_of
 
 
-@dataclass(frozen=True)
-class HiddenStateMap:
-    """Which hidden states are compared: what a block hands on, with what the next layer reads in the teacher.
+def compared_states(plan: LayerPlan, teacher_plan: LayerPlan, blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs of student and teacher hidden states to compare, by the positions of the blocks that output them.
 
-    After a gap that is the state after the removed layers, since the block before the gap now does their work too;
-    after a pair it is the state after the pair's second layer.
-
-    Attributes:
-        student (`tuple[int, ...]`): positions of blocks in the student.
-        teacher (`tuple[int, ...]`): positions in the teacher of the layers whose outputs theirs are compared with.
+    What a student's block hands on is compared with what the next layer reads in the teacher. After a gap that is the
+    state after the removed layers, since the block before the gap now does their work too; after a pair it is the
+    state after the pair's second layer. The last block's output is left out: that is the final state.
     """
-
-    student: tuple[int, ...]
-    teacher: tuple[int, ...]
-
-    @classmethod
-    def of(cls, plan: LayerPlan, teacher_plan: LayerPlan, blocks: list[int]) -> HiddenStateMap:
-        """Compare the outputs of `blocks` (positions in `plan`), but not the last one's: that is the final state."""
-        compared = []
-        for position in blocks:
-            if position < plan.depth - 1:
-                last, reader = plan.blocks[position][-1], teacher_plan.block_of(plan.blocks[position + 1][0])
-                if teacher_plan.block_of(last) != reader:  # else the teacher has no state between them
-                    compared.append((position, reader - 1))
-        return cls(*zip(*compared, strict=True)) if compared else cls((), ())
+    compared = []
+    for position in blocks:
+        if position < plan.depth - 1:
+            last, reader = plan.blocks[position][-1], teacher_plan.position_of(plan.blocks[position + 1][0])
+            if teacher_plan.position_of(last) != reader:  # else the teacher has no state between them
+                compared.append((position, reader - 1))
+    return compared
 
 
 def without_adapters(student: nn.Module) -> PreTrainedModel:
@@ -63,11 +52,11 @@ def shared_depth(student: nn.Module, teacher: PreTrainedModel) -> int | None:
     same_start = _same(student.get_input_embeddings(), teacher.get_input_embeddings())
     if student.config.attention_dropout or not same_attention or not same_start:
         return None
-    own_blocks = zip(plan_of(student).blocks, student.base_model.layers, strict=True)
-    its_blocks = zip(plan_of(teacher).blocks, teacher.base_model.layers, strict=True)
+    student_blocks = zip(plan_of(student).blocks, student.base_model.layers, strict=True)
+    teacher_blocks = zip(plan_of(teacher).blocks, teacher.base_model.layers, strict=True)
     depth = 0
-    for (own, module), (its, of_teacher) in zip(own_blocks, its_blocks, strict=False):
-        if own != its or not _same(module, of_teacher):
+    for (block, module), (teacher_block, teacher_module) in zip(student_blocks, teacher_blocks, strict=False):
+        if block != teacher_block or not _same(module, teacher_module):
             break
         depth += 1
     return min(depth, len(teacher.base_model.layers) - 1)
@@ -75,9 +64,9 @@ def shared_depth(student: nn.Module, teacher: PreTrainedModel) -> int | None:
 
 def _same(module: nn.Module, other: nn.Module) -> bool:
     """Whether two modules are the same weights in memory, which are not trained."""
-    own, its = list(module.parameters()), list(other.parameters())
-    return len(own) == len(its) and not any(
-        a.requires_grad or a.data_ptr() != b.data_ptr() for a, b in zip(own, its, strict=True)
+    ours, theirs = list(module.parameters()), list(other.parameters())
+    return len(ours) == len(theirs) and not any(
+        a.requires_grad or a.data_ptr() != b.data_ptr() for a, b in zip(ours, theirs, strict=True)
     )
 
 
@@ -86,7 +75,7 @@ def run_towers(
     teacher: PreTrainedModel,
     inputs: Batch,
     valid: Tensor,
-    states: HiddenStateMap,
+    compared: Sequence[tuple[int, int]],
     shared: int | None,
 ) -> TowerStates:
     """Run both models, without wrappers, on a batch; the student with gradients.
@@ -94,21 +83,21 @@ def run_towers(
     Args:
         inputs (`dict[str, Tensor]`): what both are called with; labels are left out.
         valid (`Tensor` of shape `(B, T)`): the N positions that count.
-        states ([`HiddenStateMap`]): the hidden states to compare.
+        compared (`Sequence[tuple[int, int]]`): the hidden states to compare, see [`compared_states`].
         shared (`int`, *optional*): see [`shared_depth`]; without it the student runs from its embedding on.
     """
-    own_numbers = {position + 1 for position in states.student}
-    its_numbers = {position + 1 for position in states.teacher}
+    student_numbers = {position + 1 for position, _ in compared}
+    teacher_numbers = {position + 1 for _, position in compared}
     with torch.no_grad():
-        its = record(teacher, inputs, its_numbers if shared is None else its_numbers | {shared})
+        of_teacher = record(teacher, inputs, teacher_numbers if shared is None else teacher_numbers | {shared})
     if shared is None:
-        own = record(student, inputs, own_numbers)
+        of_student = record(student, inputs, student_numbers)
     else:
         decoder = student.base_model
-        own = replay(its, shared, decoder.layers[shared:], decoder.norm, own_numbers)
+        of_student = replay(of_teacher, shared, decoder.layers[shared:], decoder.norm, student_numbers)
     return TowerStates(
-        own.final[valid],
-        its.final[valid],
-        [own.states[position + 1][valid] for position in states.student],
-        [its.states[position + 1][valid] for position in states.teacher],
+        of_student.final[valid],
+        of_teacher.final[valid],
+        [of_student.states[position + 1][valid] for position, _ in compared],
+        [of_teacher.states[position + 1][valid] for _, position in compared],
     )

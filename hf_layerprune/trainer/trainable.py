@@ -16,6 +16,13 @@ from ..plan import Edit, LayerPlan, edits_between
 from ..surgery import unshare_parameters
 
 
+def check_trained_layers(trained_layers: str | tuple[int, ...], plan: LayerPlan, name: str) -> None:
+    """Raise [`LayerPruneError`] if `trained_layers` names layers that the model called `name` lacks."""
+    named = trained_layers if isinstance(trained_layers, tuple) else ()
+    if missing := [layer for layer in named if layer not in plan.layers]:
+        raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
+
+
 def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tuple[int, ...]) -> list[int]:
     """Positions of the blocks whose weights healing changes.
 
@@ -28,7 +35,7 @@ def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tup
         return touched_blocks(plan, edits or edits_between(LayerPlan.identity(plan.num_teacher_layers), plan))
     if trained_layers == "all":
         return list(range(plan.depth))
-    blocks = sorted({plan.block_of(layer) for layer in trained_layers if layer in plan.layers})
+    blocks = sorted({plan.position_of(layer) for layer in trained_layers if layer in plan.layers})
     if not blocks:
         raise LayerPruneError(f"trained_layers={list(trained_layers)}: all of them have been removed; name others")
     return blocks
@@ -39,7 +46,7 @@ def touched_blocks(plan: LayerPlan, edits: list[Edit]) -> list[int]:
     touched: set[int] = set()
     for edit in edits:
         if edit.kind == "parallelize":
-            touched |= {plan.block_of(layer) for layer in edit.layers if layer in plan.layers}
+            touched |= {plan.position_of(layer) for layer in edit.layers if layer in plan.layers}
         else:
             (layer,) = edit.layers
             before = sum(block[0] < layer for block in plan.blocks) - 1
@@ -101,10 +108,10 @@ def round_weights(student: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def make_plain(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
-    """The healed student as a plain model without gradients, its trained weights rounded to `dtype`.
+def merge_and_round(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
+    """Merge adapters into the healed student, and round its trained weights to `dtype`, in which they will be saved.
 
-    Those are the weights that will be saved, so they are what is measured. Raises [`NotANumber`] if one is not finite.
+    The result is a plain model without gradients. Raises [`NotANumber`] if a weight is not finite.
     """
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if is_peft_model(student):
