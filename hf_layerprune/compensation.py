@@ -11,8 +11,7 @@ Shapes: B batch, T positions, N unpadded tokens, H hidden, I neurons of a block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from .architectures import mlp_output
 from .data import Batch, check_batches
 from .errors import LayerPruneError
-from .forward import check_same_vocabulary, inference, record, to_device
+from .forward import advance, check_same_vocabulary, inference, inputs_of, record, to_device
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 
@@ -87,7 +86,8 @@ def compensate(
 
     Args:
         student ([`~transformers.PreTrainedModel`]): a model that lacks some layers.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data, read once per gap; padding never counts.
+        batches (`Iterable[dict[str, Tensor]]`): calibration data, read once; its hidden states are held, and
+            padding never counts.
         method (`str`): `"none"` or `"least_squares"`.
         teacher ([`~transformers.PreTrainedModel`]): the model with those layers, whose states are to be matched.
         gaps (`Iterable[int]`, *optional*):
@@ -110,12 +110,9 @@ def compensate(
         raise LayerPruneError(f"gaps={layers}: layers {wrong} are not missing; {list(plan.removed_layers)} are")
     batches = _checked(student, batches, method, teacher, layers)
     repaired = apply_plan(student, plan, share_weights=share_weights)
-    neighbours = groupby(layers, key=lambda layer: layer - layers.index(layer))  # equal for consecutive layers
-    for _, together in neighbours if method == "least_squares" else ():
-        gap = _gap(next(together), plan, plan_of(teacher))
-        if gap.position >= 0:
-            (repair,) = _refit(repaired, teacher, batches, [gap], ridge, on_batch)
-            apply_repair(repaired, repair)
+    if method == "least_squares":
+        gaps = dict.fromkeys(_gap(layer, plan, plan_of(teacher)) for layer in layers)  # neighbours have one gap
+        _repair_in_turn(repaired, teacher, batches, [gap for gap in gaps if gap.position >= 0], ridge, on_batch)
     return repaired
 
 
@@ -216,13 +213,59 @@ class Regression:
         return (self.weight.float() + correction.T).to(self.weight.dtype)
 
 
+def _repair_in_turn(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Sequence[Batch],
+    gaps: Sequence[_Gap],
+    ridge: float,
+    on_batch: Callable[[], None],
+) -> None:
+    """Repair `student` in place, gap by gap from the bottom up, in one pass of both models over the data."""
+    if not gaps:
+        return
+    blocks, layers, valid = (
+        student.base_model.layers,
+        teacher.base_model.layers,
+        [_unpadded(batch) for batch in batches],
+    )
+    num_tokens = sum(int(mask.sum()) for mask in valid)
+    with inference(student, teacher):
+        position, target = gaps[0].position, gaps[0].target
+        states, arguments = _states_at(student, batches, position)
+        wanted, teacher_arguments = _states_at(teacher, batches, target)
+        for gap in gaps:
+            for block in blocks[position : gap.position]:
+                advance(states, block, arguments)
+            for layer in layers[target : gap.target]:
+                advance(wanted, layer, teacher_arguments)
+            position, target = gap
+            projection = mlp_output(student, position)
+            fit = Regression(projection.weight.detach(), num_tokens)
+            for number, mask in enumerate(valid):
+                with inputs_of(projection) as read:
+                    output = blocks[position](states[number], **arguments[number])
+                rows = mask.to(output.device)
+                missing = wanted[number].to(output.device)[rows].float() - output[rows].float()
+                fit.add(read[0][rows].float(), missing)
+                on_batch()
+            apply_repair(student, Repair(position, fit.solve(ridge)))
+
+
+def _states_at(
+    model: PreTrainedModel, batches: Sequence[Batch], number: int
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """State `number` of each batch, and the arguments of the blocks that read it."""
+    calls = [record(model, to_device(batch, model.device), [number], stop=True) for batch in batches]
+    return [call.states[number] for call in calls], [call.arguments[number] for call in calls]
+
+
 def _refit(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     batches: Sequence[Batch],
     gaps: Sequence[_Gap],
     ridge: float,
-    on_batch: Callable[[], None] = lambda: None,
 ) -> list[Repair]:
     """The repairs of gaps with different blocks before them; `model` may have the removed layers or lack them.
 
@@ -237,8 +280,6 @@ def _refit(
         fits = [Regression(weight, num_tokens) for weight in weights[start : start + at_once]]
         for batch in batches:
             _add_batch(model, teacher, batch, group, fits)
-            if start + at_once >= len(gaps):
-                on_batch()
         repairs += [Repair(gap.position, fit.solve(ridge)) for gap, fit in zip(group, fits, strict=True)]
     return repairs
 

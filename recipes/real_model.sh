@@ -14,7 +14,7 @@ prune="$python -m hf_layerprune.cli"
 case $name in
   smollm2-135m-instruct)
     drawn="--max_new_tokens 192 --temperature 0.8 --top_k 50 --top_p 1.0"
-    fifth=24 fifth_round=03 third=20 third_round=05 repair_rows=192
+    fifth=24 fifth_round=01 third=20 third_round=02 repair_rows=192
     baselines="kl block_influence shortgpt tail lora parallel" ;;
   qwen2.5-coder-0.5b-instruct)
     drawn="--max_new_tokens 144 --temperature 0.7 --top_k 20 --top_p 0.8"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate.hooks import ModelHook
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import Batch
-from ..forward import record, to_device
+from ..forward import advance, record, to_device
 from ..plan import LayerPlan
 from ..surgery import plan_of
 from ..tasks.evaluation import sums_by_row
@@ -75,18 +74,12 @@ def _final_states(
         with _held(layer):
             for index, states in own.items():
                 if position not in skips[index]:
-                    _advance(states, layer, arguments)
+                    advance(states, layer, arguments)
             if len(own) < len(skips):
-                _advance(shared, layer, arguments)
+                advance(shared, layer, arguments)
     for states in (shared, *own.values()):
-        _advance(states, decoder.norm, [{}] * len(states))
+        advance(states, decoder.norm, [{}] * len(states))
     return [own.get(index, shared) for index in range(len(skips))]
-
-
-def _advance(states: list[Tensor], module: nn.Module, arguments: Sequence[dict[str, Any]]) -> None:
-    """Replace each state by what `module` makes of it; only one batch has an old and a new state at a time."""
-    for number, kwargs in enumerate(arguments):
-        states[number] = module(states[number], **kwargs)
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
