@@ -34,8 +34,8 @@ def load_shape(name_or_path: str) -> PretrainedConfig:
     Raises:
         [`LayerPruneError`]: if there is none, or its architecture is not supported.
     """
-    path = SHAPES.get(short_name(name_or_path), Path(name_or_path))
-    if not path.is_file():
+    path = Path(name_or_path)
+    if not path.is_file() and not (path := SHAPES.get(short_name(name_or_path), path)).is_file():
         names = ", ".join(SHAPES)
         raise LayerPruneError(f"there is no shape {name_or_path!r}; choose one of {names}, or a path to a config.json")
     return load_config(str(path))

@@ -7,6 +7,8 @@ from conftest import errors_of, tiny_model
 from transformers import GPT2Config
 
 from hf_layerprune import cli
+from hf_layerprune.cli.estimate import _config
+from hf_layerprune.shapes import load_shape
 
 QUICK = ["--max_length", "32", "--per_device_train_batch_size", "2"]
 
@@ -88,6 +90,15 @@ def test_a_recipe_is_read_as_compress_reads_it(tmp_path, shape, capsys):
     printed = capsys.readouterr().out
     assert "--trained_layers 2,3 --dtype bfloat16" in printed and "in 1 rounds" not in printed
     assert "96 per step" in printed and "per million tokens" in printed
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-3B", "Qwen/Qwen2.5-3B"])
+def test_what_lies_here_is_not_the_shape_of_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert _config(name).num_hidden_layers == 36
+    tiny_model(4).config.save_pretrained(name)
+    assert _config(name).num_hidden_layers == 4
+    assert _config(f"{name}/config.json").num_hidden_layers == load_shape(f"{name}/config.json").num_hidden_layers == 4
 
 
 def test_nothing_fits_is_an_answer(shape, capsys):

@@ -240,8 +240,10 @@ def test_sampling_settings_are_checked_on_the_server(changes):
 
 def test_sampling_starts_as_the_checkpoint_says():
     own = GenerationConfig(do_sample=True, temperature=0.7, top_k=20, repetition_penalty=9.0)
-    assert Sampling.of_checkpoint(own, LIMITS) == Sampling(temperature=0.7, top_k=20, repetition_penalty=2.0)
-    assert Sampling.of_checkpoint(GenerationConfig(top_k=20), Limits(max_new_tokens=5)) == Sampling(max_new_tokens=5)
+    assert Sampling.of_checkpoint(own, LIMITS, 512) == Sampling(temperature=0.7, top_k=20, repetition_penalty=2.0)
+    greedy = GenerationConfig(top_k=20)
+    assert Sampling.of_checkpoint(greedy, Limits(max_new_tokens=5), 512) == Sampling(max_new_tokens=5)
+    assert Sampling.of_checkpoint(greedy, LIMITS, 96) == Sampling(max_new_tokens=48)
     assert Sampling().changed({"top_k": 3.0, "seed": None}, LIMITS) == Sampling(top_k=3)
 
 
@@ -370,6 +372,7 @@ def test_prompt_and_answer_share_the_context(tmp_path):
     with pytest.raises(LayerPruneError, match="has 70 tokens; 1 to 63 are read"):
         next(service.stream("a" * 70))
     assert last(service, "abc", "", {"max_new_tokens": 61}).ended
+    assert last(service, "abc", "", {}).original.num_tokens == 32  # there is room for both by default
 
 
 # -- what a comparison says ------------------------------------------------------------------------------------------

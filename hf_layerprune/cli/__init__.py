@@ -6,6 +6,7 @@ one line on stderr and exit status 2; anything else keeps its traceback. Only th
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from importlib import import_module
@@ -27,6 +28,8 @@ VERBS = {
     "demo": "compare original and compressed side by side, in the browser",
 }
 """Verb to what it does; a file here, and the function in it, have its name."""
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+"""Errors that need no name of a file to be the user's: a full disk, no permission. Those of a connection are not."""
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
@@ -81,7 +84,7 @@ def _users_mistake(error: Exception) -> str | None:
     """The line about an error that a user can do something about; `None` for a bug."""
     if isinstance(error, LayerPruneError):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno is not None:  # no permission, a full disk
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in OF_THE_DISK):
         ours = Path(__file__).parent.parent in Path(str(error.filename)).parents  # a file the package lacks is a bug
         return None if ours else f"{error.filename or 'a file'} cannot be used: {error.strerror}"
     if is_out_of_memory(error):

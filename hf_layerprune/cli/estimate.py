@@ -67,9 +67,10 @@ def _memory(given: str | None) -> int:
 
 
 def _config(name: str) -> PretrainedConfig:
-    """Read that of a named shape, a `config.json`, a GGUF file, or a model folder or Hub id, without the weights."""
-    is_shape = short_name(name) in SHAPES or (Path(name).is_file() and not is_gguf(name))
-    return load_shape(name) if is_shape else load_config(name)
+    """Read that of a folder, file or Hub id, without the weights, or of a shape where there is no such folder."""
+    path = Path(name)
+    is_shape = not path.exists() and short_name(name) in SHAPES
+    return load_shape(name) if is_shape or (path.is_file() and not is_gguf(name)) else load_config(name)
 
 
 def _check(name: str, args: IterativeLayerDistillConfig, config: PretrainedConfig, original: LayerPlan) -> None:

@@ -186,6 +186,7 @@ def _measured(
         without_local_paths(with_absolute_paths(asdict(arguments))),
         TeacherRecord.of(model, quality, name=name),
         environment=environment(model.device),
+        verb="parallelize",
     )
     criterion = "loss" if arguments.search == "range" else arguments.criterion  # a range is chosen by perplexity
     for number, (edits, scores, plan) in enumerate(steps, 1):

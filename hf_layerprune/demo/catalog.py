@@ -150,7 +150,7 @@ def _open(entry: ModelEntry, limits: Limits) -> Pairing:
         students=tuple(by_depth[depth] for depth in sorted(by_depth, reverse=True)),
         tokenizer=load_tokenizer(teacher.name, **teacher.options),
         context=config.max_position_embeddings,
-        sampling=Sampling.of_checkpoint(_generation_config(teacher.name), limits),
+        sampling=Sampling.of_checkpoint(_generation_config(teacher.name), limits, config.max_position_embeddings),
         run=run,
         description=entry.description,
         examples=tuple(entry.examples),

@@ -59,9 +59,12 @@ class Sampling:
     seed: int = 0
 
     @classmethod
-    def of_checkpoint(cls, config: GenerationConfig, limits: Limits) -> Sampling:
-        """The values in a checkpoint's `generation_config.json`, cut to what the demo allows; greedy by default."""
-        own = cls(max_new_tokens=min(96, limits.max_new_tokens))
+    def of_checkpoint(cls, config: GenerationConfig, limits: Limits, context: int) -> Sampling:
+        """The values in a checkpoint's `generation_config.json`, cut to what the demo allows; greedy by default.
+
+        An answer takes at most half of the `context`, so that there is room for a prompt.
+        """
+        own = cls(max_new_tokens=min(96, limits.max_new_tokens, max(1, context // 2)))
         names = ("temperature", "top_p", "top_k", "repetition_penalty") if config.do_sample else ()
         given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
         return replace(

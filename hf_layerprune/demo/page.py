@@ -13,7 +13,7 @@ from ..errors import LayerPruneError
 from ..report import millions
 from .catalog import Pairing
 from .generation import RANGES, Answer
-from .next_tokens import Expected, Position
+from .next_tokens import Position
 from .service import Comparison, DemoService, Turn, first_difference, rate
 
 TEXT, CHAT = "Continue a text", "Chat"
@@ -322,10 +322,11 @@ def _facts(answer: Answer) -> dict[str, str]:
 def labels_of(position: Position) -> list[dict[str, float]]:
     """What both models expect after a token, as `gr.Label` takes it."""
 
-    def label(expected: Expected) -> dict[str, float]:
-        return {visible(token): share for token, share in expected}
-
-    return [label(position.original), label(position.compressed)]
+    labels: list[dict[str, float]] = [{}, {}]
+    for label, expected in zip(labels, (position.original, position.compressed), strict=True):
+        for token, share in expected:  # tokens that look alike, such as parts of a character, count as one
+            label[visible(token)] = label.get(visible(token), 0.0) + share
+    return labels
 
 
 def visible(token: str) -> str:
