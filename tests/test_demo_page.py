@@ -15,7 +15,7 @@ from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from hf_layerprune import cli  # noqa: E402
-from hf_layerprune.demo.next_tokens import Position  # noqa: E402
+from hf_layerprune.demo.generation import Position  # noqa: E402
 from hf_layerprune.demo.page import build_page, labels_of, launch_page, words_of  # noqa: E402
 
 RUN = "tiny run"

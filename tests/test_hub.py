@@ -539,9 +539,7 @@ def test_an_error_of_the_client_is_one_line(error, message):
         client["call"](error)
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("too many values to unpack"), RuntimeError("ours"), LayerPruneError("x")]
-)
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), LayerPruneError("x")])
 def test_a_bug_of_ours_is_not_blamed_on_the_hub(error):
     with pytest.raises(type(error), match=f"^{error}$"), hub_errors("asking"):
         raise error

@@ -52,7 +52,7 @@ def test_where_a_run_starts_the_disk_is_asked(tmp_path, monkeypatch):
     for name in ("tasks.yaml", "own.yaml", "one, two.yaml"):
         Path(name).write_text("")
     settings = {"model": "me/model", "teacher": "embedded", "dataset": "embedded:healing", "eval_dataset": None,
-                "tasks": "default, tasks.yaml,lm_eval:own.yaml,lm_eval:arc_easy", "output_dir": "texts", "seed": 3}  # fmt: skip
+                "tasks": "default, tasks.yaml,lm_eval:own.yaml,lm_eval:arc_easy", "output_dir": "texts"}  # fmt: skip
     here = str(tmp_path)
     recorded = with_absolute_paths(settings)
     assert recorded == settings | {

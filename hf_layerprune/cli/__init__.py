@@ -7,8 +7,11 @@ one line on stderr and exit status 2; anything else keeps its traceback. Only th
 from __future__ import annotations
 
 import errno
+import gc
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from ..errors import LayerPruneError, first_line, is_out_of_memory
 VERBS = {
     "compress": "remove layers one by one, each chosen by measurement and healed by distillation",
     "parallelize": "run layers in parallel (or leave some out) without training",
-    "generate": "write down a teacher's own answers, to heal on",
+    "generate": "write a teacher's own answers, to heal on",
     "score": "measure and plot the importance of every layer",
     "evaluate": "measure a checkpoint, alone or against a teacher",
     "benchmark": "measure speed and memory of one or more checkpoints, side by side",
@@ -36,8 +39,8 @@ usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 {}
 
 hf-layerprune <verb> --help lists the settings of a verb, --version prints the version. --debug after a verb shows the
-traceback of an error that is otherwise one line. Verbs that need a model work on the small English teacher that comes
-with the package where --model is not given.
+traceback of an error that is otherwise one line. Without --model, verbs that need a model use the small English
+teacher that comes with the package.
 """.format("\n".join(f"  {verb:12} {text}" for verb, text in VERBS.items()))
 
 
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _run(verb, rest)
     except KeyboardInterrupt as stop:
-        how = str(stop) or ("what is done is kept, the same command goes on" if verb == "generate" else "")
+        how = str(stop) or ("what is done is kept; run the same command to continue" if verb == "generate" else "")
         sys.stderr.write(f"hf-layerprune: stopped{'; ' if how else ''}{how}\n")
         return 130
     except Exception as error:
@@ -69,15 +72,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        from .parsing import Parser
-
-        Parser(verb).print_help()
-        return
     name = verb.replace("-", "_")
-    module = import_module(f".{name}", __name__)
-    _silence_libraries()
+    if {"-h", "--help"} & set(argv):
+        with _quick_imports():
+            parser = import_module(".parsing", __name__).Parser(verb)
+        parser.print_help()
+        return
+    with _quick_imports():
+        module = import_module(f".{name}", __name__)
+        _silence_libraries()
     getattr(module, name)(argv)
+
+
+@contextmanager
+def _quick_imports() -> Iterator[None]:
+    """Keep the garbage collector from looking through what imports make, which takes a third of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _users_mistake(error: Exception) -> str | None:

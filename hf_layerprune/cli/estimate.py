@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..budget import Goal
 from ..data import check_length
@@ -25,8 +25,8 @@ from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
 from ..trainer.config import as_words
 from ..trainer.run import check_budget
+from .common import print_table
 from .compress import set_default_target, with_default_recipe
-from .measure import print_table
 from .parsing import Parser
 
 
@@ -40,8 +40,8 @@ def estimate(argv: list[str]) -> None:
     memory, config = _memory(arguments.gpu_memory), _config(arguments.model)
     set_default_target(args, config.num_hidden_layers)
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
-    _check(arguments.model, args, config, plan_of(teacher or config))
     run = RunSizes(config, args, teacher)
+    _check(arguments.model, run, plan_of(teacher or config))
     with Phases() as phases:
         phases.phase("measuring on tensors without memory")
         found = estimate_run(run, memory, arguments.dtype, arguments.lora_r, arguments.device_tflops)
@@ -73,19 +73,17 @@ def _config(name: str) -> PretrainedConfig:
     return load_shape(name) if is_shape or (path.is_file() and not is_gguf(name)) else load_config(name)
 
 
-def _check(name: str, args: IterativeLayerDistillConfig, config: PretrainedConfig, original: LayerPlan) -> None:
-    """Raise [`LayerPruneError`] for a run that would not start."""
+def _check(name: str, run: RunSizes, original: LayerPlan) -> None:
+    """Refuse a run that would not start."""
+    args, plan, budget = run.args, plan_of(run.config), run.args.budget
     if not args.heal:
         raise LayerPruneError("heal=False trains nothing, and what is estimated is training; leave it out")
-    plan, budget = plan_of(config), args.budget
     named = args.trained_layers if isinstance(args.trained_layers, tuple) else ()
     if missing := [layer for layer in named if layer not in plan.layers]:
         raise LayerPruneError(f"trained_layers names {missing}; {name} has layers {list(plan.layers)}")
     if budget.unit != "latency":
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        check_budget(name, Goal.of(budget, args.edit_space, model, original), plan, args.heal)
-    check_length(args.max_length, config, name)
+        check_budget(name, Goal.of(budget, args.edit_space, run.model, original), plan, args.heal)
+    check_length(args.max_length, run.config, name)
 
 
 def _target(found: Estimate, args: IterativeLayerDistillConfig) -> str:

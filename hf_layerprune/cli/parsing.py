@@ -50,11 +50,7 @@ def offered(kind: type) -> list[Field]:
 
 
 class Parser(TrlParser):
-    """Reads the settings of one verb.
-
-    Attributes:
-        given (`dict[str, Any]`): the settings that were given, by name.
-    """
+    """Reads the settings of one verb; those that were `given` are kept by name."""
 
     def __init__(self, verb: str) -> None:
         self.types, self.given = settings_of(verb), {}
@@ -71,12 +67,7 @@ class Parser(TrlParser):
             self.add_argument(item.name, nargs=count, default=SUPPRESS, help=item.metadata["help"])
 
     def read(self, argv: list[str]) -> tuple[Any, ...]:
-        """Parse a command line and the YAML file it names into the dataclasses.
-
-        Raises:
-            [`LayerPruneError`]: for an unknown name, a value of another type, a file that cannot be read, or a value
-                that the dataclasses refuse.
-        """
+        """Parse a command line and the YAML file it names into the dataclasses."""
         line, recipe = self._read_words(argv), {}
         if (file := line.pop("config", None)) is not None:
             try:

@@ -13,14 +13,13 @@ from rich.console import Console
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_tokenizer
-from ..plots import plot_scores, save_plot
 from ..progress import Phases, say
+from ..report import plot_scores, save_plot
 from ..scoring import CRITERION_UNITS, Race, Scores, criterion_of, score_layers
 from ..tasks import Task, load_tasks, prepare_tasks
 from .arguments import ScoreArguments
-from .measure import check_text, device, load_on_device, print_table, text_batches
+from .common import check_text, device, load_on_device, made, print_table, text_batches
 from .parsing import parse
-from .recipe import made
 
 WITHOUT_TEXT = ("tail", "random")
 """Criteria that look at no data."""

@@ -35,10 +35,8 @@ def hub_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
-        modules = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
-        if not isinstance(error, (OSError, HTTPError)) and not any(
-            name.startswith("huggingface_hub") for name in modules
-        ):
+        modules = (frame.f_globals["__name__"].split(".")[0] for frame, _ in walk_tb(error.__traceback__))
+        if not isinstance(error, (OSError, HTTPError)) and "huggingface_hub" not in modules:
             raise
         text = " ".join(re.sub(r"\(Request ID: [^)]*\)", "", str(error)).split())
         raise LayerPruneError(f"{what}: {text or type(error).__name__}") from error
