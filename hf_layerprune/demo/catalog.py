@@ -11,11 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
-from matplotlib.figure import Figure
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError
@@ -30,6 +29,9 @@ from ..report import layer_map_text, plot_layer_map, plot_quality
 from ..surgery import apply_plan, plan_of
 from .generation import Sampling
 from .settings import DemoSettings, Limits, ModelEntry
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
