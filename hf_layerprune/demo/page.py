@@ -115,7 +115,8 @@ class DemoPage:
             self.layer_map, self.quality = plots_of(first, first.depths[-1])
         limit = f"at most {self.service.limits.max_inspected_tokens} tokens; Shift+Enter sends it"
         text = examples_of(first, TEXT)[0][0]
-        self.text = gr.Textbox(text, label="Where do they expect different words?", info=limit, lines=2, elem_id="lp-text")
+        label = "Where do they expect different words?"
+        self.text = gr.Textbox(text, label=label, info=limit, lines=2, elem_id="lp-text")
         self.inspect = gr.Button("Compare next tokens", variant="primary", elem_id="lp-inspect")
         self.distance = gr.Markdown()
         self.positions = gr.State([])
