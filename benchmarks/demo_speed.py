@@ -24,7 +24,7 @@ from gradio_client import Client
 from hf_layerprune import embedded_dataset
 from hf_layerprune.benchmark import benchmark_models
 from hf_layerprune.demo import open_catalog, settings_of
-from hf_layerprune.demo.store import ModelStore
+from hf_layerprune.demo.catalog import ModelStore
 from hf_layerprune.environment import environment
 
 LIMIT = 0.15

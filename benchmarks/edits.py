@@ -24,8 +24,8 @@ from hf_layerprune.data import ASSETS
 from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model
-from hf_layerprune.plots import save_plot
 from hf_layerprune.record import ModelRecord, RoundRecord, RunRecord, read_run
+from hf_layerprune.report import save_plot
 from hf_layerprune.surgery import apply_plan
 
 TOUCHED = {"trained_layers": "neighbours", "learning_rate": 1e-3}  # heals the blocks an edit touches

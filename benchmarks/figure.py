@@ -29,8 +29,8 @@ from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrai
 from hf_layerprune.data import ASSETS
 from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
-from hf_layerprune.plots import save_plot
 from hf_layerprune.record import RunRecord, read_run
+from hf_layerprune.report import save_plot
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "figure" / "figure.yaml"
 STYLES = {"tail": ":", "random": ":", "angular": ":", "ShortGPT": ":", "least squares": "--"}

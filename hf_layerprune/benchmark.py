@@ -174,7 +174,7 @@ def _compiling(models: Sequence[PreTrainedModel]) -> Iterator[None]:
         torch.compiler.reset()
 
 
-class _Stopwatch(StoppingCriteria):
+class Stopwatch(StoppingCriteria):
     """Stamps the time of every token inside `generate` and never stops it."""
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class _Stopwatch(StoppingCriteria):
 def _time_generate(model: PreTrainedModel, load: Load, cache: StaticCache | None) -> tuple[float, float]:
     """Measure the seconds to the first new token, and those of the rest."""
     ids = torch.randint(model.config.vocab_size, (load.batch_size, load.prompt_tokens), device=model.device)
-    watch, options = _Stopwatch(), {}
+    watch, options = Stopwatch(), {}
     config = GenerationConfig(max_new_tokens=load.new_tokens, do_sample=False, disable_compile=not load.compile)
     config.eos_token_id, config.pad_token_id = None, 0  # every run is equally long
     if load.compile:

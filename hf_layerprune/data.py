@@ -61,9 +61,6 @@ def check_batches(
     """Validate batches, once: a user's are checked where they come in, and every later call returns them as they are.
 
     `what` is the name of the data in messages; unless `required`, there may be nothing.
-
-    Raises:
-        [`LayerPruneError`]: if these are not batches, hold no token to score, or a token outside the vocabulary.
     """
     if isinstance(batches, Batches) and batches.vocab_size <= vocab_size and (batches or not required):
         return batches
@@ -159,9 +156,6 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
             Split or slices of it, as `datasets` writes them; where the source may not have it, see [`may_have`], all
             rows are read.
         config_name (`str`, *optional*): configuration of a data set that has some.
-
-    Raises:
-        [`LayerPruneError`]: if there is nothing there, it cannot be read, or it is empty.
     """
     path = Path(source)
     try:

@@ -1,4 +1,7 @@
-"""The one error a user's mistake raises: what was given, why it cannot work, what to do."""
+"""The one error a user's mistake raises: what was given, why it cannot work, what to do.
+
+Any function of the package may raise [`LayerPruneError`] for it; only the docstrings of public ones say when.
+"""
 
 from __future__ import annotations
 

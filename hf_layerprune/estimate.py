@@ -24,11 +24,7 @@ TFLOPS = {"half": 100.0, "float32": 15.0}  # of a device that is not named: a th
 
 
 def parse_size(text: str) -> int:
-    """Read a size such as `"24GiB"`, `"80GB"`, `"80G"` or `"24"` (GiB) as bytes.
-
-    Raises:
-        [`LayerPruneError`]: if it is not one.
-    """
+    """Read a size such as `"24GiB"`, `"80GB"`, `"80G"` or `"24"` (GiB) as bytes."""
     size = text.strip().upper()
     for unit in ("", "B", "GIB"):  # 24GiB, 24G and 24
         with suppress(ValueError):
@@ -81,9 +77,10 @@ class RunSizes:
         plan, budget, most = plan_of(config), args.budget, args.layers_per_round
         self.config, self.args, self.layers = config, args, plan.layers
         with torch.device("meta"):
-            costs = count_parameters(AutoModelForCausalLM.from_config(config))
+            self.model = AutoModelForCausalLM.from_config(config)  # shapes alone
             other = 0 if teacher is None else AutoModelForCausalLM.from_config(teacher).num_parameters()
-        self.parameters, self.layer_parameters, self.teacher_parameters = costs.of(plan), costs.blocks[0], other
+        costs, self.teacher_parameters = count_parameters(self.model), other
+        self.parameters, self.layer_parameters = costs.of(plan), costs.blocks[0]
         # layers of the teacher that the model lacks before the run
         self.gaps = max(0, (plan.num_teacher_layers if teacher is None else plan_of(teacher).depth) - plan.depth)
         self.length = args.max_length or DEFAULT_LENGTH
@@ -176,14 +173,10 @@ class RunSizes:
 
 
 def estimate_run(run: RunSizes, memory: int, dtype: str, lora_r: int | None, tflops: float | None) -> Estimate:
-    """Estimate every way to heal, and what the run takes.
+    """Estimate every way to heal, and what the run takes on a device with so many bytes of `memory`.
 
-    Args:
-        run ([`RunSizes`]): the run.
-        memory (`int`): bytes of the device.
-        dtype (`str`): the dtype asked for; bfloat16 is estimated as well.
-        lora_r (`int`, *optional*): the rank asked for; LoRA is estimated anyway, of rank 16.
-        tflops (`float`, *optional*): what the device reaches, 10^12 operations per second; assumed where not given.
+    Next to the `dtype` and `lora_r` that are asked for, bfloat16 and LoRA of rank 16 are estimated anyway. `tflops` is
+    what the device reaches, in 10^12 operations per second; it is assumed where not given.
     """
     args, rank, settings, best = run.args, lora_r or 16, [], None
     rows = [n for n in sorted({*ROWS, args.per_device_train_batch_size}) if run.per_step % n == 0]

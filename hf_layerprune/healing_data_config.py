@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .errors import LayerPruneError
+from .settings import option
 
 
 @dataclass
@@ -38,26 +39,23 @@ class HealingDataConfig:
         [`LayerPruneError`]: for a value out of range.
     """
 
-    prompt_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of the prompts, messages or text; default: 'messages', 'prompt' or 'text'."},
+    prompt_column: str | None = option(
+        None, "Column of the prompts, messages or text; default: 'messages', 'prompt' or 'text'."
     )
-    as_chat: bool = field(default=False, metadata={"help": "Turn each text into a user's message."})
-    prompt_tokens: int = field(default=32, metadata={"help": "Tokens at the beginning of a text that are its prompt."})
-    num_prompts: int | None = field(default=None, metadata={"help": "Rows to use, from the first; all by default."})
-    max_prompt_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Leave out longer prompts; default: those that do not fit the model's positions."},
+    as_chat: bool = option(False, "Turn each text into a user's message.")
+    prompt_tokens: int = option(32, "Tokens at the beginning of a text that are its prompt.")
+    num_prompts: int | None = option(None, "Rows to use, from the first; all by default.")
+    max_prompt_tokens: int | None = option(
+        None, "Leave out longer prompts; default: those that do not fit the model's positions."
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer in tokens."})
-    temperature: float | None = field(
-        default=None,
-        metadata={"help": "Temperature; 0 is greedy. Default of this, top_p and top_k: the checkpoint's."},
+    max_new_tokens: int = option(256, "Longest answer in tokens.")
+    temperature: float | None = option(
+        None, "Temperature; 0 is greedy. Default of this, top_p and top_k: the checkpoint's."
     )
-    top_p: float | None = field(default=None, metadata={"help": "Share of the probability to sample from."})
-    top_k: int | None = field(default=None, metadata={"help": "Number of tokens to sample from; 0 is all."})
-    seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
-    batch_size: int = field(default=8, metadata={"help": "Prompts at a time, per process."})
+    top_p: float | None = option(None, "Share of the probability to sample from.")
+    top_k: int | None = option(None, "Number of tokens to sample from; 0 is all.")
+    seed: int = option(42, "Seed of the sampling.")
+    batch_size: int = option(8, "Prompts at a time, per process.")
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("prompt_tokens", "num_prompts", "max_prompt_tokens", "max_new_tokens", "batch_size"), 1)

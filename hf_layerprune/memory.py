@@ -93,13 +93,8 @@ class StepNeeds(NamedTuple):
 
 
 class StepMeter:
-    """Solves for the memory of steps on a GPU, from a few that are measured.
-
-    Args:
-        config ([`~transformers.PretrainedConfig`]): config of the teacher.
-        args ([`IterativeLayerDistillConfig`]): settings of the run.
-        rows (`Sequence[int]`): rows of a micro-batch, ascending; the first and the last are measured.
-    """
+    """Solves for the memory of steps on a GPU, from a few that are measured: with the first and the last number of
+    `rows` of a micro-batch, ascending. `config` is the teacher's."""
 
     def __init__(self, config: PretrainedConfig, args: IterativeLayerDistillConfig, rows: Sequence[int]) -> None:
         self.config, self.args = config, copy.copy(args)

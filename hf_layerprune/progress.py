@@ -32,13 +32,8 @@ class Phases:
     """Say on stderr what a verb is doing: in a terminal by a bar with the time left, elsewhere by a line per phase
     and, within a long one, a line every 30 seconds.
 
-    Args:
-        console ([`~rich.console.Console`], *optional*): where to say it, in place of stderr.
-        quiet (`bool`, *optional*, defaults to `False`): say nothing, as one of several processes.
-
-    Attributes:
-        out ([`~rich.console.Console`]): for results that are printed meanwhile: stdout, through the bar where both
-            are one terminal.
+    `quiet` says nothing, as one of several processes. `out` is for results that are printed meanwhile: stdout, through
+    the bar where both are one terminal.
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:

@@ -8,7 +8,7 @@ once, when they are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -177,6 +177,7 @@ class RunRecord:
         latency ([`BlockCosts`], *optional*): what a block costs in time, where the target is a latency.
         seconds (`dict[str, float]`): wall time of each phase, over all sessions of the run.
         environment (`dict[str, str]`): hardware and versions that the numbers were measured with.
+        verb (`str`): what made it, `"compress"` (or a trainer) or `"parallelize"`; of the latter no run resumes.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -187,6 +188,7 @@ class RunRecord:
     latency: BlockCosts | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    verb: Literal["compress", "parallelize"] = "compress"
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -201,8 +203,8 @@ class RunRecord:
     @property
     def start(self) -> LayerPlan:
         """The plan of the model that the run started from, which may be a student already."""
-        plan = self.settings.get("plan")
-        return LayerPlan.from_dict(plan) if isinstance(plan, Mapping) else self.teacher.plan
+        plan = self.settings.get("plan") if self.verb == "compress" else None  # elsewhere it is the name of a file
+        return self.teacher.plan if plan is None else LayerPlan.from_dict(plan)
 
     def until(self, number: int) -> RunRecord:
         """The run as it was after round `number`.

@@ -1,21 +1,26 @@
-"""The report of a run: `report.json`, `report.md` with two plots, and the table for the terminal."""
+"""The report of a run: `report.json`, `report.md`, its tables and plots. Matplotlib is imported when it draws."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
-from rich import box
-from rich.table import Table
 
 from .files import write_atomically
-from .plan import Edit
-from .plots import save_run_plots
+from .losses import perplexity_of
+from .plan import Edit, LayerPlan
 from .record import REPORT_FILE, ModelRecord, RoundRecord, RunRecord
+from .scoring import CRITERION_UNITS, Scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BAR = "&#124;"  # `|` inside a cell of a Markdown table
 EXPLANATION = (
@@ -25,6 +30,13 @@ EXPLANATION = (
 SPEED_EXPLANATION = (
     " Speed is the median of several runs; the ratio in brackets is the median of the ratios run by run."
 )
+
+KEPT, REMOVED, PARALLEL, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#aaaaaa", "#b8cdd6"
+UNHEALED = {"color": REMOVED, "linestyle": ":", "marker": "v"}
+BEFORE_HEALING = {"color": PARALLEL, "linestyle": "--", "marker": "s"}
+FINAL = {"color": KEPT, "linestyle": "-", "marker": "o", "linewidth": 2}
+STATES = {"kept": KEPT, "in parallel, as one layer": PARALLEL, "removed": REMOVED, "removed before this run": ABSENT}
+"""What became of a layer, and its color in the layer map."""
 
 
 def write_report(folder: Path, run: RunRecord) -> None:
@@ -72,17 +84,6 @@ def _row(record: ModelRecord, is_healed: bool) -> dict[str, str]:
 def measured(run: RunRecord) -> str:
     """What the columns of perplexity hold."""
     return "perplexity (unhealed, before healing, healed)" if run.is_healed else "perplexity (without training)"
-
-
-def rich_table(run: RunRecord) -> Table:
-    """The result as a table that fits a terminal of 80 columns."""
-    rows = table_rows(run)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=measured(run))
-    for name in rows[0]:
-        table.add_column(name, justify="right", no_wrap=name != "edit")
-    for row in rows:
-        table.add_row(*row.values())
-    return table
 
 
 def markdown_table(rows: Sequence[dict[str, str]]) -> str:
@@ -170,3 +171,138 @@ def _score_cell(record: RoundRecord, edit: Edit) -> str:
     error = scores.standard_errors.get(edit, math.nan)
     cell = cell if math.isnan(error) else f"{cell} ± {error:.4f}"
     return f"{cell} (dropped at {scores.dropped[edit]:.0%})" if edit in scores.dropped else cell
+
+
+def save_plot(figure: Figure, path: Path) -> None:
+    """Write a plot as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomically(path, buffer.getvalue())
+
+
+def save_run_plots(folder: Path, run: RunRecord) -> None:
+    """Write `quality.png` and `layers.png`."""
+    save_plot(plot_quality(run), folder / "quality.png")
+    save_plot(plot_layer_map(run), folder / "layers.png")
+
+
+def plot_quality(run: RunRecord) -> Figure:
+    """Perplexity against depth: unhealed, before healing and healed; one curve for a run without healing."""
+    figure, axes = _perplexity_axes(run.teacher.quality.perplexity)
+
+    def draw(name: str, states: str, style: dict[str, object]) -> None:
+        measured = {record.depth: getattr(record, states) for record in run.rounds if getattr(record, states)}
+        curve = {run.teacher.depth: run.teacher.quality} | measured
+        axes.plot(list(curve), [quality.perplexity for quality in curve.values()], label=name, **style)
+
+    if run.is_healed:
+        draw("unhealed", "unhealed", UNHEALED)
+        draw("before healing", "before_healing", BEFORE_HEALING)
+    draw("healed" if run.is_healed else "without training", "quality", FINAL)
+    axes.set_xticks([run.teacher.depth, *(record.depth for record in run.rounds)])
+    axes.invert_xaxis()
+    axes.set_xlabel("layers")
+    axes.set_ylabel("held-out perplexity")
+    axes.set_title(f"{run.teacher.name}: quality against depth")
+    axes.legend()
+    return figure
+
+
+def plot_range(losses: Scores[LayerPlan]) -> Figure:
+    """Perplexity of every run of pairs against its first layer, a line per number of blocks."""
+    figure, axes = _perplexity_axes(perplexity_of(losses.baseline))
+    for depth in sorted({plan.depth for plan in losses.values}, reverse=True):
+        runs = {plan.parallel_pairs[0][0]: loss for plan, loss in losses.values.items() if plan.depth == depth}
+        axes.plot(sorted(runs), [perplexity_of(runs[n]) for n in sorted(runs)], marker="o", label=f"{depth} layers")
+    axes.set_xlabel("first layer of the run of parallel pairs")
+    axes.set_ylabel("perplexity")
+    axes.legend()
+    return figure
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _perplexity_axes(teacher: float) -> tuple[Figure, Axes]:
+    """A log axis of perplexity with the teacher's as a line."""
+    figure, axes = _axes(7, 4.2)
+    axes.axhline(teacher, color="#888888", linewidth=1, label="original")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.grid(alpha=0.3, which="both")
+    return figure, axes
+
+
+def plot_scores(scores: Scores[int], title: str) -> Figure:
+    """Bar chart of the cost of every layer, the safest one marked."""
+    figure, axes = _axes(max(6, 0.32 * len(scores.values)), 3.8)
+    layers = sorted(scores.values)
+    colors = ["#55a868" if layer == scores.safest else KEPT for layer in layers]
+    axes.bar([str(layer) for layer in layers], [scores.values[layer] for layer in layers], color=colors)
+    if min(scores.values.values()) > 0:
+        axes.set_yscale("log")
+    axes.set_xlabel("layer (green: safest to remove)")
+    axes.set_ylabel(CRITERION_UNITS.get(scores.criterion, scores.criterion), fontsize=8)
+    axes.set_title(title)
+    return figure
+
+
+def layer_map_text(plan: LayerPlan, width: int = 20) -> str:
+    """The teacher's layers in lines of `width`: removed ones are dots, parallel ones in brackets."""
+    cells = ["·"] * plan.num_teacher_layers
+    for block in plan.blocks:
+        texts = list(map(str, block))
+        if len(block) > 1:
+            texts[0], texts[-1] = f"({texts[0]}", f"{texts[-1]})"
+        for layer, text in zip(block, texts, strict=True):
+            cells[layer] = text
+    size = max(map(len, cells))
+    lines = [cells[start : start + width] for start in range(0, len(cells), width)]
+    return "\n".join(" ".join(cell.rjust(size) for cell in line) for line in lines)
+
+
+def plot_layer_map(run: RunRecord) -> Figure:
+    """What became of each of the teacher's layers, and what each edit cost when it was measured last.
+
+    A bar is a layer, as high as removing it costs; a line is layers that run in parallel. Edits not made are pale.
+    """
+    from matplotlib.patches import Patch
+
+    plan, criterion, made = run.rounds[-1].plan, run.rounds[-1].criterion, set(run.edits)
+    every = (cost for record in run.rounds for scores in record.scores for cost in scores.values.items())
+    costs = {edit: cost for edit, cost in every if math.isfinite(cost)}  # of each edit the last one
+    figure, axes = _axes(min(12.0, max(5.0, 0.32 * plan.num_teacher_layers)), 3.0 if costs else 1.0)
+    states = [_state(layer, plan, made) for layer in range(plan.num_teacher_layers)]
+    for edit, cost in costs.items():
+        color = OTHER if edit not in made else REMOVED if edit.kind == "remove" else PARALLEL
+        if edit.kind == "remove":
+            axes.bar(edit.layers[0], cost, 0.72, color=color)
+        else:
+            axes.hlines(cost, edit.layers[0] - 0.36, edit.layers[-1] + 0.36, colors=color, linewidths=3)
+    axes.set_xticks(range(len(states)))
+    for label, state in zip(axes.get_xticklabels(), states, strict=True):
+        label.set_bbox({"facecolor": STATES[state], "edgecolor": "none", "boxstyle": "round,pad=0.25"})
+        label.set(color="white", fontsize=7)
+    axes.set_xlim(-0.7, len(states) - 0.3)
+    if costs and min(costs.values()) > 0:
+        axes.set_yscale("log")
+    unit = ",\nnats per token" if criterion in ("kl", "loss") else ""
+    axes.set_ylabel(f"cost ({criterion}){unit}", fontsize=8)
+    axes.tick_params("y", labelsize=7)
+    axes.yaxis.set_visible(bool(costs))
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [Patch(color=color, label=state) for state, color in STATES.items() if state in states]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    return figure
+
+
+def _state(layer: int, plan: LayerPlan, made: set[Edit]) -> str:
+    if layer in plan.layers:
+        return "in parallel, as one layer" if len(plan.blocks[plan.position_of(layer)]) > 1 else "kept"
+    return "removed" if Edit.remove(layer) in made else "removed before this run"

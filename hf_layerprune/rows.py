@@ -30,9 +30,6 @@ def select_text_column(
     These are token ids, without those that an attention mask hides; else the column `text_field`, unless that is
     `"text"`; else, in TRL's order, prompts with their completions, messages, or text. Without `text_field` (a
     formatting function writes the text) only token ids are touched.
-
-    Raises:
-        [`LayerPruneError`]: if there is no such column, no row with text, or the first has another form.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise LayerPruneError(
@@ -66,11 +63,7 @@ def is_message(value: Any) -> bool:
 
 
 def warn_of_dropped_rows(name: str, dropped: int, total: int, max_length: int | None) -> None:
-    """Warn of rows that are left out because none of their tokens counts.
-
-    Raises:
-        [`LayerPruneError`]: if these are all rows.
-    """
+    """Warn of rows that are left out because none of their tokens counts; [`LayerPruneError`] if these are all."""
     if not dropped:
         return
     message = f"{name}: {dropped:,} of {total:,} rows have no token to score within max_length={max_length}"

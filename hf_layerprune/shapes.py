@@ -29,13 +29,9 @@ def short_name(name_or_path: str) -> str:
 
 
 def load_shape(name_or_path: str) -> PretrainedConfig:
-    """Read the config of a named shape, such as `"Qwen2.5-3B"` or `"Qwen/Qwen2.5-3B"`, or of a `config.json` on disk.
-
-    Raises:
-        [`LayerPruneError`]: if there is none, or its architecture is not supported.
-    """
-    path = SHAPES.get(short_name(name_or_path), Path(name_or_path))
-    if not path.is_file():
+    """Read the config of a `config.json` on disk, or of a named shape: `"Qwen2.5-3B"` or `"Qwen/Qwen2.5-3B"`."""
+    path = Path(name_or_path)
+    if not path.is_file() and not (path := SHAPES.get(short_name(name_or_path), path)).is_file():
         names = ", ".join(SHAPES)
         raise LayerPruneError(f"there is no shape {name_or_path!r}; choose one of {names}, or a path to a config.json")
     return load_config(str(path))
@@ -46,9 +42,6 @@ def shape_plan(config: PretrainedConfig, num_layers: int, num_blocks: int | None
 
     The pairs are one stretch in the later middle, as in https://huggingface.co/papers/2502.02790: an eighth of the
     layers after it stay single, or half of the single ones if those are fewer.
-
-    Raises:
-        [`LayerPruneError`]: if there are too many layers, or blocks that pairs and single layers cannot make up.
     """
     depth, blocks = len(plan_of(config).layers), num_layers if num_blocks is None else num_blocks
     pairs, single = num_layers - blocks, 2 * blocks - num_layers
@@ -70,16 +63,8 @@ def random_models(
 ) -> list[PreTrainedModel]:
     """Make models that compute finite nonsense as fast as trained ones compute sense.
 
-    Args:
-        config ([`~transformers.PretrainedConfig`]): the shape, of a supported family.
-        sizes (`Sequence[tuple[int, int]]`, *optional*): number of layers, and of the blocks that hold them, of each
-            model; see [`shape_plan`]. By default one model, of the blocks of `config`.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): dtype of the weights.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the weights are made.
-
-    Returns:
-        Plain models of the family, or [`PrunedQwen2ForCausalLM`] where layers run in parallel. What they have in
-        common is in memory once.
+    `sizes` are the number of layers, and of the blocks that hold them, of each model, see [`shape_plan`]; by default
+    there is one, of the blocks of `config`. What the models have in common is in memory once.
     """
     check_supported(config)
     if not sizes:

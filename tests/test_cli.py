@@ -117,6 +117,16 @@ def test_score(tmp_path, model_folder, text_file, capsys):
     assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_criterion_that_reads_no_text_asks_for_none(tmp_path, model_folder, monkeypatch, capsys):
+    monkeypatch.setattr("hf_layerprune.cli.score.text_batches", None)
+    for criterion in ("tail", "random"):
+        out = tmp_path / criterion
+        assert run("score", "--model", model_folder, "--criterion", criterion, "--output_dir", out) == 0
+        assert json.loads((out / "scores.json").read_text())["num_tokens"] == 0
+    assert run("score", "--model", model_folder, "--criterion", "tail", "--dataset", "embedded:healing") == 2
+    assert "--criterion tail reads no text; leave out --dataset" in capsys.readouterr().err
+
+
 def test_evaluate(tmp_path, model_folder, text_file, capsys):
     student = tmp_path / "student"
     prune(tiny_model(), [2]).save_pretrained(student)

@@ -3,10 +3,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import errors_of, tiny_model
+from conftest import errors_of, tiny_config, tiny_model
 from transformers import GPT2Config
 
 from hf_layerprune import cli
+from hf_layerprune.cli.estimate import _config
+from hf_layerprune.estimate import RunSizes
+from hf_layerprune.memory import StepMeter, Way
+from hf_layerprune.shapes import load_shape
 
 QUICK = ["--max_length", "32", "--per_device_train_batch_size", "2"]
 
@@ -66,15 +70,17 @@ def test_a_run_that_only_heals_scores_and_removes_nothing(tmp_path, capsys):
     heals = json.loads(file.read_text())
     assert heals["seconds_of_scoring"] == 0 and heals["rounds"] == 1
     assert heals["student_parameters"] == heals["parameters"] == tiny_model(4).num_parameters()
-    assert run(*common, "--target_num_layers", 3) == 0, errors_of(capsys)
-    removes = json.loads(file.read_text())
+    configs = [tiny_model(depth).config for depth in (4, 6)]
+    args = tiny_config(tmp_path, target_num_layers=3, max_length=32, per_device_train_batch_size=2)
+    removes = RunSizes(configs[0], args, configs[1])
+    setting = removes.setting(Way("all", None, "float32", False), 2, StepMeter(configs[0], args, [2]))
 
-    def gradients(content, trained):  # those of a deeper student are more
-        return next(s["optimizer"] for s in content["settings"] if s["trained"] == trained and not s["lora_r"])
+    def gradients(trained):
+        return next(s["optimizer"] for s in heals["settings"] if s["trained"] == trained and not s["lora_r"])
 
-    assert removes["seconds_of_scoring"] > 0 and gradients(heals, "all") > gradients(removes, "all")
+    assert removes.scoring_flops(4) > 0 and gradients("all") > setting.optimizer  # those of a deeper student are more
     layer = sum(p.numel() for p in tiny_model(4).model.layers[0].parameters())
-    assert gradients(heals, "neighbours") == 4 * 12 * layer  # next to two gaps; a gradient and two moments in float32
+    assert gradients("neighbours") == 4 * 12 * layer  # next to two gaps; a gradient and two moments in float32
 
 
 def test_a_recipe_is_read_as_compress_reads_it(tmp_path, shape, capsys):
@@ -88,6 +94,15 @@ def test_a_recipe_is_read_as_compress_reads_it(tmp_path, shape, capsys):
     printed = capsys.readouterr().out
     assert "--trained_layers 2,3 --dtype bfloat16" in printed and "in 1 rounds" not in printed
     assert "96 per step" in printed and "per million tokens" in printed
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-3B", "Qwen/Qwen2.5-3B"])
+def test_what_lies_here_is_not_the_shape_of_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert _config(name).num_hidden_layers == 36
+    tiny_model(4).config.save_pretrained(name)
+    assert _config(name).num_hidden_layers == 4
+    assert _config(f"{name}/config.json").num_hidden_layers == load_shape(f"{name}/config.json").num_hidden_layers == 4
 
 
 def test_nothing_fits_is_an_answer(shape, capsys):

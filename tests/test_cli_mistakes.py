@@ -81,7 +81,7 @@ def test_yaml_is_read_as_the_command_line_is(tmp_path):
     assert (config.target_num_layers, config.target_latency, config.heal) == (None, 0.5, False)
     assert arguments.teacher == "7"
     assert parser.given == {
-        "trained_layers": [3, 4], "max_steps": -1, "max_length": None, "target_latency": 0.5, "heal": False,
+        "trained_layers": "3,4", "max_steps": -1, "max_length": None, "target_latency": 0.5, "heal": False,
         "warmup_steps": 4, "lr_scheduler_kwargs": {"min_lr": 0.1}, "learning_rate": 1e-3, "teacher": "7",
     }  # fmt: skip
     assert str(parser.given["warmup_steps"]) == "4"  # as it was given
@@ -89,6 +89,25 @@ def test_yaml_is_read_as_the_command_line_is(tmp_path):
         settings.write_text(text)
         with pytest.raises(LayerPruneError, match=f"--config {settings}: argument --.*{message}"):
             parse("compress", ["--config", str(settings)])
+
+
+@pytest.mark.parametrize(
+    "verb, line, message",
+    [
+        ("compress", "model:", "model has no value; give it a value, or leave it out"),
+        ("compress", "model: {a: b}", "model must not hold settings of its own"),
+        ("compress", "learning_rate: ~", "learning_rate has no value"),
+        ("compress", "bf16: {}", "bf16 must not hold settings"),
+        ("score", "dataset_split:", "dataset_split has no value"),
+        ("benchmark", "models:", "models has no value"),
+        ("generate", "seed:", "seed has no value"),
+    ],
+)
+def test_a_value_in_a_recipe_has_the_type_of_its_setting(tmp_path, verb, line, message):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(line)
+    with pytest.raises(LayerPruneError, match=f"--config {settings}: {message}"):
+        parse(verb, ["--config", str(settings)])
 
 
 def test_version(capsys):
@@ -109,6 +128,9 @@ def test_debug_shows_the_traceback_as_well(capsys):
         (OSError(28, "No space left on device"), 2),
         (FileNotFoundError(2, "No such file", str(Path(cli.__file__).parent / "gone.jinja")), None),
         (OSError("raised by a library, about nothing the user named"), None),
+        (ConnectionRefusedError(111, "Connection refused"), None),
+        (TimeoutError(110, "Connection timed out"), None),
+        (BrokenPipeError(32, "Broken pipe"), None),
         (ValueError("too many values to unpack"), None),
         (RuntimeError("The size of tensor a (4) must match the size of tensor b (5)"), None),
     ],

@@ -17,6 +17,7 @@ from hf_layerprune import (
     prune,
 )
 from hf_layerprune.data import tokenized_batches
+from hf_layerprune.record import read_run
 from hf_layerprune.surgery import plan_of
 
 TEXTS = ["--dataset", "embedded:calibration", "--eval_dataset", "embedded:held_out"]
@@ -71,6 +72,8 @@ def test_named_pairs_and_a_plan_of_an_earlier_run_give_the_same(run, tmp_path):
     assert first["rounds"][0]["loss"] == second["rounds"][0]["loss"]
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["blocks"] == [[0], [1, 2], [3, 4]]
     assert second["settings"]["plan"] == "plan.json" and str(tmp_path) not in json.dumps(second)
+    assert read_run(tmp_path / "again" / "report.json").start == LayerPlan.identity(5)
+    assert "hf-layerprune parallelize --config recipe.yaml" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_the_search_for_a_range(run, tmp_path):

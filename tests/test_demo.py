@@ -16,11 +16,10 @@ from transformers import GenerationConfig
 from hf_layerprune import LayerPruneError, cli
 from hf_layerprune.benchmark import kv_bytes_per_token, weight_bytes
 from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, open_catalog, read_settings, settings_of
-from hf_layerprune.demo import store as store_module
-from hf_layerprune.demo.generation import Answer, Sampling
-from hf_layerprune.demo.next_tokens import compare_next_tokens
+from hf_layerprune.demo import catalog as catalog_module
+from hf_layerprune.demo.catalog import ModelSource, ModelStore
+from hf_layerprune.demo.generation import Answer, Sampling, compare_next_tokens
 from hf_layerprune.demo.service import Comparison, cleaned, encode, first_difference
-from hf_layerprune.demo.store import ModelSource, ModelStore
 
 EMBEDDED = "Embedded teacher, 16 to 10 layers"
 SHORT = {"max_new_tokens": 12}
@@ -105,7 +104,7 @@ def test_mistakes_on_the_command_line(argv, told, capsys):
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("hf_layerprune.demo.serving.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_layerprune.demo.find_spec", lambda name: None)
     assert cli.main(["demo"]) == 2
     assert "hf-layerprune[demo]" in capsys.readouterr().err
 
@@ -240,8 +239,10 @@ def test_sampling_settings_are_checked_on_the_server(changes):
 
 def test_sampling_starts_as_the_checkpoint_says():
     own = GenerationConfig(do_sample=True, temperature=0.7, top_k=20, repetition_penalty=9.0)
-    assert Sampling.of_checkpoint(own, LIMITS) == Sampling(temperature=0.7, top_k=20, repetition_penalty=2.0)
-    assert Sampling.of_checkpoint(GenerationConfig(top_k=20), Limits(max_new_tokens=5)) == Sampling(max_new_tokens=5)
+    assert Sampling.of_checkpoint(own, LIMITS, 512) == Sampling(temperature=0.7, top_k=20, repetition_penalty=2.0)
+    greedy = GenerationConfig(top_k=20)
+    assert Sampling.of_checkpoint(greedy, Limits(max_new_tokens=5), 512) == Sampling(max_new_tokens=5)
+    assert Sampling.of_checkpoint(greedy, LIMITS, 96) == Sampling(max_new_tokens=48)
     assert Sampling().changed({"top_k": 3.0, "seed": None}, LIMITS) == Sampling(top_k=3)
 
 
@@ -303,14 +304,14 @@ def test_closing_stops_the_model_after_its_token(service):
 
 
 def test_an_answer_can_be_closed_while_its_model_loads(demo_folder, monkeypatch):
-    go, load = threading.Event(), store_module.load_model
+    go, load = threading.Event(), catalog_module.load_model
 
     def load_slowly(*arguments, **options):
         assert go.wait(60)
         return load(*arguments, **options)
 
     service = make_service(demo_folder)
-    monkeypatch.setattr(store_module, "load_model", load_slowly)
+    monkeypatch.setattr(catalog_module, "load_model", load_slowly)
     with closing(service.stream("It was", "tiny run")) as stream:
         assert next(stream) == next(stream) == Comparison()
     assert not go.is_set()
@@ -323,7 +324,7 @@ def test_an_answer_ends_when_its_time_is_over(demo_folder):
         make_service(demo_folder, max_seconds=1, max_new_tokens=4000), sampling={"max_new_tokens": 4000 - 6}
     )
     assert comparison.original.out_of_time and comparison.original.tokens_per_second > 0
-    assert "as long as it may" in comparison.summary
+    assert "cut off at the time limit" in comparison.summary
 
 
 def test_an_error_of_a_model_reaches_the_reader_and_names_no_folder(tmp_path):
@@ -370,6 +371,7 @@ def test_prompt_and_answer_share_the_context(tmp_path):
     with pytest.raises(LayerPruneError, match="has 70 tokens; 1 to 63 are read"):
         next(service.stream("a" * 70))
     assert last(service, "abc", "", {"max_new_tokens": 61}).ended
+    assert last(service, "abc", "", {}).original.num_tokens == 32  # there is room for both by default
 
 
 # -- what a comparison says ------------------------------------------------------------------------------------------
@@ -388,7 +390,7 @@ def test_the_summary_says_what_was_measured_and_no_more():
     student = Answer("the old woman", tokens_per_second=150.0, num_parameters=4_000_000, num_layers=8, **done)
     told = Comparison(teacher, student).summary
     assert "1.50 times the speed of the original: 150 tokens/s against 100" in told
-    assert "8 layers instead of 16, and -50% parameters" in told and "part at word 3" in told
+    assert "8 layers instead of 16, and -50% parameters" in told and "diverge at word 3" in told
     assert "few tokens" in Comparison(teacher, replace(student, num_tokens=3)).summary
     assert "Both gave the same answer" in Comparison(teacher, teacher).summary
     assert Comparison(teacher).summary == ""

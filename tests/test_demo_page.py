@@ -15,7 +15,8 @@ from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from hf_layerprune import cli  # noqa: E402
-from hf_layerprune.demo.page import build_page, launch_page, words_of  # noqa: E402
+from hf_layerprune.demo.generation import Position  # noqa: E402
+from hf_layerprune.demo.page import build_page, labels_of, launch_page, words_of  # noqa: E402
 
 RUN = "tiny run"
 
@@ -127,6 +128,11 @@ def test_the_first_different_word_is_marked():
     assert words_of(turns, 0, 8) == [*before, ("the old ", None), ("man", "first difference"), (" sat", None)]
     assert words_of(turns, 0, None) == [*before, ("the old man sat", None)]
     assert words_of([("a", "b", "b c")], 0, 1) == [("a", "prompt"), ("b", None)]  # the other one goes on
+
+
+def test_no_probability_is_lost_where_tokens_look_alike():
+    position = Position("a", 0.1, (("\ufffd", 0.5), ("b", 0.3), ("\ufffd", 0.2)), ((" ", 0.6), ("\u2423", 0.3)))
+    assert labels_of(position) == [{"\ufffd": 0.7, "b": 0.3}, {"\u2423": pytest.approx(0.9)}]
 
 
 def test_other_errors_show_no_details(demo_folder):

@@ -20,7 +20,7 @@ import torch
 from demo_models import make_service
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.demo import store
+from hf_layerprune.demo import catalog
 from hf_layerprune.demo.service import seconds_on_gpu
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ZeroGPU forks")
@@ -101,13 +101,13 @@ def last(service, prompt="It was", model="tiny run", sampling=SHORT, **options):
 def test_both_calls_run_in_the_forked_process_with_models_that_were_loaded_before(service, calls, monkeypatch):
     service.warm_up()
     assert len(service.store.loaded) == 4  # as many as there is room for
-    here, load = os.getpid(), store.load_model
+    here, load = os.getpid(), catalog.load_model
 
     def load_here(*arguments, **options):
         assert os.getpid() == here, "a model is loaded in time on the GPU"
         return load(*arguments, **options)
 
-    monkeypatch.setattr(store, "load_model", load_here)
+    monkeypatch.setattr(catalog, "load_model", load_here)
     comparison = last(service, depth=4)
     assert comparison.ended and comparison.compressed.num_tokens == 12 and comparison.compressed.num_layers == 4
     assert len(service.inspect("It was a night", "tiny run", 3)) == 14

@@ -376,4 +376,4 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, model_folder, write, capsys, monkey
     monkeypatch.setattr("transformers.Qwen2ForCausalLM.generate", interrupted)
     text = write("texts.txt", "\n".join(TEXTS))
     assert run("--model", model_folder, "--dataset", text, "--output_file", tmp_path / "out.jsonl", *QUICK) == 130
-    assert "the same command goes on" in errors_of(capsys)
+    assert "run the same command to continue" in errors_of(capsys)

@@ -533,7 +533,15 @@ def test_after_a_fault_a_second_push_completes(hub, worker, runs, kind, path):
     ],
 )
 def test_an_error_of_the_client_is_one_line(error, message):
+    client = {"__name__": "huggingface_hub.lfs"}
+    exec("def call(error): raise error", client)
     with pytest.raises(LayerPruneError, match=f"^asking: {message}$"), hub_errors("asking"):
+        client["call"](error)
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), LayerPruneError("x")])
+def test_a_bug_of_ours_is_not_blamed_on_the_hub(error):
+    with pytest.raises(type(error), match=f"^{error}$"), hub_errors("asking"):
         raise error
 
 

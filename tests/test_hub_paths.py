@@ -49,17 +49,19 @@ def test_where_a_run_starts_the_disk_is_asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("me/model", "embedded", "texts"):
         Path(name).mkdir(parents=True)
-    Path("tasks.yaml").write_text("")
+    for name in ("tasks.yaml", "own.yaml", "one, two.yaml"):
+        Path(name).write_text("")
     settings = {"model": "me/model", "teacher": "embedded", "dataset": "embedded:healing", "eval_dataset": None,
-                "tasks": "default, tasks.yaml,paper:texts", "output_dir": "texts", "seed": 3}  # fmt: skip
+                "tasks": "default, tasks.yaml,lm_eval:own.yaml,lm_eval:arc_easy", "output_dir": "texts"}  # fmt: skip
     here = str(tmp_path)
     recorded = with_absolute_paths(settings)
     assert recorded == settings | {
         "model": f"{here}/me/model",
-        "tasks": f"default,{here}/tasks.yaml,paper:{here}/texts",
+        "tasks": f"default,{here}/tasks.yaml,lm_eval:{here}/own.yaml,lm_eval:arc_easy",
     }
     public = without_local_paths(recorded)
-    assert (public["model"], public["tasks"]) == ("model", "default,tasks.yaml,paper:texts")
+    assert (public["model"], public["tasks"]) == ("model", "default,tasks.yaml,lm_eval:own.yaml,lm_eval:arc_easy")
+    assert with_absolute_paths({"tasks": "one, two.yaml"}) == {"tasks": f"{here}/one, two.yaml"}
     assert "output_dir" not in public and absolute_if_local("me/other@x") == "me/other@x"
     assert (
         without_local_paths({"model": "/home/ford/a,b/c"}) == {"model": "c"}

@@ -125,10 +125,10 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(recipe, tmp_path, whole)
     assert process.wait(60) == 130
     message = process.stderr.strip().splitlines()[-1]
     assert message.startswith(
-        "hf-layerprune: stopped; what is done is kept; to go on: hf-layerprune compress --config"
+        "hf-layerprune: stopped; what is done is kept; to continue: hf-layerprune compress --config"
     )
     assert len(state(folder)["rounds"]) == 1 and state(folder)["current"]["checkpoint"] >= 2
-    resumed = forked.run(forked.CLI, *message.split("to go on: hf-layerprune ")[1].split())
+    resumed = forked.run(forked.CLI, *message.split("to continue: hf-layerprune ")[1].split())
     assert resumed.wait() == 0, resumed.stderr
     assert_same_result(folder, whole)
 

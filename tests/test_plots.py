@@ -6,7 +6,7 @@ import pytest
 from test_report import ROUNDS, RUN, entry, scores
 
 from hf_layerprune import LayerPlan
-from hf_layerprune.plots import layer_map_text, plot_layer_map
+from hf_layerprune.report import layer_map_text, plot_layer_map
 
 
 def test_text():

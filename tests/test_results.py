@@ -1,5 +1,6 @@
 """The committed results of the demo, and the demo itself (slow)."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def check(run):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/results/report.json")), ids=lambda path: path.parts[-3])
 def test_committed_reports_are_read_and_rendered_as_they_are(path):
     run = read_run(path)
-    assert path.read_text() == run.to_json()
+    assert json.loads(path.read_text()).items() <= json.loads(run.to_json()).items()  # younger fields may be missing
     assert path.with_name("report.md").read_text() == render_markdown(run)
 
 

@@ -116,9 +116,9 @@ def test_mistakes_are_one_line_and_nothing_is_sent(hub, worker, pushed, demo_fol
     hub.seed("spaces/me/taken", {"index.html": b"<html>"})
     before = len(hub.repos["spaces/me/taken"].titles())
     for argv, told in (
-        ([], "what shall it show, and where"),
-        (["--repo_id", "me/space"], "what shall it show"),
-        (["me/student", "--models", "a.yaml", "--repo_id", "me/space"], "what shall it show"),
+        ([], "what should it show, and where"),
+        (["--repo_id", "me/space"], "what should it show"),
+        (["me/student", "--models", "a.yaml", "--repo_id", "me/space"], "what should it show"),
         ([run, "--repo_id", "me/space"], "push it first"),
         (["me/nothing", "--repo_id", "me/space"], "me/nothing"),
         (["me/student", "--repo_id", "you/space"], "You don't have the rights to create a model under you"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from ..errors import LayerPruneError
+from ..settings import option
 
 AUTO = "the checkpoint's own, or float32 on a CPU that would emulate it"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,13 +24,6 @@ OF_TRL = (
 """Settings of TRL's `SFTConfig` that `compress` and `estimate` take; the others are for Python."""
 
 
-def option(default: Any, help: str, **more: Any) -> Any:
-    """A setting, its help, and what else argparse should know."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help, **more})
-    return field(default=default, metadata={"help": help, **more})
-
-
 def default_depth(depth: int) -> int:
     """Three quarters of a model's layers, for a run without a target; at least one goes."""
     return max(1, min(depth - 1, round(0.75 * depth)))
@@ -47,8 +40,10 @@ class DataArguments:
         "'embedded:calibration' or 'embedded:held_out'. Only the embedded model has a default.",
     )
     dataset_config: str | None = option(None, "Configuration of a data set on the Hub.")
-    dataset_split: str = option("train", "Split of the data set, or a slice of one or of a file: 'train[:1000]'.")
-    gguf_file: str | None = option(None, "GGUF file in the folder or repository --model, such as model-q8_0.gguf.")
+    dataset_split: str = option("train", "Split to read, or a slice of it or of a file, such as 'train[:1000]'.")
+    gguf_file: str | None = option(
+        None, "GGUF file in the folder or repository that --model names, such as model-q8_0.gguf."
+    )
 
     def __post_init__(self) -> None:
         if self.gguf_file is not None:
@@ -61,10 +56,12 @@ class DataArguments:
 class CompressArguments(DataArguments):
     """Settings of `compress`, next to those of the trainer."""
 
-    eval_dataset: str | None = option(None, "Text to measure on; else a tenth of --dataset, at most 1,000 rows.")
-    calibration_dataset: str | None = option(None, "Text that scores the layers; else rows of --dataset.")
+    eval_dataset: str | None = option(
+        None, "Text to evaluate on; by default a tenth of --dataset, at most 1,000 rows."
+    )
+    calibration_dataset: str | None = option(None, "Text to score the layers on; by default rows of --dataset.")
     resume: bool = option(False, "Resume the run in output_dir.")
-    teacher: str | None = option(None, "Where --model is a student already: its original, to score and heal against.")
+    teacher: str | None = option(None, "If --model is already a student: its original, to score and heal against.")
     dtype: str = option("float32", "dtype of the weights in memory.", choices=DTYPES)
     lora_r: int | None = option(None, "Heal with LoRA adapters of this rank instead of full weights.")
     lora_alpha: int = option(32, "Scale of the LoRA adapters.")
@@ -79,8 +76,12 @@ class CompressArguments(DataArguments):
 class EstimateArguments(CompressArguments):
     """Settings of `estimate`, next to those of the run; `model` may be a named shape such as Qwen2.5-3B."""
 
-    gpu_memory: str | None = option(None, "Memory that healing must fit in, such as 24GiB; default: this GPU's.")
-    device_tflops: float | None = option(None, "TFLOP/s the device reaches, for a rough time; assumed by default.")
+    gpu_memory: str | None = option(
+        None, "Memory that healing must fit in, such as 24GiB; by default that of this GPU."
+    )
+    device_tflops: float | None = option(
+        None, "TFLOP/s the device reaches, for the rough time; by default an assumed rate."
+    )
     output_file: str | None = option(None, "File to write every number to, as JSON.")
 
     def __post_init__(self) -> None:
@@ -111,7 +112,7 @@ class ScoreArguments(MeasureArguments):
     )
     tasks: str | None = option(None, f"Score by data sets, which bring their own text: {TASKS}.")
     race_confidence: float | None = option(
-        None, "Drop layers early that are worse with this confidence, such as 0.95."
+        None, "Stop scoring layers that are worse with this confidence, such as 0.95."
     )
     offload: bool = option(False, "Leave the layers on disk, for models larger than memory.")
     output_dir: str = option("layerprune-scores", "Folder to write scores and plot to.")
@@ -133,7 +134,9 @@ class ParallelizeArguments(MeasureArguments):
     pairs: list[str] = option([], "Layers to run in parallel, such as '4,5 6,7'. Without it they are searched for.")
     plan: str | None = option(None, "Instead: the plan.json of a run or a search.")
     search: str = option(
-        "greedy", "The cheapest edit each time, or the best range of adjacent pairs.", choices=("greedy", "range")
+        "greedy",
+        "'greedy' makes the cheapest edit each time; 'range' takes the best range of adjacent pairs.",
+        choices=("greedy", "range"),
     )
     edits: str = option("parallelize", "What the search may do: 'parallelize' or 'remove,parallelize'.")
     target_num_layers: int | None = option(None, "Depth to reach; by default three quarters of the model's.")
@@ -146,8 +149,10 @@ class ParallelizeArguments(MeasureArguments):
     dtype: str = option(
         "auto", f"dtype in memory, not of the saved weights; 'auto' is {AUTO}.", choices=("auto", *DTYPES)
     )
-    eval_dataset: str | None = option(None, "Text for the quality numbers; else rows of --dataset after the others.")
-    num_eval_samples: int = option(32, "Rows of text for the quality numbers.")
+    eval_dataset: str | None = option(
+        None, "Text to evaluate on; by default the rows of --dataset after those that calibrate."
+    )
+    num_eval_samples: int = option(32, "Rows of text to evaluate on.")
     measure_speed: bool = option(True, "Whether to time the model before and after.")
     output_dir: str = option("layerprune-parallel", "Folder for model, plan and report.")
 
@@ -191,11 +196,11 @@ class PushArguments:
 
     output_dir: str | None = option(None, "Output folder of a run.", positional=True)
     repo_id: str | None = option(None, "Repository on the Hub: user/name.")
-    private: bool = option(False, "Make a new repository private; by default the account decides.")
+    private: bool = option(False, "Make a new repository private; by default the account's setting decides.")
     revision: str | None = option(None, "Branch to push to; main by default.")
     round: int | None = option(None, "Push the student of this round, such as 5; the last by default.")
     depth_tags: bool = option(False, "Push every round up to that one, each with a tag such as 28-layers.")
-    base_model: str | None = option(None, "Hub id of the model the run started from, where the run does not say.")
+    base_model: str | None = option(None, "Hub id of the model the run started from, if the run does not say.")
 
 
 @dataclass
@@ -204,12 +209,12 @@ class DemoArguments:
 
     names: list[str] = option(
         [],
-        "A run, or an original and a student. Default: the embedded teacher, and some of its layers in parallel.",
+        "A run, or an original and a student. Default: the embedded teacher and a copy with layers in parallel.",
         positional=True,
     )
     models: str | None = option(None, "Instead: a YAML file with the list of models that visitors choose from.")
-    dtype: str | None = option(None, f"dtype of the weights: auto ({AUTO}), float32, ...")
-    server_name: str = option("127.0.0.1", "Address to serve at; 0.0.0.0 is every one.")
+    dtype: str | None = option(None, f"dtype of the weights: auto ({AUTO}), float32, bfloat16 or float16.")
+    server_name: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is all of them.")
     server_port: int | None = option(None, "Port; by default the first free one from 7860.")
     inbrowser: bool = option(False, "Open the page in a browser.")
 
@@ -227,4 +232,4 @@ class PushSpaceArguments:
     models: str | None = option(None, "Instead of runs: a YAML file with the list of models; see docs/space.md.")
     title: str | None = option(None, "Title of the Space.")
     hardware: str | None = option(None, "Hardware to suggest to those who copy the Space, such as zero-a10g.")
-    private: bool = option(False, "Make a new Space private; by default the account decides.")
+    private: bool = option(False, "Make a new Space private; by default the account's setting decides.")

@@ -21,9 +21,8 @@ from ..progress import Phases, say
 from ..shapes import load_shape, random_models, short_name
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments
-from .measure import device, load_on_device, print_table
+from .common import device, load_on_device, made, print_table
 from .parsing import parse
-from .recipe import made
 
 SETTINGS = ("prompt_tokens", "new_tokens", "repeats", "cache_implementation", "compile")
 SPEEDS = ("prefill\ntokens/s", "decode\ntokens/s", "TTFT\nms", "memory\nMiB", "KV\nB/token")

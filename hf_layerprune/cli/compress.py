@@ -14,16 +14,14 @@ from ..budget import Budget
 from ..data import ASSETS
 from ..errors import LayerPruneError, first_line
 from ..loading import beside_weights, load_config
-from ..progress import Phases, RunProgress, say
-from ..report import rich_table
+from ..progress import Phases, RunProgress
 from ..rows import select_text_column
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.callbacks import StopOnSignal
 from ..trainer.trainable import lora_config
 from .arguments import CompressArguments, default_depth
-from .measure import check_sources, read_dataset
+from .common import check_new_folder, check_sources, made, print_run, read_dataset, write_recipe
 from .parsing import Parser
-from .recipe import check_new_folder, made, write_recipe
 
 
 def compress(argv: list[str]) -> None:
@@ -49,9 +47,8 @@ def compress(argv: list[str]) -> None:
             changed = {"model_init_kwargs": kept} if init_kwargs else {}
             write_recipe(folder, parser.given, model=arguments.model, **changed)
         _train(trainer, folder, phases)
-        phases.out.print(rich_table(trainer.run))
-        names = {"student": "model", "report": "report.md", "plot": "quality.png"}
-        say(phases.out, "   ".join(f"{what}: {folder / name}" for what, name in names.items()))
+        files = {"student": folder / "model", "report": folder / "report.md", "plot": folder / "quality.png"}
+        print_run(trainer.run, phases.out, files)
 
 
 def with_default_recipe(argv: list[str]) -> list[str]:
@@ -138,4 +135,4 @@ def _train(trainer: IterativeLayerDistillTrainer, folder: Path, phases: Phases) 
             if not trainer.is_world_process_zero():
                 raise
             line = resume_line(folder, trainer.accelerator.num_processes)
-            raise KeyboardInterrupt(f"what is done is kept; to go on: {line}") from None
+            raise KeyboardInterrupt(f"what is done is kept; to continue: {line}") from None

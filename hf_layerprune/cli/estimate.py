@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..budget import Goal
 from ..data import check_length
@@ -26,8 +26,8 @@ from ..trainer import IterativeLayerDistillConfig
 from ..trainer.config import as_words
 from ..trainer.run import check_budget
 from ..trainer.trainable import check_trained_layers
+from .common import print_table
 from .compress import set_default_target, with_default_recipe
-from .measure import print_table
 from .parsing import Parser
 
 
@@ -41,8 +41,8 @@ def estimate(argv: list[str]) -> None:
     memory, config = _memory(arguments.gpu_memory), _config(arguments.model)
     set_default_target(args, config.num_hidden_layers)
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
-    _check(arguments.model, args, config, plan_of(teacher or config))
     run = RunSizes(config, args, teacher)
+    _check(arguments.model, run, plan_of(teacher or config))
     with Phases() as phases:
         phases.phase("measuring on tensors without memory")
         found = estimate_run(run, memory, arguments.dtype, arguments.lora_r, arguments.device_tflops)
@@ -68,22 +68,21 @@ def _memory(given: str | None) -> int:
 
 
 def _config(name: str) -> PretrainedConfig:
-    """Read that of a named shape, a `config.json`, a GGUF file, or a model folder or Hub id, without the weights."""
-    is_shape = short_name(name) in SHAPES or (Path(name).is_file() and not is_gguf(name))
-    return load_shape(name) if is_shape else load_config(name)
+    """Read that of a folder, file or Hub id, without the weights, or of a shape where there is no such folder."""
+    path = Path(name)
+    is_shape = not path.exists() and short_name(name) in SHAPES
+    return load_shape(name) if is_shape or (path.is_file() and not is_gguf(name)) else load_config(name)
 
 
-def _check(name: str, args: IterativeLayerDistillConfig, config: PretrainedConfig, original: LayerPlan) -> None:
-    """Raise [`LayerPruneError`] for a run that would not start."""
+def _check(name: str, run: RunSizes, original: LayerPlan) -> None:
+    """Refuse a run that would not start."""
+    args, plan, budget = run.args, plan_of(run.config), run.args.budget
     if not args.heal:
         raise LayerPruneError("heal=False trains nothing, and what is estimated is training; leave it out")
-    plan, budget = plan_of(config), args.budget
     check_trained_layers(args.trained_layers, plan, name)
     if budget.unit != "latency":
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        check_budget(name, Goal.of(budget, args.edit_space, model, original), plan, args.heal)
-    check_length(args.max_length, config, name)
+        check_budget(name, Goal.of(budget, args.edit_space, run.model, original), plan, args.heal)
+    check_length(args.max_length, run.config, name)
 
 
 def _target(found: Estimate, args: IterativeLayerDistillConfig) -> str:

@@ -16,9 +16,8 @@ from ..loading import load_config, load_tokenizer
 from ..progress import Phases, say
 from ..tasks import KLTask, Task, TaskReport, evaluate_tasks, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments
-from .measure import check_text, load_on_device, print_table, text_batches
+from .common import check_text, load_on_device, made, print_table, text_batches
 from .parsing import parse
-from .recipe import made
 
 
 def evaluate(argv: list[str]) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from ..healing_data import column_of_prompts, generate_healing_data, processes
 from ..loading import load_model, load_tokenizer
 from ..progress import Phases, say
-from .measure import check_sources, read_dataset
+from .common import check_sources, read_dataset
 from .parsing import parse
 
 

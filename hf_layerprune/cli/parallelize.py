@@ -20,19 +20,17 @@ from ..hub.paths import absolute_if_local, with_absolute_paths, without_local_pa
 from ..loading import load_config, load_tokenizer, saved_dtype
 from ..losses import perplexity_of
 from ..plan import Edit, LayerPlan, edits_between
-from ..plots import plot_range, save_plot
 from ..progress import Phases, say
 from ..record import RoundRecord, RunRecord, TeacherRecord, read_plan
-from ..report import rich_table, write_report
+from ..report import plot_range, save_plot, write_report
 from ..scoring import Scores
 from ..search import SearchStep, find_parallel_range, parallel_ranges, search_plan
 from ..surgery import apply_plan, plan_of, prune
 from ..trainer.run import check_saving, save_student, speed_runs, with_speed
 from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments, default_depth
-from .measure import check_text, load_on_device, text_batches
+from .common import check_new_folder, check_text, load_on_device, made, print_run, text_batches, write_recipe
 from .parsing import Parser
-from .recipe import check_new_folder, made, write_recipe
 
 OF_GREEDY = {
     "edits", "max_group_size", "criterion", "protect_first_layers", "protect_last_layers", "target_latency",
@@ -87,9 +85,8 @@ def parallelize(argv: list[str]) -> None:
         write_atomically(folder / "README.md", str(card))
         for name in ("README.md", "quality.png", "layers.png"):
             write_atomically(folder / "model" / name, (folder / name).read_bytes())
-        phases.out.print(rich_table(run))
-        names = {"model": "model", "report": "report.md", "plot": "quality.png"}
-        say(phases.out, "   ".join(f"{what}: {folder / name}" for what, name in names.items()))
+        files = {"model": folder / "model", "report": folder / "report.md", "plot": folder / "quality.png"}
+        print_run(run, phases.out, files)
 
 
 def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Batch], list[Batch]]:
@@ -184,6 +181,7 @@ def _measured(
         without_local_paths(with_absolute_paths(asdict(arguments))),
         TeacherRecord.of(model, quality, name=name),
         environment=environment(model.device),
+        verb="parallelize",
     )
     criterion = "loss" if arguments.search == "range" else arguments.criterion  # a range is chosen by perplexity
     for number, (edits, scores, plan) in enumerate(steps, 1):

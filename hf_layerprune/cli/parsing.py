@@ -7,7 +7,8 @@ from dataclasses import Field, fields, make_dataclass
 from difflib import get_close_matches
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, NoReturn, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -49,15 +50,12 @@ def offered(kind: type) -> list[Field]:
 
 
 class Parser(TrlParser):
-    """Reads the settings of one verb.
-
-    Attributes:
-        given (`dict[str, Any]`): the settings that were given, by name.
-    """
+    """Reads the settings of one verb; those that were `given` are kept by name."""
 
     def __init__(self, verb: str) -> None:
         self.types, self.given = settings_of(verb), {}
         self.settings = {item.name: item for kind in self.types for item in offered(kind)}
+        self.kinds = {name: _kinds(item.type) for name, item in self.settings.items()}  # the parser narrows the types
         options = [(item.name, item.type, item) for item in self.settings.values() if not _is_positional(item)]
         epilog = "--debug shows the traceback of an error that is otherwise one line."
         super().__init__(
@@ -69,12 +67,7 @@ class Parser(TrlParser):
             self.add_argument(item.name, nargs=count, default=SUPPRESS, help=item.metadata["help"])
 
     def read(self, argv: list[str]) -> tuple[Any, ...]:
-        """Parse a command line and the YAML file it names into the dataclasses.
-
-        Raises:
-            [`LayerPruneError`]: for an unknown name, a value of another type, a file that cannot be read, or a value
-                that the dataclasses refuse.
-        """
+        """Parse a command line and the YAML file it names into the dataclasses."""
         line, recipe = self._read_words(argv), {}
         if (file := line.pop("config", None)) is not None:
             try:
@@ -103,7 +96,8 @@ class Parser(TrlParser):
         return {name: value for name, value in vars(found).items() if value is not UNSET}
 
     def _read_file(self, path: Path) -> dict[str, Any]:
-        """Read each setting as if it stood on the command line; YAML's nulls, mappings and lists stay as they are."""
+        """Read each setting as if it stood on the command line; a null, a mapping or a list stays what it is where the
+        type of the setting allows it."""
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise LayerPruneError("the file must hold settings, a line each: `name: value`")
@@ -111,11 +105,17 @@ class Parser(TrlParser):
         for name, value in content.items():
             if name not in self.settings:
                 raise self._unknown(str(name))
-            item = self.settings[name]
-            values = value if isinstance(value, list) else [value]
-            if value is None or isinstance(value, dict) or (value is values and get_origin(item.type) is not list):
+            item, kinds = self.settings[name], self.kinds[name]
+            if isinstance(value, list) and list not in kinds:
+                value = ",".join(map(str, value))
+            if isinstance(value, (NoneType, dict)) and type(value) not in kinds:
+                what = "has no value" if value is None else "must not hold settings of its own"
+                raise LayerPruneError(f"{name} {what}; give it a value, or leave it out")
+            if isinstance(value, (NoneType, dict, list)) and kinds != {list}:
                 as_it_is[name] = value
-            elif _is_positional(item):
+                continue
+            values = value if isinstance(value, list) else [value]
+            if _is_positional(item):
                 words = [*map(str, values), *words]  # before any option that takes several
             else:
                 words += [f"--{name}={value}"] if value is not values else [f"--{name}", *map(str, values)]
@@ -128,6 +128,12 @@ class Parser(TrlParser):
         near = get_close_matches(word, self.settings, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
         return LayerPruneError(f"unknown setting {name}; {hint}")
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The types that a type hint allows."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return {get_origin(kind) or kind for kind in kinds}
 
 
 def _is_positional(item: Field) -> bool:

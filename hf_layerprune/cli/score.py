@@ -13,14 +13,16 @@ from rich.console import Console
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_tokenizer
-from ..plots import plot_scores, save_plot
 from ..progress import Phases, say
+from ..report import plot_scores, save_plot
 from ..scoring import CRITERION_UNITS, Race, Scores, criterion_of, score_layers
 from ..tasks import Task, load_tasks, prepare_tasks
 from .arguments import ScoreArguments
-from .measure import check_text, device, load_on_device, print_table, text_batches
+from .common import check_text, device, load_on_device, made, print_table, text_batches
 from .parsing import parse
-from .recipe import made
+
+WITHOUT_TEXT = ("tail", "random")
+"""Criteria that look at no data."""
 
 
 def score(argv: list[str]) -> None:
@@ -29,10 +31,12 @@ def score(argv: list[str]) -> None:
     criterion_of(arguments.criterion)
     if arguments.tasks and (arguments.dataset or arguments.criterion not in ("kl", "tasks")):
         raise LayerPruneError("--tasks bring their own text and criterion; leave out --dataset and --criterion")
+    if arguments.dataset and arguments.criterion in WITHOUT_TEXT:
+        raise LayerPruneError(f"--criterion {arguments.criterion} reads no text; leave out --dataset")
     tasks = []
     if arguments.tasks or arguments.criterion == "tasks":
         tasks, arguments.criterion = load_tasks(arguments.tasks or "default"), "tasks"
-    else:
+    elif arguments.criterion not in WITHOUT_TEXT:
         check_text(arguments, load_config(arguments.model))
     folder, console = Path(arguments.output_dir), Console()
     with made(folder), Phases() as phases:
@@ -51,7 +55,7 @@ def score(argv: list[str]) -> None:
 def _scores(arguments: ScoreArguments, tasks: list[Task], phases: Phases) -> Scores[int]:
     """Read the text, load the model and score it."""
     tokenizer, batches = load_tokenizer(arguments.model), []
-    if not tasks:
+    if not tasks and arguments.criterion not in WITHOUT_TEXT:
         phases.phase("reading the text")
         source = arguments.dataset or "embedded:calibration"
         batches = text_batches(arguments, tokenizer, source, arguments.num_samples)

@@ -1,74 +1,71 @@
-"""The models that a demo offers: a teacher, its students by depth, and what their run measured.
+"""The models that a demo offers: a teacher, its students by depth, what their run measured; and those in memory.
 
 The one module of the demo that reads the report of a run.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import HfApi
-from matplotlib.figure import Figure
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError
-from ..hub import load_run
+from ..hub import Run, load_run
 from ..hub.paths import hub_id
 from ..hub.push import depth_tag
 from ..hub.runs import hub_errors
-from ..loading import EMBEDDED, is_gguf, load_config, load_tokenizer, resolve, split_revision
+from ..loading import EMBEDDED, is_gguf, load_config, load_model, load_tokenizer, resolve, split_revision
 from ..plan import LayerPlan
-from ..plots import layer_map_text, plot_layer_map, plot_quality
 from ..record import RunRecord
-from ..surgery import plan_of
+from ..report import layer_map_text, plot_layer_map, plot_quality
+from ..surgery import apply_plan, plan_of
 from .generation import Sampling
 from .settings import DemoSettings, Limits, ModelEntry
-from .store import ModelSource
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to load."""
+
+    name: str  # folder, Hub id with a revision or without, or "embedded"
+    plan: LayerPlan | None = None  # blocks that the layers of the loaded model are put into
 
 
 @dataclass(frozen=True)
 class Student:
-    """A compressed model.
-
-    Attributes:
-        source ([`ModelSource`]): where it is loaded from.
-        plan ([`LayerPlan`]): the teacher's layers in it.
-        round (`int`): the round that made it, from 1; 0 without a run.
-    """
+    """A compressed model."""
 
     source: ModelSource
-    plan: LayerPlan
-    round: int = 0
+    plan: LayerPlan  # the teacher's layers in it
+    round: int = 0  # that made it, from 1; 0 without a run
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """A teacher and the students that it is compared with.
+    """A teacher and the students that it is compared with."""
 
-    Attributes:
-        name (`str`): what the visitor chooses by.
-        teacher ([`ModelSource`]): the original.
-        students (`tuple[Student, ...]`): the compressed models, deepest first.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of all of them.
-        context (`int`): positions that a prompt and its answer share.
-        sampling ([`Sampling`]): as the teacher's checkpoint says.
-        run ([`RunRecord`], *optional*): what the run measured.
-        description (`str`): a sentence about it.
-        examples (`tuple[str, ...]`): prompts to click.
-    """
-
-    name: str
+    name: str  # what the visitor chooses by
     teacher: ModelSource
-    students: tuple[Student, ...]
-    tokenizer: PreTrainedTokenizerBase
-    context: int
-    sampling: Sampling
+    students: tuple[Student, ...]  # deepest first
+    tokenizer: PreTrainedTokenizerBase  # of all of them
+    context: int  # positions that a prompt and its answer share
+    sampling: Sampling  # as the teacher's checkpoint says
     run: RunRecord | None = None
     description: str = ""
-    examples: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()  # prompts to click
 
     @property
     def can_chat(self) -> bool:
@@ -80,11 +77,7 @@ class Pairing:
         return [student.plan.depth for student in self.students]
 
     def student(self, depth: Any = None) -> Student:
-        """The student with the nearest depth; the shallowest for `None` and 0.
-
-        Raises:
-            [`LayerPruneError`]: if `depth` is not a number.
-        """
+        """The student with the nearest depth; the shallowest for `None` and 0."""
         if depth in (None, 0):
             return self.students[-1]
         if type(depth) not in (int, float):  # not `isinstance`: True is an int
@@ -109,17 +102,9 @@ class Pairing:
 
 
 def open_catalog(settings: DemoSettings, on_message: Callable[[str], None] = lambda text: None) -> dict[str, Pairing]:
-    """Open every entry of a list; those that cannot be opened are left out.
+    """Open every entry of a list, by name; `on_message` is called with each that cannot be opened, and why.
 
-    Args:
-        settings ([`DemoSettings`]): the list.
-        on_message (`Callable`, *optional*): called with what is left out, and why.
-
-    Returns:
-        `dict[str, Pairing]`: everything that a visitor can choose, by name.
-
-    Raises:
-        [`LayerPruneError`]: if none can be opened.
+    Fails if none can be opened.
     """
     pairings: dict[str, Pairing] = {}
     problems = []
@@ -136,21 +121,16 @@ def open_catalog(settings: DemoSettings, on_message: Callable[[str], None] = lam
 
 
 def _open(entry: ModelEntry, limits: Limits) -> Pairing:
-    if entry.run is None:
-        teacher, students, run = *_named(entry), None
-    elif (Path(entry.run) / "rounds").is_dir():
-        teacher, students, run = _run_here(entry, entry.run)
-    else:
-        teacher, students, run = _pushed_run(entry, entry.run)
+    teacher, students, run = (*_named(entry), None) if entry.run is None else _of_run(entry)
     by_depth = {student.plan.depth: student for student in students}  # of two with the same depth the later
-    config = load_config(teacher.name, **teacher.options)
+    context = load_config(teacher.name).max_position_embeddings
     return Pairing(
         name=entry.name,
         teacher=teacher,
         students=tuple(by_depth[depth] for depth in sorted(by_depth, reverse=True)),
-        tokenizer=load_tokenizer(teacher.name, **teacher.options),
-        context=config.max_position_embeddings,
-        sampling=Sampling.of_checkpoint(_generation_config(teacher.name), limits),
+        tokenizer=load_tokenizer(teacher.name),
+        context=context,
+        sampling=Sampling.of_checkpoint(_generation_config(teacher.name), limits, context),
         run=run,
         description=entry.description,
         examples=tuple(entry.examples),
@@ -163,7 +143,7 @@ def _named(entry: ModelEntry) -> tuple[ModelSource, list[Student]]:
     config = load_config(teacher.name)
     if entry.plan is not None:
         plan = LayerPlan(entry.plan, plan_of(config).num_teacher_layers)
-        return teacher, [Student(ModelSource(teacher.name, plan=plan), plan)]
+        return teacher, [Student(ModelSource(teacher.name, plan), plan)]
     student = load_config(str(entry.student))
     if student.vocab_size != config.vocab_size:
         raise LayerPruneError(
@@ -173,54 +153,39 @@ def _named(entry: ModelEntry) -> tuple[ModelSource, list[Student]]:
     return teacher, [Student(ModelSource(str(entry.student)), plan_of(student))]
 
 
-def _run_here(entry: ModelEntry, folder: str) -> tuple[ModelSource, list[Student], RunRecord]:
-    """A run on this machine: the student of every round that was kept."""
-    run, students = load_run(folder), []
-    for number in range(1, len(run.record.rounds) + 1):
-        try:
-            students.append(Student(ModelSource(str(run.student(number))), run.record.rounds[number - 1].plan, number))
-        except LayerPruneError:  # it was deleted
-            continue
-    if not students:
-        raise LayerPruneError(f"{folder} no longer holds any student")
-    return _teacher(entry, run.record, run.settings), students, run.record
-
-
-def _pushed_run(entry: ModelEntry, name: str) -> tuple[ModelSource, list[Student], RunRecord]:
-    """A pushed student with the tags of its other depths, or a downloaded one."""
-    run = load_run(name)
-    rounds, students = run.record.rounds, []
+def _of_run(entry: ModelEntry) -> tuple[ModelSource, list[Student], RunRecord]:
+    """The teacher of a run, the student of every round that was kept or has a tag, and what the run measured."""
+    run, kept = load_run(str(entry.run)), {}
+    rounds = run.record.rounds
     if run.revision is not None:
         with hub_errors(f"looking at {run.name}"):
             tags = {ref.name: ref.target_commit for ref in HfApi().list_repo_refs(run.name).tags}
-        for record in rounds:
-            if (commit := tags.get(depth_tag(record.depth))) is not None:
-                students.append(Student(ModelSource(run.name, commit), record.plan, record.number))
-    students.append(Student(ModelSource(run.name, run.revision), run.plan, len(rounds)))
-    return _teacher(entry, run.record, run.settings), students, run.record
+        kept = {one.number: f"{run.name}@{tags[tag]}" for one in rounds if (tag := depth_tag(one.depth)) in tags}
+        kept[len(rounds)] = f"{run.name}@{run.revision}"
+    elif (run.folder / "rounds").is_dir():
+        for number in range(1, len(rounds) + 1):
+            with suppress(LayerPruneError):  # it was deleted
+                kept[number] = str(run.student(number))
+    else:  # of `parallelize`, or a downloaded student
+        kept[len(rounds)] = run.name
+    if not kept:
+        raise LayerPruneError(f"{entry.run} no longer holds any student")
+    students = [Student(ModelSource(name), rounds[number - 1].plan, number) for number, name in kept.items()]
+    return ModelSource(teacher_of(entry, run)), students, run.record
 
 
-def _teacher(entry: ModelEntry, run: RunRecord, settings: dict[str, Any]) -> ModelSource:
+def teacher_of(entry: ModelEntry, run: Run) -> str:
     """The teacher in the list, or else in the run: in its settings if it is on this machine, else in its report.
 
     Of a local model a report holds the name of its folder only, which elsewhere may be anything.
     """
-    name = str(entry.teacher or settings.get("teacher") or settings.get("model") or run.teacher.name)
+    settings = run.settings
+    name = str(entry.teacher or settings.get("teacher") or settings.get("model") or run.record.teacher.name)
     if not entry.teacher and name != EMBEDDED and hub_id(name) is None and not (settings and Path(name).is_absolute()):
         raise LayerPruneError(
             f"{entry.run} was made from {name!r}, which is not a model on the Hub; name its original, as teacher"
         )
-    return ModelSource(name)
-
-
-def pushed_run(name: str, token: str | bool | None = None) -> tuple[str, LayerPlan]:
-    """The name of a pushed run's teacher, and the plan of its student.
-
-    Raises:
-        [`LayerPruneError`]: if the Hub has no such run.
-    """
-    run = load_run(name, token=token)
-    return run.record.teacher.name, run.plan
+    return name
 
 
 def _generation_config(name: str) -> GenerationConfig:
@@ -231,3 +196,43 @@ def _generation_config(name: str) -> GenerationConfig:
         return GenerationConfig.from_pretrained(resolve(name), revision=split_revision(name)[1] or "main")
     except (OSError, ValueError):
         return GenerationConfig()
+
+
+class ModelStore:
+    """The models of a demo in memory, each loaded once; the least recently used makes room for the next."""
+
+    def __init__(self, max_models: int, dtype: str = "auto") -> None:
+        self.max_models = max_models
+        self.dtype = dtype
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._models: dict[ModelSource, PreTrainedModel] = {}  # the most recently used last
+        self._lock = threading.RLock()
+
+    @property
+    def loaded(self) -> list[ModelSource]:
+        """What is in memory, the most recently used last."""
+        return list(self._models)
+
+    def get(self, source: ModelSource) -> PreTrainedModel:
+        """The model of a source on the device, without sampling settings of its own; errors name no folder."""
+        with self._lock:
+            model = self._models[source] if source in self._models else self._load(source)
+            self._models.pop(source, None)
+            self._models[source] = model
+            while len(self._models) > self.max_models:
+                del self._models[next(iter(self._models))]
+            return model
+
+    def _load(self, source: ModelSource) -> PreTrainedModel:
+        if source.plan is not None:  # of the teacher's layers, whose weights it shares
+            return apply_plan(self.get(ModelSource(source.name)), source.plan, share_weights=True)
+        try:
+            model = load_model(source.name, self.dtype, self.device)
+        except LayerPruneError as error:
+            logger.warning("loading %s: %s", source.name, error)
+            raise LayerPruneError(str(error).replace(source.name, Path(source.name).name)) from error
+        own = model.generation_config
+        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        pad = next(token for token in (own.pad_token_id, *ends, 0) if token is not None)
+        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad)
+        return model.eval().to(self.device)

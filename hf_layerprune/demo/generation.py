@@ -1,4 +1,4 @@
-"""One model's answer to one prompt: streamed, timed, and stopped after the current token."""
+"""What models answer, streamed, timed, and stopped after the current token; and what they expect next in a text."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
-from ..benchmark import kv_bytes_per_token, weight_bytes
+from ..benchmark import Stopwatch, kv_bytes_per_token, weight_bytes
 from ..errors import LayerPruneError
+from ..forward import final_states, inference
 from ..surgery import plan_of
 from .settings import Limits
 
@@ -36,32 +36,32 @@ RANGES: dict[str, tuple[float, float]] = {
     "repetition_penalty": (1.0, 2.0),
     "seed": (0, 2**31 - 1),
 }
+ROWS_AT_ONCE = 16
+"""Positions whose distributions are in memory at a time."""
+TOP = 5
+"""Tokens to show of what each model expects."""
+Expected = tuple[tuple[str, float], ...]
+"""The most likely next tokens and their probabilities."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of one comparison, the same for both models.
-
-    Attributes:
-        max_new_tokens (`int`): longest answer, in tokens.
-        temperature (`float`): 0 takes the most likely token every time.
-        top_p (`float`): draw from the most likely tokens that hold this share of the probability.
-        top_k (`int`): draw from so many most likely tokens; 0 is all.
-        repetition_penalty (`float`): above 1, tokens that were there before become less likely.
-        seed (`int`): seed of the random numbers, which are the same for both models.
-    """
+    """Settings of one comparison, the same for both models."""
 
     max_new_tokens: int = 96
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
+    temperature: float = 0.0  # 0 takes the most likely token every time
+    top_p: float = 1.0  # sample from the most likely tokens that hold this share of the probability
+    top_k: int = 0  # sample from this many of the most likely tokens; 0 means all
+    repetition_penalty: float = 1.0  # above 1, tokens that have occurred become less likely
     seed: int = 0
 
     @classmethod
-    def of_checkpoint(cls, config: GenerationConfig, limits: Limits) -> Sampling:
-        """The values in a checkpoint's `generation_config.json`, cut to what the demo allows; greedy by default."""
-        own = cls(max_new_tokens=min(96, limits.max_new_tokens))
+    def of_checkpoint(cls, config: GenerationConfig, limits: Limits, context: int) -> Sampling:
+        """The values in a checkpoint's `generation_config.json`, cut to what the demo allows; greedy by default.
+
+        An answer takes at most half of the `context`, so that there is room for a prompt.
+        """
+        own = cls(max_new_tokens=min(96, limits.max_new_tokens, max(1, context // 2)))
         names = ("temperature", "top_p", "top_k", "repetition_penalty") if config.do_sample else ()
         given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
         return replace(
@@ -69,11 +69,7 @@ class Sampling:
         )
 
     def changed(self, values: dict[str, int | float | None], limits: Limits) -> Sampling:
-        """These settings with others in their place where those are not `None`.
-
-        Raises:
-            [`LayerPruneError`]: if one is not a number, or out of range.
-        """
+        """These settings with a visitor's in their place, where those are not `None`."""
         changes = {name: value for name, value in values.items() if value is not None}
         for name, value in changes.items():
             low, high = RANGES.get(name, (1, limits.max_new_tokens))
@@ -101,44 +97,29 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model has written so far, and how fast.
-
-    Attributes:
-        text (`str`): the words.
-        num_tokens (`int`): new tokens.
-        time_to_first_token (`float`, *optional*): seconds from the call to the first new token.
-        tokens_per_second (`float`, *optional*): new tokens after the first, divided by the time they took.
-        memory_bytes (`int`, *optional*): the weights and the KV cache, which must fit at least.
-        num_parameters (`int`, *optional*): of the model.
-        num_layers (`int`, *optional*): of the model.
-        ended (`bool`): whether this is all of it.
-        out_of_time (`bool`): whether the time limit ended it.
-    """
+    """What a model has written so far, and how fast."""
 
     text: str = ""
-    num_tokens: int = 0
-    time_to_first_token: float | None = None
-    tokens_per_second: float | None = None
-    memory_bytes: int | None = None
+    num_tokens: int = 0  # new ones
+    time_to_first_token: float | None = None  # seconds, from the call
+    tokens_per_second: float | None = None  # of the new tokens after the first
+    memory_bytes: int | None = None  # the weights and the KV cache, which must fit at least
     num_parameters: int | None = None
     num_layers: int | None = None
-    ended: bool = False
-    out_of_time: bool = False
+    ended: bool = False  # this is all of it
+    out_of_time: bool = False  # the time limit ended it
 
 
-class Clock(StoppingCriteria):
+class Clock(Stopwatch):
     """Stamps the time after every token, inside `generate`, and stops it on request."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.start = time.perf_counter()
-        self.times: list[float] = []
         self.stop = threading.Event()
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        if input_ids.is_cuda:
-            torch.cuda.synchronize(input_ids.device)
-        self.times.append(time.perf_counter())
-        return torch.full((len(input_ids),), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
+        return super().__call__(input_ids, scores) | self.stop.is_set()
 
 
 @dataclass
@@ -147,20 +128,13 @@ class Generation:
 
     Every thread that ever computed on the CPU keeps a team of OpenMP threads for as long as it lives; teams with more
     threads than cores halve the speed. So nothing computes in a thread that stays.
-
-    Attributes:
-        load (`Callable`): returns the model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of the model.
-        prompt (`list[int]`): token ids.
-        sampling ([`Sampling`]): how to draw.
-        max_seconds (`float`): ends it at the latest.
     """
 
     load: Callable[[], PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
-    prompt: list[int]
+    prompt: list[int]  # token ids
     sampling: Sampling
-    max_seconds: float
+    max_seconds: float  # after which it ends
     clock: Clock = field(default_factory=Clock)
     answer: Answer = Answer()
     failure: Exception | None = None
@@ -232,3 +206,39 @@ class Generation:
             ended=ended,
             out_of_time=ended and times[-1] - self.clock.start > self.max_seconds,
         )
+
+
+@dataclass(frozen=True)
+class Position:
+    """One position of a text."""
+
+    token: str  # the one there
+    kl: float  # KL(teacher || student) of what comes next, in nats
+    original: Expected
+    compressed: Expected
+
+
+def compare_next_tokens(
+    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]
+) -> list[Position]:
+    """What two models expect next, at each of the T tokens `ids`, and how far apart they are."""
+    batch = torch.tensor([ids], device=teacher.device)
+    positions: list[Position] = []
+    with inference(teacher, student):
+        states = [final_states(model, {"input_ids": batch})[0] for model in (teacher, student)]  # (T, H)
+        for start in range(0, len(ids), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            logs = [
+                model.get_output_embeddings()(state[rows]).float().log_softmax(-1)  # (rows, V)
+                for model, state in zip((teacher, student), states, strict=True)
+            ]
+            kls = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).clamp(min=0).tolist()
+            tokens = [tokenizer.decode([index]) for index in ids[rows]]
+            positions += map(Position, tokens, kls, *(_expected(log, tokenizer) for log in logs))
+    return positions
+
+
+def _expected(log_probabilities: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[Expected]:
+    values, indices = log_probabilities.exp().topk(min(TOP, log_probabilities.shape[-1]))
+    rows = zip(indices.tolist(), values.tolist(), strict=True)
+    return [tuple((tokenizer.decode([index]), share) for index, share in zip(*row, strict=True)) for row in rows]

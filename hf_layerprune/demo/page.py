@@ -12,8 +12,7 @@ import gradio as gr
 from ..errors import LayerPruneError
 from ..report import millions
 from .catalog import Pairing
-from .generation import RANGES, Answer
-from .next_tokens import Expected, Position
+from .generation import RANGES, Answer, Position
 from .service import Comparison, DemoService, Turn, first_difference, rate
 
 TEXT, CHAT = "Continue a text", "Chat"
@@ -30,9 +29,9 @@ CHAT_EXAMPLES = (
 SAMPLING = {
     "max_new_tokens": ("Longest answer", "tokens", 1),
     "temperature": ("Temperature", "0 takes the most likely token every time", 0.05),
-    "top_p": ("Top-p", "draw from tokens that hold this share of the probability", 0.01),
-    "top_k": ("Top-k", "draw from so many tokens; 0 is all", 1),
-    "repetition_penalty": ("Repetition penalty", "1 is none", 0.01),
+    "top_p": ("Top-p", "sample from the tokens that hold this share of the probability", 0.01),
+    "top_k": ("Top-k", "sample from this many tokens; 0 means all", 1),
+    "repetition_penalty": ("Repetition penalty", "1 means none", 0.01),
     "seed": ("Seed", "the same random numbers for both models", 1),
 }
 """Label, explanation and step of each setting."""
@@ -57,11 +56,7 @@ WHITE_SPACE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
 
 
 def build_page(service: DemoService) -> gr.Blocks:
-    """The app of a demo, not yet running.
-
-    Args:
-        service ([`DemoService`]): answers what visitors ask.
-    """
+    """The app of a demo, not yet running."""
     with gr.Blocks(title=service.settings.title, analytics_enabled=False) as page:
         gr.Markdown(f"# {service.settings.title}\nA language model, and a copy of it with fewer layers.")
         DemoPage(service)
@@ -70,23 +65,14 @@ def build_page(service: DemoService) -> gr.Blocks:
 
 
 def launch_page(page: gr.Blocks, **options: Any) -> Any:
-    """Serve a page; with an MCP server where Gradio's extra for it is installed.
-
-    Args:
-        page (`gradio.Blocks`): what [`build_page`] returned.
-        options: passed to `launch`.
-    """
+    """Serve a page, with an MCP server where Gradio's extra for it is installed; `options` go to `launch`."""
     theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", **FONTS).set(**READABLE)
     fixed = {"theme": theme, "css": WHOLE_WORDS, "footer_links": ["api"], "ssr_mode": False}
     return page.launch(mcp_server=find_spec("mcp") is not None, **fixed, **options)
 
 
 class DemoPage:
-    """Widgets, and what they do.
-
-    Args:
-        service ([`DemoService`]): answers what visitors ask.
-    """
+    """Widgets, and what they do."""
 
     def __init__(self, service: DemoService) -> None:
         self.service = service
@@ -129,7 +115,8 @@ class DemoPage:
             self.layer_map, self.quality = plots_of(first, first.depths[-1])
         limit = f"at most {self.service.limits.max_inspected_tokens} tokens; Shift+Enter sends it"
         text = examples_of(first, TEXT)[0][0]
-        self.text = gr.Textbox(text, label="Where do they expect other words?", info=limit, lines=2, elem_id="lp-text")
+        label = "Where do they expect different words?"
+        self.text = gr.Textbox(text, label=label, info=limit, lines=2, elem_id="lp-text")
         self.inspect = gr.Button("Compare next tokens", variant="primary", elem_id="lp-inspect")
         self.distance = gr.Markdown()
         self.positions = gr.State([])
@@ -250,8 +237,8 @@ def add_api(service: DemoService) -> None:
             chat (bool): Whether the prompt is a message to a chat model rather than a text to continue.
             max_new_tokens (int): Longest answer, in tokens.
             temperature (float): 0 takes the most likely token every time.
-            top_p (float): Draw from the most likely tokens that hold this share of the probability.
-            top_k (int): Draw from so many most likely tokens; 0 is all.
+            top_p (float): Sample from the most likely tokens that hold this share of the probability.
+            top_k (int): Sample from this many of the most likely tokens; 0 means all.
             repetition_penalty (float): Above 1, tokens that were there before become less likely.
             seed (int): Seed of the random numbers, which are the same for both models.
 
@@ -282,13 +269,8 @@ def answer_box(label: str, name: str) -> gr.HighlightedText:
 
 
 def words_of(turns: list[Turn], side: int, where: int | None) -> list[tuple[str, str | None]]:
-    """What a box shows of a conversation.
-
-    Args:
-        turns (`list[Turn]`): prompts and answers.
-        side (`int`): 0 for the original's answers, 1 for the compressed model's.
-        where (`int`, *optional*): where in the last answer the first different word begins.
-    """
+    """What the box of a side (0 is the original) shows of a conversation, the first different word of the last answer
+    marked, which begins at `where`."""
     words: list[tuple[str, str | None]] = []
     for turn in turns:
         words += [(turn[0], PROMPT), (turn[1 + side], None), ("\n\n", None)]
@@ -322,10 +304,11 @@ def _facts(answer: Answer) -> dict[str, str]:
 def labels_of(position: Position) -> list[dict[str, float]]:
     """What both models expect after a token, as `gr.Label` takes it."""
 
-    def label(expected: Expected) -> dict[str, float]:
-        return {visible(token): share for token, share in expected}
-
-    return [label(position.original), label(position.compressed)]
+    labels: list[dict[str, float]] = [{}, {}]
+    for label, expected in zip(labels, (position.original, position.compressed), strict=True):
+        for token, share in expected:  # tokens that look alike, such as parts of a character, count as one
+            label[visible(token)] = label.get(visible(token), 0.0) + share
+    return labels
 
 
 def visible(token: str) -> str:

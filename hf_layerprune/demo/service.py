@@ -15,11 +15,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError, first_line
-from .catalog import Pairing
-from .generation import Answer, Generation, Sampling
-from .next_tokens import Position, compare_next_tokens
+from .catalog import ModelStore, Pairing
+from .generation import Answer, Generation, Position, Sampling, compare_next_tokens
 from .settings import DemoSettings, Limits
-from .store import ModelStore
 
 FEW_TOKENS = 16
 """With fewer, a speed is a guess."""
@@ -54,16 +52,16 @@ class Comparison:
                 f"{rate(student.tokens_per_second)} tokens/s against {rate(teacher.tokens_per_second)}."
             )
             if min(teacher.num_tokens, student.num_tokens) < FEW_TOKENS:
-                parts.append("These were few tokens; longer answers measure better.")
+                parts.append("These are few tokens; longer answers give a better measurement.")
         if teacher.num_parameters and student.num_parameters:
             share = student.num_parameters / teacher.num_parameters - 1
             parameters = f"{share:+.0%} parameters" if abs(share) >= 0.005 else "as many parameters"
             parts.append(f"It has {student.num_layers} layers instead of {teacher.num_layers}, and {parameters}.")
         if teacher.out_of_time or student.out_of_time:
-            parts.append("An answer was cut: it took as long as it may.")
+            parts.append("An answer was cut off at the time limit.")
         where = first_difference(teacher.text, student.text)
         common = 0 if where is None else len(teacher.text[: where[0]].split())
-        parts.append("Both gave the same answer." if where is None else f"The answers part at word {common + 1}.")
+        parts.append("Both gave the same answer." if where is None else f"The answers diverge at word {common + 1}.")
         return " ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,13 +70,7 @@ class Comparison:
 
 
 class DemoService:
-    """A demo, ready to answer.
-
-    Args:
-        settings ([`DemoSettings`]): models and limits.
-        catalog (`dict[str, Pairing]`): the models, opened.
-        store ([`ModelStore`], *optional*): where they are kept; by default a new one as large as the limits allow.
-    """
+    """A demo, ready to answer; its models are kept in `store`, by default a new one as large as the limits allow."""
 
     def __init__(self, settings: DemoSettings, catalog: dict[str, Pairing], store: ModelStore | None = None) -> None:
         self.settings = settings
@@ -89,11 +81,7 @@ class DemoService:
         self._inspect = gpu_call(self._inspect_on_device, lambda *job: 0)
 
     def pairing(self, name: str = "") -> Pairing:
-        """The pairing of a name; the first for an empty name.
-
-        Raises:
-            [`LayerPruneError`]: if the list has no such name.
-        """
+        """The pairing of a name; the first for an empty name."""
         if not isinstance(name, str) or (name and name not in self.catalog):
             raise LayerPruneError(f"model={name!r:.100} is not on the list; choose one of {', '.join(self.catalog)}")
         return self.catalog[name or next(iter(self.catalog))]
@@ -114,16 +102,8 @@ class DemoService:
     ) -> Iterator[Comparison]:
         """Compare two answers as they grow. Closing the iterator stops the model that runs.
 
-        Args:
-            prompt (`str`): text to continue, or message.
-            model (`str`, *optional*): name on the list; the first by default.
-            depth (`int`, *optional*): of the student; the shallowest by default.
-            chat (`bool`, *optional*, defaults to `False`): whether the prompt is a message of a conversation.
-            sampling (`dict`, *optional*): values that differ from the teacher's [`Sampling`].
-            history (`Sequence[Turn]`, *optional*): the turns before.
-
-        Raises:
-            [`LayerPruneError`]: if the request is beyond the limits or not on the list, or a model cannot be loaded.
+        The prompt is a text to continue or, with `chat`, the next message after `history`. `sampling` holds what
+        differs from the teacher's [`Sampling`].
         """
         pairing, limits = self.pairing(model), self.limits
         student, drawn = pairing.student(depth), pairing.sampling.changed(sampling or {}, limits)
@@ -140,11 +120,7 @@ class DemoService:
         yield from self._compare(pairing.name, student.plan.depth, prompts, drawn)
 
     def inspect(self, text: str, model: str = "", depth: int = 0) -> list[Position]:
-        """What both models expect at every position of a text.
-
-        Raises:
-            [`LayerPruneError`]: if the text is beyond the limits, or a model cannot be loaded.
-        """
+        """What both models expect at every position of a text."""
         pairing = self.pairing(model)
         ids = pairing.tokenizer(cleaned(text, self.limits))["input_ids"]
         check_length(ids, min(self.limits.max_inspected_tokens, pairing.context))
@@ -179,11 +155,7 @@ class DemoService:
 
 
 def cleaned(text: object, limits: Limits) -> str:
-    """The text of a visitor, as a tokenizer takes it.
-
-    Raises:
-        [`LayerPruneError`]: if it is not text, empty or too long.
-    """
+    """The text of a visitor, as a tokenizer takes it."""
     if not isinstance(text, str) or not text.strip():
         raise LayerPruneError("the prompt is empty; write something, or choose an example")
     if len(text) > limits.max_prompt_characters:
@@ -197,23 +169,14 @@ def check_length(ids: list[int], most: int) -> None:
     """Raise [`LayerPruneError`] unless the prompt has 1 to `most` tokens."""
     if not 1 <= len(ids) <= most:
         raise LayerPruneError(
-            f"the prompt has {len(ids):,} tokens; 1 to {most:,} are read. Shorten it, or start anew."
+            f"the prompt has {len(ids):,} tokens; 1 to {most:,} are read. Shorten it, or start over."
         )
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str, history: Sequence[Turn] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Token ids for both models: they differ where a conversation has gone apart.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): of both models.
-        prompt (`str`): text to continue, or message.
-        history (`Sequence[Turn]`, *optional*): the turns before a message; without it the prompt is a text.
-
-    Raises:
-        [`LayerPruneError`]: if the tokenizer has no chat template, or it fails.
-    """
+    """Token ids for both models, which differ once a conversation has diverged; without `history` those of a text."""
     if history is None:
         return (tokenizer(prompt)["input_ids"],) * 2
     if not tokenizer.chat_template:
@@ -265,10 +228,7 @@ def gpu_call(function: Function, num_tokens: Callable[..., int]) -> Function:
     """`function`, marked as what needs the GPU; itself where there is no ZeroGPU.
 
     There it runs in a forked process: arguments and results are pickled, and of an exception only its kind is left.
-
-    Args:
-        function (`Callable`): what needs the GPU.
-        num_tokens (`Callable`): tokens that each of the two models may write, from the same arguments.
+    `num_tokens` says how many tokens each of the two models may write, from the same arguments.
     """
     if not on_zero_gpu():
         return function

@@ -19,25 +19,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 @strict
 @dataclass
 class Limits:
-    """What one visitor may ask for; enforced on the server.
-
-    Attributes:
-        max_prompt_characters (`int`): longest prompt, in characters.
-        max_prompt_tokens (`int`): longest prompt, or conversation so far, in tokens.
-        max_new_tokens (`int`): longest answer, in tokens.
-        max_inspected_tokens (`int`): longest text of the next-token view, in tokens.
-        max_seconds (`int`): longest time for one answer.
-        max_waiting (`int`): visitors that may wait in the queue.
-        max_models (`int`): models kept in memory; the least recently used goes first.
-    """
+    """What one visitor may ask for; enforced on the server."""
 
     max_prompt_characters: int = 4000
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: int = 1024  # or of the conversation so far
     max_new_tokens: int = 512
-    max_inspected_tokens: int = 128
-    max_seconds: int = 120
-    max_waiting: int = 40
-    max_models: int = 4
+    max_inspected_tokens: int = 128  # of the next-token view
+    max_seconds: int = 120  # for one answer
+    max_waiting: int = 40  # visitors in the queue
+    max_models: int = 4  # in memory; the least recently used goes first
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -49,25 +39,15 @@ class Limits:
 @strict
 @dataclass
 class ModelEntry:
-    """One line of the list that visitors choose from: a run, a teacher and a student, or a teacher and a plan.
+    """One line of the list that visitors choose from: a run, a teacher and a student, or a teacher and a plan."""
 
-    Attributes:
-        name (`str`): what the visitor sees.
-        run (`str`, *optional*): output folder of a run, or Hub id of a pushed student.
-        teacher (`str`, *optional*): folder, Hub id or `"embedded"`; by default what the run says.
-        student (`str`, *optional*): folder or Hub id.
-        plan (`list[list[int]]`, *optional*): blocks of teacher layers, applied to the teacher in memory.
-        description (`str`, *optional*): a sentence about it.
-        examples (`list[str]`, *optional*): prompts to click.
-    """
-
-    name: str
-    run: str | None = None
-    teacher: str | None = None
-    student: str | None = None
-    plan: list[list[int]] | None = None
+    name: str  # what the visitor sees
+    run: str | None = None  # output folder of a run, or Hub id of a pushed student
+    teacher: str | None = None  # folder, Hub id or "embedded"; by default what the run says
+    student: str | None = None  # folder or Hub id
+    plan: list[list[int]] | None = None  # blocks of teacher layers, applied to the teacher in memory
     description: str = ""
-    examples: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)  # prompts to click
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.run, self.student, self.plan)) != 1:
@@ -79,18 +59,11 @@ class ModelEntry:
 @strict
 @dataclass
 class DemoSettings:
-    """A demo.
-
-    Attributes:
-        models (`list[ModelEntry]`): what visitors choose from; nothing else can be loaded.
-        title (`str`): heading of the page.
-        dtype (`str`): dtype of the weights: auto (each checkpoint's own), float32, bfloat16 or float16.
-        limits ([`Limits`]): what a visitor may ask for.
-    """
+    """A demo: what visitors choose from (nothing else can be loaded), and what they may ask for."""
 
     models: list[ModelEntry]
     title: str = "Original and compressed, side by side"
-    dtype: str = "auto"
+    dtype: str = "auto"  # of the weights; each checkpoint's own
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -104,11 +77,7 @@ class DemoSettings:
 
 
 def read_settings(path: str | Path) -> DemoSettings:
-    """Read the list of models, `models.yaml`. Folders in it are relative to the file.
-
-    Raises:
-        [`LayerPruneError`]: if it cannot be read, is not YAML, or holds an unknown key or a value of the wrong type.
-    """
+    """Read the list of models, `models.yaml`. Folders in it are relative to the file."""
     path = Path(path)
     try:
         return _settings(yaml.safe_load(path.read_text(encoding="utf-8")), path.parent)
@@ -130,11 +99,7 @@ def _settings(content: Any, folder: Path) -> DemoSettings:
 
 
 def settings_of(names: Sequence[str]) -> DemoSettings:
-    """The demo of the names on the command line: a run, a teacher and a student, or nothing.
-
-    Raises:
-        [`LayerPruneError`]: for more than two names.
-    """
+    """The demo of the names on the command line: a run, a teacher and a student, or nothing."""
     if len(names) > 2:
         raise LayerPruneError(f"{' '.join(names)} are {len(names)} names; give one run, or a teacher and a student")
     if len(names) == 2:

@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .. import report
 from ..errors import first_line
 from ..loading import resolve
-from ..plots import layer_map_text
 from ..record import RunRecord
+from ..report import layer_map_text
 from .paths import hub_id, without_local_paths
 from .runs import Run
 

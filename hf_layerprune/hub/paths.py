@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import LayerPruneError
 from ..loading import EMBEDDED, is_gguf
+from ..tasks.evaluation import LM_EVAL
 
 INPUTS = ("model", "teacher", "dataset", "eval_dataset", "calibration_dataset", "tasks", "plan")
 """Settings that may name a file or folder of the author's."""
@@ -37,14 +38,15 @@ def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     named = {key: settings[key] for key in INPUTS if isinstance(settings.get(key), str)}
     absolute = {key: absolute_if_local(name) for key, name in named.items()}
     if "tasks" in named:
-        absolute["tasks"] = ",".join(_absolute_task(part.strip()) for part in named["tasks"].split(","))
+        absolute["tasks"] = _each_task(named["tasks"], absolute_if_local)
     return settings | absolute
 
 
-def _absolute_task(part: str) -> str:
-    """A preset or a file, maybe followed by a colon and the folder of its data."""
-    name, colon, folder = (part, "", "") if os.path.isfile(part) else part.partition(":")
-    return (os.path.abspath(name) if os.path.isfile(name) else name) + colon + absolute_if_local(folder)
+def _each_task(tasks: str, change: Callable[[str], str]) -> str:
+    """`tasks` with a change of the name or file of each, where lm-eval's begin with `lm_eval:`."""
+    parts = [tasks] if os.path.isfile(tasks) else [part.strip() for part in tasks.split(",")]
+    of_lm_eval = (LM_EVAL if part.startswith(LM_EVAL) else "" for part in parts)
+    return ",".join(start + change(part.removeprefix(start)) for start, part in zip(of_lm_eval, parts, strict=True))
 
 
 def is_local_path(text: str) -> bool:
@@ -67,16 +69,11 @@ def without_local_paths(value: Any) -> Any:
     if isinstance(value, dict):
         public = {key: without_local_paths(value[key]) for key in value if not PRIVATE.fullmatch(key)}
         tasks = value.get("tasks")
-        return public | ({"tasks": ",".join(map(_public_task, tasks.split(",")))} if isinstance(tasks, str) else {})
+        return public | ({"tasks": _each_task(tasks, without_local_paths)} if isinstance(tasks, str) else {})
     if isinstance(value, (list, tuple)):
         return [without_local_paths(item) for item in value]
     local = isinstance(value, str) and is_local_path(value)
     return PureWindowsPath(PurePosixPath(value).name).name if local else value
-
-
-def _public_task(part: str) -> str:
-    parts = [part] if PureWindowsPath(part).is_absolute() else part.split(":")  # a task and the folder of its data
-    return ":".join(map(without_local_paths, parts))
 
 
 def check_nothing_local(folder: Path, places: Iterable[Path], token: str | None) -> None:

@@ -98,25 +98,25 @@ def push_run(
             card = run_card(run, number, repo_id, revision=None if where == MAIN else where, **options)
             _write_folder(folder, students[tag], run, number, card)
             check_nothing_local(folder, (run.folder, Path.home(), Path.cwd()), token or get_token())
-        open_repo(api, repo_id, private=private)
-        _open_branch(api, repo_id, branch)
-        for tag in rounds:
-            depth = tag.replace("-", " ")
-            on_message(f"pushing {depth} to {repo_id}")
-            title = commit_message or f"{depth} of {record.teacher.name}"
-            commit = _upload(api, repo_id, Path(temporary) / tag, branch, title, tag if depth_tags else None)
+        with hub_errors(f"pushing to {repo_id}"):
+            open_repo(api, repo_id, private=private)
+            _open_branch(api, repo_id, branch)
+            for tag in rounds:
+                depth = tag.replace("-", " ")
+                on_message(f"pushing {depth} to {repo_id}")
+                title = commit_message or f"{depth} of {record.teacher.name}"
+                commit = _upload(api, repo_id, Path(temporary) / tag, branch, title, tag if depth_tags else None)
     return commit
 
 
 def _upload(api: HfApi, repo_id: str, folder: Path, branch: str, title: str, tag: str | None) -> CommitInfo:
     """Send a folder in one commit, and point a tag to it."""
-    with hub_errors(f"pushing to {repo_id}"):
-        options = {"revision": branch, "commit_message": title, "delete_patterns": OWN}
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
-        if tag is not None:
-            with suppress(RevisionNotFoundError):
-                api.delete_tag(repo_id, tag=tag)  # the Hub cannot move one
-            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    options = {"revision": branch, "commit_message": title, "delete_patterns": OWN}
+    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+    if tag is not None:
+        with suppress(RevisionNotFoundError):
+            api.delete_tag(repo_id, tag=tag)  # the Hub cannot move one
+        api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit
 
 
@@ -131,27 +131,25 @@ def full_name(api: HfApi, repo_id: str) -> str:
 def open_repo(api: HfApi, repo_id: str, *, private: bool | None = None, **options: str) -> None:
     """Make a repository unless it exists, and check that the token may write to it; other options of `create_repo`."""
     kind = options.get("repo_type")
-    with hub_errors(f"opening {repo_id}"):
-        api.create_repo(repo_id, private=private, exist_ok=True, **options)
-        api.auth_check(repo_id, repo_type=kind, write=True)
-        if private and not api.repo_info(repo_id, repo_type=kind).private:
-            raise LayerPruneError(f"{repo_id} exists and is public; make it private first, or choose another name")
+    api.create_repo(repo_id, private=private, exist_ok=True, **options)
+    api.auth_check(repo_id, repo_type=kind, write=True)
+    if private and not api.repo_info(repo_id, repo_type=kind).private:
+        raise LayerPruneError(f"{repo_id} exists and is public; make it private first, or choose another name")
 
 
 def check_content(files: Sequence[str], mark: str, what: str) -> None:
-    """Raise [`LayerPruneError`] if `files` are more than a card, but lack the one that every push leaves there."""
+    """Refuse `files` that are more than a card, but lack the one that every push leaves there."""
     if mark not in files and (other := sorted({*files} - {".gitattributes", "README.md", "LICENSE"})):
         raise LayerPruneError(f"{what} holds something else ({', '.join(other[:3])}, no {mark}); choose another name")
 
 
 def _open_branch(api: HfApi, repo_id: str, branch: str) -> None:
     """Make a branch, empty until its first student, unless it exists."""
-    with hub_errors(f"looking at {repo_id}"):
-        if branch in {ref.name for ref in api.list_repo_refs(repo_id).branches}:
-            check_content(api.list_repo_files(repo_id, revision=branch), PLAN_FILE, f"{repo_id}, revision {branch},")
-        else:
-            first = api.list_repo_commits(repo_id)[-1]
-            api.create_branch(repo_id, branch=branch, revision=first.commit_id)
+    if branch in {ref.name for ref in api.list_repo_refs(repo_id).branches}:
+        check_content(api.list_repo_files(repo_id, revision=branch), PLAN_FILE, f"{repo_id}, revision {branch},")
+    else:
+        first = api.list_repo_commits(repo_id)[-1]
+        api.create_branch(repo_id, branch=branch, revision=first.commit_id)
 
 
 def _write_folder(folder: Path, student: Path, run: Run, number: int, card: ModelCard) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import yaml
@@ -27,12 +28,16 @@ RECIPE_FILE = "recipe.yaml"
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn an error of the Hub's client into a [`LayerPruneError`] of one line that begins with `what`."""
+    """Turn an error of the Hub's client into a [`LayerPruneError`] of one line that begins with `what`.
+
+    The client raises plain `ValueError` and `RuntimeError` too; those that come from elsewhere are bugs.
+    """
     try:
         yield
-    except LayerPruneError:
-        raise
-    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:
+        modules = (frame.f_globals["__name__"].split(".")[0] for frame, _ in walk_tb(error.__traceback__))
+        if not isinstance(error, (OSError, HTTPError)) and "huggingface_hub" not in modules:
+            raise
         text = " ".join(re.sub(r"\(Request ID: [^)]*\)", "", str(error)).split())
         raise LayerPruneError(f"{what}: {text or type(error).__name__}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..compensation import COMPENSATIONS
 from ..environment import has_bf16
 from ..errors import LayerPruneError
 from ..scoring import CRITERIA, MEASURED, Race, criterion_of
+from ..settings import option
 
 TRAINED_LAYERS = ("neighbours", "all")
 CHOICES = {"compensation": COMPENSATIONS, "loss_preset": (None, "paper")}
@@ -27,11 +28,6 @@ AT_LEAST = {  # whole numbers where the bound is one
 def as_words(value: Any) -> str:
     """Several values as the command line takes them: `"3,4"`."""
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A setting and its help."""
-    return field(default=default, metadata={"help": help} | metadata)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from hf_layerprune.data import ASSETS
 from hf_layerprune.hub import load_run, run_card
-from hf_layerprune.plots import save_run_plots
+from hf_layerprune.report import save_run_plots
 
 RESULTS = Path(__file__).parent / "results"
 NAME = "user/embedded-8"

@@ -1,11 +1,14 @@
-"""What the verbs that measure a model share: the model on its device, text and tasks, and tables."""
+"""What several verbs do: load a model, read text, print tables, keep the recipe and the folder of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset
 from rich import box
 from rich.console import Console
@@ -15,8 +18,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data import EMBEDDED_MODEL, Batch, check_length, load_text_dataset, may_have, tokenized_batches
 from ..errors import LayerPruneError
+from ..files import write_atomically
+from ..hub.paths import with_absolute_paths
 from ..loading import load_model, resolve
-from ..progress import Phases
+from ..progress import Phases, say
+from ..record import RunRecord
+from ..report import measured, table_rows
 from .arguments import DataArguments, MeasureArguments
 
 
@@ -33,12 +40,8 @@ def load_on_device(name: str, dtype: str, phases: Phases, **kwargs: Any) -> PreT
 
 
 def check_sources(arguments: DataArguments, *others: str | None) -> None:
-    """Raise [`LayerPruneError`] if no text is named for a model that brings none, or a split that no text has.
-
-    Args:
-        arguments ([`DataArguments`]): settings of the verb.
-        others (`str`, *optional*): the further data sets they name.
-    """
+    """Refuse to read no text for a model that brings none, or a split that none of the texts has; `others` are the
+    further data sets that the settings name."""
     if arguments.dataset is None and resolve(arguments.model) != EMBEDDED_MODEL:
         raise LayerPruneError(
             f"--dataset is missing: which text is {arguments.model} to read? (The English books that come with the "
@@ -53,7 +56,7 @@ def check_sources(arguments: DataArguments, *others: str | None) -> None:
 
 
 def check_text(arguments: MeasureArguments, config: PretrainedConfig, *others: str | None) -> None:
-    """Raise [`LayerPruneError`] unless text is named, and its rows fit the model; `others` are more data sets."""
+    """Like [`check_sources`], and refuse rows that are longer than the model can read."""
     check_sources(arguments, *others)
     check_length(arguments.max_length, config, arguments.model)
 
@@ -77,14 +80,56 @@ def text_batches(
     )
 
 
-def print_table(names: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table on stdout, all columns but the first aligned to the right."""
+def write_recipe(folder: Path, given: dict[str, Any], **changed: Any) -> None:
+    """Write `recipe.yaml`: `--config` repeats the run, from any folder, on any machine.
+
+    It holds what was `given`, some of it `changed`; what was derived from that here, such as `bf16`, is derived again.
+    """
+    content = given | changed | {"output_dir": str(folder)}
+    content = {name: value for name, value in content.items() if name not in ("gguf_file", "resume")}
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(with_absolute_paths(content), sort_keys=False))
+
+
+def check_new_folder(folder: Path, instead: str = "") -> None:
+    """Refuse a folder that holds something; `instead` says what else to do."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise LayerPruneError(f"output_dir={folder} is not empty; {instead}choose another folder")
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder before the work that fills it; an error that leaves it empty removes it again."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # something lies in it
+                folder.rmdir()
+        raise
+
+
+def print_table(
+    names: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    title: str | None = None,
+    wide: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print a table that fits a terminal of 80 columns: the column `wide`, by default the first, may wrap."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     for name in names:
-        first = not table.columns
-        table.add_column(
-            name, justify="left" if first else "right", no_wrap=not first, overflow="fold", min_width=8 * first
-        )
+        may_wrap = name == (wide or names[0])
+        justify = "left" if may_wrap and wide is None else "right"
+        table.add_column(name, justify=justify, no_wrap=not may_wrap, overflow="fold", min_width=8 * may_wrap)
     for row in rows:
         table.add_row(*map(escape, row))
-    Console().print(table)
+    (console or Console()).print(table)
+
+
+def print_run(run: RunRecord, console: Console, files: dict[str, Path]) -> None:
+    """Print what came of a run, and where its `files` are."""
+    rows = table_rows(run)
+    print_table(list(rows[0]), [list(row.values()) for row in rows], measured(run), "edit", console)
+    say(console, "   ".join(f"{what}: {path}" for what, path in files.items()))
