@@ -94,6 +94,14 @@ def check_supported(config: PretrainedConfig) -> None:
         )
 
 
+def check_parallel(config: PretrainedConfig) -> None:
+    """Raise [`LayerPruneError`] unless layers of a model of `config` can run in parallel."""
+    try:
+        PrunedQwen2Config.attention_of(config)
+    except ValueError as error:
+        raise LayerPruneError(f"layers of this model cannot run in parallel: {error}") from None
+
+
 def keep_layers(config: PretrainedConfig, positions: Sequence[int]) -> None:
     """Make `config` that of a model which has only the layers at `positions`, in place."""
     if getattr(config, "layer_types", None) is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
+from .architectures import check_parallel
 from .benchmark import benchmark_models
 from .errors import LayerPruneError
 from .plan import EDIT_KINDS, Edit, LayerPlan
@@ -221,6 +222,8 @@ class Goal:
                 to be saved without removing any.
         """
         plan = plan_of(model)
+        if "parallelize" in space.kinds and budget.unit != "parameters":
+            check_parallel(model.config)
         if budget.unit == "depth":
             return cls(budget, space, BlockCosts(0, [1] * len(plan.layers)), original)
         if budget.unit == "parameters":

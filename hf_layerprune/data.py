@@ -257,7 +257,13 @@ def _as_stream(dataset: Iterable[Mapping[str, Any]]) -> IterableDataset:
     if isinstance(dataset, IterableDataset):
         return dataset
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
-        dataset = Dataset.from_list([dict(row) for row in dataset])
+        rows = list(dataset)
+        if isinstance(dataset, Mapping) or not all(isinstance(row, Mapping) for row in rows):
+            raise LayerPruneError(
+                f"the data is a {type(dataset).__name__}; give one datasets.Dataset (a split of a DatasetDict), or a "
+                "list of rows such as {'text': ...}"
+            )
+        dataset = Dataset.from_list([dict(row) for row in rows])
     return dataset.with_format(None).to_iterable_dataset()
 
 

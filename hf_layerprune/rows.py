@@ -49,10 +49,18 @@ def select_text_column(
     first = next((row for row in dataset if not _is_blank(row, kept)), None)
     if first is None:
         raise LayerPruneError(f"{name}: column {' and '.join(map(repr, kept))} holds no text, only blank rows")
-    _check_row(first, kept, text_field, name)
+    is_chat = isinstance(first["prompt"], list) if "prompt" in kept else kept != [text_field]
+    _check_row(first, kept, is_chat, name)
     if kept == ["conversations"] and is_message(first["conversations"][0]):
         dataset, kept = dataset.rename_column("conversations", "messages"), ["messages"]
-    return _filtered(dataset, lambda row: not _is_blank(row, kept), f"{name}: blank rows left out")
+
+    def says_something(row: dict[str, Any]) -> bool:
+        blank = _is_blank(row, kept)
+        if not blank:
+            _check_row(row, kept, is_chat, name)
+        return not blank
+
+    return _filtered(dataset, says_something, f"{name}: blank rows left out")
 
 
 def is_message(value: Any) -> bool:
@@ -95,9 +103,8 @@ def _is_blank(row: dict[str, Any], columns: Sequence[str]) -> bool:
     return any(cell is None or not (cell.strip() if isinstance(cell, str) else cell) for cell in cells)
 
 
-def _check_row(row: dict[str, Any], columns: Sequence[str], text_field: str, name: str) -> None:
-    """Raise [`LayerPruneError`] if a row is not of a form that TRL reads."""
-    is_chat = isinstance(row["prompt"], list) if "prompt" in columns else columns != [text_field]
+def _check_row(row: dict[str, Any], columns: Sequence[str], is_chat: bool, name: str) -> None:
+    """Raise [`LayerPruneError`] if a row is not of a form that TRL reads: messages, or text."""
     for column in columns:
         value = row[column]
         if is_chat:
@@ -105,7 +112,7 @@ def _check_row(row: dict[str, Any], columns: Sequence[str], text_field: str, nam
         else:
             readable = isinstance(value, str)
         if not readable:
-            kind = "a list of messages" if is_chat else "text"
+            kind = "a list of messages, each with a role and content" if is_chat else "text"
             raise LayerPruneError(f"{name} has {value!r:.80} in column {column!r}, which is not {kind}")
 
 

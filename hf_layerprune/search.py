@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .architectures import check_parallel
 from .budget import BlockCosts, Budget, EditSpace, Goal
 from .data import Batch, check_batches
 from .errors import LayerPruneError
@@ -234,4 +235,5 @@ def find_parallel_range(
         [`LayerPruneError`]: if no range of pairs leads to `target_depth`, or the model has parallel blocks.
     """
     check_model(model)
+    check_parallel(model.config)
     return score(model, batches, parallel_ranges(plan_of(model), target_depth), "loss", on_batch=on_batch)

@@ -130,6 +130,21 @@ def test_rows_that_cannot_be_read_are_named(row, column):
         select_text_column(Dataset.from_list([row]), "text", "train_dataset")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "good, bad, column",
+    [
+        ({"messages": TURNS}, {"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"prompt": TURNS, "completion": TURNS}, {"prompt": TURNS, "completion": [{"role": "user"}]}, "completion"),
+    ],
+)
+def test_a_bad_row_after_good_ones_is_named(good, bad, column, streaming):
+    dataset = Dataset.from_list([good, good, bad])
+    dataset = dataset.to_iterable_dataset() if streaming else dataset
+    with pytest.raises(LayerPruneError, match=f"train_dataset has .* in column '{column}', which is not a list of"):
+        list(select_text_column(dataset, "text", "train_dataset"))
+
+
 def test_what_is_no_data_set_is_named():
     for given, kind in (([{"text": TEXT}], "list"), ({"a": Dataset.from_list([{"text": TEXT}])}, "dict")):
         with pytest.raises(LayerPruneError, match=f"eval_dataset is a {kind}; give one datasets.Dataset"):

@@ -1,5 +1,6 @@
 """A user's mistake is one line that says what to do; an error of ours keeps its traceback."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import tiny_model
 
 import hf_layerprune
 from hf_layerprune import LayerPruneError, cli
+from hf_layerprune.cli import OncePerKind
 from hf_layerprune.cli.arguments import BenchmarkArguments
 from hf_layerprune.cli.parsing import Parser, parse
 from hf_layerprune.data import load_text_dataset
@@ -178,3 +180,10 @@ def test_a_run_stands_for_its_model(model_folder, tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "run")  # a model itself, whatever lies in it
     assert run("evaluate", "--model", tmp_path / "run", *few) == 2
     assert "no tokenizer" in capsys.readouterr().err
+
+
+def test_a_warning_of_every_row_is_shown_once():
+    once = OncePerKind()
+    start = "The tokenized prompt is not a prefix of the tokenized prompt+completion, usually because"
+    texts = [f"{start} of 'a'", f"{start} of 'b'", "another"]
+    assert [once.filter(logging.makeLogRecord({"msg": text})) for text in texts] == [True, False, True]

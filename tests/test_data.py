@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
 from datasets import Dataset, DatasetDict
 
 from hf_layerprune import LayerPruneError, data, embedded_dataset, evaluate_model, score_layers
@@ -184,3 +184,9 @@ def test_tokenized_batches_are_full_rows(tokenizer):
         tokenized_batches(rows, tokenizer, text_field="content")
     with pytest.raises(LayerPruneError, match="must be positive"):
         tokenized_batches(rows, tokenizer, num_rows=0)
+
+
+@pytest.mark.parametrize("data", [DatasetDict({"train": Dataset.from_list([{"text": "a"}])}), ["a text"]])
+def test_rows_of_the_wrong_kind_are_named(data):
+    with pytest.raises(LayerPruneError, match="the data is a .*; give one datasets.Dataset"):
+        tokenized_batches(data, byte_tokenizer())

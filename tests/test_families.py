@@ -28,6 +28,7 @@ from hf_layerprune import (
 )
 from hf_layerprune.architectures import ARCHITECTURES, Architecture, check_supported
 from hf_layerprune.plan import Edit
+from hf_layerprune.search import find_parallel_range, search_plan
 from hf_layerprune.shapes import random_models
 from hf_layerprune.surgery import apply_plan, plan_of
 from hf_layerprune.trainer.towers import shared_depth
@@ -245,6 +246,9 @@ def test_biases_beyond_the_usual_can_be_pruned_but_not_paired(batches):
         assert torch.equal(student(**batches[0]).logits, naive_without_biases(model, field)(**batches[0]).logits)
         with pytest.raises(LayerPruneError, match=f"{field}=True"):
             parallelize(model, [(1, 2)])
+        for search in (lambda m: search_plan(m, batches, {"depth": 3}), lambda m: find_parallel_range(m, batches)):
+            with pytest.raises(LayerPruneError, match=f"cannot run in parallel: {field}=True"):
+                search(model)
 
 
 def naive_without_biases(model, field):

@@ -85,3 +85,7 @@ def test_command_line_and_yaml(tmp_path):
         ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path), "--kl_weight", "2"]
     )
     assert (config.target_num_layers, config.kl_weight) == (7, 2.0)
+
+
+def test_a_recipe_may_report_to_nobody(tmp_path):
+    assert IterativeLayerDistillConfig(output_dir=str(tmp_path), report_to=None).report_to == []

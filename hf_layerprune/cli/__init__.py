@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import sys
 import traceback
 from collections.abc import Iterator
@@ -120,3 +121,18 @@ def _silence_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     hub_logging.set_verbosity_error()
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(OncePerKind())
+
+
+class OncePerKind(logging.Filter):
+    """Of messages that begin alike lets the first one through: TRL warns of every row whose prompt it has to cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        beginning = record.getMessage()[:60]
+        is_new = beginning not in self.seen
+        self.seen.add(beginning)
+        return is_new

@@ -186,6 +186,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
+        self.report_to = self.report_to or "none"  # `null` in a recipe
         super().__post_init__()
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
         # the reentrant kind gives layers after frozen ones no gradient; transformers reads the second name
