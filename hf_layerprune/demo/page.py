@@ -306,8 +306,11 @@ def labels_of(position: Position) -> list[dict[str, float]]:
 
     labels: list[dict[str, float]] = [{}, {}]
     for label, expected in zip(labels, (position.original, position.compressed), strict=True):
-        for token, share in expected:  # tokens that look alike, such as parts of a character, count as one
-            label[visible(token)] = label.get(visible(token), 0.0) + share
+        for token, share in expected:
+            name = visible(token)
+            while name in label:  # tokens can look alike, such as parts of a character
+                name += "\u200b"  # no one sees it
+            label[name] = share
     return labels
 
 
