@@ -22,6 +22,7 @@ NAMES = {
     "ours": "KL after repair (ours)",
     "kl": "KL (ours)",
     "block_influence": "block influence, every round",
+    "block_influence2": "block influence, rounds of two layers",
     "shortgpt": "block influence, one shot (ShortGPT)",
     "tail": "last layers",
     "lora": "KL, one shot, LoRA",

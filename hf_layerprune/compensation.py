@@ -69,6 +69,7 @@ def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
     """
     projection = mlp_output(student, repair.position)
     projection.weight.data = repair.weight.to(projection.weight, copy=True)
+    torch.clear_autocast_cache()  # which may hold a copy of the old one
 
 
 def compensate(
@@ -86,8 +87,8 @@ def compensate(
 
     Args:
         student ([`~transformers.PreTrainedModel`]): a model that lacks some layers.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data, read once; its hidden states are held, and
-            padding never counts.
+        batches (`Iterable[dict[str, Tensor]]`): calibration data, read once; for several gaps one hidden state
+            of each model is held for all of it. Padding never counts.
         method (`str`): `"none"` or `"least_squares"`.
         teacher ([`~transformers.PreTrainedModel`]): the model with those layers, whose states are to be matched.
         gaps (`Iterable[int]`, *optional*):
@@ -111,8 +112,12 @@ def compensate(
     batches = _checked(student, batches, method, teacher, layers)
     repaired = apply_plan(student, plan, share_weights=share_weights)
     if method == "least_squares":
-        gaps = dict.fromkeys(_gap(layer, plan, plan_of(teacher)) for layer in layers)  # neighbours have one gap
-        _repair_in_turn(repaired, teacher, batches, [gap for gap in gaps if gap.position >= 0], ridge, on_batch)
+        found = dict.fromkeys(_gap(layer, plan, plan_of(teacher)) for layer in layers)  # neighbours have one gap
+        found = [gap for gap in found if gap.position >= 0]
+        if len(found) == 1:  # no state need be held
+            apply_repair(repaired, *_refit(repaired, teacher, batches, found, ridge, on_batch))
+        else:
+            _repair_in_turn(repaired, teacher, batches, found, ridge, on_batch)
     return repaired
 
 
@@ -266,6 +271,7 @@ def _refit(
     batches: Sequence[Batch],
     gaps: Sequence[_Gap],
     ridge: float,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[Repair]:
     """The repairs of gaps with different blocks before them; `model` may have the removed layers or lack them.
 
@@ -280,6 +286,8 @@ def _refit(
         fits = [Regression(weight, num_tokens) for weight in weights[start : start + at_once]]
         for batch in batches:
             _add_batch(model, teacher, batch, group, fits)
+            if start + at_once >= len(gaps):
+                on_batch()
         repairs += [Repair(gap.position, fit.solve(ridge)) for gap, fit in zip(group, fits, strict=True)]
     return repairs
 

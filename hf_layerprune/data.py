@@ -127,7 +127,8 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
 def embedded_dataset(name: str) -> Dataset:
     """An embedded text as a [`~datasets.Dataset`] with one column, `text`; or `"minimal_pairs"`, with BLiMP's columns
     `sentence_good`, `sentence_bad`, `linguistics_term` and `UID`."""
-    if name not in (names := (*EMBEDDED_TEXTS, EMBEDDED_PAIRS)):
+    names = (*EMBEDDED_TEXTS, EMBEDDED_PAIRS)
+    if name not in names:
         raise LayerPruneError(f"no embedded text {name!r}; choose one of {', '.join(names)}")
     kind = "jsonl" if name == EMBEDDED_PAIRS else "txt"
     text = lzma.decompress((ASSETS / "text" / f"{name}.{kind}.xz").read_bytes()).decode()

@@ -8,7 +8,7 @@ once, when they are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -203,8 +203,8 @@ class RunRecord:
     @property
     def start(self) -> LayerPlan:
         """The plan of the model that the run started from, which may be a student already."""
-        plan = self.settings.get("plan") if self.verb == "compress" else None  # elsewhere it is the name of a file
-        return self.teacher.plan if plan is None else LayerPlan.from_dict(plan)
+        plan = self.settings.get("plan")  # of `parallelize` the name of a file
+        return LayerPlan.from_dict(plan) if isinstance(plan, Mapping) else self.teacher.plan
 
     def until(self, number: int) -> RunRecord:
         """The run as it was after round `number`.

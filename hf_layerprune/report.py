@@ -209,12 +209,12 @@ def plot_quality(run: RunRecord) -> Figure:
 
 
 def plot_range(losses: Scores[LayerPlan]) -> Figure:
-    """Perplexity of every run of pairs against its first layer, a line per number of blocks."""
+    """Perplexity of every range of pairs against its first layer, a line per number of blocks."""
     figure, axes = _perplexity_axes(perplexity_of(losses.baseline))
     for depth in sorted({plan.depth for plan in losses.values}, reverse=True):
         runs = {plan.parallel_pairs[0][0]: loss for plan, loss in losses.values.items() if plan.depth == depth}
         axes.plot(sorted(runs), [perplexity_of(runs[n]) for n in sorted(runs)], marker="o", label=f"{depth} layers")
-    axes.set_xlabel("first layer of the run of parallel pairs")
+    axes.set_xlabel("first layer of the range of parallel pairs")
     axes.set_ylabel("perplexity")
     axes.legend()
     return figure

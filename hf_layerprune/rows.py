@@ -99,7 +99,7 @@ def _text_columns(columns: Sequence[str], text_field: str, name: str) -> list[st
 
 def _is_blank(row: dict[str, Any], columns: Sequence[str]) -> bool:
     """Whether a cell of these columns is empty."""
-    cells = (row[column] for column in columns)
+    cells = (row.get(column) for column in columns)
     return any(cell is None or not (cell.strip() if isinstance(cell, str) else cell) for cell in cells)
 
 
@@ -135,7 +135,14 @@ def _without_padding(dataset: Dataset | IterableDataset, columns: list[str], nam
     """Rows of token ids that hold some, without the tokens that their attention mask hides."""
     if "attention_mask" in columns:
         dataset = dataset.map(_unpadded, remove_columns=["attention_mask"])
-    return _filtered(dataset, lambda row: bool(row["input_ids"]), f"{name}: rows without a token left out")
+
+    def has_tokens(row: dict[str, Any]) -> bool:
+        ids = row.get("input_ids")
+        if ids and not _is_tokens(ids):
+            raise LayerPruneError(f"{name} has {ids!r:.80} in column 'input_ids', which is not a list of token ids")
+        return bool(ids)
+
+    return _filtered(dataset, has_tokens, f"{name}: rows without a token left out")
 
 
 def _unpadded(row: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ VERBS = {
     "demo": "compare original and compressed side by side, in the browser",
 }
 """Verb to what it does; a file here, and the function in it, have its name."""
-OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS)
 """Errors that need no name of a file to be the user's: a full disk, no permission. Those of a connection are not."""
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
@@ -125,7 +125,7 @@ def _silence_libraries() -> None:
 
 
 class OncePerKind(logging.Filter):
-    """Of messages that begin alike lets the first one through: TRL warns of every row whose prompt it has to cut."""
+    """Let only the first of messages that begin alike through: TRL warns of every row whose prompt it has to cut."""
 
     def __init__(self) -> None:
         super().__init__()

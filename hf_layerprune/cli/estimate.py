@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from transformers import PretrainedConfig
 
+from ..architectures import check_parallel
 from ..budget import Goal
 from ..data import check_length
 from ..errors import LayerPruneError
@@ -82,6 +83,8 @@ def _check(name: str, run: RunSizes, original: LayerPlan) -> None:
     check_trained_layers(args.trained_layers, plan, name)
     if budget.unit != "latency":
         check_budget(name, Goal.of(budget, args.edit_space, run.model, original), plan, args.heal)
+    elif "parallelize" in args.edit_space.kinds:
+        check_parallel(run.config)
     check_length(args.max_length, run.config, name)
 
 

@@ -38,7 +38,9 @@ def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     named = {key: settings[key] for key in INPUTS if isinstance(settings.get(key), str)}
     absolute = {key: absolute_if_local(name) for key, name in named.items()}
     if "tasks" in named:
-        absolute["tasks"] = _each_task(named["tasks"], absolute_if_local)
+        absolute["tasks"] = _each_task(
+            named["tasks"], lambda name: os.path.abspath(name) if os.path.isfile(name) else name
+        )
     return settings | absolute
 
 

@@ -113,6 +113,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name, **files)
         self._check_request(args)
+        check_tokenizer(processing_class, self.start, self.model_name or "the model")
         self._text_field = args.dataset_text_field if formatting_func is None else None
         texts = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
         texts = {
