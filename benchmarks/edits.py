@@ -4,8 +4,8 @@
 
 Each way is a whole run of `hf-layerprune compress` (a finished one in the output folder is used again): every round
 makes the best edit of the kinds it may make and heals the blocks it touched, the same way for all; one more run heals
-all weights after each removal, as the package's recipe does. Then all different students are timed side by side, in
-turns, and put into tables: at equal depth, at equal measured time per token, at equal number of parameters.
+all weights after each removal, as `benchmarks/embedded.yaml` does. Then all different students are timed side by side,
+in turns, and put into tables: at equal depth, at equal measured time per token, at equal number of parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 
 from hf_layerprune import LayerPlan, cli
 from hf_layerprune.benchmark import benchmark_models
-from hf_layerprune.data import ASSETS
 from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model
@@ -56,7 +55,7 @@ def run(name: str, parent: Path) -> RunRecord:
     """One way, from disk if it is finished."""
     folder = folder_of(name, parent)
     if not (folder / "model").is_dir():
-        arguments = ["compress", "--config", str(ASSETS / "recipe.yaml"), "--measure_speed", "false"]
+        arguments = ["compress", "--config", str(Path(__file__).parent / "embedded.yaml"), "--measure_speed", "false"]
         settings = [str(part) for key, value in STRATEGIES[name].items() for part in (f"--{key}", value)]
         resume = ["--resume"] if (folder / "run_state.json").is_file() else []
         if status := cli.main([*arguments, "--output_dir", str(folder), *settings, *resume]):

@@ -6,9 +6,9 @@ runs [`recipes/figure/figure.yaml`](../recipes/figure/README.md), or another one
 of [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085) are layers chosen by measurement and
 healed, the same choice never healed, iterative block influence healed and not, and ShortGPT; measured is KL, and on
 tasks as in the paper. The others are baselines, and ours with repair in closed form. Each curve is a run of
-[`IterativeLayerDistillTrainer`] by the package's recipe: all heal with the same number of tokens per removed layer. A
-seed decides the calibration text and the order of the healing text. Finished runs of the same settings in the output
-folder are used again, one that was interrupted goes on.
+[`IterativeLayerDistillTrainer`] by `benchmarks/embedded.yaml`: all heal with the same number of tokens per removed
+layer. A seed decides the calibration text and the order of the healing text. Finished runs of the same settings in the
+output folder are used again, one that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import yaml
 from matplotlib.figure import Figure
 
 from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, embedded_dataset
-from hf_layerprune.data import ASSETS
 from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.record import RunRecord, read_run
 from hf_layerprune.report import save_plot
 
+EMBEDDED = Path(__file__).parent / "embedded.yaml"
 RECIPE = Path(__file__).parent.parent / "recipes" / "figure" / "figure.yaml"
 STYLES = {"tail": ":", "random": ":", "angular": ":", "ShortGPT": ":", "least squares": "--"}
 
@@ -44,7 +44,7 @@ class FigureRecipe:
         removed (`int`): layers every curve goes down to.
         stretches (`list[int]`): layers that go at once, for a criterion that chooses a contiguous stretch.
         seeds (`list[int]`): each is a run of every curve.
-        curves (`dict[str, dict]`): name to the settings in which a curve differs from the package's recipe.
+        curves (`dict[str, dict]`): name to the settings in which a curve differs from `embedded.yaml`.
     """
 
     removed: int
@@ -57,7 +57,7 @@ def run(folder: Path, seed: int, removed: int, settings: dict[str, Any]) -> RunR
     """One run of the recipe, with other settings."""
     if (folder / "model" / "config.json").is_file():
         return read_run(folder / "report.json")
-    base = yaml.safe_load((ASSETS / "recipe.yaml").read_text())
+    base = yaml.safe_load(EMBEDDED.read_text())
     base.pop("model")
     base |= {"output_dir": str(folder), "target_num_layers": 16 - removed, "seed": seed, "measure_speed": False}
     trainer = IterativeLayerDistillTrainer(
@@ -73,7 +73,7 @@ def run(folder: Path, seed: int, removed: int, settings: dict[str, Any]) -> RunR
 
 def folder_of(output_dir: Path, settings: dict[str, Any], seed: int) -> Path:
     """The folder of the runs with these settings; another recipe gives another folder."""
-    everything = json.dumps([settings, (ASSETS / "recipe.yaml").read_text()], sort_keys=True)
+    everything = json.dumps([settings, EMBEDDED.read_text()], sort_keys=True)
     words = "-".join(str(value).lower() for value in settings.values()) or "recipe"
     return output_dir / f"{words}-{hashlib.sha256(everything.encode()).hexdigest()[:6]}-seed{seed}"
 
@@ -86,7 +86,7 @@ def losses(recipe: FigureRecipe, name: str, output_dir: Path, seed: int) -> dict
     if settings.get("criterion") != "angular_distance":
         runs = [run(folder, seed, recipe.removed, settings)]
     else:
-        steps = yaml.safe_load((ASSETS / "recipe.yaml").read_text())["max_steps"]
+        steps = yaml.safe_load(EMBEDDED.read_text())["max_steps"]
         runs = [
             run(
                 folder / f"{count}-layers", seed, count,

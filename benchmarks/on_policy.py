@@ -2,11 +2,11 @@
 
     python benchmarks/on_policy.py --output_dir runs/on_policy --output benchmarks/results/on_policy.json
 
-One student of the embedded teacher (four of its 16 layers removed, the same for all) is healed with the package's
-recipe: on the beginnings of passages of books; on what the teacher writes after the first words of the same passages,
-sampled as its generation config says and from its whole distribution; and half on the one, half on the other. Every
-way sees the same number of steps and of tokens. Measured: loss and KL on held-out books, and KL on what the teacher
-itself writes after the first words of those. Answers that are there already are not generated again.
+One student of the embedded teacher (four of its 16 layers removed, the same for all) is healed by `embedded.yaml`: on
+the beginnings of passages of books; on what the teacher writes after the first words of the same passages, sampled as
+its generation config says and from its whole distribution; and half on the one, half on the other. Every way sees the
+same number of steps and of tokens. Measured: loss and KL on held-out books, and KL on what the teacher itself writes
+after the first words of those. Answers that are there already are not generated again.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ from hf_layerprune import (
     generate_healing_data,
     prune,
 )
-from hf_layerprune.data import ASSETS, Batch, tokenized_batches
+from hf_layerprune.data import Batch, tokenized_batches
 from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model, load_tokenizer
-from hf_layerprune.record import read_run
 
 ROOT = Path(__file__).parent.parent
 OWN, WHOLE = {}, {"temperature": 1.0, "top_k": 0}
@@ -59,8 +58,8 @@ def answers(
 def heal(
     start: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, seed: int
 ) -> IterativeLayerDistillTrainer:
-    """One round: a layer goes, the rest is healed on `rows` as the recipe of the package says."""
-    recipe = yaml.safe_load((ASSETS / "recipe.yaml").read_text())
+    """One round: a layer goes, the rest is healed on `rows` as `embedded.yaml` says."""
+    recipe = yaml.safe_load((ROOT / "benchmarks" / "embedded.yaml").read_text())
     recipe |= {"target_num_layers": start.config.num_hidden_layers - 1, "seed": seed, "save_strategy": "no"}
     recipe |= {"measure_speed": False, "disable_tqdm": True}
     del recipe["model"]
@@ -116,7 +115,7 @@ def main() -> None:
         "teacher's text, whole distribution": whole,
         "half given, half teacher's": Dataset.from_dict({"text": given[half:]["text"] + whole[:half]["text"]}),
     }
-    gone = read_run(ROOT / "recipes" / "tiny" / "results" / "report.json").rounds[2].plan.removed_layers
+    gone = (1, 2, 10)
     start = prune(teacher, gone)
     results: dict[str, Any] = {name: [] for name in ways}
     for seed in arguments.seeds:

@@ -72,7 +72,7 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share_weights: bool 
     """
     check_model(model)
     plan = plan_of(model)
-    for layer in dict.fromkeys(layer_indices(layers)):
+    for layer in layer_indices(layers):
         plan = plan.remove(layer)
     return apply_plan(model, plan, share_weights=share_weights)
 
