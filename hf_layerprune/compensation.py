@@ -229,11 +229,8 @@ def _repair_in_turn(
     """Repair `student` in place, gap by gap from the bottom up, in one pass of both models over the data."""
     if not gaps:
         return
-    blocks, layers, valid = (
-        student.base_model.layers,
-        teacher.base_model.layers,
-        [_unpadded(batch) for batch in batches],
-    )
+    blocks, layers = student.base_model.layers, teacher.base_model.layers
+    valid = [_unpadded(batch) for batch in batches]
     num_tokens = sum(int(mask.sum()) for mask in valid)
     with inference(student, teacher):
         position, target = gaps[0].position, gaps[0].target

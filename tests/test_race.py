@@ -120,7 +120,7 @@ def test_certainty_in_words():
     clear = evidence_of([[0.0] * 6, [1.0, 1, 2, 1, 1, 2], [9.0, 9, 9, 8, 9, 9]], [1] * 6)
     assert Scores.of("kl", [7, 4], clear).certainty.startswith("7 is ahead of 4 by")
     scores = Scores("kl", {7: 1.0, 4: 0.5}, 0.0, 10, {7: 0.1, 4: 0.1}, dropped={4: 0.25}, contenders=(7,))
-    assert scores.safest == 7  # what a race dropped is no choice, whatever it had by then
+    assert scores.safest == 7  # never one that a race dropped, however low its cost was by then
     assert scores.certainty == "7 won the race against 4 after 25% of the data"
 
 

@@ -69,7 +69,8 @@ def _memory(given: str | None) -> int:
 
 
 def _config(name: str) -> PretrainedConfig:
-    """Read that of a folder, file or Hub id, without the weights, or of a shape where there is no such folder."""
+    """Read the config of a folder, a file or a Hub id, without its weights; or that of a shape, unless a folder has
+    its name."""
     path = Path(name)
     is_shape = not path.exists() and short_name(name) in SHAPES
     return load_shape(name) if is_shape or (path.is_file() and not is_gguf(name)) else load_config(name)

@@ -110,7 +110,7 @@ class Rounds:
         return self.run.current.wanted
 
     def _next_edit(self, student: PreTrainedModel, made: int) -> Edit | None:
-        """The edit after `made` others in this round, scored on what they left; `None` if there is no other."""
+        """Choose the next edit of this round, after `made` others; `None` if it makes no other."""
         current = self.run.current
         if made < len(current.edits):  # of a run that resumes
             return current.edits[made]
