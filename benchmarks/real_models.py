@@ -2,9 +2,9 @@
 
     python benchmarks/real_models.py --teacher TEACHER --held_out DIR --output_dir DIR LABEL=CHECKPOINT ...
 
-A checkpoint is a model folder; or a folder of a round with `:unhealed`, the same plan applied to the teacher, or with
-`:repaired`, that with every gap refitted by least squares on --repair_on. One JSON file per checkpoint; one that is
-there is kept, so an interrupted call goes on. Per checkpoint:
+A checkpoint is a model folder; or a folder of a round with `:unhealed`, the same plan applied to the teacher (merges
+fitted to --repair_on), or with `:repaired`, that with every gap refitted by least squares on --repair_on. One JSON file
+per checkpoint; one that is there is kept, so an interrupted call goes on. Per checkpoint:
 
 * perplexity and KL(teacher || student), nats per token, on modern text and on the teacher's own chat answers, with
   the values of every row, so that two students can be compared in pairs;
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_layerprune import LayerPlan, apply_plan, load_model, load_tokenizer, tokenized_batches
+from hf_layerprune import LayerPlan, apply_plan, load_model, load_tokenizer, merge, tokenized_batches
 from hf_layerprune.compensation import compensate
 from hf_layerprune.data import load_text_dataset
 from hf_layerprune.loading import load_config
@@ -195,7 +195,9 @@ def checkpoint_named(name: str, teacher: PreTrainedModel, repair_rows: list[dict
     if not state:
         return load_model(folder, "float32").eval()
     plan = LayerPlan.from_dict(load_config(folder).layer_plan)
-    model = apply_plan(teacher, plan, share_weights=True)
+    model = apply_plan(teacher, plan.unmerged, share_weights=True)
+    if plan.merged:
+        model = merge(model, plan.merged, repair_rows, teacher, share_weights=True)
     if state == "repaired":
         model = compensate(model, repair_rows, "least_squares", teacher, share_weights=True)
     return model.eval()
@@ -207,7 +209,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--held_out", type=Path, required=True, help="folder that recipes/data/mix.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--repair_on", type=Path, help="text of `:repaired`")
+    parser.add_argument("--repair_on", type=Path, help="text that repairs and merges are fitted to")
     parser.add_argument("--repair_rows", type=int, default=48, help="rows of it, of LENGTH tokens")
     parser.add_argument("--no_generation", action="store_true", help="leave out code and chat answers")
     parser.add_argument("--float32", action="store_true", help="also where the CPU computes bfloat16 natively")

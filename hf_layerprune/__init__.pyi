@@ -18,6 +18,7 @@ from .hub import load_run as load_run
 from .hub import push_run as push_run
 from .loading import load_model as load_model
 from .loading import load_tokenizer as load_tokenizer
+from .merging import merge as merge
 from .models import PrunedQwen2Config as PrunedQwen2Config
 from .models import PrunedQwen2ForCausalLM as PrunedQwen2ForCausalLM
 from .models import PrunedQwen2Model as PrunedQwen2Model

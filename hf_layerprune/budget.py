@@ -3,7 +3,7 @@ these units, and what is within reach."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .architectures import check_parallel
 from .benchmark import benchmark_models
 from .errors import LayerPruneError
-from .plan import EDIT_KINDS, Edit, LayerPlan
+from .plan import DEFAULT_KINDS, EDIT_KINDS, Edit, LayerPlan
 from .surgery import apply_plan, plan_of
 
 TARGETS = {"depth": "target_num_layers", "latency": "target_latency", "parameters": "target_num_parameters"}
@@ -59,11 +59,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """What a model costs in one unit: a fixed part, and one per block that depends on how many layers it has.
+    """What a model costs in one unit: a fixed part, and one per block that depends on how many layers wide it is.
 
     Attributes:
         fixed (`float`): all but the blocks, such as embedding and head.
-        blocks (`tuple[float, ...]`): a block of 1, 2, ... layers.
+        blocks (`tuple[float, ...]`): a block 1, 2, ... layers wide.
     """
 
     fixed: float
@@ -74,7 +74,7 @@ class BlockCosts:
 
     def of(self, plan: LayerPlan) -> float:
         """What a model of this plan costs; of latency, seconds per generated token."""
-        return self.fixed + sum(self.blocks[len(block) - 1] for block in plan.blocks)
+        return self.fixed + sum(self.blocks[plan.width(block) - 1] for block in plan.blocks)
 
 
 def count_parameters(model: PreTrainedModel) -> BlockCosts:
@@ -136,8 +136,9 @@ class EditSpace:
     """Which edits of a plan are allowed.
 
     Args:
-        kinds (`Iterable[str]` or `str`, *optional*): `"remove"`, `"parallelize"` or both; a string is split at commas.
-        max_group_size (`int`, *optional*, defaults to `2`): most layers in one parallel block.
+        kinds (`Iterable[str]` or `str`, *optional*, defaults to `"remove,parallelize"`):
+            Some of `"remove"`, `"parallelize"` and `"merge"`; a string is split at commas.
+        max_group_size (`int`, *optional*, defaults to `2`): most layers in one block, in parallel or merged.
         protect_first, protect_last (`int`, *optional*, defaults to `0`):
             Number of first and last teacher layers that no edit touches.
 
@@ -145,7 +146,7 @@ class EditSpace:
         [`LayerPruneError`]: for an unknown kind, or a group of fewer than two layers.
     """
 
-    kinds: Iterable[str] | str = EDIT_KINDS
+    kinds: Iterable[str] | str = DEFAULT_KINDS
     max_group_size: int = 2
     protect_first: int = 0
     protect_last: int = 0
@@ -154,8 +155,8 @@ class EditSpace:
         kinds = self.kinds.split(",") if isinstance(self.kinds, str) else self.kinds
         kinds = tuple(str(kind).strip() for kind in kinds)
         if not kinds or not set(kinds) <= set(EDIT_KINDS):
-            raise LayerPruneError(f"edits={','.join(kinds)!r}: choose {' or '.join(EDIT_KINDS)}, or both")
-        if "parallelize" in kinds and (type(self.max_group_size) is not int or self.max_group_size < 2):
+            raise LayerPruneError(f"edits={','.join(kinds)!r}: choose one or more of {', '.join(EDIT_KINDS)}")
+        if kinds != ("remove",) and (type(self.max_group_size) is not int or self.max_group_size < 2):
             raise LayerPruneError(
                 f"max_group_size={self.max_group_size!r} is out of range; it must be a whole number of at least 2"
             )
@@ -165,36 +166,48 @@ class EditSpace:
         """Every allowed edit of `plan`."""
         edits = []
         if "remove" in self.kinds and len(plan.layers) > 1:
-            edits += [Edit.remove(layer) for layer in plan.layers if self._is_free((layer,), plan)]
-        if "parallelize" in self.kinds:
-            merged = (a + b for a, b in zip(plan.blocks, plan.blocks[1:], strict=False))
-            edits += [Edit.parallelize(*layers) for layers in merged if self._can_merge(layers, plan)]
+            single = (layer for block in plan.blocks if block not in plan.merged for layer in block)
+            edits += [Edit.remove(layer) for layer in single if self._is_free((layer,), plan)]
+        for blocks in zip(plan.blocks, plan.blocks[1:], strict=False):
+            edits += [Edit(kind, sum(blocks, ())) for kind in self._joins(blocks, plan)]
         return edits
 
     def smallest(self, plan: LayerPlan, cost: Callable[[int], float] = lambda width: 1.0) -> LayerPlan:
-        """The cheapest plan that edits can lead to, if a block of `width` layers costs `cost(width)`.
+        """The cheapest plan that edits can lead to, if a block `width` layers wide costs `cost(width)`.
 
         By default every block costs the same: the shallowest plan.
         """
         if "remove" in self.kinds:
-            kept = (tuple(layer for layer in block if not self._is_free((layer,), plan)) for block in plan.blocks)
-            blocks = tuple(block for block in kept if block) or ((plan.layers[-1],),)
-            return LayerPlan(blocks, plan.num_teacher_layers)
-        best: list[tuple[float, tuple[tuple[int, ...], ...]]] = [(0.0, ())]  # of the first n blocks
+            plan = self._without_free_layers(plan)
+        best: list[tuple[float, LayerPlan]] = [(0.0, plan)]  # the first n blocks joined
         for end in range(1, plan.depth + 1):
             options = []
             for start in range(end):
-                merged = sum(plan.blocks[start:end], ())
-                if start == end - 1 or self._can_merge(merged, plan):
-                    options.append((best[start][0] + cost(len(merged)), (*best[start][1], merged)))
-            best.append(min(options))
-        return LayerPlan(best[-1][1], plan.num_teacher_layers)
+                blocks, (so_far, joined) = plan.blocks[start:end], best[start]
+                if start == end - 1:
+                    options.append((so_far + cost(plan.width(blocks[0])), joined))
+                for kind in self._joins(blocks, plan) if len(blocks) > 1 else ():
+                    after = Edit(kind, sum(blocks, ())).apply(joined)
+                    options.append((so_far + cost(after.width(after.blocks[after.position_of(blocks[0][0])])), after))
+            best.append(min(options, key=lambda option: option[0]))
+        return best[-1][1]
+
+    def _without_free_layers(self, plan: LayerPlan) -> LayerPlan:
+        """The plan without all that removals may take; one block is left."""
+        for layer in [edit.layers[0] for edit in self.edits(plan) if edit.kind == "remove"]:
+            plan = plan.remove(layer) if len(plan.layers) > 1 else plan
+        return plan
 
     def _is_free(self, layers: tuple[int, ...], plan: LayerPlan) -> bool:
         return self.protect_first <= layers[0] and layers[-1] < plan.num_teacher_layers - self.protect_last
 
-    def _can_merge(self, layers: tuple[int, ...], plan: LayerPlan) -> bool:
-        return len(layers) <= self.max_group_size and self._is_free(layers, plan)
+    def _joins(self, blocks: Sequence[tuple[int, ...]], plan: LayerPlan) -> list[str]:
+        """The kinds of edits that may make one block of neighbouring ones."""
+        layers = sum(blocks, ())
+        if len(layers) > self.max_group_size or not self._is_free(layers, plan):
+            return []
+        others = {"parallelize": set(plan.merged), "merge": set(plan.parallel_pairs)}  # which a kind cannot join
+        return [kind for kind, wrong in others.items() if kind in self.kinds and wrong.isdisjoint(blocks)]
 
 
 @dataclass(frozen=True)
@@ -222,19 +235,22 @@ class Goal:
                 to be saved without removing any.
         """
         plan = plan_of(model)
-        if "parallelize" in space.kinds and budget.unit != "parameters":
+        if budget.unit == "parameters":
+            kinds = tuple(kind for kind in space.kinds if kind != "parallelize")
+            if not kinds:
+                raise LayerPruneError(
+                    f"parameters={budget.target} is out of reach by edits='parallelize', which keeps the layers' "
+                    "parameters; allow 'remove' or 'merge'"
+                )
+            space = replace(space, kinds=kinds)
+        if space.kinds != ("remove",):
             check_parallel(model.config)
         if budget.unit == "depth":
             return cls(budget, space, BlockCosts(0, [1] * len(plan.layers)), original)
         if budget.unit == "parameters":
-            if "remove" not in space.kinds:
-                raise LayerPruneError(
-                    f"parameters={budget.target} is out of reach by edits='parallelize', which keeps the layers' "
-                    "parameters; allow 'remove'"
-                )
-            return cls(budget, replace(space, kinds=("remove",)), count_parameters(model), original)
+            return cls(budget, space, count_parameters(model), original)
         grown = min(space.max_group_size, len(plan.layers)) if "parallelize" in space.kinds else 1
-        widest = max(grown, *(len(block) for block in (*original.blocks, *plan.blocks)))
+        widest = max(grown, *(each.width(block) for each in (original, plan) for block in each.blocks))
         latency = measure_latency(model, widest) if latency is None else latency
         if len(latency.blocks) < widest:
             raise LayerPruneError(f"latency knows blocks of up to {len(latency.blocks)} layers, not of {widest}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .architectures import mlp_output
+from .architectures import architecture_of, mlp_output
 from .data import Batch, check_batches
 from .errors import LayerPruneError
 from .forward import advance, check_same_vocabulary, inference, inputs_of, record, to_device
@@ -30,15 +30,17 @@ MAX_BYTES = 2**32  # of equations held at a time, but at least one block's; solv
 
 
 class Repair(NamedTuple):
-    """What makes up for removed layers.
+    """New weights of one block, which make up for what an edit takes away.
 
     Attributes:
-        position (`int`): the block before the gap, the same in the model and in the student without the layers.
-        weight (`Tensor` of shape `(H, I)`): its new `mlp.down_proj.weight`.
+        position (`int`): of the block in the student after the edit. Where a layer is removed, it is the block before
+            the gap, which has the same position in the model; where layers are merged, it is the new block, and has
+            that of the first of them in the model.
+        tensors (`dict[str, Tensor]`): by name within the block.
     """
 
     position: int
-    weight: Tensor
+    tensors: dict[str, Tensor]
 
 
 def find_repairs(
@@ -56,20 +58,43 @@ def find_repairs(
     """
     teacher = model if teacher is None else teacher
     plan, layers = plan_of(model), list(dict.fromkeys(layers))
-    batches = _checked(model, batches, method, teacher, layers)
+    _check_method(method)
+    batches = check_repairable(model, batches, teacher, layers)
     gaps = {layer: _gap(layer, plan.remove(layer), plan_of(teacher)) for layer in layers}
     gaps = {layer: gap for layer, gap in gaps.items() if gap.position >= 0}
     return dict(zip(gaps, _refit(model, teacher, batches, list(gaps.values()), ridge), strict=True))
 
 
 def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
-    """Repair `student`, which lacks the layers, in place.
+    """Repair `student`, the model after the edit, in place.
 
-    The new weight has memory of its own, so a model that `student` shares weights with stays as it is.
+    The new weights have memory of their own, so a model that `student` shares weights with stays as it is.
     """
-    projection = mlp_output(student, repair.position)
-    projection.weight.data = repair.weight.to(projection.weight, copy=True)
-    torch.clear_autocast_cache()  # which may hold a copy of the old one
+    block = student.base_model.layers[repair.position]
+    for name, tensor in repair.tensors.items():
+        parameter = block.get_parameter(name)
+        parameter.data = tensor.to(parameter, copy=True)
+    torch.clear_autocast_cache()  # which may hold copies of the old ones
+
+
+def apply_edit(model: PreTrainedModel, plan: LayerPlan, repair: Repair | None) -> PreTrainedModel:
+    """`model` after one edit, weights shared but for those that `repair` has. `model` is left untouched.
+
+    Args:
+        plan ([`LayerPlan`]): the plan after the edit.
+        repair ([`Repair`], *optional*): what the edit needs; a merge always does.
+    """
+    current, before = plan_of(model), plan
+    for block in set(plan.merged) - set(current.merged) if repair else ():
+        first = current.blocks[repair.position]  # whose weights those of `repair` take the place of
+        blocks = tuple(first if other == block else other for other in plan.blocks)
+        merged = tuple(other for other in (*plan.merged, first) if other in blocks and len(other) > 1)
+        before = LayerPlan(blocks, plan.num_teacher_layers, merged)
+    student = apply_plan(model, before, share_weights=True)
+    if repair is not None:
+        apply_repair(student, repair)
+        student.config.layer_plan = plan.to_dict()
+    return student
 
 
 def compensate(
@@ -109,7 +134,8 @@ def compensate(
     layers = sorted(set(plan.removed_layers if gaps is None else gaps))
     if wrong := sorted(set(layers) - set(plan.removed_layers)):
         raise LayerPruneError(f"gaps={layers}: layers {wrong} are not missing; {list(plan.removed_layers)} are")
-    batches = _checked(student, batches, method, teacher, layers)
+    _check_method(method)
+    batches = check_repairable(student, batches, teacher, layers)
     repaired = apply_plan(student, plan, share_weights=share_weights)
     if method == "least_squares":
         found = dict.fromkeys(_gap(layer, plan, plan_of(teacher)) for layer in layers)  # neighbours have one gap
@@ -121,16 +147,15 @@ def compensate(
     return repaired
 
 
-def _checked(
-    model: PreTrainedModel,
-    batches: Iterable[Batch],
-    method: str,
-    teacher: PreTrainedModel,
-    layers: Sequence[int],
-) -> list[Batch]:
-    """The batches, once they and the other arguments are known to fit together."""
+def _check_method(method: str) -> None:
     if method not in COMPENSATIONS:
         raise LayerPruneError(f"compensation={method!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
+
+
+def check_repairable(
+    model: PreTrainedModel, batches: Iterable[Batch], teacher: PreTrainedModel, layers: Sequence[int]
+) -> list[Batch]:
+    """The batches, once `model` is known to be made from `teacher`, which has `layers`, and both to be in memory."""
     for each in (model, teacher):
         if any(parameter.is_meta for parameter in each.parameters()):
             raise LayerPruneError("the model is partly on disk or in CPU memory; load it on one device to repair it")
@@ -146,21 +171,31 @@ def _checked(
     return check_batches(batches, model.config.vocab_size, "calibration data")
 
 
+def _repair(model: PreTrainedModel, position: int, weight: Tensor) -> Repair:
+    """The repair by a new weight of what adds the MLP's output to the residual stream."""
+    return Repair(position, {f"{architecture_of(model.config).mlp_output}.weight": weight})
+
+
 class _Gap(NamedTuple):
     """Where removed neighbouring layers were."""
 
     position: int  # of the block before them
-    target: int  # number of the teacher's state which that block must hand on: what the next kept layer reads
+    target: int  # number of the teacher's state which that block must hand on
 
 
 def _gap(layer: int, plan: LayerPlan, teacher_plan: LayerPlan) -> _Gap:
     """The gap in `plan`, which lacks `layer`; its position is -1 where no block is before it."""
     position = sum(block[0] < layer for block in plan.blocks) - 1
+    return _Gap(position, target_state(position, plan, teacher_plan))
+
+
+def target_state(position: int, plan: LayerPlan, teacher_plan: LayerPlan) -> int:
+    """The number of the teacher's state which block `position` of `plan` must hand on: what the next block reads."""
     following = plan.blocks[position + 1][0] if position + 1 < plan.depth else plan.num_teacher_layers
-    return _Gap(position, sum(block[-1] < following for block in teacher_plan.blocks))
+    return sum(block[-1] < following for block in teacher_plan.blocks)
 
 
-def _unpadded(batch: Batch) -> Tensor:
+def unpadded(batch: Batch) -> Tensor:
     """Which positions are not padding: `(B, T)`."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
@@ -202,20 +237,25 @@ class Regression:
         Raises:
             [`LayerPruneError`]: if the equations cannot be solved.
         """
-        device = "cpu" if self.left.device.type == "mps" else self.left.device  # float64 is missing there
         with torch.autocast(self.left.device.type, enabled=False):
             gram = self.left @ self.left.T if self.few_tokens else self.left
-            gram, right = (matrix.to(device, torch.float64) for matrix in (gram, self.right))
-            gram.diagonal().add_(ridge * gram.trace() / self.num_tokens)
-            factor, failed = torch.linalg.cholesky_ex(gram)
-            solution = torch.cholesky_solve(right, factor).to(self.left)
-            if failed or not solution.isfinite().all():
-                raise LayerPruneError(
-                    f"ridge={ridge} is too small for this data, or the model's states are not finite; choose a larger "
-                    "ridge"
-                )
+            solution = solve_ridge(gram, self.right, ridge, self.num_tokens)
             correction = self.left.T @ solution if self.few_tokens else solution  # (I, H)
         return (self.weight.float() + correction.T).to(self.weight.dtype)
+
+
+def solve_ridge(gram: Tensor, right: Tensor, ridge: float, num_tokens: int) -> Tensor:
+    """Solve (G + c) X = R for symmetric G, `(I, I)`, where c = ridge trace(G) / `num_tokens`; X and R are `(I, H)`."""
+    device = "cpu" if gram.device.type == "mps" else gram.device  # float64 is missing there
+    regular = gram.to(device, torch.float64, copy=True)
+    regular.diagonal().add_(ridge * regular.trace() / num_tokens)
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    solution = torch.cholesky_solve(right.to(device, torch.float64), factor).to(gram)
+    if failed or not solution.isfinite().all():
+        raise LayerPruneError(
+            f"ridge={ridge} is too small for this data, or the model's states are not finite; choose a larger ridge"
+        )
+    return solution
 
 
 def _repair_in_turn(
@@ -230,7 +270,7 @@ def _repair_in_turn(
     if not gaps:
         return
     blocks, layers = student.base_model.layers, teacher.base_model.layers
-    valid = [_unpadded(batch) for batch in batches]
+    valid = [unpadded(batch) for batch in batches]
     num_tokens = sum(int(mask.sum()) for mask in valid)
     with inference(student, teacher):
         position, target = gaps[0].position, gaps[0].target
@@ -251,7 +291,7 @@ def _repair_in_turn(
                 missing = wanted[number].to(output.device)[rows].float() - output[rows].float()
                 fit.add(read[0][rows].float(), missing)
                 on_batch()
-            apply_repair(student, Repair(position, fit.solve(ridge)))
+            apply_repair(student, _repair(student, position, fit.solve(ridge)))
 
 
 def _states_at(
@@ -274,7 +314,7 @@ def _refit(
 
     If the equations of all gaps take more than `MAX_BYTES`, the data is read several times.
     """
-    num_tokens = sum(int(_unpadded(batch).sum()) for batch in batches)
+    num_tokens = sum(int(unpadded(batch).sum()) for batch in batches)
     weights = [mlp_output(model, gap.position).weight.detach() for gap in gaps]
     at_once = max(1, MAX_BYTES // max((Regression.num_bytes(weight, num_tokens) for weight in weights), default=1))
     repairs = []
@@ -285,7 +325,7 @@ def _refit(
             _add_batch(model, teacher, batch, group, fits)
             if start + at_once >= len(gaps):
                 on_batch()
-        repairs += [Repair(gap.position, fit.solve(ridge)) for gap, fit in zip(group, fits, strict=True)]
+        repairs += [_repair(model, gap.position, fit.solve(ridge)) for gap, fit in zip(group, fits, strict=True)]
     return repairs
 
 
@@ -306,7 +346,7 @@ def _add_batch(
         else:
             of_model = record(model, batch, outputs, inner, stop=True)
             of_teacher = record(teacher, to_device(batch, teacher.device), targets, stop=True)
-    valid = _unpadded(batch)
+    valid = unpadded(batch)
     for gap, fit in zip(gaps, fits, strict=True):
         target = of_teacher.states[gap.target].to(model.device)[valid].float()
         output = of_model.states[gap.position + 1][valid].float()

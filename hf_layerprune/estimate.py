@@ -85,7 +85,7 @@ class RunSizes:
         self.gaps = max(0, (plan.num_teacher_layers if teacher is None else plan_of(teacher).depth) - plan.depth)
         self.length = args.max_length or DEFAULT_LENGTH
         self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps  # rows, on one device
-        self.removed = int("remove" in args.edits)  # layers that an edit removes; a pair keeps both
+        self.removed = int(args.edits != ("parallelize",))  # layers fewer after an edit; a parallel pair keeps both
         self.edits = plan.depth - budget.target if budget.unit == "depth" else None  # `None`: only measuring can tell
         if budget.unit == "parameters" and self.removed:
             self.edits = math.ceil((self.parameters - budget.target) / self.layer_parameters)

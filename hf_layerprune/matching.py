@@ -48,8 +48,10 @@ def find_plan(student: PreTrainedModel, teacher: PreTrainedModel) -> LayerPlan:
         [`LayerPruneError`]: if a layer is about as near to another one, or the layers do not ascend.
     """
     plan, last = plan_of(teacher), -1
-    if plan.parallel_pairs:
-        raise LayerPruneError("the teacher runs layers in parallel; say which layers the student holds with plan")
+    if plan.depth < len(plan.layers):
+        raise LayerPruneError(
+            "the teacher has blocks of several layers; say which layers the student holds with --plan plan.json"
+        )
     teacher_samples, layers = _samples(teacher), []
     for number, sample in enumerate(_samples(student)):
         distances = torch.stack([_distance(sample, other) for other in teacher_samples])

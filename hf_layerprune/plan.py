@@ -1,9 +1,12 @@
-"""The layer plan, and the edits that change it: which teacher layers a student keeps, and which run in parallel.
+"""The layer plan, and the edits that change it: which teacher layers a student keeps, and which are put together.
 
 Every decision of the library is a `LayerPlan`. Layer indices are 0-based TEACHER indices everywhere; a position in
 the student is called a block.
 
     ((0,), (1,), (2,), (4, 5), (6, 7), (9,))      # 3 and 8 removed; 4|5 and 6|7 run in parallel
+
+Layers of a block run in parallel, so that it is as wide as all of them, or are merged into one layer of one layer's
+width: `merged=((6, 7),)`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import LayerPruneError
@@ -42,24 +45,23 @@ class LayerPlan:
     Args:
         blocks (`tuple[tuple[int, ...], ...]`):
             One tuple of teacher layer indices per student block. Indices ascend over the whole plan and appear once;
-            a block of more than one layer runs them in parallel.
+            a block of more than one layer runs them in parallel, unless it is one of `merged`.
         num_teacher_layers (`int`, *optional*):
             Depth of the teacher. Defaults to the highest index in `blocks` plus one.
+        merged (`tuple[tuple[int, ...], ...]`, *optional*):
+            Those of `blocks` whose layers were merged into one layer.
 
     Raises:
-        [`LayerPruneError`]: if `blocks` is empty, an index is no layer of the teacher, or the order is wrong.
+        [`LayerPruneError`]: if `blocks` is empty, an index is no layer of the teacher, the order is wrong, or one of
+            `merged` is no block of several layers.
     """
 
     blocks: tuple[tuple[int, ...], ...]
     num_teacher_layers: int | None = None
+    merged: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        try:
-            blocks = tuple(tuple(block) for block in self.blocks)
-        except TypeError:
-            raise LayerPruneError(
-                f"layer plan blocks={self.blocks!r:.200} is not a list of lists of layer indices"
-            ) from None
+        blocks, merged = _as_blocks(self.blocks, "blocks"), _as_blocks(self.merged, "merged")
         layers = [layer for block in blocks for layer in block]
         if not blocks or not all(blocks):
             raise LayerPruneError("layer plan has no blocks or an empty block; a model needs at least one layer")
@@ -73,8 +75,11 @@ class LayerPlan:
                 f"layer plan uses layer {layers[-1]!r:.200} of a teacher of {depth!r:.200} layers; a teacher may have "
                 f"{MAX_LAYERS}"
             )
+        if unknown := [block for block in merged if len(block) < 2 or block not in blocks]:
+            raise LayerPruneError(f"layer plan has merged={unknown!r:.200}, which are no blocks of several layers")
         object.__setattr__(self, "blocks", blocks)
         object.__setattr__(self, "num_teacher_layers", depth)
+        object.__setattr__(self, "merged", tuple(sorted(set(merged))))
 
     @classmethod
     def identity(cls, num_layers: int) -> LayerPlan:
@@ -98,8 +103,12 @@ class LayerPlan:
 
     @property
     def parallel_pairs(self) -> tuple[tuple[int, ...], ...]:
-        """Blocks of more than one layer."""
-        return tuple(block for block in self.blocks if len(block) > 1)
+        """Blocks of more than one layer that run in parallel."""
+        return tuple(block for block in self.blocks if self.width(block) > 1)
+
+    def width(self, block: tuple[int, ...]) -> int:
+        """How many layers wide one of `blocks` is."""
+        return 1 if block in self.merged else len(block)
 
     def position_of(self, layer: int) -> int:
         """Position of the student block that holds teacher layer `layer`."""
@@ -111,25 +120,48 @@ class LayerPlan:
     def remove(self, layer: int) -> LayerPlan:
         """The plan without teacher layer `layer`."""
         position = self.position_of(layer)
-        rest = tuple(other for other in self.blocks[position] if other != layer)
+        if (block := self.blocks[position]) in self.merged:
+            raise LayerPruneError(f"layer {layer} is merged with others into one, {list(block)}; it cannot be removed")
+        rest = tuple(other for other in block if other != layer)
         blocks = self.blocks[:position] + ((rest,) if rest else ()) + self.blocks[position + 1 :]
         if not blocks:
             raise LayerPruneError(f"layer {layer} is the last one left; a model needs at least one layer")
-        return LayerPlan(blocks, self.num_teacher_layers)
+        return replace(self, blocks=blocks)
 
     def parallelize(self, *layers: int) -> LayerPlan:
-        """The plan with neighbouring blocks, named by all their teacher layers, merged into one."""
+        """The plan with neighbouring blocks, named by all their teacher layers, run in parallel as one."""
+        return self._joined(layers, "run in parallel", self.merged)
+
+    def merge(self, *layers: int) -> LayerPlan:
+        """The plan with neighbouring blocks, named by all their teacher layers, merged into one of a layer's width."""
+        plan = self._joined(layers, "be merged", self.parallel_pairs)
+        return replace(plan, merged=(*plan.merged, tuple(layers)))
+
+    def _joined(self, layers: tuple[int, ...], how: str, others: Iterable[tuple[int, ...]]) -> LayerPlan:
+        """The plan with neighbouring blocks, none of them among `others`, as one."""
         first, last = self.position_of(layers[0]), self.position_of(layers[-1])
-        merged = tuple(layer for block in self.blocks[first : last + 1] for layer in block)
-        if len(layers) < 2 or merged != tuple(layers):
+        blocks = self.blocks[first : last + 1]
+        if len(blocks) < 2 or sum(blocks, ()) != tuple(layers):
             raise LayerPruneError(
-                f"layers {list(layers)} cannot run in parallel; name all layers of neighbouring blocks, in ascending "
-                "order"
+                f"layers {list(layers)} cannot {how}; name all layers of neighbouring blocks, in ascending order"
             )
-        return LayerPlan((*self.blocks[:first], merged, *self.blocks[last + 1 :]), self.num_teacher_layers)
+        if wrong := set(blocks) & set(others):
+            raise LayerPruneError(
+                f"layers {list(layers)} cannot {how}: {', '.join(map(str, map(list, sorted(wrong))))} "
+                f"{'are merged' if wrong <= set(self.merged) else 'run in parallel'} already"
+            )
+        merged = tuple(block for block in self.merged if block not in blocks)
+        blocks = (*self.blocks[:first], tuple(layers), *self.blocks[last + 1 :])
+        return replace(self, blocks=blocks, merged=merged)
+
+    @property
+    def unmerged(self) -> LayerPlan:
+        """The plan with each layer of the merged blocks on its own: what there is before the merges."""
+        parts = ([(layer,) for layer in block] if block in self.merged else [block] for block in self.blocks)
+        return LayerPlan(tuple(block for part in parts for block in part), self.num_teacher_layers)
 
     def with_pairs(self, pairs: Iterable[Iterable[int]]) -> LayerPlan:
-        """The plan with each of `pairs` (or longer groups) merged into one block.
+        """The plan with each of `pairs` (or longer groups) run in parallel as one block.
 
         Raises:
             [`LayerPruneError`]: if a group is not made of whole neighbouring blocks.
@@ -141,14 +173,17 @@ class LayerPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The form written to `config.json` and `plan.json`."""
-        return {"num_teacher_layers": self.num_teacher_layers, "blocks": [list(block) for block in self.blocks]}
+        plan = {"num_teacher_layers": self.num_teacher_layers, "blocks": [list(block) for block in self.blocks]}
+        return plan | ({"merged": [list(block) for block in self.merged]} if self.merged else {})
 
     @classmethod
     def from_dict(cls, data: Any) -> LayerPlan:
         """Read what `to_dict` wrote; treats it as outside input."""
-        if not isinstance(data, Mapping) or set(data) != {"num_teacher_layers", "blocks"}:
-            raise LayerPruneError('a layer plan is an object with exactly the keys "num_teacher_layers" and "blocks"')
-        return cls(data["blocks"], data["num_teacher_layers"])
+        if not isinstance(data, Mapping) or set(data) - {"merged"} != {"num_teacher_layers", "blocks"}:
+            raise LayerPruneError(
+                'a layer plan is an object with the keys "num_teacher_layers" and "blocks", and maybe "merged"'
+            )
+        return cls(**data)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
@@ -167,15 +202,24 @@ class LayerPlan:
         return cls.from_dict(data)
 
 
-EDIT_KINDS = ("remove", "parallelize")
+def _as_blocks(blocks: Any, name: str) -> tuple[tuple[int, ...], ...]:
+    try:
+        return tuple(tuple(block) for block in blocks)
+    except TypeError:
+        raise LayerPruneError(f"layer plan {name}={blocks!r:.200} is not a list of lists of layer indices") from None
+
+
+SEPARATORS = {"parallelize": "|", "merge": "+"}  # of the layers of a new block
+EDIT_KINDS = ("remove", *SEPARATORS)
+DEFAULT_KINDS = ("remove", "parallelize")  # a merge is fitted to data, which takes its time
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One change of a plan: remove a layer, or merge neighbouring blocks into one that runs in parallel.
+    """One change of a plan: remove a layer, or make one block of neighbouring ones, in parallel or merged.
 
     Args:
-        kind (`str`): `"remove"` or `"parallelize"`.
+        kind (`str`): `"remove"`, `"parallelize"` or `"merge"`.
         layers (`tuple[int, ...]`): the teacher layer to remove, or all layers of the new block.
     """
 
@@ -190,6 +234,10 @@ class Edit:
     def parallelize(cls, *layers: int) -> Edit:
         return cls("parallelize", layers)
 
+    @classmethod
+    def merge(cls, *layers: int) -> Edit:
+        return cls("merge", layers)
+
     def apply(self, plan: LayerPlan) -> LayerPlan:
         """The plan after this edit.
 
@@ -200,8 +248,8 @@ class Edit:
 
     @property
     def label(self) -> str:
-        """Its form in JSON: `"7"` removes layer 7, `"4|5"` runs layers 4 and 5 in parallel."""
-        return "|".join(map(str, self.layers))
+        """Its form in JSON: `"7"` removes layer 7, `"4|5"` runs 4 and 5 in parallel, `"4+5"` merges them."""
+        return SEPARATORS.get(self.kind, "").join(map(str, self.layers))
 
     def __str__(self) -> str:
         return f"{self.kind} {self.label}"
@@ -209,11 +257,13 @@ class Edit:
     @classmethod
     def from_label(cls, label: str) -> Edit:
         """Read a `label`."""
-        layers = tuple(int(layer) for layer in label.split("|"))
-        return cls("remove" if len(layers) == 1 else "parallelize", layers)
+        kinds = [kind for kind, separator in SEPARATORS.items() if separator in label]
+        kind, layers = kinds[0] if kinds else "remove", label.split(SEPARATORS[kinds[0]] if kinds else None)
+        return cls(kind, tuple(map(int, layers)))
 
 
 def edits_between(before: LayerPlan, after: LayerPlan) -> list[Edit]:
-    """Edits that lead from one plan to another made of its layers: all removals, then the parallel blocks."""
-    removed = [Edit.remove(layer) for layer in before.layers if layer not in after.layers]
-    return removed + [Edit.parallelize(*block) for block in after.parallel_pairs if block not in before.blocks]
+    """Edits that lead from one plan to another made of its layers: all removals, then the new blocks."""
+    edits = [Edit.remove(layer) for layer in before.layers if layer not in after.layers]
+    edits += [Edit.parallelize(*block) for block in after.parallel_pairs if block not in before.blocks]
+    return edits + [Edit.merge(*block) for block in after.merged if block not in before.merged]

@@ -110,6 +110,7 @@ class RunProgress(LayerDistillCallback):
         self.steps = {
             "scoring": len(trainer.calibration_batches) or sum(len(task.chunks) for task in trainer.tasks),
             "repairing": len(trainer.repair_batches),
+            "merging": len(trainer.repair_batches),
             "evaluating": len(trainer.eval_batches),
         }
 

@@ -31,11 +31,15 @@ SPEED_EXPLANATION = (
     " Speed is the median of several runs; the ratio in brackets is the median of the ratios run by run."
 )
 
-KEPT, REMOVED, PARALLEL, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#aaaaaa", "#b8cdd6"
+KEPT, REMOVED, PARALLEL, MERGED, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#8172b3", "#aaaaaa", "#b8cdd6"
 UNHEALED = {"color": REMOVED, "linestyle": ":", "marker": "v"}
 BEFORE_HEALING = {"color": PARALLEL, "linestyle": "--", "marker": "s"}
 FINAL = {"color": KEPT, "linestyle": "-", "marker": "o", "linewidth": 2}
-STATES = {"kept": KEPT, "in parallel, as one layer": PARALLEL, "removed": REMOVED, "removed before this run": ABSENT}
+STATES = {
+    "kept": KEPT, "in parallel, as one layer": PARALLEL, "merged into one layer": MERGED, "removed": REMOVED,
+    "removed before this run": ABSENT,
+}  # fmt: skip
+EDITS = {"remove": REMOVED, "parallelize": PARALLEL, "merge": MERGED}
 """What became of a layer, and its color in the layer map."""
 
 
@@ -138,7 +142,8 @@ def summary(run: RunRecord) -> str:
 def quality_table(run: RunRecord) -> str:
     """The result as a Markdown table, and the sentences that explain it."""
     text = f"{measured(run).capitalize()} on {run.teacher.quality.num_tokens:,} tokens of {run.teacher.evaluated_on}."
-    explanation = f"{text} {EXPLANATION}" + (SPEED_EXPLANATION if run.teacher.speed else "")
+    merges = " Layers such as 4+5 were merged into one." if any(edit.kind == "merge" for edit in run.edits) else ""
+    explanation = f"{text} {EXPLANATION}{merges}" + (SPEED_EXPLANATION if run.teacher.speed else "")
     return f"{markdown_table(table_rows(run))}\n\n{explanation}"
 
 
@@ -254,11 +259,14 @@ def plot_scores(scores: Scores[int], title: str) -> Figure:
 
 
 def layer_map_text(plan: LayerPlan, width: int = 20) -> str:
-    """The teacher's layers in lines of `width`: removed ones are dots, parallel ones in brackets."""
+    """The teacher's layers in lines of `width`: removed ones are dots, parallel ones in brackets, merged ones with a
+    plus."""
     cells = ["·"] * plan.num_teacher_layers
     for block in plan.blocks:
         texts = list(map(str, block))
-        if len(block) > 1:
+        if block in plan.merged:
+            texts[1:] = [f"+{text}" for text in texts[1:]]
+        elif len(block) > 1:
             texts[0], texts[-1] = f"({texts[0]}", f"{texts[-1]})"
         for layer, text in zip(block, texts, strict=True):
             cells[layer] = text
@@ -270,7 +278,7 @@ def layer_map_text(plan: LayerPlan, width: int = 20) -> str:
 def plot_layer_map(run: RunRecord) -> Figure:
     """What became of each of the teacher's layers, and what each edit cost when it was measured last.
 
-    A bar is a layer, as high as removing it costs; a line is layers that run in parallel. Edits not made are pale.
+    A bar is a layer, as high as removing it costs; a line is layers that become one block. Edits not made are pale.
     """
     from matplotlib.patches import Patch
 
@@ -280,7 +288,7 @@ def plot_layer_map(run: RunRecord) -> Figure:
     figure, axes = _axes(min(12.0, max(5.0, 0.32 * plan.num_teacher_layers)), 3.0 if costs else 1.0)
     states = [_state(layer, plan, made) for layer in range(plan.num_teacher_layers)]
     for edit, cost in costs.items():
-        color = OTHER if edit not in made else REMOVED if edit.kind == "remove" else PARALLEL
+        color = EDITS[edit.kind] if edit in made else OTHER
         if edit.kind == "remove":
             axes.bar(edit.layers[0], cost, 0.72, color=color)
         else:
@@ -304,5 +312,7 @@ def plot_layer_map(run: RunRecord) -> Figure:
 
 def _state(layer: int, plan: LayerPlan, made: set[Edit]) -> str:
     if layer in plan.layers:
-        return "in parallel, as one layer" if len(plan.blocks[plan.position_of(layer)]) > 1 else "kept"
+        block = plan.blocks[plan.position_of(layer)]
+        names = {plan.parallel_pairs: "in parallel, as one layer", plan.merged: "merged into one layer"}
+        return next((name for blocks, name in names.items() if block in blocks), "kept")
     return "removed" if Edit.remove(layer) in made else "removed before this run"

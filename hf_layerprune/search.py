@@ -17,9 +17,10 @@ from .architectures import check_parallel
 from .budget import BlockCosts, Budget, EditSpace, Goal
 from .data import Batch, check_batches
 from .errors import LayerPruneError
-from .plan import EDIT_KINDS, Edit, LayerPlan
+from .merging import edited
+from .plan import DEFAULT_KINDS, Edit, LayerPlan
 from .scoring import Race, Scores, contiguous_stretch, score
-from .surgery import apply_plan, check_model, plan_of
+from .surgery import check_model, plan_of
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def search_plan(
     model: PreTrainedModel,
     batches: Iterable[Batch] | None,
     budget: Budget | Mapping[str, float],
-    edits: Iterable[str] | str = EDIT_KINDS,
+    edits: Iterable[str] | str = DEFAULT_KINDS,
     max_group_size: int = 2,
     criterion: str = "kl",
     teacher: PreTrainedModel | None = None,
@@ -150,16 +151,16 @@ def search_plan(
         budget ([`Budget`] or `dict`):
             Where to stop: `{"depth": blocks}`, `{"latency": share of the original's time per token}` or
             `{"parameters": count}`. Its unit is what edits are weighed by. Latency is measured on `model`'s device.
-        edits (`Iterable[str]`, *optional*): `"remove"`, `"parallelize"` or both, the default.
-        max_group_size (`int`, *optional*, defaults to `2`):
-            Most layers in one parallel block; above 2, neighbouring blocks merge further.
+        edits (`Iterable[str]`, *optional*, defaults to `("remove", "parallelize")`):
+            Some of `"remove"`, `"parallelize"` and `"merge"`.
+        max_group_size (`int`, *optional*, defaults to `2`): most layers in one parallel or merged block.
         protect_first_layers, protect_last_layers (`int`, *optional*, defaults to `0`):
             Number of first and last teacher layers that no edit touches.
         latency ([`BlockCosts`], *optional*): measured before; saves the time to measure it.
         on_step (`Callable[[SearchStep], None]`, *optional*): called after every step.
 
     Returns:
-        [`PlanSearch`]: the plan and the steps to it; [`apply_plan`] builds it.
+        [`PlanSearch`]: the plan and the steps to it; [`apply_plan`] builds it, [`merge`] what it merges.
 
     Raises:
         [`LayerPruneError`]: if the budget is out of reach, met already, or the request makes no sense.
@@ -175,7 +176,7 @@ def search_plan(
     student, steps = model, []
     while not goal.met(plan_of(student)):
         steps.append(next_edit(student, batches, goal, criterion, teacher, **options))
-        student = apply_plan(student, steps[-1].plan, share_weights=True)
+        student = edited(student, steps[-1].edit, batches, teacher)
         on_step(steps[-1])
     return PlanSearch(plan_of(student), steps, goal.latency)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from .errors import LayerPruneError
 from .plan import Edit, LayerPlan
 
-LABEL = re.compile(r"\d{1,5}(\|\d{1,5})*")
+LABEL = re.compile(r"\d{1,5}((\|\d{1,5})*|(\+\d{1,5})*)")
 MAX_WHOLE = 2**63
 WANTED = {int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "an object"}
 
@@ -50,7 +50,7 @@ def from_json_value(kind: Any, data: Any, name: str) -> Any:
         return LayerPlan.from_dict(data)
     if origin is Edit:
         is_label = isinstance(data, str) and LABEL.fullmatch(data)
-        return Edit.from_label(data) if is_label else _refuse(name, data, 'a label such as "7" or "4|5"')
+        return Edit.from_label(data) if is_label else _refuse(name, data, 'a label such as "7", "4|5" or "4+5"')
     if is_dataclass(origin):
         return _record(kind, _checked(dict, data, name), name)
     if origin is tuple:

@@ -1,5 +1,7 @@
 """Apply a layer plan to a model: remove layers, run them in parallel, take parallel layers apart.
 
+Layers that are merged into one layer depend on data, see `merging.py`; here they stay as they are.
+
 A student without parallel blocks stays what it was, a plain model of its teacher's family, so that stock transformers,
 vLLM, SGLang and llama.cpp load it. Its `config.layer_plan` says which teacher layers it holds.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import nn
@@ -127,7 +129,7 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
     if unknown := sorted(apart - set(plan.parallel_pairs)):
         raise LayerPruneError(f"{unknown} are not parallel blocks; the model's are {list(plan.parallel_pairs)}")
     blocks = [part for block in plan.blocks for part in (((i,) for i in block) if block in apart else (block,))]
-    separate = apply_plan(model, LayerPlan(tuple(blocks), plan.num_teacher_layers))
+    separate = apply_plan(model, replace(plan, blocks=tuple(blocks)))
     if isinstance(separate, PrunedQwen2ForCausalLM) and not plan_of(separate).parallel_pairs:
         return to_plain(separate)
     return separate
@@ -138,7 +140,7 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Any model that holds the plan's layers, in whatever blocks.
+            Any model that holds the plan's layers, in whatever blocks; those that the plan merges, merged.
         plan ([`LayerPlan`]):
             The wanted blocks, in teacher layer indices.
         share_weights (`bool`, *optional*, defaults to `False`):
@@ -150,7 +152,8 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
         model without parallel blocks, [`PrunedQwen2ForCausalLM`] with them.
 
     Raises:
-        [`LayerPruneError`]: for an unsupported architecture or a layer `model` does not have.
+        [`LayerPruneError`]: for an unsupported architecture, a layer `model` does not have, or layers that only one
+            of plan and model has merged.
     """
     check_model(model)
     current = plan_of(model)
@@ -158,6 +161,10 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
         raise LayerPruneError(
             f"the plan is for a teacher of {plan.num_teacher_layers} layers; the model's has "
             f"{current.num_teacher_layers}"
+        )
+    if new := sorted(set(plan.merged) - set(current.merged)):
+        raise LayerPruneError(
+            f"the plan merges layers {new} into one, which takes data: call merge(model, {new}, batches)"
         )
     if set(plan.blocks) <= set(current.blocks) and (plan.parallel_pairs or not current.parallel_pairs):
         return _keep_blocks(model, current, plan, share_weights)

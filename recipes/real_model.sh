@@ -15,7 +15,7 @@ case $name in
   smollm2-135m-instruct)
     drawn="--max_new_tokens 192 --temperature 0.8 --top_k 50 --top_p 1.0"
     fifth=24 fifth_round=01 third=20 third_round=02 repair_rows=192
-    baselines="kl block_influence shortgpt tail lora parallel" ;;
+    baselines="kl block_influence shortgpt tail lora parallel merge" ;;
   qwen2.5-coder-0.5b-instruct)
     drawn="--max_new_tokens 144 --temperature 0.7 --top_k 20 --top_p 0.8"
     fifth=19 fifth_round=05 third=16 third_round=08 repair_rows=128
@@ -56,6 +56,8 @@ baseline() {
     shortgpt) compress shortgpt baseline --one_shot true ;;
     tail) compress tail baseline --criterion tail --one_shot true ;;
     lora) compress lora baseline --criterion kl --one_shot true --lora_r 16 ;;
+    merge) compress merge baseline --criterion kl --race_confidence 0.95 --edits merge --max_group_size 4 \
+      --num_repair_samples $repair_rows ;;
     parallel) compress parallel baseline --criterion kl --race_confidence 0.95 --edits parallelize --max_group_size 4 ;;
   esac
 }

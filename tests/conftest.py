@@ -221,7 +221,7 @@ def flat(record):
         plain |= speed["report"] | speed
     if "edits" not in record:
         return plain
-    removed = [int(label) for label in record["edits"] if "|" not in label]
+    removed = [int(label) for label in record["edits"] if label.isdigit()]
     scores = record["scores"]
     plain |= {"round": record["number"], "removed_layers": removed, "removed_layer": next(iter(removed), None)}
     plain |= {"all_scores": scores, "scores": scores[0]["values"] if scores else {}}

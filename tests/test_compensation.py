@@ -60,7 +60,7 @@ def test_refit_is_the_dense_least_squares_solution(model, num_batches, layer):
     target = stacked(model, batches)[0][layer + 1]
     assert repair.position == layer - 1
     expected = dense_refit(model, batches, layer - 1, target, 0.02)
-    torch.testing.assert_close(repair.weight, expected, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(repair.tensors["mlp.down_proj.weight"], expected, atol=2e-4, rtol=1e-3)
 
 
 def test_a_bias_stays_as_it_is(batches):
@@ -94,11 +94,18 @@ def test_refit_of_a_pruned_and_parallel_student_meets_the_original_teacher(batch
     student = apply_plan(teacher, LayerPlan(((0,), (1, 2), (4,), (6, 7)), 8))  # lacks 3 and 5
     targets = stacked(teacher, batches)[0]
     repair = find_repairs(student, batches, [4], "least_squares", teacher, ridge=0.02)[4]
-    assert repair.weight.shape == (32, 2 * 48)
-    torch.testing.assert_close(repair.weight, dense_refit(student, batches, 1, targets[6], 0.02), atol=2e-4, rtol=1e-3)
+    assert repair.tensors["mlp.down_proj.weight"].shape == (32, 2 * 48)
+    torch.testing.assert_close(
+        repair.tensors["mlp.down_proj.weight"],
+        dense_refit(student, batches, 1, targets[6], 0.02),
+        atol=2e-4,
+        rtol=1e-3,
+    )
     left = prune(student, [4])
     repaired = compensate(left, batches, "least_squares", teacher, gaps=[4], ridge=0.02)
-    torch.testing.assert_close(repaired.model.layers[1].mlp.down_proj.weight, repair.weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        repaired.model.layers[1].mlp.down_proj.weight, repair.tensors["mlp.down_proj.weight"], atol=1e-5, rtol=1e-4
+    )
 
     inside = apply_plan(teacher, LayerPlan(((0,), (1, 3), (4,), (5,), (6,), (7,)), 8))  # lacks 2, beside 1 and 3
     repaired = compensate(inside, batches, "least_squares", teacher, ridge=0.02)
@@ -190,8 +197,8 @@ def test_bfloat16_is_solved_in_float32(model, num_batches):
     batches, half = random_batches(num_batches), copy.deepcopy(model).to(torch.bfloat16)
     repair = find_repairs(half, batches, [2], "least_squares")[2]
     expected = dense_refit(half, batches, 1, stacked(half, batches)[0][3], DEFAULT_RIDGE)
-    assert repair.weight.dtype == torch.bfloat16
-    torch.testing.assert_close(repair.weight.float(), expected, atol=1e-3, rtol=2**-8)
+    assert repair.tensors["mlp.down_proj.weight"].dtype == torch.bfloat16
+    torch.testing.assert_close(repair.tensors["mlp.down_proj.weight"].float(), expected, atol=1e-3, rtol=2**-8)
     repaired = compensate(prune(half, [2]), batches, "least_squares", half)
     assert {p.dtype for p in repaired.parameters()} == {torch.bfloat16}
 

@@ -7,9 +7,9 @@ import pytest
 
 from hf_layerprune import LayerPlan, LayerPruneError
 from hf_layerprune.budget import EditSpace
-from hf_layerprune.plan import EDIT_KINDS, Edit
+from hf_layerprune.plan import DEFAULT_KINDS, Edit
 
-BOTH = EDIT_KINDS
+BOTH = DEFAULT_KINDS
 KINDS = (("remove",), ("parallelize",), BOTH)
 PROTECTED = ((0, 0), (1, 0), (0, 2), (1, 1))
 
@@ -207,9 +207,9 @@ def test_no_sequence_of_merges_gets_cheaper_than_the_smallest_plan_by_any_cost_o
                 assert cost(space.smallest(plan, widths.get)) == pytest.approx(least(plan)), (plan, space)
 
 
-@pytest.mark.parametrize("kinds", [(), "", "prune", ("remove", "merge"), "remove,", (None,)])
+@pytest.mark.parametrize("kinds", [(), "", "prune", ("remove", "widen"), "remove,", (None,)])
 def test_unknown_kinds_are_refused(kinds):
-    with pytest.raises(LayerPruneError, match="choose remove or parallelize"):
+    with pytest.raises(LayerPruneError, match="choose one or more of remove, parallelize, merge"):
         EditSpace(kinds)
 
 

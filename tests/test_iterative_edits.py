@@ -138,7 +138,7 @@ def test_a_paired_student_is_compressed_further_in_the_same_indices(make, tmp_pa
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"edits": "swap"}, "choose remove or parallelize"),
+        ({"edits": "swap"}, "choose one or more of"),
         ({"max_group_size": 1}, "max_group_size=1"),
         ({"target_num_layers": 2}, "target_num_layers=2 is out of reach"),
         ({"target_latency": 0.5}, "give exactly one of depth"),

@@ -165,7 +165,7 @@ def test_plans_that_do_not_fit_a_checkpoint_are_refused(tmp_path):
         load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (1, 2)), 5))
     with pytest.raises(ValueError, match="teacher of 9 layers"):
         load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (2, 3)), 9))
-    with pytest.raises(ValueError, match="exactly the keys"):
+    with pytest.raises(ValueError, match="the keys"):
         load(tmp_path / "plain", layer_plan=[(2, 3)])
     with pytest.raises(ValueError, match="tp_plan do not go together"):
         load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (2, 3)), 5), tp_plan="auto")

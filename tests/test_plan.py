@@ -36,6 +36,26 @@ def test_edits_make_new_plans():
     assert edited.parallelize(2, 3, 4).blocks == ((0,), (2, 3, 4))
 
 
+def test_merged_blocks_are_one_layer_wide():
+    plan = LayerPlan.identity(8).remove(3).merge(4, 5).parallelize(6, 7)
+    assert plan == LayerPlan(((0,), (1,), (2,), (4, 5), (6, 7)), 8, ((4, 5),))
+    assert plan.merged == ((4, 5),) and plan.parallel_pairs == ((6, 7),) and plan.removed_layers == (3,)
+    assert [plan.width(block) for block in plan.blocks] == [1, 1, 1, 1, 2]
+    assert plan.unmerged.blocks == ((0,), (1,), (2,), (4,), (5,), (6, 7))
+    assert json.loads(plan.to_json())["merged"] == [[4, 5]]
+    assert LayerPlan.from_json(plan.to_json()) == plan
+    assert LayerPlan.from_json('{"num_teacher_layers": 3, "blocks": [[0], [1, 2]], "merged": []}').merged == ()
+    further = plan.merge(2, 4, 5)
+    assert further.blocks == ((0,), (1,), (2, 4, 5), (6, 7)) and further.merged == ((2, 4, 5),)
+    for call in (
+        lambda: plan.remove(4), lambda: plan.parallelize(4, 5, 6, 7), lambda: plan.merge(4, 5, 6, 7),
+        lambda: plan.merge(5, 6), lambda: plan.merge(0, 2), lambda: LayerPlan(((0,), (1, 2)), 3, ((0,),)),
+        lambda: LayerPlan(((0,), (1, 2)), 3, ((0, 1),)), lambda: LayerPlan(((0,), (1, 2)), 3, 7),
+    ):  # fmt: skip
+        with pytest.raises(LayerPruneError):
+            call()
+
+
 def test_bad_blocks_are_refused():
     for blocks, depth in [
         ((), 3), (((),), 3), (((0,), (0,)), 3), (((1,), (0,)), 3), (((0,), (3,)), 3), (((-1,),), 3), (((True,),), 3),

@@ -12,13 +12,13 @@ from parallel_reference import literal
 import hf_layerprune.budget as module
 from hf_layerprune import LayerPlan, LayerPruneError, evaluate_model, parallelize, prune, score_layers
 from hf_layerprune.budget import BlockCosts, Budget, EditSpace, Goal, count_parameters
-from hf_layerprune.plan import EDIT_KINDS, Edit
+from hf_layerprune.plan import DEFAULT_KINDS, Edit
 from hf_layerprune.scoring import Scores
 from hf_layerprune.search import find_parallel_range, search_plan
 from hf_layerprune.surgery import apply_plan, plan_of
 from hf_layerprune.tasks import PerplexityTask
 
-BOTH = EDIT_KINDS
+BOTH = DEFAULT_KINDS
 KINDS = (("remove",), ("parallelize",), BOTH)
 HALF = BlockCosts(2.0, (1.0, 1.5, 2.0))  # a pair saves half of what leaving a layer out saves
 EQUAL = BlockCosts(0.0, (1.0, 1.0, 1.0))  # a block costs the same, whatever its width
@@ -498,7 +498,7 @@ def test_budgets_that_are_none_are_refused():
         ({"budget": {"parameters": 100}}, "parameters=100 is out of reach"),
         ({"budget": {"latency": 0.3}, "latency": HALF}, "latency=0.3 is out of reach: .* from 1 to 0.4286"),
         ({"budget": {"depth": 1}, "protect_first_layers": 1, "protect_last_layers": 1}, "protect fewer layers"),
-        ({"budget": {"depth": 4}, "edits": ["prune"]}, "choose remove or parallelize"),
+        ({"budget": {"depth": 4}, "edits": ["prune"]}, "choose one or more of"),
         ({"budget": {"depth": 4}, "max_group_size": 1}, "max_group_size=1"),
         ({"budget": {"depth": 4}, "criterion": "cosine"}, "criterion='cosine'"),
         ({"budget": {"depth": 4}, "criterion": "tasks"}, "needs the model's tokenizer"),

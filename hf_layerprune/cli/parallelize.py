@@ -49,6 +49,8 @@ def parallelize(argv: list[str]) -> None:
     (arguments,) = parser.read(argv)
     if arguments.pairs and arguments.plan:
         raise LayerPruneError("--pairs and --plan are both given; choose one")
+    if "merge" in arguments.edits:
+        raise LayerPruneError("--edits merge makes no parallel layers; run compress --edits merge --heal false")
     named = "--pairs" if arguments.pairs else "--plan" if arguments.plan else None
     unused = OF_SEARCH if named else OF_GREEDY if arguments.search == "range" else set()
     if unused := sorted(unused & parser.given.keys()):

@@ -21,12 +21,13 @@ MAX_LAYERS = 10_000  # a plan is outside input; one that asks for more is a mist
 class PrunedQwen2Config(Qwen2Config):
     r"""
     A [`Qwen2Config`] with three more fields. `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are
-    those of ONE teacher layer; a block of `n` layers is `n` times as wide.
+    those of ONE teacher layer; a block of `n` layers in parallel is `n` times as wide.
 
     Args:
         layer_plan (`dict` or `LayerPlan`, *optional*):
-            `{"num_teacher_layers": int, "blocks": [[int, ...], ...]}`: the teacher layers of each block. Without it
-            every layer is a block of its own. `num_hidden_layers` always equals the number of blocks.
+            `{"num_teacher_layers": int, "blocks": [[int, ...], ...]}`: the teacher layers of each block, and under
+            `"merged"` the blocks, if any, that were merged into one layer. Without it every layer is a block of its
+            own. `num_hidden_layers` always equals the number of blocks.
         attention_bias (`bool`, *optional*, defaults to `True`):
             Whether the query, key and value projections have biases, as in Qwen2.
         qk_norm (`bool`, *optional*, defaults to `False`):
@@ -58,17 +59,17 @@ class PrunedQwen2Config(Qwen2Config):
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries but layer_plan has {len(blocks)} blocks"
             )
-        if "sliding_attention" in self.layer_types and any(len(block) > 1 for block in blocks):
+        if "sliding_attention" in self.layer_types and any(width(self.layer_plan, n) > 1 for n in range(len(blocks))):
             raise ValueError("layer_plan runs layers in parallel, which sliding-window attention does not support")
 
     def block_config(self, position):
-        """The configuration of block `position` alone: this one, as many times wider as the block has layers."""
-        width = len(self.layer_plan["blocks"][position])
+        """The configuration of block `position` alone: this one, as many times wider as it has layers in parallel."""
+        times = width(self.layer_plan, position)
         config = copy(self)
         config.head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
-        config.num_attention_heads = width * self.num_attention_heads
-        config.num_key_value_heads = width * self.num_key_value_heads
-        config.intermediate_size = width * self.intermediate_size
+        config.num_attention_heads = times * self.num_attention_heads
+        config.num_key_value_heads = times * self.num_key_value_heads
+        config.intermediate_size = times * self.intermediate_size
         return config
 
     def to_dict(self):
@@ -92,6 +93,14 @@ class PrunedQwen2Config(Qwen2Config):
                 f"layer_plan is for a teacher of {plan['num_teacher_layers']} layers; the model's has "
                 f"{had['num_teacher_layers']}"
             )
+        if new := [block for block in plan.get("merged", []) if block not in had.get("merged", [])]:
+            raise ValueError(f"layer_plan merges layers {new}, which takes data: hf_layerprune.merge does it")
+        if apart := [
+            block
+            for block in had.get("merged", [])
+            if not {*block}.isdisjoint(wanted) and block not in plan.get("merged", [])
+        ]:
+            raise ValueError(f"layer_plan takes apart layers {apart}, which the model has merged into one")
         first = [position_of[block[0]] for block in plan["blocks"]]
         values = config.to_dict() | older_rope(config) | cls.attention_of(config)
         values |= {"layer_plan": plan, "num_hidden_layers": len(plan["blocks"])}
@@ -139,11 +148,17 @@ def older_rope(config):
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
 
 
+def width(plan, position):
+    """How many layers wide block `position` is."""
+    block = plan["blocks"][position]
+    return 1 if block in plan.get("merged", []) else len(block)
+
+
 def checked_plan(plan):
     """A layer plan as plain lists and integers, or a `ValueError` that says what is wrong with it."""
     plan = plan.to_dict() if hasattr(plan, "to_dict") else plan
-    if not isinstance(plan, dict) or set(plan) != {"num_teacher_layers", "blocks"}:
-        raise ValueError(f'layer_plan={plan!r:.200} needs exactly the keys "num_teacher_layers" and "blocks"')
+    if not isinstance(plan, dict) or set(plan) - {"merged"} != {"num_teacher_layers", "blocks"}:
+        raise ValueError(f'layer_plan={plan!r:.200} needs the keys "num_teacher_layers" and "blocks"')
     blocks, depth = plan["blocks"], plan["num_teacher_layers"]
     if not isinstance(blocks, (list, tuple)) or not all(isinstance(b, (list, tuple)) and b for b in blocks):
         raise ValueError(f"layer_plan has blocks={blocks!r:.200}; it needs a list of non-empty lists of layers")
@@ -156,7 +171,11 @@ def checked_plan(plan):
         raise ValueError(f"layer_plan has {len(layers)} layers of {depth!r:.200}; at most {MAX_LAYERS} are supported")
     if layers[0] < 0 or layers[-1] >= depth or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
         raise ValueError(f"layer_plan has layers {layers!r:.200}; they must ascend from 0 to at most {depth - 1}")
-    return {"num_teacher_layers": depth, "blocks": [list(block) for block in blocks]}
+    blocks, merged = [list(block) for block in blocks], plan.get("merged") or []
+    if not isinstance(merged, (list, tuple)) or any(len(block) < 2 or [*block] not in blocks for block in merged):
+        raise ValueError(f"layer_plan has merged={merged!r:.200}; these must be blocks of several layers")
+    plan = {"num_teacher_layers": depth, "blocks": blocks}
+    return plan | ({"merged": [list(block) for block in merged]} if merged else {})
 
 
 __all__ = ["PrunedQwen2Config"]

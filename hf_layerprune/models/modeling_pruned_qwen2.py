@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Qwen2ForCausalLM, Qwen
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from .configuration_pruned_qwen2 import PLAIN_MODELS, PrunedQwen2Config, checked_plan
+from .configuration_pruned_qwen2 import PLAIN_MODELS, PrunedQwen2Config, checked_plan, width
 
 # Rows of the first kind of projection are heads or neurons, and read what the norm gives; columns of the second are.
 INPUT_PROJECTIONS = {
@@ -34,7 +34,7 @@ OUTPUT_PROJECTIONS = ("self_attn.o_proj", "mlp.down_proj")
 HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")  # (D,) of a layer, (n, D) of a block of n layers
 
 
-def merge_layers(layers):
+def join_layers(layers):
     """The tensors of one block that computes `layers` in parallel: `list[dict[str, Tensor]] -> dict[str, Tensor]`.
 
     With H the hidden size: input projections `(rows_i, H)`, gains folded in in float32, become `(sum of rows_i, H)`
@@ -44,27 +44,27 @@ def merge_layers(layers):
     """
     if len(layers) == 1:
         return layers[0]
-    merged = {}
+    joined = {}
     for norm, projections in INPUT_PROJECTIONS.items():
-        merged[norm] = torch.ones_like(layers[0][norm])
+        joined[norm] = torch.ones_like(layers[0][norm])
         for name in projections:
             weights = [layer[f"{name}.weight"] for layer in layers]
             folded = [(w.float() * layer[norm].float()).to(w.dtype) for w, layer in zip(weights, layers, strict=True)]
-            merged[f"{name}.weight"] = torch.cat(folded)
+            joined[f"{name}.weight"] = torch.cat(folded)
             if f"{name}.bias" in layers[0]:
-                merged[f"{name}.bias"] = torch.cat([layer[f"{name}.bias"] for layer in layers])
+                joined[f"{name}.bias"] = torch.cat([layer[f"{name}.bias"] for layer in layers])
     for name in OUTPUT_PROJECTIONS:
-        merged[f"{name}.weight"] = torch.cat([layer[f"{name}.weight"] for layer in layers], dim=1)
+        joined[f"{name}.weight"] = torch.cat([layer[f"{name}.weight"] for layer in layers], dim=1)
     for name in HEAD_NORMS:
         if name in layers[0]:
-            merged[name] = torch.cat([layer[name].view(-1, layer[name].shape[-1]) for layer in layers])
-    if unknown := set(layers[0]) - set(merged):
+            joined[name] = torch.cat([layer[name].view(-1, layer[name].shape[-1]) for layer in layers])
+    if unknown := set(layers[0]) - set(joined):
         raise ValueError(f"tensors {sorted(unknown)} of a layer have no place in a block of several layers")
-    return merged
+    return joined
 
 
 def split_layer(tensors, width):
-    """The layers a block of `width` layers was merged of, `merge_layers` backwards: a list of `dict[str, Tensor]`.
+    """The layers that a block of `width` layers was joined of, `join_layers` backwards: a list of `dict[str, Tensor]`.
 
     Each gets an equal share of the rows of the input projections and of the columns of the output projections, the
     gains of the block, and its own gains of heads.
@@ -99,13 +99,13 @@ def rearrange(state_dict, blocks, wanted):
             layers.setdefault(int(match[2]), {})[match[3]] = tensor
     had = {tuple(block): layers[position] for position, block in enumerate(blocks)}
     parts = {}
-    kept = {tuple(block) for block in wanted}
+    kept, needed = {tuple(block) for block in wanted}, {layer for block in wanted for layer in block}
     for block, tensors in had.items():
-        if block not in kept:
+        if block not in kept and not needed.isdisjoint(block):
             parts |= zip(block, split_layer(tensors, len(block)), strict=True)
     result = others
     for position, block in enumerate(wanted):
-        tensors = had.get(tuple(block)) or merge_layers([parts[layer] for layer in block])
+        tensors = had.get(tuple(block)) or join_layers([parts[layer] for layer in block])
         result |= {f"{prefix}{position}.{name}": tensor for name, tensor in tensors.items()}
     return result
 
@@ -163,17 +163,17 @@ class HeadGroupRMSNorm(nn.Module):
 
 
 class PrunedQwen2DecoderLayer(Qwen2DecoderLayer):
-    """One block: `n` teacher layers side by side are one layer with `n` times the heads and neurons."""
+    """One block: `n` teacher layers in parallel are one layer with `n` times the heads and neurons."""
 
     def __init__(self, config: PrunedQwen2Config, layer_idx: int):
         block = config.block_config(layer_idx)
         super().__init__(block, layer_idx)
         if config.qk_norm:
             self.self_attn = Qwen3Attention(block, layer_idx)
-            if (width := len(config.layer_plan["blocks"][layer_idx])) > 1:
+            if (times := width(config.layer_plan, layer_idx)) > 1:
                 shape = (block.head_dim, block.rms_norm_eps, self.self_attn)
-                self.self_attn.q_norm = HeadGroupRMSNorm(width, block.num_attention_heads, *shape)
-                self.self_attn.k_norm = HeadGroupRMSNorm(width, block.num_key_value_heads, *shape)
+                self.self_attn.q_norm = HeadGroupRMSNorm(times, block.num_attention_heads, *shape)
+                self.self_attn.k_norm = HeadGroupRMSNorm(times, block.num_key_value_heads, *shape)
         elif not config.attention_bias:
             for projection in (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj):
                 projection.bias = None

@@ -8,6 +8,7 @@ L(L-1)/2 + L layer passes instead of L(L-1) + L, with the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -16,8 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..architectures import architecture_of
-from ..compensation import Repair, apply_repair
+from ..compensation import Repair, apply_edit
 from ..data import Batch, split_rows
 from ..forward import record, replay, to_device
 from ..plan import LayerPlan
@@ -44,8 +44,8 @@ def changed_part(
 ) -> ChangedPart:
     """What runs where `model` becomes `plan`.
 
-    The layers of one block run in parallel. `repair` has a new weight for the block before the first change, and
-    `separate` gives layers that are inside parallel blocks of `model`.
+    The layers of one block run in parallel. `repair` has new weights for the block before the first change, or of the
+    block that layers are merged into; `separate` gives layers that are inside parallel blocks of `model`.
     """
     current, layers = plan_of(model).blocks, model.base_model.layers
     start = 0
@@ -58,8 +58,10 @@ def changed_part(
         parts = [separate()[layer] for layer in block if layer not in whole]  # of a larger block that loses layers
         blocks.append(partial(run_parallel, [layers[index] for index in inside] + parts))
     if repair is not None:
-        start, name = repair.position, f"{architecture_of(model.config).mlp_output}.weight"
-        blocks.insert(0, partial(_run_with, {name: repair.weight}, layers[start]))
+        if repair.position == start:
+            del blocks[0]  # the layers are not in parallel, but merged
+        start = repair.position
+        blocks.insert(0, partial(_run_with, repair.tensors, layers[start]))
     return ChangedPart(start, blocks)
 
 
@@ -76,10 +78,12 @@ def _run_with(weights: Mapping[str, Tensor], layer: nn.Module, state: Tensor, **
 
 
 def separate_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Every teacher layer of `model` on its own; those inside parallel blocks are copies."""
+    """Every teacher layer of `model` that is not merged, on its own; those inside parallel blocks are copies."""
     plan = plan_of(model)
-    singles = LayerPlan(tuple((layer,) for layer in plan.layers), plan.num_teacher_layers)
-    return dict(zip(plan.layers, apply_plan(model, singles, share_weights=True).base_model.layers, strict=True))
+    parts = ([block] if block in plan.merged else [(layer,) for layer in block] for block in plan.blocks)
+    singles = replace(plan, blocks=tuple(block for part in parts for block in part))
+    layers = apply_plan(model, singles, share_weights=True).base_model.layers
+    return {block[0]: layer for block, layer in zip(singles.blocks, layers, strict=True) if len(block) == 1}
 
 
 class CandidateRuns:
@@ -93,7 +97,7 @@ class CandidateRuns:
         teacher ([`~transformers.PreTrainedModel`], *optional*): the model that `"kl"` compares with.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): to generate with.
         repairs (`Sequence[Mapping[LayerPlan, Repair]]`, *optional*): for each fold of the data, what makes up for the
-            layer that a plan leaves out.
+            layer that a plan leaves out, or is the layer that a plan merges others into.
     """
 
     def __init__(
@@ -143,10 +147,7 @@ class CandidateRuns:
     def student(self, index: int) -> PreTrainedModel:
         """A candidate as a model of its own; it shares the weights that do not change."""
         plan = self.plans[index - 1]
-        student = apply_plan(self.model, plan, share_weights=True).eval()
-        if plan in self.repairs[0]:
-            apply_repair(student, self.repairs[0][plan])
-        return student
+        return apply_edit(self.model, plan, self.repairs[0].get(plan)).eval()
 
     def texts(self, chunk: GenerationChunk, which: Sequence[int]) -> Iterator[list[str]]:
         """Greedy continuations of a chunk's E prompts by the model as it is, then by each candidate: E texts each.

@@ -190,7 +190,7 @@ def contiguous_stretch(
     plan = plan_of(model)
     allowed = set(plan.layers if layers is None else layers)
     starts = [n for n in range(plan.depth - size + 1) if allowed.issuperset(plan.layers[n : n + size])]
-    if plan.parallel_pairs or not starts or size < 1:
+    if plan.depth < len(plan.layers) or not starts or size < 1:
         raise LayerPruneError(f"no stretch of {size} neighbouring single layers among {sorted(allowed)}")
     batches = check_batches(batches, model.config.vocab_size, "calibration data")
     evidence = measure_angles(model, batches, [(n, n + size) for n in starts], "angular_distance")

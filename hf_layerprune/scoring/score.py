@@ -12,6 +12,7 @@ from ..compensation import Repair, find_repairs
 from ..data import Batch, Batches, check_batches, split_rows, valid_next_tokens
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, inference
+from ..merging import find_merges
 from ..plan import Edit, LayerPlan, layer_indices
 from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
@@ -132,7 +133,8 @@ def score(
             raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
         tasks = prepare_tasks(tasks, model, tokenizer)
     with inference(model, teacher):
-        folds = [batches] if criterion == "tasks" or compensation == "none" else _halves(batches)
+        one_fold = criterion == "tasks" or not _fits(plans, plan, compensation)
+        folds = [batches] if one_fold else _halves(batches)
         repairs = _repairs(model, folds, plans, compensation, teacher)
         only_removals = all(set(after.blocks) <= set(plan.blocks) for after in plans)
         if is_offloaded(model) and only_removals and criterion != "tasks" and race is None:
@@ -174,6 +176,16 @@ def _plan_after(candidate: int | Edit | LayerPlan, plan: LayerPlan) -> LayerPlan
             raise LayerPruneError(f"layers {sorted(missing)} are not in the model; it has {list(plan.layers)}")
         return candidate
     return candidate.apply(plan) if isinstance(candidate, Edit) else plan.remove(candidate)
+
+
+def _new_merge(plan: LayerPlan, after: LayerPlan) -> tuple[int, ...] | None:
+    """The layers that `after` merges into one; `None` where it merges none that `plan` does not."""
+    new = [block for block in after.merged if block not in plan.merged]
+    if new and (len(new) > 1 or plan.merge(*new[0]) != after):
+        raise LayerPruneError(
+            f"a plan that merges {list(new[0])} and makes other edits cannot be scored; score one merge"
+        )
+    return new[0] if new else None
 
 
 def _lone_removal(plan: LayerPlan, after: LayerPlan) -> int | None:
@@ -226,18 +238,31 @@ def _repairs(
     compensation: str,
     teacher: PreTrainedModel,
 ) -> list[dict[LayerPlan, Repair]]:
-    """For each fold the repairs of the plans that remove a layer, fitted to the other fold, if there is one."""
-    if compensation == "none":
+    """For each fold the repairs of plans that remove or merge layers, fitted to the other fold, if there is one."""
+    if not _fits(plans, plan_of(model), compensation):
         return []
     if not all(folds):
         raise LayerPruneError(
-            f"compensation={compensation!r} needs two rows of calibration data: repairs are fitted to one half and "
-            "measured on the other"
+            "repairs and merges need two rows of calibration data: they are fitted to one half and measured on the "
+            "other"
         )
     plan = plan_of(model)
-    layers = {layer: after for after in plans if (layer := _lone_removal(plan, after)) is not None}
-    found = [find_repairs(model, fold, layers, compensation, teacher) for fold in reversed(folds)]
-    return [{layers[layer]: repair for layer, repair in of_fold.items()} for of_fold in found]
+    removals = {layer: after for after in plans if (layer := _lone_removal(plan, after)) is not None}
+    merges = {layers: after for after in plans if (layers := _new_merge(plan, after)) is not None}
+    found: list[dict[LayerPlan, Repair]] = []
+    for fold in reversed(folds):
+        repairs = find_repairs(model, fold, removals, compensation, teacher) if compensation != "none" else {}
+        made = find_merges(model, fold, merges, teacher)
+        found.append(
+            {removals[layer]: repair for layer, repair in repairs.items()}
+            | {merges[group]: repair for group, repair in made.items()}
+        )
+    return found
+
+
+def _fits(plans: Sequence[LayerPlan], plan: LayerPlan, compensation: str) -> bool:
+    """Whether a candidate has weights that are fitted to data."""
+    return compensation != "none" or any(_new_merge(plan, after) for after in plans)
 
 
 def _parts(folds: Sequence[Sequence[Batch]], race: Race | None) -> list[tuple[Batch, int]]:

@@ -60,10 +60,10 @@ class IterativeLayerDistillConfig(SFTConfig):
             does, such as `plan.json`. By default they are found by comparing weights.
         edits (`str`, *optional*, defaults to `"remove"`):
             What a round may do: `"remove"` a layer, `"parallelize"` two neighbours
-            ([Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790)), or
-            `"remove,parallelize"`, whichever costs less for what it saves.
+            ([Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790)), `"merge"` two neighbours
+            into one layer ([`merge`]), or several with commas between, whichever costs less for what it saves.
         max_group_size (`int`, *optional*, defaults to `2`):
-            Most layers that run in parallel in one block.
+            Most layers in one block, in parallel or merged.
         layers_per_round (`int`, *optional*, defaults to `1`):
             Layers removed (edits made) between two healings. The last round makes fewer if needed.
         criterion (`str`, *optional*, defaults to `"kl"`):
@@ -86,8 +86,8 @@ class IterativeLayerDistillConfig(SFTConfig):
         num_calibration_samples (`int`, *optional*, defaults to `64`):
             Rows of calibration data (of `max_length` tokens where packed) that score the layers.
         num_repair_samples (`int`, *optional*):
-            Rows of calibration data that `compensation` repairs a student on; those that score the layers by default.
-            A repair costs two passes over them, scoring one per layer: many rows are cheap here, and help.
+            Rows of calibration data that repairs and merges are fitted to; those that score the layers by default. A
+            repair costs two passes over them, scoring one per layer: many rows are cheap here, and help.
         num_eval_samples (`int`, *optional*):
             Rows of `eval_dataset` that measure quality; all by default.
         compensation (`str`, *optional*, defaults to `"none"`):
@@ -97,7 +97,7 @@ class IterativeLayerDistillConfig(SFTConfig):
             Whether rounds heal the student; without it layers are only chosen and removed.
         trained_layers (`str`, *optional*, defaults to `"neighbours"`):
             What healing trains: `"neighbours"`, the layers before and after each layer removed in the round (as in
-            the paper) and the blocks merged in it; `"all"` parameters; or named teacher layers, such as
+            the paper) and the blocks made in it; `"all"` parameters; or named teacher layers, such as
             `"3,4,10"`.
         kl_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the divergence of the next-token distributions, nats per token.
@@ -135,8 +135,8 @@ class IterativeLayerDistillConfig(SFTConfig):
     plan: str | None = option(
         None, "Of a student made elsewhere: the plan.json of the teacher's layers it holds; else found."
     )
-    edits: str = option("remove", "What a round may do: 'remove', 'parallelize' or 'remove,parallelize'.")
-    max_group_size: int = option(2, "Most layers that run in parallel in one block.")
+    edits: str = option("remove", "What a round may do: one or more of 'remove', 'parallelize' and 'merge'.")
+    max_group_size: int = option(2, "Most layers in one block, in parallel or merged.")
     layers_per_round: int = option(1, "Layers removed (edits made) between two healings.")
     criterion: str = option(
         "kl", f"What a layer costs: {', '.join(CRITERIA)}, or your own function as module:function."
@@ -150,7 +150,7 @@ class IterativeLayerDistillConfig(SFTConfig):
     protect_last_layers: int = option(0, "Number of last teacher layers that no edit touches.")
     num_calibration_samples: int = option(64, "Rows of calibration data that score the layers.")
     num_repair_samples: int | None = option(
-        None, "Rows of calibration data to repair on; those that score the layers by default."
+        None, "Rows of calibration data to fit repairs and merges to; those that score the layers by default."
     )
     num_eval_samples: int | None = option(None, "Rows of the evaluation data that measure quality; all by default.")
     compensation: str = option(
@@ -221,9 +221,10 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(
                 "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
             )
-        if self.num_repair_samples is not None and self.compensation == "none":
+        if self.num_repair_samples is not None and self.compensation == "none" and "merge" not in self.edits:
             raise LayerPruneError(
-                f"num_repair_samples={self.num_repair_samples} has no effect without compensation='least_squares'"
+                f"num_repair_samples={self.num_repair_samples} has no effect without compensation='least_squares' or "
+                "edits='merge'"
             )
         if self.activation_offloading and self.use_cpu:
             raise LayerPruneError("activation_offloading moves activations off a GPU, and there is none; leave it out")
@@ -246,7 +247,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         elif self.tasks is not None:
             raise LayerPruneError(f"tasks={self.tasks!r} are for criterion='tasks', not {self.criterion!r}")
         asked = [f"race_confidence={self.race_confidence}"] if self.race else []
-        asked += ["edits='parallelize'"] if "parallelize" in self.edits else []
+        asked += [f"edits={','.join(self.edits)!r}"] if self.edits != ("remove",) else []
         if self.compensation != "none" and "remove" not in self.edits:
             raise LayerPruneError(
                 f"compensation={self.compensation!r} repairs removals; edits={','.join(self.edits)!r} makes none"

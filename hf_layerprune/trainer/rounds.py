@@ -19,6 +19,7 @@ from ..evaluation import EvaluationReport, evaluate_model
 from ..files import round_folder, write_atomically
 from ..hub.paths import without_local_paths
 from ..loading import load_model
+from ..merging import edited, merge
 from ..plan import Edit, LayerPlan
 from ..record import PLAN_FILE, Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
 from ..scoring import MEASURED
@@ -65,7 +66,7 @@ class Rounds:
                     break
                 plan = edit.apply(plan)
                 if self.run.current.phase != "healed":  # else the student is on disk
-                    student = self._built(student, plan, edit)
+                    student = self._edited(student, edit)
             self._evaluate_unhealed(student, plan)
             student = self._healed(student, plan)
             self._end_round(student, self._evaluate(student))
@@ -151,15 +152,17 @@ class Rounds:
             **options,
         )
 
-    def _built(self, student: PreTrainedModel, plan: LayerPlan, edit: Edit) -> PreTrainedModel:
-        """The student of `plan`, its gap repaired in closed form, in weights that the saved dtype can hold."""
-        student = apply_plan(student, plan, share_weights=True)
-        if self.args.compensation != "none" and edit.kind == "remove":
-            self._phase("repairing", num_layers=plan.depth)
-            with autocast(self.trainer.accelerator):
+    def _edited(self, student: PreTrainedModel, edit: Edit) -> PreTrainedModel:
+        """The student after `edit`, its gap repaired in closed form, in weights that the saved dtype can hold."""
+        batches, repairs = self.trainer.repair_batches, self.args.compensation != "none" and edit.kind == "remove"
+        if repairs or edit.kind == "merge":
+            self._phase("repairing" if repairs else "merging", num_layers=plan_of(student).depth - 1)
+        with autocast(self.trainer.accelerator):
+            student = edited(student, edit, batches, self.teacher, self._phase_step)
+            if repairs:
                 student = compensate(
                     student,
-                    self.trainer.repair_batches,
+                    batches,
                     self.args.compensation,
                     self.teacher,
                     gaps=edit.layers,
@@ -175,7 +178,12 @@ class Rounds:
             return
         before = unhealed = self._evaluate(student)
         if self.run.rounds or self.trainer.start is not self.teacher or self.args.compensation != "none":
-            unhealed = self._evaluate(apply_plan(self.teacher, plan, share_weights=True))
+            apart = apply_plan(self.teacher, plan.unmerged, share_weights=True)
+            if plan.merged:
+                self._phase("merging", num_layers=plan.depth)
+            unhealed = self._evaluate(
+                merge(apart, plan.merged, self.trainer.repair_batches, self.teacher, on_batch=self._phase_step)
+            )
         self._change_round(phase="edited", before_healing=before, unhealed=unhealed)
 
     def _healed(self, student: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:

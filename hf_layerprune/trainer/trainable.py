@@ -42,10 +42,10 @@ def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tup
 
 
 def touched_blocks(plan: LayerPlan, edits: list[Edit]) -> list[int]:
-    """Positions of the blocks next to the gap of each removal, and of the merged ones."""
+    """Positions of the blocks next to the gap of each removal, and of the new blocks."""
     touched: set[int] = set()
     for edit in edits:
-        if edit.kind == "parallelize":
+        if edit.kind != "remove":
             touched |= {plan.position_of(layer) for layer in edit.layers if layer in plan.layers}
         else:
             (layer,) = edit.layers
