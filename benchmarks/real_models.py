@@ -3,8 +3,8 @@
     python benchmarks/real_models.py --teacher TEACHER --held_out DIR --output_dir DIR LABEL=CHECKPOINT ...
 
 A checkpoint is a model folder; or a folder of a round with `:unhealed`, the same plan applied to the teacher (merges
-fitted to --repair_on), or with `:repaired`, that with every gap refitted by least squares on --repair_on. One JSON file
-per checkpoint; one that is there is kept, so an interrupted call goes on. Per checkpoint:
+fitted to --repair_on), or with `:repaired`, that with every gap refitted by least squares on --repair_on. One JSON
+file per checkpoint; one that is there is kept, so an interrupted call goes on. Per checkpoint:
 
 * perplexity and KL(teacher || student), nats per token, on modern text and on the teacher's own chat answers, with
   the values of every row, so that two students can be compared in pairs;
