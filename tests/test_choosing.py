@@ -154,7 +154,7 @@ def test_scores_after_repair_are_those_of_repaired_students(make):
             total, tokens = total + report.kl * report.num_tokens, tokens + report.num_tokens
         assert scores.values[layer[0]] == pytest.approx(total / tokens, rel=1e-3)
     assert scores.values != plain.values and scores.num_tokens == tokens
-    with pytest.raises(LayerPruneError, match="needs two rows of calibration data"):
+    with pytest.raises(LayerPruneError, match="need two rows of calibration data"):
         score_layers(student, rows[:1], teacher=teacher, compensation=method)
 
 

@@ -252,7 +252,7 @@ def _repairs(
     found: list[dict[LayerPlan, Repair]] = []
     for fold in reversed(folds):
         repairs = find_repairs(model, fold, removals, compensation, teacher) if compensation != "none" else {}
-        made = find_merges(model, fold, merges, teacher)
+        made = find_merges(model, fold, merges, teacher) if merges else {}
         found.append(
             {removals[layer]: repair for layer, repair in repairs.items()}
             | {merges[group]: repair for group, repair in made.items()}
