@@ -35,6 +35,7 @@ from .search import search_plan as search_plan
 from .surgery import apply_plan as apply_plan
 from .surgery import parallelize as parallelize
 from .surgery import prune as prune
+from .surgery import restore as restore
 from .surgery import unparallelize as unparallelize
 from .tasks import load_tasks as load_tasks
 from .trainer import IterativeLayerDistillConfig as IterativeLayerDistillConfig

@@ -135,6 +135,56 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
     return separate
 
 
+def restore(
+    student: PreTrainedModel, teacher: PreTrainedModel, layers: Iterable[int], *, share_weights: bool = False
+) -> PreTrainedModel:
+    """A new model: `student` with some of its teacher's own layers put back, without training.
+
+    After [Boomerang Distillation](https://huggingface.co/papers/2510.05064): a healed student and its teacher give
+    models of every depth between them.
+
+    Args:
+        student ([`~transformers.PreTrainedModel`]): a model that lacks some layers of `teacher`.
+        teacher ([`~transformers.PreTrainedModel`]): the model it was made from, of single layers.
+        layers (`Iterable[int]`):
+            Teacher layer indices, 0-based. A layer that the student lacks is put in; one that it has, healed or
+            repaired, becomes the teacher's own again. Name the layer before a gap too if it was repaired or healed to
+            do the missing layers' work, and all layers of a parallel or merged block.
+        share_weights (`bool`, *optional*, defaults to `False`): whether the result shares memory with both models.
+
+    Raises:
+        [`LayerPruneError`]: if `teacher` lacks a layer or is not the student's, or only a part of a block is named.
+    """
+    for model in (student, teacher):
+        check_model(model)
+    plan, teacher_plan, back = plan_of(student), plan_of(teacher), {*layer_indices(layers)}
+    if missing := sorted(back - {block[0] for block in teacher_plan.blocks if len(block) == 1}):
+        raise LayerPruneError(
+            f"layers {missing} are no single layers of the teacher; it has {list(teacher_plan.blocks)}"
+        )
+    kept = {
+        block: layer
+        for block, layer in zip(plan.blocks, student.base_model.layers, strict=True)
+        if not back & {*block}
+    }
+    if apart := sorted(block for block in plan.blocks if back & {*block} and not {*block} <= back):
+        raise LayerPruneError(
+            f"layers {sorted(back)} take {list(apart[0])} apart, which are one block; name all of them"
+        )
+    blocks = sorted([*kept, *((layer,) for layer in back)])
+    merged = [block for block in plan.merged if block in kept]
+    shape = LayerPlan([block[:1] if block in merged else block for block in blocks], plan.num_teacher_layers)
+    restored = apply_plan(teacher, shape, share_weights=share_weights)
+    pairs = [(restored.base_model.embed_tokens, student.base_model.embed_tokens)]
+    pairs += [(restored.base_model.norm, student.base_model.norm), (restored.lm_head, student.lm_head)]
+    pairs += [(layer, kept[b]) for b, layer in zip(blocks, restored.base_model.layers, strict=True) if b in kept]
+    for module, source in pairs:
+        for mine, theirs in zip(module.parameters(), source.parameters(), strict=True):
+            mine.data = theirs.detach().to(mine) if share_weights else theirs.detach().to(mine, copy=True)
+    restored.config.layer_plan = replace(shape, blocks=tuple(blocks), merged=tuple(merged)).to_dict()
+    return restored
+
+
 def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool = False) -> PreTrainedModel:
     """A new model with the layers of `model` rearranged into `plan`; `model` is left untouched.
 
