@@ -33,20 +33,22 @@ YARN = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings",
 """Settings of YaRN that llama.cpp has as well."""
 
 
-def check_exportable(config: PretrainedConfig) -> None:
-    """Raise [`LayerPruneError`] unless llama.cpp computes what a model of `config` does, or if `gguf` is missing."""
+def require_gguf() -> None:
+    """Raise [`LayerPruneError`] if the package that writes the files is missing."""
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise LayerPruneError(
-            "writing GGUF files needs the gguf package: pip install 'hf-layerprune[gguf]'"
-        ) from None
+        raise LayerPruneError("writing GGUF files needs the gguf package: pip install 'hf-layerprune[gguf]'") from None
+
+
+def check_exportable(config: PretrainedConfig) -> None:
+    """Raise [`LayerPruneError`] unless llama.cpp computes what a model of `config` does."""
     check_supported(config)
     if config.model_type == PrunedQwen2Config.model_type:
         blocks = ", ".join("|".join(map(str, block)) for block in plan_of(config).parallel_pairs) or "none"
         raise LayerPruneError(
-            f"layers run in parallel ({blocks}), and llama.cpp has layers of one width only; serve it with transformers "
-            "or vLLM, or undo it with hf_layerprune.unparallelize"
+            f"layers run in parallel ({blocks}), and llama.cpp has layers of one width only; serve it with "
+            "transformers or vLLM, or undo it with hf_layerprune.unparallelize"
         )
     rope, act = config.rope_parameters, config.hidden_act
     kind = rope.get("rope_type", "default")
@@ -55,7 +57,9 @@ def check_exportable(config: PretrainedConfig) -> None:
     if kind == "yarn" and (others := {key for key, value in rope.items() if value is not None} - YARN):
         raise LayerPruneError(f"YaRN with {', '.join(sorted(others))} cannot be written into a GGUF file")
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or act != "silu":
-        raise LayerPruneError(f"llama.cpp has no {config.model_type} with hidden_act={act!r} and rotary settings {rope}")
+        raise LayerPruneError(
+            f"llama.cpp has no {config.model_type} with hidden_act={act!r} and rotary settings {rope}"
+        )
     if config.model_type == "qwen3" and config.attention_bias:
         raise LayerPruneError("llama.cpp has no Qwen3 with attention_bias")
     if config.model_type == "qwen2" and _head_dim(config) * config.num_attention_heads != config.hidden_size:
@@ -87,6 +91,7 @@ def export_gguf(
     """
     if outtype not in OUTTYPES:
         raise LayerPruneError(f"outtype={outtype!r} is unknown; choose {', '.join(OUTTYPES)}")
+    require_gguf()
     check_exportable(model.config)
     vocabulary, path = vocabulary_of(tokenizer, model.config), Path(path)
     from gguf import GGUFWriter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 from conftest import END
@@ -18,8 +19,8 @@ from hf_layerprune import embedded_dataset
 SIZE = 500
 SPECIAL = [END, "<|im_start|>", "<|im_end|>"]
 CHATML = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>"
-    "\n{% endif %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe kind."
+    "<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXTS = (
@@ -56,7 +57,8 @@ def byte_level(way: str) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        corpus(), BpeTrainer(vocab_size=SIZE - 20, special_tokens=SPECIAL, initial_alphabet=letters, show_progress=False)
+        corpus(),
+        BpeTrainer(vocab_size=SIZE - 20, special_tokens=SPECIAL, initial_alphabet=letters, show_progress=False),
     )
     backend.add_tokens(["<tool>"])
     begins = way == "llama-bpe"
@@ -75,8 +77,6 @@ def sentencepiece(legacy: bool = True) -> PreTrainedTokenizerFast:
     trained = Tokenizer(BPE())
     trained.pre_tokenizer = Metaspace()
     trained.train_from_iterator(corpus(), BpeTrainer(vocab_size=SIZE - 300, show_progress=False))
-    import json
-
     model = json.loads(trained.to_str())["model"]
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     learned = sorted(model["vocab"], key=model["vocab"].get)
