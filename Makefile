@@ -28,10 +28,10 @@ test-slow: $(INSTALLED)
 
 # Students in the programs that serve them, in an environment of its own: llama.cpp is inside the wheel xllamacpp.
 SERVE := .venv-serve
-serve-test: $(INSTALLED) $(SERVE)/llama-cpp
-	$(BIN)/python recipes/get_model.py smollm2-135m-instruct runs/models
-	$(BIN)/python recipes/get_model.py qwen2.5-coder-0.5b-instruct runs/models
-	$(SERVE)/bin/python -m pytest -m serving tests/serving/test_llama_cpp.py
+serve-test: $(SERVE)/llama-cpp
+	$(SERVE)/bin/python recipes/get_model.py smollm2-135m-instruct runs/models
+	$(SERVE)/bin/python recipes/get_model.py qwen2.5-coder-0.5b-instruct runs/models
+	$(SERVE)/bin/python -m pytest -m serving --timeout 3600 tests/serving/test_llama_cpp.py
 
 $(SERVE)/llama-cpp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(SERVE)

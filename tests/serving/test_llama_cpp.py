@@ -66,6 +66,9 @@ class LlamaCpp:
     def tokenize(self, text):
         return self._post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
+    def render(self, messages):
+        return self._post("/apply-template", messages=messages)["prompt"]
+
     def generate(self, prompt_ids, count=32):
         answer = self._post(
             "/completion", prompt=prompt_ids, n_predict=count, temperature=0, return_tokens=True, ignore_eos=True
@@ -146,3 +149,12 @@ def test_a_merged_student(real, tmp_path):
 def test_the_embedded_model(tmp_path):
     model, tokenizer = load_model("embedded"), load_tokenizer("embedded")
     check(prune(model, [3, 4]), tokenizer, tmp_path, ["f32", "f16", "bf16", "q8_0"])
+
+
+def test_the_chat_template_is_the_models_own(tmp_path):
+    tokenizer = byte_level("qwen2")
+    model = family_model("qwen2", **WIDE | {"head_dim": 16})
+    runtime = LlamaCpp(export_gguf(model, tokenizer, tmp_path / "chat.gguf"))
+    question, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
+    for chat in ([question], [{"role": "system", "content": "Be brief."}, question, answer, question]):
+        assert runtime.render(chat) == tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
