@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo real test test-slow browser lint dist clean
+.PHONY: demo real test test-slow serve-test browser lint dist clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -25,6 +25,19 @@ browser:
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Students in the programs that serve them, in an environment of its own: llama.cpp is inside the wheel xllamacpp.
+SERVE := .venv-serve
+serve-test: $(SERVE)/llama-cpp
+	$(SERVE)/bin/python recipes/get_model.py smollm2-135m-instruct runs/models
+	$(SERVE)/bin/python recipes/get_model.py qwen2.5-coder-0.5b-instruct runs/models
+	$(SERVE)/bin/python -m pytest -m serving --timeout 3600 tests/serving/test_llama_cpp.py
+
+$(SERVE)/llama-cpp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(SERVE)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]" xllamacpp
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -47,4 +60,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs dist build
+	rm -rf $(VENV) $(SERVE) runs dist build

@@ -11,6 +11,7 @@ from .data import tokenized_batches as tokenized_batches
 from .errors import LayerPruneError as LayerPruneError
 from .evaluation import EvaluationReport as EvaluationReport
 from .evaluation import evaluate_model as evaluate_model
+from .export import export_gguf as export_gguf
 from .healing_data import HealingDataReport as HealingDataReport
 from .healing_data import generate_healing_data as generate_healing_data
 from .healing_data_config import HealingDataConfig as HealingDataConfig

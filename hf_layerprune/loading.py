@@ -134,6 +134,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     try:
         if "gguf_file" in options:
             config.name_or_path, config.dtype = name, GGUF_DTYPE
+            _read_attention(config, options["gguf_file"])
             _scale_positions(config, options["gguf_file"])
         check_supported(config)
         plan_of(config)
@@ -150,6 +151,17 @@ def _reason(error: Exception, folder: Path) -> str:
         files = sorted(path.name for path in folder.glob("*.gguf"))
         return "it has no config.json" + (f"; name one of its GGUF files, {', '.join(files)}" if files else "")
     return first_line(error)
+
+
+def _read_attention(config: PretrainedConfig, path: str) -> None:
+    """Take what a GGUF file says of attention where transformers takes the defaults of the class: the head size of
+    a Qwen3, and whether a Llama has biases."""
+    metadata, tensors = read_gguf_metadata(path)
+    size = metadata.get(f"{metadata['general.architecture']}.attention.key_length")
+    if size is not None:
+        config.head_dim = size
+    if config.model_type == "llama":
+        config.attention_bias, config.mlp_bias = "blk.0.attn_q.bias" in tensors, "blk.0.ffn_up.bias" in tensors
 
 
 def _scale_positions(config: PretrainedConfig, path: str) -> None:

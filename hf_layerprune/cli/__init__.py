@@ -27,6 +27,7 @@ VERBS = {
     "evaluate": "measure a checkpoint, alone or against a teacher",
     "benchmark": "measure speed and memory of one or more checkpoints, side by side",
     "estimate": "estimate what a run needs before it starts: memory, disk, tokens, rough time",
+    "export": "write a student as a GGUF file, for llama.cpp and Ollama",
     "push": "put the student of a run on the Hub, with its report and a card",
     "push-space": "make or update a Space on the Hub that compares students with their originals",
     "demo": "compare original and compressed side by side, in the browser",

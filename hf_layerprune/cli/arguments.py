@@ -191,6 +191,20 @@ class BenchmarkArguments:
 
 
 @dataclass
+class ExportArguments:
+    """Settings of `export`."""
+
+    student: str | None = option(
+        None, "Output folder of a run, folder, user/name, user/name@revision or GGUF file.", positional=True
+    )
+    format: str = option("gguf", "Format of the file.", choices=("gguf",))
+    outtype: str = option(
+        "f16", "Type of the matrices; q8_0 takes half the memory of f16.", choices=("f32", "f16", "bf16", "q8_0")
+    )
+    output_file: str | None = option(None, "File to write; by default STUDENT-OUTTYPE.gguf in the current folder.")
+
+
+@dataclass
 class PushArguments:
     """Settings of `push`."""
 

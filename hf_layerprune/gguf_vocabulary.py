@@ -1,0 +1,198 @@
+"""A tokenizer as the metadata of a GGUF file, by which llama.cpp gives the same tokens as transformers.
+
+llama.cpp reads two kinds of tokenizer: `gpt2`, byte-level BPE with merges and the name of a pre-tokenizer, and
+`llama`, SentencePiece with a score for each token. Whatever else a tokenizer does is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from .errors import LayerPruneError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Types of tokens; those of `gguf.TokenType`."""
+PRE_TOKENIZERS = {
+    ("qwen2", False): "qwen2",
+    ("llama-bpe", True): "llama-bpe",
+    ("llama-bpe", False): "smaug-bpe",
+    ("tekken", True): "tekken",
+    ("gpt-2", False): "gpt-2",
+    ("smollm", False): "smollm",
+}
+"""How text is split, and whether whole words ignore the merges, to llama.cpp's name for both."""
+SPACE = "▁"
+PREFIXED = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF file says of a tokenizer.
+
+    Attributes:
+        kind (`str`): `"gpt2"` or `"llama"`.
+        pre (`str`): llama.cpp's name of the pre-tokenizer.
+        tokens (`list[str]`): a token for every row of the embedding.
+        types (`list[int]`): the type of each.
+        scores (`list[float]`): which merge comes first, for `"llama"`: that with the higher score.
+        merges (`list[str]`): merges in order, for `"gpt2"`.
+        special_ids (`dict[str, int]`): ids of the tokens `bos`, `eos`, `unk` and `pad`, where there are any.
+        add (`dict[str, bool]`): whether a text begins with `bos`, and ends with `eos`.
+        space_prefix (`bool`): whether a text begins with a space that it does not have.
+        chat_template (`str` or `list`, *optional*): the template, or several with their names.
+    """
+
+    kind: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]
+    merges: list[str]
+    special_ids: dict[str, int]
+    add: dict[str, bool]
+    space_prefix: bool
+    chat_template: str | list[dict[str, str]] | None
+
+    def write(self, writer: GGUFWriter) -> None:
+        """Add all of it to the metadata of a file."""
+        writer.add_tokenizer_model(self.kind)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.merges:
+            writer.add_token_merges(self.merges)
+        else:  # a reader of `gpt2` without merges looks for scores
+            writer.add_token_scores(self.scores)
+        for name, index in self.special_ids.items():
+            getattr(writer, f"add_{name}_token_id")(index)
+        writer.add_add_bos_token(self.add["bos"])
+        writer.add_add_eos_token(self.add["eos"])
+        writer.add_add_space_prefix(self.space_prefix)
+        if self.chat_template:
+            writer.add_chat_template(self.chat_template)
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Vocabulary:
+    """The vocabulary of a model for llama.cpp.
+
+    Raises:
+        [`LayerPruneError`]: if llama.cpp would not give the same tokens.
+    """
+    if not tokenizer.is_fast:
+        raise _refused(f"it is a {type(tokenizer).__name__}, which has no tokenizer.json")
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = content["model"]
+    if model["type"] != "BPE":
+        raise _refused(f"it is of type {model['type']}")
+    known, size = tokenizer.get_vocab(), config.vocab_size
+    if max(known.values()) >= size:
+        raise _refused(f"it has {max(known.values()) + 1:,} tokens, the model only {size:,}")
+    added = {token["id"]: token for token in content["added_tokens"]}
+    if beside := next((token for token in added.values() if token["lstrip"] or token["rstrip"]), None):
+        raise _refused(f"its token {beside['content']} takes the spaces beside it")
+    byte_level = not model["byte_fallback"]
+    pre, space_prefix = (_pre_tokenizer(content), False) if byte_level else ("default", _space_prefix(content))
+    tokens = [f"[PAD{index}]" for index in range(size)]
+    types = [UNUSED] * size
+    for token, index in known.items():
+        tokens[index], types[index] = token, _type_of(token, added.get(index), byte_level, model["unk_token"])
+    merges = [" ".join(pair) for pair in model["merges"]] if byte_level else []
+    scores = [0.0] * size if byte_level else _scores(tokens, model["merges"])
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    return Vocabulary(
+        "gpt2" if byte_level else "llama", pre, tokens, types, scores, merges, _special_ids(tokenizer, config),
+        _added_around(tokenizer), space_prefix, template,
+    )  # fmt: skip
+
+
+def _refused(why: str) -> LayerPruneError:
+    return LayerPruneError(f"the tokenizer cannot be written for llama.cpp: {why}")
+
+
+def _pre_tokenizer(content: dict[str, Any]) -> str:
+    """llama.cpp's name for how a byte-level tokenizer splits text."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    splits = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in ("qwen2", "llama-bpe", "tekken")}
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    parts = content["pre_tokenizer"] or {}
+    parts = [
+        {key: value for key, value in part.items() if key != "trim_offsets"}
+        for part in parts.get("pretokenizers", [parts])
+    ]
+    match parts:
+        case [only] if only == whole:
+            way = "gpt-2"
+        case [{"type": "Digits", "individual_digits": True}, last] if last == whole:
+            way = "smollm"
+        case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}, last]:
+            way = splits.get(regex) if last == whole | {"use_regex": False} else None
+        case _:
+            way = None
+    normalizer = (content["normalizer"] or {}).get("type", "NFC")  # NFC is Qwen's, and llama.cpp leaves it out
+    pre = PRE_TOKENIZERS.get((way, content["model"]["ignore_merges"]))
+    if pre is None or normalizer != "NFC":
+        raise _refused("it splits text in a way that is none of Qwen2's, Llama 3's, Tekken's, SmolLM's and GPT-2's")
+    return pre
+
+
+def _space_prefix(content: dict[str, Any]) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before a text."""
+    match content["normalizer"], content["pre_tokenizer"]:
+        case {"type": "Sequence", "normalizers": parts}, None if parts == PREFIXED:
+            return True
+        case {"type": "Replace"} as only, None if only == PREFIXED[1]:
+            return False
+        case None, {"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}:
+            return scheme != "never"
+    raise _refused("it has byte tokens, but treats spaces in another way than Llama 2")
+
+
+def _type_of(token: str, added: dict[str, Any] | None, byte_level: bool, unknown: str | None) -> int:
+    if not byte_level and token == unknown:
+        return UNKNOWN
+    if added is not None:
+        return CONTROL if added["special"] else USER_DEFINED
+    is_byte = not byte_level and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    return BYTE if is_byte else NORMAL
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """Scores by which SentencePiece merges in the order of `merges`."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    return [-float(ranks.get(token, 0)) for token in tokens]
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> dict[str, int]:
+    """Ids by name: the tokenizer's, else those of the config."""
+    found = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        index = getattr(tokenizer, f"{name}_token_id")
+        index = getattr(config, f"{name}_token_id", None) if index is None else index
+        index = index[0] if isinstance(index, list) else index
+        if index is not None:
+            found[name] = index
+    if "eos" not in found:  # llama.cpp would take token 11
+        raise _refused("neither it nor the config names an end token")
+    return found
+
+
+def _added_around(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """Whether the tokenizer puts `bos` before a text, and `eos` after it."""
+    text, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    before = whole[:1] != text[:1] and whole[0] == tokenizer.bos_token_id
+    after = whole[-1:] != text[-1:] and whole[-1] == tokenizer.eos_token_id
+    if whole != [tokenizer.bos_token_id] * before + text + [tokenizer.eos_token_id] * after:
+        raise _refused("it puts other tokens around a text than its begin and end token")
+    return {"bos": before, "eos": after}
