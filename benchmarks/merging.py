@@ -3,8 +3,8 @@
     python benchmarks/merging.py --model MODEL --data runs/smollm2-135m-instruct/data \
         --pairs 4,5 6,7 8,9 12,13 14,15 16,17 --output benchmarks/results/merging.json
 
-`--data` is the folder that recipes/data/mix.py wrote. Of each pair the second layer is removed, or both are merged into
-one, so that all students have the same depth. Repairs and merges are fitted to the same rows of `healing.jsonl`.
+`--data` is the folder that recipes/data/mix.py wrote. Of each pair the second layer is removed, or both are merged
+into one, so that all students have the same depth. Repairs and merges are fitted to the same rows of `healing.jsonl`.
 """
 
 from __future__ import annotations
