@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, random_batches
 from families import BLOCKS, family_model
+from transformers import GenerationConfig
 
 from hf_layerprune import LayerPlan, load_model, load_tokenizer, merge, parallelize, prune
 from hf_layerprune.surgery import apply_plan
@@ -54,8 +55,7 @@ def expected(model, prompt):
     """The greedy tokens of transformers and their log-probabilities."""
     ids = torch.tensor([prompt])
     with torch.no_grad():
-        whole = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
-                               eos_token_id=None, pad_token_id=0)  # fmt: skip
+        whole = model.generate(ids, max_new_tokens=NEW_TOKENS)
         logits = model(whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     tokens = whole[0, len(prompt) :]
     return tokens.tolist(), logits.gather(-1, tokens[:, None])[:, 0].tolist()
@@ -69,6 +69,7 @@ def check(found, model, prompts):
 
 
 def saved(model, tokenizer, folder):
+    model.generation_config = GenerationConfig(do_sample=False)  # no end, and no penalty that `vllm serve` would read
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
