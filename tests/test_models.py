@@ -56,6 +56,53 @@ def test_pairs_survive_saving(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+# ------------------------------------------------------------------ widths of blocks
+
+
+WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 96}
+
+
+def config_file(folder, **changes):
+    """What `config.json` in `folder` holds, after `changes`; a change to `None` removes a field."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    return values
+
+
+def test_the_saved_config_says_how_wide_each_wide_block_is(tmp_path):
+    plan = {"num_teacher_layers": 6, "blocks": [[0], [1, 2], [4, 5]], "merged": [[4, 5]]}  # merged: of one width
+    PrunedQwen2Config(**PAIRED | {"layer_plan": plan}).save_pretrained(tmp_path)
+    assert config_file(tmp_path)["per_layer_config"] == {"1": WIDE}
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.is_heterogeneous and config.per_layer_config[1].num_attention_heads == 8
+    assert [config.block_config(n).intermediate_size for n in range(3)] == [48, 96, 48]
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 2, 48)
+    assert config.head_dim == config.block_config(1).head_dim == 8
+
+
+def test_the_plan_decides_the_widths_whatever_the_file_says(tmp_path):
+    PrunedQwen2ForCausalLM(PrunedQwen2Config(**PAIRED)).save_pretrained(tmp_path)
+    for given in (None, {"0": {"num_attention_heads": 16}, "1": {"intermediate_size": 48}}):  # None: an older file
+        config_file(tmp_path, per_layer_config=given, head_dim=None)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert model.model.layers[1].mlp.up_proj.out_features == 96
+        assert model.config.to_dict()["per_layer_config"] == {"1": WIDE}
+
+
+def test_widths_follow_a_plan_that_changes():
+    model = PrunedQwen2ForCausalLM(PrunedQwen2Config(**PAIRED | {"num_attention_heads": 4}))
+    student = prune(model, [0])
+    assert student.config.to_dict()["per_layer_config"] == {"0": WIDE}
+    assert not prune(student, [2]).config.is_heterogeneous
+    assert model.config.to_dict()["per_layer_config"] == {"1": WIDE}
+    plain = PrunedQwen2Config(**{name: value for name, value in PAIRED.items() if name != "layer_plan"})
+    assert not plain.is_heterogeneous and "per_layer_config" not in plain.to_dict()
+
+
+# ------------------------------------------------------------------ plans that are none
+
+
 @pytest.mark.parametrize("plan", [
     [[0], [1, 2], [4]],
     {"num_teacher_layers": 5, "blocks": [[0], [], [4]]},

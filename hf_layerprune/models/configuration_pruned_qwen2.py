@@ -3,8 +3,6 @@
 This file is shipped inside checkpoints, so it imports nothing but transformers and the standard library.
 """
 
-from copy import copy
-
 from transformers import Qwen2Config, Qwen3Config
 
 # The plain models whose layers a block can hold: Qwen2's layers but for these fields, which say how attention differs.
@@ -15,13 +13,15 @@ PLAIN_MODELS = {
     "mistral": {"attention_bias": False, "qk_norm": False},
 }
 FOREIGN_FIELDS = ("model_type", "architectures", "auto_map", "mlp_bias", "pretraining_tp")  # not of every plain model
+WIDER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # what n layers in parallel have n times
 MAX_LAYERS = 10_000  # a plan is outside input; one that asks for more is a mistake, or meant to fill the memory
 
 
 class PrunedQwen2Config(Qwen2Config):
     r"""
     A [`Qwen2Config`] with three more fields. `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are
-    those of ONE teacher layer; a block of `n` layers in parallel is `n` times as wide.
+    those of ONE teacher layer; a block of `n` layers in parallel is `n` times as wide. `per_layer_config` says so in
+    the form that transformers and vLLM read. It follows from `layer_plan`; one given beside it is ignored.
 
     Args:
         layer_plan (`dict` or `LayerPlan`, *optional*):
@@ -54,7 +54,9 @@ class PrunedQwen2Config(Qwen2Config):
             self.base_model_tp_plan = Qwen3Config.base_model_tp_plan
         # `save_pretrained` adds only the class that is saved; add the bare decoder here
         kwargs["auto_map"] = {"AutoModel": "modeling_pruned_qwen2.PrunedQwen2Model"} | (kwargs.get("auto_map") or {})
-        super().__post_init__(**kwargs)
+        # said here, since it is the same in every block, however many heads that has
+        kwargs["head_dim"] = kwargs.get("head_dim") or self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs | {"per_layer_config": self._wide_blocks()})
         if len(self.layer_types) != len(blocks):
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries but layer_plan has {len(blocks)} blocks"
@@ -62,15 +64,27 @@ class PrunedQwen2Config(Qwen2Config):
         if "sliding_attention" in self.layer_types and any(width(self.layer_plan, n) > 1 for n in range(len(blocks))):
             raise ValueError("layer_plan runs layers in parallel, which sliding-window attention does not support")
 
+    def __getattribute__(self, name):
+        if name in WIDER:  # of one layer, so they can be read where blocks differ, which other configurations forbid
+            return object.__getattribute__(self, name)
+        return super().__getattribute__(name)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in ("layer_plan", "num_hidden_layers") and hasattr(self, "head_dim"):  # not while `__init__` runs
+            self.per_layer_config = self._wide_blocks()
+
+    def _wide_blocks(self):
+        """What `per_layer_config` holds: the widths of every block of several layers; `None` if there is none."""
+        plan = checked_plan(self.layer_plan)
+        if len(plan["blocks"]) != self.num_hidden_layers:  # one is about to follow the other
+            return None
+        times = {position: width(plan, position) for position in range(self.num_hidden_layers)}
+        return {n: {name: t * getattr(self, name) for name in WIDER} for n, t in times.items() if t > 1} or None
+
     def block_config(self, position):
         """The configuration of block `position` alone: this one, as many times wider as it has layers in parallel."""
-        times = width(self.layer_plan, position)
-        config = copy(self)
-        config.head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
-        config.num_attention_heads = times * self.num_attention_heads
-        config.num_key_value_heads = times * self.num_key_value_heads
-        config.intermediate_size = times * self.intermediate_size
-        return config
+        return self.per_layer_config[position]
 
     def to_dict(self):
         return super().to_dict() | older_rope(self)
