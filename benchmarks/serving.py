@@ -1,6 +1,6 @@
 """Decode speed of models in vLLM at batch 1, relative to the first, all measured in turns in one process.
 
-    .venv-serve/vllm/bin/python benchmarks/serving.py TEACHER STUDENT ... --output speed.json
+.venv-serve/vllm/bin/python benchmarks/serving.py TEACHER STUDENT ... --output speed.json
 """
 
 from __future__ import annotations

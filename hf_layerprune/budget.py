@@ -79,7 +79,7 @@ class BlockCosts:
 
 def count_parameters(model: PreTrainedModel) -> BlockCosts:
     """The parameters of any plan made of `model`'s layers. A block has one layer's norms, whatever its width."""
-    blocks, num_layers = model.base_model.layers, len(plan_of(model).layers)
+    blocks, num_layers = model.base_model.layers, len(plan_of(model).shape.layers)
     norms = sum(p.numel() for name, p in blocks[0].named_parameters() if "layernorm" in name)
     inside = sum(p.numel() for p in blocks.parameters())
     layer = (inside - len(blocks) * norms) // num_layers
@@ -108,8 +108,10 @@ def measure_latency(
         [`BlockCosts`]: an estimate for any plan, in seconds per decoding step. If the clock is too coarse, no part is
         below a hundredth of its neighbour.
     """
-    layers, depth = plan_of(model).layers, plan_of(model).num_teacher_layers
+    layers, depth = plan_of(model).shape.layers, plan_of(model).num_teacher_layers
     settings = (prompt_tokens, new_tokens, batch_size, repeats)
+    model = apply_plan(model, plan_of(model), share_weights=True)
+    model.config.layer_plan = plan_of(model).shape.to_dict()  # a merged block takes the time of one layer
 
     def form(width: int, count: int) -> PreTrainedModel:
         blocks = tuple(tuple(layers[width * n : width * (n + 1)]) for n in range(count))

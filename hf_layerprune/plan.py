@@ -160,6 +160,12 @@ class LayerPlan:
         parts = ([(layer,) for layer in block] if block in self.merged else [block] for block in self.blocks)
         return LayerPlan(tuple(block for part in parts for block in part), self.num_teacher_layers)
 
+    @property
+    def shape(self) -> LayerPlan:
+        """A plan without merges of the same shape: the first layer of each merged block takes its place."""
+        blocks = tuple(block[:1] if block in self.merged else block for block in self.blocks)
+        return LayerPlan(blocks, self.num_teacher_layers)
+
     def with_pairs(self, pairs: Iterable[Iterable[int]]) -> LayerPlan:
         """The plan with each of `pairs` (or longer groups) run in parallel as one block.
 

@@ -173,15 +173,15 @@ def restore(
         )
     blocks = sorted([*kept, *((layer,) for layer in back)])
     merged = [block for block in plan.merged if block in kept]
-    shape = LayerPlan([block[:1] if block in merged else block for block in blocks], plan.num_teacher_layers)
-    restored = apply_plan(teacher, shape, share_weights=share_weights)
+    after = LayerPlan(blocks, plan.num_teacher_layers, merged)
+    restored = apply_plan(teacher, after.shape, share_weights=share_weights)
     pairs = [(restored.base_model.embed_tokens, student.base_model.embed_tokens)]
     pairs += [(restored.base_model.norm, student.base_model.norm), (restored.lm_head, student.lm_head)]
     pairs += [(layer, kept[b]) for b, layer in zip(blocks, restored.base_model.layers, strict=True) if b in kept]
     for module, source in pairs:
         for mine, theirs in zip(module.parameters(), source.parameters(), strict=True):
             mine.data = theirs.detach().to(mine) if share_weights else theirs.detach().to(mine, copy=True)
-    restored.config.layer_plan = replace(shape, blocks=tuple(blocks), merged=tuple(merged)).to_dict()
+    restored.config.layer_plan = after.to_dict()
     return restored
 
 

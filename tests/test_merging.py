@@ -23,7 +23,7 @@ from hf_layerprune import (
     search_plan,
     unparallelize,
 )
-from hf_layerprune.budget import EditSpace
+from hf_layerprune.budget import EditSpace, count_parameters, measure_latency
 from hf_layerprune.forward import final_states
 from hf_layerprune.surgery import apply_plan, plan_of
 
@@ -264,6 +264,16 @@ def test_a_search_among_three_kinds_takes_the_cheapest_and_keeps_its_budget(batc
     assert merge(model, found.plan.merged, batches).num_parameters() == size
     with pytest.raises(LayerPruneError, match="out of reach"):
         search_plan(model, batches, {"depth": 2}, "merge")
+
+
+def test_a_merged_model_has_the_size_and_the_time_of_its_blocks(batches):
+    model = tiny_model(num_layers=6)
+    merged = merge(parallelize(model, [(4, 5)]), [(1, 2)], batches)
+    plan = plan_of(merged)
+    assert count_parameters(merged).of(plan) == merged.num_parameters()
+    assert count_parameters(merged).blocks[0] == count_parameters(model).blocks[0]
+    latency = measure_latency(merged, 2, prompt_tokens=4, new_tokens=3, repeats=1)
+    assert len(latency.blocks) == 2 and latency.of(plan) > 0 and plan_of(merged) == plan
 
 
 def test_the_smallest_plan_of_every_mix_of_edits_is_what_brute_force_finds():

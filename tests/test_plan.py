@@ -42,6 +42,7 @@ def test_merged_blocks_are_one_layer_wide():
     assert plan.merged == ((4, 5),) and plan.parallel_pairs == ((6, 7),) and plan.removed_layers == (3,)
     assert [plan.width(block) for block in plan.blocks] == [1, 1, 1, 1, 2]
     assert plan.unmerged.blocks == ((0,), (1,), (2,), (4,), (5,), (6, 7))
+    assert plan.shape == LayerPlan(((0,), (1,), (2,), (4,), (6, 7)), 8)
     assert json.loads(plan.to_json())["merged"] == [[4, 5]]
     assert LayerPlan.from_json(plan.to_json()) == plan
     assert LayerPlan.from_json('{"num_teacher_layers": 3, "blocks": [[0], [1, 2]], "merged": []}').merged == ()
