@@ -37,6 +37,7 @@ from hf_layerprune import LayerPlan, apply_plan, load_model, load_tokenizer, mer
 from hf_layerprune.compensation import compensate
 from hf_layerprune.data import load_text_dataset
 from hf_layerprune.loading import load_config
+from hf_layerprune.surgery import plan_of
 from hf_layerprune.tasks import evaluate_tasks, load_tasks
 
 DATA = Path(__file__).parent.parent / "recipes" / "data"
@@ -195,7 +196,7 @@ def checkpoint_named(name: str, teacher: PreTrainedModel, repair_rows: list[dict
     if not state:
         return load_model(folder, "float32").eval()
     plan = LayerPlan.from_dict(load_config(folder).layer_plan)
-    model = apply_plan(teacher, plan.unmerged, share_weights=True)
+    model = apply_plan(teacher, plan.before_merges(plan_of(teacher)), share_weights=True)
     if plan.merged:
         model = merge(model, plan.merged, repair_rows, teacher, share_weights=True)
     if state == "repaired":

@@ -99,7 +99,7 @@ def check_parallel(config: PretrainedConfig) -> None:
     try:
         PrunedQwen2Config.attention_of(config)
     except ValueError as error:
-        raise LayerPruneError(f"layers of this model cannot run in parallel: {error}") from None
+        raise LayerPruneError(f"layers of this model cannot run in parallel or be merged: {error}") from None
 
 
 def keep_layers(config: PretrainedConfig, positions: Sequence[int]) -> None:

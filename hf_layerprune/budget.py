@@ -168,8 +168,7 @@ class EditSpace:
         """Every allowed edit of `plan`."""
         edits = []
         if "remove" in self.kinds and len(plan.layers) > 1:
-            single = (layer for block in plan.blocks if block not in plan.merged for layer in block)
-            edits += [Edit.remove(layer) for layer in single if self._is_free((layer,), plan)]
+            edits += [Edit.remove(layer) for layer in plan.unmerged_layers if self._is_free((layer,), plan)]
         for blocks in zip(plan.blocks, plan.blocks[1:], strict=False):
             edits += [Edit(kind, sum(blocks, ())) for kind in self._joins(blocks, plan)]
         return edits

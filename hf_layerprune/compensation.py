@@ -152,13 +152,19 @@ def _check_method(method: str) -> None:
         raise LayerPruneError(f"compensation={method!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
 
 
+def check_in_memory(*models: PreTrainedModel) -> None:
+    """Raise [`LayerPruneError`] if weights lie on disk or are moved to the device when they are needed."""
+    if any(parameter.is_meta for model in models for parameter in model.parameters()):
+        raise LayerPruneError(
+            "the model is partly on disk or in CPU memory; load it on one device to repair it or to merge its layers"
+        )
+
+
 def check_repairable(
     model: PreTrainedModel, batches: Iterable[Batch], teacher: PreTrainedModel, layers: Sequence[int]
 ) -> list[Batch]:
     """The batches, once `model` is known to be made from `teacher`, which has `layers`, and both to be in memory."""
-    for each in (model, teacher):
-        if any(parameter.is_meta for parameter in each.parameters()):
-            raise LayerPruneError("the model is partly on disk or in CPU memory; load it on one device to repair it")
+    check_in_memory(model, teacher)
     check_same_vocabulary(model, teacher)
     ours, theirs = ((plan_of(each).num_teacher_layers, each.config.hidden_size) for each in (model, teacher))
     if ours != theirs:
@@ -248,7 +254,9 @@ def solve_ridge(gram: Tensor, right: Tensor, ridge: float, num_tokens: int) -> T
     """Solve (G + c) X = R for symmetric G, `(I, I)`, where c = ridge trace(G) / `num_tokens`; X and R are `(I, H)`."""
     device = "cpu" if gram.device.type == "mps" else gram.device  # float64 is missing there
     regular = gram.to(device, torch.float64, copy=True)
-    regular.diagonal().add_(ridge * regular.trace() / num_tokens)
+    if (penalty := ridge * regular.trace() / num_tokens) == 0:  # nothing was read, so nothing can be changed
+        return torch.zeros_like(right)
+    regular.diagonal().add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(regular)
     solution = torch.cholesky_solve(right.to(device, torch.float64), factor).to(gram)
     if failed or not solution.isfinite().all():

@@ -96,6 +96,7 @@ def export_gguf(
     vocabulary, path = vocabulary_of(tokenizer, model.config), Path(path)
     from gguf import GGUFWriter
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with closing(GGUFWriter(temporary, ARCHITECTURES[model.config.model_type])) as writer:

@@ -171,7 +171,8 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
-    return [-float(ranks.get(token, 0)) for token in tokens]
+    last = len(merges)  # of a token that no merge makes, so that llama.cpp does not make it first
+    return [-float(ranks.get(token, last if len(token) > 1 else 0)) for token in tokens]
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> dict[str, int]:

@@ -26,12 +26,14 @@ from .compensation import (
     Regression,
     Repair,
     apply_edit,
+    check_in_memory,
     check_repairable,
     solve_ridge,
     target_state,
     unpadded,
 )
 from .data import Batch
+from .errors import LayerPruneError
 from .forward import inference, inputs_of, record, to_device
 from .models.modeling_pruned_qwen2 import HEAD_NORMS, join_layers
 from .plan import Edit, layer_indices
@@ -124,6 +126,7 @@ def find_merges(
     The data is read twice; more often if the equations of all groups take more than `MAX_BYTES`.
     """
     check_parallel(model.config)
+    check_in_memory(model, teacher)
     plan, teacher_plan, merges = plan_of(model), plan_of(teacher), []
     for group in dict.fromkeys(groups):
         after, start, last = plan.merge(*group), plan.position_of(group[0]), plan.position_of(group[-1])
@@ -230,9 +233,13 @@ def leverage(gram: Tensor) -> Tensor:
     device = "cpu" if gram.device.type == "mps" else gram.device  # float64 is missing there
     regular = gram.to(device, torch.float64, copy=True)
     penalty = LEVERAGE_RIDGE * regular.trace() / len(regular)
+    if penalty == 0:  # no neuron is ever active
+        return torch.zeros_like(gram.diagonal())
     regular.diagonal().add_(penalty)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regular))
-    return (1 - penalty * inverse.diagonal()).to(gram)
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    if failed:
+        raise LayerPruneError("the activations of the layers are not finite on this data, so they cannot be merged")
+    return (1 - penalty * torch.cholesky_inverse(factor).diagonal()).to(gram)
 
 
 def _fits(

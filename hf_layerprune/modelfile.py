@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 HEAD = "# made by hf-layerprune export"
@@ -74,7 +73,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
             found = ChatFormat(found.around, found.opening, start[len(before) : len(start) - len(after)])
         chats = ([user], [system, user], [user, answer, last], long)
         same = all(_rendered(tokenizer, chat) == found.render(chat) for chat in chats)
-    except (TemplateError, ValueError):
+    except Exception:  # a template is a program, and may fail in any way on a chat that it does not expect
         return None
     text = found.to_modelfile()
     plain = "strftime" not in str(tokenizer.chat_template) and text.count('"""') == 2 + 2 * (found.system is not None)

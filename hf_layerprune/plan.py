@@ -139,7 +139,7 @@ class LayerPlan:
 
     def _joined(self, layers: tuple[int, ...], how: str, others: Iterable[tuple[int, ...]]) -> LayerPlan:
         """The plan with neighbouring blocks, none of them among `others`, as one."""
-        first, last = self.position_of(layers[0]), self.position_of(layers[-1])
+        first, last = (self.position_of(layer) for layer in (layers[0], layers[-1])) if layers else (0, -1)
         blocks = self.blocks[first : last + 1]
         if len(blocks) < 2 or sum(blocks, ()) != tuple(layers):
             raise LayerPruneError(
@@ -155,10 +155,28 @@ class LayerPlan:
         return replace(self, blocks=blocks, merged=merged)
 
     @property
-    def unmerged(self) -> LayerPlan:
-        """The plan with each layer of the merged blocks on its own: what there is before the merges."""
-        parts = ([(layer,) for layer in block] if block in self.merged else [block] for block in self.blocks)
-        return LayerPlan(tuple(block for part in parts for block in part), self.num_teacher_layers)
+    def unmerged_layers(self) -> tuple[int, ...]:
+        """Teacher layers that are not merged with others, in order."""
+        return tuple(layer for block in self.blocks if block not in self.merged for layer in block)
+
+    def before_merges(self, teacher: LayerPlan) -> LayerPlan:
+        """The plan with the blocks of `teacher` in place of each merged block that it lacks."""
+        new = [block for block in self.merged if block not in teacher.merged]
+        parts = (
+            [other for other in teacher.blocks if {*other} <= {*block}] if block in new else [block]
+            for block in self.blocks
+        )
+        blocks = tuple(block for part in parts for block in part)
+        return LayerPlan(blocks, self.num_teacher_layers, tuple(block for block in teacher.merged if block in blocks))
+
+    def check_kept_whole(self, merged: Iterable[tuple[int, ...]]) -> None:
+        """Raise [`LayerPruneError`] if the plan takes blocks apart that are `merged` into one, in whatever way."""
+        for block in merged:
+            whole = any({*block} <= {*other} for other in self.merged)
+            if not whole and {*block} & {*self.layers}:
+                raise LayerPruneError(
+                    f"the plan takes layers {list(block)} apart, which are merged into one in the model"
+                )
 
     @property
     def shape(self) -> LayerPlan:

@@ -160,7 +160,8 @@ def search_plan(
         on_step (`Callable[[SearchStep], None]`, *optional*): called after every step.
 
     Returns:
-        [`PlanSearch`]: the plan and the steps to it; [`apply_plan`] builds it, [`merge`] what it merges.
+        [`PlanSearch`]: the plan and the steps to it. [`apply_plan`] builds a plan without merges; make the edits of
+        one with merges in turn, by [`prune`], [`parallelize`] and [`merge`].
 
     Raises:
         [`LayerPruneError`]: if the budget is out of reach, met already, or the request makes no sense.
@@ -185,14 +186,14 @@ def parallel_ranges(plan: LayerPlan, target_depth: int | None = None) -> list[La
     """List every plan that runs one contiguous range of pairs in parallel; the first and the last layer stay alone.
 
     Args:
-        plan ([`LayerPlan`]): without parallel blocks.
+        plan ([`LayerPlan`]): of single layers.
         target_depth (`int`, *optional*): number of blocks of the plans; by default all starts and ends are listed.
 
     Raises:
-        [`LayerPruneError`]: if no range leads to `target_depth`, or the plan has parallel blocks.
+        [`LayerPruneError`]: if no range leads to `target_depth`, or the plan has blocks of several layers.
     """
-    if plan.parallel_pairs:
-        raise LayerPruneError(f"the model runs layers {list(plan.parallel_pairs)} in parallel already")
+    if several := [block for block in plan.blocks if len(block) > 1]:
+        raise LayerPruneError(f"layers {several} are one block in the model already; a range pairs single layers")
     if plan.depth < 4:
         raise LayerPruneError(
             f"the model has {plan.depth} layers; a range of pairs between the first and the last needs at least 4"

@@ -155,8 +155,7 @@ def restore(
     Raises:
         [`LayerPruneError`]: if `teacher` lacks a layer or is not the student's, or only a part of a block is named.
     """
-    for model in (student, teacher):
-        check_model(model)
+    _check_made_of(student, teacher)
     plan, teacher_plan, back = plan_of(student), plan_of(teacher), {*layer_indices(layers)}
     if missing := sorted(back - {block[0] for block in teacher_plan.blocks if len(block) == 1}):
         raise LayerPruneError(
@@ -175,6 +174,9 @@ def restore(
     merged = [block for block in plan.merged if block in kept]
     after = LayerPlan(blocks, plan.num_teacher_layers, merged)
     restored = apply_plan(teacher, after.shape, share_weights=share_weights)
+    if is_tied(restored) and not is_tied(student):
+        restored.lm_head.weight = nn.Parameter(restored.lm_head.weight.detach(), requires_grad=False)
+        restored.config.tie_word_embeddings = False
     pairs = [(restored.base_model.embed_tokens, student.base_model.embed_tokens)]
     pairs += [(restored.base_model.norm, student.base_model.norm), (restored.lm_head, student.lm_head)]
     pairs += [(layer, kept[b]) for b, layer in zip(blocks, restored.base_model.layers, strict=True) if b in kept]
@@ -183,6 +185,20 @@ def restore(
             mine.data = theirs.detach().to(mine) if share_weights else theirs.detach().to(mine, copy=True)
     restored.config.layer_plan = after.to_dict()
     return restored
+
+
+def _check_made_of(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise [`LayerPruneError`] unless both are in memory and alike in all but their layers."""
+    for model in (student, teacher):
+        check_model(model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise LayerPruneError("a model is partly on disk or in CPU memory; load both on one device")
+    names = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    ours, theirs = ([getattr(model.config, name, None) for name in names] for model in (student, teacher))
+    if architecture_of(student.config) != architecture_of(teacher.config) or ours != theirs:
+        raise LayerPruneError(
+            f"the student was not made from this teacher: {', '.join(names)} are {ours} and {theirs}"
+        )
 
 
 def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool = False) -> PreTrainedModel:
@@ -214,8 +230,10 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
         )
     if new := sorted(set(plan.merged) - set(current.merged)):
         raise LayerPruneError(
-            f"the plan merges layers {new} into one, which takes data: call merge(model, {new}, batches)"
+            f"the plan merges layers {new} into one, which takes data: apply the rest of it, then call "
+            f"merge(model, {new}, batches)"
         )
+    plan.check_kept_whole(current.merged)
     if set(plan.blocks) <= set(current.blocks) and (plan.parallel_pairs or not current.parallel_pairs):
         return _keep_blocks(model, current, plan, share_weights)
     try:

@@ -14,18 +14,22 @@ from hf_layerprune import (
     LayerPruneError,
     PrunedQwen2ForCausalLM,
     compensate,
+    contiguous_stretch,
     evaluate_model,
+    find_parallel_range,
     merge,
     merging,
     parallelize,
     prune,
     score,
+    score_layers,
     search_plan,
     unparallelize,
 )
 from hf_layerprune.budget import EditSpace, count_parameters, measure_latency
 from hf_layerprune.forward import final_states
 from hf_layerprune.surgery import apply_plan, plan_of
+from hf_layerprune.trainer.rounds import Rounds
 
 MERGES = {"edits": "merge", "target_num_layers": 4, "trained_layers": "neighbours", "measure_speed": False}
 
@@ -223,8 +227,13 @@ def test_what_cannot_be_merged_is_refused(batches):
         (lambda: parallelize(merged, [(1, 2, 3)]), "are merged already"),
         (lambda: prune(merged, [1]), "merged with others"),
         (lambda: apply_plan(model, plan_of(merged)), "takes data"),
-        (lambda: apply_plan(merged, LayerPlan.identity(6)), "merged"),
+        (lambda: apply_plan(merged, LayerPlan.identity(6)), "takes layers"),
         (lambda: apply_plan(paired, plan_of(merged)), "takes data"),
+        (lambda: apply_plan(merged, plan_of(paired)), "takes layers"),
+        (lambda: score(merged, batches, [plan_of(paired)]), "takes layers"),
+        (lambda: score(merged, batches, [LayerPlan.identity(6)]), "takes layers"),
+        (lambda: find_parallel_range(merged, batches), "one block"),
+        (lambda: merge(model, [()], batches), "neighbouring"),
         (lambda: score(model, batches, [LayerPlan.identity(6).merge(1, 2).remove(4)]), "score one merge"),
         (lambda: score(model, batches, [Edit.merge(1, 2)], "block_influence"), "tells nothing"),
         (lambda: score(model, [{"input_ids": batches[0]["input_ids"][1:2]}], [Edit.merge(1, 2)]), "two rows"),
@@ -298,6 +307,49 @@ def test_the_smallest_plan_of_every_mix_of_edits_is_what_brute_force_finds():
                 smallest = space.smallest(plan, cost)
                 assert smallest in plans
                 assert sum(cost(smallest.width(b)) for b in smallest.blocks) == pytest.approx(min(sizes))
+
+
+def test_every_criterion_sees_the_layers_that_are_not_merged(batches):
+    model = tiny_model(num_layers=6)
+    merged = merge(model, [(2, 3)], batches)
+    for criterion in ("kl", "loss", "block_influence", "angular_distance", "taylor", "tail"):
+        assert list(score_layers(merged, batches, criterion, model).values) == [0, 1, 4, 5]
+    assert contiguous_stretch(merged, batches, 2) in ((0, 1), (4, 5))
+
+
+def test_a_layer_without_active_neurons_can_be_merged_and_infinite_states_cannot(batches):
+    model = tiny_model(num_layers=5)
+    with torch.no_grad():
+        for layer in model.model.layers[1:3]:
+            layer.mlp.up_proj.weight.zero_()
+    assert merge(model, [(1, 2)], batches)(**batches[0]).logits.isfinite().all()
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(torch.inf)
+    with pytest.raises(LayerPruneError, match="not finite"):
+        merge(model, [(1, 2)], batches)
+
+
+@pytest.mark.parametrize("compensation", ["none", "least_squares"])
+def test_a_merged_model_is_a_teacher(make, tmp_path, batches, compensation):
+    teacher = merge(tiny_model(num_layers=7), [(2, 3)], batches)
+    edits = "remove,merge" if compensation == "least_squares" else "merge"
+    make(teacher, **MERGES | {"edits": edits, "max_group_size": 3, "compensation": compensation}).train()
+    final = plan_of(load(tmp_path / "run" / "model"))
+    assert final.depth == 4 and any({2, 3} <= {*block} for block in final.merged)
+
+
+def test_the_teacher_is_not_copied_to_measure_the_unhealed_student(make, monkeypatch):
+    teacher, shared = tiny_model(num_layers=5), []
+
+    def spy(rounds, plan):
+        model = edited_teacher(rounds, plan)
+        mine = {parameter.data_ptr() for parameter in rounds.teacher.parameters()}
+        shared.append(all(parameter.data_ptr() in mine for parameter in model.parameters()))
+        return model
+
+    edited_teacher = Rounds._edited_teacher
+    monkeypatch.setattr(Rounds, "_edited_teacher", spy)
+    make(teacher, target_num_layers=3, compensation="least_squares", measure_speed=False).train()
+    assert shared == [True, True]
 
 
 def test_a_run_merges_heals_and_saves(make, tmp_path):

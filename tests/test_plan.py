@@ -41,7 +41,12 @@ def test_merged_blocks_are_one_layer_wide():
     assert plan == LayerPlan(((0,), (1,), (2,), (4, 5), (6, 7)), 8, ((4, 5),))
     assert plan.merged == ((4, 5),) and plan.parallel_pairs == ((6, 7),) and plan.removed_layers == (3,)
     assert [plan.width(block) for block in plan.blocks] == [1, 1, 1, 1, 2]
-    assert plan.unmerged.blocks == ((0,), (1,), (2,), (4,), (5,), (6, 7))
+    assert plan.before_merges(LayerPlan.identity(8)).blocks == ((0,), (1,), (2,), (4,), (5,), (6, 7))
+    own = LayerPlan.identity(8).merge(4, 5)
+    assert plan.before_merges(own) == plan
+    further = plan.merge(2, 4, 5).before_merges(own)
+    assert (further.blocks, further.merged) == (((0,), (1,), (2,), (4, 5), (6, 7)), ((4, 5),))
+    assert plan.unmerged_layers == (0, 1, 2, 6, 7)
     assert plan.shape == LayerPlan(((0,), (1,), (2,), (4,), (6, 7)), 8)
     assert json.loads(plan.to_json())["merged"] == [[4, 5]]
     assert LayerPlan.from_json(plan.to_json()) == plan
@@ -52,6 +57,7 @@ def test_merged_blocks_are_one_layer_wide():
         lambda: plan.remove(4), lambda: plan.parallelize(4, 5, 6, 7), lambda: plan.merge(4, 5, 6, 7),
         lambda: plan.merge(5, 6), lambda: plan.merge(0, 2), lambda: LayerPlan(((0,), (1, 2)), 3, ((0,),)),
         lambda: LayerPlan(((0,), (1, 2)), 3, ((0, 1),)), lambda: LayerPlan(((0,), (1, 2)), 3, 7),
+        lambda: plan.merge(), lambda: plan.parallelize(),
     ):  # fmt: skip
         with pytest.raises(LayerPruneError):
             call()

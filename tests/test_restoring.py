@@ -95,6 +95,25 @@ def test_blocks_of_several_layers_stay_or_go_as_a_whole(batches):
         restore(prune(tiny_model(num_layers=5), [1]), teacher, [1])
 
 
+@pytest.mark.parametrize("changes", [{"hidden_size": 64}, {"num_key_value_heads": 4}, {"intermediate_size": 96}])
+def test_another_models_student_is_refused(changes):
+    other = prune(tiny_model(num_layers=5, **changes), [1])
+    with pytest.raises(LayerPruneError, match="not made from this teacher"):
+        restore(other, tiny_model(num_layers=5), [1])
+    with pytest.raises(LayerPruneError, match="not made from this teacher"):
+        restore(prune(family_model("llama"), [1]), tiny_model(num_layers=5), [1])
+
+
+def test_a_student_with_a_head_of_its_own_keeps_it(batches):
+    teacher = tiny_model(num_layers=5, tie_word_embeddings=True)
+    student = prune(teacher, [2])
+    student.lm_head.weight = torch.nn.Parameter(2 * student.lm_head.weight.detach())
+    student.config.tie_word_embeddings = False
+    restored = restore(student, teacher, [2])
+    assert not restored.config.tie_word_embeddings
+    torch.testing.assert_close(restored(**batches[0]).logits, 2 * teacher(**batches[0]).logits)
+
+
 def test_a_restored_model_saves_and_loads(tmp_path):
     teacher, batch = tiny_model(num_layers=6), random_batches(1)[0]
     restored = restore(healed(prune(teacher, [2, 3])), teacher, [2])

@@ -105,7 +105,7 @@ def test_models_and_depths_that_have_no_run_of_pairs_are_refused(model, few):
     for target in (0, 4, 8, 6.5, "6"):
         with pytest.raises(LayerPruneError, match=r"depth=.* choose one of \[5, 6, 7\]"):
             find_parallel_range(tiny_model(8), few, target)
-    with pytest.raises(LayerPruneError, match=r"layers \[\(1, 2\)\] in parallel already"):
+    with pytest.raises(LayerPruneError, match=r"layers \[\(1, 2\)\] are one block"):
         find_parallel_range(parallelize(model, [(1, 2)]), few)
     for depth in (1, 3):
         with pytest.raises(LayerPruneError, match=f"the model has {depth} layers; .* needs at least 4"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from ..errors import LayerPruneError
 from ..export import check_exportable, export_gguf, require_gguf
@@ -39,8 +40,9 @@ def export(argv: list[str]) -> None:
         write_atomically(instructions, modelfile(path.name, tokenizer))
         layers, size = model.config.num_hidden_layers, path.stat().st_size / 1e6
     say(phases.out, f"gguf: {path}   {layers} layers, {arguments.outtype}, {size:,.1f} MB")
-    say(phases.out, f"llama.cpp: llama-cli -m {path}")
-    say(phases.out, f"Ollama: ollama create {name.lower()} -f {instructions} && ollama run {name.lower()}")
+    say(phases.out, f"llama.cpp: llama-cli -m {quote(str(path))}")
+    called = quote(name.lower())
+    say(phases.out, f"Ollama: ollama create {called} -f {quote(str(instructions))} && ollama run {called}")
 
 
 def _short_name(student: str) -> str:
@@ -63,5 +65,5 @@ def _check_free(path: Path, instructions: Path) -> None:
         raise LayerPruneError(f"{path} exists; remove it, or choose another --output_file")
     if path.suffix.lower() != ".gguf":
         raise LayerPruneError(f"output_file={path} must end in .gguf, by which it is recognised")
-    if instructions.exists() and not instructions.read_text(encoding="utf-8").startswith(HEAD):
+    if instructions.exists() and not instructions.read_bytes().startswith(HEAD.encode()):
         raise LayerPruneError(f"{instructions} exists and is your own; choose an --output_file in another folder")

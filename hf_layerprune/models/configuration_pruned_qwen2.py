@@ -162,6 +162,10 @@ def older_rope(config):
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
 
 
+def as_list(block):
+    return list(block) if isinstance(block, (list, tuple)) else block
+
+
 def width(plan, position):
     """How many layers wide block `position` is."""
     block = plan["blocks"][position]
@@ -186,7 +190,9 @@ def checked_plan(plan):
     if layers[0] < 0 or layers[-1] >= depth or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
         raise ValueError(f"layer_plan has layers {layers!r:.200}; they must ascend from 0 to at most {depth - 1}")
     blocks, merged = [list(block) for block in blocks], plan.get("merged") or []
-    if not isinstance(merged, (list, tuple)) or any(len(block) < 2 or [*block] not in blocks for block in merged):
+    if not isinstance(merged, (list, tuple)) or any(
+        block not in blocks or len(block) < 2 for block in map(as_list, merged)
+    ):
         raise ValueError(f"layer_plan has merged={merged!r:.200}; these must be blocks of several layers")
     plan = {"num_teacher_layers": depth, "blocks": blocks}
     return plan | ({"merged": [list(block) for block in merged]} if merged else {})

@@ -184,15 +184,16 @@ def contiguous_stretch(
         layers (`Iterable[int]`, *optional*): teacher layers that may be in it; all by default.
 
     Raises:
-        [`LayerPruneError`]: if there is no such stretch, or the model has parallel blocks.
+        [`LayerPruneError`]: if there is no such stretch of layers in blocks of their own.
     """
     check_model(model)
     plan = plan_of(model)
     allowed = set(plan.layers if layers is None else layers)
-    starts = [n for n in range(plan.depth - size + 1) if allowed.issuperset(plan.layers[n : n + size])]
-    if plan.depth < len(plan.layers) or not starts or size < 1:
+    free = {position for position, block in enumerate(plan.blocks) if len(block) == 1 and block[0] in allowed}
+    starts = [n for n in range(plan.depth - size + 1) if free.issuperset(range(n, n + size))]
+    if not starts or size < 1:
         raise LayerPruneError(f"no stretch of {size} neighbouring single layers among {sorted(allowed)}")
     batches = check_batches(batches, model.config.vocab_size, "calibration data")
     evidence = measure_angles(model, batches, [(n, n + size) for n in starts], "angular_distance")
     best = min(range(len(starts)), key=lambda index: (evidence.value(index + 1), -starts[index]))
-    return plan.layers[starts[best] : starts[best] + size]
+    return tuple(block[0] for block in plan.blocks[starts[best] : starts[best] + size])

@@ -39,7 +39,8 @@ def score_layers(
     Args:
         model, batches, criterion, teacher, options: see [`score`].
         layers (`Iterable[int]`, *optional*):
-            Teacher layer indices to score; defaults to all that `model` has. Leave out those you want to protect.
+            Teacher layer indices to score; defaults to all that `model` has and has not merged. Leave out those you
+            want to protect.
 
     Returns:
         [`Scores`]: `values` maps teacher layer index to cost; lower is safer to remove.
@@ -48,7 +49,7 @@ def score_layers(
         [`LayerPruneError`]: for an unknown criterion or layer, an unsupported model, or data without a token to score.
     """
     check_model(model)
-    layers = list(dict.fromkeys(plan_of(model).layers if layers is None else layer_indices(layers)))
+    layers = list(dict.fromkeys(plan_of(model).unmerged_layers if layers is None else layer_indices(layers)))
     return score(model, batches, layers, criterion, teacher, **options)
 
 
@@ -174,6 +175,7 @@ def _plan_after(candidate: int | Edit | LayerPlan, plan: LayerPlan) -> LayerPlan
     if isinstance(candidate, LayerPlan):
         if missing := set(candidate.layers) - set(plan.layers):
             raise LayerPruneError(f"layers {sorted(missing)} are not in the model; it has {list(plan.layers)}")
+        candidate.check_kept_whole(plan.merged)
         return candidate
     return candidate.apply(plan) if isinstance(candidate, Edit) else plan.remove(candidate)
 

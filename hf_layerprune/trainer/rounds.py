@@ -172,18 +172,25 @@ class Rounds:
         round_weights(student, self.trainer.save_dtype)
         return student
 
+    def _edited_teacher(self, plan: LayerPlan) -> PreTrainedModel:
+        """The teacher after all edits of `plan`, without repairs or healing."""
+        before = plan.before_merges(plan_of(self.teacher))
+        model = apply_plan(self.teacher, before, share_weights=True)
+        if new := [block for block in plan.merged if block not in before.merged]:
+            self._phase("merging", num_layers=plan.depth)
+            batches, options = self.trainer.repair_batches, {"on_batch": self._phase_step, "share_weights": True}
+            with autocast(self.trainer.accelerator):
+                model = merge(model, new, batches, self.teacher, **options)
+            round_weights(model, self.trainer.save_dtype)
+        return model
+
     def _evaluate_unhealed(self, student: PreTrainedModel, plan: LayerPlan) -> None:
         """Measure the student before its healing, and the teacher after the same edits without any training."""
         if not self.args.heal or self.run.current.phase != "choosing":
             return
         before = unhealed = self._evaluate(student)
         if self.run.rounds or self.trainer.start is not self.teacher or self.args.compensation != "none":
-            apart = apply_plan(self.teacher, plan.unmerged, share_weights=True)
-            if plan.merged:
-                self._phase("merging", num_layers=plan.depth)
-            unhealed = self._evaluate(
-                merge(apart, plan.merged, self.trainer.repair_batches, self.teacher, on_batch=self._phase_step)
-            )
+            unhealed = self._evaluate(self._edited_teacher(plan))
         self._change_round(phase="edited", before_healing=before, unhealed=unhealed)
 
     def _healed(self, student: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
