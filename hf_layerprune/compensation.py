@@ -77,7 +77,7 @@ def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
     torch.clear_autocast_cache()  # which may hold copies of the old ones
 
 
-def apply_edit(model: PreTrainedModel, plan: LayerPlan, repair: Repair | None) -> PreTrainedModel:
+def apply_plan_and_repair(model: PreTrainedModel, plan: LayerPlan, repair: Repair | None) -> PreTrainedModel:
     """`model` after one edit, weights shared but for those that `repair` has. `model` is left untouched.
 
     Args:

@@ -95,8 +95,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     if max(known.values()) >= size:
         raise _refused(f"it has {max(known.values()) + 1:,} tokens, the model only {size:,}")
     added = {token["id"]: token for token in content["added_tokens"]}
-    if beside := next((token for token in added.values() if token["lstrip"] or token["rstrip"]), None):
-        raise _refused(f"its token {beside['content']} takes the spaces beside it")
+    if strips := next((token for token in added.values() if token["lstrip"] or token["rstrip"]), None):
+        raise _refused(f"its token {strips['content']} strips the spaces around it")
     byte_level = not model["byte_fallback"]
     pre, space_prefix = (_pre_tokenizer(content), False) if byte_level else ("default", _space_prefix(content))
     tokens = [f"[PAD{index}]" for index in range(size)]
@@ -141,7 +141,7 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
     normalizer = (content["normalizer"] or {}).get("type", "NFC")  # NFC is Qwen's, and llama.cpp leaves it out
     pre = PRE_TOKENIZERS.get((way, content["model"]["ignore_merges"]))
     if pre is None or normalizer != "NFC":
-        raise _refused("it splits text in a way that is none of Qwen2's, Llama 3's, Tekken's, SmolLM's and GPT-2's")
+        raise _refused("it does not split text like Qwen2, Llama 3, Tekken, SmolLM or GPT-2")
     return pre
 
 
@@ -195,5 +195,5 @@ def _added_around(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     before = whole[:1] != text[:1] and whole[0] == tokenizer.bos_token_id
     after = whole[-1:] != text[-1:] and whole[-1] == tokenizer.eos_token_id
     if whole != [tokenizer.bos_token_id] * before + text + [tokenizer.eos_token_id] * after:
-        raise _refused("it puts other tokens around a text than its begin and end token")
+        raise _refused("it adds tokens other than its begin and end token to a text")
     return {"bos": before, "eos": after}

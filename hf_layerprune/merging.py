@@ -25,7 +25,7 @@ from .compensation import (
     MAX_BYTES,
     Regression,
     Repair,
-    apply_edit,
+    apply_plan_and_repair,
     check_in_memory,
     check_repairable,
     solve_ridge,
@@ -83,7 +83,7 @@ def merge(
     student = apply_plan(model, plan_of(model), share_weights=share_weights)
     for group in groups:
         found = find_merges(student, batches, [group], teacher, ridge, on_batch)
-        student = apply_edit(student, plan_of(student).merge(*group), found[group])
+        student = apply_plan_and_repair(student, plan_of(student).merge(*group), found[group])
     trained = not share_weights and any(parameter.requires_grad for parameter in model.parameters())
     return student.requires_grad_(trained)
 

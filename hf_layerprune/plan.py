@@ -52,8 +52,8 @@ class LayerPlan:
             Those of `blocks` whose layers were merged into one layer.
 
     Raises:
-        [`LayerPruneError`]: if `blocks` is empty, an index is no layer of the teacher, the order is wrong, or one of
-            `merged` is no block of several layers.
+        [`LayerPruneError`]: if `blocks` is empty, an index is not a layer of the teacher, the order is wrong, or a
+            member of `merged` is not a block of several layers.
     """
 
     blocks: tuple[tuple[int, ...], ...]

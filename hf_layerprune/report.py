@@ -39,8 +39,8 @@ STATES = {
     "kept": KEPT, "in parallel, as one layer": PARALLEL, "merged into one layer": MERGED, "removed": REMOVED,
     "removed before this run": ABSENT,
 }  # fmt: skip
-EDITS = {"remove": REMOVED, "parallelize": PARALLEL, "merge": MERGED}
 """What became of a layer, and its color in the layer map."""
+EDITS = {"remove": REMOVED, "parallelize": PARALLEL, "merge": MERGED}
 
 
 def write_report(folder: Path, run: RunRecord) -> None:

@@ -160,10 +160,10 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused():
         backend.post_processor = TemplateProcessing(single="$A <tool>", special_tokens=[("<tool>", 480)])
 
     for change, message in (
-        (lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Whitespace()), "splits text in a way"),
-        (lambda backend: setattr(backend, "normalizer", normalizers.Lowercase()), "splits text in a way"),
-        (lambda backend: backend.add_tokens([AddedToken("<x>", lstrip=True)]), "<x> takes the spaces beside it"),
-        (other_end, "puts other tokens around a text"),
+        (lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.Whitespace()), "does not split text like"),
+        (lambda backend: setattr(backend, "normalizer", normalizers.Lowercase()), "does not split text like"),
+        (lambda backend: backend.add_tokens([AddedToken("<x>", lstrip=True)]), "<x> strips the spaces around it"),
+        (other_end, "adds tokens other than"),
     ):
         with pytest.raises(LayerPruneError, match=message):
             vocabulary_of(changed(change), tiny_model(**COMMON).config)

@@ -21,7 +21,7 @@ class PrunedQwen2Config(Qwen2Config):
     r"""
     A [`Qwen2Config`] with three more fields. `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are
     those of ONE teacher layer; a block of `n` layers in parallel is `n` times as wide. `per_layer_config` says so in
-    the form that transformers and vLLM read. It follows from `layer_plan`; one given beside it is ignored.
+    the form that transformers and vLLM read. It is derived from `layer_plan`; a value passed in is ignored.
 
     Args:
         layer_plan (`dict` or `LayerPlan`, *optional*):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..compensation import Repair, apply_edit
+from ..compensation import Repair, apply_plan_and_repair
 from ..data import Batch, split_rows
 from ..forward import record, replay, to_device
 from ..plan import LayerPlan
@@ -147,7 +147,7 @@ class CandidateRuns:
     def student(self, index: int) -> PreTrainedModel:
         """A candidate as a model of its own; it shares the weights that do not change."""
         plan = self.plans[index - 1]
-        return apply_edit(self.model, plan, self.repairs[0].get(plan)).eval()
+        return apply_plan_and_repair(self.model, plan, self.repairs[0].get(plan)).eval()
 
     def texts(self, chunk: GenerationChunk, which: Sequence[int]) -> Iterator[list[str]]:
         """Greedy continuations of a chunk's E prompts by the model as it is, then by each candidate: E texts each.

@@ -184,7 +184,7 @@ def contiguous_stretch(
         layers (`Iterable[int]`, *optional*): teacher layers that may be in it; all by default.
 
     Raises:
-        [`LayerPruneError`]: if there is no such stretch of layers in blocks of their own.
+        [`LayerPruneError`]: if no such stretch of single layers exists.
     """
     check_model(model)
     plan = plan_of(model)
