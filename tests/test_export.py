@@ -206,6 +206,7 @@ def test_mistakes_are_one_line(student, tmp_path, monkeypatch, capsys):
     pairs.save_pretrained("pairs")
     byte_level("qwen2").save_pretrained("pairs")
     (tmp_path / "there.gguf").write_text("mine")
+    capsys.readouterr()  # the bar of saving
     for arguments, message in (
         ((), "which student?"),
         (("nowhere",), "nowhere cannot be loaded"),
