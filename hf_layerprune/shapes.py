@@ -74,7 +74,7 @@ def random_models(
     values = config.to_dict() | {"num_hidden_layers": depth}
     if "layer_types" in values:
         values["layer_types"] = ["full_attention"] * depth
-    for key in ("model_type", "architectures", "auto_map", "layer_plan", "dtype"):
+    for key in ("model_type", "architectures", "auto_map", "layer_plan", "per_layer_config", "dtype"):
         values.pop(key, None)
     whole = _random_model(architecture_of(config).config_class(**values), dtype, device)
     return [apply_plan(whole, LayerPlan(plan.blocks, depth), share_weights=True) for plan in plans]

@@ -247,7 +247,7 @@ def test_biases_beyond_the_usual_can_be_pruned_but_not_paired(batches):
         with pytest.raises(LayerPruneError, match=f"{field}=True"):
             parallelize(model, [(1, 2)])
         for search in (lambda m: search_plan(m, batches, {"depth": 3}), lambda m: find_parallel_range(m, batches)):
-            with pytest.raises(LayerPruneError, match=f"cannot run in parallel: {field}=True"):
+            with pytest.raises(LayerPruneError, match=f"cannot run in parallel or be merged: {field}=True"):
                 search(model)
 
 
