@@ -41,6 +41,7 @@ from ..surgery import plan_of, prune, unshare_parameters
 from ..tasks import load_tasks, prepare_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import broadcast_from_main, check_engine, on_main, splits_model
+from .on_policy import prompts_to_answer
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
 from .towers import without_adapters
@@ -76,6 +77,9 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             Tokenizer; by default the model's own.
         teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Model to score and heal against, where `model` is a student already. By default `model` itself.
+        prompt_dataset ([`~datasets.Dataset`], *optional*):
+            Prompts that the student answers in the last round, with `args.on_policy_steps`: a column `messages`,
+            `prompt` or `text`. Texts are a user's message where the tokenizer has a chat template.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Heal with adapters on the trained layers; they are merged at the end of each round.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -102,6 +106,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         calibration_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         teacher: str | PreTrainedModel | None = None,
+        prompt_dataset: Dataset | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         data_collator: DataCollator | None = None,
@@ -113,6 +118,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name, **files)
         self._check_request(args)
+        if bool(args.on_policy_steps) != (prompt_dataset is not None):
+            raise LayerPruneError("on_policy_steps and prompt_dataset (--prompts) belong together; give both or none")
         check_tokenizer(processing_class, self.start, self.model_name or "the model")
         self._text_field = args.dataset_text_field if formatting_func is None else None
         texts = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
@@ -148,6 +155,9 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)
         self._make_batches(self.eval_dataset or {})
+        if prompt_dataset is not None:
+            longest = args.on_policy_tokens
+            self.prompts = prompts_to_answer(prompt_dataset, self.processing_class, self.start, longest)
         self.tasks = []
         if args.tasks:
             rows = args.per_device_eval_batch_size

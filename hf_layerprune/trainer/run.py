@@ -33,7 +33,7 @@ from .config import IterativeLayerDistillConfig
 LOCK_FILE = ".lock"
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 64, 5  # of the measured speed
 FINGERPRINT_ROWS = 64
-# What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
+# What decides which layers go and how they heal. A lower target, or on-policy steps, only make a run longer.
 DECISIVE = (
     "edits", "max_group_size", "criterion", "tasks", "one_shot", "race_confidence", "compensation", "layers_per_round",
     "heal", "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight", "beta", "hidden_weight",
