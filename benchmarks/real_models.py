@@ -243,9 +243,8 @@ def main() -> None:
         with context:
             found = measure(model, teacher, tokenizer, args.held_out, not args.no_generation, known)
         seconds = known.get("seconds", 0) + time.perf_counter() - start
-        found |= {"seconds": round(seconds, 1), "compute": "bfloat16" if half else "float32"}
-        found |= {"machine": platform.machine(), "threads": torch.get_num_threads()}
-        found = known | found
+        where = {"compute": "bfloat16" if half else "float32", "machine": platform.machine()}
+        found = where | {"threads": torch.get_num_threads()} | known | found | {"seconds": round(seconds, 1)}
         path.write_text(json.dumps({"label": label} | found, indent=1) + "\n", encoding="utf-8")
         tasks = ", ".join(f"{name} {task['accuracy']:.3f}" for name, task in found["tasks"].items())
         mean = f"task mean {found['task_mean']:.4f} +- {found['task_mean_se']:.4f} ({tasks})"
