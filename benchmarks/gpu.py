@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parsed(argv)
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]  # the other benchmarks, and references
+    sys.path[:0] = map(str, (HERE, HERE.parent, HERE.parent / "tests"))  # other benchmarks, the package, references
     import torch
     from gpu_sections.common import Run
 
