@@ -3,9 +3,9 @@
     python recipes/data/mix.py --answers answers.jsonl --model MODEL --output_dir DIR [--more_answers FILE ...]
 
 `healing.jsonl` alternates answers, rendered with the model's chat template, and passages of modern text, so that any
-stretch of it is a third answers by characters (more where the text does not suffice); `held_out_chat.jsonl` and
-`held_out_text.jsonl` are never healed on. More answers, of other draws for the same prompts, are only healed on, and
-not if the prompt is that of a held-out answer.
+stretch of it is a third answers by characters, or more where the text does not suffice. `held_out_chat.jsonl` and
+`held_out_text.jsonl` are never healed on; `prompts.jsonl` are the prompts of all other answers. More answers, of other
+draws for the same prompts, are only healed on, and not if their prompt is that of a held-out answer.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write(path: Path, texts: list[str]) -> None:
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+def write(path: Path, texts: list[str], column: str = "text") -> None:
+    path.write_text("".join(json.dumps({column: text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
     print(f"{path}: {len(texts):,} rows, {sum(map(len, texts)):,} characters")
 
 
@@ -65,6 +65,7 @@ def main() -> None:
     rows = read(args.answers)
     random.Random(0).shuffle(rows)
     held_out, healed = rows[:HELD_OUT_ANSWERS], rows[HELD_OUT_ANSWERS:]
+    prompts = [row["prompt"][-1]["content"] for row in healed]
     if args.more_answers:
         unseen = [row["prompt"] for row in held_out]
         healed += [row for path in args.more_answers for row in read(path) if row["prompt"] not in unseen]
@@ -72,6 +73,7 @@ def main() -> None:
     text = [row["text"] for row in read(HERE / "modern_text.jsonl")]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write(args.output_dir / "healing.jsonl", interleaved(rendered(healed, tokenizer), text))
+    write(args.output_dir / "prompts.jsonl", prompts, "prompt")
     write(args.output_dir / "held_out_chat.jsonl", rendered(held_out, tokenizer))
     write(args.output_dir / "held_out_text.jsonl", [row["text"] for row in read(HERE / "modern_text_held_out.jsonl")])
 
