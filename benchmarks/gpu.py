@@ -97,6 +97,13 @@ def run_section(name: str, run: Any, deadline: float, path: Path, about: dict[st
     return record
 
 
+def failures(record: dict[str, Any]) -> Iterator[str]:
+    """The cases of a section that failed, or whose results are not what they should be."""
+    for case, found in record["cases"].items():
+        if "error" in found or '"ok": false' in json.dumps(found):
+            yield f"{record['section']}: {case}"
+
+
 def shown(found: dict[str, Any]) -> str:
     text = json.dumps({key: value for key, value in found.items() if key != "traceback"})
     return text if len(text) < 600 else text[:600] + " ..."
@@ -153,8 +160,10 @@ def main(argv: list[str] | None = None) -> None:
         for name, share in shares.items():
             deadline += share * scale
             record = run_section(name, run, deadline, arguments.output / f"{name}.json", about(arguments))
-            failed += [f"{name}: {case}" for case, found in record["cases"].items() if "error" in found]
+            failed += failures(record)
     print("\n".join([f"results: {arguments.output}", *(f"failed: {case}" for case in failed)]))
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

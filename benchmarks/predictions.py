@@ -1,7 +1,7 @@
 """What a decode step should take, on paper: bytes of weights over bandwidth, plus so much for every kernel.
 
     python benchmarks/predictions.py                       # the table of docs/parallel.md, measured cells empty
-    python benchmarks/predictions.py --measured runs/gpu   # with what `benchmarks/gpu.py` measured there
+    python benchmarks/predictions.py --measured runs/gpu   # with what `benchmarks/gpu.py` measured; goals
 
 A step reads every weight once, and the keys and values of all rows. In a CUDA graph each kernel adds the gap between
 two kernels and what a small one takes; in an eager `generate` a step takes as long as Python needs to launch its
@@ -35,6 +35,7 @@ SHAPES = ("Qwen3-0.6B", "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen3-8B"
 BATCHES = (1, 32)
 MODES = ("eager", "graphs", "compile")
 CONTEXT = 160  # tokens in the cache: a prompt of 128 and half of 64 new ones
+GOALS = (("Qwen2.5-3B", "36 in 29", "eager", 1.2), ("Qwen3-0.6B", "28 in 18", "graphs", 1.25))
 FUSED_KERNELS = 14  # of a block after torch.compile: 7 products, attention, 2 norms, rotation, cache, activation, sum
 
 
@@ -161,11 +162,30 @@ def table(measured: dict[str, Any] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def goals(measured: dict[str, Any]) -> str:
+    """What pairs should reach, and removal in proportion to depth, with what they do at batch 1."""
+    lines = []
+    for shape, variant, mode, least in GOALS:
+        found = measured_ratio(measured, shape, variant, 1, mode)
+        lines.append(f"{shape}, {variant}, {mode}: {found or 0:.2f}x, goal {least:.2f}x or more")
+    for shape in SHAPES:
+        config = load_shape(shape)
+        removal = list(variants(config))[1]
+        proportional = config.num_hidden_layers / variants(config)[removal].depth
+        for mode in ("eager", "graphs"):
+            if (found := measured_ratio(measured, shape, removal, 1, mode)) is not None:
+                lines.append(f"{shape}, {removal}, {mode}: {found / proportional - 1:+.1%} of proportional, goal 5 %")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, help="folder with the decode.json of benchmarks/gpu.py")
     folder = parser.parse_args().measured
-    print(table(None if folder is None else json.loads((folder / "decode.json").read_text())), end="")
+    measured = None if folder is None else json.loads((folder / "decode.json").read_text())
+    print(table(measured), end="")
+    if measured is not None:
+        print("\n" + goals(measured), end="")
 
 
 if __name__ == "__main__":

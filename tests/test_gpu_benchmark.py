@@ -181,6 +181,7 @@ def test_a_measurement_takes_its_cell(predictions):
     shown = predictions.table({"cases": {"Qwen3-0.6B, batch 1, graphs": case}})
     (row,) = re.findall(r"^\| Qwen3-0\.6B \| 1 \| 28 in 18 \|.*$", shown, re.MULTILINE)
     assert "x / 1.26x" in row and row.count("?") == 2
+    assert "28 in 18, graphs: 1.26x, goal 1.25x" in predictions.goals({"cases": {"Qwen3-0.6B, batch 1, graphs": case}})
 
 
 def test_a_stepper_does_not_run_past_its_cache(gpu):

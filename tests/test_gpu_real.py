@@ -1,4 +1,4 @@
-"""`benchmarks/gpu_real.sh` with a Python that only writes its commands down: which they are, and that they are valid."""
+"""`benchmarks/gpu_real.sh` with a Python that only writes its commands down: they are valid, and as meant."""
 
 import json
 import os

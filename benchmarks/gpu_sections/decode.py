@@ -7,6 +7,7 @@ the model as it is. Beside each ratio stands what `benchmarks/predictions.py` ex
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import product
 from typing import Any
@@ -15,7 +16,7 @@ import predictions
 import torch
 from transformers import PreTrainedModel
 
-from gpu_sections.common import Case, Run, in_turns, median_ratio, narrow, random_rows, seconds_of
+from gpu_sections.common import Case, Run, in_turns, median_ratio, narrow, random_rows, release, seconds_of
 from gpu_sections.stepper import WARMUP, Stepper
 from hf_layerprune.benchmark import benchmark_models
 from hf_layerprune.shapes import load_shape, random_models
@@ -35,7 +36,7 @@ def cases(run: Run) -> list[Case]:
         wanted = [("Qwen3-0.6B", 2, "graphs"), ("Qwen3-0.6B", 2, "eager")]
     compiled = [(shape, batch, "compile") for shape, batch in product(predictions.SHAPES, predictions.BATCHES)]
     wanted += [("Qwen3-0.6B", 1, "compile")] * run.on_gpu + compiled * run.full
-    models = lru_cache(maxsize=1)(partial(models_of, run))
+    models = last_shape(run)
     measured = [
         (f"{shape}, batch {batch}, {mode}", partial(MEASURES[mode], run, models, shape, batch))
         for shape, batch, mode in dict.fromkeys(wanted)
@@ -72,6 +73,20 @@ def small_kernel(run: Run) -> float:
     return min(in_turns({"chain": chain}, 3)["chain"]) / count
 
 
+def last_shape(run: Run) -> Callable[[str], dict[str, PreTrainedModel]]:
+    """[`models_of`], which keeps the models of one shape until another is asked for."""
+    held: dict[str, dict[str, PreTrainedModel]] = {}
+
+    def models(shape: str) -> dict[str, PreTrainedModel]:
+        if shape not in held:
+            held.clear()
+            release()
+            held[shape] = models_of(run, shape)
+        return held[shape]
+
+    return models
+
+
 def models_of(run: Run, shape: str) -> dict[str, PreTrainedModel]:
     """Every variant of a shape, the model as it is first."""
     config = load_shape(shape)
@@ -98,7 +113,7 @@ def eager(run: Run, models: Any, shape: str, batch: int, compile: bool = False) 
     reports = benchmark_models(chosen, prompt, new, batch_size=batch, repeats=run.repeats, **options)
     ratios = {name: report.decode_ratio for name, report in zip(names, reports, strict=True)}
     seconds = {n: batch / report.decode_tokens_per_second for n, report in zip(names, reports, strict=True)}
-    return described(run, shape, batch, "compile" if compile else "eager", seconds, ratios)
+    return described(run, shape, batch, "compile" if compile else "eager", prompt + new // 2, seconds, ratios)
 
 
 def graphs(run: Run, models: Any, shape: str, batch: int) -> dict[str, Any]:
@@ -115,16 +130,16 @@ def graphs(run: Run, models: Any, shape: str, batch: int) -> dict[str, Any]:
     turns = in_turns({name: partial(decode, stepper) for name, stepper in steppers.items()}, run.repeats)
     seconds = {name: statistics.median(values) / new for name, values in turns.items()}
     ratios = {name: median_ratio(turns["as it is"], values) for name, values in turns.items()}
-    return described(run, shape, batch, "graphs", seconds, ratios)
+    return described(run, shape, batch, "graphs", length + steps, seconds, ratios)  # all of a static cache is read
 
 
 MEASURES = {"eager": eager, "graphs": graphs, "compile": partial(eager, compile=True)}
 
 
 def described(
-    run: Run, shape: str, batch: int, mode: str, seconds: dict[str, float], ratios: dict[str, float]
+    run: Run, shape: str, batch: int, mode: str, context: int, seconds: dict[str, float], ratios: dict[str, float]
 ) -> dict[str, Any]:
-    """Every variant's speed, what of the card's bandwidth it is, and the ratio that was predicted."""
+    """Every variant's speed, what of the card's bandwidth it is at `context` tokens, and the ratio predicted."""
     found, of_card = {}, card(run)
     here = predictions.Card(of_card["copy_bytes_per_second"], of_card["seconds_per_small_kernel"],
                             predictions.H200.launch)  # fmt: skip
@@ -132,7 +147,7 @@ def described(
     for name, taken in seconds.items():
         entry = found[name] = {"seconds_per_step": taken, "tokens_per_second": batch / taken, "ratio": ratios[name]}
         if not run.tiny:
-            bandwidth = predictions.step_bytes(shape, plans[name], batch) / taken
+            bandwidth = predictions.step_bytes(shape, plans[name], batch, context) / taken
             entry["bytes_per_second"] = bandwidth
             entry["share_of_copy_bandwidth"] = bandwidth / of_card["copy_bytes_per_second"]
             entry["predicted_ratio"] = predictions.predicted_ratio(shape, name, batch, mode)
