@@ -118,9 +118,10 @@ def test_a_failure_is_recorded_and_the_rest_runs(gpu, tmp_path, monkeypatch, cap
 
 def test_a_section_ends_when_its_time_does(gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.05)
+    monkeypatch.setattr("gpu_sections.common.release", lambda: None)
     start = time.monotonic()
     cases = {"quick": dict, "endless": lambda: time.sleep(60), "late": dict}
-    found = section(gpu, tmp_path, monkeypatch, 0.5, **cases)
+    found = section(gpu, tmp_path, monkeypatch, 1.0, **cases)
     assert time.monotonic() - start < 20
     assert "result" in found["cases"]["quick"] and "stopped after" in found["cases"]["endless"]["error"]
     assert found["cases"]["late"] == {"skipped": "the section had no time left"}

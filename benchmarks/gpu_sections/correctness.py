@@ -167,8 +167,8 @@ class KillAtStep(TrainerCallback):
 def resume(run: Run) -> dict[str, Any]:
     """A run that is cut after a checkpoint and goes on ends with the weights of one that is not."""
     settings = {
-        "target_num_layers": 3, "num_calibration_samples": 2, "num_eval_samples": 2, "trained_layers": "all",
-        "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "max_length": 32,
+        "target_num_layers": 2, "num_calibration_samples": 2, "num_eval_samples": 2, "trained_layers": "all",
+        "max_steps": 3, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2, "max_length": 32,
         "packing": True, "packing_strategy": "wrapped", "report_to": "none", "disable_tqdm": True, "bf16": False,
         "measure_speed": False, "learning_rate": 1e-3, "use_cpu": not run.on_gpu,
     }  # fmt: skip
@@ -184,7 +184,7 @@ def resume(run: Run) -> dict[str, Any]:
     whole = trainer("whole")
     whole.train()
     try:
-        trainer("cut", KillAtStep(2)).train()
+        trainer("cut", KillAtStep(3)).train()
     except Killed:
         cut = trainer("cut")
         cut.train(resume_from_checkpoint=True)
@@ -193,8 +193,8 @@ def resume(run: Run) -> dict[str, Any]:
 
 
 def short_teacher(run: Run) -> PreTrainedModel:
-    """Four layers of the embedded teacher."""
+    """Three layers of the embedded teacher."""
     model = load_model("embedded", dtype=torch.float32).to(run.device)
-    short = prune(model, range(4, 16))
+    short = prune(model, range(3, 16))
     short.config.layer_plan = None  # a teacher of its own
     return short
