@@ -7,7 +7,7 @@ The student lacks one layer in the middle, and its neighbours are trained. A ste
 * paper: both models in full with all hidden states, logits of all positions twice, padding included, a third model in
   memory, as in https://github.com/kaengreg/layer-wise_distillation.
 * full logits: the same loss as ours from the logits of all positions, models without common weights.
-* ours: [`HealingTrainer.loss_parts`].
+* ours: [`HealingTrainer.loss_parts`]; `SWITCHES` are ours with one of its savings left out.
 
 Times are medians over turns in one process; the peak of memory is that of a process of its own per way, models
 included, over what is there before they are made.
@@ -23,16 +23,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from hf_layerprune import prune
+from hf_layerprune import losses, prune
 from hf_layerprune.data import Batch, valid_next_tokens
 from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
@@ -122,8 +124,14 @@ def full_logits_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[P
     return student, loss
 
 
-def our_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTrainedModel, Step]:
-    student = prune(teacher, [shape["gap"]], share_weights=True)
+def our_step(
+    teacher: PreTrainedModel,
+    shape: dict[str, Any],
+    share_weights: bool = True,
+    share_prefix: bool = True,
+    divergence: Callable[..., Tensor] = losses.divergence,
+) -> tuple[PreTrainedModel, Step]:
+    student = prune(teacher, [shape["gap"]], share_weights=share_weights)
     neighbours = [shape["gap"] - 1, shape["gap"]]
     student = make_trainable(student, neighbours, everything=False).train()
     args = SimpleNamespace(
@@ -133,20 +141,42 @@ def our_step(teacher: PreTrainedModel, shape: dict[str, Any]) -> tuple[PreTraine
         teacher=teacher,
         args=args,
         compared=compared_states(plan_of(student), plan_of(teacher), neighbours),
-        shared_depth=shared_depth(student, teacher),
+        shared_depth=shared_depth(student, teacher) if share_prefix else None,
         frozen_head=None,
     )
     batch = make_batch(shape, teacher.config.vocab_size)
 
     def loss() -> Tensor:
-        parts = HealingTrainer.loss_parts(trainer, student, batch)
+        with patch.object(losses, "divergence", divergence):
+            parts = HealingTrainer.loss_parts(trainer, student, batch)
         hidden = (parts["hidden"] + parts["final_hidden"]) / 2
         return (parts["kl"] + HIDDEN_WEIGHT * hidden) / parts["num_tokens"]
 
     return student, loss
 
 
+def divergence_of_logits(
+    student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear, *_: Any
+) -> Tensor:
+    """KL from the logits of all positions at once."""
+    log_q = F.log_softmax(head(student).float(), -1)
+    with torch.no_grad():
+        log_p = F.log_softmax(teacher_head(teacher).float(), -1)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def divergence_in_torch(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear, *_: Any) -> Tensor:
+    """Our own form, in place of TRL's kernels on a GPU."""
+    return losses.Divergence.apply(student, head.weight, teacher, teacher_head.weight, 1.0, 0.0)
+
+
 WAYS = {"paper": paper_step, "full logits": full_logits_step, "ours": our_step}
+SWITCHES: dict[str, Callable[..., tuple[PreTrainedModel, Step]]] = {
+    "ours, no shared prefix": partial(our_step, share_prefix=False),
+    "ours, no shared weights": partial(our_step, share_weights=False),
+    "ours, divergence of full logits": partial(our_step, divergence=divergence_of_logits),
+    "ours, divergence in torch": partial(our_step, divergence=divergence_in_torch),
+}
 
 
 def separate_student(teacher: PreTrainedModel, gap: int) -> tuple[PreTrainedModel, list[int]]:
@@ -203,6 +233,8 @@ def print_peak(shape_name: str, way: str, dtype: torch.dtype) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     teacher = make_teacher(SHAPES[shape_name], dtype)
     step = step_of(*WAYS[way](teacher, SHAPES[shape_name]))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # a model is made in float32 first
     for _ in range(3):
         step()
     print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM") - before)

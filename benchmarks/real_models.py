@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_layerprune import LayerPlan, apply_plan, load_model, load_tokenizer, merge, tokenized_batches
 from hf_layerprune.compensation import compensate
 from hf_layerprune.data import load_text_dataset
+from hf_layerprune.environment import environment, has_bf16
 from hf_layerprune.loading import load_config
 from hf_layerprune.surgery import plan_of
 from hf_layerprune.tasks import evaluate_tasks, load_tasks
@@ -61,7 +62,7 @@ def rows_of_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 def text_quality(model: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor) -> dict[str, Any]:
     """Perplexity and KL to the teacher; the plain formula, one row at a time."""
     nll, kl = [], []
-    for ids in rows.split(1):
+    for ids in rows.to(model.device).split(1):
         student, original = (m(ids).logits[0, :-1].float().log_softmax(-1) for m in (model, teacher))
         nll.append(-student.gather(-1, ids[0, 1:, None]).mean().item())
         kl.append((original.exp() * (original - student)).sum(-1).mean().item())
@@ -89,7 +90,7 @@ def lambada(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[
     right = []
     for part in batches_by_length(rows, lambda row: len(row[0]), 16):
         width = max(len(context) + len(word) for context, word in part)
-        ids = torch.tensor([c + w + [0] * (width - len(c) - len(w)) for c, w in part])
+        ids = torch.tensor([c + w + [0] * (width - len(c) - len(w)) for c, w in part], device=model.device)
         states = model.base_model(ids).last_hidden_state  # causal: padding on the right changes nothing before it
         for state, (context, word) in zip(states, part, strict=True):
             logits = model.lm_head(state[len(context) - 1 : len(context) + len(word) - 1])
@@ -109,6 +110,7 @@ def generate(
     tokenizer.padding_side = "left"
     for part in batches_by_length(list(enumerate(prompts)), lambda item: len(item[1]), 20):
         batch = tokenizer([prompt for _, prompt in part], return_tensors="pt", padding=True, add_special_tokens=False)
+        batch = batch.to(model.device)
         stop = {"stop_strings": list(ends), "tokenizer": tokenizer} if ends else {}
         ids = model.generate(**batch, max_new_tokens=new, do_sample=False, repetition_penalty=1.0, **stop)
         for (number, _), row in zip(part, ids[:, batch["input_ids"].shape[1] :], strict=True):
@@ -199,7 +201,7 @@ def checkpoint_named(name: str, teacher: PreTrainedModel, repair_rows: list[dict
     """A model folder, or its plan applied to the teacher."""
     folder, _, state = name.partition(":")
     if not state:
-        return load_model(folder, "float32").eval()
+        return load_model(folder, "float32").to(teacher.device).eval()
     plan = LayerPlan.from_dict(load_config(folder).layer_plan)
     model = apply_plan(teacher, plan.before_merges(plan_of(teacher)), share_weights=True)
     if plan.merged:
@@ -218,15 +220,16 @@ def main() -> None:
     parser.add_argument("--repair_on", type=Path, help="text that repairs and merges are fitted to")
     parser.add_argument("--repair_rows", type=int, default=48, help="rows of it, of LENGTH tokens")
     parser.add_argument("--no_generation", action="store_true", help="leave out code and chat answers")
-    parser.add_argument("--float32", action="store_true", help="also where the CPU computes bfloat16 natively")
+    parser.add_argument("--float32", action="store_true", help="also where the hardware computes bfloat16 natively")
     args = parser.parse_args()
     for item in args.checkpoints:
         if (state := item.partition("=")[2].partition(":")[2]) not in STATES:
             sys.exit(f"{item}: no state {state!r} of a checkpoint; choose {' or '.join(STATES[1:])}, or leave it out")
 
-    half = torch.cpu._is_avx512_bf16_supported() and not args.float32
-    context = torch.autocast("cpu", torch.bfloat16) if half else nullcontext()
-    teacher, tokenizer = load_model(args.teacher, "float32").eval(), load_tokenizer(args.teacher)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = has_bf16(use_cpu=device == "cpu") and not args.float32
+    context = torch.autocast(device, torch.bfloat16) if half else nullcontext()
+    teacher, tokenizer = load_model(args.teacher, "float32").to(device).eval(), load_tokenizer(args.teacher)
     repair_rows = []
     if args.repair_on:
         text = load_text_dataset(str(args.repair_on))
@@ -244,7 +247,8 @@ def main() -> None:
             found = measure(model, teacher, tokenizer, args.held_out, not args.no_generation, known)
         seconds = known.get("seconds", 0) + time.perf_counter() - start
         where = {"compute": "bfloat16" if half else "float32", "machine": platform.machine()}
-        found = where | {"threads": torch.get_num_threads()} | known | found | {"seconds": round(seconds, 1)}
+        where |= {"threads": torch.get_num_threads(), "environment": environment()}
+        found = where | known | found | {"seconds": round(seconds, 1)}
         path.write_text(json.dumps({"label": label} | found, indent=1) + "\n", encoding="utf-8")
         tasks = ", ".join(f"{name} {task['accuracy']:.3f}" for name, task in found["tasks"].items())
         mean = f"task mean {found['task_mean']:.4f} +- {found['task_mean_se']:.4f} ({tasks})"

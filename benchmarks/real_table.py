@@ -27,6 +27,8 @@ NAMES = {
     "tail": "last layers",
     "lora": "KL, one shot, LoRA",
     "parallel": "groups in parallel",
+    "merge": "merged layers",
+    "on_policy": "KL after repair (ours), own answers last",
 }
 STATES = {"unhealed": "never healed", "repaired": "repaired only", "": "healed"}
 COLUMNS = ("layers", "method", "", "KL text", "KL chat", "ppl text", "ppl chat", "task mean", "kept")

@@ -72,10 +72,16 @@ class PeakBytes(TorchDispatchMode):
             self.now -= size
 
 
-def naive(model: PreTrainedModel, batches: list[Batch]) -> dict[int, float]:
-    """KL without each layer, every candidate run from the embedding to the head."""
+def without_each(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [prune(model, [layer], share_weights=True) for layer in plan_of(model).layers]
+
+
+def naive(
+    model: PreTrainedModel, batches: list[Batch], students: list[PreTrainedModel] | None = None
+) -> dict[int, float]:
+    """KL without each layer, every candidate run from the embedding to the head; students are made if not given."""
     layers = plan_of(model).layers
-    students = [prune(model, [layer], share_weights=True) for layer in layers]
+    students = students or without_each(model)
     totals, tokens = dict.fromkeys(layers, 0.0), 0
     with inference(model):
         for batch in batches:
@@ -104,6 +110,8 @@ def influence_elsewhere(model: PreTrainedModel, batches: list[Batch]) -> list[fl
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start, result
 
 
@@ -126,7 +134,9 @@ def ratios(seconds: dict[str, list[float]], over: str) -> dict[str, float]:
     }
 
 
-def compare(model: PreTrainedModel, batches: list[Batch], repeats: int) -> dict[str, Any]:
+def compare(
+    model: PreTrainedModel, batches: list[Batch], repeats: int, students: list[PreTrainedModel] | None = None
+) -> dict[str, Any]:
     """Naive loop, shared prefix, race, in turns."""
     depth = model.config.num_hidden_layers
     layer_seconds, head_seconds = cost_of_parts(model, batches)
@@ -134,7 +144,7 @@ def compare(model: PreTrainedModel, batches: list[Batch], repeats: int) -> dict[
     heads = {"naive": depth + 1, "shared prefix": depth + 2}  # of the teacher too, and of the model as it is
     expected = {name: passes[name] * layer_seconds + heads[name] * head_seconds for name in passes}
     ways: dict[str, Callable[[], Any]] = {
-        "naive": lambda: naive(model, batches),
+        "naive": lambda: naive(model, batches, students),
         "shared prefix": lambda: score_layers(model, batches),
         "race": lambda: score_layers(model, batches, race=Race()),
     }

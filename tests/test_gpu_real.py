@@ -1,0 +1,123 @@
+"""`benchmarks/gpu_real.sh` with a Python that only writes its commands down: they are valid, and as meant."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_layerprune.cli.parsing import parse
+
+ROOT = Path(__file__).parent.parent
+RECORDER = """#!{python}
+import json, pathlib, sys
+with open("commands.jsonl", "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+if sys.argv[1].endswith("get_model.py"):
+    print("MODEL")
+if sys.argv[1].endswith("carry.py"):
+    import subprocess
+    sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone with what the scripts read, and a Python that writes its commands down."""
+    for name in ("benchmarks/gpu_real.sh", "benchmarks/carry.py", "recipes/real_model.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for model in ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"):
+        (tmp_path / "recipes" / model / "data").mkdir(parents=True)
+        (tmp_path / "recipes" / model / "data" / "answers.jsonl").touch()
+        for path in (ROOT / "recipes" / model).glob("*.yaml"):
+            shutil.copy(path, tmp_path / "recipes" / model)
+    python = tmp_path / "python"
+    python.write_text(RECORDER.format(python=sys.executable))
+    python.chmod(0o755)
+    return tmp_path
+
+
+def run(clone, *words, **settings):
+    """Exit status, standard error, and the commands of a call."""
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(clone / "python")} | settings
+    command = [clone / "benchmarks" / "gpu_real.sh", *words]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+    log = clone / "commands.jsonl"
+    commands = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return done.returncode, done.stderr, commands
+
+
+def of_the_package(commands):
+    return [words[2:] for words in commands if words[:2] == ["-m", "hf_layerprune.cli"]]
+
+
+@pytest.mark.parametrize("model, fifth", [("smollm2-135m-instruct", 24), ("qwen2.5-coder-0.5b-instruct", 19)])
+def test_a_run_is_the_recipe_with_more_tokens(clone, monkeypatch, model, fifth):
+    status, error, commands = run(clone, "run", model, "results", DRAWS="3")
+    assert status == 0, error
+    monkeypatch.chdir(clone)
+    parsed = []
+    for verb, *rest in of_the_package(commands):
+        arguments, *config = parse(verb, rest)
+        parsed.append((verb, arguments, *config))
+    assert [verb for verb, *_ in parsed] == ["generate"] * 2 + ["compress"] * 3
+    for _, arguments, config in parsed[2:]:
+        tokens = config.max_steps * config.per_device_train_batch_size * config.max_length
+        assert 1e6 <= tokens <= 2e6 and arguments.dataset == f"runs/{model}/data/healing.jsonl"
+    *_, (_, arguments, config) = parsed
+    assert config.on_policy_steps > 0 and arguments.prompts == f"runs/{model}/data/prompts.jsonl"
+    (mix,) = [words for words in commands if words[0].endswith("mix.py")]
+    assert mix[-2:] == [f"runs/{model}/answers-{draw}.jsonl" for draw in (2, 3)]
+    measured = [words for words in commands if words[0] == "benchmarks/real_models.py"]
+    assert all(words[words.index("--output_dir") + 1] == "results/measured" for words in measured)
+    labels = [word.split("=")[0] for words in measured for word in words if "=" in word]
+    assert {"teacher", f"ours-{fifth}", f"block_influence-{fifth}"} < set(labels)
+    assert len([label for label in labels if label.startswith("on_policy")]) == 1
+
+
+def test_the_recipe_alone_is_as_it_was(clone):
+    command = [clone / "recipes" / "real_model.sh", "smollm2-135m-instruct"]
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(clone / "python")}
+    subprocess.run(command, cwd=clone, env=environment, check=True)
+    commands = [json.loads(line) for line in (clone / "commands.jsonl").read_text().splitlines()]
+    (compress,) = of_the_package(commands)
+    assert compress == [
+        "compress", "--config", "recipes/smollm2-135m-instruct/recipe.yaml", "--model", "MODEL",
+        "--dataset", "runs/smollm2-135m-instruct/data/healing.jsonl",
+        "--eval_dataset", "runs/smollm2-135m-instruct/data/held_out_chat.jsonl",
+        "--output_dir", "runs/smollm2-135m-instruct/ours",
+    ]  # fmt: skip
+    assert commands[-1] == ["benchmarks/real_table.py", "recipes/smollm2-135m-instruct/results"]
+
+
+def test_parts_are_put_where_the_recipe_looks(clone):
+    packed = clone / "packed"
+    (packed / "wheels").mkdir(parents=True)
+    (packed / "wheels" / "trl-1.0-py3-none-any.whl").touch()
+    (packed / "tiny.gguf").write_bytes(b"GGUF" * 100)
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "carry.py", "split", packed / "wheels", packed / "tiny.gguf",
+         "--output", clone / "runs" / "parts"], check=True, capture_output=True,
+    )  # fmt: skip
+    for _ in range(2):  # again after a transfer that broke off, say
+        status, error, commands = run(clone, "unpack", "runs/parts")
+        assert status == 0, error
+    assert (clone / "runs" / "tiny" / "tiny.gguf").read_bytes() == b"GGUF" * 100
+    assert commands[-1][:3] == ["-m", "pip", "install"] and "--no-index" in commands[-1]
+    assert commands[-1][-1] == "runs/carried/wheels/trl-1.0-py3-none-any.whl"
+
+
+def test_parts_that_are_missing_stop_it(clone):
+    (clone / "runs" / "parts").mkdir(parents=True)
+    status, error, _ = run(clone, "unpack", "runs/parts")
+    assert status == 2 and "has no manifest.json" in error
+
+
+@pytest.mark.parametrize("words", [[], ["travel"], ["run", "smollm2-135m-instruct"], ["pack"]], ids=str)
+def test_a_mistake_shows_what_to_write(clone, words):
+    status, error, commands = run(clone, *words)
+    assert status == 2 and error and not commands
