@@ -6,7 +6,7 @@ state 0 is the embedding, block p turns state p into state p + 1, and the final 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,12 +120,6 @@ def replay(
         state = block(state, **arguments)
     replayed.final = norm(state)
     return replayed
-
-
-def advance(states: list[Tensor], module: nn.Module, arguments: Sequence[dict[str, Any]]) -> None:
-    """Replace the state of each batch by what `module` makes of it; only one batch has both at a time."""
-    for number, kwargs in enumerate(arguments):
-        states[number] = module(states[number], **kwargs)
 
 
 @contextmanager

@@ -17,11 +17,10 @@ from ..plan import Edit, LayerPlan, layer_indices
 from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
-from .candidates import MAX_STATE_BYTES, CandidateRuns
+from .candidates import MAX_STATE_BYTES, CandidateRuns, is_offloaded, sweep
 from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate
 from .measure import Race, collect, shard
 from .scores import Evidence, Key, Scores
-from .sweep import is_offloaded, sweep
 
 CHUNKS_OF_A_RACE = 16  # at least as many, if there are as many rows
 
