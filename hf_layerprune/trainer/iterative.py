@@ -32,8 +32,16 @@ from ..forward import check_same_vocabulary, check_tokenizer
 from ..hub import TAGS, load_run, push_run, run_card
 from ..hub.paths import absolute_if_local
 from ..hub.runs import hub_errors
-from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
-from ..matching import with_plan
+from ..loading import (
+    beside_weights,
+    gguf_name,
+    keep_models_whole,
+    load_model,
+    load_tokenizer,
+    name_of,
+    saved_dtype,
+    with_plan,
+)
 from ..record import RunRecord, read_plan
 from ..rows import column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
