@@ -1,5 +1,5 @@
-"""The terminal during a verb: what is happening and the time left; of a run also a line about each round, and an orderly
-stop on Ctrl-C.
+"""The terminal during a verb: what is happening and the time left; a line about each round of a run; and how Ctrl-C
+ends one.
 """
 
 from __future__ import annotations

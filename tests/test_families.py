@@ -31,7 +31,7 @@ from hf_layerprune.plan import Edit
 from hf_layerprune.search import find_parallel_range, search_plan
 from hf_layerprune.shapes import random_models
 from hf_layerprune.surgery import apply_plan, plan_of
-from hf_layerprune.trainer.towers import shared_depth
+from hf_layerprune.trainer.healing import shared_depth
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 PLAN = LayerPlan(BLOCKS, 7)

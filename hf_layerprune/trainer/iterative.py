@@ -49,9 +49,9 @@ from ..surgery import plan_of, prune, unshare_parameters
 from ..tasks import load_tasks, prepare_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import broadcast_from_main, check_engine, on_main, splits_model
+from .healing import without_adapters
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
-from .towers import without_adapters
 from .trainable import check_trained_layers
 
 DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
