@@ -12,13 +12,12 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from ..benchmark import Load, benchmark_models, num_runs
+from ..benchmark import Load, benchmark_models, load_shape, num_runs, random_models, short_name
 from ..environment import environment, native_dtype
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import EMBEDDED
 from ..progress import Phases, say
-from ..shapes import load_shape, random_models, short_name
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments
 from .common import device, load_on_device, made, print_table
