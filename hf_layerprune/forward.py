@@ -101,7 +101,6 @@ def replay(
     blocks: Iterable[Callable[..., Tensor]],
     norm: nn.Module,
     states: Collection[int] = (),
-    **changed: Any,
 ) -> Recording:
     """Run blocks, of the same model or of another, from a recorded state on; what comes before it is not run again.
 
@@ -110,9 +109,8 @@ def replay(
         blocks (`Iterable[Callable[..., Tensor]]`): each is called with a state and the recorded arguments.
         norm (`nn.Module`): what reads the last state.
         states (`Collection[int]`, *optional*): numbers of states to record, of those that a block reads.
-        changed: arguments that take the place of recorded ones, such as `past_key_values`.
     """
-    state, arguments = recording.states[start], recording.arguments[start] | changed
+    state, arguments = recording.states[start], recording.arguments[start]
     replayed = Recording()
     for number, block in enumerate(blocks, start):
         if number in states:

@@ -22,16 +22,15 @@ import torch
 from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, apply_plan_and_repair
 from ..data import Batch, split_rows
 from ..forward import record, replay, to_device
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of
-from ..tasks.chunks import Chunk, GenerationChunk
-from ..tasks.evaluation import generated, sums_by_row
-from ..tasks.kinds import LmEvalChunk
+from ..tasks.chunks import Chunk, ModelChunk
+from ..tasks.evaluation import sums_by_row
 
 MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time; rows beyond it run one after the other
 
@@ -129,10 +128,8 @@ class CandidateRuns:
             statistic (`str`): field of [`TokenStatistics`] to sum over each row's scored tokens.
             fold (`int`): whose repairs the candidates get.
         """
-        if isinstance(data, LmEvalChunk):
+        if isinstance(data, ModelChunk):
             return data.reduce([self.model, *map(self.student, which)], self.tokenizer)
-        if isinstance(data, GenerationChunk):
-            return data.reduce(list(self.texts(data, which)))
         bytes_of_row = self.model.dtype.itemsize * self.model.config.hidden_size * data.batch["input_ids"].shape[1]
         states_of_row = len(self.model.base_model.layers) + 1 + len(which)
         found = []
@@ -155,37 +152,6 @@ class CandidateRuns:
         """A candidate as a model of its own; it shares the weights that do not change."""
         plan = self.plans[index - 1]
         return apply_plan_and_repair(self.model, plan, self.repairs[0].get(plan)).eval()
-
-    def texts(self, chunk: GenerationChunk, which: Sequence[int]) -> Iterator[list[str]]:
-        """Greedy continuations of a chunk's E prompts by the model as it is, then by each candidate: E texts each.
-
-        Below its first change a candidate has the keys and values of the model itself; above it, it runs the prompt
-        from the model's state on. Only the new tokens run through all of a candidate.
-        """
-        batch = to_device(chunk.batch, self.model.device)
-        if batch["input_ids"].shape[1] < 2:  # nothing of the prompt to share
-            yield generated(self.model, chunk, self.tokenizer)
-            yield from (generated(self.student(index), chunk, self.tokenizer) for index in which)
-            return
-        # all but the last token; positions as `generate` counts them, so that padding on the left shifts nothing
-        mask, prompt = batch["attention_mask"][:, :-1], DynamicCache(config=self.model.config)
-        inputs = {
-            "input_ids": batch["input_ids"][:, :-1],
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
-            "past_key_values": prompt,
-            "use_cache": True,
-        }
-        run = record(self.model, inputs, range(len(self.model.base_model.layers) + 1))
-        keys_and_values = [(layer.keys, layer.values) for layer in prompt.layers]  # `prompt` grows with the text
-        yield generated(self.model, chunk, self.tokenizer, prompt)
-        for index in which:
-            student, start = self.student(index), self.parts[0][index - 1].start
-            own, decoder = DynamicCache(config=student.config), student.base_model
-            for position in range(start):
-                own.update(*keys_and_values[position], position)
-            replay(run, start, decoder.layers[start:], decoder.norm, past_key_values=own)
-            yield generated(student, chunk, self.tokenizer, own)
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:
