@@ -57,7 +57,6 @@ def record(
     states: Collection[int],
     inner: Mapping[int, nn.Module] | None = None,
     stop: bool = False,
-    on_state: Callable[[int, Tensor], None] | None = None,
 ) -> Recording:
     """Run a model on a batch and record some hidden states, whatever the caller's gradient mode.
 
@@ -67,16 +66,13 @@ def record(
         inner (`Mapping[int, nn.Module]`, *optional*):
             By position of a block, the module inside it whose input is recorded too.
         stop (`bool`, *optional*, defaults to `False`): whether to stop at the last of `states`.
-        on_state (`Callable[[int, Tensor], None]`, *optional*):
-            Called with each state and its number as it is reached, in place of keeping it.
     """
     decoder, recording = model.base_model, Recording()
-    keep = recording.states.__setitem__ if on_state is None else on_state
     last = max(states) if stop else None
 
     def at_state(number: int, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         recording.arguments[number] = kwargs
-        keep(number, args[0])
+        recording.states[number] = args[0]
         if number == last:
             raise _Stop
 
