@@ -143,8 +143,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     try:
         if "gguf_file" in options:
             config.name_or_path, config.dtype = name, GGUF_DTYPE
-            _read_attention(config, options["gguf_file"])
-            _scale_positions(config, options["gguf_file"])
+            _complete(config, options["gguf_file"])
         check_supported(config)
         plan_of(config)
     except LayerPruneError as error:
@@ -162,21 +161,16 @@ def _reason(error: Exception, folder: Path) -> str:
     return first_line(error)
 
 
-def _read_attention(config: PretrainedConfig, path: str) -> None:
-    """Take what a GGUF file says of attention where transformers takes the defaults of the class: the head size of
-    a Qwen3, and whether a Llama has biases."""
+def _complete(config: PretrainedConfig, path: str) -> None:
+    """Take what a GGUF file says and transformers does not read, in place: the head size of a Qwen3, whether a Llama
+    has biases, and that positions are scaled as in Llama 3."""
     metadata, tensors = read_gguf_metadata(path)
-    size = metadata.get(f"{metadata['general.architecture']}.attention.key_length")
-    if size is not None:
+    architecture = metadata["general.architecture"]
+    if (size := metadata.get(f"{architecture}.attention.key_length")) is not None:
         config.head_dim = size
     if config.model_type == "llama":
         config.attention_bias, config.mlp_bias = "blk.0.attn_q.bias" in tensors, "blk.0.ffn_up.bias" in tensors
-
-
-def _scale_positions(config: PretrainedConfig, path: str) -> None:
-    """Scale the rotary positions as Llama 3 does where a GGUF file says so, which transformers does not read."""
-    metadata, tensors = read_gguf_metadata(path)
-    kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none")
+    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors:
         from gguf import GGUFReader
 

@@ -165,18 +165,17 @@ def sweep(
     plans: Sequence[LayerPlan],
     statistic: str,
     teacher: PreTrainedModel,
-    max_state_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """Measure `model`, and plans that leave out blocks of it, on all batches at once: sums `(1 + plans, R)` over each
     row, and its tokens, `(R,)`. Runs inside [`~forward.inference`].
 
-    If the states of all candidates take more than `max_state_bytes`, there are several sweeps.
+    If the states of all candidates take more than `MAX_STATE_BYTES`, there are several sweeps.
     """
     current = plan_of(model).blocks
     batches = [to_device(batch, model.device) for batch in batches]
     removed = [frozenset(n for n, block in enumerate(current) if block not in plan.blocks) for plan in plans]
     bytes_each = sum(batch["input_ids"].numel() for batch in batches) * model.config.hidden_size * model.dtype.itemsize
-    at_once = max(1, max_state_bytes // bytes_each - 2)  # next to the model as it is, and what all are compared with
+    at_once = max(1, MAX_STATE_BYTES // bytes_each - 2)  # next to the model as it is, and what all are compared with
     found = []
     for start in range(0, len(plans), at_once):
         states = _final_states(model, batches, [frozenset(), *removed[start : start + at_once]])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ class IterativeLayerDistillConfig(SFTConfig):
     hardware computes in it.
 
     Once made, the settings are values: `edits` is a tuple, `trained_layers` a word or a tuple of layers, and `budget`,
-    `edit_space` and `race` hold what the target, edit and race settings say. `as_given` keeps them as they were given.
+    `edit_space` and `race` hold what the target, edit and race settings say. `given_bf16` is `bf16` as it was given.
 
     Parameters:
         target_num_layers (`int`, *optional*):
@@ -182,7 +181,7 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self.tasks = self.tasks and as_words(self.tasks)
-        self.as_given = {item.name: deepcopy(getattr(self, item.name)) for item in fields(self)}  # nothing derived yet
+        self.given_bf16 = self.bf16
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)

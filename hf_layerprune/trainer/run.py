@@ -172,7 +172,7 @@ def decisive_settings(
     use. Of the rows to heal on some from all over enter, of a stream the first."""
     values = {name: getattr(args, name, None) for name in (*DECISIVE, *OF_OPTIMIZER)}
     values |= {
-        "bf16": args.as_given["bf16"],  # what was derived from the hardware here is nothing to repeat elsewhere
+        "bf16": args.given_bf16,  # what was derived from the hardware here is nothing to repeat elsewhere
         "target": args.budget.unit,
         "dtype": str(start.dtype),
         "plan": plan_of(start).to_dict(),
