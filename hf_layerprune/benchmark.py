@@ -35,6 +35,7 @@ from .errors import LayerPruneError
 from .forward import check_causal, inference
 from .loading import load_config
 from .plan import LayerPlan
+from .settings import check_at_least
 from .surgery import apply_plan, plan_of
 
 SHAPES = {path.stem: path for path in sorted((ASSETS / "configs").glob("*.json"))}
@@ -96,10 +97,7 @@ class Load:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("batch_size", 1), ("repeats", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise LayerPruneError(f"{name}={value} is out of range; it must be a whole number of at least {least}")
+        check_at_least(self, {"prompt_tokens": 1, "new_tokens": 2, "batch_size": 1, "repeats": 1})
         if (cache := self.cache_implementation) not in (None, "dynamic", "static"):
             raise LayerPruneError(f'cache_implementation={cache!r} is unknown; choose "dynamic" or "static"')
         if self.compile and cache != "static":

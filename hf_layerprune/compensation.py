@@ -22,7 +22,7 @@ from .data import Batch, check_batches
 from .errors import LayerPruneError
 from .forward import check_same_vocabulary, inference, record, to_device
 from .plan import LayerPlan
-from .surgery import apply_plan, plan_of
+from .surgery import apply_plan, check_in_memory, plan_of
 
 COMPENSATIONS = ("none", "least_squares")
 DEFAULT_RIDGE = 5.0  # on the embedded teacher near the best at 4 and at 16 tokens per neuron; fewer help little
@@ -146,14 +146,6 @@ def compensate(
 def _check_method(method: str) -> None:
     if method not in COMPENSATIONS:
         raise LayerPruneError(f"compensation={method!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
-
-
-def check_in_memory(*models: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] if weights lie on disk or are moved to the device when they are needed."""
-    if any(parameter.is_meta for model in models for parameter in model.parameters()):
-        raise LayerPruneError(
-            "the model is partly on disk or in CPU memory; load it on one device to repair it or to merge its layers"
-        )
 
 
 def check_repairable(

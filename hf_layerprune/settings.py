@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,16 @@ def option(default: Any, help: str, **more: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"help": help, **more})
     return field(default=default, metadata={"help": help, **more})
+
+
+def check_at_least(settings: Any, bounds: Mapping[str, float]) -> None:
+    """Raise [`LayerPruneError`] for a number below its bound; if that is a whole number, the setting must be one too.
+    A setting that is `None` is not set."""
+    for name, least in bounds.items():
+        value = getattr(settings, name)
+        kind, words = (int, "a whole number") if isinstance(least, int) else ((int, float), "a number")
+        if value is not None and not (isinstance(value, kind) and least <= value < math.inf):
+            raise LayerPruneError(f"{name}={value!r} must be {words} of at least {least:g}")
 
 
 @dataclass
@@ -65,10 +77,7 @@ class HealingDataConfig:
     batch_size: int = option(8, "Prompts at a time, per process.")
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("prompt_tokens", "num_prompts", "max_prompt_tokens", "max_new_tokens", "batch_size"), 1)
-        for name, minimum in (least | {"temperature": 0, "top_p": 0, "top_k": 0}).items():
-            value = getattr(self, name)
-            if value is not None and not minimum <= value < float("inf"):
-                raise LayerPruneError(f"{name}={value} is out of range; it must be at least {minimum}")
+        counts = ("prompt_tokens", "num_prompts", "max_prompt_tokens", "max_new_tokens", "batch_size")
+        check_at_least(self, dict.fromkeys(counts, 1) | {"temperature": 0.0, "top_p": 0.0, "top_k": 0})
         if self.top_p is not None and self.top_p > 1:
             raise LayerPruneError(f"top_p={self.top_p} is out of range; it must be at most 1")

@@ -14,11 +14,11 @@ from ..compensation import COMPENSATIONS
 from ..environment import has_bf16
 from ..errors import LayerPruneError
 from ..scoring import CRITERIA, MEASURED, Race, criterion_of
-from ..settings import option
+from ..settings import check_at_least, option
 
 TRAINED_LAYERS = ("neighbours", "all")
 CHOICES = {"compensation": COMPENSATIONS, "loss_preset": (None, "paper")}
-AT_LEAST = {  # whole numbers where the bound is one
+AT_LEAST = {
     "layers_per_round": 1, "num_calibration_samples": 1, "num_repair_samples": 1, "num_eval_samples": 1,
     "kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 0.0,
 }  # fmt: skip
@@ -205,11 +205,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise LayerPruneError(f"{name}={value!r} is unknown; choose {' or '.join(map(str, choices))}")
-        for name, least in AT_LEAST.items():
-            value = getattr(self, name)
-            kind, words = (int, "a whole number") if isinstance(least, int) else ((int, float), "a number")
-            if value is not None and not (isinstance(value, kind) and least <= value < math.inf):
-                raise LayerPruneError(f"{name}={value!r} must be {words} of at least {least:g}")
+        check_at_least(self, AT_LEAST)
         if not (0 < self.temperature < math.inf and 0 <= self.beta <= 1):
             raise LayerPruneError(
                 f"temperature={self.temperature} must be above 0, and beta={self.beta} must lie between 0 and 1"
