@@ -165,11 +165,6 @@ def check_repairable(
     return check_batches(batches, model.config.vocab_size, "calibration data")
 
 
-def _repair(model: PreTrainedModel, position: int, weight: Tensor) -> Repair:
-    """The repair by a new weight of what adds the MLP's output to the residual stream."""
-    return Repair(position, {f"{architecture_of(model.config).mlp_output}.weight": weight})
-
-
 class _Gap(NamedTuple):
     """Where removed neighbouring layers were."""
 
@@ -267,6 +262,7 @@ def _refit(
     If the equations of all gaps take more than `MAX_BYTES`, the data is read several times.
     """
     num_tokens = sum(int(unpadded(batch).sum()) for batch in batches)
+    name = f"{architecture_of(model.config).mlp_output}.weight"
     weights = [mlp_output(model, gap.position).weight.detach() for gap in gaps]
     at_once = max(1, MAX_BYTES // max((Regression.num_bytes(weight, num_tokens) for weight in weights), default=1))
     repairs = []
@@ -277,7 +273,7 @@ def _refit(
             _add_batch(model, teacher, batch, group, fits)
             if start + at_once >= len(gaps):
                 on_batch()
-        repairs += [_repair(model, gap.position, fit.solve(ridge)) for gap, fit in zip(group, fits, strict=True)]
+        repairs += [Repair(gap.position, {name: fit.solve(ridge)}) for gap, fit in zip(group, fits, strict=True)]
     return repairs
 
 

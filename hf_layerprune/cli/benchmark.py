@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def benchmark(argv: list[str]) -> None:
     settings |= {"dtype": arguments.dtype, "random_weights": arguments.shape is not None}
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     entries: list[dict[str, Any]] = []
-    with nullcontext() if folder is None else made(folder), Phases() as phases:
+    with made(folder), Phases() as phases:
         models = list(_models(arguments, phases))
         for load in loads:
             runs = num_runs(len(models), load.repeats, load.compile)
