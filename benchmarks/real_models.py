@@ -4,7 +4,7 @@
 
 A checkpoint is a model folder; or a folder of a round with `:unhealed`, the same plan applied to the teacher (merges
 fitted to --repair_on), or with `:repaired`, that with every gap refitted by least squares on --repair_on. One JSON
-file per checkpoint; one that is there is kept, so an interrupted call goes on. Per checkpoint:
+file per checkpoint; what is in one that is there is not measured again, so an interrupted call goes on. Each holds:
 
 * perplexity and KL(teacher || student), nats per token, on modern text and on the teacher's own chat answers, with
   the values of every row, so that two students can be compared in pairs;
@@ -172,8 +172,15 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Path,
     with_generation: bool,
+    known: dict[str, Any],
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"num_layers": model.config.num_hidden_layers, "num_parameters": model.num_parameters()}
+    """What of a checkpoint is not `known` yet."""
+    found: dict[str, Any] = {}
+    if with_generation and "humaneval" not in known:
+        found["humaneval"], found["answers"] = humaneval(model, tokenizer), chat(model, tokenizer)
+    if "tasks" in known:
+        return found
+    found |= {"num_layers": model.config.num_hidden_layers, "num_parameters": model.num_parameters()}
     for kind in ("text", "chat"):
         found[kind] = text_quality(model, teacher, rows_of_text(held_out / f"held_out_{kind}.jsonl", tokenizer))
     tasks = evaluate_tasks(model, load_tasks(str(DATA / "tasks.yaml")), tokenizer, batch_size=32)
@@ -185,8 +192,6 @@ def measure(
     each = found["tasks"].values()
     found["task_mean"] = sum(task["accuracy"] for task in each) / len(each)
     found["task_mean_se"] = sum(task["se"] ** 2 for task in each) ** 0.5 / len(each)
-    if with_generation:
-        found["humaneval"], found["answers"] = humaneval(model, tokenizer), chat(model, tokenizer)
     return found
 
 
@@ -230,14 +235,16 @@ def main() -> None:
     for item in args.checkpoints:
         label, _, checkpoint = item.partition("=")
         path = args.output_dir / f"{label}.json"
-        if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "tasks" in known and (args.no_generation or "humaneval" in known):
             continue
         start = time.perf_counter()
         model = teacher if checkpoint == args.teacher else checkpoint_named(checkpoint, teacher, repair_rows)
         with context:
-            found = measure(model, teacher, tokenizer, args.held_out, not args.no_generation)
-        found |= {"seconds": round(time.perf_counter() - start, 1), "compute": "bfloat16" if half else "float32"}
-        found |= {"machine": platform.machine(), "threads": torch.get_num_threads()}
+            found = measure(model, teacher, tokenizer, args.held_out, not args.no_generation, known)
+        seconds = known.get("seconds", 0) + time.perf_counter() - start
+        where = {"compute": "bfloat16" if half else "float32", "machine": platform.machine()}
+        found = where | {"threads": torch.get_num_threads()} | known | found | {"seconds": round(seconds, 1)}
         path.write_text(json.dumps({"label": label} | found, indent=1) + "\n", encoding="utf-8")
         tasks = ", ".join(f"{name} {task['accuracy']:.3f}" for name, task in found["tasks"].items())
         mean = f"task mean {found['task_mean']:.4f} +- {found['task_mean_se']:.4f} ({tasks})"

@@ -109,7 +109,7 @@ def generate_healing_data(
         model = load_model(model, for_device=state.device).to(state.device)
     check_tokenizer(tokenizer, model, name)
     sampling = _sampling(model, tokenizer, config)
-    asked, num_too_long = _read_prompts(dataset, tokenizer, config, num_positions(model.config))
+    asked, num_too_long = read_prompts(dataset, tokenizer, config, num_positions(model.config))
     rows = _answer_all(model, tokenizer, asked, sampling, config, path, on_rows)
     state.wait_for_everyone()
     if not rows:
@@ -156,7 +156,7 @@ def _sampling(
     return sampling
 
 
-def _read_prompts(
+def read_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: HealingDataConfig, positions: int
 ) -> tuple[list[Prompt], int]:
     """The prompts of a data set that leave room for an answer, and how many do not; blank cells are left out."""

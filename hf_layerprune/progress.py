@@ -113,6 +113,7 @@ class RunProgress(LayerDistillCallback):
         self.rounds = None  # only measuring tells
         if budget.unit == "depth":
             self.rounds = max(1, math.ceil((depth - budget.target) / trainer.args.layers_per_round))
+            self.rounds += bool(trainer.args.on_policy_steps)
         self.steps = {
             "scoring": len(trainer.calibration_batches) or sum(len(task.chunks) for task in trainer.tasks),
             "repairing": len(trainer.repair_batches),
@@ -130,7 +131,7 @@ class RunProgress(LayerDistillCallback):
         if num_layers:
             of_rounds = f"/{self.rounds}" if self.rounds else ""
             self.name = f"round {self.number}{of_rounds}, {num_layers} layers: {phase}"
-        if phase != "healing":  # whose steps are known when it starts
+        if not phase.startswith("healing"):  # whose steps are known when it starts
             self.phases.phase(self.name, num_runs or self.steps.get(phase.split()[0]))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
@@ -143,7 +144,7 @@ class RunProgress(LayerDistillCallback):
         self.phases.step()
 
     def on_round_end(self, *_: Any, record: RoundRecord, **__: Any) -> None:
-        edits = ", ".join(map(str, record.edits)) or "no edit"
+        edits = ", ".join(map(str, record.edits)) or ("on policy" if record.is_on_policy else "no edit")
         perplexity = f"{record.quality.perplexity:.2f}"
         if record.before_healing is not None:
             perplexity = f"{record.before_healing.perplexity:.2f} -> {perplexity} healed"

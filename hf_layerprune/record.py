@@ -114,10 +114,12 @@ class Healing:
     Attributes:
         num_tokens (`int`): tokens that the student was trained on.
         seconds (`float`): wall time.
+        on_policy (`bool`): on the student's own answers, see [`~trainer.on_policy.heal_on_policy`].
     """
 
     num_tokens: int
     seconds: float
+    on_policy: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,11 @@ class RoundRecord(ModelRecord, RoundWork):
 
     number: int = 1
     criterion: str = ""
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether it made no edit, but healed the student on its own answers."""
+        return self.healing is not None and self.healing.on_policy
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,11 @@ class RunRecord:
     def is_healed(self) -> bool:
         """Whether any student was trained."""
         return any(record.healing is not None for record in self.rounds)
+
+    @property
+    def is_finished_on_policy(self) -> bool:
+        """Whether the last round healed the student on its own answers."""
+        return bool(self.rounds) and self.rounds[-1].is_on_policy
 
     @property
     def start(self) -> LayerPlan:

@@ -76,13 +76,18 @@ def _row(record: ModelRecord, is_healed: bool) -> dict[str, str]:
     speed = record.speed and record.speed.report
     return {
         "layers": str(record.depth),
-        "edit": ", ".join(edit.label for edit in record.edits) if is_round else "",
+        "edit": edits_of(record) if is_round else "",
         "params": millions(record.num_parameters),
         **{name: "" if quality is None else f"{quality.perplexity:.2f}" for name, quality in qualities.items()},
         "KL": "0" if record.quality.kl is None else f"{record.quality.kl:.4f}",
         "top-1": "100.0 %" if record.quality.agreement is None else f"{100 * record.quality.agreement:.1f} %",
         "tokens/s": f"{speed.decode_tokens_per_second:.0f} ({speed.decode_ratio:.2f}x)" if speed else "",
     }
+
+
+def edits_of(record: RoundRecord) -> str:
+    """The labels of a round's edits, or that it healed the student on its own answers."""
+    return "on policy" if record.is_on_policy else ", ".join(edit.label for edit in record.edits)
 
 
 def measured(run: RunRecord) -> str:
@@ -163,13 +168,14 @@ def score_table(run: RunRecord) -> str:
     """What each edit would have cost in the first choice of each round, as a Markdown table."""
     every = {edit for record in run.rounds for scores in record.scores[:1] for edit in scores.values}
     ordered = sorted(every, key=lambda edit: (edit.kind != "remove", edit.layers))
-    rows = [{"edit": edit.label} | {f"round {r.number}": _score_cell(r, edit) for r in run.rounds} for edit in ordered]
+    rounds = [record for record in run.rounds if record.scores]
+    rows = [{"edit": edit.label} | {f"round {r.number}": _score_cell(r, edit) for r in rounds} for edit in ordered]
     return markdown_table(rows) if rows else ""
 
 
 def _score_cell(record: RoundRecord, edit: Edit) -> str:
-    scores = record.scores[0] if record.scores else None
-    value = math.nan if scores is None else scores.values.get(edit, math.nan)
+    scores = record.scores[0]
+    value = scores.values.get(edit, math.nan)
     if math.isnan(value):  # not possible in this round, or not a number
         return ""
     cell = f"**{value:.4f}**" if edit in record.edits[:1] else f"{value:.4f}"

@@ -167,7 +167,15 @@ def tiny_config(output_dir: Path, **changes) -> IterativeLayerDistillConfig:
 def make(tmp_path, tokenizer, texts):
     """Build a trainer on the embedded text; `folder` names its output folder."""
 
-    def build(teacher=None, folder="run", callbacks=None, peft_config=None, eval_dataset=texts, **changes):
+    def build(
+        teacher=None,
+        folder="run",
+        callbacks=None,
+        peft_config=None,
+        eval_dataset=texts,
+        prompt_dataset=None,
+        **changes,
+    ):
         return IterativeLayerDistillTrainer(
             model=tiny_model() if teacher is None else teacher,
             args=tiny_config(tmp_path / folder, **changes),
@@ -176,6 +184,7 @@ def make(tmp_path, tokenizer, texts):
             processing_class=tokenizer,
             callbacks=callbacks,
             peft_config=peft_config,
+            prompt_dataset=prompt_dataset,
         )
 
     return build

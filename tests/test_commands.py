@@ -213,6 +213,8 @@ def short(verb: str, rest: list[str], recipe: dict, desk: Path) -> dict:
     of_a_recipe = (value_of(rest, "--config") or "").startswith("recipes/")
     if verb == "compress" and "--layers_per_round" not in rest:
         settings["layers_per_round"] = FEW // 2 if of_a_recipe else FEW
+    if "--on_policy_steps" in rest:
+        settings |= {"on_policy_steps": 1, "on_policy_tokens": 4}
     if of_a_recipe and verb in ("compress", "parallelize"):
         settings["target_num_layers"] = few_layers_less(recipe)
     if of_a_recipe and verb != "estimate":

@@ -96,6 +96,7 @@ def _trainer(
         eval_dataset=held_out,
         calibration_dataset=calibration,
         teacher=arguments.teacher,
+        prompt_dataset=read_dataset(arguments, arguments.prompts) if arguments.prompts else None,
         peft_config=lora_config(arguments.lora_r, arguments.lora_alpha),
     )
 

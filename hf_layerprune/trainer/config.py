@@ -20,7 +20,7 @@ TRAINED_LAYERS = ("neighbours", "all")
 CHOICES = {"compensation": COMPENSATIONS, "loss_preset": (None, "paper")}
 AT_LEAST = {
     "layers_per_round": 1, "num_calibration_samples": 1, "num_repair_samples": 1, "num_eval_samples": 1,
-    "kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 0.0,
+    "kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 0.0, "on_policy_steps": 0, "on_policy_tokens": 1,
 }  # fmt: skip
 
 
@@ -115,6 +115,14 @@ class IterativeLayerDistillConfig(SFTConfig):
             authors' own units, KL summed over all tokens of a micro-batch / 100 + MSE of the last healed layer + MSE
             of the final state. It depends on the batch shape, and replaces all settings of the loss but
             `temperature`.
+        on_policy_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps of a last round without an edit, in which the student answers the prompts of
+            `prompt_dataset` and is healed on its own answers by [`~trl.DistillationTrainer`]
+            ([on-policy distillation](https://huggingface.co/papers/2306.13649)).
+        on_policy_tokens (`int`, *optional*, defaults to `128`):
+            Longest answer of that round in tokens; the first ones have an eighth of it.
+        on_policy_learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Peak learning rate of that round.
         measure_speed (`bool`, *optional*, defaults to `True`):
             Whether to time the teacher and every depth, side by side, at the end of a run.
 
@@ -175,6 +183,11 @@ class IterativeLayerDistillConfig(SFTConfig):
         "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE, in place of "
         "kl_weight and hidden_weight.",
     )
+    on_policy_steps: int = option(
+        0, "Steps in the end in which the student answers prompts and is healed on its own answers."
+    )
+    on_policy_tokens: int = option(128, "Longest of these answers, in tokens; the first ones have an eighth of it.")
+    on_policy_learning_rate: float = option(1e-5, "Peak learning rate of these steps.")
     measure_speed: bool = option(True, "Whether to time the teacher and every depth at the end of a run.")
     learning_rate: float = option(1e-4, "Peak learning rate of each healing.")
     gradient_checkpointing: bool | None = option(None, "Recompute activations in the backward pass to save memory.")

@@ -25,7 +25,7 @@ from trl import SFTTrainer
 from .._trl import prepared_for_evaluation, restore_forward
 from ..budget import Goal
 from ..data import Batch, check_batches, check_length, collated_batches
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError, first_line, is_disk_full
 from ..evaluation import evaluate_model
 from ..files import write_atomically
 from ..forward import check_same_vocabulary, check_tokenizer
@@ -46,15 +46,14 @@ from ..record import RunRecord, read_plan
 from ..rows import column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
 from ..surgery import plan_of, prune, unshare_parameters
-from ..tasks import load_tasks, prepare_tasks
+from ..tasks import prepare_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import broadcast_from_main, check_engine, on_main, splits_model
 from .healing import without_adapters
+from .on_policy import prompts_to_answer
 from .rounds import Rounds
-from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
+from .run import RunFile, check_budget, check_made_of, check_saving, decisive_settings, make_unpruned_student
 from .trainable import check_trained_layers
-
-DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
 
 
 class IterativeLayerDistillTrainer(SFTTrainer):
@@ -84,6 +83,9 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             Tokenizer; by default the model's own.
         teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Model to score and heal against, where `model` is a student already. By default `model` itself.
+        prompt_dataset ([`~datasets.Dataset`], *optional*):
+            Prompts that the student answers in the last round, with `args.on_policy_steps`: a column `messages`,
+            `prompt` or `text`. Texts are a user's message where the tokenizer has a chat template.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Heal with adapters on the trained layers; they are merged at the end of each round.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -110,6 +112,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         calibration_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         teacher: str | PreTrainedModel | None = None,
+        prompt_dataset: Dataset | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         data_collator: DataCollator | None = None,
@@ -121,6 +124,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name, **files)
         self._check_request(args)
+        if bool(args.on_policy_steps) != (prompt_dataset is not None):
+            raise LayerPruneError("on_policy_steps and prompt_dataset (--prompts) belong together; give both or none")
         check_tokenizer(processing_class, self.start, self.model_name or "the model")
         self._text_field = args.dataset_text_field if formatting_func is None else None
         texts = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
@@ -156,10 +161,12 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)
         self._make_batches(self.eval_dataset or {})
+        if prompt_dataset is not None:
+            longest = args.on_policy_tokens
+            self.prompts = prompts_to_answer(prompt_dataset, self.processing_class, self.start, longest)
         self.tasks = []
         if args.tasks:
-            rows = args.per_device_eval_batch_size
-            self.tasks = prepare_tasks(load_tasks(args.tasks), self.start, processing_class, rows)
+            self.tasks = prepare_tasks(args.tasks, self.start, processing_class, args.per_device_eval_batch_size)
         self.seconds_before = time.perf_counter() - began
 
     def _load(
@@ -207,12 +214,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 f"criterion={args.criterion!r} judges single layers, but {list(plan.parallel_pairs)} run in parallel; "
                 f"choose one of {', '.join(MEASURED)}"
             )
-        if plan.num_teacher_layers != teacher_plan.num_teacher_layers or {*plan.layers} - {*teacher_plan.layers}:
-            raise LayerPruneError(
-                f"the student's layers {list(plan.layers)} of {plan.num_teacher_layers} are not all layers of the "
-                f"teacher ({list(teacher_plan.layers)} of {teacher_plan.num_teacher_layers}); use the model it was "
-                "pruned from"
-            )
+        check_made_of(plan, teacher_plan)
         check_trained_layers(args.trained_layers, plan, name)
         if args.budget.unit != "latency":  # which is measured when the run is opened
             check_budget(name, Goal.of(args.budget, args.edit_space, self.teacher, teacher_plan), plan, args.heal)
@@ -284,7 +286,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             return output
         except (SafetensorError, RuntimeError) as error:  # instead of the operating system's own
-            if not any(part in str(error).lower() for part in DISK_FULL):
+            if not is_disk_full(error):
                 raise
             raise LayerPruneError(f"{self.args.output_dir} cannot be written: {first_line(error)}") from error
         finally:

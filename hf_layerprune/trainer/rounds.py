@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,15 @@ from ..surgery import apply_plan, plan_of, share_equal_weights
 from ..tasks import TaskReport, evaluate_tasks
 from .engines import autocast, broadcast_from_main, on_main
 from .healing import HealingTrainer
+from .on_policy import heal_on_policy
 from .run import make_unpruned_student, publish_student, save_student, speed_runs, with_speed
 from .trainable import round_weights, trained_blocks
 
 if TYPE_CHECKING:
     from .iterative import IterativeLayerDistillTrainer
+
+
+Heal = Callable[[PreTrainedModel, LayerPlan], tuple[PreTrainedModel, Healing]]
 
 
 class LayerDistillCallback(TrainerCallback):
@@ -50,8 +55,8 @@ class LayerDistillCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, phase: str, **details: Any
     ) -> None:
         """`phase` starts: `"evaluating teacher"`, `"scoring"`, `"merging"`, `"repairing"`, `"evaluating"`,
-        `"healing"`, `"measuring speed"` or `"writing"`. Phases of a round come with `num_layers`, the measuring of
-        speed with `num_runs`."""
+        `"healing"`, `"healing on policy"`, `"measuring speed"` or `"writing"`. Phases of a round come with
+        `num_layers`, the measuring of speed with `num_runs`."""
 
     def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """One step of a phase other than healing is done: a batch, or a timed run."""
@@ -94,10 +99,21 @@ class Rounds:
                 if self.run.current.phase != "healed":  # else the student is on disk
                     student = self._edited(student, edit)
             self._evaluate_unhealed(student, plan)
-            student = self._healed(student, plan)
+            student = self._healed(student, plan, self._heal if self.args.heal else None)
             self._end_round(student, self._evaluate(student))
+        if self.args.on_policy_steps and not self.run.is_finished_on_policy:
+            self._train_on_policy(student, plan)
         self._finish()
         return self.output
+
+    def _train_on_policy(self, student: PreTrainedModel, plan: LayerPlan) -> None:
+        """Make a last round without an edit, which heals the student on its own answers."""
+        self._begin_round(plan)
+        if self.run.current.phase == "choosing":
+            last = self.run.rounds[-1]
+            self._change_round(phase="edited", before_healing=last.quality, unhealed=last.unhealed or last.quality)
+        student = self._healed(student, plan, self._heal_on_policy)
+        self._end_round(student, self._evaluate(student))
 
     def _first_student(self) -> PreTrainedModel:
         number = len(self.run.rounds)
@@ -219,14 +235,14 @@ class Rounds:
             unhealed = self._evaluate(self._edited_teacher(plan))
         self._change_round(phase="edited", before_healing=before, unhealed=unhealed)
 
-    def _healed(self, student: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
-        """The student of this round after its healing, on disk."""
+    def _healed(self, student: PreTrainedModel, plan: LayerPlan, heal: Heal | None) -> PreTrainedModel:
+        """The student of this round after its healing, if there is one, on disk."""
         trainer, number = self.trainer, self.trainer.round
         if self.run.current.phase == "healed":  # where the run was interrupted
             student = self._load_student(number)
             set_model(trainer, student)
         else:
-            student, healing = self._heal(student, plan) if self.args.heal else (student, None)
+            student, healing = heal(student, plan) if heal else (student, None)
             set_model(trainer, student)
             trainer.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -260,6 +276,15 @@ class Rounds:
             raise LayerPruneError(f"{error}. A run that resumes heals round {number} from its start") from error
         return student, healing.so_far
 
+    def _heal_on_policy(self, student: PreTrainedModel, plan: LayerPlan) -> tuple[PreTrainedModel, Healing]:
+        """Train the student on its own answers; a run that resumes begins this healing again."""
+        blocks = trained_blocks(plan, [], self.args.trained_layers)
+        self._phase("healing on policy", num_layers=plan.depth)
+        try:
+            return heal_on_policy(self.trainer, student, blocks, self.checkpoints)
+        except NotANumber as error:
+            raise LayerPruneError(str(error)) from error
+
     def _last_checkpoint(self) -> Path | None:
         """The checkpoint that the run names: it does so once all processes have written it. Others are deleted."""
         step = self.run.current.checkpoint
@@ -271,10 +296,11 @@ class Rounds:
     def _end_round(self, student: PreTrainedModel, quality: EvaluationReport) -> None:
         number, current = self.trainer.round, self.run.current
         if not math.isfinite(quality.loss):  # this healing does not count
-            self._change_round(phase="edited" if self.args.heal else "choosing", checkpoint=None, healing=None)
+            healed = current.healing is not None
+            self._change_round(phase="edited" if healed else "choosing", checkpoint=None, healing=None)
             if self.args.should_save:
                 shutil.rmtree(round_folder(self.file.folder, number))
-            advice = "; lower the learning rate" if self.args.heal else ""
+            advice = "; lower the learning rate" if healed else ""
             raise LayerPruneError(
                 f"round {number}: the student's loss is {quality.loss}{advice}. The rounds before it are kept"
             )

@@ -33,7 +33,7 @@ from .config import IterativeLayerDistillConfig
 LOCK_FILE = ".lock"
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 64, 5  # of the measured speed
 FINGERPRINT_ROWS = 64
-# What decides which layers go and how they heal. A lower target only makes a run longer, so it is not here.
+# What decides which layers go and how they heal. A lower target, or on-policy steps, only make a run longer.
 DECISIVE = (
     "edits", "max_group_size", "criterion", "tasks", "one_shot", "race_confidence", "compensation", "layers_per_round",
     "heal", "protect_first_layers", "protect_last_layers", "trained_layers", "kl_weight", "beta", "hidden_weight",
@@ -141,6 +141,15 @@ def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any]
                 f"{folder} holds a run with {key}={found.settings.get(key)!r}, now it is {settings.get(key)!r}; "
                 "resume with the same settings, model and data, or choose another output_dir"
             )
+
+
+def check_made_of(plan: LayerPlan, teacher_plan: LayerPlan) -> None:
+    """Raise [`LayerPruneError`] unless a student of `plan` can have been made from a teacher of `teacher_plan`."""
+    if plan.num_teacher_layers != teacher_plan.num_teacher_layers or {*plan.layers} - {*teacher_plan.layers}:
+        raise LayerPruneError(
+            f"the student's layers {list(plan.layers)} of {plan.num_teacher_layers} are not all layers of the teacher "
+            f"({list(teacher_plan.layers)} of {teacher_plan.num_teacher_layers}); use the model it was pruned from"
+        )
 
 
 def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:

@@ -1,6 +1,6 @@
 """Healing on given text against healing on the teacher's own continuations of it, on equal tokens.
 
-    python benchmarks/on_policy.py --output_dir runs/on_policy --output benchmarks/results/on_policy.json
+    python benchmarks/own_answers.py --output_dir runs/own_answers --output benchmarks/results/own_answers.json
 
 One student of the embedded teacher (four of its 16 layers removed, the same for all) is healed by `embedded.yaml`: on
 the beginnings of passages of books; on what the teacher writes after the first words of the same passages, sampled as
@@ -93,8 +93,8 @@ def measured(trainer: IterativeLayerDistillTrainer, teacher: PreTrainedModel, ow
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/on_policy"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/on_policy.json"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/own_answers"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/own_answers.json"))
     parser.add_argument("--num_prompts", type=int, default=480)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     arguments = parser.parse_args()
@@ -127,7 +127,7 @@ def main() -> None:
         mean = {key: statistics.mean(run[key] for run in of_one) for key in ("loss", "kl", "kl_on_teachers_own_text")}
         print(f"{name:36} {mean['loss']:8.4f} {mean['kl']:8.4f} {mean['kl_on_teachers_own_text']:20.4f}")
     content = {
-        "command": "python benchmarks/on_policy.py",
+        "command": "python benchmarks/own_answers.py",
         "environment": environment(),
         "settings": {"removed_first": gone, "answers": ANSWERS | {"num_prompts": count}, "seeds": arguments.seeds},
         "answers": {"its own sampling": own_report, "whole distribution": whole_report},

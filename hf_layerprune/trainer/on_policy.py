@@ -1,0 +1,116 @@
+"""Heal a student on its own answers, as the last phase of a run: on-policy distillation.
+
+The student answers prompts, and learns to continue its own answers as the teacher would. So it is corrected where it
+goes wrong itself, which no given text shows. Answers are short at first and grow. The trainer is TRL's.
+https://huggingface.co/papers/2306.13649, https://huggingface.co/papers/2607.13124
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from trl import DistillationConfig, DistillationTrainer
+
+from ..data import num_positions
+from ..errors import NotANumber
+from ..healing_data import read_prompts
+from ..record import Healing
+from ..settings import HealingDataConfig
+from .trainable import make_trainable, merge_and_round
+
+if TYPE_CHECKING:
+    from .iterative import IterativeLayerDistillTrainer
+
+FIRST_SHARE = 0.125  # of the longest answers: how long the first ones are
+GROWING = 0.75  # share of the steps until they are the longest
+OFF = {
+    "push_to_hub": False, "report_to": [], "enable_jit_checkpoint": False, "eval_strategy": "no",
+    "load_best_model_at_end": False, "save_strategy": "no", "remove_unused_columns": False,
+    "include_num_input_tokens_seen": "no",  # it counts them itself
+}  # fmt: skip
+
+
+class OnPolicyTrainer(DistillationTrainer):
+    """TRL's trainer, with answers that grow from an eighth of the longest, and an error if the loss is not finite."""
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        grown = min(1.0, self.state.global_step / (GROWING * self.state.max_steps))
+        share = FIRST_SHARE + (1 - FIRST_SHARE) * grown
+        self.generation_config.max_new_tokens = max(1, round(share * self.max_completion_length))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not self.accelerator.reduce(loss.detach(), "sum").isfinite():
+            raise NotANumber(
+                f"the loss on the student's own answers is not finite at step {self.state.global_step + 1} of "
+                f"{self.state.max_steps}; lower on_policy_learning_rate (now {self.args.learning_rate:g})"
+            )
+        return loss
+
+
+def prompts_to_answer(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, longest: int
+) -> Dataset:
+    """The prompts in a data set, as TRL's trainer takes them, that leave room for an answer of `longest` tokens.
+
+    Where the tokenizer has a chat template, texts are a user's message.
+
+    Raises:
+        [`LayerPruneError`]: if there is none.
+    """
+    config = HealingDataConfig(as_chat=tokenizer.chat_template is not None, max_new_tokens=longest)
+    prompts, _ = read_prompts(rows, tokenizer, config, num_positions(model.config))
+    return Dataset.from_list([{"prompt": prompt.content} for prompt in prompts])
+
+
+def heal_on_policy(
+    owner: IterativeLayerDistillTrainer, student: PreTrainedModel, blocks: list[int], folder: Path
+) -> tuple[PreTrainedModel, Healing]:
+    """Train `blocks` of a student, or all of its weights if the settings say so, on its own answers.
+
+    Args:
+        owner ([`IterativeLayerDistillTrainer`]): has the prompts, the settings, the callbacks and the teacher.
+        student ([`~transformers.PreTrainedModel`]): may share weights with the teacher; what is trained is copied.
+        blocks (`list[int]`): positions of the blocks to train.
+        folder (`Path`): for what the trainer writes.
+
+    Returns:
+        The healed student, and what its healing took; tokens are those of prompts and answers.
+
+    Raises:
+        [`NotANumber`]: if the loss or a weight is not finite.
+    """
+    args, config, generation = owner.args, copy.deepcopy(student.config), copy.deepcopy(student.generation_config)
+    trained = make_trainable(student, blocks, args.trained_layers == "all", owner._peft_config)
+    tokenizer = copy.deepcopy(owner.processing_class)
+    tokenizer.padding_side = "left"
+    trainer = OnPolicyTrainer(trained, owner.teacher, _config(args, folder), owner.prompts, processing_class=tokenizer)
+    trainer.callback_handler.callbacks = owner.callback_handler.callbacks
+    began = time.perf_counter()
+    try:
+        trainer.train()
+    finally:
+        owner.state, owner.control = trainer.state, trainer.control
+    healed = merge_and_round(
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), owner.save_dtype
+    )
+    healed.config, healed.generation_config = config, generation  # the trainer sets tokens there
+    return healed, Healing(int(trainer.state.num_input_tokens_seen), time.perf_counter() - began, on_policy=True)
+
+
+def _config(args: TrainingArguments, folder: Path) -> DistillationConfig:
+    """The run's settings of optimizer, precision and logging, for TRL's trainer."""
+    shared = {item.name: getattr(args, item.name) for item in fields(TrainingArguments) if item.init}
+    own = {
+        "output_dir": str(folder),
+        "max_steps": args.on_policy_steps,
+        "max_completion_length": args.on_policy_tokens,
+    }
+    own["generation_kwargs"] = {"remove_invalid_values": True}  # what diverged shows in the loss
+    own["learning_rate"] = args.on_policy_learning_rate
+    return DistillationConfig(**shared | OFF | own)

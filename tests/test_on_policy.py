@@ -1,0 +1,139 @@
+import copy
+
+import pytest
+import torch
+from conftest import load, tiny_model
+from datasets import Dataset
+from trl import DistillationTrainer
+
+from hf_layerprune import LayerPruneError
+from hf_layerprune.record import read_run
+from hf_layerprune.trainer import on_policy
+
+
+@pytest.fixture
+def prompts():
+    return Dataset.from_dict({"prompt": ["the sea was", "a ship of", "he said that", "there is no"]})
+
+
+def on_policy_settings(**changes):
+    return {
+        "on_policy_steps": 2,
+        "on_policy_tokens": 8,
+        "on_policy_learning_rate": 1e-2,
+        "target_num_layers": 4,
+    } | changes
+
+
+def test_the_last_round_heals_the_student_on_its_own_answers(make, prompts, tmp_path):
+    teacher = tiny_model()
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = make(teacher, prompt_dataset=prompts, **on_policy_settings())
+    trainer.train()
+
+    first, last = read_run(tmp_path / "run" / "report.json").rounds
+    assert not first.is_on_policy and last.is_on_policy and last.edits == () and last.plan == first.plan
+    assert last.before_healing == first.quality and last.unhealed == first.unhealed
+    assert last.healing.num_tokens > 0 and last.quality.kl != first.quality.kl
+    assert "| on policy |" in (tmp_path / "run" / "report.md").read_text()
+
+    healed, final = (load(tmp_path / "run" / name) for name in ("rounds/01", "model"))
+    for name, value in healed.named_parameters():
+        assert not torch.equal(final.get_parameter(name), value), name
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert final.config.to_json_string() == healed.config.to_json_string()
+    assert final.generation_config.to_dict() == healed.generation_config.to_dict()
+
+
+def test_only_the_neighbours_of_all_gaps_change(make, prompts, tmp_path):
+    trainer = make(prompt_dataset=prompts, **on_policy_settings(trained_layers="neighbours", target_num_layers=3))
+    trainer.train()
+    *_, before, after = (load(tmp_path / "run" / f"rounds/0{number}") for number in (1, 2, 3))
+    blocks = on_policy_blocks(trainer)
+    assert 0 < len(blocks) < 3 or blocks == [0, 1, 2]
+    for name, value in before.named_parameters():
+        trained = any(f".layers.{block}." in name for block in blocks)
+        assert torch.equal(after.get_parameter(name), value) != trained, name
+
+
+def on_policy_blocks(trainer):
+    """Positions next to a gap between the layers that are left."""
+    layers, last = trainer.run.rounds[-1].plan.layers, trainer.teacher.config.num_hidden_layers
+    ends = [-1, *layers, last]
+    gaps = [n for n in range(len(ends) - 1) if ends[n + 1] - ends[n] > 1]  # between blocks n - 1 and n
+    return sorted({n for gap in gaps for n in (gap - 1, gap) if 0 <= n < len(layers)})
+
+
+def test_answers_grow(make, prompts, monkeypatch):
+    lengths, generate = [], DistillationTrainer._generate_single_turn
+
+    def remember(self, *args, **kwargs):
+        lengths.append(self.generation_config.max_new_tokens)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", remember)
+    make(prompt_dataset=prompts, **on_policy_settings(on_policy_steps=4, on_policy_tokens=16)).train()
+    assert lengths == [2, 7, 11, 16]
+
+
+def test_the_loss_is_the_reverse_kl_on_the_answers(make, prompts, monkeypatch):
+    """The plain formula, on the answers that the trainer drew."""
+    seen, compute = [], DistillationTrainer._compute_loss
+
+    def remember(self, model, inputs, num_items_in_batch):
+        loss = compute(self, model, inputs, num_items_in_batch)
+        seen.append((loss[0].item(), expected_loss(self, inputs)))
+        return loss
+
+    monkeypatch.setattr(DistillationTrainer, "_compute_loss", remember)
+    make(prompt_dataset=prompts, **on_policy_settings()).train()
+    for loss, expected in seen:
+        assert loss == pytest.approx(expected, rel=1e-4) and loss > 0
+
+
+@torch.no_grad()
+def expected_loss(trainer, inputs):
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    logits = [m(ids, attention_mask=mask).logits for m in (trainer.model, trainer.teacher_model)]
+    start = inputs["prompt_ids"].shape[1] - 1
+    student, teacher = (part[:, start:-1].log_softmax(-1) for part in logits)
+    kl = (student.exp() * (student - teacher)).sum(-1)
+    counted = inputs["completion_mask"].bool()
+    return (kl[counted].sum() / counted.sum()).item()
+
+
+def test_a_finished_run_can_be_finished_on_policy(make, prompts, tmp_path):
+    make(target_num_layers=4).train()
+    trainer = make(prompt_dataset=prompts, **on_policy_settings())
+    trainer.train(resume_from_checkpoint=True)
+    assert [record.is_on_policy for record in trainer.run.rounds] == [False, True]
+    again = make(prompt_dataset=prompts, **on_policy_settings())
+    again.train(resume_from_checkpoint=True)
+    assert again.run.rounds == trainer.run.rounds
+
+
+def test_a_chat_template_makes_texts_messages(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    rows = Dataset.from_dict({"prompt": ["why?", ""]})
+    plain = on_policy.prompts_to_answer(rows, tokenizer, tiny_model(), 8)
+    assert plain.to_dict() == {"prompt": ["why?"]}
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chats = on_policy.prompts_to_answer(rows, tokenizer, tiny_model(), 8)
+    assert chats.to_dict() == {"prompt": [[{"content": "why?", "role": "user"}]]}
+
+
+@pytest.mark.parametrize("steps, given", [(2, False), (0, True)])
+def test_steps_and_prompts_belong_together(make, prompts, steps, given):
+    with pytest.raises(LayerPruneError, match="on_policy_steps and prompt_dataset"):
+        make(prompt_dataset=prompts if given else None, on_policy_steps=steps)
+
+
+def test_a_diverging_student_names_the_setting(make, prompts, tmp_path):
+    trainer = make(prompt_dataset=prompts, **on_policy_settings(on_policy_learning_rate=1e30))
+    with pytest.raises(LayerPruneError, match="on_policy_learning_rate"):
+        trainer.train()
+    assert len(read_run(tmp_path / "run" / "run_state.json").rounds) == 1
+    trainer = make(prompt_dataset=prompts, **on_policy_settings())
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.run.is_finished_on_policy
