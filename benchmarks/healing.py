@@ -41,8 +41,7 @@ from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model
 from hf_layerprune.losses import relative_hidden_state_mse
 from hf_layerprune.surgery import plan_of
-from hf_layerprune.trainer.healing import HealingTrainer
-from hf_layerprune.trainer.towers import compared_states, shared_depth
+from hf_layerprune.trainer.healing import HealingTrainer, compared_states, shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
 QWEN_3B = {

@@ -14,7 +14,6 @@ from .evaluation import evaluate_model as evaluate_model
 from .export import export_gguf as export_gguf
 from .healing_data import HealingDataReport as HealingDataReport
 from .healing_data import generate_healing_data as generate_healing_data
-from .healing_data_config import HealingDataConfig as HealingDataConfig
 from .hub import load_run as load_run
 from .hub import push_run as push_run
 from .loading import load_model as load_model
@@ -33,6 +32,7 @@ from .scoring import score_layers as score_layers
 from .search import PlanSearch as PlanSearch
 from .search import find_parallel_range as find_parallel_range
 from .search import search_plan as search_plan
+from .settings import HealingDataConfig as HealingDataConfig
 from .surgery import apply_plan as apply_plan
 from .surgery import parallelize as parallelize
 from .surgery import prune as prune

@@ -11,7 +11,7 @@ Shapes: B batch, T positions, N unpadded tokens, H hidden, I neurons of a block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from .architectures import architecture_of, mlp_output
 from .data import Batch, check_batches
 from .errors import LayerPruneError
-from .forward import advance, check_same_vocabulary, inference, inputs_of, record, to_device
+from .forward import check_same_vocabulary, inference, record, to_device
 from .plan import LayerPlan
-from .surgery import apply_plan, plan_of
+from .surgery import apply_plan, check_in_memory, plan_of
 
 COMPENSATIONS = ("none", "least_squares")
 DEFAULT_RIDGE = 5.0  # on the embedded teacher near the best at 4 and at 16 tokens per neuron; fewer help little
@@ -112,8 +112,7 @@ def compensate(
 
     Args:
         student ([`~transformers.PreTrainedModel`]): a model that lacks some layers.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data, read once; for several gaps one hidden state
-            of each model is held for all of it. Padding never counts.
+        batches (`Iterable[dict[str, Tensor]]`): calibration data, read once for each gap. Padding never counts.
         method (`str`): `"none"` or `"least_squares"`.
         teacher ([`~transformers.PreTrainedModel`]): the model with those layers, whose states are to be matched.
         gaps (`Iterable[int]`, *optional*):
@@ -138,26 +137,15 @@ def compensate(
     batches = check_repairable(student, batches, teacher, layers)
     repaired = apply_plan(student, plan, share_weights=share_weights)
     if method == "least_squares":
-        found = dict.fromkeys(_gap(layer, plan, plan_of(teacher)) for layer in layers)  # neighbours have one gap
-        found = [gap for gap in found if gap.position >= 0]
-        if len(found) == 1:  # no state need be held
-            apply_repair(repaired, *_refit(repaired, teacher, batches, found, ridge, on_batch))
-        else:
-            _repair_in_turn(repaired, teacher, batches, found, ridge, on_batch)
+        for gap in dict.fromkeys(_gap(layer, plan, plan_of(teacher)) for layer in layers):  # neighbours have one gap
+            if gap.position >= 0:
+                apply_repair(repaired, *_refit(repaired, teacher, batches, [gap], ridge, on_batch))
     return repaired
 
 
 def _check_method(method: str) -> None:
     if method not in COMPENSATIONS:
         raise LayerPruneError(f"compensation={method!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
-
-
-def check_in_memory(*models: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] if weights lie on disk or are moved to the device when they are needed."""
-    if any(parameter.is_meta for model in models for parameter in model.parameters()):
-        raise LayerPruneError(
-            "the model is partly on disk or in CPU memory; load it on one device to repair it or to merge its layers"
-        )
 
 
 def check_repairable(
@@ -175,11 +163,6 @@ def check_repairable(
     if unknown := sorted(set(layers) - set(plan_of(teacher).layers)):
         raise LayerPruneError(f"layers {unknown} are not in the teacher; it has {list(plan_of(teacher).layers)}")
     return check_batches(batches, model.config.vocab_size, "calibration data")
-
-
-def _repair(model: PreTrainedModel, position: int, weight: Tensor) -> Repair:
-    """The repair by a new weight of what adds the MLP's output to the residual stream."""
-    return Repair(position, {f"{architecture_of(model.config).mlp_output}.weight": weight})
 
 
 class _Gap(NamedTuple):
@@ -266,50 +249,6 @@ def solve_ridge(gram: Tensor, right: Tensor, ridge: float, num_tokens: int) -> T
     return solution
 
 
-def _repair_in_turn(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batches: Sequence[Batch],
-    gaps: Sequence[_Gap],
-    ridge: float,
-    on_batch: Callable[[], None],
-) -> None:
-    """Repair `student` in place, gap by gap from the bottom up, in one pass of both models over the data."""
-    if not gaps:
-        return
-    blocks, layers = student.base_model.layers, teacher.base_model.layers
-    valid = [unpadded(batch) for batch in batches]
-    num_tokens = sum(int(mask.sum()) for mask in valid)
-    with inference(student, teacher):
-        position, target = gaps[0].position, gaps[0].target
-        states, arguments = _states_at(student, batches, position)
-        wanted, teacher_arguments = _states_at(teacher, batches, target)
-        for gap in gaps:
-            for block in blocks[position : gap.position]:
-                advance(states, block, arguments)
-            for layer in layers[target : gap.target]:
-                advance(wanted, layer, teacher_arguments)
-            position, target = gap
-            projection = mlp_output(student, position)
-            fit = Regression(projection.weight.detach(), num_tokens)
-            for number, mask in enumerate(valid):
-                with inputs_of(projection) as read:
-                    output = blocks[position](states[number], **arguments[number])
-                rows = mask.to(output.device)
-                missing = wanted[number].to(output.device)[rows].float() - output[rows].float()
-                fit.add(read[0][rows].float(), missing)
-                on_batch()
-            apply_repair(student, _repair(student, position, fit.solve(ridge)))
-
-
-def _states_at(
-    model: PreTrainedModel, batches: Sequence[Batch], number: int
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """State `number` of each batch, and the arguments of the blocks that read it."""
-    calls = [record(model, to_device(batch, model.device), [number], stop=True) for batch in batches]
-    return [call.states[number] for call in calls], [call.arguments[number] for call in calls]
-
-
 def _refit(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -323,6 +262,7 @@ def _refit(
     If the equations of all gaps take more than `MAX_BYTES`, the data is read several times.
     """
     num_tokens = sum(int(unpadded(batch).sum()) for batch in batches)
+    name = f"{architecture_of(model.config).mlp_output}.weight"
     weights = [mlp_output(model, gap.position).weight.detach() for gap in gaps]
     at_once = max(1, MAX_BYTES // max((Regression.num_bytes(weight, num_tokens) for weight in weights), default=1))
     repairs = []
@@ -333,7 +273,7 @@ def _refit(
             _add_batch(model, teacher, batch, group, fits)
             if start + at_once >= len(gaps):
                 on_batch()
-        repairs += [_repair(model, gap.position, fit.solve(ridge)) for gap, fit in zip(group, fits, strict=True)]
+        repairs += [Repair(gap.position, {name: fit.solve(ridge)}) for gap, fit in zip(group, fits, strict=True)]
     return repairs
 
 

@@ -6,6 +6,7 @@ Any function of the package may raise [`LayerPruneError`] for it; only the docst
 from __future__ import annotations
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
 
 
 class LayerPruneError(ValueError):
@@ -30,3 +31,8 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in NO_MEMORY)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error, of a library in place of the operating system's own, says that a disk cannot be written."""
+    return any(part in str(error).lower() for part in DISK_FULL)

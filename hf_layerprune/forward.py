@@ -6,7 +6,7 @@ state 0 is the embedding, block p turns state p into state p + 1, and the final 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,7 +57,6 @@ def record(
     states: Collection[int],
     inner: Mapping[int, nn.Module] | None = None,
     stop: bool = False,
-    on_state: Callable[[int, Tensor], None] | None = None,
 ) -> Recording:
     """Run a model on a batch and record some hidden states, whatever the caller's gradient mode.
 
@@ -67,16 +66,13 @@ def record(
         inner (`Mapping[int, nn.Module]`, *optional*):
             By position of a block, the module inside it whose input is recorded too.
         stop (`bool`, *optional*, defaults to `False`): whether to stop at the last of `states`.
-        on_state (`Callable[[int, Tensor], None]`, *optional*):
-            Called with each state and its number as it is reached, in place of keeping it.
     """
     decoder, recording = model.base_model, Recording()
-    keep = recording.states.__setitem__ if on_state is None else on_state
     last = max(states) if stop else None
 
     def at_state(number: int, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         recording.arguments[number] = kwargs
-        keep(number, args[0])
+        recording.states[number] = args[0]
         if number == last:
             raise _Stop
 
@@ -101,7 +97,6 @@ def replay(
     blocks: Iterable[Callable[..., Tensor]],
     norm: nn.Module,
     states: Collection[int] = (),
-    **changed: Any,
 ) -> Recording:
     """Run blocks, of the same model or of another, from a recorded state on; what comes before it is not run again.
 
@@ -110,9 +105,8 @@ def replay(
         blocks (`Iterable[Callable[..., Tensor]]`): each is called with a state and the recorded arguments.
         norm (`nn.Module`): what reads the last state.
         states (`Collection[int]`, *optional*): numbers of states to record, of those that a block reads.
-        changed: arguments that take the place of recorded ones, such as `past_key_values`.
     """
-    state, arguments = recording.states[start], recording.arguments[start] | changed
+    state, arguments = recording.states[start], recording.arguments[start]
     replayed = Recording()
     for number, block in enumerate(blocks, start):
         if number in states:
@@ -120,12 +114,6 @@ def replay(
         state = block(state, **arguments)
     replayed.final = norm(state)
     return replayed
-
-
-def advance(states: list[Tensor], module: nn.Module, arguments: Sequence[dict[str, Any]]) -> None:
-    """Replace the state of each batch by what `module` makes of it; only one batch has both at a time."""
-    for number, kwargs in enumerate(arguments):
-        states[number] = module(states[number], **kwargs)
 
 
 @contextmanager

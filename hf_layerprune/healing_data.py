@@ -29,10 +29,10 @@ from .environment import fingerprint, fingerprint_model
 from .errors import LayerPruneError, first_line
 from .files import write_atomically
 from .forward import check_tokenizer, inference, to_device
-from .healing_data_config import HealingDataConfig
 from .loading import load_model, load_tokenizer, name_of
 from .rows import is_message
 from .scoring.measure import gathered, shard
+from .settings import HealingDataConfig
 from .tasks.chunks import pad_id, padded
 
 PROMPT_COLUMNS = ("messages", "prompt", "text")

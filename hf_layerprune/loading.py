@@ -1,4 +1,7 @@
-"""Load models and tokenizers a user names; every mistake is one clear line."""
+"""Load models and tokenizers a user names; every mistake is one clear line.
+
+A student made elsewhere does not say which of its teacher's layers it holds: `with_plan` finds them by its weights.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +32,8 @@ from .architectures import check_supported
 from .data import EMBEDDED_MODEL
 from .environment import native_dtype
 from .errors import LayerPruneError, first_line, is_out_of_memory
-from .surgery import plan_of
+from .plan import LayerPlan
+from .surgery import plan_of, prune
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -43,6 +48,10 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 EMBEDDED = "embedded"
 """Name of the model that comes with the package, wherever a model is named."""
+
+CLEARLY_NEARER = 0.7
+"""Largest distance to the nearest layer of the teacher, as a share of that to the next; unrelated layers are at 1."""
+NUMBERS_PER_TENSOR = 2**16  # that are compared, from all over it
 
 
 def resolve(name_or_path: str) -> str:
@@ -134,8 +143,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     try:
         if "gguf_file" in options:
             config.name_or_path, config.dtype = name, GGUF_DTYPE
-            _read_attention(config, options["gguf_file"])
-            _scale_positions(config, options["gguf_file"])
+            _complete(config, options["gguf_file"])
         check_supported(config)
         plan_of(config)
     except LayerPruneError as error:
@@ -153,21 +161,16 @@ def _reason(error: Exception, folder: Path) -> str:
     return first_line(error)
 
 
-def _read_attention(config: PretrainedConfig, path: str) -> None:
-    """Take what a GGUF file says of attention where transformers takes the defaults of the class: the head size of
-    a Qwen3, and whether a Llama has biases."""
+def _complete(config: PretrainedConfig, path: str) -> None:
+    """Take what a GGUF file says and transformers does not read, in place: the head size of a Qwen3, whether a Llama
+    has biases, and that positions are scaled as in Llama 3."""
     metadata, tensors = read_gguf_metadata(path)
-    size = metadata.get(f"{metadata['general.architecture']}.attention.key_length")
-    if size is not None:
+    architecture = metadata["general.architecture"]
+    if (size := metadata.get(f"{architecture}.attention.key_length")) is not None:
         config.head_dim = size
     if config.model_type == "llama":
         config.attention_bias, config.mlp_bias = "blk.0.attn_q.bias" in tensors, "blk.0.ffn_up.bias" in tensors
-
-
-def _scale_positions(config: PretrainedConfig, path: str) -> None:
-    """Scale the rotary positions as Llama 3 does where a GGUF file says so, which transformers does not read."""
-    metadata, tensors = read_gguf_metadata(path)
-    kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type", "none")
+    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors:
         from gguf import GGUFReader
 
@@ -267,3 +270,71 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         raise LayerPruneError(
             f"{name} has no tokenizer that can be loaded; save one next to the model or name another"
         ) from error
+
+
+def with_plan(student: PreTrainedModel, teacher: PreTrainedModel, plan: LayerPlan | None = None) -> PreTrainedModel:
+    """A student whose config says which layers of `teacher` it holds: its own plan, else `plan`, else the one found.
+
+    Raises:
+        [`LayerPruneError`]: if `plan` does not fit the student, or none is given and none can be found.
+    """
+    depth = student.config.num_hidden_layers
+    if getattr(student.config, "layer_plan", None) is not None:
+        if plan not in (None, plan_of(student)):
+            raise LayerPruneError(f"plan={plan.to_json()} is not that of the student's config.json; leave it out")
+        return student
+    if plan is None:
+        if depth >= len(plan_of(teacher).layers):
+            return student
+        plan = find_plan(student, teacher)
+    if plan.parallel_pairs or plan.depth != depth:
+        raise LayerPruneError(
+            f"plan has {plan.depth} blocks, {len(plan.layers)} layers; the student has {depth} layers"
+        )
+    student = prune(student, [], share_weights=True)
+    student.config.layer_plan = plan.to_dict()
+    return student
+
+
+def find_plan(student: PreTrainedModel, teacher: PreTrainedModel) -> LayerPlan:
+    """The plan that gives every layer of `student` the nearest layer of `teacher`; they must ascend.
+
+    Healing moves layers; they stay far nearer to what they were than to any other layer.
+
+    Raises:
+        [`LayerPruneError`]: if a layer is about as near to another one, or the layers do not ascend.
+    """
+    plan, last = plan_of(teacher), -1
+    if plan.depth < len(plan.layers):
+        raise LayerPruneError(
+            "the teacher has blocks of several layers; say which layers the student holds with --plan plan.json"
+        )
+    teacher_samples, layers = _samples(teacher), []
+    for number, sample in enumerate(_samples(student)):
+        distances = torch.stack([_distance(sample, other) for other in teacher_samples])
+        (nearest, second), order = distances.topk(2, largest=False)
+        if not nearest < CLEARLY_NEARER * second.clamp(max=1) or order[0] <= last:
+            raise LayerPruneError(
+                f"layer {number} of the student is not clearly one of the teacher's: its weights differ by "
+                f"{nearest:.2f} of their size from layer {plan.layers[order[0]]} and by {second:.2f} from layer "
+                f"{plan.layers[order[1]]}; say which layers it holds with --plan plan.json"
+            )
+        last = int(order[0])
+        layers.append(plan.layers[last])
+    return LayerPlan(tuple((layer,) for layer in layers), plan.num_teacher_layers)
+
+
+def _samples(model: PreTrainedModel) -> list[list[Tensor]]:
+    """Some weights of every matrix of each layer."""
+    layers = (
+        [part.detach().flatten() for part in layer.parameters() if part.dim() > 1] for layer in model.base_model.layers
+    )
+    return [[part[:: max(1, len(part) // NUMBERS_PER_TENSOR)].float().cpu() for part in parts] for parts in layers]
+
+
+def _distance(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """Mean over the matrices of the norm of the difference over that of the teacher's."""
+    if [part.shape for part in student] != [part.shape for part in teacher]:
+        return torch.tensor(torch.inf)
+    parts = [((a - b).norm(), b.norm()) for a, b in zip(student, teacher, strict=True)]
+    return torch.stack([difference / norm if norm else (difference > 0).float() for difference, norm in parts]).mean()

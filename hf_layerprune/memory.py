@@ -29,7 +29,7 @@ from .losses import MAX_LOGITS_PER_CHUNK, parts_of_loss
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 from .trainer import IterativeLayerDistillConfig
-from .trainer.towers import compared_states, run_towers
+from .trainer.healing import compared_states, run_towers
 from .trainer.trainable import lora_config, make_trainable
 
 DEFAULT_LENGTH = 1024  # tokens per row where `max_length` sets no bound

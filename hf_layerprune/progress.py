@@ -1,17 +1,23 @@
-"""The terminal during a verb: what is happening and the time left; of a run also the round and a line about each."""
+"""The terminal during a verb: what is happening and the time left; a line about each round of a run; and how Ctrl-C
+ends one.
+"""
 
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import datasets
+import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from .record import RoundRecord
@@ -151,3 +157,41 @@ class RunProgress(LayerDistillCallback):
         for scores in record.scores:
             if scores.margin is not None and not scores.margin >= CLEAR_MARGIN:
                 say(self.phases.out, f"  {scores.certainty}")
+
+
+class StopOnSignal(LayerDistillCallback):
+    """End a run on Ctrl-C or SIGTERM where it can resume, with a `KeyboardInterrupt`: after the step of a healing, of
+    which a checkpoint is saved, or after the batch of a scoring. A second signal ends it at once. A context manager.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self.__exit__()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if dist.is_available() and dist.is_initialized():  # all processes must stop at the same step
+            asked = torch.tensor(int(self.requested), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(asked)
+            self.requested = bool(asked)
+        if self.requested and state.global_step < state.max_steps:  # after the last step the student is saved
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.requested and state.global_step < state.max_steps:
+            raise KeyboardInterrupt
+
+    def on_phase_step(self, args: Any, state: TrainerState, control: TrainerControl) -> None:
+        if self.requested:
+            raise KeyboardInterrupt

@@ -8,10 +8,13 @@ once, when they are read.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedModel
 
@@ -22,12 +25,15 @@ from .errors import LayerPruneError
 from .evaluation import EvaluationReport
 from .plan import Edit, LayerPlan
 from .scoring import Scores
-from .serialization import from_json_value, to_json_value
 from .surgery import plan_of
 from .tasks import TaskReport
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+LABEL = re.compile(r"\d{1,5}((\|\d{1,5})*|(\+\d{1,5})*)")
+MAX_WHOLE = 2**63
+WANTED = {int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "an object"}
 
 PLAN_FILE, REPORT_FILE, STATE_FILE = "plan.json", "report.json", "run_state.json"
 Phase = Literal["choosing", "edited", "healed"]
@@ -234,12 +240,12 @@ class RunRecord:
 
     def to_json(self) -> str:
         """The content of `report.json` and `run_state.json`."""
-        return json.dumps(to_json_value(self), indent=1, allow_nan=False) + "\n"
+        return json.dumps(_to_json_value(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote; treats it as outside input."""
-        return from_json_value(cls, json.loads(text), "the run")
+        return _from_json_value(cls, json.loads(text), "the run")
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
@@ -280,3 +286,76 @@ def _read(path: Path, name: str, parse: Callable[[str], Any]) -> Any:
         raise LayerPruneError(f"{name} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not text, not JSON, or a LayerPruneError
         raise LayerPruneError(f"{name}: {error}") from None
+
+
+def _to_json_value(value: Any) -> Any:
+    """Turn a value into what JSON has: an edit into its label, a float that is not finite into text."""
+    if isinstance(value, LayerPlan):
+        return value.to_dict()
+    if isinstance(value, Edit):
+        return value.label
+    if is_dataclass(value):
+        return {each.name: _to_json_value(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, dict):
+        return {_to_json_value(key): _to_json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json_value(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json_value(kind: Any, data: Any, name: str) -> Any:
+    """Turn what [`_to_json_value`] made back into a value of type `kind`; errors call it `name`.
+
+    Fields with defaults may be missing, and entries that are no fields are ignored.
+
+    Raises:
+        [`LayerPruneError`]: if a value is missing or has the wrong type.
+    """
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin is Any:
+        return data
+    if origin in (Union, UnionType):  # X | None
+        return None if data is None else _from_json_value(arguments[0], data, name)
+    if origin is Literal:
+        return data if data in arguments else _refuse(name, data, f"one of {', '.join(arguments)}")
+    if origin is LayerPlan:
+        return LayerPlan.from_dict(data)
+    if origin is Edit:
+        is_label = isinstance(data, str) and LABEL.fullmatch(data)
+        return Edit.from_label(data) if is_label else _refuse(name, data, 'a label such as "7", "4|5" or "4+5"')
+    if is_dataclass(origin):
+        return _dataclass(kind, _checked(dict, data, name), name)
+    if origin is tuple:
+        return tuple(_from_json_value(arguments[0], item, name) for item in _checked(list, data, name))
+    if origin is dict:
+        items, (key_kind, item_kind) = _checked(dict, data, name).items(), arguments
+        return {
+            _from_json_value(key_kind, key, name): _from_json_value(item_kind, item, f"{name}.{key}")
+            for key, item in items
+        }
+    if origin is float and (data in ("nan", "inf", "-inf") or (type(data) is int and abs(data) < MAX_WHOLE)):
+        return float(data)
+    return _checked(origin, data, name)
+
+
+def _dataclass(kind: Any, data: dict[str, Any], name: str) -> Any:
+    origin, given = get_origin(kind) or kind, {}
+    hints = get_type_hints(origin)
+    for each in fields(origin):
+        if each.name in data:
+            hint = hints[each.name]
+            hint = hint[get_args(kind)] if getattr(hint, "__parameters__", ()) else hint  # `Key` of `Scores[Edit]`
+            given[each.name] = _from_json_value(hint, data[each.name], f"{name}.{each.name}")
+        elif each.default is MISSING and each.default_factory is MISSING:
+            raise LayerPruneError(f"{name} lacks {each.name}")
+    return origin(**given)
+
+
+def _checked(kind: type, data: Any, name: str) -> Any:
+    if type(data) is not kind or (kind is int and abs(data) >= MAX_WHOLE):
+        _refuse(name, data, WANTED[kind])
+    return data
+
+
+def _refuse(name: str, data: Any, wanted: str) -> NoReturn:
+    raise LayerPruneError(f"{name}={data!r:.80} must be {wanted}")

@@ -1,9 +1,13 @@
-"""A setting of a dataclass, with the help that the command line prints. Needs no torch to import."""
+"""`option`, what settings are made of, and the settings of a teacher's answers, whose `--help` needs no torch."""
 
 from __future__ import annotations
 
-from dataclasses import field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from .errors import LayerPruneError
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -11,3 +15,69 @@ def option(default: Any, help: str, **more: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"help": help, **more})
     return field(default=default, metadata={"help": help, **more})
+
+
+def check_at_least(settings: Any, bounds: Mapping[str, float]) -> None:
+    """Raise [`LayerPruneError`] for a number below its bound; if that is a whole number, the setting must be one too.
+    A setting that is `None` is not set."""
+    for name, least in bounds.items():
+        value = getattr(settings, name)
+        kind, words = (int, "a whole number") if isinstance(least, int) else ((int, float), "a number")
+        if value is not None and not (isinstance(value, kind) and least <= value < math.inf):
+            raise LayerPruneError(f"{name}={value!r} must be {words} of at least {least:g}")
+
+
+@dataclass
+class HealingDataConfig:
+    r"""
+    Settings of [`generate_healing_data`].
+
+    Parameters:
+        prompt_column (`str`, *optional*):
+            Column of the prompts: lists of messages, or text. By default the first of `"messages"`, `"prompt"` and
+            `"text"` that exists. Answers at the end of a list of messages are left out; the teacher writes its own.
+        as_chat (`bool`, *optional*, defaults to `False`):
+            Turn each text into a user's message, for the chat template; by default the teacher continues the text.
+        prompt_tokens (`int`, *optional*, defaults to `32`):
+            The prompt of a text is the words in its first `prompt_tokens` tokens. A column named `"prompt"` is used
+            whole.
+        num_prompts (`int`, *optional*): rows to use, from the first; all by default.
+        max_prompt_tokens (`int`, *optional*):
+            Longest prompt in tokens, chat template included; longer ones are left out and counted. By default what
+            `max_new_tokens` leaves of the model's positions.
+        max_new_tokens (`int`, *optional*, defaults to `256`): longest answer in tokens.
+        temperature (`float`, *optional*):
+            Sampling temperature; 0 is greedy. By default, as for `top_p` and `top_k`, the checkpoint's own; a
+            checkpoint whose generation config does not sample is sampled at temperature 1 from all tokens.
+        top_p (`float`, *optional*): share of the probability to sample from.
+        top_k (`int`, *optional*): number of tokens to sample from; 0 is all.
+        seed (`int`, *optional*, defaults to `42`): seed of the sampling.
+        batch_size (`int`, *optional*, defaults to `8`): prompts at a time, per process.
+
+    Raises:
+        [`LayerPruneError`]: for a value out of range.
+    """
+
+    prompt_column: str | None = option(
+        None, "Column of the prompts, messages or text; default: 'messages', 'prompt' or 'text'."
+    )
+    as_chat: bool = option(False, "Turn each text into a user's message.")
+    prompt_tokens: int = option(32, "Tokens at the beginning of a text that are its prompt.")
+    num_prompts: int | None = option(None, "Rows to use, from the first; all by default.")
+    max_prompt_tokens: int | None = option(
+        None, "Leave out longer prompts; default: those that do not fit the model's positions."
+    )
+    max_new_tokens: int = option(256, "Longest answer in tokens.")
+    temperature: float | None = option(
+        None, "Temperature; 0 is greedy. Default of this, top_p and top_k: the checkpoint's."
+    )
+    top_p: float | None = option(None, "Share of the probability to sample from.")
+    top_k: int | None = option(None, "Number of tokens to sample from; 0 is all.")
+    seed: int = option(42, "Seed of the sampling.")
+    batch_size: int = option(8, "Prompts at a time, per process.")
+
+    def __post_init__(self) -> None:
+        counts = ("prompt_tokens", "num_prompts", "max_prompt_tokens", "max_new_tokens", "batch_size")
+        check_at_least(self, dict.fromkeys(counts, 1) | {"temperature": 0.0, "top_p": 0.0, "top_k": 0})
+        if self.top_p is not None and self.top_p > 1:
+            raise LayerPruneError(f"top_p={self.top_p} is out of range; it must be at most 1")

@@ -187,12 +187,17 @@ def restore(
     return restored
 
 
+def check_in_memory(*models: PreTrainedModel) -> None:
+    """Raise [`LayerPruneError`] if weights lie on disk or are moved to the device when they are needed."""
+    if any(parameter.is_meta for model in models for parameter in model.parameters()):
+        raise LayerPruneError("a model is partly on disk or in CPU memory; load it whole, on one device")
+
+
 def _check_made_of(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise [`LayerPruneError`] unless both are in memory and alike in all but their layers."""
-    for model in (student, teacher):
-        check_model(model)
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise LayerPruneError("a model is partly on disk or in CPU memory; load both on one device")
+    check_model(student)
+    check_model(teacher)
+    check_in_memory(student, teacher)
     names = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     ours, theirs = ([getattr(model.config, name, None) for name in names] for model in (student, teacher))
     if architecture_of(student.config) != architecture_of(teacher.config) or ours != theirs:

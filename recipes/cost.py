@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from hf_layerprune.benchmark import load_shape
 from hf_layerprune.cli.parsing import parse
 from hf_layerprune.estimate import RunSizes
 from hf_layerprune.files import write_atomically
 from hf_layerprune.memory import StepMeter, StepShape, Way
-from hf_layerprune.shapes import load_shape
 
 PEAK, SHARE = 989e12, 0.4  # operations a second of an H100 in bfloat16, and how much of it a run is taken to reach
 HERE = Path(__file__).parent

@@ -18,7 +18,7 @@ JSON_IS_PASSED_ON = {
     "trainer/run.py check_resume", "trainer/run.py decisive_settings", "demo/service.py DemoService.stream",
 }  # fmt: skip
 A_LIBRARY_WANTS_IT = {
-    "loading.py beside_weights", "forward.py advance", "tasks/kinds.py costs_of_samples",
+    "loading.py beside_weights", "tasks/kinds.py costs_of_samples",
     "trainer/healing.py HealingTrainer.compute_loss", "trainer/healing.py HealingTrainer.training_step",
     "demo/page.py depths_of",
 }  # fmt: skip

@@ -8,8 +8,7 @@ from transformers import CompileConfig
 
 import hf_layerprune.benchmark as module
 from hf_layerprune import LayerPruneError, benchmark_model, prune
-from hf_layerprune.benchmark import benchmark_models, kv_bytes_per_token
-from hf_layerprune.shapes import random_models
+from hf_layerprune.benchmark import benchmark_models, kv_bytes_per_token, random_models
 
 QUICK = {"prompt_tokens": 8, "new_tokens": 4, "repeats": 1}
 

@@ -6,8 +6,7 @@ from conftest import errors_of, tiny_model
 
 import hf_layerprune.cli.benchmark as module
 from hf_layerprune import cli, prune
-from hf_layerprune.benchmark import BenchmarkReport
-from hf_layerprune.shapes import load_shape, random_models
+from hf_layerprune.benchmark import BenchmarkReport, load_shape, random_models
 
 QUICK = ["--prompt_tokens", "8", "--new_tokens", "4", "--repeats", "1"]
 

@@ -7,10 +7,10 @@ from conftest import errors_of, tiny_config, tiny_model
 from transformers import GPT2Config
 
 from hf_layerprune import cli
+from hf_layerprune.benchmark import load_shape
 from hf_layerprune.cli.estimate import _config
 from hf_layerprune.estimate import RunSizes
 from hf_layerprune.memory import StepMeter, Way
-from hf_layerprune.shapes import load_shape
 
 QUICK = ["--max_length", "32", "--per_device_train_batch_size", "2"]
 

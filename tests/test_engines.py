@@ -35,9 +35,8 @@ from hf_layerprune.loading import load_model
 from hf_layerprune.surgery import plan_of
 from hf_layerprune._trl import redirect_forward
 from hf_layerprune.trainer.engines import fill_outline, frozen_head, outline
-from hf_layerprune.trainer.healing import HealingTrainer
+from hf_layerprune.trainer.healing import HealingTrainer, compared_states, shared_depth
 from hf_layerprune.trainer.run import save_student
-from hf_layerprune.trainer.towers import compared_states, shared_depth
 from hf_layerprune.trainer.trainable import merge_and_round, make_trainable
 
 dist.init_process_group("gloo")

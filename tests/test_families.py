@@ -27,11 +27,11 @@ from hf_layerprune import (
     unparallelize,
 )
 from hf_layerprune.architectures import ARCHITECTURES, Architecture, check_supported
+from hf_layerprune.benchmark import random_models
 from hf_layerprune.plan import Edit
 from hf_layerprune.search import find_parallel_range, search_plan
-from hf_layerprune.shapes import random_models
 from hf_layerprune.surgery import apply_plan, plan_of
-from hf_layerprune.trainer.towers import shared_depth
+from hf_layerprune.trainer.healing import shared_depth
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 PLAN = LayerPlan(BLOCKS, 7)

@@ -248,7 +248,7 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer):
         ({"messages": [[{"role": "user", "content": None}]]}, {}, "row 0 is .*; it must be a text or"),
         ({"text": ["a"]}, {"max_new_tokens": 256}, "max_new_tokens=256 leaves 0 of the model's 256 positions"),
         ({"text": ["a"]}, {"max_prompt_tokens": 250}, "leaves 244 .* for a prompt of up to 250 tokens"),
-        ({"text": ["a"]}, {"max_new_tokens": 0}, "max_new_tokens=0 is out of range"),
+        ({"text": ["a"]}, {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at least 1"),
         ({"text": ["a"]}, {"temperature": -1}, "temperature=-1"),
         ({"text": ["a"]}, {"top_p": 2}, "top_p=2"),
         ({"text": ["a"]}, {"top_k": -1}, "top_k=-1"),

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config
 
 from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, prune
+from hf_layerprune.benchmark import load_shape
 from hf_layerprune.loading import load_config, load_model, load_tokenizer
-from hf_layerprune.shapes import load_shape
 from hf_layerprune.surgery import plan_of
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import read_report, tiny_config, tiny_model
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, prune
-from hf_layerprune.matching import find_plan
+from hf_layerprune.loading import find_plan
 from hf_layerprune.surgery import plan_of
 
 

@@ -14,9 +14,9 @@ from conftest import VOCAB_SIZE, byte_tokenizer, errors_of, read_report
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hf_layerprune import cli
+from hf_layerprune.benchmark import load_shape
 from hf_layerprune.cli.parsing import parse
 from hf_layerprune.data import ASSETS, embedded_dataset
-from hf_layerprune.shapes import load_shape
 from hf_layerprune.surgery import plan_of
 
 ROOT = Path(__file__).parent.parent

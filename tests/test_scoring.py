@@ -1,6 +1,5 @@
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -387,7 +386,7 @@ def test_one_sweep_reads_every_weight_of_a_layer_once(model, tmp_path, monkeypat
     monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", lambda self, key: read.append(key) or get(self, key))
     expected = score_layers(model, random_batches(4))
     for states, sweeps in ((candidates.MAX_STATE_BYTES, 1), (1, model.config.num_hidden_layers)):
-        monkeypatch.setattr(sys.modules["hf_layerprune.scoring.score"], "MAX_STATE_BYTES", states)
+        monkeypatch.setattr(candidates, "MAX_STATE_BYTES", states)
         read.clear()
         scores = score_layers(offloaded, random_batches(4))
         assert scores.values == pytest.approx(expected.values, rel=1e-5)

@@ -6,8 +6,8 @@ from conftest import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config, Qwen2ForCausalLM
 
 from hf_layerprune import LayerPruneError, prune
+from hf_layerprune.benchmark import SHAPES, load_shape, random_models, shape_plan
 from hf_layerprune.models import PrunedQwen2ForCausalLM
-from hf_layerprune.shapes import SHAPES, load_shape, random_models, shape_plan
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("Qwen2.5")])

@@ -2,7 +2,7 @@ import pytest
 
 from hf_layerprune import LayerPlan, LayerPruneError
 from hf_layerprune.plan import Edit
-from hf_layerprune.trainer.towers import compared_states
+from hf_layerprune.trainer.healing import compared_states
 from hf_layerprune.trainer.trainable import touched_blocks, trained_blocks
 
 TEACHER = LayerPlan.identity(8)

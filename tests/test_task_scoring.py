@@ -1,19 +1,14 @@
 """Layers scored by tasks: the same costs as running every candidate as a model of its own."""
 
-import copy
-
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
 from datasets import Dataset
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from hf_layerprune import LayerPruneError, Race, parallelize, prune, score, score_layers
 from hf_layerprune.compensation import compensate
 from hf_layerprune.loading import load_tokenizer
 from hf_layerprune.plan import Edit
-from hf_layerprune.scoring.candidates import CandidateRuns
-from hf_layerprune.surgery import plan_of
 from hf_layerprune.tasks import (
     GenerationTask,
     KLTask,
@@ -22,7 +17,6 @@ from hf_layerprune.tasks import (
     evaluate_tasks,
     load_tasks,
 )
-from hf_layerprune.tasks.evaluation import generated
 
 ROWS = Dataset.from_dict(
     {
@@ -68,43 +62,6 @@ def test_the_error_of_one_task_is_that_of_its_report(tokenizer):
     scores = score_layers(model, None, "tasks", tasks=[task], tokenizer=tokenizer)
     report = evaluate_tasks(prune(model, [2]), [task], tokenizer).results["choice"]
     assert scores.standard_errors[2] == pytest.approx(report.standard_error)
-
-
-@pytest.mark.parametrize("one_token", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-def test_shared_prompts_change_no_text(tokenizer, one_token, biased):
-    model = tiny_model(5, seed=3)
-    model = parallelize(model, [(3, 4)]) if biased else model
-    task = GenerationTask(
-        Dataset.from_dict({"q": ["a", "b"], "a": ["c", "d"]}) if one_token else ROWS, name="write",
-        prompt="{q}" if one_token else "{q} =>", reference="{a}", metric="chrf", max_new_tokens=8, stop_strings=["z"],
-    )  # fmt: skip
-    (chunk, *_) = task.prepare(tokenizer, batch_size=6).chunks
-    edits = [Edit.remove(n) for n in range(5)] + [Edit.parallelize(1, 2)]
-    plans = [edit.apply(plan_of(model)) for edit in edits]
-    runs = CandidateRuns(model, plans, tokenizer=tokenizer)
-    with torch.no_grad():
-        texts = list(runs.texts(chunk, range(1, 7)))
-        assert texts[0] == generated(model, chunk, tokenizer)
-        for index, text in enumerate(texts[1:], 1):
-            assert text == generated(copy.deepcopy(runs.student(index)), chunk, tokenizer)
-    assert len({tuple(text) for text in texts}) > 3
-
-
-def test_a_prompt_runs_once_below_the_first_change(tokenizer, monkeypatch):
-    model = tiny_model(5)
-    (chunk, *_) = all_kinds()[-1].prepare(tokenizer, batch_size=4).chunks
-    runs = CandidateRuns(model, [Edit.remove(n).apply(plan_of(model)) for n in range(5)], tokenizer=tokenizer)
-    long, forward = [], Qwen2DecoderLayer.forward
-
-    def counted(layer, states, **kwargs):
-        long.append(states.shape[1] > 1)
-        return forward(layer, states, **kwargs)
-
-    monkeypatch.setattr(Qwen2DecoderLayer, "forward", counted)
-    with torch.no_grad():
-        list(runs.texts(chunk, range(1, 6)))
-    assert sum(long) == 5 + (4 + 3 + 2 + 1)  # the model itself, and each candidate above its gap
 
 
 def test_tasks_after_repair(tokenizer, batches):

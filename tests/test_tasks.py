@@ -20,7 +20,7 @@ from hf_layerprune.tasks import (
     evaluate_tasks,
 )
 from hf_layerprune.tasks import task as module
-from hf_layerprune.tasks.evaluation import generated, standard_error, sums_by_row
+from hf_layerprune.tasks.evaluation import standard_error, sums_by_row
 from hf_layerprune.tasks.task import render
 
 BLIMP = [
@@ -228,7 +228,7 @@ def test_generation_is_the_models_own_greedy_text(model, tokenizer, write):
         "Q: How many bolts in total?\nA:",
         "Q: How much does she make?\nA:",
     ]
-    texts = generated(model, chunk, tokenizer)
+    texts = chunk.texts(model, tokenizer)
     for row, text in zip(GSM8K, texts, strict=True):
         ids = tokenizer(f"Q: {row['question']}\nA:", return_tensors="pt")["input_ids"]
         for _ in range(6):
@@ -248,8 +248,12 @@ def prepared_prompts(chunk, tokenizer):
 def test_generation_costs(tokenizer, write):
     path = write("gsm.jsonl", GSM8K)
     chunk = GenerationTask(path, prompt="{question}", after="####", stop_strings=("Q:",)).prepare(tokenizer).chunks[0]
-    costs, weights = chunk.reduce([["so #### 3 \n", "18"], ["3Q: more", "#### 180"], ["#### 1 #### 3", ""]])
-    assert costs.tolist() == [[0, 0], [0, 1], [0, 1]] and weights.tolist() == [1, 1]
+    for texts, costs in [
+        (["so #### 3 \n", "18"], [0, 0]),
+        (["3Q: more", "#### 180"], [0, 1]),
+        (["#### 1 #### 3", ""], [0, 1]),
+    ]:
+        assert chunk.costs(texts).tolist() == costs
     shot = GenerationTask(path, prompt="Q: {question}\nA:", num_few_shot=1).prepare(tokenizer)
     assert prepared_prompts(shot.chunks[0], tokenizer) == [
         f"Q: How many bolts in total?\nA: {GSM8K[0]['answer']}\n\nQ: How much does she make?\nA:"
@@ -259,9 +263,8 @@ def test_generation_costs(tokenizer, write):
 def test_a_generation_is_scored_text_by_text(model, tokenizer):
     settings = {"metric": "chrf", "max_new_tokens": 12, "name": "g", "stop_strings": ["\x00"]}
     rows = [{"prompt": "ab", "answer": "x"}, {"prompt": "c", "answer": "z"}]
-    texts = generated(
-        model, GenerationTask(Dataset.from_list(rows), **settings).prepare(tokenizer).chunks[0], tokenizer
-    )
+    (chunk,) = GenerationTask(Dataset.from_list(rows), **settings).prepare(tokenizer).chunks
+    texts = chunk.texts(model, tokenizer)
     rows[0]["answer"], rows[1]["answer"] = texts[0][:6] + " and more", "little of " + texts[1][-3:]
     result = evaluate_tasks(model, [GenerationTask(Dataset.from_list(rows), **settings)], tokenizer).results["g"]
     scores = [
@@ -281,7 +284,7 @@ def test_copying_by_likelihood_and_by_writing(model, tokenizer):
     task = GenerationTask(rows, prompt="{text}\n\n", reference="{text}", metric="prefix", max_new_tokens=4)
     (chunk,) = task.prepare(tokenizer).chunks
     assert prepared_prompts(chunk, tokenizer) == [f"{text}\n\n"] and chunk.references == (text,)
-    assert chunk.reduce([[f" {text} and"], ["One two, three"]])[0].tolist() == [[0.0], [0.5]]
+    assert chunk.costs([f" {text} and"]).tolist() == [0.0] and chunk.costs(["One two, three"]).tolist() == [0.5]
 
 
 def test_the_standard_error_is_that_of_the_mean():

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from hf_layerprune import IterativeLayerDistillTrainer, parallelize, prune
 from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.surgery import plan_of, share_equal_weights
+from hf_layerprune.trainer.healing import compared_states, run_towers, shared_depth
 from hf_layerprune.trainer.rounds import Rounds
-from hf_layerprune.trainer.towers import compared_states, run_towers, shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import LayerPruneError
-from ..settings import option
+from ..settings import check_at_least, option
 
 AUTO = "the checkpoint's own, or float32 on a CPU that would emulate it"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -71,8 +71,7 @@ class CompressArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora_r is not None and self.lora_r < 1:
-            raise LayerPruneError(f"lora_r={self.lora_r} is out of range; it must be at least 1")
+        check_at_least(self, {"lora_r": 1})
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from ..benchmark import Load, benchmark_models, num_runs
+from ..benchmark import Load, benchmark_models, load_shape, num_runs, random_models, short_name
 from ..environment import environment, native_dtype
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import EMBEDDED
 from ..progress import Phases, say
-from ..shapes import load_shape, random_models, short_name
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments
 from .common import device, load_on_device, made, print_table
@@ -43,7 +41,7 @@ def benchmark(argv: list[str]) -> None:
     settings |= {"dtype": arguments.dtype, "random_weights": arguments.shape is not None}
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     entries: list[dict[str, Any]] = []
-    with nullcontext() if folder is None else made(folder), Phases() as phases:
+    with made(folder), Phases() as phases:
         models = list(_models(arguments, phases))
         for load in loads:
             runs = num_runs(len(models), load.repeats, load.compile)

@@ -97,8 +97,12 @@ def check_new_folder(folder: Path, instead: str = "") -> None:
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """Make a folder before the work that fills it; an error that leaves it empty removes it again."""
+def made(folder: Path | None) -> Iterator[None]:
+    """Make a folder, if there is to be one, before the work that fills it; an error that leaves it empty removes it
+    again."""
+    if folder is None:
+        yield
+        return
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -14,10 +14,9 @@ from ..budget import Budget
 from ..data import ASSETS
 from ..errors import LayerPruneError, first_line
 from ..loading import beside_weights, load_config
-from ..progress import Phases, RunProgress
+from ..progress import Phases, RunProgress, StopOnSignal
 from ..rows import select_text_column
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
-from ..trainer.callbacks import StopOnSignal
 from ..trainer.trainable import lora_config
 from .arguments import CompressArguments, default_depth
 from .common import check_new_folder, check_sources, made, print_run, read_dataset, write_recipe

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import PretrainedConfig
 
 from ..architectures import check_parallel
+from ..benchmark import SHAPES, load_shape, short_name
 from ..budget import Goal
 from ..data import check_length
 from ..errors import LayerPruneError
@@ -21,7 +22,6 @@ from ..loading import is_gguf, load_config
 from ..plan import LayerPlan
 from ..progress import Phases, say
 from ..report import millions
-from ..shapes import SHAPES, load_shape, short_name
 from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig
 from ..trainer.config import as_words

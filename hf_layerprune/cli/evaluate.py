@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def evaluate(argv: list[str]) -> None:
     if arguments.teacher is None:
         tasks = _without_teacher(tasks)
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
-    with nullcontext() if folder is None else made(folder), Phases() as phases:
+    with made(folder), Phases() as phases:
         report, of_tasks = _measure(arguments, tasks, phases)
     if of_tasks is not None:
         print_table(("task", "measure", "quality", "cost", "error", "examples"), _rows(of_tasks))

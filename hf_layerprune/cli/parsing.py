@@ -31,7 +31,7 @@ def settings_of(verb: str) -> tuple[type, ...]:
     if verb in ("compress", "estimate"):
         from ..trainer import IterativeLayerDistillConfig as Further
     elif verb == "generate":
-        from ..healing_data_config import HealingDataConfig as Further
+        from ..settings import HealingDataConfig as Further
     else:
         return (own,)
     return own, Further

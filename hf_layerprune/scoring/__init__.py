@@ -1,8 +1,7 @@
 """What each candidate edit costs, how sure that is, and one price to compare them by.
 
 `score.py` is the way in. `candidates.py` runs a model by other plans, `measure.py` measures them on data (all of it,
-or in a race), `sweep.py` does so for a model on disk, `estimates.py` holds the criteria that run no candidate, and
-`scores.py` adds up.
+or in a race), `estimates.py` holds the criteria that run no candidate, and `scores.py` adds up.
 """
 
 from .estimates import CRITERIA, CRITERION_UNITS, MEASURED, contiguous_stretch, criterion_of

@@ -3,28 +3,34 @@
 A plan that leaves out layer i, or runs i next to i+1, changes the states from layer i on only. So the model runs once
 per batch, its states are kept, and each candidate runs from its first change on: leaving out every layer in turn takes
 L(L-1)/2 + L layer passes instead of L(L-1) + L, with the same numbers.
+
+A model whose layers lie on disk or in CPU memory is measured in one sweep through its weights: while a layer is
+loaded, everything that has to pass it does, so each weight is read once, not once per candidate and batch. The states
+of all calibration tokens are held instead, for each candidate; if that is too much, candidates are split over several
+sweeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, apply_plan_and_repair
 from ..data import Batch, split_rows
 from ..forward import record, replay, to_device
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of
-from ..tasks.chunks import Chunk, GenerationChunk
-from ..tasks.evaluation import generated, sums_by_row
-from ..tasks.kinds import LmEvalChunk
+from ..tasks.chunks import Chunk, ModelChunk
+from ..tasks.evaluation import sums_by_row
 
 MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time; rows beyond it run one after the other
 
@@ -122,10 +128,8 @@ class CandidateRuns:
             statistic (`str`): field of [`TokenStatistics`] to sum over each row's scored tokens.
             fold (`int`): whose repairs the candidates get.
         """
-        if isinstance(data, LmEvalChunk):
+        if isinstance(data, ModelChunk):
             return data.reduce([self.model, *map(self.student, which)], self.tokenizer)
-        if isinstance(data, GenerationChunk):
-            return data.reduce(list(self.texts(data, which)))
         bytes_of_row = self.model.dtype.itemsize * self.model.config.hidden_size * data.batch["input_ids"].shape[1]
         states_of_row = len(self.model.base_model.layers) + 1 + len(which)
         found = []
@@ -149,33 +153,89 @@ class CandidateRuns:
         plan = self.plans[index - 1]
         return apply_plan_and_repair(self.model, plan, self.repairs[0].get(plan)).eval()
 
-    def texts(self, chunk: GenerationChunk, which: Sequence[int]) -> Iterator[list[str]]:
-        """Greedy continuations of a chunk's E prompts by the model as it is, then by each candidate: E texts each.
 
-        Below its first change a candidate has the keys and values of the model itself; above it, it runs the prompt
-        from the model's state on. Only the new tokens run through all of a candidate.
-        """
-        batch = to_device(chunk.batch, self.model.device)
-        if batch["input_ids"].shape[1] < 2:  # nothing of the prompt to share
-            yield generated(self.model, chunk, self.tokenizer)
-            yield from (generated(self.student(index), chunk, self.tokenizer) for index in which)
-            return
-        # all but the last token; positions as `generate` counts them, so that padding on the left shifts nothing
-        mask, prompt = batch["attention_mask"][:, :-1], DynamicCache(config=self.model.config)
-        inputs = {
-            "input_ids": batch["input_ids"][:, :-1],
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
-            "past_key_values": prompt,
-            "use_cache": True,
-        }
-        run = record(self.model, inputs, range(len(self.model.base_model.layers) + 1))
-        keys_and_values = [(layer.keys, layer.values) for layer in prompt.layers]  # `prompt` grows with the text
-        yield generated(self.model, chunk, self.tokenizer, prompt)
-        for index in which:
-            student, start = self.student(index), self.parts[0][index - 1].start
-            own, decoder = DynamicCache(config=student.config), student.base_model
-            for position in range(start):
-                own.update(*keys_and_values[position], position)
-            replay(run, start, decoder.layers[start:], decoder.norm, past_key_values=own)
-            yield generated(student, chunk, self.tokenizer, own)
+def is_offloaded(model: PreTrainedModel) -> bool:
+    """Whether accelerate loads weights of layers when they are called (`device_map` with disk or CPU)."""
+    return any(getattr(hook, "offload", False) for _, hook in _hooks(model.base_model.layers))
+
+
+def sweep(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    plans: Sequence[LayerPlan],
+    statistic: str,
+    teacher: PreTrainedModel,
+) -> tuple[Tensor, Tensor]:
+    """Measure `model`, and plans that leave out blocks of it, on all batches at once: sums `(1 + plans, R)` over each
+    row, and its tokens, `(R,)`. Runs inside [`~forward.inference`].
+
+    If the states of all candidates take more than `MAX_STATE_BYTES`, there are several sweeps.
+    """
+    current = plan_of(model).blocks
+    batches = [to_device(batch, model.device) for batch in batches]
+    removed = [frozenset(n for n, block in enumerate(current) if block not in plan.blocks) for plan in plans]
+    bytes_each = sum(batch["input_ids"].numel() for batch in batches) * model.config.hidden_size * model.dtype.itemsize
+    at_once = max(1, MAX_STATE_BYTES // bytes_each - 2)  # next to the model as it is, and what all are compared with
+    found = []
+    for start in range(0, len(plans), at_once):
+        states = _final_states(model, batches, [frozenset(), *removed[start : start + at_once]])
+        pairs = zip(zip(*states, strict=True), batches, strict=True)
+        measured = [sums_by_row(model, each, batch, statistic, teacher) for each, batch in pairs]
+        sums, counts = (torch.cat(parts, dim=-1) for parts in zip(*measured, strict=True))
+        found.append(sums if not found else sums[1:])
+        del states, pairs, measured  # before those of the next sweep are made
+    return torch.cat(found), counts
+
+
+def _final_states(
+    model: PreTrainedModel, batches: Sequence[Batch], skips: Sequence[frozenset[int]]
+) -> list[list[Tensor]]:
+    """Hidden states after the final norm, `(B, T, H)`, for each candidate (the positions it skips) and batch."""
+    decoder, shared, arguments = model.base_model, [], []
+    for batch in batches:
+        call = record(model, batch, [0], stop=True)
+        shared.append(call.states[0])
+        arguments.append(call.arguments[0])
+    own: dict[int, list[Tensor]] = {}  # of the candidates that have skipped something; the others share theirs
+    for position, layer in enumerate(decoder.layers):
+        for index, skipped in enumerate(skips):
+            if position in skipped and index not in own:
+                own[index] = list(shared)
+        with _held(layer):
+            for index, states in own.items():
+                if position not in skips[index]:
+                    _advance(states, layer, arguments)
+            if len(own) < len(skips):
+                _advance(shared, layer, arguments)
+    for states in (shared, *own.values()):
+        _advance(states, decoder.norm, [{}] * len(states))
+    return [own.get(index, shared) for index in range(len(skips))]
+
+
+def _advance(states: list[Tensor], module: nn.Module, arguments: Sequence[dict[str, Any]]) -> None:
+    """Replace the state of each batch by what `module` makes of it; only one batch has both at a time."""
+    for number, kwargs in enumerate(arguments):
+        states[number] = module(states[number], **kwargs)
+
+
+def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        if isinstance(hook, ModelHook):
+            yield part, hook
+
+
+@contextmanager
+def _held(module: nn.Module) -> Iterator[None]:
+    """Load what accelerate would load at every call, once, and let it go in the end."""
+    hooks = list(_hooks(module))
+    forwards = [part.forward for part, _ in hooks]
+    try:
+        for part, hook in hooks:
+            hook.pre_forward(part)
+            part.forward = part._old_forward
+        yield
+    finally:
+        for (part, hook), forward in zip(hooks, forwards, strict=True):
+            part.forward = forward
+            hook.post_forward(part, None)

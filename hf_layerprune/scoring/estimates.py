@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pkgutil import resolve_name
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,7 +49,7 @@ Criterion = Callable[[PreTrainedModel, Sequence[Batch], Sequence[int]], Sequence
 """A criterion of your own: the model, calibration batches (empty if none are given) and positions of blocks in
 `model.base_model.layers`, each of one layer, to a cost for each; lower is safer to remove."""
 
-TOKENS_AT_ONCE = {"cpu": 512, "other": 8192}  # on a CPU as fast as more, with a fraction of the memory
+TOKENS_AT_ONCE = 1024  # whose states at all layers are held
 
 
 def criterion_of(criterion: str | Criterion) -> str | Criterion:
@@ -134,11 +135,10 @@ def measure_angles(
     A stretch is the positions of its first block and of the block after its last.
     """
     evidence, found = Evidence(1 + len(stretches)), []
-    tokens_at_once = TOKENS_AT_ONCE["cpu" if model.device.type == "cpu" else "other"]
     first, step = processes = shard(model)
     with inference(model):
         for batch in batches[first::step]:
-            parts = split_rows(batch, max(1, tokens_at_once // batch["input_ids"].shape[1]))
+            parts = split_rows(batch, max(1, TOKENS_AT_ONCE // batch["input_ids"].shape[1]))
             measured = [_row_angles(model, part, stretches, ANGLES[criterion]) for part in parts]
             found.append([torch.cat(of_parts, dim=-1) for of_parts in zip(*measured, strict=True)])
             on_batch()
@@ -153,22 +153,11 @@ def _row_angles(
     """Angles summed over each row, `(1 + stretches, B)`, of the unchanged model first (0), and tokens per row."""
     batch = to_device(batch, model.device)
     counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    states = record(model, batch, {position for stretch in stretches for position in stretch}, stop=True).states
     sums = torch.zeros(1 + len(stretches), len(counts), dtype=torch.float64)
-    entered: dict[int, tuple[Tensor, Tensor]] = {}  # of stretches that are open: the states and their lengths
-
-    def on_state(position: int, state: Tensor) -> None:
-        state = state.float()
-        lengths = torch.linalg.vector_norm(state, dim=-1).clamp_min(1e-8)  # that of a zero state is not 0
-        for index, (first, end) in enumerate(stretches, 1):
-            if end == position:
-                before, length = entered[first]
-                cosine = torch.linalg.vecdot(before, state) / (length * lengths)  # (B, T)
-                sums[index] = (angle(cosine).double() * counts).sum(1).cpu()
-        entered[position] = state, lengths
-        for first in set(entered) - {first for first, end in stretches if first <= position < end}:
-            del entered[first]
-
-    record(model, batch, {position for stretch in stretches for position in stretch}, stop=True, on_state=on_state)
+    for index, (first, end) in enumerate(stretches, 1):
+        cosine = F.cosine_similarity(states[first].float(), states[end].float(), dim=-1)  # (B, T)
+        sums[index] = (angle(cosine).double() * counts).sum(1).cpu()
     return sums, counts.sum(1).cpu()
 
 

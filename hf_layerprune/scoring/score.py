@@ -17,11 +17,10 @@ from ..plan import Edit, LayerPlan, layer_indices
 from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
-from .candidates import MAX_STATE_BYTES, CandidateRuns
+from .candidates import CandidateRuns, is_offloaded, sweep
 from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate
 from .measure import Race, collect, shard
 from .scores import Evidence, Key, Scores
-from .sweep import is_offloaded, sweep
 
 CHUNKS_OF_A_RACE = 16  # at least as many, if there are as many rows
 
@@ -139,8 +138,7 @@ def score(
         repairs = _repairs(model, folds, plans, compensation, teacher)
         only_removals = all(set(after.blocks) <= set(plan.blocks) for after in plans)
         if is_offloaded(model) and only_removals and criterion != "tasks" and race is None:
-            of_all = (batches, plans, TOKEN_MEASURES[criterion], teacher, MAX_STATE_BYTES)
-            kinds = [(1.0, [lambda _: sweep(model, *of_all)])]
+            kinds = [(1.0, [lambda _: sweep(model, batches, plans, TOKEN_MEASURES[criterion], teacher)])]
         else:
             runs = CandidateRuns(model, plans, teacher, tokenizer, repairs)
             if criterion == "tasks":

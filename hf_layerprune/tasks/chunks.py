@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError, first_line
+from ..forward import to_device
 
 METRICS = ("exact_match", "prefix", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
 """Metrics that need no network; others are those of the `evaluate` library."""
@@ -75,8 +76,16 @@ class ChoiceChunk(Chunk):
         return torch.stack(costs, 1), torch.ones(len(self.sizes), dtype=torch.float64)
 
 
+class ModelChunk(Chunk):
+    """Examples that need a whole model, one at a time."""
+
+    def reduce(self, models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        """C models to `(C, E)` costs and `(E,)` weights."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class GenerationChunk(Chunk):
+class GenerationChunk(ModelChunk):
     """Prompts to continue greedily, and the right texts, `references`; B = E. The rest is as in [`GenerationTask`]."""
 
     max_new_tokens: int
@@ -85,15 +94,37 @@ class GenerationChunk(Chunk):
     metric: str
     after: str | None = None
 
-    def reduce(self, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-        """C lists of E continuations to `(C, E)` costs, 1 - score, and `(E,)` weights, 1."""
-        scores = [[self._score(*pair) for pair in zip(part, self.references, strict=True)] for part in texts]
-        return 1 - torch.tensor(scores, dtype=torch.float64), torch.ones(len(self.references), dtype=torch.float64)
+    def reduce(self, models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        costs = torch.stack([self.costs(self.texts(model, tokenizer)) for model in models])
+        return costs, torch.ones(len(self.references), dtype=torch.float64)
 
-    def _score(self, text: str, reference: str) -> float:
-        for stop in self.stop_strings:
-            text = text.split(stop)[0]
-        return text_score(self.metric, answer_part(text, self.after), reference)
+    def texts(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The greedy continuation of each of the E prompts, without the prompt."""
+        batch = to_device(self.batch, model.device)
+        stop = {"stop_strings": list(self.stop_strings), "tokenizer": tokenizer} if self.stop_strings else {}
+        # the checkpoint's own settings (sampling, a repetition penalty) would hide what a layer costs
+        ids = model.generate(
+            **batch,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            pad_token_id=pad_id(tokenizer),
+            **stop,
+        )
+        return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def costs(self, texts: Sequence[str]) -> Tensor:
+        """E continuations to `(E,)` costs, 1 - score."""
+        scores = []
+        for text, reference in zip(texts, self.references, strict=True):
+            for stop in self.stop_strings:
+                text = text.split(stop)[0]
+            scores.append(text_score(self.metric, answer_part(text, self.after), reference))
+        return 1 - torch.tensor(scores, dtype=torch.float64)
 
 
 def answer_part(text: str, after: str | None) -> str:

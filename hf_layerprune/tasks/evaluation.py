@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import ASSETS, Batch, check_batches, valid_next_tokens
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary, final_states, inference, to_device
 from ..losses import perplexity_of, token_statistics
-from .chunks import GenerationChunk, PreparedTask, pad_id
-from .kinds import TASK_KINDS, LmEvalChunk, LmEvalTask
+from .chunks import ModelChunk, PreparedTask
+from .kinds import TASK_KINDS, LmEvalTask
 from .task import Task, located
 
 LM_EVAL = "lm_eval:"
@@ -185,10 +185,8 @@ def _evaluate(
 ) -> TaskResult:
     found = []
     for chunk in task.chunks:
-        if isinstance(chunk, LmEvalChunk):
+        if isinstance(chunk, ModelChunk):
             found.append(chunk.reduce([model], tokenizer))
-        elif isinstance(chunk, GenerationChunk):
-            found.append(chunk.reduce([generated(model, chunk, tokenizer)]))
         else:
             batch = to_device(chunk.batch, model.device)
             states = [final_states(model, batch)]
@@ -226,35 +224,6 @@ def sums_by_row(
         values = getattr(statistics, statistic).cpu().double()
         sums.append(torch.zeros_like(counts).index_add_(0, row_of_token, values))
     return torch.stack(sums), counts
-
-
-def generated(
-    model: PreTrainedModel,
-    chunk: GenerationChunk,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_cache: Cache | None = None,
-) -> list[str]:
-    """The greedy continuation of each prompt of a chunk, without the prompt.
-
-    `prompt_cache`, if given, holds the keys and values of all but the prompts' last tokens.
-    """
-    batch = to_device(chunk.batch, model.device)
-    stop = {"stop_strings": list(chunk.stop_strings), "tokenizer": tokenizer} if chunk.stop_strings else {}
-    # the checkpoint's own settings (sampling, a repetition penalty) would hide what a layer costs
-    ids = model.generate(
-        **batch,
-        past_key_values=prompt_cache,
-        max_new_tokens=chunk.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
-        pad_token_id=pad_id(tokenizer),
-        **stop,
-    )
-    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def standard_error(costs: Tensor, weights: Tensor) -> float | None:

@@ -19,6 +19,7 @@ from .chunks import (
     Encoded,
     Example,
     GenerationChunk,
+    ModelChunk,
     answer_part,
     check_metric,
     cut_left,
@@ -202,7 +203,7 @@ class GenerationTask(PromptedTask):
 
 
 @dataclass(frozen=True)
-class LmEvalChunk(Chunk):
+class LmEvalChunk(ModelChunk):
     """A whole task, which lm-eval runs itself, one model at a time; its `batch` is empty.
 
     Attributes:

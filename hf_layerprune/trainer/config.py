@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from ..compensation import COMPENSATIONS
 from ..environment import has_bf16
 from ..errors import LayerPruneError
 from ..scoring import CRITERIA, MEASURED, Race, criterion_of
-from ..settings import option
+from ..settings import check_at_least, option
 
 TRAINED_LAYERS = ("neighbours", "all")
 CHOICES = {"compensation": COMPENSATIONS, "loss_preset": (None, "paper")}
-AT_LEAST = {  # whole numbers where the bound is one
+AT_LEAST = {
     "layers_per_round": 1, "num_calibration_samples": 1, "num_repair_samples": 1, "num_eval_samples": 1,
     "kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 0.0, "on_policy_steps": 0, "on_policy_tokens": 1,
 }  # fmt: skip
@@ -42,7 +41,7 @@ class IterativeLayerDistillConfig(SFTConfig):
     hardware computes in it.
 
     Once made, the settings are values: `edits` is a tuple, `trained_layers` a word or a tuple of layers, and `budget`,
-    `edit_space` and `race` hold what the target, edit and race settings say. `as_given` keeps them as they were given.
+    `edit_space` and `race` hold what the target, edit and race settings say. `given_bf16` is `bf16` as it was given.
 
     Parameters:
         target_num_layers (`int`, *optional*):
@@ -195,7 +194,7 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self.tasks = self.tasks and as_words(self.tasks)
-        self.as_given = {item.name: deepcopy(getattr(self, item.name)) for item in fields(self)}  # nothing derived yet
+        self.given_bf16 = self.bf16
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
@@ -219,11 +218,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise LayerPruneError(f"{name}={value!r} is unknown; choose {' or '.join(map(str, choices))}")
-        for name, least in AT_LEAST.items():
-            value = getattr(self, name)
-            kind, words = (int, "a whole number") if isinstance(least, int) else ((int, float), "a number")
-            if value is not None and not (isinstance(value, kind) and least <= value < math.inf):
-                raise LayerPruneError(f"{name}={value!r} must be {words} of at least {least:g}")
+        check_at_least(self, AT_LEAST)
         if not (0 < self.temperature < math.inf and 0 <= self.beta <= 1):
             raise LayerPruneError(
                 f"temperature={self.temperature} must be above 0, and beta={self.beta} must lie between 0 and 1"

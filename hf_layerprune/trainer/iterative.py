@@ -25,29 +25,35 @@ from trl import SFTTrainer
 from .._trl import prepared_for_evaluation, restore_forward
 from ..budget import Goal
 from ..data import Batch, check_batches, check_length, collated_batches
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError, first_line, is_disk_full
 from ..evaluation import evaluate_model
 from ..files import write_atomically
 from ..forward import check_same_vocabulary, check_tokenizer
 from ..hub import TAGS, load_run, push_run, run_card
 from ..hub.paths import absolute_if_local
 from ..hub.runs import hub_errors
-from ..loading import beside_weights, gguf_name, keep_models_whole, load_model, load_tokenizer, name_of, saved_dtype
-from ..matching import with_plan
+from ..loading import (
+    beside_weights,
+    gguf_name,
+    keep_models_whole,
+    load_model,
+    load_tokenizer,
+    name_of,
+    saved_dtype,
+    with_plan,
+)
 from ..record import RunRecord, read_plan
 from ..rows import column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
 from ..surgery import plan_of, prune, unshare_parameters
-from ..tasks import load_tasks, prepare_tasks
+from ..tasks import prepare_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import broadcast_from_main, check_engine, on_main, splits_model
+from .healing import without_adapters
 from .on_policy import prompts_to_answer
 from .rounds import Rounds
-from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
-from .towers import without_adapters
+from .run import RunFile, check_budget, check_made_of, check_saving, decisive_settings, make_unpruned_student
 from .trainable import check_trained_layers
-
-DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
 
 
 class IterativeLayerDistillTrainer(SFTTrainer):
@@ -160,8 +166,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             self.prompts = prompts_to_answer(prompt_dataset, self.processing_class, self.start, longest)
         self.tasks = []
         if args.tasks:
-            rows = args.per_device_eval_batch_size
-            self.tasks = prepare_tasks(load_tasks(args.tasks), self.start, processing_class, rows)
+            self.tasks = prepare_tasks(args.tasks, self.start, processing_class, args.per_device_eval_batch_size)
         self.seconds_before = time.perf_counter() - began
 
     def _load(
@@ -209,12 +214,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 f"criterion={args.criterion!r} judges single layers, but {list(plan.parallel_pairs)} run in parallel; "
                 f"choose one of {', '.join(MEASURED)}"
             )
-        if plan.num_teacher_layers != teacher_plan.num_teacher_layers or {*plan.layers} - {*teacher_plan.layers}:
-            raise LayerPruneError(
-                f"the student's layers {list(plan.layers)} of {plan.num_teacher_layers} are not all layers of the "
-                f"teacher ({list(teacher_plan.layers)} of {teacher_plan.num_teacher_layers}); use the model it was "
-                "pruned from"
-            )
+        check_made_of(plan, teacher_plan)
         check_trained_layers(args.trained_layers, plan, name)
         if args.budget.unit != "latency":  # which is measured when the run is opened
             check_budget(name, Goal.of(args.budget, args.edit_space, self.teacher, teacher_plan), plan, args.heal)
@@ -286,7 +286,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             return output
         except (SafetensorError, RuntimeError) as error:  # instead of the operating system's own
-            if not any(part in str(error).lower() for part in DISK_FULL):
+            if not is_disk_full(error):
                 raise
             raise LayerPruneError(f"{self.args.output_dir} cannot be written: {first_line(error)}") from error
         finally:

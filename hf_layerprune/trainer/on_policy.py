@@ -21,8 +21,8 @@ from trl import DistillationConfig, DistillationTrainer
 from ..data import num_positions
 from ..errors import NotANumber
 from ..healing_data import read_prompts
-from ..healing_data_config import HealingDataConfig
 from ..record import Healing
+from ..settings import HealingDataConfig
 from .trainable import make_trainable, merge_and_round
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput, set_seed
 
 from .._trl import set_model
@@ -27,7 +27,6 @@ from ..scoring import MEASURED
 from ..search import SearchStep, next_edit
 from ..surgery import apply_plan, plan_of, share_equal_weights
 from ..tasks import TaskReport, evaluate_tasks
-from .callbacks import LayerDistillCallback
 from .engines import autocast, broadcast_from_main, on_main
 from .healing import HealingTrainer
 from .on_policy import heal_on_policy
@@ -39,6 +38,33 @@ if TYPE_CHECKING:
 
 
 Heal = Callable[[PreTrainedModel, LayerPlan], tuple[PreTrainedModel, Healing]]
+
+
+class LayerDistillCallback(TrainerCallback):
+    """Base class for callbacks that follow the rounds. Override what you need.
+
+    The usual [`~transformers.TrainerCallback`] events (`on_step_end`, `on_log`, ...) come within each healing.
+    """
+
+    def on_round_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, number: int, depth: int
+    ) -> None:
+        """Round `number` (from 1) starts on a student of `depth` layers."""
+
+    def on_phase_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, phase: str, **details: Any
+    ) -> None:
+        """`phase` starts: `"evaluating teacher"`, `"scoring"`, `"merging"`, `"repairing"`, `"evaluating"`,
+        `"healing"`, `"healing on policy"`, `"measuring speed"` or `"writing"`. Phases of a round come with
+        `num_layers`, the measuring of speed with `num_runs`."""
+
+    def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """One step of a phase other than healing is done: a batch, or a timed run."""
+
+    def on_round_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, record: RoundRecord
+    ) -> None:
+        """A round is done and on disk, with its record."""
 
 
 class Rounds:

@@ -143,6 +143,15 @@ def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any]
             )
 
 
+def check_made_of(plan: LayerPlan, teacher_plan: LayerPlan) -> None:
+    """Raise [`LayerPruneError`] unless a student of `plan` can have been made from a teacher of `teacher_plan`."""
+    if plan.num_teacher_layers != teacher_plan.num_teacher_layers or {*plan.layers} - {*teacher_plan.layers}:
+        raise LayerPruneError(
+            f"the student's layers {list(plan.layers)} of {plan.num_teacher_layers} are not all layers of the teacher "
+            f"({list(teacher_plan.layers)} of {teacher_plan.num_teacher_layers}); use the model it was pruned from"
+        )
+
+
 def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
     """Raise [`LayerPruneError`] unless the allowed edits lead from `plan`, that of the model called `name`, to the
     target, not met yet.
@@ -172,7 +181,7 @@ def decisive_settings(
     use. Of the rows to heal on some from all over enter, of a stream the first."""
     values = {name: getattr(args, name, None) for name in (*DECISIVE, *OF_OPTIMIZER)}
     values |= {
-        "bf16": args.as_given["bf16"],  # what was derived from the hardware here is nothing to repeat elsewhere
+        "bf16": args.given_bf16,  # what was derived from the hardware here is nothing to repeat elsewhere
         "target": args.budget.unit,
         "dtype": str(start.dtype),
         "plan": plan_of(start).to_dict(),
