@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_sections.common import narrow  # noqa: E402
 from gpu_sections.stepper import Stepper  # noqa: E402
 
+from hf_layerprune.benchmark import load_shape, random_models, shape_plan  # noqa: E402
 from hf_layerprune.plan import LayerPlan  # noqa: E402
-from hf_layerprune.shapes import load_shape, random_models, shape_plan  # noqa: E402
 from hf_layerprune.surgery import apply_plan  # noqa: E402
 
 SHAPES = ("Qwen3-0.6B", "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen3-8B")

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from gpu_sections.common import Case, Run, in_turns, median_ratio, narrow, random_rows, release, seconds_of
 from gpu_sections.stepper import WARMUP, Stepper
-from hf_layerprune.benchmark import benchmark_models
-from hf_layerprune.shapes import load_shape, random_models
+from hf_layerprune.benchmark import benchmark_models, load_shape, random_models
 from hf_layerprune.surgery import apply_plan
 
 GIB = 2**30

@@ -14,9 +14,8 @@ from datasets import Dataset
 
 from gpu_sections.common import Case, Run, narrow, random_rows, release
 from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, load_tokenizer, prune
-from hf_layerprune.benchmark import weight_bytes
+from hf_layerprune.benchmark import load_shape, random_models, weight_bytes
 from hf_layerprune.memory import LiveBytes, StepMeter, StepShape, Way
-from hf_layerprune.shapes import load_shape, random_models
 from hf_layerprune.trainer.healing import HealingTrainer
 from hf_layerprune.trainer.trainable import lora_config
 

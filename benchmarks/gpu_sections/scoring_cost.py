@@ -10,8 +10,8 @@ import torch
 
 from gpu_sections.common import Case, Run, narrow, random_rows
 from hf_layerprune import embedded_dataset, load_model, load_tokenizer, tokenized_batches
+from hf_layerprune.benchmark import load_shape, random_models
 from hf_layerprune.forward import to_device
-from hf_layerprune.shapes import load_shape, random_models
 
 
 def cases(run: Run) -> list[Case]:
