@@ -177,6 +177,8 @@ class RunRecord:
         latency ([`BlockCosts`], *optional*): what a block costs in time, where the target is a latency.
         seconds (`dict[str, float]`): wall time of each phase, over all sessions of the run.
         environment (`dict[str, str]`): hardware and versions that the numbers were measured with.
+        tags (`tuple[str, ...]`): where it ran and reported to, as tags of a model on the Hub: `hf_jobs`, `trackio` and
+            `trackio:URL`.
         verb (`str`): what made it, `"compress"` (or a trainer) or `"parallelize"`; of the latter no run resumes.
     """
 
@@ -188,6 +190,7 @@ class RunRecord:
     latency: BlockCosts | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
     verb: Literal["compress", "parallelize"] = "compress"
 
     @property

@@ -16,7 +16,7 @@ from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..hub import load_run, run_card
-from ..hub.paths import absolute_if_local, with_absolute_paths, without_local_paths
+from ..hub.paths import absolute_if_local, public_settings, with_absolute_paths, without_local_paths
 from ..loading import load_config, load_tokenizer, saved_dtype
 from ..losses import perplexity_of
 from ..plan import Edit, LayerPlan, edits_between
@@ -180,7 +180,7 @@ def _measured(
     quality = evaluate_model(model, batches, on_batch=phases.step)
     name = without_local_paths(absolute_if_local(arguments.model))
     run = RunRecord(
-        without_local_paths(with_absolute_paths(asdict(arguments))),
+        public_settings(with_absolute_paths(asdict(arguments))),
         TeacherRecord.of(model, quality, name=name),
         environment=environment(model.device),
         verb="parallelize",

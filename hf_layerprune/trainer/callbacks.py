@@ -39,6 +39,10 @@ class LayerDistillCallback(TrainerCallback):
     ) -> None:
         """A round is done and on disk, with its record."""
 
+    def on_run_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any) -> None:
+        """All rounds are done, and `model` is the student; its card is not written yet, and shows its `model_tags` of
+        Trackio."""
+
 
 class StopOnSignal(LayerDistillCallback):
     """End a run on Ctrl-C or SIGTERM where it can resume, with a `KeyboardInterrupt`: after the step of a healing, of

@@ -44,6 +44,7 @@ from .engines import broadcast_from_main, check_engine, on_main, splits_model
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
 from .towers import without_adapters
+from .trackio import hub_tags, use_trackio_rounds
 from .trainable import check_trained_layers
 
 DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
@@ -128,6 +129,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         self.round = 0  # the round in progress, from 1
         args = copy.copy(args)  # the user's own stays as it is
         args.model_init_kwargs = None  # they have done their work; SFTTrainer would warn of them
+        args.run_name = args.run_name or Path(args.output_dir).absolute().name  # one run of a tracker for all rounds
         try:
             super().__init__(
                 model=prune(self.start, [], share_weights=True),
@@ -147,6 +149,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         check_engine(self.accelerator, args)
         check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)
+        use_trackio_rounds(self.callback_handler.callbacks)
         self._make_batches(self.eval_dataset or {})
         self.tasks = []
         if args.tasks:
@@ -358,8 +361,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         tags: str | list[str] | None = None,
         **options: Any,
     ) -> CommitInfo | Any:
-        """Push the run in `args.output_dir`, from the main process; `options` are `round` and `depth_tags` of
-        [`push_run`]. Where nothing else is said, the `hub_*` settings count. Returns `CommitInfo`, or with
+        """Push the run in `args.output_dir`, from the main process; `options` are `round`, `depth_tags` and the like
+        of [`push_run`]. Where nothing else is said, the `hub_*` settings count. Returns `CommitInfo`, or with
         `blocking=False` its `Future`."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():
@@ -369,7 +372,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         options |= {"commit_message": commit_message, "base_model": self.model_name}
         options |= {"token": token or args.hub_token, "revision": revision or args.hub_revision}
         options |= {"private": args.hub_private_repo if private is None else private}
-        options |= {"tags": _as_list(tags), "datasets": _as_list(dataset_name)}
+        options |= {"tags": [*hub_tags(self.model, self.run), *_as_list(tags)], "datasets": _as_list(dataset_name)}
         return push_run(*arguments, **options) if blocking else HfApi().run_as_future(push_run, *arguments, **options)
 
     def create_model_card(

@@ -30,6 +30,7 @@ from .callbacks import LayerDistillCallback
 from .engines import autocast, broadcast_from_main, on_main
 from .healing import HealingTrainer
 from .run import make_unpruned_student, publish_student, save_student, speed_runs, with_speed
+from .trackio import hub_tags
 from .trainable import round_weights, trained_blocks
 
 if TYPE_CHECKING:
@@ -274,13 +275,16 @@ class Rounds:
             self.file.record = with_speed(self.run, self.teacher, self.trainer.save_dtype, self._phase_step)
         self.file.save()
         self._phase("writing")
+        folder, last = self.file.folder, self.run.rounds[-1] if self.run.rounds else None
         if is_writer:
-            folder, last = self.file.folder, self.run.rounds[-1]
+            write_atomically(folder / PLAN_FILE, last.plan.to_json() + "\n")
+        self._event("on_run_end", model=self.trainer.model)
+        self.file.save(tags=hub_tags(self.trainer.model, self.run))
+        if is_writer:
             self.file.report()
             self.trainer.create_model_card()
             files = [folder / name for name in ("README.md", "quality.png", "layers.png")]
             publish_student(round_folder(folder, last.number), folder / "model", files)
-            write_atomically(folder / PLAN_FILE, last.plan.to_json() + "\n")
 
     def _evaluate(self, student: PreTrainedModel) -> EvaluationReport:
         self._phase("evaluating", num_layers=plan_of(student).depth)
