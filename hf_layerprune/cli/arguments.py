@@ -254,3 +254,4 @@ class PushSpaceArguments:
     title: str | None = option(None, "Title of the Space.")
     hardware: str | None = option(None, "Hardware to suggest to those who copy the Space, such as zero-a10g.")
     private: bool = option(False, "Make a new Space private; by default the account's setting decides.")
+    wheel: str | None = option(None, "Wheel of this package for the Space to install, instead of a release.")

@@ -85,7 +85,11 @@ def run_card(
     if facts is None:
         facts = base_facts(base)[0] if base and not base_id else ModelCardData()
     tags = list(dict.fromkeys([*TAGS, *_methods(public), *public.tags, *tags]))
-    thumbnail = f"https://huggingface.co/{model_name}/resolve/{revision or 'main'}/quality.png" if pushed else None
+    thumbnail = (
+        f"https://huggingface.co/{model_name}/resolve/{revision or 'main'}/quality.png"
+        if pushed and report.has_plots()
+        else None
+    )
     evaluated_on = hub_id(settings.get("eval_dataset") or settings.get("dataset"))
     metadata = ModelCardData(
         **facts.to_dict(),

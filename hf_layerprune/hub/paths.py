@@ -107,7 +107,7 @@ def check_nothing_local(folder: Path, places: Iterable[Path], token: str | None)
     roots = {str(form) for place in places for form in (place.absolute(), place.resolve()) if len(form.parts) > 1}
     local = re.compile(rf"(?<![\w.:-])({'|'.join(map(re.escape, sorted(roots)))})(?![\w.-])")
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.suffix in (".safetensors", ".png"):
+        if path.is_dir() or path.suffix in (".safetensors", ".png", ".whl"):
             continue
         text, what = path.read_text(encoding="utf-8", errors="replace"), None
         if (token and token in text) or TOKEN.search(text):

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import LayerPruneError
 from ..files import write_atomically
 from ..record import PLAN_FILE, REPORT_FILE, RunRecord
-from ..report import write_report
+from ..report import PLOTS, write_report
 from .benchmarks import BENCHMARK_FILES, read_evaluation, write_benchmarks
 from .card import Target, base_facts, run_card
 from .paths import check_nothing_local
@@ -30,7 +30,7 @@ STUDENT_FILES = [
     "model.safetensors.index.json",
 ]  # fmt: skip
 """Files of a saved student that are pushed."""
-OWN = [*STUDENT_FILES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, "report.md", "quality.png", "layers.png", *BENCHMARK_FILES]
+OWN = [*STUDENT_FILES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, "report.md", *PLOTS, *BENCHMARK_FILES]
 """Files of an earlier push, which the next one deletes unless it brings them again."""
 
 

@@ -22,6 +22,7 @@ from ..loading import load_model
 from ..merging import edited, merge
 from ..plan import Edit, LayerPlan
 from ..record import PLAN_FILE, Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
+from ..report import PLOTS
 from ..scoring import MEASURED
 from ..search import SearchStep, next_edit
 from ..surgery import apply_plan, plan_of, share_equal_weights
@@ -283,7 +284,7 @@ class Rounds:
         if is_writer:
             self.file.report()
             self.trainer.create_model_card()
-            files = [folder / name for name in ("README.md", "quality.png", "layers.png")]
+            files = [path for name in ("README.md", *PLOTS) if (path := folder / name).is_file()]
             publish_student(round_folder(folder, last.number), folder / "model", files)
 
     def _evaluate(self, student: PreTrainedModel) -> EvaluationReport:

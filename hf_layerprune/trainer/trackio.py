@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -34,7 +35,8 @@ class TrackioRounds(TrackioCallback, LayerDistillCallback):
     def on_run_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any) -> None:
         if self._initialized and state.is_world_process_zero:
             for name, kind in ARTIFACTS.items():
-                self._trackio.log_artifact(f"{args.output_dir}/{name}", name=kind, type=kind)
+                if (path := Path(args.output_dir) / name).is_file():
+                    self._trackio.log_artifact(path, name=kind, type=kind)
         TrackioCallback.on_train_end(self, args, state, control, model=model)
 
 
