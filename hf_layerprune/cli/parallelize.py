@@ -27,6 +27,7 @@ from ..scoring import Scores
 from ..search import SearchStep, find_parallel_range, parallel_ranges, search_plan
 from ..surgery import apply_plan, plan_of, prune
 from ..trainer.run import check_saving, save_student, speed_runs, with_speed
+from ..trainer.trackio import hub_tags
 from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments, default_depth
 from .common import check_new_folder, check_text, load_on_device, made, print_run, text_batches, write_recipe
@@ -185,6 +186,7 @@ def _measured(
         public_settings(with_absolute_paths(asdict(arguments))),
         TeacherRecord.of(model, quality, name=name),
         environment=environment(model.device),
+        tags=hub_tags(model, None),
         verb="parallelize",
     )
     criterion = "loss" if arguments.search == "range" else arguments.criterion  # a range is chosen by perplexity
