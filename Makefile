@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 SERVE := .venv-serve
 
-.PHONY: demo real test test-slow serve-test browser lint dist clean
+.PHONY: demo real test test-slow serve-test v4-test browser lint dist clean
 
 demo: $(INSTALLED)
 	rm -rf runs/demo
@@ -48,15 +48,27 @@ $(SERVE)/vllm: pyproject.toml
 	$@/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# Plain students in transformers 4.57, which is in an environment of its own; a minute once that is there.
+v4-test: $(INSTALLED) $(SERVE)/transformers-4
+	LAYERPRUNE_V4=$(CURDIR)/$(SERVE)/transformers-4/bin/python $(BIN)/python -m pytest -m v4 tests/serving
+
+$(SERVE)/transformers-4: constraints.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet -c constraints.txt torch
+	$@/bin/python -m pip install --quiet "transformers>=4.57,<5"
+	touch $@
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The sdist, the wheel made of it, and the README's Python run with that wheel alone: no clone, no network.
+# The sdist, the wheel made of it, and the README's Python run with that wheel and no extra: no clone, no network.
 dist: $(INSTALLED)
 	rm -rf dist build
 	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/trial
+	build/trial/bin/python -m pip install --quiet -c constraints.txt torch
 	build/trial/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	cd build/trial && HF_HUB_OFFLINE=1 bin/python -I ../../examples/compress.py
 

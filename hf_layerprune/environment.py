@@ -40,17 +40,19 @@ def native_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype
 
 
 def hardware(device: torch.device | None) -> str:
-    """Product name of a device; `None` is the CPU."""
+    """Product name of a device and its size; `None` is the CPU."""
     kind = "cpu" if device is None else device.type
-    if kind == "cuda":
-        return torch.cuda.get_device_name(device)
+    if kind in ("cuda", "xpu"):
+        found = getattr(torch, kind).get_device_properties(device)
+        return f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
     if kind != "cpu":
-        return kind
+        return f"{platform.processor() or platform.machine()} ({kind})"
     info = Path("/proc/cpuinfo")  # on Linux
     names = (
         re.findall(r"^model name\s*: (.+)", info.read_text(errors="replace"), re.MULTILINE) if info.exists() else []
     )
-    return f"CPU {(names or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores"
+    name = (names or [platform.processor() or platform.machine()])[0]
+    return f"CPU {name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def fingerprint(parts: Iterable[Any]) -> str:

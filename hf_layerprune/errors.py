@@ -17,6 +17,11 @@ class NotANumber(LayerPruneError):
     """A healing whose loss or weights are not numbers any more."""
 
 
+def needs_extra(package: str, extra: str) -> LayerPruneError:
+    """The error for a package that only an extra of this one installs."""
+    return LayerPruneError(f"{package} is not installed; pip install 'hf-layerprune[{extra}]'")
+
+
 def first_line(error: Exception) -> str:
     """The first line of what another library's error says."""
     lines = str(error).strip().splitlines()

@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .architectures import check_supported
 from .errors import LayerPruneError
 from .gguf_vocabulary import vocabulary_of
+from .loading import require_gguf
 from .models import PrunedQwen2Config
 from .surgery import plan_of
 
@@ -31,14 +32,6 @@ ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral"
 ROPE_TYPES = ("default", "llama3", "linear", "yarn")
 YARN = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
 """Settings of YaRN that llama.cpp has as well."""
-
-
-def require_gguf() -> None:
-    """Raise [`LayerPruneError`] if the package that writes the files is missing."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise LayerPruneError("writing GGUF files needs the gguf package: pip install 'hf-layerprune[gguf]'") from None
 
 
 def check_exportable(config: PretrainedConfig) -> None:

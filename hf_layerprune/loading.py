@@ -6,6 +6,7 @@ A student made elsewhere does not say which of its teacher's layers it holds: `w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from transformers.utils import cached_file
 from .architectures import check_supported
 from .data import EMBEDDED_MODEL
 from .environment import native_dtype
-from .errors import LayerPruneError, first_line, is_out_of_memory
+from .errors import LayerPruneError, first_line, is_out_of_memory, needs_extra
 from .plan import LayerPlan
 from .surgery import plan_of, prune
 
@@ -87,6 +88,12 @@ def gguf_name(name_or_path: str, gguf_file: str | None) -> str:
     return f"{name.rstrip('/')}/{gguf_file}" + (f"@{revision}" if revision else "")
 
 
+def require_gguf() -> None:
+    """Raise [`LayerPruneError`] if the package that reads and writes GGUF files is missing."""
+    if find_spec("gguf") is None:
+        raise needs_extra("gguf, which reads and writes GGUF files,", "gguf")
+
+
 def is_gguf(name_or_path: str) -> bool:
     """Whether a name is that of a GGUF file, here or in a repository on the Hub."""
     name = split_revision(name_or_path)[0]
@@ -114,6 +121,7 @@ def _source(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[str, str, dic
         options["revision"] = revision
     if not is_gguf(name):
         return name, resolve(name), options
+    require_gguf()
     path = Path(bare).absolute()
     if not path.is_file():  # on the Hub
         if bare.count("/") < 2:

@@ -190,6 +190,8 @@ class RunRecord:
         latency ([`BlockCosts`], *optional*): what a block costs in time, where the target is a latency.
         seconds (`dict[str, float]`): wall time of each phase, over all sessions of the run.
         environment (`dict[str, str]`): hardware and versions that the numbers were measured with.
+        tags (`tuple[str, ...]`): where it ran and reported to, as tags of a model on the Hub: `hf_jobs`, `trackio` and
+            `trackio:URL`.
         verb (`str`): what made it, `"compress"` (or a trainer) or `"parallelize"`; of the latter no run resumes.
     """
 
@@ -201,6 +203,7 @@ class RunRecord:
     latency: BlockCosts | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
     verb: Literal["compress", "parallelize"] = "compress"
 
     @property
@@ -245,7 +248,7 @@ class RunRecord:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote; treats it as outside input."""
-        return _from_json_value(cls, json.loads(text), "the run")
+        return from_json_value(cls, json.loads(text), "the run")
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
@@ -303,7 +306,7 @@ def _to_json_value(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _from_json_value(kind: Any, data: Any, name: str) -> Any:
+def from_json_value(kind: Any, data: Any, name: str) -> Any:
     """Turn what [`_to_json_value`] made back into a value of type `kind`; errors call it `name`.
 
     Fields with defaults may be missing, and entries that are no fields are ignored.
@@ -315,7 +318,7 @@ def _from_json_value(kind: Any, data: Any, name: str) -> Any:
     if origin is Any:
         return data
     if origin in (Union, UnionType):  # X | None
-        return None if data is None else _from_json_value(arguments[0], data, name)
+        return None if data is None else from_json_value(arguments[0], data, name)
     if origin is Literal:
         return data if data in arguments else _refuse(name, data, f"one of {', '.join(arguments)}")
     if origin is LayerPlan:
@@ -326,11 +329,11 @@ def _from_json_value(kind: Any, data: Any, name: str) -> Any:
     if is_dataclass(origin):
         return _dataclass(kind, _checked(dict, data, name), name)
     if origin is tuple:
-        return tuple(_from_json_value(arguments[0], item, name) for item in _checked(list, data, name))
+        return tuple(from_json_value(arguments[0], item, name) for item in _checked(list, data, name))
     if origin is dict:
         items, (key_kind, item_kind) = _checked(dict, data, name).items(), arguments
         return {
-            _from_json_value(key_kind, key, name): _from_json_value(item_kind, item, f"{name}.{key}")
+            from_json_value(key_kind, key, name): from_json_value(item_kind, item, f"{name}.{key}")
             for key, item in items
         }
     if origin is float and (data in ("nan", "inf", "-inf") or (type(data) is int and abs(data) < MAX_WHOLE)):
@@ -345,7 +348,7 @@ def _dataclass(kind: Any, data: dict[str, Any], name: str) -> Any:
         if each.name in data:
             hint = hints[each.name]
             hint = hint[get_args(kind)] if getattr(hint, "__parameters__", ()) else hint  # `Key` of `Scores[Edit]`
-            given[each.name] = _from_json_value(hint, data[each.name], f"{name}.{each.name}")
+            given[each.name] = from_json_value(hint, data[each.name], f"{name}.{each.name}")
         elif each.default is MISSING and each.default_factory is MISSING:
             raise LayerPruneError(f"{name} lacks {each.name}")
     return origin(**given)

@@ -7,11 +7,13 @@ import math
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
 
+from .errors import needs_extra
 from .files import write_atomically
 from .losses import perplexity_of
 from .plan import Edit, LayerPlan
@@ -31,6 +33,7 @@ SPEED_EXPLANATION = (
     " Speed is the median of several runs; the ratio in brackets is the median of the ratios run by run."
 )
 
+PLOTS = ("quality.png", "layers.png")
 KEPT, REMOVED, PARALLEL, MERGED, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#8172b3", "#aaaaaa", "#b8cdd6"
 UNHEALED = {"color": REMOVED, "linestyle": ":", "marker": "v"}
 BEFORE_HEALING = {"color": PARALLEL, "linestyle": "--", "marker": "s"}
@@ -43,11 +46,16 @@ STATES = {
 EDITS = {"remove": REMOVED, "parallelize": PARALLEL, "merge": MERGED}
 
 
+def has_plots() -> bool:
+    """Whether Matplotlib is installed (extra `plots`); without it reports have no plots."""
+    return find_spec("matplotlib") is not None
+
+
 def write_report(folder: Path, run: RunRecord) -> None:
-    """Write `report.json`, `report.md`, `quality.png` and `layers.png`."""
+    """Write `report.json`, `report.md` and, with Matplotlib, `quality.png` and `layers.png`."""
     write_atomically(folder / REPORT_FILE, run.to_json())
     write_atomically(folder / "report.md", render_markdown(run))
-    if run.rounds:
+    if run.rounds and has_plots():
         save_run_plots(folder, run)
 
 
@@ -109,6 +117,7 @@ def render_markdown(run: RunRecord) -> str:
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return environment.from_string(template).render(
         run=run,
+        has_plots=has_plots(),
         summary=summary(run) if run.rounds else "",
         quality_table=quality_table(run),
         task_table=task_table(run),
@@ -233,6 +242,8 @@ def plot_range(losses: Scores[LayerPlan]) -> Figure:
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     """An empty figure of so many inches."""
+    if not has_plots():
+        raise needs_extra("matplotlib", "plots")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -286,12 +297,12 @@ def plot_layer_map(run: RunRecord) -> Figure:
 
     A bar is a layer, as high as removing it costs; a line is layers that become one block. Edits not made are pale.
     """
-    from matplotlib.patches import Patch
-
     plan, criterion, made = run.rounds[-1].plan, run.rounds[-1].criterion, set(run.edits)
     every = (cost for record in run.rounds for scores in record.scores for cost in scores.values.items())
     costs = {edit: cost for edit, cost in every if math.isfinite(cost)}  # of each edit the last one
     figure, axes = _axes(min(12.0, max(5.0, 0.32 * plan.num_teacher_layers)), 3.0 if costs else 1.0)
+    from matplotlib.patches import Patch
+
     states = [_state(layer, plan, made) for layer in range(plan.num_teacher_layers)]
     for edit, cost in costs.items():
         color = EDITS[edit.kind] if edit in made else OTHER

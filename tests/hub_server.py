@@ -165,6 +165,7 @@ def answer_error(status: int, code: str, message: str) -> Response:
 class HubServer:
     def __init__(self, lfs_suffixes: tuple[str, ...] = ()) -> None:
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, dict] = {}  # as the client reads them, by slug
         self.lfs_suffixes = lfs_suffixes
         self.store: dict[str, bytes] = {}
         self.faults: list[Fault] = []
@@ -194,6 +195,7 @@ class HubServer:
     def reset(self) -> None:
         """As new, but for what was uploaded."""
         self.repos.clear()
+        self.collections.clear()
         self.faults.clear()
         self.log.clear()
         self.counter = itertools.count()
@@ -241,6 +243,9 @@ class HubServer:
             Route("/api/whoami-v2", self.whoami),
             Route("/api/repos/create", self.create, methods=["POST"]),
             Route("/api/validate-yaml", self.validate_yaml, methods=["POST"]),
+            Route("/api/collections", self.create_collection, methods=["POST"]),
+            Route("/api/collections/{slug:path}/items", self.add_to_collection, methods=["POST"]),
+            Route("/api/collections/{slug:path}", self.show_collection),
             Route(model, self.with_repo(self.info)),
             Route(model + "/revision/{revision:path}", self.with_repo(self.info)),
             Route(model + "/auth-check/write", self.with_repo(self.info, write=True)),
@@ -320,6 +325,33 @@ class HubServer:
         errors = metadata_errors((await request.json())["content"])
         status = 400 if errors else 200
         return JSONResponse({"errors": [{"message": error} for error in errors], "warnings": []}, status)
+
+    async def create_collection(self, request: Request) -> Response:
+        body = await request.json()
+        slug = f"{body['namespace']}/{body['title'].lower()}-{len(self.collections):024x}"
+        if (there := [one["slug"] for one in self.collections.values() if one["title"] == body["title"]]) != []:
+            return JSONResponse({"error": "Collection already exists", "slug": there[0]}, 409)
+        if not _may_write(_token(request), body["namespace"] + "/"):
+            return answer_error(403, "", f"You don't have the rights to create a collection in {body['namespace']}")
+        self.collections[slug] = {
+            "slug": slug, "title": body["title"], "description": body["description"], "private": body["private"],
+            "owner": {"name": body["namespace"]}, "items": [], "lastUpdated": "2026-11-29T00:00:00.000Z",
+            "position": 0, "theme": "blue", "upvotes": 0,
+        }  # fmt: skip
+        return JSONResponse(self.collections[slug])
+
+    async def show_collection(self, request: Request) -> Response:
+        return JSONResponse(self.collections[request.path_params["slug"]])
+
+    async def add_to_collection(self, request: Request) -> Response:
+        collection, item = self.collections[request.path_params["slug"]], (await request.json())["item"]
+        if item["id"] not in self.repos:
+            return answer_error(404, "RepoNotFound", "Repository not found")
+        if any(item["id"] == one["id"] for one in collection["items"]):
+            return answer_error(409, "", "Item already in collection")
+        new = item | {"_id": f"{len(collection['items']):024x}", "position": len(collection["items"])}
+        collection["items"].append(new)
+        return JSONResponse(collection)
 
     async def info(self, request: Request, repo: Repo) -> Response:
         oid = repo.find(request.path_params.get("revision", "main"))

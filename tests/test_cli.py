@@ -135,6 +135,7 @@ def test_evaluate(tmp_path, model_folder, text_file, capsys):
     assert run("evaluate", "--model", student, "--teacher", model_folder, *arguments) == 0
     measured = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert measured["perplexity"] == pytest.approx(math.exp(measured["loss"])) and measured["kl"] > 0
+    assert LayerPlan.from_dict(measured["plan"]).removed_layers == (2,)
     assert f"{measured['perplexity']:.5f}" in capsys.readouterr().out
 
 

@@ -147,6 +147,80 @@ def test_a_tag_for_every_depth(hub, worker, runs):
     assert "vllm serve me/student --revision 4-layers" in card and "vllm serve me/student\n" in main_card(repo)
 
 
+def test_a_repository_for_every_depth_in_a_collection(hub, worker, runs):
+    command = ["push", runs / "plain", "--repo_id", "team/tiny", "--collection"]
+    for _ in range(2):  # the second time all is there
+        status, out, err = worker.run(*command)
+        assert status == 0, err
+        (collection,) = hub.collections.values()
+        names = [f"team/tiny-{depth}-layers" for depth in (5, 4, 3)]
+        assert [item["id"] for item in collection["items"]] == names and collection["title"] == "tiny"
+        assert set(hub.repos) == set(names) and collection["slug"].startswith("team/tiny-")
+    assert f"collection: {hub.endpoint}/collections/{collection['slug']}" in err and f"{names[-1]}/commit/" in out
+    for depth, name in zip((5, 4, 3), names, strict=True):
+        repo = hub.repos[name]
+        assert set(repo.files()) == WHOLE and not repo.tags and set(repo.branches) == {"main"}
+        assert json.loads(repo.files()["config.json"])["num_hidden_layers"] == depth
+    assert f'from_pretrained("{names[1]}")' in main_card(hub.repos[names[1]])
+    others = ", ".join(f"[{n}-layers](https://huggingface.co/team/tiny-{n}-layers)" for n in (5, 3))
+    assert f"Other depths of the same run: {others}." in main_card(hub.repos[names[1]])
+    hub.log.clear()
+    refused(hub, worker.push(runs / "plain", "team/tiny", collection=True, private=True), "exists and is public")
+    refused(hub, worker.push(runs / "plain", collection=True, depth_tags=True), "choose one of them")
+
+
+@pytest.mark.parametrize("path", ["POST .*/tiny-4-layers/commit/", "POST .*/collections", "POST .*/items"])
+def test_after_a_fault_a_second_push_completes_the_collection(hub, worker, runs, path):
+    hub.faults.append(Fault("503", path=path, times=10_000))
+    assert "pushing to me/tiny: " in worker.push(runs / "plain", "me/tiny", collection=True)["error"]
+    hub.faults.clear()
+    assert "oid" in worker.push(runs / "plain", "me/tiny", collection=True)
+    assert all(set(repo.files()) == WHOLE for repo in hub.repos.values())
+    assert [len(one["items"]) for one in hub.collections.values()] == [3]
+
+
+def evaluation(runs, folder, number=-1, **changes):
+    """An `evaluation.json` of a student, as `evaluate` writes it."""
+    plan = json.loads((runs / "plain" / "report.json").read_text())["rounds"][number]["plan"]
+    result = {"measure": "score", "quality": 0.341, "cost": 0.659, "standard_error": 0.01, "num_examples": 1319}
+    content = {"plan": plan, "tasks": {changes.pop("name", "gsm8k"): result | {"weight": 1.0} | changes}}
+    path = folder / "evaluation.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_a_benchmark_goes_where_the_hub_looks_for_it(hub, worker, runs, tmp_path):
+    path, name = evaluation(runs, tmp_path, number=1), ".eval_results/gsm8k.yaml"
+    worker.push(runs / "plain", depth_tags=True, evaluation=path)
+    repo = hub.repos["me/student"]
+    assert yaml.safe_load(repo.files("4-layers")[name]) == [
+        {
+            "dataset": {"id": "openai/gsm8k", "task_id": "gsm8k"},
+            "value": 34.1,
+            "notes": "score, measured by hf-layerprune evaluate",
+        }
+    ]
+    assert set(repo.files("5-layers")) == set(repo.files("3-layers")) == WHOLE
+    worker.push(runs / "plain", round=2, evaluation=path)
+    assert name in repo.files()
+    worker.push(runs / "plain")  # another student
+    assert set(repo.files()) == WHOLE
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"number": 0}, "is of a student with other layers than those that are pushed"),
+        ({"num_examples": 100}, "gsm8k was measured on 100 of its 1,319 examples"),
+        ({"name": "my_task"}, "my_task is not among gsm8k"),
+        ({"quality": "good"}, "is no evaluation.json with tasks"),
+    ],
+)
+def test_a_number_no_leaderboard_takes_is_refused(hub, worker, runs, tmp_path, changes, message):
+    refused(hub, worker.push(runs / "plain", evaluation=evaluation(runs, tmp_path, **changes)), message)
+    refused(hub, worker.push(runs / "plain", evaluation=str(runs / "diary.txt")), "is no evaluation.json with tasks")
+
+
 def main_card(repo):
     return repo.files()["README.md"].decode()
 
@@ -430,7 +504,7 @@ def test_of_rounds_of_one_depth_the_last_has_the_tag(hub, worker, runs, tmp_path
     repo = hub.repos["me/student"]
     assert set(repo.tags) == {"5-layers", "4-layers", "3-layers"}
     assert json.loads(repo.files("4-layers")["plan.json"]) == student.config.layer_plan
-    assert main_card(repo).count('"4-layers"') == 1
+    assert main_card(repo).count("[4-layers]") == 1
 
 
 def load_run_model(folder):

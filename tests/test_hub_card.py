@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import byte_tokenizer, tiny_model
 from hub_schema import metadata_errors
 from huggingface_hub import ModelCard, ModelCardData
 from test_report import ROUNDS, RUN, TEACHER, unhealed
 
+from hf_layerprune import load_run, prune
 from hf_layerprune.data import EMBEDDED_MODEL
 from hf_layerprune.hub import Run, run_card
 from hf_layerprune.hub.card import TEMPLATE, base_facts
 from hf_layerprune.plan import Edit, LayerPlan
 from hf_layerprune.record import read_run
-from hf_layerprune.report import recovery, render_markdown, summary
+from hf_layerprune.report import recovery, render_markdown, summary, write_report
 from hf_layerprune.tasks import TaskReport, TaskResult
 
 ROOT = Path(__file__).parent.parent
@@ -172,6 +174,36 @@ def test_a_card_of_parallel_layers():
     assert "2 layers run in parallel, in 1 block" in parallel.text and "1&#124;2" in parallel.text
     assert "trust_remote_code" not in plain.text and "layer-parallelism" not in plain.data.tags
     assert "vllm serve me/student" in plain.text
+
+
+def test_tags_say_what_was_done():
+    unhealed_pair = card_of([unhealed(PAIRED)])
+    assert unhealed_pair.data.tags == ["hf_layerprune", "layer-parallelism"]
+    assert card_of([unhealed(ROUNDS[0])]).data.tags == ["hf_layerprune", "layer-pruning", "pruned"]
+    merged = card_of([replace(ROUNDS[0], plan=LayerPlan(((0,), (1, 2), (3,)), merged=((1, 2),)))])
+    assert {"layer-merging", "pruned", "distillation"} <= set(merged.data.tags)
+
+
+def test_a_pushed_card_has_a_thumbnail():
+    link = "https://huggingface.co/me/student/resolve/20-layers/quality.png"
+    assert card_of(pushed=True, revision="20-layers").data.thumbnail == link
+    assert "thumbnail" not in card_of().data.to_dict()
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"])
+def test_its_snippet_runs_and_uses_the_chat_template_if_there_is_one(tmp_path, capsys, template):
+    write_report(tmp_path, RUN)
+    student, tokenizer = prune(tiny_model(4), [1, 2]), byte_tokenizer()
+    tokenizer.chat_template = template
+    for part in (student, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"layer_plan": ROUNDS[1].plan.to_dict()}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    card = run_card(load_run(tmp_path), 2, str(tmp_path / "model"))
+    snippet = next(code for code in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL) if "generate" in code)
+    assert ("apply_chat_template" in snippet) == (template is not None)
+    exec(snippet.replace("max_new_tokens=50", "max_new_tokens=3"), {})
+    assert ("Once upon a time" in capsys.readouterr().out) == (template is None)
 
 
 def test_a_card_of_a_run_that_measured_less():

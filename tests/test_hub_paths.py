@@ -5,13 +5,17 @@ from pathlib import Path
 import pytest
 
 from hf_layerprune import LayerPruneError
+from hf_layerprune.cli.parsing import offered, settings_of
 from hf_layerprune.hub.paths import (
+    PUBLIC,
     absolute_if_local,
     check_nothing_local,
     hub_id,
+    public_settings,
     with_absolute_paths,
     without_local_paths,
 )
+from hf_layerprune.trainer.run import DECISIVE, OF_OPTIMIZER
 
 
 @pytest.mark.parametrize(
@@ -32,9 +36,30 @@ def test_a_local_path_becomes_a_name(text, name):
     assert without_local_paths(text) == name
 
 
-def test_settings_are_public_at_any_depth():
-    settings = {"a": ["/x/y", {"b": "/x/z"}], "output_dir": "/x", "hub_token": "hf_x", "c": 3, "d": "{"}
-    assert without_local_paths(settings) == {"a": ["y", {"b": "z"}], "c": 3, "d": "{"}
+def test_paths_are_found_at_any_depth():
+    assert without_local_paths({"a": ["/x/y", {"b": "/x/z"}], "c": 3}) == {"a": ["y", {"b": "z"}], "c": 3}
+
+
+def test_only_settings_that_are_known_to_be_harmless_are_public():
+    private = {
+        "output_dir": "/x", "hub_token": "hf_x", "hub_model_id": "ford/x", "run_name": "ford", "project": "acme",
+        "trackio_space_id": "ford/runs", "trackio_bucket_id": "ford/b", "trackio_static_space_id": "ford/s",
+        "report_to": "trackio", "logging_dir": "/x", "a_setting_of_next_year": "ford",
+    }  # fmt: skip
+    kwargs = {"revision": "main", "token": "hf_x", "cache_dir": "/x", "proxies": {"http": "ford"}}
+    public = {"seed": 3, "dataset": "a/b", "lr_scheduler_kwargs": {"min_lr": 0.1}}
+    expected = public | {"model_init_kwargs": {"revision": "main"}}
+    assert public_settings(private | public | {"model_init_kwargs": kwargs}) == expected
+    assert public_settings({"model_init_kwargs": "token=hf_x"}) == {}
+
+
+def test_every_setting_of_a_recipe_was_looked_at():
+    """A new setting of these verbs is not pushed; put it into `PUBLIC` if it names nothing of the author's."""
+    known = {item.name for verb in ("compress", "parallelize") for kind in settings_of(verb) for item in offered(kind)}
+    private = {"output_dir", "run_name", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "project",
+               "trackio_space_id", "resume", "gguf_file"}  # fmt: skip
+    assert known - PUBLIC == private
+    assert {*DECISIVE, *OF_OPTIMIZER} <= PUBLIC
 
 
 def test_what_a_hub_id_is(tmp_path, monkeypatch):
@@ -59,12 +84,12 @@ def test_where_a_run_starts_the_disk_is_asked(tmp_path, monkeypatch):
         "model": f"{here}/me/model",
         "tasks": f"default,{here}/tasks.yaml,lm_eval:{here}/own.yaml,lm_eval:arc_easy",
     }
-    public = without_local_paths(recorded)
+    public = public_settings(recorded)
     assert (public["model"], public["tasks"]) == ("model", "default,tasks.yaml,lm_eval:own.yaml,lm_eval:arc_easy")
     assert with_absolute_paths({"tasks": "one, two.yaml"}) == {"tasks": f"{here}/one, two.yaml"}
     assert "output_dir" not in public and absolute_if_local("me/other@x") == "me/other@x"
     assert (
-        without_local_paths({"model": "/home/ford/a,b/c"}) == {"model": "c"}
+        public_settings({"model": "/home/ford/a,b/c"}) == {"model": "c"}
         and absolute_if_local("x" * 5000) == "x" * 5000
     )
 

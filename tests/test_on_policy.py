@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import load, tiny_model
+from conftest import load, tiny_config, tiny_model
 from datasets import Dataset
 from trl import DistillationTrainer
 
@@ -113,13 +113,14 @@ def test_a_finished_run_can_be_finished_on_policy(make, prompts, tmp_path):
     assert again.run.rounds == trainer.run.rounds
 
 
-def test_a_chat_template_makes_texts_messages(tokenizer):
+def test_a_chat_template_makes_texts_messages(tokenizer, tmp_path):
     tokenizer = copy.deepcopy(tokenizer)
     rows = Dataset.from_dict({"prompt": ["why?", ""]})
-    plain = on_policy.prompts_to_answer(rows, tokenizer, tiny_model(), 8)
+    args = tiny_config(tmp_path, on_policy_steps=1)
+    plain = on_policy.prompts_to_answer(rows, tokenizer, tiny_model(), args)
     assert plain.to_dict() == {"prompt": ["why?"]}
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    chats = on_policy.prompts_to_answer(rows, tokenizer, tiny_model(), 8)
+    chats = on_policy.prompts_to_answer(rows, tokenizer, tiny_model(), args)
     assert chats.to_dict() == {"prompt": [[{"content": "why?", "role": "user"}]]}
 
 

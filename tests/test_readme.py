@@ -10,6 +10,7 @@ import yaml
 from conftest import read_report
 
 from hf_layerprune.cli import VERBS
+from hf_layerprune.cli.parsing import Parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,6 +40,17 @@ def test_the_make_targets_and_the_verbs_exist():
     assert "make test" in commands
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     assert [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step] == commands
+
+
+def test_the_skill_names_verbs_and_settings_there_are():
+    text = (ROOT / "SKILL.md").read_text()
+    assert len(text.splitlines()) <= 60 and yaml.safe_load(text.split("---\n")[1])["name"] == "hf-layerprune"
+    known = {verb: Parser(verb).settings for verb in VERBS}
+    for verb, rest in re.findall(r"`hf-layerprune ([a-z][\w-]*)([^`]*)`", text):
+        assert set(re.findall(r"--(\w+)", rest)) <= {*known[verb], "config"}, verb
+    assert set(re.findall(r"`--(\w+)", text)) <= {"config"}.union(*known.values())
+    for path in re.findall(r"`([\w/]+/[\w.]+\.md)`", text):
+        assert path.startswith("OUT/") or (ROOT / path).is_file()
 
 
 def test_links_lead_somewhere():

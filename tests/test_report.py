@@ -3,6 +3,7 @@ import platform
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,10 +135,11 @@ def test_environment_names_no_machine():
 
 def test_hardware_is_that_of_the_device_that_was_timed(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Big GPU")
-    assert environment()["hardware"] == "Big GPU"
+    properties = SimpleNamespace(name="Big GPU", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert environment()["hardware"] == "Big GPU, 80 GiB"
     told = environment(torch.device("cpu"))["hardware"]
-    assert told.startswith("CPU ") and "Big GPU" not in told
+    assert told.startswith("CPU ") and told.endswith(torch.backends.cpu.get_cpu_capability())
     cpu = Path("/proc/cpuinfo")
     if cpu.is_file() and "model name" in cpu.read_text():
         assert platform.machine() not in told

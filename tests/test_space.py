@@ -98,6 +98,23 @@ def test_a_space_is_made_and_updated_in_one_commit_each(hub, worker, pushed):
     assert worker("open", run="me/student")["depths"] == [4, 3]
 
 
+def test_a_wheel_goes_along_until_there_is_a_release(hub, worker, pushed, tmp_path):
+    wheel, other = tmp_path / "hf_layerprune-9.9-py3-none-any.whl", tmp_path / "torch-2.0-py3-none-any.whl"
+    for path in (wheel, other):
+        path.write_bytes(b"PK")
+    command = ["push-space", pushed, "--repo_id", "me/space", "--wheel"]
+    for argv, told in (([other], "is no wheel of hf-layerprune"), ([wheel, "--private"], "a private Space cannot")):
+        status, _, err = worker.run(*command, *argv)
+        assert status == 2 and told in err and hub.repos.keys() == {"me/teacher", "me/student"}
+    assert worker.run(*command, wheel)[0] == 0
+    repo = hub.repos["spaces/me/space"]
+    assert repo.files()[wheel.name] == b"PK"
+    address = f"{hub.endpoint}/spaces/me/space/resolve/main/{wheel.name}"
+    assert repo.files()["requirements.txt"].decode() == f"hf-layerprune[demo] @ {address}\n"
+    assert worker.run(*command[:-1])[0] == 0
+    assert set(repo.files()) == FILES  # the release takes its place
+
+
 def test_a_yaml_list_is_pushed_as_it_is(hub, worker, tmp_path, pushed):
     path = tmp_path / "list.yaml"
     path.write_text(

@@ -19,7 +19,8 @@ OF_TRL = (
     "model_init_kwargs", "dataset_text_field", "dataset_num_proc", "dataloader_num_workers", "max_length",
     "truncation_mode", "packing", "packing_strategy", "padding_free", "completion_only_loss", "assistant_only_loss",
     "chat_template_path", "eos_token", "pad_token", "per_device_eval_batch_size", "logging_steps", "report_to",
-    "run_name", "save_strategy", "save_steps", "save_total_limit", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "run_name", "project", "trackio_space_id", "save_strategy", "save_steps", "save_total_limit", "push_to_hub",
+    "hub_model_id", "hub_private_repo",
 )  # fmt: skip
 """Settings of TRL's `SFTConfig` that `compress` and `estimate` take; the others are for Python."""
 
@@ -216,7 +217,13 @@ class PushArguments:
     revision: str | None = option(None, "Branch to push to; main by default.")
     round: int | None = option(None, "Push the student of this round, such as 5; the last by default.")
     depth_tags: bool = option(False, "Push every round up to that one, each with a tag such as 28-layers.")
+    collection: bool = option(
+        False, "Push every round up to that one to a repository of its own, user/name-28-layers, in a Collection."
+    )
     base_model: str | None = option(None, "Hub id of the model the run started from, if the run does not say.")
+    evaluation: str | None = option(
+        None, "evaluation.json of the student: benchmarks in it (gsm8k) become .eval_results."
+    )
 
 
 @dataclass
@@ -249,3 +256,4 @@ class PushSpaceArguments:
     title: str | None = option(None, "Title of the Space.")
     hardware: str | None = option(None, "Hardware to suggest to those who copy the Space, such as zero-a10g.")
     private: bool = option(False, "Make a new Space private; by default the account's setting decides.")
+    wheel: str | None = option(None, "Wheel of this package for the Space to install, instead of a release.")

@@ -136,4 +136,12 @@ def print_run(run: RunRecord, console: Console, files: dict[str, Path]) -> None:
     """Print what came of a run, and where its `files` are."""
     rows = table_rows(run)
     print_table(list(rows[0]), [list(row.values()) for row in rows], measured(run), "edit", console)
-    say(console, "   ".join(f"{what}: {path}" for what, path in files.items()))
+    say_files(console, files)
+
+
+def say_files(console: Console, files: dict[str, Path]) -> None:
+    """Print where `files` are, and how to get the plot if there is none."""
+    there = {what: str(path) for what, path in files.items() if path.exists()}
+    if "plot" not in there:
+        there["no plot"] = "pip install 'hf-layerprune[plots]'"
+    say(console, "   ".join(f"{what}: {where}" for what, where in there.items()))

@@ -13,6 +13,7 @@ from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_tokenizer
 from ..progress import Phases, say
+from ..surgery import plan_of
 from ..tasks import KLTask, Task, TaskReport, evaluate_tasks, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments
 from .common import check_text, load_on_device, made, print_table, text_batches
@@ -35,6 +36,7 @@ def evaluate(argv: list[str]) -> None:
             say(Console(), f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}")
     if folder is not None:
         results = report if of_tasks is None else report | {"tasks": of_tasks.to_dict()["results"]}
+        results |= {"plan": plan_of(load_config(arguments.model)).to_dict()}
         write_atomically(folder / "evaluation.json", to_json(results))
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from shlex import quote
 
 from ..errors import LayerPruneError
-from ..export import check_exportable, export_gguf, require_gguf
+from ..export import check_exportable, export_gguf
 from ..files import write_atomically
 from ..gguf_vocabulary import vocabulary_of
-from ..loading import is_gguf, load_config, load_model, load_tokenizer, split_revision
+from ..loading import is_gguf, load_config, load_model, load_tokenizer, require_gguf, split_revision
 from ..modelfile import HEAD, modelfile
 from ..progress import Phases, say
 from .common import made

@@ -16,16 +16,17 @@ from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..hub import load_run, run_card
-from ..hub.paths import absolute_if_local, with_absolute_paths, without_local_paths
+from ..hub.paths import absolute_if_local, public_settings, with_absolute_paths, without_local_paths
 from ..loading import load_config, load_tokenizer, saved_dtype
 from ..losses import perplexity_of
 from ..plan import Edit, LayerPlan, edits_between
 from ..progress import Phases, say
 from ..record import RoundRecord, RunRecord, TeacherRecord, read_plan
-from ..report import plot_range, save_plot, write_report
+from ..report import PLOTS, has_plots, plot_range, save_plot, write_report
 from ..scoring import Scores
 from ..search import SearchStep, find_parallel_range, parallel_ranges, search_plan
 from ..surgery import apply_plan, plan_of, prune
+from ..trainer.callbacks import hub_tags
 from ..trainer.run import check_saving, save_student, speed_runs, with_speed
 from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments, default_depth
@@ -80,13 +81,15 @@ def parallelize(argv: list[str]) -> None:
             runs = [{"pairs": p.parallel_pairs, "perplexity": perplexity_of(found.values[p])} for p in plans]
             content = {"original": perplexity_of(found.baseline), "runs": runs}
             write_atomically(folder / "range.json", to_json(content))
-            save_plot(plot_range(found), folder / "range.png")
+            if has_plots():
+                save_plot(plot_range(found), folder / "range.png")
         run = _measured(arguments, model, dtype, steps, evaluation, phases)
         write_report(folder, run)
         card = run_card(load_run(folder), len(run.rounds), f"{folder.name}/model")
         write_atomically(folder / "README.md", str(card))
-        for name in ("README.md", "quality.png", "layers.png"):
-            write_atomically(folder / "model" / name, (folder / name).read_bytes())
+        for name in ("README.md", *PLOTS):
+            if (folder / name).is_file():
+                write_atomically(folder / "model" / name, (folder / name).read_bytes())
         files = {"model": folder / "model", "report": folder / "report.md", "plot": folder / "quality.png"}
         print_run(run, phases.out, files)
 
@@ -180,9 +183,10 @@ def _measured(
     quality = evaluate_model(model, batches, on_batch=phases.step)
     name = without_local_paths(absolute_if_local(arguments.model))
     run = RunRecord(
-        without_local_paths(with_absolute_paths(asdict(arguments))),
+        public_settings(with_absolute_paths(asdict(arguments))),
         TeacherRecord.of(model, quality, name=name),
         environment=environment(model.device),
+        tags=hub_tags(model, None),
         verb="parallelize",
     )
     criterion = "loss" if arguments.search == "range" else arguments.criterion  # a range is chosen by perplexity

@@ -26,6 +26,7 @@ def push_space(argv: list[str]) -> None:
         title=arguments.title,
         hardware=arguments.hardware,
         private=arguments.private or None,
+        wheel=arguments.wheel,
         on_message=partial(say, Console(stderr=True)),
     )
     say(Console(), f"pushed: {commit.commit_url}")

@@ -14,11 +14,11 @@ from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_tokenizer
 from ..progress import Phases, say
-from ..report import plot_scores, save_plot
+from ..report import has_plots, plot_scores, save_plot
 from ..scoring import CRITERION_UNITS, Race, Scores, criterion_of, score_layers
 from ..tasks import Task, load_tasks, prepare_tasks
 from .arguments import ScoreArguments
-from .common import check_text, device, load_on_device, made, print_table, text_batches
+from .common import check_text, device, load_on_device, made, print_table, say_files, text_batches
 from .parsing import parse
 
 WITHOUT_TEXT = ("tail", "random")
@@ -48,8 +48,10 @@ def score(argv: list[str]) -> None:
     if scores.certainty:
         say(console, scores.certainty)
     write_atomically(folder / "scores.json", to_json(scores.to_dict()))
-    save_plot(plot_scores(scores, f"{Path(arguments.model).name}: importance of its layers"), folder / "scores.png")
-    say(console, f"scores: {folder / 'scores.json'}   plot: {folder / 'scores.png'}")
+    if has_plots():
+        title = f"{Path(arguments.model).name}: importance of its layers"
+        save_plot(plot_scores(scores, title), folder / "scores.png")
+    say_files(console, {"scores": folder / "scores.json", "plot": folder / "scores.png"})
 
 
 def _scores(arguments: ScoreArguments, tasks: list[Task], phases: Phases) -> Scores[int]:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, needs_extra
 from .catalog import Pairing, open_catalog
 from .service import DemoService, on_zero_gpu
 from .settings import DemoSettings, Limits, ModelEntry, read_settings, settings_of
@@ -42,7 +42,7 @@ def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.wa
         options: passed to Gradio's `launch`, such as `server_port`.
     """
     if find_spec("gradio") is None:
-        raise LayerPruneError("the demo needs Gradio; install it with: pip install 'hf-layerprune[demo]'")
+        raise needs_extra("gradio, which serves the demo,", "demo")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     if on_zero_gpu():
         import spaces  # noqa: F401  # takes over CUDA, before anything touches a GPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, replace
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData, get_token
+from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData, get_token, hf_hub_url
 
 from ..errors import LayerPruneError
 from ..hub import load_run
@@ -22,7 +23,7 @@ from .catalog import teacher_of
 from .settings import DemoSettings, ModelEntry, read_settings
 
 TEMPLATES = Path(__file__).parent.parent / "templates" / "space"
-MODELS_FILE = "models.yaml"
+MODELS_FILE, WHEELS = "models.yaml", "hf_layerprune-*.whl"
 
 
 def push_space(
@@ -32,6 +33,7 @@ def push_space(
     title: str | None = None,
     hardware: str | None = None,
     private: bool | None = None,
+    wheel: str | Path | None = None,
     token: str | None = None,
     on_message: Callable[[str], None] = lambda text: None,
 ) -> CommitInfo:
@@ -43,29 +45,43 @@ def push_space(
         title (`str`, *optional*): heading of the page; by default that of the list.
         hardware (`str`, *optional*): what to suggest to those who copy the Space, such as `zero-a10g`.
         private (`bool`, *optional*): whether a new Space is private; by default the account's setting.
+        wheel (`str` or `Path`, *optional*): a wheel of this package, which the Space holds and installs instead of a
+            release. The Space must be public, as it is built from that file's address.
         token (`str`, *optional*): by default `HF_TOKEN` or the stored login.
         on_message (`Callable`, *optional*): called with what is found and done, a sentence at a time.
     """
     listed, api = isinstance(models, (str, Path)), HfApi(token=token)
     settings = read_settings(models) if listed else DemoSettings([ModelEntry(name, run=name) for name in models])
+    wheel = None if wheel is None else _checked_wheel(Path(wheel), private)
     repo_id = full_name(api, repo_id)
     entries = [_checked(api, entry, listed, on_message) for entry in settings.models]
     with TemporaryDirectory(prefix="hf-layerprune-") as folder:
-        write_space(Path(folder), replace(settings, models=entries), repo_id, title=title, hardware=hardware)
+        write_space(
+            Path(folder), replace(settings, models=entries), repo_id, title=title, hardware=hardware, wheel=wheel
+        )
         check_nothing_local(Path(folder), (Path.home(), Path.cwd()), token or get_token())
         with hub_errors(f"pushing to {repo_id}"):
             open_repo(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
+            if wheel is not None:
+                _checked_wheel(wheel, api.repo_info(repo_id, repo_type="space").private)
             files = api.list_repo_files(repo_id, repo_type="space")
             check_content(files, MODELS_FILE, repo_id)
             on_message(f"{'updating' if MODELS_FILE in files else 'making'} the Space {repo_id}")
             message = "Update the comparison" if MODELS_FILE in files else "Compare original and compressed"
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="space", commit_message=message)
+            options = {"repo_type": "space", "commit_message": message, "delete_patterns": WHEELS}
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
 
 def write_space(
-    folder: Path, settings: DemoSettings, repo_id: str, *, title: str | None = None, hardware: str | None = None
+    folder: Path,
+    settings: DemoSettings,
+    repo_id: str,
+    *,
+    title: str | None = None,
+    hardware: str | None = None,
+    wheel: Path | None = None,
 ) -> None:
-    """Write the files of a Space: `app.py`, `README.md`, `requirements.txt` and `models.yaml`."""
+    """Write the files of a Space: `app.py`, `README.md`, `requirements.txt`, `models.yaml`, and a `wheel` if given."""
     title = title or settings.title
     names = [name for entry in settings.models for name in (entry.run, entry.student, entry.teacher) if name]
     on_hub = list(dict.fromkeys(filter(None, map(hub_id, names)))) or None
@@ -80,12 +96,33 @@ def write_space(
     extras = "demo,gguf" if any(map(is_gguf, names)) else "demo"
     files = {
         "app.py": (TEMPLATES / "app.py.jinja").read_text(encoding="utf-8"),
-        "requirements.txt": f"hf-layerprune[{extras}]>={version('hf-layerprune')}\n",
+        "requirements.txt": _requirement(extras, repo_id, wheel),
         MODELS_FILE: models_yaml(settings, title),
         "README.md": str(card).rstrip() + "\n",
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+    if wheel is not None:
+        shutil.copy(wheel, folder)
+
+
+def _checked_wheel(wheel: Path, private: bool | None) -> Path:
+    if not (wheel.is_file() and wheel.match(WHEELS)):
+        raise LayerPruneError(
+            f"wheel={wheel} is no wheel of hf-layerprune; `make dist` in a clone writes one to dist/"
+        )
+    if private:
+        raise LayerPruneError(
+            "a private Space cannot install a wheel that it holds; make it public, or leave out wheel"
+        )
+    return wheel
+
+
+def _requirement(extras: str, repo_id: str, wheel: Path | None) -> str:
+    """What pip is to install; a Space is built from its requirements alone, before it has its other files."""
+    if wheel is None:
+        return f"hf-layerprune[{extras}]>={version('hf-layerprune')}\n"
+    return f"hf-layerprune[{extras}] @ {hf_hub_url(repo_id, wheel.name, repo_type='space')}\n"
 
 
 def models_yaml(settings: DemoSettings, title: str) -> str:

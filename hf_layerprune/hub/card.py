@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import report
-from ..errors import first_line
+from ..errors import LayerPruneError, first_line
 from ..loading import resolve
 from ..record import RunRecord
 from ..report import layer_map_text
-from .paths import hub_id, without_local_paths
+from .paths import hub_id, public_settings, without_local_paths
 from .runs import Run
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "model_card.md.jinja"
-TAGS = ("hf_layerprune", "layer-pruning", "pruned", "distillation")
+TAGS = ("hf_layerprune",)
+CHAT_TEMPLATE = "chat_template.jinja"
+TRACKIO = "trackio:"
+"""Begins the tag that shows a run's Trackio page in the tab "Training metrics"."""
 TEXTS = ("calibration_dataset", "dataset", "eval_dataset")
 METRICS = {
     "perplexity": ("perplexity", "Perplexity"),
@@ -25,6 +29,23 @@ METRICS = {
     "agreement": ("hf_layerprune_agreement", "Share of positions with the original's most likely token"),
 }
 """Entries of a round's quality that become metrics of the card, their types and names there."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a student goes.
+
+    Attributes:
+        number (`int`): its round.
+        tag (`str`): its depth, such as `"28-layers"`.
+        repo_id (`str`): its repository.
+        revision (`str`, *optional*): branch or tag by which it is loaded from there; `None` for main.
+    """
+
+    number: int
+    tag: str
+    repo_id: str
+    revision: str | None
 
 
 def base_facts(base: str, token: str | None = None) -> tuple[ModelCardData, str]:
@@ -50,20 +71,25 @@ def run_card(
     facts: ModelCardData | None = None,
     pushed: bool = False,
     revision: str | None = None,
-    revisions: Sequence[str] = (),
+    others: Sequence[Target] = (),
 ) -> ModelCard:
     """Make the card of the student after round `number` (from 1), for the repository or folder `model_name`.
 
     `base_model`, `tags` and `datasets` add to what the run's settings name; `facts` are what it inherits, by default
-    from the card of a base model on this disk. A `pushed` card goes to `revision`, by default main; `revisions` hold
-    other depths.
+    from the card of a base model on this disk. A `pushed` card goes to `revision`, by default main; `others` are the
+    `Target`s of the run's other depths.
     """
     public, settings = run.public_record(number), run.settings
     base = base_model or settings.get("model")
     origin, base_id = base or public.teacher.name, hub_id(base)
     if facts is None:
         facts = base_facts(base)[0] if base and not base_id else ModelCardData()
-    parallel = ["layer-parallelism"] if public.rounds[-1].plan.parallel_pairs else []
+    tags = list(dict.fromkeys([*TAGS, *_methods(public), *public.tags, *tags]))
+    thumbnail = (
+        f"https://huggingface.co/{model_name}/resolve/{revision or 'main'}/quality.png"
+        if pushed and report.has_plots()
+        else None
+    )
     evaluated_on = hub_id(settings.get("eval_dataset") or settings.get("dataset"))
     metadata = ModelCardData(
         **facts.to_dict(),
@@ -72,7 +98,8 @@ def run_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         datasets=list(dict.fromkeys(filter(None, [*(hub_id(settings.get(key)) for key in TEXTS), *datasets]))) or None,
-        tags=list(dict.fromkeys([*TAGS, *parallel, *tags])),
+        tags=tags,
+        thumbnail=thumbnail,
         metrics=["perplexity"],
         model_name=model_name.split("/")[-1],
         eval_results=_eval_results(public, evaluated_on),
@@ -83,16 +110,39 @@ def run_card(
         run=public,
         report=report,
         layer_map_text=layer_map_text,
-        recipe=without_local_paths(settings),
+        recipe=public_settings(settings),
         model_name=model_name,
         base_id=base_id,
         origin=without_local_paths(origin),
         origin_id=hub_id(origin),
         pushed=pushed,
         revision=revision,
-        revisions=revisions,
+        others=others,
+        is_chat=_is_chat(run, number),
+        trackio=next((tag.removeprefix(TRACKIO) for tag in tags if tag.startswith(TRACKIO)), None),
         evaluated_on=public.teacher.evaluated_on + (f" ({evaluated_on})" if evaluated_on else ""),
     )
+
+
+def _methods(run: RunRecord) -> list[str]:
+    """Tags of what was done to the original, in this run or before."""
+    plan = run.rounds[-1].plan
+    done = {
+        "layer-pruning": plan.removed_layers or plan.merged,
+        "pruned": plan.removed_layers or plan.merged,
+        "layer-merging": plan.merged,
+        "layer-parallelism": plan.parallel_pairs,
+        "distillation": run.is_healed,
+    }
+    return [tag for tag, was_done in done.items() if was_done]
+
+
+def _is_chat(run: Run, number: int) -> bool:
+    """Whether the student of a round, if it is at hand, has a chat template."""
+    try:
+        return (run.student(number) / CHAT_TEMPLATE).is_file()
+    except LayerPruneError:
+        return False
 
 
 def _eval_results(run: RunRecord, evaluated_on: str | None) -> list[EvalResult]:

@@ -1,4 +1,4 @@
-"""Local paths: a run records them in full, and nothing that is pushed contains one."""
+"""What may leave this machine: a run records settings and local paths in full, and few of them are pushed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,39 @@ from ..errors import LayerPruneError
 from ..loading import EMBEDDED, is_gguf
 from ..tasks.evaluation import LM_EVAL
 
-INPUTS = ("model", "teacher", "dataset", "eval_dataset", "calibration_dataset", "tasks", "plan")
-"""Settings that may name a file or folder of the author's."""
-PRIVATE = re.compile(
-    "output_dir|logging_dir|run_name|report_to|resume_from_checkpoint|project|trackio_space_id|(hub|push_to_hub)(_.*)?"
+INPUTS = (
+    "model",
+    "teacher",
+    "dataset",
+    "eval_dataset",
+    "calibration_dataset",
+    "tasks",
+    "plan",
+    "chat_template_path",
+    "prompts",
 )
-"""Settings that say where a run wrote and reported to."""
+"""Settings that may name a file or folder of the author's."""
+PUBLIC = frozenset((
+    "model", "teacher", "dataset", "dataset_config", "dataset_split", "eval_dataset", "calibration_dataset",
+    "tasks", "plan", "dtype", "lora_r", "lora_alpha", "target_num_layers", "target_latency",
+    "target_num_parameters", "target", "edits", "max_group_size", "layers_per_round", "criterion", "one_shot",
+    "race_confidence", "protect_first_layers", "protect_last_layers", "num_calibration_samples",
+    "num_repair_samples", "num_eval_samples", "compensation", "heal", "trained_layers", "kl_weight", "beta",
+    "hidden_weight", "lm_weight", "temperature", "loss_preset", "measure_speed", "pairs", "search", "num_samples",
+    "batch_size", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
+    "data_seed", "bf16", "fp16", "tf32", "torch_compile", "activation_offloading", "gradient_checkpointing",
+    "use_cpu", "model_init_kwargs", "dataset_text_field", "dataset_num_proc", "dataloader_num_workers",
+    "max_length", "truncation_mode", "packing", "packing_strategy", "padding_free", "completion_only_loss",
+    "assistant_only_loss", "chat_template_path", "eos_token", "pad_token", "logging_steps", "save_strategy",
+    "save_steps", "save_total_limit", "healing_text", "tasks_text", "calibration_text", "repair_text",
+    "evaluation_text", "save_dtype", "num_processes", "prompts", "on_policy_steps", "on_policy_tokens",
+    "on_policy_learning_rate",
+))  # fmt: skip
+"""Settings that are pushed: those that decide the result and name nothing of the author's. All others stay here."""
+OF_LOADING = frozenset(("revision", "subfolder", "gguf_file", "dtype", "attn_implementation"))
+"""Entries of `model_init_kwargs` that are pushed."""
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 """Files with words of every text there is, `/app` and `/home` among them."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
@@ -66,12 +93,20 @@ def hub_id(name: str | None) -> str | None:
     return name.split("@")[0] if HUB_ID.fullmatch(name) else None
 
 
+def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that may be pushed, with every local path replaced by its last part."""
+    public = {name: without_local_paths(settings[name]) for name in settings if name in PUBLIC}
+    if isinstance(tasks := settings.get("tasks"), str):
+        public["tasks"] = _each_task(tasks, without_local_paths)
+    if (kwargs := public.pop("model_init_kwargs", None)) and isinstance(kwargs, dict):
+        public["model_init_kwargs"] = {name: kwargs[name] for name in kwargs if name in OF_LOADING}
+    return public
+
+
 def without_local_paths(value: Any) -> Any:
-    """Replace every local path in settings, at any depth, by its last part; drop the private settings."""
+    """Replace every local path in a value, at any depth, by its last part."""
     if isinstance(value, dict):
-        public = {key: without_local_paths(value[key]) for key in value if not PRIVATE.fullmatch(key)}
-        tasks = value.get("tasks")
-        return public | ({"tasks": _each_task(tasks, without_local_paths)} if isinstance(tasks, str) else {})
+        return {key: without_local_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_local_paths(item) for item in value]
     local = isinstance(value, str) and is_local_path(value)
@@ -82,7 +117,9 @@ def check_nothing_local(folder: Path, places: Iterable[Path], token: str | None)
     """Raise [`LayerPruneError`] if a text file in `folder` contains the path of one of `places`, or any token."""
     roots = {str(form) for place in places for form in (place.absolute(), place.resolve()) if len(form.parts) > 1}
     local = re.compile(rf"(?<![\w.:-])({'|'.join(map(re.escape, sorted(roots)))})(?![\w.-])")
-    for path in sorted(path for path in folder.iterdir() if path.suffix not in (".safetensors", ".png")):
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.suffix in (".safetensors", ".png", ".whl"):
+            continue
         text, what = path.read_text(encoding="utf-8", errors="replace"), None
         if (token and token in text) or TOKEN.search(text):
             what = "an access token"

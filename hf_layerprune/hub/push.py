@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,9 +15,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import LayerPruneError
 from ..files import write_atomically
-from ..record import PLAN_FILE, REPORT_FILE
-from ..report import write_report
-from .card import base_facts, run_card
+from ..record import PLAN_FILE, REPORT_FILE, RunRecord
+from ..report import PLOTS, write_report
+from .benchmarks import BENCHMARK_FILES, read_evaluation, write_benchmarks
+from .card import Target, base_facts, run_card
 from .paths import check_nothing_local
 from .runs import RECIPE_FILE, Run, hub_errors, load_run
 
@@ -29,7 +30,7 @@ STUDENT_FILES = [
     "model.safetensors.index.json",
 ]  # fmt: skip
 """Files of a saved student that are pushed."""
-OWN = [*STUDENT_FILES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, "report.md", "quality.png", "layers.png"]
+OWN = [*STUDENT_FILES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, "report.md", *PLOTS, *BENCHMARK_FILES]
 """Files of an earlier push, which the next one deletes unless it brings them again."""
 
 
@@ -45,12 +46,14 @@ def push_run(
     round: int | None = None,
     revision: str | None = None,
     depth_tags: bool = False,
+    collection: bool = False,
     private: bool | None = None,
     token: str | None = None,
     commit_message: str | None = None,
     base_model: str | None = None,
     tags: Sequence[str] = (),
     datasets: Sequence[str] = (),
+    evaluation: str | Path | None = None,
     on_message: Callable[[str], None] = lambda text: None,
 ) -> CommitInfo:
     """Push a student with everything a stranger needs: weights, tokenizer, plan, recipe, report, plots and card.
@@ -65,48 +68,82 @@ def push_run(
         revision (`str`, *optional*): branch to push to; main by default.
         depth_tags (`bool`, *optional*, defaults to `False`): push every round up to that one, deepest first, each in
             a commit with a tag such as `28-layers`.
+        collection (`bool`, *optional*, defaults to `False`): push every round up to that one, each to a
+            repository of its own such as `user/name-28-layers`, and put them into the Collection `name`.
         private (`bool`, *optional*): whether a new repository is private; by default the account's setting.
         token (`str`, *optional*): by default `HF_TOKEN` or the stored login.
         commit_message (`str`, *optional*): by default the depth and the name of the teacher.
         base_model (`str`, *optional*): Hub id of the model the run started from; by default what the run says.
         tags (`Sequence[str]`, *optional*): tags of the card, added to the library's own.
         datasets (`Sequence[str]`, *optional*): Hub ids of the data, added to those in the run's settings.
+        evaluation (`str` or `Path`, *optional*): an `evaluation.json` of the student, written by `evaluate`. What it
+            says of a benchmark that the Hub keeps a leaderboard of becomes `.eval_results/*.yaml`.
         on_message (`Callable`, *optional*): called with each progress message.
 
     Returns:
         `CommitInfo`: the commit that holds the student.
 
     Raises:
-        [`LayerPruneError`]: if the folder holds no such student, the branch holds another model, or the Hub refuses
-            or cannot be reached.
+        [`LayerPruneError`]: if the folder holds no such student, the branch holds another model, the evaluation is of
+            another student, or the Hub refuses or cannot be reached.
     """
+    if depth_tags and collection:
+        raise LayerPruneError("depth_tags and collection are two ways to push every depth; choose one of them")
     if not Path(output_dir).is_dir():
         raise LayerPruneError(f"{output_dir} is not a folder; give the output folder of a run")
     run, api, branch = load_run(output_dir), HfApi(token=token), revision or MAIN
     record = run.record.until(len(run.record.rounds) if round is None else round)
-    rounds = {depth_tag(one.depth): one.number for one in record.rounds[0 if depth_tags else -1 :]}
-    students = {tag: run.student(number) for tag, number in rounds.items()}  # of several of one depth the last
     repo_id, source = full_name(api, repo_id), base_model or run.settings.get("model")
+    targets = _targets(record, repo_id, branch, depth_tags, collection)
+    students = {target: run.student(target.number) for target in targets}
+    benchmarks = read_evaluation(evaluation, run, [target.number for target in targets]) if evaluation else {}
     facts, why = base_facts(source, token) if source else (ModelCardData(), "the run does not name it: --base_model")
     if why:
         on_message(f"the card names no license: that of {source or 'the original'} cannot be read ({why})")
     options = {"base_model": base_model, "tags": tags, "datasets": datasets, "facts": facts, "pushed": True}
-    options["revisions"] = list(rounds) if depth_tags else []
     with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
-        for tag, number in rounds.items():  # all of them, before anything is sent
-            where, folder = branch if number == len(record.rounds) else tag, Path(temporary) / tag
-            card = run_card(run, number, repo_id, revision=None if where == MAIN else where, **options)
-            _write_folder(folder, students[tag], run, number, card)
+        folders = {target: Path(temporary) / target.tag for target in targets}
+        for target, folder in folders.items():  # all of them, before anything is sent
+            others = [other for other in targets if other != target] if depth_tags or collection else []
+            card = run_card(run, target.number, target.repo_id, revision=target.revision, others=others, **options)
+            _write_folder(folder, students[target], run, target.number, card)
+            write_benchmarks(folder, benchmarks.get(target.number, {}))
             check_nothing_local(folder, (run.folder, Path.home(), Path.cwd()), token or get_token())
         with hub_errors(f"pushing to {repo_id}"):
-            open_repo(api, repo_id, private=private)
-            _open_branch(api, repo_id, branch)
-            for tag in rounds:
-                depth = tag.replace("-", " ")
-                on_message(f"pushing {depth} to {repo_id}")
+            for name in dict.fromkeys(target.repo_id for target in targets):
+                open_repo(api, name, private=private)
+                _open_branch(api, name, branch)
+            for target, folder in folders.items():
+                depth = target.tag.replace("-", " ")
+                on_message(f"pushing {depth} to {target.repo_id}")
                 title = commit_message or f"{depth} of {record.teacher.name}"
-                commit = _upload(api, repo_id, Path(temporary) / tag, branch, title, tag if depth_tags else None)
+                commit = _upload(api, target.repo_id, folder, branch, title, target.tag if depth_tags else None)
+            if collection:
+                names = [target.repo_id for target in targets]
+                on_message(f"collection: {_collect(api, repo_id, names, private, record.teacher.name)}")
     return commit
+
+
+def _targets(record: RunRecord, repo_id: str, branch: str, depth_tags: bool, collection: bool) -> list[Target]:
+    """Where the students of a run go, deepest first: the last one alone, or with all before it."""
+    every = depth_tags or collection
+    rounds = {depth_tag(one.depth): one.number for one in record.rounds[0 if every else -1 :]}
+    named = {tag: f"{repo_id}-{tag}" if collection else repo_id for tag in rounds}
+    last = next(reversed(rounds))  # of several of one depth the last round counts, here and above
+    found = {tag: tag if depth_tags and tag != last else branch for tag in rounds}
+    return [Target(rounds[tag], tag, named[tag], None if found[tag] == MAIN else found[tag]) for tag in rounds]
+
+
+def _collect(api: HfApi, repo_id: str, repos: Iterable[str], private: bool | None, teacher: str) -> str:
+    """Put repositories into the Collection that is called like `repo_id`; returns its address."""
+    namespace, title = repo_id.split("/")
+    description = f"{teacher} at several depths, made by hf_layerprune"[:150]
+    collection = api.create_collection(
+        title, namespace=namespace, description=description, private=bool(private), exists_ok=True
+    )
+    for name in repos:
+        api.add_collection_item(collection.slug, name, "model", exists_ok=True)
+    return collection.url
 
 
 def _upload(api: HfApi, repo_id: str, folder: Path, branch: str, title: str, tag: str | None) -> CommitInfo:

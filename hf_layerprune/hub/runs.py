@@ -21,7 +21,7 @@ from ..loading import load_config, one_revision, resolve
 from ..plan import LayerPlan
 from ..record import REPORT_FILE, RunRecord, read_run
 from ..surgery import plan_of
-from .paths import without_local_paths
+from .paths import public_settings
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -75,12 +75,12 @@ class Run:
         raise LayerPruneError(f"{self.folder} no longer holds the student of round {number}; choose another round")
 
     def public_record(self, number: int) -> RunRecord:
-        """The record as it was after a round, without local paths."""
-        return replace(self.record.until(number), settings=without_local_paths(self.record.settings))
+        """The record as it was after a round, with the settings that may be pushed."""
+        return replace(self.record.until(number), settings=public_settings(self.record.settings))
 
     def recipe(self, number: int) -> dict[str, Any]:
-        """The settings that lead to a round's student, without local paths."""
-        settings = without_local_paths(self.settings)
+        """The settings that lead to a round's student, of those that may be pushed."""
+        settings = public_settings(self.settings)
         if number < len(self.record.rounds):
             depth = self.record.rounds[number - 1].depth
             settings |= dict.fromkeys(TARGETS.values()) | {"target_num_layers": depth}

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError, first_line, needs_extra
 from ..forward import to_device
 
 METRICS = ("exact_match", "prefix", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
@@ -136,6 +136,11 @@ def check_metric(metric: str) -> None:
     """Raise [`LayerPruneError`] unless the metric can be loaded."""
     try:
         _loaded(metric)
+    except ModuleNotFoundError as error:
+        package = str(error.name).split(".")[0]
+        if package not in ("evaluate", "rouge_score", "sacrebleu"):  # what a metric of evaluate needs itself
+            raise LayerPruneError(f"metric {metric!r}: {first_line(error)}") from error
+        raise needs_extra(f"metric {metric!r}: {package}", "metrics") from None
     except Exception as error:  # no such metric, no network, a missing package: each raises its own
         raise LayerPruneError(
             f"metric {metric!r} is none of {', '.join(METRICS)}, and evaluate cannot load it: {first_line(error)}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError, first_line, needs_extra
 from .chunks import (
     ChoiceChunk,
     Chunk,
@@ -275,7 +275,7 @@ class LmEvalTask(Task):
 
             loaded = TaskManager(include_defaults=not Path(source).is_file()).load([source])
         except ImportError as error:
-            raise LayerPruneError("lm-eval is not installed; `pip install 'hf-layerprune[lm-eval]'`") from error
+            raise needs_extra("lm-eval", "lm-eval") from error
         except Exception as error:  # a missing task, a broken file: each raises its own
             raise LayerPruneError(f"lm-eval cannot load it: {first_line(error)}") from error
         return [LmEvalChunk({}, loaded, self.limit, batch_size)]

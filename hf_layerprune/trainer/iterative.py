@@ -47,6 +47,7 @@ from ..rows import column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
 from ..surgery import plan_of, prune, unshare_parameters
 from ..tasks import prepare_tasks
+from .callbacks import hub_tags, use_trackio_rounds
 from .config import IterativeLayerDistillConfig
 from .engines import broadcast_from_main, check_engine, on_main, splits_model
 from .healing import without_adapters
@@ -83,14 +84,14 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             Tokenizer; by default the model's own.
         teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Model to score and heal against, where `model` is a student already. By default `model` itself.
-        prompt_dataset ([`~datasets.Dataset`], *optional*):
-            Prompts that the student answers in the last round, with `args.on_policy_steps`: a column `messages`,
-            `prompt` or `text`. Texts are a user's message where the tokenizer has a chat template.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Heal with adapters on the trained layers; they are merged at the end of each round.
         callbacks (`list[TrainerCallback]`, *optional*):
             Callbacks of any [`~transformers.Trainer`], and [`LayerDistillCallback`]s that follow the rounds.
         data_collator, formatting_func, optimizer_cls_and_kwargs (*optional*): as in [`~trl.SFTTrainer`].
+        prompt_dataset ([`~datasets.Dataset`], *optional*):
+            Prompts that the student answers in the last round, with `args.on_policy_steps`: a column `messages`,
+            `prompt` or `text`. Texts are a user's message where the tokenizer has a chat template.
 
     Raises:
         [`LayerPruneError`]: where the model, the data and the settings do not fit together.
@@ -112,20 +113,18 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         calibration_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         teacher: str | PreTrainedModel | None = None,
-        prompt_dataset: Dataset | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         data_collator: DataCollator | None = None,
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        prompt_dataset: Dataset | None = None,
     ) -> None:
         began = time.perf_counter()
         files = self._load(model, teacher, args)
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name, **files)
         self._check_request(args)
-        if bool(args.on_policy_steps) != (prompt_dataset is not None):
-            raise LayerPruneError("on_policy_steps and prompt_dataset (--prompts) belong together; give both or none")
         check_tokenizer(processing_class, self.start, self.model_name or "the model")
         self._text_field = args.dataset_text_field if formatting_func is None else None
         texts = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
@@ -141,6 +140,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         self.round = 0  # the round in progress, from 1
         args = copy.copy(args)  # the user's own stays as it is
         args.model_init_kwargs = None  # they have done their work; SFTTrainer would warn of them
+        args.run_name = args.run_name or Path(args.output_dir).absolute().name  # one run of a tracker for all rounds
         try:
             super().__init__(
                 model=prune(self.start, [], share_weights=True),
@@ -160,10 +160,9 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         check_engine(self.accelerator, args)
         check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)
+        use_trackio_rounds(self.callback_handler.callbacks)
         self._make_batches(self.eval_dataset or {})
-        if prompt_dataset is not None:
-            longest = args.on_policy_tokens
-            self.prompts = prompts_to_answer(prompt_dataset, self.processing_class, self.start, longest)
+        self.prompts = prompts_to_answer(prompt_dataset, self.processing_class, self.start, args)
         self.tasks = []
         if args.tasks:
             self.tasks = prepare_tasks(args.tasks, self.start, processing_class, args.per_device_eval_batch_size)
@@ -368,8 +367,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         tags: str | list[str] | None = None,
         **options: Any,
     ) -> CommitInfo | Any:
-        """Push the run in `args.output_dir`, from the main process; `options` are `round` and `depth_tags` of
-        [`push_run`]. Where nothing else is said, the `hub_*` settings count. Returns `CommitInfo`, or with
+        """Push the run in `args.output_dir`, from the main process; `options` are `round`, `depth_tags` and the like
+        of [`push_run`]. Where nothing else is said, the `hub_*` settings count. Returns `CommitInfo`, or with
         `blocking=False` its `Future`."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():
@@ -379,7 +378,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         options |= {"commit_message": commit_message, "base_model": self.model_name}
         options |= {"token": token or args.hub_token, "revision": revision or args.hub_revision}
         options |= {"private": args.hub_private_repo if private is None else private}
-        options |= {"tags": _as_list(tags), "datasets": _as_list(dataset_name)}
+        options |= {"tags": [*hub_tags(self.model, self.run), *_as_list(tags)], "datasets": _as_list(dataset_name)}
         return push_run(*arguments, **options) if blocking else HfApi().run_as_future(push_run, *arguments, **options)
 
     def create_model_card(

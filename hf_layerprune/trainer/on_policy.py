@@ -19,10 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import DistillationConfig, DistillationTrainer
 
 from ..data import num_positions
-from ..errors import NotANumber
+from ..errors import LayerPruneError, NotANumber
 from ..healing_data import read_prompts
 from ..record import Healing
 from ..settings import HealingDataConfig
+from .config import IterativeLayerDistillConfig
 from .trainable import make_trainable, merge_and_round
 
 if TYPE_CHECKING:
@@ -54,16 +55,23 @@ class OnPolicyTrainer(DistillationTrainer):
 
 
 def prompts_to_answer(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, longest: int
-) -> Dataset:
-    """The prompts in a data set, as TRL's trainer takes them, that leave room for an answer of `longest` tokens.
+    rows: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    args: IterativeLayerDistillConfig,
+) -> Dataset | None:
+    """The prompts in a data set, as TRL's trainer takes them, that leave room for the longest answer.
 
     Where the tokenizer has a chat template, texts are a user's message.
 
     Raises:
-        [`LayerPruneError`]: if there is none.
+        [`LayerPruneError`]: if there is none, or only one of prompts and steps is given.
     """
-    config = HealingDataConfig(as_chat=tokenizer.chat_template is not None, max_new_tokens=longest)
+    if bool(args.on_policy_steps) != (rows is not None):
+        raise LayerPruneError("on_policy_steps and prompt_dataset (--prompts) belong together; give both or neither")
+    if rows is None:
+        return None
+    config = HealingDataConfig(as_chat=tokenizer.chat_template is not None, max_new_tokens=args.on_policy_tokens)
     prompts, _ = read_prompts(rows, tokenizer, config, num_positions(model.config))
     return Dataset.from_list([{"prompt": prompt.content} for prompt in prompts])
 
@@ -103,7 +111,7 @@ def heal_on_policy(
     return healed, Healing(int(trainer.state.num_input_tokens_seen), time.perf_counter() - began, on_policy=True)
 
 
-def _config(args: TrainingArguments, folder: Path) -> DistillationConfig:
+def _config(args: IterativeLayerDistillConfig, folder: Path) -> DistillationConfig:
     """The run's settings of optimizer, precision and logging, for TRL's trainer."""
     shared = {item.name: getattr(args, item.name) for item in fields(TrainingArguments) if item.init}
     own = {

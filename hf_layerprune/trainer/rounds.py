@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput, set_seed
 
 from .._trl import set_model
@@ -23,10 +23,12 @@ from ..loading import load_model
 from ..merging import edited, merge
 from ..plan import Edit, LayerPlan
 from ..record import PLAN_FILE, Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
+from ..report import PLOTS
 from ..scoring import MEASURED
 from ..search import SearchStep, next_edit
 from ..surgery import apply_plan, plan_of, share_equal_weights
 from ..tasks import TaskReport, evaluate_tasks
+from .callbacks import LayerDistillCallback, hub_tags
 from .engines import autocast, broadcast_from_main, on_main
 from .healing import HealingTrainer
 from .on_policy import heal_on_policy
@@ -38,33 +40,6 @@ if TYPE_CHECKING:
 
 
 Heal = Callable[[PreTrainedModel, LayerPlan], tuple[PreTrainedModel, Healing]]
-
-
-class LayerDistillCallback(TrainerCallback):
-    """Base class for callbacks that follow the rounds. Override what you need.
-
-    The usual [`~transformers.TrainerCallback`] events (`on_step_end`, `on_log`, ...) come within each healing.
-    """
-
-    def on_round_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, number: int, depth: int
-    ) -> None:
-        """Round `number` (from 1) starts on a student of `depth` layers."""
-
-    def on_phase_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, phase: str, **details: Any
-    ) -> None:
-        """`phase` starts: `"evaluating teacher"`, `"scoring"`, `"merging"`, `"repairing"`, `"evaluating"`,
-        `"healing"`, `"healing on policy"`, `"measuring speed"` or `"writing"`. Phases of a round come with
-        `num_layers`, the measuring of speed with `num_runs`."""
-
-    def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """One step of a phase other than healing is done: a batch, or a timed run."""
-
-    def on_round_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, record: RoundRecord
-    ) -> None:
-        """A round is done and on disk, with its record."""
 
 
 class Rounds:
@@ -326,13 +301,16 @@ class Rounds:
             self.file.record = with_speed(self.run, self.teacher, self.trainer.save_dtype, self._phase_step)
         self.file.save()
         self._phase("writing")
+        folder, last = self.file.folder, self.run.rounds[-1] if self.run.rounds else None
         if is_writer:
-            folder, last = self.file.folder, self.run.rounds[-1]
+            write_atomically(folder / PLAN_FILE, last.plan.to_json() + "\n")
+        self._event("on_run_end", model=self.trainer.model)
+        self.file.save(tags=hub_tags(self.trainer.model, self.run))
+        if is_writer:
             self.file.report()
             self.trainer.create_model_card()
-            files = [folder / name for name in ("README.md", "quality.png", "layers.png")]
+            files = [path for name in ("README.md", *PLOTS) if (path := folder / name).is_file()]
             publish_student(round_folder(folder, last.number), folder / "model", files)
-            write_atomically(folder / PLAN_FILE, last.plan.to_json() + "\n")
 
     def _evaluate(self, student: PreTrainedModel) -> EvaluationReport:
         self._phase("evaluating", num_layers=plan_of(student).depth)
