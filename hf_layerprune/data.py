@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Callable, Iterable, Mapping
+from glob import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ EMBEDDED_MODEL = str(ASSETS / "teacher")
 EMBEDDED_TEXTS = ("calibration", "healing", "held_out")
 EMBEDDED_PAIRS = "minimal_pairs"
 """Name of the embedded minimal pairs: some of BLiMP."""
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+FILE_BUILDERS = {
+    ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"
+}  # fmt: skip
 
 Batch = Mapping[str, Tensor]
 BATCH_KEYS = ("input_ids", "attention_mask", "labels", "position_ids")
@@ -151,8 +154,9 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
     Args:
         source (`str`):
             `"embedded:calibration"`, `"embedded:healing"`, `"embedded:held_out"`, `"embedded:minimal_pairs"`; the path
-            of a `.txt` (one text a line), `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder that `save_to_disk`
-            wrote or `datasets.load_dataset` understands; or the id of a data set on the Hub.
+            of a `.txt` (one text a line), `.json`, `.jsonl`, `.csv`, `.parquet` or `.arrow` file, gzipped or not; a
+            folder that `save_to_disk` wrote or `datasets.load_dataset` understands; or the id of a data set on the
+            Hub.
         split (`str`, *optional*, defaults to `"train"`):
             Split or slices of it, as `datasets` writes them; where the source may not have it, see [`may_have`], all
             rows are read.
@@ -172,9 +176,11 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
 
 def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
     path = Path(source)
-    if path.suffix in FILE_BUILDERS and not path.is_dir():
-        dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=source, split=split)
-        return dataset.filter(lambda row: bool(row["text"].strip())) if path.suffix == ".txt" else dataset
+    suffix = Path(source.lower().removesuffix(".gz")).suffix
+    if suffix in FILE_BUILDERS and not path.is_dir():
+        pattern = escape(source) if path.is_file() else source  # the name of a file may have [brackets]
+        dataset = load_dataset(FILE_BUILDERS[suffix], data_files=pattern, split=split)
+        return dataset.filter(lambda row: bool(row["text"].strip())) if suffix == ".txt" else dataset
     if path.is_file():
         raise LayerPruneError(f"its type {path.suffix!r} is not one of {', '.join(FILE_BUILDERS)}")
     if source.startswith("embedded:"):
