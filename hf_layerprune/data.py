@@ -33,7 +33,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ._trl import tokenized
-from .errors import LayerPruneError, first_line
+from .errors import LayerPruneError, first_line, is_of_chat_template
 from .rows import column_names, select_text_column, warn_of_dropped_rows
 
 ASSETS = Path(str(files("hf_layerprune"))) / "assets"
@@ -255,8 +255,12 @@ def tokenized_batches(
         return (_packed if columns == [text_field] else _padded)(rows, max_length, num_rows, batch_size)
     except LayerPruneError:
         raise
-    except (TemplateError, ValueError) as error:  # of the tokenizer's chat template
-        raise LayerPruneError(f"the data cannot be tokenized: {first_line(error)}") from error
+    except Exception as error:
+        if is_of_chat_template(error):
+            raise LayerPruneError(f"a row does not fit the chat template: {first_line(error)}") from error
+        if isinstance(error, (TemplateError, ValueError)):  # of TRL and transformers
+            raise LayerPruneError(f"the data cannot be tokenized: {first_line(error)}") from error
+        raise
 
 
 def _as_stream(dataset: Iterable[Mapping[str, Any]]) -> IterableDataset:

@@ -5,6 +5,8 @@ Any function of the package may raise [`LayerPruneError`] for it; only the docst
 
 from __future__ import annotations
 
+from traceback import walk_tb
+
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -20,6 +22,11 @@ def first_line(error: Exception) -> str:
     """The first line of what another library's error says."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def is_of_chat_template(error: Exception) -> bool:
+    """Whether a chat template raised an error, of whatever type, over the row that it was given."""
+    return any(frame.f_code.co_filename == "<template>" for frame, _ in walk_tb(error.__traceback__))
 
 
 def is_out_of_memory(error: Exception) -> bool:

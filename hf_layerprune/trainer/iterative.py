@@ -25,7 +25,7 @@ from trl import SFTTrainer
 from .._trl import prepared_for_evaluation, restore_forward
 from ..budget import Goal
 from ..data import Batch, check_batches, check_length, collated_batches
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError, first_line, is_of_chat_template
 from ..evaluation import evaluate_model
 from ..files import write_atomically
 from ..forward import check_same_vocabulary, check_tokenizer
@@ -142,8 +142,12 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             )
             if args.heal and optimizer_cls_and_kwargs is None:  # known before a layer is scored
                 self.get_optimizer_cls_and_kwargs(args, self.model)
-        except (ValueError, ImportError, TemplateError) as error:  # what TRL and transformers say of the arguments
-            raise LayerPruneError(first_line(error)) from error
+        except Exception as error:
+            if is_of_chat_template(error):
+                raise LayerPruneError(f"a row does not fit the chat template: {first_line(error)}") from error
+            if isinstance(error, (ValueError, ImportError, TemplateError)):  # of TRL and transformers
+                raise LayerPruneError(first_line(error)) from error
+            raise
         check_engine(self.accelerator, args)
         check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)
