@@ -120,11 +120,8 @@ def _check_row(row: dict[str, Any], columns: Sequence[str], is_chat: bool, name:
     """Raise [`LayerPruneError`] if a row is not of a form that TRL reads: messages, or text."""
     for column in columns:
         value = row[column]
-        if is_chat:
-            readable = isinstance(value, list) and all(map(is_message, value))
-        else:
-            readable = isinstance(value, str)
-        if not readable:
+        is_messages = isinstance(value, list) and all(map(is_message, value))
+        if not (is_messages if is_chat else isinstance(value, str)):
             kind = "a list of messages, each with a role and content" if is_chat else "text"
             raise LayerPruneError(f"{name} has {value!r:.80} in column {column!r}, which is not {kind}")
 
