@@ -148,7 +148,7 @@ def _sampling(
     sampling.num_beams = sampling.num_return_sequences = 1
     if not sampling.do_sample:
         sampling.temperature, sampling.top_p, sampling.top_k = 1.0, 1.0, 0
-    sampling.do_sample = config.temperature != 0
+    sampling.do_sample = (sampling.temperature if config.temperature is None else config.temperature) != 0
     for name in ("temperature", "top_p", "top_k"):
         given = getattr(config, name)
         if given is not None or not sampling.do_sample:

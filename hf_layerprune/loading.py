@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.integrations.gguf import read_gguf_metadata
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
 from .architectures import check_supported
 from .data import EMBEDDED_MODEL
@@ -31,7 +31,7 @@ from .errors import LayerPruneError, first_line, is_out_of_memory
 from .surgery import plan_of
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 BESIDE_WEIGHTS = (
     "revision", "trust_remote_code", "token", "gguf_file", "cache_dir", "local_files_only", "subfolder",
 )  # fmt: skip
@@ -264,6 +264,9 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
+        reason = first_line(error)
+        if (folder / "tokenizer.model").is_file() and not (is_sentencepiece_available() and is_protobuf_available()):
+            reason = "its tokenizer.model is read with pip install sentencepiece protobuf"
         raise LayerPruneError(
-            f"{name} has no tokenizer that can be loaded; save one next to the model or name another"
+            f"{name} has no tokenizer that can be loaded ({reason}); save one next to the model or name another"
         ) from error

@@ -124,6 +124,9 @@ def test_the_checkpoints_own_sampling_is_the_default(tmp_path, tokenizer):
     model.generation_config.do_sample = False  # such a checkpoint is sampled as it is, whatever else it says
     generate_healing_data(model, text_rows(), tmp_path / "plain.jsonl", config(temperature=None), tokenizer)
     assert rows_of(tmp_path / "plain.jsonl") == rows_of(tmp_path / "all.jsonl")
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.0
+    generate_healing_data(model, text_rows(), tmp_path / "cold.jsonl", config(temperature=None), tokenizer)
+    assert rows_of(tmp_path / "cold.jsonl") == rows_of(tmp_path / "greedy.jsonl")
 
 
 KILLED = """

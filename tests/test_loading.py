@@ -127,9 +127,14 @@ def test_weights_are_broken(model, tmp_path):
         load_model(str(tmp_path))
 
 
-def test_tokenizer_missing(tmp_path):
+def test_tokenizer_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_layerprune.loading.is_sentencepiece_available", lambda: False)
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(LayerPruneError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(LayerPruneError, match="its tokenizer.model is read with pip install sentencepiece protobuf"):
         load_tokenizer(str(tmp_path))
 
 
