@@ -44,7 +44,7 @@ from .engines import broadcast_from_main, check_engine, on_main, splits_model
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
 from .towers import without_adapters
-from .trainable import check_trained_layers
+from .trainable import check_adapters, check_trained_layers
 
 DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
 
@@ -113,6 +113,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name, **files)
         self._check_request(args)
+        if args.heal and peft_config is not None:
+            check_adapters(self.start, peft_config)
         check_tokenizer(processing_class, self.start, self.model_name or "the model")
         self._text_field = args.dataset_text_field if formatting_func is None else None
         texts = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
