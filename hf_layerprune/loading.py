@@ -129,8 +129,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        reason = _reason(error, Path(source, options.get("subfolder", "")))
-        raise LayerPruneError(f"{name} cannot be loaded as a model: {reason}") from error
+        raise LayerPruneError(f"{name} cannot be loaded as a model: {_reason(error, source, options)}") from error
     try:
         if "gguf_file" in options:
             config.name_or_path, config.dtype = name, GGUF_DTYPE
@@ -143,14 +142,21 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     return config
 
 
-def _reason(error: Exception, folder: Path) -> str:
-    """Explain why the config cannot be loaded."""
+def _reason(error: Exception, source: str, options: Mapping[str, Any]) -> str:
+    """Explain why a model cannot be loaded."""
+    folder = Path(source, options.get("subfolder", ""))
     if folder.is_absolute() and not folder.exists():
         return "the folder does not exist"
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        files = sorted(path.name for path in folder.glob("*.gguf"))
-        return "it has no config.json" + (f"; name one of its GGUF files, {', '.join(files)}" if files else "")
-    return first_line(error)
+    if "gguf_file" in options or not folder.is_dir() or any(folder.glob("model*.safetensors")):
+        return first_line(error)
+    if (folder / "adapter_config.json").is_file():
+        return "it holds an adapter alone; merge it into its model (merge_and_unload of PEFT), and save that"
+    if any(folder.glob("pytorch_model*.bin")):
+        return "its weights are pickled (.bin), which can run code; load them elsewhere and save them as safetensors"
+    if (folder / "config.json").is_file():
+        return first_line(error)
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    return "it has no config.json" + (f"; name one of its GGUF files, {', '.join(files)}" if files else "")
 
 
 def _read_attention(config: PretrainedConfig, path: str) -> None:
@@ -221,7 +227,7 @@ def load_model(
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        raise LayerPruneError(f"{name} cannot be loaded as a model: {first_line(error)}") from error
+        raise LayerPruneError(f"{name} cannot be loaded as a model: {_reason(error, source, options)}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
     if wrong:
         raise LayerPruneError(f"{name}: weights do not fit the config: {', '.join(wrong[:5])}")

@@ -3,11 +3,12 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config
 
-from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, prune
+from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, export_gguf, prune
 from hf_layerprune.loading import load_config, load_model, load_tokenizer
 from hf_layerprune.shapes import load_shape
 from hf_layerprune.surgery import plan_of
@@ -157,8 +158,20 @@ def test_pickles_are_not_read(model, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(LayerPruneError, match="cannot be loaded as a model"):
+    with pytest.raises(LayerPruneError, match=r"its weights are pickled \(.bin\)"):
         load_model(str(tmp_path))
+
+
+def test_an_adapter_is_no_model(model, tmp_path):
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path)
+    for _ in range(2):
+        with pytest.raises(LayerPruneError, match="it holds an adapter alone; merge it"):
+            load_model(str(tmp_path))
+        model.config.save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(LayerPruneError, match="carries adapters; merge them"):
+        export_gguf(load_model(str(tmp_path)), byte_tokenizer(), tmp_path / "student.gguf")
 
 
 @pytest.fixture
