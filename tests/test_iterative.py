@@ -214,6 +214,24 @@ def test_adapters_that_cannot_be_made_are_refused_before_a_layer_is_scored(make,
         make(peft_config=config)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type='cosine_with_min_lr' .*min_lr_rate"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "'cycles': 1}: .*unexpected keyword"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_refused_before_a_layer_is_scored(make, changes, message):
+    with pytest.raises(LayerPruneError, match=message):
+        make(**changes)
+
+
+def test_a_healing_without_a_step_is_no_healing(make):
+    trainer = make(dataloader_drop_last=True, per_device_train_batch_size=10_000)
+    with pytest.raises(LayerPruneError, match="the healing made no step"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("measure_speed", [True, False])
 def test_speed_is_measured_only_if_asked(make, measure_speed):
     trainer = make(target_num_layers=4, measure_speed=measure_speed)

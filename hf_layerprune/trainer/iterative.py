@@ -42,7 +42,7 @@ from ..tasks import load_tasks, prepare_tasks
 from .config import IterativeLayerDistillConfig
 from .engines import broadcast_from_main, check_engine, on_main, splits_model
 from .rounds import Rounds
-from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
+from .run import RunFile, check_budget, check_saving, check_scheduler, decisive_settings, make_unpruned_student
 from .towers import without_adapters
 from .trainable import check_adapters, check_trained_layers
 
@@ -144,6 +144,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             )
             if args.heal and optimizer_cls_and_kwargs is None:  # known before a layer is scored
                 self.get_optimizer_cls_and_kwargs(args, self.model)
+            if args.heal:
+                check_scheduler(args)
         except Exception as error:
             if is_of_chat_template(error):
                 raise LayerPruneError(f"a row does not fit the chat template: {first_line(error)}") from error

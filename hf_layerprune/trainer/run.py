@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from filelock import FileLock, Timeout
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, get_scheduler
 
 from ..benchmark import benchmark_models, num_runs
 from ..budget import TARGETS, Budget, Goal
 from ..data import Batch
 from ..environment import environment, fingerprint, fingerprint_model, native_dtype
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, first_line
 from ..files import replace_folder, write_atomically
 from ..plan import LayerPlan
 from ..record import STATE_FILE, RunRecord, Speed, read_state
@@ -157,6 +157,19 @@ def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
         unit = "layers" if budget.unit == "depth" else budget.unit
         raise LayerPruneError(f"{setting}={budget.target:g} but {name} has {goal.size(plan):,} {unit}; choose {least}")
     goal.check_reachable(plan, setting)
+
+
+def check_scheduler(args: IterativeLayerDistillConfig) -> None:
+    """Raise [`LayerPruneError`] unless the learning-rate schedule can be made."""
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    options = {"num_warmup_steps": 1, "num_training_steps": 2, "scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+    try:
+        get_scheduler(args.lr_scheduler_type, nothing, **options)
+    except (ValueError, TypeError) as error:
+        name = SchedulerType(args.lr_scheduler_type).value
+        raise LayerPruneError(
+            f"lr_scheduler_type={name!r} with lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {first_line(error)}"
+        ) from error
 
 
 def decisive_settings(
