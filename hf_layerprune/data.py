@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Callable, Iterable, Mapping
+from glob import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ._trl import tokenized
-from .errors import LayerPruneError, first_line
+from .errors import LayerPruneError, first_line, is_of_chat_template
 from .rows import column_names, select_text_column, warn_of_dropped_rows
 
 ASSETS = Path(str(files("hf_layerprune"))) / "assets"
@@ -41,7 +42,9 @@ EMBEDDED_MODEL = str(ASSETS / "teacher")
 EMBEDDED_TEXTS = ("calibration", "healing", "held_out")
 EMBEDDED_PAIRS = "minimal_pairs"
 """Name of the embedded minimal pairs: some of BLiMP."""
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+FILE_BUILDERS = {
+    ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"
+}  # fmt: skip
 
 Batch = Mapping[str, Tensor]
 BATCH_KEYS = ("input_ids", "attention_mask", "labels", "position_ids")
@@ -151,8 +154,9 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
     Args:
         source (`str`):
             `"embedded:calibration"`, `"embedded:healing"`, `"embedded:held_out"`, `"embedded:minimal_pairs"`; the path
-            of a `.txt` (one text a line), `.json`, `.jsonl`, `.csv` or `.parquet` file; a folder that `save_to_disk`
-            wrote or `datasets.load_dataset` understands; or the id of a data set on the Hub.
+            of a `.txt` (one text a line), `.json`, `.jsonl`, `.csv`, `.parquet` or `.arrow` file, gzipped or not; a
+            folder that `save_to_disk` wrote or `datasets.load_dataset` understands; or the id of a data set on the
+            Hub.
         split (`str`, *optional*, defaults to `"train"`):
             Split or slices of it, as `datasets` writes them; where the source may not have it, see [`may_have`], all
             rows are read.
@@ -172,9 +176,11 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
 
 def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
     path = Path(source)
-    if path.suffix in FILE_BUILDERS and not path.is_dir():
-        dataset = load_dataset(FILE_BUILDERS[path.suffix], data_files=source, split=split)
-        return dataset.filter(lambda row: bool(row["text"].strip())) if path.suffix == ".txt" else dataset
+    suffix = Path(source.lower().removesuffix(".gz")).suffix
+    if suffix in FILE_BUILDERS and not path.is_dir():
+        pattern = escape(source) if path.is_file() else source  # the name of a file may have [brackets]
+        dataset = load_dataset(FILE_BUILDERS[suffix], data_files=pattern, split=split)
+        return dataset.filter(lambda row: bool(row["text"].strip())) if suffix == ".txt" else dataset
     if path.is_file():
         raise LayerPruneError(f"its type {path.suffix!r} is not one of {', '.join(FILE_BUILDERS)}")
     if source.startswith("embedded:"):
@@ -249,8 +255,12 @@ def tokenized_batches(
         return (_packed if columns == [text_field] else _padded)(rows, max_length, num_rows, batch_size)
     except LayerPruneError:
         raise
-    except (TemplateError, ValueError) as error:  # of the tokenizer's chat template
-        raise LayerPruneError(f"the data cannot be tokenized: {first_line(error)}") from error
+    except Exception as error:
+        if is_of_chat_template(error):
+            raise LayerPruneError(f"a row does not fit the chat template: {first_line(error)}") from error
+        if isinstance(error, (TemplateError, ValueError)):  # of TRL and transformers
+            raise LayerPruneError(f"the data cannot be tokenized: {first_line(error)}") from error
+        raise
 
 
 def _as_stream(dataset: Iterable[Mapping[str, Any]]) -> IterableDataset:

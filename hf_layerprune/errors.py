@@ -5,6 +5,10 @@ Any function of the package may raise [`LayerPruneError`] for it; only the docst
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
+
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
 
@@ -26,6 +30,26 @@ def first_line(error: Exception) -> str:
     """The first line of what another library's error says."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def is_of_chat_template(error: Exception) -> bool:
+    """Whether a chat template raised an error, of whatever type, over the row that it was given."""
+    return any(frame.f_code.co_filename == "<template>" for frame, _ in walk_tb(error.__traceback__))
+
+
+@contextmanager
+def arguments_in_one_line() -> Iterator[None]:
+    """Turn what TRL and transformers say of arguments and data into a [`LayerPruneError`]; let a bug through."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except Exception as error:
+        of_template = is_of_chat_template(error)
+        if not of_template and not isinstance(error, (ValueError, ImportError, TemplateError)):
+            raise
+        where = "a row does not fit the chat template: " if of_template else ""
+        raise LayerPruneError(where + first_line(error)) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -21,7 +21,7 @@ from .errors import LayerPruneError
 from .gguf_vocabulary import vocabulary_of
 from .loading import require_gguf
 from .models import PrunedQwen2Config
-from .surgery import plan_of
+from .surgery import check_model, plan_of
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -85,6 +85,7 @@ def export_gguf(
     if outtype not in OUTTYPES:
         raise LayerPruneError(f"outtype={outtype!r} is unknown; choose {', '.join(OUTTYPES)}")
     require_gguf()
+    check_model(model)
     check_exportable(model.config)
     vocabulary, path = vocabulary_of(tokenizer, model.config), Path(path)
     from gguf import GGUFWriter

@@ -154,8 +154,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
     """Raise [`LayerPruneError`] if a tokenizer has tokens that the model called `name` lacks."""
     if len(tokenizer) > model.config.vocab_size:
         raise LayerPruneError(
-            f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; use the model's "
-            "own, and of another model its chat template alone, as a .jinja file"
+            f"the tokenizer has {len(tokenizer)} tokens but {name} only {model.config.vocab_size}; give the model a "
+            "row for each (resize_token_embeddings), or use its own tokenizer, and of another model the chat template "
+            "alone, as a .jinja file"
         )
 
 

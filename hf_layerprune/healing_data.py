@@ -148,7 +148,7 @@ def _sampling(
     sampling.num_beams = sampling.num_return_sequences = 1
     if not sampling.do_sample:
         sampling.temperature, sampling.top_p, sampling.top_k = 1.0, 1.0, 0
-    sampling.do_sample = config.temperature != 0
+    sampling.do_sample = (sampling.temperature if config.temperature is None else config.temperature) != 0
     for name in ("temperature", "top_p", "top_k"):
         given = getattr(config, name)
         if given is not None or not sampling.do_sample:
@@ -211,7 +211,8 @@ def _opening(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
 
 def _encode(content: Content, tokenizer: PreTrainedTokenizerBase, row: int) -> list[int]:
     if isinstance(content, str):
-        return tokenizer(content)["input_ids"]
+        ids = tokenizer(content)["input_ids"]
+        return ids[:-1] if ids[1:] and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers end each text
     try:
         return tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False)
     except (TemplateError, ValueError, TypeError) as error:
@@ -290,10 +291,16 @@ def _answer(
     rows = []
     for prompt, written in zip(prompts, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
         end = next((n for n, token in enumerate(written) if token in (sampling.eos_token_id or ())), len(written))
-        truncated, text = end == sampling.max_new_tokens, tokenizer.decode(written[:end])
+        truncated, text = end == sampling.max_new_tokens, _decoded(tokenizer, prompt, written[:end])
         text = text.rstrip("\ufffd") if truncated else text
         if text.strip():
             completion = text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
             row = {"prompt": prompt.content, "completion": completion, "truncated": truncated, "num_tokens": end}
             rows.append(row | {"first_row": prompts[0].row})
     return rows
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, written: list[int]) -> str:
+    """An answer as text: SentencePiece drops the space that a text begins with, which a continuation is to keep."""
+    before = prompt.ids if isinstance(prompt.content, str) else []
+    return tokenizer.decode(before + written)[len(tokenizer.decode(before)) :]

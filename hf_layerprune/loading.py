@@ -27,7 +27,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.integrations.gguf import read_gguf_metadata
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
 from .architectures import check_supported
 from .data import EMBEDDED_MODEL
@@ -37,7 +37,7 @@ from .plan import LayerPlan
 from .surgery import plan_of, prune
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 BESIDE_WEIGHTS = (
     "revision", "trust_remote_code", "token", "gguf_file", "cache_dir", "local_files_only", "subfolder",
 )  # fmt: skip
@@ -146,8 +146,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        reason = _reason(error, Path(source, options.get("subfolder", "")))
-        raise LayerPruneError(f"{name} cannot be loaded as a model: {reason}") from error
+        raise LayerPruneError(f"{name} cannot be loaded as a model: {_reason(error, source, options)}") from error
     try:
         if "gguf_file" in options:
             config.name_or_path, config.dtype = name, GGUF_DTYPE
@@ -159,14 +158,21 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
     return config
 
 
-def _reason(error: Exception, folder: Path) -> str:
-    """Explain why the config cannot be loaded."""
+def _reason(error: Exception, source: str, options: Mapping[str, Any]) -> str:
+    """Explain why a model cannot be loaded."""
+    folder = Path(source, options.get("subfolder", ""))
     if folder.is_absolute() and not folder.exists():
         return "the folder does not exist"
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        files = sorted(path.name for path in folder.glob("*.gguf"))
-        return "it has no config.json" + (f"; name one of its GGUF files, {', '.join(files)}" if files else "")
-    return first_line(error)
+    if "gguf_file" in options or not folder.is_dir() or any(folder.glob("model*.safetensors")):
+        return first_line(error)
+    if (folder / "adapter_config.json").is_file():
+        return "it holds an adapter alone; merge it into its model (merge_and_unload of PEFT), and save that"
+    if any(folder.glob("pytorch_model*.bin")):
+        return "its weights are pickled (.bin), which can run code; load them elsewhere and save them as safetensors"
+    if (folder / "config.json").is_file():
+        return first_line(error)
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    return "it has no config.json" + (f"; name one of its GGUF files, {', '.join(files)}" if files else "")
 
 
 def _complete(config: PretrainedConfig, path: str) -> None:
@@ -232,7 +238,7 @@ def load_model(
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        raise LayerPruneError(f"{name} cannot be loaded as a model: {first_line(error)}") from error
+        raise LayerPruneError(f"{name} cannot be loaded as a model: {_reason(error, source, options)}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
     if wrong:
         raise LayerPruneError(f"{name}: weights do not fit the config: {', '.join(wrong[:5])}")
@@ -275,8 +281,11 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
+        reason = first_line(error)
+        if (folder / "tokenizer.model").is_file() and not (is_sentencepiece_available() and is_protobuf_available()):
+            reason = "its tokenizer.model is read with pip install sentencepiece protobuf"
         raise LayerPruneError(
-            f"{name} has no tokenizer that can be loaded; save one next to the model or name another"
+            f"{name} has no tokenizer that can be loaded ({reason}); save one next to the model or name another"
         ) from error
 
 

@@ -14,6 +14,9 @@ from .errors import LayerPruneError
 logger = logging.get_logger(__name__)
 
 CHAT_COLUMNS = (["prompt", "completion"], ["messages"], ["conversations"])
+SHAREGPT = {"from": "role", "value": "content"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+"""Chat templates leave out, without a word, what roles say that they do not know."""
 NEXT_TO_CHATS = ("tools", "chat_template_kwargs", "image", "images")  # TRL refuses images itself
 
 
@@ -49,10 +52,11 @@ def select_text_column(
     first = next((row for row in dataset if not _is_blank(row, kept)), None)
     if first is None:
         raise LayerPruneError(f"{name}: column {' and '.join(map(repr, kept))} holds no text, only blank rows")
+    if kept == ["conversations"]:
+        first, dataset = _as_messages(first), dataset.map(_as_messages, remove_columns=kept)
+        kept = ["messages"]
     is_chat = isinstance(first["prompt"], list) if "prompt" in kept else kept != [text_field]
     _check_row(first, kept, is_chat, name)
-    if kept == ["conversations"] and is_message(first["conversations"][0]):
-        dataset, kept = dataset.rename_column("conversations", "messages"), ["messages"]
 
     def says_something(row: dict[str, Any]) -> bool:
         blank = _is_blank(row, kept)
@@ -61,6 +65,15 @@ def select_text_column(
         return not blank
 
     return _filtered(dataset, says_something, f"{name}: blank rows left out")
+
+
+def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `conversations` with messages, whatever their keys and roles are called there."""
+    turns = row["conversations"]
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        turns = [{SHAREGPT.get(key, key): part for key, part in turn.items() if part is not None} for turn in turns]
+        turns = [turn | {"role": SHAREGPT_ROLES.get(turn.get("role"), turn.get("role"))} for turn in turns]
+    return {"messages": turns}
 
 
 def is_message(value: Any) -> bool:
@@ -107,11 +120,8 @@ def _check_row(row: dict[str, Any], columns: Sequence[str], is_chat: bool, name:
     """Raise [`LayerPruneError`] if a row is not of a form that TRL reads: messages, or text."""
     for column in columns:
         value = row[column]
-        if is_chat:
-            readable = isinstance(value, list) and (column == "conversations" or all(map(is_message, value)))
-        else:
-            readable = isinstance(value, str)
-        if not readable:
+        is_messages = isinstance(value, list) and all(map(is_message, value))
+        if not (is_messages if is_chat else isinstance(value, str)):
             kind = "a list of messages, each with a role and content" if is_chat else "text"
             raise LayerPruneError(f"{name} has {value!r:.80} in column {column!r}, which is not {kind}")
 

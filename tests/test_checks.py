@@ -38,7 +38,7 @@ READ = {  # what is read, and what of it the loss is on
     "prompt and completion": ("HiHo", "Ho"),
     "prompt, completion and text": ("HiHo", "Ho"),
     "conversational prompt and completion": (ALL_TURNS, "<assistant>Ho\n"),
-    "ShareGPT": ("<human>Hi\n<gpt>Ho\n",) * 2,
+    "ShareGPT": (ALL_TURNS, ALL_TURNS),
     "conversations of messages": (ALL_TURNS, ALL_TURNS),
     "text rendered from messages": (ALL_TURNS, ALL_TURNS),
     "no text beside messages": (ALL_TURNS, ALL_TURNS),
@@ -101,7 +101,7 @@ def test_blank_rows_do_no_harm(form, streaming):
         dataset = Dataset.from_list(rows)
         dataset = dataset.to_iterable_dataset() if streaming else dataset
         if left:
-            expected = {"messages": TURNS} if form == "conversations of messages" else row
+            expected = {"messages": TURNS} if column == "conversations" else row
             assert list(select_text_column(dataset, "text", "train_dataset")) == [expected] * left
             continue
         with pytest.raises(LayerPruneError, match=f"train_dataset: .*'{column}' holds no text, only blank rows"):
@@ -114,6 +114,18 @@ def test_blank_rows_do_no_harm(form, streaming):
 def test_a_column_of_text_that_is_named_is_the_one_that_counts(row):
     rows = select_text_column(Dataset.from_list([row | {"body": TEXT, "text": "other"}]), "body", "train_dataset")
     assert rows.column_names == ["body"]
+
+
+@pytest.mark.parametrize("content", ["Hi", [{"type": "text", "text": "Hi"}]])
+def test_a_row_that_the_chat_template_refuses_is_one_line(tmp_path, content):
+    rows, tokenizer = Dataset.from_list([{"messages": [{"role": "system", "content": content}]}] * 4), byte_tokenizer()
+    refusal = "raise_exception('no system') if m['role'] == 'system'"
+    tokenizer.chat_template = "{% for m in messages %}{{ 'said: ' + m['content'] }}{{ " + refusal + " }}{% endfor %}"
+    message = "a row does not fit the chat template: (no system|can only concatenate)"
+    with pytest.raises(LayerPruneError, match=message):
+        tokenized_batches(rows, tokenizer, max_length=32)
+    with pytest.raises(LayerPruneError, match=message):
+        IterativeLayerDistillTrainer(tiny_model(), tiny_config(tmp_path), rows, processing_class=tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,18 @@ def test_local_files(tmp_path, suffix):
     assert load_text_dataset(str(path), "train[:1]")["text"] == texts[:1]
 
 
+@pytest.mark.parametrize("name", ["a?b.jsonl", "a [1].jsonl", "A.JSONL", "a.arrow", "a.jsonl.gz"])
+def test_a_file_is_read_whatever_its_name(tmp_path, name):
+    rows, path = Dataset.from_dict({"text": ["one", "two"]}), tmp_path / name
+    Dataset.from_dict({"text": ["another file"]}).to_json(tmp_path / "axb.jsonl")
+    if name.endswith("arrow"):
+        rows.save_to_disk(tmp_path / "saved")
+        next((tmp_path / "saved").glob("*.arrow")).rename(path)
+    else:
+        rows.to_json(str(path), compression="gzip" if name.endswith("gz") else None)
+    assert load_text_dataset(str(path))["text"] == ["one", "two"]
+
+
 @pytest.mark.parametrize("kind", ["file", "Dataset", "DatasetDict", "embedded"])
 def test_slices_of_splits(tmp_path, kind):
     rows = Dataset.from_dict({"text": [f"text {n}" for n in range(10)]})

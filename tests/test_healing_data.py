@@ -1,5 +1,6 @@
 """A teacher's own answers as data to heal on."""
 
+import copy
 import json
 import signal
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+import trained_tokenizers
 from conftest import END, VOCAB_SIZE, byte_tokenizer, errors_of, rounds_of, tiny_config, tiny_model
 from datasets import Dataset, IterableDataset, load_dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import Qwen2Tokenizer
 
 from hf_layerprune import (
@@ -82,6 +85,23 @@ def test_greedy_answers_are_what_the_model_writes_alone(tmp_path, tokenizer):
     assert read.select_columns(["prompt", "completion", "truncated"]).to_list() == told
 
 
+@pytest.mark.parametrize("legacy", (True, False))
+def test_a_sentencepiece_tokenizer_continues_a_text_with_the_space_that_was_written(tmp_path, legacy):
+    tokenizer = copy.deepcopy(trained_tokenizers.sentencepiece(legacy))
+    after = [("<s>", 1), ("</s>", 2)]  # it ends each text, but not one that is to go on
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=after)
+    model, asked = tiny_model(vocab_size=trained_tokenizers.SIZE), []
+    written, prompt = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the", TEXTS[0][:15]))
+    assert len(written) == 1
+    model.generation_config.suppress_tokens = [n for n in range(trained_tokenizers.SIZE) if n != written[0]]
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: asked.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    generate_healing_data(model, text_rows().take(1), tmp_path / "a.jsonl", config(max_new_tokens=2), tokenizer)
+    assert rows_of(tmp_path / "a.jsonl") == [{"prompt": TEXTS[0][:15], "completion": " the the", "truncated": True}]
+    assert asked[0] == [[1, *prompt]]
+
+
 def test_the_seed_decides_and_the_state_of_random_numbers_stays(tmp_path, tokenizer):
     model, state = tiny_model(), torch.random.get_rng_state()
     for name, changes in {"a": {}, "b": {}, "c": {"seed": 7}, "d": {"temperature": 0.5}}.items():
@@ -104,6 +124,9 @@ def test_the_checkpoints_own_sampling_is_the_default(tmp_path, tokenizer):
     model.generation_config.do_sample = False  # such a checkpoint is sampled as it is, whatever else it says
     generate_healing_data(model, text_rows(), tmp_path / "plain.jsonl", config(temperature=None), tokenizer)
     assert rows_of(tmp_path / "plain.jsonl") == rows_of(tmp_path / "all.jsonl")
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.0
+    generate_healing_data(model, text_rows(), tmp_path / "cold.jsonl", config(temperature=None), tokenizer)
+    assert rows_of(tmp_path / "cold.jsonl") == rows_of(tmp_path / "greedy.jsonl")
 
 
 KILLED = """

@@ -9,7 +9,7 @@ from conftest import load, random_batches, read_report, rounds_of, tiny_config, 
 from datasets import Dataset
 from forked import run_ranks, run_without_package
 from huggingface_hub import ModelCard
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_layerprune import (
@@ -200,16 +200,36 @@ def test_adapters_on_every_linear_module_of_a_few_layers(make, tmp_path):
     assert len(load(tmp_path / "run" / "model").model.layers) == 2
 
 
-def test_adapters_stay_on_the_layers_to_heal(make):
-    with pytest.raises(ValueError, match="layers_to_transform"):  # says PEFT
-        make(
-            target_num_layers=4, trained_layers="neighbours", peft_config=LoraConfig(target_modules=r".*q_proj")
-        ).train()
-    with pytest.raises(LayerPruneError, match="layers_to_transform"):
-        make(
-            folder="other", target_num_layers=4,
-            peft_config=LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]),
-        ).train()  # fmt: skip
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (LoraConfig(target_modules=r".*q_proj"), "layers_to_transform.* cannot be used when .* is a str"),
+        (LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]), "layers_to_transform"),
+        (LoraConfig(target_modules=["query"]), "'query'.* not found"),
+        (PromptTuningConfig(num_virtual_tokens=4), "PromptTuningConfig must have layers_to_transform"),
+    ],
+)
+def test_adapters_that_cannot_be_made_are_refused_before_a_layer_is_scored(make, config, message):
+    with pytest.raises(LayerPruneError, match=f"the adapters cannot be made: .*{message}"):
+        make(peft_config=config)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type='cosine_with_min_lr' .*min_lr_rate"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "'cycles': 1}: .*unexpected keyword"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_refused_before_a_layer_is_scored(make, changes, message):
+    with pytest.raises(LayerPruneError, match=message):
+        make(**changes)
+
+
+def test_a_healing_without_a_step_is_no_healing(make):
+    trainer = make(dataloader_drop_last=True, per_device_train_batch_size=10_000)
+    with pytest.raises(LayerPruneError, match="the healing made no step"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("measure_speed", [True, False])

@@ -3,11 +3,12 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config
 
-from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, prune
+from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, export_gguf, prune
 from hf_layerprune.benchmark import load_shape
 from hf_layerprune.loading import load_config, load_model, load_tokenizer
 from hf_layerprune.surgery import plan_of
@@ -127,9 +128,14 @@ def test_weights_are_broken(model, tmp_path):
         load_model(str(tmp_path))
 
 
-def test_tokenizer_missing(tmp_path):
+def test_tokenizer_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_layerprune.loading.is_sentencepiece_available", lambda: False)
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(LayerPruneError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(LayerPruneError, match="its tokenizer.model is read with pip install sentencepiece protobuf"):
         load_tokenizer(str(tmp_path))
 
 
@@ -152,8 +158,20 @@ def test_pickles_are_not_read(model, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(LayerPruneError, match="cannot be loaded as a model"):
+    with pytest.raises(LayerPruneError, match=r"its weights are pickled \(.bin\)"):
         load_model(str(tmp_path))
+
+
+def test_an_adapter_is_no_model(model, tmp_path):
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path)
+    for _ in range(2):
+        with pytest.raises(LayerPruneError, match="it holds an adapter alone; merge it"):
+            load_model(str(tmp_path))
+        model.config.save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(LayerPruneError, match="carries adapters; merge them"):
+        export_gguf(load_model(str(tmp_path)), byte_tokenizer(), tmp_path / "student.gguf")
 
 
 @pytest.fixture

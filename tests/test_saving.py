@@ -1,6 +1,8 @@
 """A student that cannot be saved is known before it is made; what only transformers minds is put right."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from conftest import load, tiny_model
 from transformers import GenerationConfig
 
 from hf_layerprune import LayerPruneError, load_model, prune
+from hf_layerprune.files import write_atomically
 from hf_layerprune.trainer.run import check_saving, make_unpruned_student, save_student
 
 
@@ -57,3 +60,16 @@ def test_what_cannot_be_saved_is_known_before_anything_is_written(make, tmp_path
     with pytest.raises(LayerPruneError, match="cannot be saved.* not JSON serializable"):
         trainer.train()
     assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_atomically(path, "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"] and path.read_text() == "old"

@@ -37,8 +37,8 @@ class DataArguments:
     model: str = option("embedded", "Folder, user/name, user/name@revision, GGUF file or 'embedded'.")
     dataset: str | None = option(
         None,
-        "Text or chats: a .txt/.json/.jsonl/.csv/.parquet file, a save_to_disk folder, a Hub id, 'embedded:healing', "
-        "'embedded:calibration' or 'embedded:held_out'. Only the embedded model has a default.",
+        "Text or chats: a .txt/.json/.jsonl/.csv/.parquet/.arrow file, a save_to_disk folder, a Hub id, "
+        "'embedded:healing', 'embedded:calibration' or 'embedded:held_out'. Only the embedded model has a default.",
     )
     dataset_config: str | None = option(None, "Configuration of a data set on the Hub.")
     dataset_split: str = option("train", "Split to read, or a slice of it or of a file, such as 'train[:1000]'.")

@@ -26,7 +26,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 
 from .._trl import keep_weights_in_place, redirect_forward, set_model
 from ..data import Batch, valid_next_tokens
-from ..errors import NotANumber
+from ..errors import LayerPruneError, NotANumber
 from ..files import sync_folder
 from ..forward import record, replay
 from ..losses import TowerStates, loss_of_parts, parts_of_loss
@@ -121,6 +121,8 @@ class HealingTrainer(Trainer):
             output = self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             self.owner.state, self.owner.control = self.state, self.control
+        if not self.state.global_step:  # of which a `Trainer` only warns
+            raise LayerPruneError("the healing made no step: the training data has less than a batch; give more text")
         healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         healed = healed if self._outline is None else fill_outline(self._outline, healed, self.args.device)
         self.model = self.model_wrapped = self.optimizer = self.lr_scheduler = self.deepspeed = None

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, HfApi
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
@@ -25,7 +24,7 @@ from trl import SFTTrainer
 from .._trl import prepared_for_evaluation, restore_forward
 from ..budget import Goal
 from ..data import Batch, check_batches, check_length, collated_batches
-from ..errors import LayerPruneError, first_line, is_disk_full
+from ..errors import LayerPruneError, arguments_in_one_line, first_line, is_disk_full
 from ..evaluation import evaluate_model
 from ..files import write_atomically
 from ..forward import check_same_vocabulary, check_tokenizer
@@ -54,7 +53,7 @@ from .healing import without_adapters
 from .on_policy import prompts_to_answer
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_made_of, check_saving, decisive_settings, make_unpruned_student
-from .trainable import check_trained_layers
+from .trainable import check_healing, check_trained_layers
 
 
 class IterativeLayerDistillTrainer(SFTTrainer):
@@ -125,6 +124,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name, **files)
         self._check_request(args)
+        if args.heal:
+            check_healing(self.start, args, peft_config)
         check_tokenizer(processing_class, self.start, self.model_name or "the model")
         self._text_field = args.dataset_text_field if formatting_func is None else None
         texts = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
@@ -141,7 +142,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         args = copy.copy(args)  # the user's own stays as it is
         args.model_init_kwargs = None  # they have done their work; SFTTrainer would warn of them
         args.run_name = args.run_name or Path(args.output_dir).absolute().name  # one run of a tracker for all rounds
-        try:
+        with arguments_in_one_line():
             super().__init__(
                 model=prune(self.start, [], share_weights=True),
                 args=args,
@@ -155,8 +156,6 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             )
             if args.heal and optimizer_cls_and_kwargs is None:  # known before a layer is scored
                 self.get_optimizer_cls_and_kwargs(args, self.model)
-        except (ValueError, ImportError, TemplateError) as error:  # what TRL and transformers say of the arguments
-            raise LayerPruneError(first_line(error)) from error
         check_engine(self.accelerator, args)
         check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, SchedulerType, TrainingArguments, get_scheduler
 
 from .._trl import restore_forward
-from ..errors import LayerPruneError, NotANumber
+from ..errors import LayerPruneError, NotANumber, first_line
 from ..plan import Edit, LayerPlan, edits_between
 from ..surgery import unshare_parameters
 
@@ -83,13 +85,44 @@ def make_trainable(
     return student
 
 
+def check_healing(model: PreTrainedModel, args: TrainingArguments, peft_config: Any | None) -> None:
+    """Raise [`LayerPruneError`] unless the adapters and the learning-rate schedule of a healing can be made."""
+    _check_scheduler(args)
+    if peft_config is not None:
+        _check_adapters(model, peft_config)
+
+
+def _check_scheduler(args: TrainingArguments) -> None:
+    """Raise [`LayerPruneError`] unless the learning-rate schedule can be made."""
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    options = {"num_warmup_steps": 1, "num_training_steps": 2, "scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+    try:
+        get_scheduler(args.lr_scheduler_type, nothing, **options)
+    except (ValueError, TypeError) as error:
+        name = SchedulerType(args.lr_scheduler_type).value
+        raise LayerPruneError(
+            f"lr_scheduler_type={name!r} with lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {first_line(error)}"
+        ) from error
+
+
+def _check_adapters(model: PreTrainedModel, peft_config: Any) -> None:
+    """Raise [`LayerPruneError`] unless adapters can be put on the layers of `model`; tried without its weights."""
+    with torch.device("meta"):
+        empty = type(model)(copy.deepcopy(model.config))
+    try:
+        with suppress(RuntimeError):  # of those that begin with values computed from the weights
+            _with_adapters(empty, list(range(len(empty.base_model.layers))), peft_config)
+    except (ValueError, ImportError) as error:  # what PEFT says of the settings
+        raise LayerPruneError(f"the adapters cannot be made: {first_line(error)}") from error
+
+
 def _with_adapters(student: PreTrainedModel, blocks: list[int], peft_config: Any) -> nn.Module:
     from peft import get_peft_model
 
-    if peft_config.layers_to_transform is not None:
+    if getattr(peft_config, "layers_to_transform", ()) is not None:
         raise LayerPruneError(
-            "peft_config.layers_to_transform is set, but layers move as others are removed; say which layers to heal "
-            "with trained_layers"
+            f"a {type(peft_config).__name__} must have layers_to_transform, and leave it unset: layers move as others "
+            "are removed; say which to heal with trained_layers"
         )
     changes: dict[str, Any] = {"layers_to_transform": blocks}
     if peft_config.target_modules == "all-linear":  # PEFT would name each in full, and ignore layers_to_transform
