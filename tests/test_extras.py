@@ -53,6 +53,7 @@ def test_without_matplotlib_a_run_has_no_plots(tmp_path, without, capsys):
 )
 def test_a_metric_names_its_extra(without, package, metric):
     without(package)
+    chunks._loaded.cache_clear()
     with pytest.raises(LayerPruneError, match=rf"{package} is not installed; pip install 'hf-layerprune\[metrics\]'"):
         chunks.check_metric(metric)
 
