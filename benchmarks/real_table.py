@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 NAMES = {
     "teacher": "teacher",
     "ours": "KL after repair (ours)",
+    "ours_seed1": "KL after repair (ours), seed 1",
     "kl": "KL (ours)",
     "block_influence": "block influence, every round",
     "block_influence2": "block influence, rounds of two layers",
