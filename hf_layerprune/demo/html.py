@@ -131,8 +131,8 @@ def headline(pairing: Pairing, depth: int, comparison: Comparison) -> str:
         tiles.append(_tile(f"{smaller:.0%}", "smaller", size) if smaller >= 0.005 else same)
     record = pairing.round(depth)
     if record and record.quality.kl is not None:
-        about = f"KL divergence in nats per token, over {record.quality.num_tokens:,} tokens; 0 = identical"
-        tiles.append(_tile(f"{record.quality.kl:.2g}", "away from its predictions, on average", about))
+        about = "how far its predictions are from the original's, on average, in nats per token; 0 = identical"
+        tiles.append(_tile(f"{record.quality.kl:.2g}", "KL divergence", about))
     about = f'<p class="lp-about">{escape(pairing.description)}</p>' if pairing.description else ""
     versus = f'<p class="lp-versus">{names[0]} <span>against</span> {names[1]}</p>'
     return f'{versus}{about}<div class="lp-tiles">{"".join(tiles)}</div>'

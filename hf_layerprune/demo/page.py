@@ -108,6 +108,7 @@ class DemoPage:
         kept, several = f"Layers kept in the compressed model, of {original}", len(pairing.depths) > 1
         length, samples = self.service.limits.max_prompt_characters, [[text] for text in pairing.prompts(chat)]
         writing = {"info": KEYS, "lines": 1, "max_lines": 8, "max_length": length}
+        prompts: dict[str, Any] = {"components": ["textbox"], "component_props": [{}]}
         off: dict[str, Any] = {"render": False}
         return [
             shown,
@@ -116,7 +117,7 @@ class DemoPage:
             gr.HTML(told, elem_id="lp-status", **off),
             gr.HTML(html.layer_strip(pairing.student(depth).plan), elem_id="lp-layers", **off),
             gr.Plot(layer_map, visible=bool(layer_map), label=html.map_label(pairing), elem_id="lp-map", **off),
-            gr.Plot(quality, visible=bool(quality), label="Quality against depth", elem_id="lp-quality", **off),
+            gr.Plot(quality, visible=bool(quality), show_label=False, elem_id="lp-quality", **off),
             gr.HTML("", elem_id="lp-distance", **off),
             gr.Column(visible=False, **off),
             gr.Dropdown(names, value=pairing.name, label="Model", visible=len(names) > 1, elem_id="lp-model", **off),
@@ -124,7 +125,7 @@ class DemoPage:
             gr.Radio([TEXT, CHAT], value=mode, label="Mode", visible=pairing.can_chat, elem_id="lp-mode", **off),
             gr.Textbox(prompt, label="Prompt", **writing, elem_id="lp-prompt", **off),
             gr.Button("Another seed", elem_id="lp-again", visible=drawn, **off),
-            gr.Dataset(components=["textbox"], samples=samples, label="Examples", elem_id="lp-examples", **off),
+            gr.Dataset(**prompts, samples=samples, label="Examples", elem_id="lp-examples", **off),
             *(gr.Slider(**setting, **off) for setting in self._settings(pairing, sampling or own)),
         ]
 
