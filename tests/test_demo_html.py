@@ -26,6 +26,10 @@ def pairing(service):
     return service.catalog["tiny run"]
 
 
+def headline(pairing, comparison):
+    return html.PARTS.headline(pairing.names(3), pairing.description, comparison, pairing.round(3))
+
+
 def tags(text):
     return set(re.findall(r"<(\w+)", text))
 
@@ -73,25 +77,28 @@ def test_the_card_of_an_answer_says_where_it_was_cut(pairing):
 
 
 def test_the_headline_has_both_models_and_the_numbers_that_matter(service, pairing):
-    shown = html.headline(pairing, 3, Comparison(TEACHER, STUDENT))
+    shown = headline(pairing, Comparison(TEACHER, STUDENT))
     assert "teacher" in shown and "tiny run" in shown
     assert "<strong>1.50×</strong> as fast" in shown and "<strong>50%</strong> smaller" in shown
     assert "<strong>0.1</strong> KL divergence" in shown and "nats per token; 0 = identical" in shown
-    assert 'href="https://huggingface.co/user/name"' in html.linked("user/name") and html.linked("<b>") == "&lt;b&gt;"
+    assert (
+        'href="https://huggingface.co/user/name"' in html.PARTS.linked("user/name")
+        and html.PARTS.linked("<b>") == "&lt;b&gt;"
+    )
     assert "Three &lt;b&gt;rounds&lt;/b&gt;." in shown
 
 
 def test_slower_is_never_green(pairing):
     for speed, green in ((150.0, True), (100.0, False), (90.0, False)):
         same_size = replace(STUDENT, tokens_per_second=speed, num_parameters=8_000_000)
-        assert ("lp-good" in html.headline(pairing, 3, Comparison(TEACHER, same_size))) == green
+        assert ("lp-good" in headline(pairing, Comparison(TEACHER, same_size))) == green
 
 
 def test_the_status_says_what_goes_on(service):
-    assert "Getting the models ready" in html.status(Comparison())
-    assert "a token each in turn" in html.status(Comparison(replace(TEACHER, ending="")))
-    assert "1 visitor ahead" in html.status(Comparison(waiting="1 visitor ahead, about 10 s"))
-    done = html.status(Comparison(TEACHER, STUDENT), {"prompt": 'a "b" & c', "depth": 3})
+    assert "Getting the models ready" in html.PARTS.status(Comparison())
+    assert "writes a token in turn" in html.PARTS.status(Comparison(replace(TEACHER, ending="")))
+    assert "1 visitor ahead" in html.PARTS.status(Comparison(waiting="1 visitor ahead, about 10 s"))
+    done = html.PARTS.status(Comparison(TEACHER, STUDENT), {"prompt": 'a "b" & c', "depth": 3})
     assert 'href="?prompt=a+%22b%22+%26+c&amp;depth=3"' in done and "part at word 1" in done
 
 

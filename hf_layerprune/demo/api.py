@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
@@ -48,17 +47,10 @@ def add_api(service: DemoService, **options: Any) -> None:
         """
         given = dict(locals())
         sampling = {name: given[name] for name in SAMPLING}
-        with shown_to_visitors():
+        try:
             for comparison in service.stream(prompt, model, depth, chat, sampling):
                 yield comparison.to_dict()
+        except LayerPruneError as error:  # of any other the log has it all, and who asked nothing
+            raise gr.Error(str(error), print_exception=False) from None
 
     gr.api(compare, api_name="compare", **options)
-
-
-@contextmanager
-def shown_to_visitors() -> Iterator[None]:
-    """Show a visitor what a [`LayerPruneError`] says; of any other error the log has it all, the page nothing."""
-    try:
-        yield
-    except LayerPruneError as error:
-        raise gr.Error(str(error), print_exception=False) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,7 +17,6 @@ from .comparison import Comparison
 from .generation import RANGES, Answer, Position, Sampling
 from .service import DemoService, Turn
 
-HERE = Path(__file__).parent
 TEXT, CHAT = "Continue a text", "Chat"
 SUBTITLE = "Compare a language model with a smaller, faster copy: same prompt, two answers."
 SETTINGS = {
@@ -53,7 +51,7 @@ WHITE_SPACE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
 def build_page(service: DemoService) -> gr.Blocks:
     """The app of a demo, not yet running."""
     # the line is our own, so that it can say how long it is: all who wait in it run as far as Gradio knows
-    together: dict[str, Any] = {"concurrency_limit": service.limits.max_waiting + 1, "concurrency_id": "line"}
+    together: dict[str, Any] = {"concurrency_limit": None}
     demo = DemoPage(service)
     with gr.Blocks(title=service.settings.title, analytics_enabled=False) as page:
         gr.Markdown(f"# {service.settings.title}\n{SUBTITLE}")
@@ -66,7 +64,7 @@ def build_page(service: DemoService) -> gr.Blocks:
 def launch_page(page: gr.Blocks, **options: Any) -> Any:
     """Serve a page, with an MCP server where Gradio's extra for it is installed; `options` go to `launch`."""
     theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", **FONTS).set(**READABLE)
-    look = {"theme": theme, "css_paths": HERE / "style.css", "favicon_path": HERE / "favicon.svg"}
+    look = {"theme": theme, "css_paths": html.TEMPLATES / "style.css", "favicon_path": html.TEMPLATES / "favicon.svg"}
     head = f'<meta name="description" content="{SUBTITLE}">'
     fixed = {"head": head, "footer_links": ["api"], "ssr_mode": False, "max_threads": 100}
     return page.launch(mcp_server=find_spec("mcp") is not None, **look, **fixed, **options)
@@ -165,7 +163,7 @@ class DemoPage:
             with self.found:
                 self.strip = gr.HighlightedText(elem_id="lp-positions")
                 with gr.Row():
-                    self.expected = [gr.Label(label=f"{name} expects next") for name in html.SIDES]
+                    self.expected = [gr.Label(label=f"{name} expects next") for name in ("Original", "Compressed")]
 
     def wire(self, page: gr.Blocks, streamed: dict[str, Any]) -> None:
         """Say what follows when a visitor does something; `streamed` are the options of what takes its time."""
@@ -204,11 +202,12 @@ class DemoPage:
     def _view(self, pairing: Pairing, depth: int, shown: Shown) -> list[Any]:
         """What the widgets that hold answers show."""
         answers = html.cards(pairing, depth, shown.turns, shown.comparison, shown.chat)
-        told = ""
+        told, record = "", pairing.round(depth)
+        headline = html.PARTS.headline(pairing.names(depth), pairing.description, shown.comparison, record)
         if shown.turns:
             choice = {"model": pairing.name, "depth": depth, "mode": CHAT if shown.chat else TEXT}
-            told = html.status(shown.comparison, {"prompt": shown.turns[-1][0], **choice, **shown.sampling})
-        return [shown, html.headline(pairing, depth, shown.comparison), answers, told]
+            told = html.PARTS.status(shown.comparison, {"prompt": shown.turns[-1][0], **choice, **shown.sampling})
+        return [shown, headline, answers, told]
 
     def _stored(self, pairing: Pairing, depth: int, chat: bool) -> Shown | None:
         """The first example with its answers, if somebody asked for it already."""
@@ -305,12 +304,12 @@ class DemoPage:
         try:
             positions = self.service.inspect(text, model, depth)
         except LayerPruneError as error:
-            return [html.refusal(str(error)), *[gr.skip()] * 5]
+            return [html.PARTS.refusal(str(error)), *[gr.skip()] * 5]
         kls = [position.kl for position in positions]
         worst, most = max(range(len(kls)), key=kls.__getitem__), sorted(kls)[round(0.95 * (len(kls) - 1))]
         strip = [(visible(position.token), 0.75 * min(1.0, position.kl / (most or 1.0))) for position in positions]
         label = f"The redder, the more they differ after a token; full red is {most:.2f} or more. Choose a token."
-        told = html.differing(sum(kls) / len(kls), visible(positions[worst].token), kls[worst])
+        told = html.PARTS.distance(sum(kls) / len(kls), visible(positions[worst].token), kls[worst])
         shown = gr.HighlightedText(strip, label=label)
         return [told, gr.Column(visible=True), positions, shown, *labels_of(positions[worst])]
 
@@ -322,7 +321,7 @@ def _render(*widgets: Any) -> None:
 
 def _refused(error: LayerPruneError) -> list[Any]:
     """What was shown before, and why nothing was done."""
-    return [*[gr.skip()] * 3, html.refusal(str(error))]
+    return [*[gr.skip()] * 3, html.PARTS.refusal(str(error))]
 
 
 def _next_seed(seed: float) -> float:
