@@ -157,9 +157,9 @@ def test_both_models_stream_and_are_measured(visit):
     page = visit()
     set_sampling(page, "max_new_tokens", 200)
     ask(page, "It was late")
+    expect(page.locator("#lp-status")).to_contain_text("in turn")
     for side in (0, 1):  # both at once
         expect(page.locator(SIDES[side])).to_contain_text("first token")
-    expect(page.locator("#lp-status")).to_contain_text("in turn")
     begun = [words(page, side) for side in (0, 1)]
     assert all(text.startswith("It was late") for text in begun)
     for side in (0, 1):
@@ -176,7 +176,7 @@ def test_stop_works_and_a_refusal_leaves_the_answers(visit):
     page = visit()
     set_sampling(page, "max_new_tokens", 1000)
     ask(page, "It was early")
-    expect(page.locator(SIDES[1])).to_contain_text("first token")  # it writes
+    expect(page.locator("#lp-status")).to_contain_text("in turn")  # it writes
     page.click("#lp-stop")
     expect(page.locator(SIDES[0])).to_contain_text("stopped after")
     before = words(page, 0)
@@ -194,7 +194,7 @@ def test_a_full_line_is_reported_and_stop_takes_back_who_waits(visit, crowded):
     first, second, third = (visit(url=crowded) for _ in range(3))
     set_sampling(first, "max_new_tokens", 1000)
     ask(first, "Asked first")
-    expect(first.locator(SIDES[1])).to_contain_text("first token")
+    expect(first.locator("#lp-status")).to_contain_text("in turn")
     ask(second, "Never asked")
     expect(second.locator("#lp-status")).to_contain_text("1 visitor ahead, about")
     ask(third, "Too many")  # there is room for one

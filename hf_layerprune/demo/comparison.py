@@ -8,12 +8,10 @@ from typing import Any
 
 from .generation import Answer
 
-FEW_TOKENS = 16
-"""With fewer, a speed is a guess."""
-SLOWEST, FASTEST = 0.7, 1.5
-"""A ratio of speeds farther than this from what the sizes let expect was measured on a busy machine."""
+FEW_TOKENS = 16  # with fewer, a speed is a guess
+SLOWEST, FASTEST = 0.7, 1.5  # a ratio of speeds farther from what the sizes let expect comes of a busy machine
+# without its punctuation; a letter of its own where words have no spaces between them
 WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+(?:['\u2019_-]\w+)*")
-"""Without its punctuation; a letter of its own where words have no spaces between them."""
 Span = tuple[int, int]
 
 

@@ -29,11 +29,9 @@ from ..surgery import plan_of
 from .settings import Limits
 
 SECONDS_BETWEEN_ANSWERS = 0.12
-DEVICE = threading.Lock()
-"""Held by what computes: a stopped comparison finishes its token before the next begins."""
+DEVICE = threading.Lock()  # held by what computes: a stopped comparison finishes its token before the next begins
 CHAT_TEMPERATURE = 0.7
-WARM_UP_TOKENS = 128
-"""Most tokens of the prompt that are read once before the clock starts."""
+WARM_UP_TOKENS = 128  # most tokens of the prompt that are read once before the clock starts
 RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.01, 1.0),
@@ -41,12 +39,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "repetition_penalty": (1.0, 2.0),
     "seed": (0, 2**31 - 1),
 }
-ROWS_AT_ONCE = 16
-"""Positions whose distributions are in memory at a time."""
-TOP = 5
-"""Tokens to show of what each model expects."""
-Expected = tuple[tuple[str, float], ...]
-"""The most likely next tokens and their probabilities."""
+ROWS_AT_ONCE = 16  # positions whose distributions are in memory at a time
+TOP = 5  # tokens to show of what each model expects
+Expected = tuple[tuple[str, float], ...]  # the most likely next tokens and their probabilities
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .service import DemoService, Turn
 
 TEXT, CHAT = "Continue a text", "Chat"
 SUBTITLE = "Compare a language model with a smaller, faster copy: same prompt, two answers."
-SETTINGS = {
+SETTINGS = {  # label, explanation and step of each
     "max_new_tokens": ("Longest answer", "tokens", 1),
     "temperature": ("Temperature", "0 takes the most likely token every time", 0.05),
     "top_p": ("Top-p", "sample from the tokens that hold this share of the probability", 0.01),
@@ -27,12 +27,11 @@ SETTINGS = {
     "repetition_penalty": ("Repetition penalty", "1 means none", 0.01),
     "seed": ("Seed", "same random seed for both models", 1),
 }
-"""Label, explanation and step of each setting."""
 KEYS = "Enter sends, Shift+Enter breaks the line"
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
+# the system's: the page asks no other host for any
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-"""The system's: the page asks no other host for any."""
 READABLE = {
     **dict.fromkeys(("block_info_text_color", "body_text_color_subdued"), "*neutral_600"),
     **dict.fromkeys(("block_info_text_color_dark", "body_text_color_subdued_dark"), "*neutral_300"),
@@ -106,7 +105,7 @@ class DemoPage:
         kept, several = f"Layers kept in the compressed model, of {original}", len(pairing.depths) > 1
         length, samples = self.service.limits.max_prompt_characters, [[text] for text in pairing.prompts(chat)]
         writing = {"info": KEYS, "lines": 1, "max_lines": 8, "max_length": length}
-        prompts: dict[str, Any] = {"components": ["textbox"], "component_props": [{}]}
+        prompts: dict[str, Any] = {"components": ["textbox"], "component_props": [{}], "headers": [""]}
         off: dict[str, Any] = {"render": False}
         return [
             shown,
@@ -123,7 +122,7 @@ class DemoPage:
             gr.Radio([TEXT, CHAT], value=mode, label="Mode", visible=pairing.can_chat, elem_id="lp-mode", **off),
             gr.Textbox(prompt, label="Prompt", **writing, elem_id="lp-prompt", **off),
             gr.Button("Another seed", elem_id="lp-again", visible=drawn, **off),
-            gr.Dataset(**prompts, samples=samples, label="Examples", elem_id="lp-examples", **off),
+            gr.Dataset(**prompts, samples=samples, layout="gallery", label="Examples", elem_id="lp-examples", **off),
             *(gr.Slider(**setting, **off) for setting in self._settings(pairing, sampling or own)),
         ]
 
@@ -339,7 +338,6 @@ def _expect(positions: list[Position], event: gr.SelectData) -> list[dict[str, f
 
 def labels_of(position: Position) -> list[dict[str, float]]:
     """What both models expect after a token, as `gr.Label` takes it."""
-
     labels: list[dict[str, float]] = [{}, {}]
     for label, expected in zip(labels, (position.original, position.compressed), strict=True):
         for token, share in expected:

@@ -21,15 +21,12 @@ from .generation import Answer, Position, Sampling, Writer, compare_next_tokens,
 from .line import Line
 from .settings import DemoSettings, Limits
 
-SECONDS_BETWEEN_LOOKS = 0.3
-"""How often a waiting visitor is told where he stands."""
-SECONDS_FOR_EXAMPLE = 20
-"""Most that answering the first example takes before anybody comes."""
+SECONDS_BETWEEN_LOOKS = 0.3  # how often a waiting visitor is told where he stands
+SECONDS_FOR_EXAMPLE = 20  # most that answering the first example takes before anybody comes
 GPU_SECONDS, STARTING_SECONDS, SECONDS_PER_TOKEN = 60, 15, 0.1
 """A call on ZeroGPU: the longest (longer ones are refused to many visitors), its start, each token of both models."""
 Function = TypeVar("Function", bound=Callable)
-Turn = tuple[str, str, str]
-"""What the visitor wrote, what the teacher answered, what the student answered."""
+Turn = tuple[str, str, str]  # what the visitor wrote, what the teacher answered, what the student answered
 
 
 class DemoService:
