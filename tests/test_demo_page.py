@@ -148,3 +148,19 @@ def test_the_one_tool_of_mcp_is_compare(url):
 def test_the_page_names_no_other_host(client):
     config = json.dumps(client.config)
     assert "googleapis" not in config and "gstatic" not in config
+
+
+def test_the_command_says_what_it_loads_and_where_the_page_is(monkeypatch, capsys):
+    def launched(app, **options):
+        app.local_url, app.share_url = "http://127.0.0.1:7860/", None
+        seen.update(options)
+
+    seen = {}
+    monkeypatch.setattr("hf_layerprune.demo.page.launch_page", launched)
+    monkeypatch.setattr("hf_layerprune.demo.service.DemoService.warm_up", lambda service: None)
+    assert cli.main(["demo", "--share"]) == 0
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "loading embedded and embedded in 10 layers, and answering an example ..."
+    assert "shared links cannot be reached" in second
+    assert third == "the demo is at http://127.0.0.1:7860/ until you press Ctrl-C"
+    assert seen["share"] and seen["server_name"] == "127.0.0.1"

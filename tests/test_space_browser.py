@@ -86,7 +86,10 @@ def visit(chromium, url):
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
-        page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        page.on(
+            "console",
+            lambda message: message.type == "error" and problems.append(f"{message.text} {message.location['url']}"),
+        )
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: _foreign(request.url, url) and problems.append(request.url))
         page.goto(f"{url}?__theme={theme}")
@@ -107,6 +110,8 @@ def _foreign(address, url):
 def ask(page, prompt=TEACHER):
     page.fill("#lp-prompt textarea", prompt)
     page.click("#lp-run")
+    expect(page.locator("#lp-status")).not_to_have_text("")
+    print("DEBUG", page.inner_text("#lp-status"))
 
 
 def words(page, side):
@@ -126,8 +131,8 @@ def facts(page, side):
 
 def choose(page, name):
     page.click("#lp-model input")
-    with page.expect_response(lambda response: "/run/predict" in response.url):  # what follows the choice
-        page.get_by_role("option", name=name).click()
+    page.get_by_role("option", name=name).click()
+    expect(page.locator("#lp-headline")).to_contain_text(name)  # what follows the choice is there
 
 
 def set_sampling(page, name, value):
@@ -294,11 +299,12 @@ def test_a_chat_goes_on_and_begins_again(visit):
     finished(page, "And then?")
     assert words(page, 0).count("And then?") == 1
     set_sampling(page, "temperature", 0)
-    expect(page.locator("#lp-again")).to_have_count(0)  # a seed means nothing now
+    expect(page.locator("#lp-again")).not_to_be_visible()  # a seed means nothing now
     page.click("#lp-new")
     for side in SIDES:
         expect(page.locator(side)).not_to_contain_text("Hello")
     page.get_by_text("Continue a text").click()
+    expect(page.get_by_text("It was a dark and stormy night;")).to_be_visible()
     ask(page, "It was")
     finished(page, "It was")
     expect(page.locator("#lp-prompt textarea")).to_have_value("It was")
@@ -309,6 +315,7 @@ def test_a_link_brings_the_prompt_and_the_settings_back(visit):
     choose(page, "tiny run")
     set_sampling(page, "max_new_tokens", 12)
     page.locator("#lp-depth input[value='4']").check()
+    expect(page.locator(SIDES[1])).to_contain_text("4 layers")
     ask(page, "It was & is")
     finished(page, "It was & is")
     page.get_by_text("Link to this comparison").click()

@@ -70,7 +70,7 @@ def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.wa
         on_message("Gradio's server for shared links cannot be reached; the address below works on this machine alone")
     on_message(f"the demo is at {app.share_url or app.local_url} until you press Ctrl-C")
     try:
-        threading.Event().wait()
+        threading.Event().wait(None if app.is_running else 0)
     except KeyboardInterrupt:
         app.close(verbose=False)
 

@@ -13,8 +13,8 @@ from .service import DemoService
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
-def add_api(service: DemoService, **options: Any) -> None:
-    """Add the endpoint for programs, `compare`, to the page that is being built; `options` go to `gr.api`."""
+def add_api(service: DemoService) -> None:
+    """Add the endpoint for programs, `compare`, to the page that is being built."""
 
     def compare(
         prompt: str,
@@ -53,4 +53,4 @@ def add_api(service: DemoService, **options: Any) -> None:
         except LayerPruneError as error:  # of any other the log has it all, and who asked nothing
             raise gr.Error(str(error), print_exception=False) from None
 
-    gr.api(compare, api_name="compare", **options)
+    gr.api(compare, api_name="compare", concurrency_limit=None)

@@ -29,6 +29,8 @@ SETTINGS = {  # label, explanation and step of each
 }
 KEYS = "Enter sends, Shift+Enter breaks the line"
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+# the line is our own, so that it can say how long it is: all who wait in it run as far as Gradio knows
+STREAMED: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
 # the system's: the page asks no other host for any
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -49,14 +51,12 @@ WHITE_SPACE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
 
 def build_page(service: DemoService) -> gr.Blocks:
     """The app of a demo, not yet running."""
-    # the line is our own, so that it can say how long it is: all who wait in it run as far as Gradio knows
-    together: dict[str, Any] = {"concurrency_limit": None}
     demo = DemoPage(service)
     with gr.Blocks(title=service.settings.title, analytics_enabled=False) as page:
         gr.Markdown(f"# {service.settings.title}\n{SUBTITLE}")
         demo.lay_out()
-        demo.wire(page, {"show_progress": "hidden", **PRIVATE, **together})
-        add_api(service, **together)
+        demo.wire(page)
+        add_api(service)
     return page.queue(default_concurrency_limit=1)
 
 
@@ -164,8 +164,8 @@ class DemoPage:
                 with gr.Row():
                     self.expected = [gr.Label(label=f"{name} expects next") for name in ("Original", "Compressed")]
 
-    def wire(self, page: gr.Blocks, streamed: dict[str, Any]) -> None:
-        """Say what follows when a visitor does something; `streamed` are the options of what takes its time."""
+    def wire(self, page: gr.Blocks) -> None:
+        """Say what follows when a visitor does something."""
         answered = [self.shown, self.headline, self.answers, self.told]
         inside = [self.layers, self.layer_map, self.quality, self.distance, self.found]
         chosen = [self.model, self.depth, self.mode]
@@ -173,16 +173,16 @@ class DemoPage:
         asked, given = [*chosen, self.shown, *self.sampling], [*answered, self.prompt]
         asking = [self.run.click, self.prompt.submit]
         running = [
-            gr.on(asking, self._compare, [self.prompt, *asked], given, **streamed),
-            self.examples.click(self._compare_example, [self.examples, *asked], given, **streamed),
+            gr.on(asking, self._compare, [self.prompt, *asked], given, **STREAMED),
+            self.examples.click(self._compare_example, [self.examples, *asked], given, **STREAMED),
             self.again.click(_next_seed, self.sampling[-1], self.sampling[-1], **AT_ONCE).then(
-                self._compare_again, asked, given, **streamed
+                self._compare_again, asked, given, **STREAMED
             ),
         ]
         moved = self.depth.input(
             self._on_depth, [*chosen, self.shown], [*answered, *inside], cancels=running, **AT_ONCE
         )
-        redone = moved.then(self._redo, [*chosen, self.shown], answered, **streamed)
+        redone = moved.then(self._redo, [*chosen, self.shown], answered, **STREAMED)
         found = [self.distance, self.found, self.positions, self.strip, *self.expected]
         looking = [self.inspect.click, self.text.submit]
         inspected = gr.on(
@@ -241,6 +241,7 @@ class DemoPage:
         yield from self._compare(sample[0], *asked)
 
     def _compare_again(self, model: str, depth: int, mode: str, shown: Shown, *sampling: float) -> Iterator[list[Any]]:
+        yield [gr.skip()] * 5
         if shown.turns:
             before = replace(shown, turns=shown.turns[:-1])
             yield from self._compare(shown.turns[-1][0], model, depth, mode, before, *sampling)
@@ -258,6 +259,7 @@ class DemoPage:
     def _redo(self, model: str, depth: int, mode: str, shown: Shown) -> Iterator[list[Any]]:
         """Let the other student answer all that was asked, and the original nothing again."""
         pairing, done = self.service.pairing(model), replace(shown, turns=())
+        yield [gr.skip()] * 4  # without a word Gradio empties what waits for one
         for prompt, said, _ in shown.turns:
             is_last = len(done.turns) + 1 == len(shown.turns)
             original = shown.comparison.original if is_last else Answer(text=said, ending="end")

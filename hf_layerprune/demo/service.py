@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -54,14 +54,14 @@ class DemoService:
             in_passing_thread(self._models, name, 0)
         if on_zero_gpu():  # which lends nothing before somebody comes
             return
-        pairing, began = self.pairing(), None
+        pairing, until = self.pairing(), 0.0
         chat = pairing.can_chat
-        with closing(self.stream(pairing.prompts(chat)[0], chat=chat)) as growing:
+        with suppress(LayerPruneError), closing(self.stream(pairing.prompts(chat)[0], chat=chat)) as growing:
             for comparison in growing:
-                began = began or (time.monotonic() if comparison.original.num_tokens else None)
-                if began and time.monotonic() - began > SECONDS_FOR_EXAMPLE:
+                until = until or (comparison.original.num_tokens and time.monotonic() + SECONDS_FOR_EXAMPLE)
+                self.stored[pairing.name, pairing.depths[-1], chat] = comparison.stopped()
+                if 0 < until < time.monotonic():
                     break
-        self.stored[pairing.name, pairing.depths[-1], chat] = comparison.stopped()
 
     def blank(self, pairing: Pairing, depth: Any = None) -> Comparison:
         """What is known of both models before they answer."""
@@ -138,17 +138,9 @@ class DemoService:
         if on_zero_gpu():  # both answers must end within the call
             seconds = min(seconds, (seconds_on_gpu(sampling.max_new_tokens) - 5) / 2)
         sides = [side for side in (0, 1) if not answers[side].ended]
-        writers = [
-            Writer(
-                partial(self.store.get, pairing.source(side, depth)),
-                pairing.tokenizer,
-                prompts[side],
-                sampling,
-                seconds,
-                answers[side],
-            )
-            for side in sides
-        ]
+        loads = [partial(self.store.get, pairing.source(side, depth)) for side in sides]
+        rest = [(pairing.tokenizer, prompts[side], sampling, seconds, answers[side]) for side in sides]
+        writers = [Writer(load, *others) for load, others in zip(loads, rest, strict=True)]
         with closing(write_in_turn(writers)) as growing:
             for grown in growing:
                 for side, answer in zip(sides, grown, strict=True):
