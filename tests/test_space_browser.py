@@ -110,8 +110,6 @@ def _foreign(address, url):
 def ask(page, prompt=TEACHER):
     page.fill("#lp-prompt textarea", prompt)
     page.click("#lp-run")
-    expect(page.locator("#lp-status")).not_to_have_text("")
-    print("DEBUG", page.inner_text("#lp-status"))
 
 
 def words(page, side):
@@ -133,6 +131,7 @@ def choose(page, name):
     page.click("#lp-model input")
     page.get_by_role("option", name=name).click()
     expect(page.locator("#lp-headline")).to_contain_text(name)  # what follows the choice is there
+    page.wait_for_timeout(SECONDS)  # and drawn
 
 
 def set_sampling(page, name, value):
@@ -295,6 +294,7 @@ def test_a_chat_goes_on_and_begins_again(visit):
     assert "Hello" in words(page, 0) and "Hello" in words(page, 1)
     before = words(page, 0)
     page.click("#lp-again")
+    page.wait_for_timeout(SECONDS)
     expect(page.locator(f"{SIDES[0]} .lp-words")).not_to_have_text(before)
     finished(page, "And then?")
     assert words(page, 0).count("And then?") == 1
@@ -305,6 +305,7 @@ def test_a_chat_goes_on_and_begins_again(visit):
         expect(page.locator(side)).not_to_contain_text("Hello")
     page.get_by_text("Continue a text").click()
     expect(page.get_by_text("It was a dark and stormy night;")).to_be_visible()
+    page.wait_for_timeout(SECONDS)
     ask(page, "It was")
     finished(page, "It was")
     expect(page.locator("#lp-prompt textarea")).to_have_value("It was")

@@ -9,7 +9,7 @@ from typing import Any
 from .generation import Answer
 
 FEW_TOKENS = 16  # with fewer, a speed is a guess
-SLOWEST, FASTEST = 0.7, 1.5  # a ratio of speeds farther from what the sizes let expect comes of a busy machine
+SLOWEST, FASTEST = 0.7, 1.5  # a ratio of speeds farther from what the layers let expect comes of a busy machine
 # without its punctuation; a letter of its own where words have no spaces between them
 WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+(?:['\u2019_-]\w+)*")
 Span = tuple[int, int]
@@ -42,9 +42,12 @@ class Comparison:
         if min(teacher.num_tokens, student.num_tokens) < FEW_TOKENS:
             return f"Speeds are compared from {FEW_TOKENS} tokens each."
         if teacher.num_parameters and student.num_parameters and teacher.num_layers and student.num_layers:
-            sizes = (teacher.num_layers / student.num_layers, teacher.num_parameters / student.num_parameters)
+            layers = teacher.num_layers / student.num_layers
+            least = (
+                layers if teacher.num_parameters > student.num_parameters else 1.0
+            )  # in parallel need not be faster
             ratio = student.tokens_per_second / teacher.tokens_per_second
-            if not SLOWEST * min(sizes) <= ratio <= FASTEST * max(sizes):
+            if not SLOWEST * least <= ratio <= FASTEST * layers:
                 return "The machine was busy, so the speeds mean nothing; run it again."
         return ""
 
