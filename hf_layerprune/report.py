@@ -317,8 +317,8 @@ def plot_layer_map(run: RunRecord) -> Figure:
     axes.set_xlim(-0.7, len(states) - 0.3)
     if costs and min(costs.values()) > 0:
         axes.set_yscale("log")
-    unit = ",\nnats per token" if criterion in ("kl", "loss") else ""
-    axes.set_ylabel(f"cost ({criterion}){unit}", fontsize=8)
+    measures = {"kl": "how much predictions change\n(KL, nats per token)", "loss": "loss it costs\n(nats per token)"}
+    axes.set_ylabel(measures.get(criterion, f"cost ({criterion})"), fontsize=8)
     axes.tick_params("y", labelsize=7)
     axes.yaxis.set_visible(bool(costs))
     axes.spines[["top", "right"]].set_visible(False)

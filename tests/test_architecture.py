@@ -21,9 +21,8 @@ JSON_IS_PASSED_ON = {
 A_LIBRARY_WANTS_IT = {
     "loading.py beside_weights", "tasks/kinds.py costs_of_samples",
     "trainer/healing.py HealingTrainer.compute_loss", "trainer/healing.py HealingTrainer.training_step",
-    "demo/page.py depths_of",
 }  # fmt: skip
-"""Keyword arguments of `transformers` and of Gradio, and signatures of `Trainer` and lm-eval."""
+"""Keyword arguments of `transformers`, and signatures of `Trainer` and lm-eval."""
 
 
 def name_of(path: Path) -> str:

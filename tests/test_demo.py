@@ -15,11 +15,22 @@ from transformers import GenerationConfig
 
 from hf_layerprune import LayerPruneError, cli
 from hf_layerprune.benchmark import kv_bytes_per_token, weight_bytes
-from hf_layerprune.demo import DemoService, DemoSettings, Limits, ModelEntry, open_catalog, read_settings, settings_of
+from hf_layerprune.demo import (
+    DemoService,
+    DemoSettings,
+    Limits,
+    ModelEntry,
+    generation,
+    open_catalog,
+    read_settings,
+    settings_of,
+)
 from hf_layerprune.demo import catalog as catalog_module
-from hf_layerprune.demo.catalog import ModelSource, ModelStore
+from hf_layerprune.demo.catalog import ModelSource, ModelStore, public_name
+from hf_layerprune.demo.comparison import Comparison, first_difference
 from hf_layerprune.demo.generation import Answer, Sampling, compare_next_tokens
-from hf_layerprune.demo.service import Comparison, cleaned, encode, first_difference
+from hf_layerprune.demo.line import Line
+from hf_layerprune.demo.service import cleaned, encode
 
 EMBEDDED = "Embedded teacher, 16 to 10 layers"
 SHORT = {"max_new_tokens": 12}
@@ -60,7 +71,13 @@ def test_folders_in_the_list_are_relative_to_it(tmp_path):
         ("models: 3", 'a list "models"'),
         ("models: []", "empty"),
         ("[", "models.yaml: while parsing"),
-        ("models: [{name: a, run: b, colour: red}]", "unexpected keyword argument 'colour'"),
+        (
+            "models: [{name: a, run: b, colour: red}]",
+            r"models\[0\] has an unknown key 'colour'; choose from name, run",
+        ),
+        ("models: [{name: a, rnu: b}]", r"unknown key 'rnu'; did you mean 'run'\?"),
+        ("models: [a]", r"models\[0\] must be keys and values, not 'a'"),
+        ("models: [{name: a, run: b}]\nlimit: {max_models: 2}", "unknown key 'limit'; did you mean 'limits'"),
         ("models: [{run: b}]", "missing 1 required positional argument: 'name'"),
         ("models: [{name: a}]", "exactly one of run, student and plan"),
         ("models: [{name: a, student: b}]", "name the teacher"),
@@ -79,20 +96,28 @@ def test_mistakes_in_the_list_are_one_line(tmp_path, text, told):
     assert "\n" not in str(error.value)
 
 
-def test_names_on_the_command_line():
+def test_names_on_the_command_line(demo_folder):
+    run, teacher = demo_folder / "text" / "run", str(demo_folder / "text" / "teacher")
     assert settings_of([]).models[0].teacher == "embedded"
     assert settings_of(["out/qwen-18"]).models[0] == ModelEntry("qwen-18", run="out/qwen-18")
-    assert settings_of(["a/b", "c"]).models[0] == ModelEntry("b and c", teacher="a/b", student="c")
+    assert settings_of(["a/b", "a/c"]).models[0] == ModelEntry("b and c", teacher="a/b", student="a/c")
+    for name in (run, run / "model"):  # the report is found from both
+        assert settings_of([str(name)]).models[0] == ModelEntry("run", run=str(run))
+        assert settings_of([teacher, str(name)]).models[0] == ModelEntry("run", run=str(run), teacher=teacher)
+    third = str(run / "rounds" / "01")
+    assert settings_of([teacher, third]).models[0] == ModelEntry("teacher and 01", teacher=teacher, student=third)
 
 
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
         (["a", "b", "c"], "3 names"),
-        (["nowhere/at/all"], "reading nowhere/at/all: Repo id must"),
+        (["nowhere"], "there is no 'nowhere'; name the output folder of a run"),
+        (["nowhere/at/all"], "there is no 'nowhere/at/all'"),
         (["--models", "nowhere.yaml"], "cannot be read"),
         (["a", "--models", "list.yaml"], "both given"),
-        (["embedded", "nowhere"], "nowhere"),
+        (["embedded", "nowhere"], "there is no 'nowhere'"),
+        (["--server_port", "70000"], "server_port=70000 is out of range"),
         (["--dtype", "int8"], "dtype='int8'"),
     ],
     ids=str,
@@ -119,14 +144,29 @@ def test_a_run_offers_every_depth_it_kept(service):
     assert pairing.student(4).round == 2 and pairing.student(4).plan.removed_layers == (1, 3)
 
 
-def test_figures_and_words_of_a_run(service):
+def test_figures_of_a_run(service):
     run, embedded = service.catalog["tiny run"], service.catalog[EMBEDDED]
-    assert "6 layers became 4" in run.about_layers(4) and "0 · 2 · 4 5" in run.about_layers(4)
-    assert "(1 2)" in " ".join(embedded.about_layers(10).split())
-    assert embedded.layer_map(10) is None and embedded.quality() is None
+    assert embedded.layer_map(10) is None and embedded.quality() is None and embedded.round(10) is None
     labels = [label.get_text() for label in run.layer_map(4).axes[0].get_xticklabels()]
     assert labels == ["0", "1", "2", "3", "4", "5"]
     assert len(run.quality().axes[0].lines) == 4
+    assert run.round(4).quality.perplexity == pytest.approx(52) and run.round(4).depth == 4
+
+
+def test_models_are_called_by_their_hub_ids_or_the_last_part_of_their_folders(service):
+    assert service.catalog["tiny run"].names(4) == ("teacher", "tiny run")
+    assert service.catalog[EMBEDDED].names(10) == ("embedded", "embedded in 10 layers")
+    assert public_name("user/name@main") == "user/name" and public_name("/secret/place/model") == "model"
+
+
+def test_what_is_known_of_both_models_before_they_are_loaded(demo_folder):
+    service = make_service(demo_folder)
+    blank = service.blank(service.pairing("tiny run"), 4)
+    assert (blank.original.num_layers, blank.compressed.num_layers) == (6, 4)
+    record = service.pairing("tiny run").run
+    assert blank.original.num_parameters == record.teacher.num_parameters
+    assert blank.compressed.num_parameters == record.rounds[1].num_parameters
+    assert blank.original.dtype is None and not blank.ended and blank.summary == ""
 
 
 def test_nothing_but_the_list_can_be_chosen(service):
@@ -243,6 +283,9 @@ def test_sampling_starts_as_the_checkpoint_says():
     greedy = GenerationConfig(top_k=20)
     assert Sampling.of_checkpoint(greedy, Limits(max_new_tokens=5), 512) == Sampling(max_new_tokens=5)
     assert Sampling.of_checkpoint(greedy, LIMITS, 96) == Sampling(max_new_tokens=48)
+    assert Sampling.of_checkpoint(greedy, LIMITS, 96, chat=True).temperature == 0.7  # it says nothing
+    assert Sampling.of_checkpoint(GenerationConfig(do_sample=False), LIMITS, 96, chat=True).temperature == 0
+    assert Sampling.of_checkpoint(GenerationConfig(do_sample=True), LIMITS, 96).temperature == 1
     assert Sampling().changed({"top_k": 3.0, "seed": None}, LIMITS) == Sampling(top_k=3)
 
 
@@ -256,7 +299,8 @@ def test_both_models_answer_and_are_measured(service):
     sources = (pairing.teacher, pairing.student(4).source)
     for answer, source, layers in zip((comparison.original, comparison.compressed), sources, (6, 4), strict=True):
         model = service.store.get(source)
-        assert (answer.num_tokens, answer.num_layers, answer.out_of_time) == (12, layers, False)
+        assert (answer.num_tokens, answer.num_layers, answer.ending) == (12, layers, "length")
+        assert answer.dtype == str(model.dtype).removeprefix("torch.")
         assert answer.num_parameters == model.num_parameters()
         assert answer.memory_bytes == weight_bytes(model) + 18 * kv_bytes_per_token(model)  # 6 tokens of the prompt
         assert answer.tokens_per_second > 0 and answer.time_to_first_token > 0
@@ -284,12 +328,75 @@ def test_a_seed_is_the_same_random_numbers_for_both_models(demo_folder):
     assert len(texts) == 2
 
 
-def test_both_stream_and_the_student_waits_for_the_teacher(service):
+def test_both_write_a_token_each_in_turn(service):
     seen = list(service.stream("It was", EMBEDDED, sampling={"max_new_tokens": 64}))
-    first, second = [c.original.num_tokens for c in seen], [c.compressed.num_tokens for c in seen]
-    assert len(set(first)) > 2 and len(set(second)) > 2
-    assert all(c.original.ended for c in seen if c.compressed.num_tokens)
+    pairs = [(c.original.num_tokens, c.compressed.num_tokens) for c in seen]
+    assert len(set(pairs)) > 3 and pairs[-1] == (64, 64)
+    assert all(first - second in (0, 1) for first, second in pairs)
     assert [c.ended for c in seen].count(True) == 1 and seen[0].summary == ""
+
+
+def test_each_has_a_clock_of_its_own(service, monkeypatch):
+    """A token of the original that takes long does not make the student look slow."""
+    pairing, step = service.catalog["tiny run"], generation.sample
+
+    def sample(model, *arguments):
+        for token in step(model, *arguments):
+            time.sleep(0.05 if model is service.store.get(pairing.teacher) else 0)
+            yield token
+
+    monkeypatch.setattr(generation, "sample", sample)
+    comparison = last(service, sampling={"max_new_tokens": 16})
+    assert comparison.original.tokens_per_second < 20 < comparison.compressed.tokens_per_second
+    assert comparison.original.time_to_first_token > 0.05
+
+
+def test_another_student_answers_and_the_original_keeps_its_answer(service, monkeypatch):
+    first = last(service, depth=4)
+    asked = []
+    monkeypatch.setattr(
+        service.store, "get", lambda source, get=service.store.get: asked.append(source) or get(source)
+    )
+    again = last(service, depth=5, original=first.original)
+    assert again.original == first.original and again.ended and again.compressed.num_layers == 5
+    assert asked == [service.catalog["tiny run"].student(5).source]
+
+
+def test_the_first_example_is_answered_before_anybody_comes(demo_folder):
+    service = make_service(demo_folder)
+    pairing = service.catalog["tiny chat"]
+    service.catalog = {"tiny chat": pairing}
+    service.warm_up()
+    stored = service.stored["tiny chat", 3, True]
+    assert stored.ended and stored.original.num_tokens > 0
+    fresh = last(service, pairing.prompts(chat=True)[0], "", {}, chat=True)
+    assert fresh.original.text == stored.original.text and service.stored["tiny chat", 3, True] == fresh
+    last(service, "Something else", "", {}, chat=True)
+    assert service.stored["tiny chat", 3, True] == fresh
+
+
+def test_visitors_stand_in_a_line(monkeypatch):
+    line, now = Line(2), [0.0]
+    monkeypatch.setattr("hf_layerprune.demo.line.time.monotonic", lambda: now[0])
+    with line.place() as first, line.place() as second, line.place() as third:
+        assert (first(), second(), third()) == (0, 1, 2)
+        with pytest.raises(LayerPruneError, match="2 visitors are waiting already"), line.place():
+            pass
+        now[0] = 10.0
+        assert (second(), third()) == (1, 2)
+        now[0] = 20.0  # nothing has been heard of the first for 20 seconds
+        assert (second(), third()) == (0, 1)
+    line.took(20.0)
+    assert line.told(1) == "1 visitor ahead, about 13 s" and line.told(2) == "2 visitors ahead, about 26 s"
+
+
+def test_who_waits_is_told_so(service):
+    with service.line.place():
+        stream = service.stream("It was", "tiny run", sampling=SHORT)
+        next(stream)
+        assert next(stream).waiting.startswith("1 visitor ahead, about ")
+    *_, comparison = stream
+    assert comparison.ended and comparison.waiting == ""
 
 
 def test_closing_stops_the_model_after_its_token(service):
@@ -313,7 +420,8 @@ def test_an_answer_can_be_closed_while_its_model_loads(demo_folder, monkeypatch)
     service = make_service(demo_folder)
     monkeypatch.setattr(catalog_module, "load_model", load_slowly)
     with closing(service.stream("It was", "tiny run")) as stream:
-        assert next(stream) == next(stream) == Comparison()
+        for _ in range(3):
+            assert next(stream).original.num_tokens == 0
     assert not go.is_set()
     go.set()
     assert last(service).ended
@@ -323,8 +431,8 @@ def test_an_answer_ends_when_its_time_is_over(demo_folder):
     comparison = last(
         make_service(demo_folder, max_seconds=1, max_new_tokens=4000), sampling={"max_new_tokens": 4000 - 6}
     )
-    assert comparison.original.out_of_time and comparison.original.tokens_per_second > 0
-    assert "cut off at the time limit" in comparison.summary
+    assert comparison.original.ending == comparison.compressed.ending == "time"
+    assert comparison.original.tokens_per_second > 0
 
 
 def test_an_error_of_a_model_reaches_the_reader_and_names_no_folder(tmp_path):
@@ -378,23 +486,55 @@ def test_prompt_and_answer_share_the_context(tmp_path):
 
 
 def test_where_answers_part():
-    assert first_difference("the old man sat", "the old  woman sat") == (8, 9)
-    assert first_difference("a b", "a  b") is None and first_difference("", "") is None
-    assert first_difference("a b", "a b c") == (3, 4)
-    assert first_difference("", "a") == (0, 0)
+    assert first_difference("the old man sat", "the old  woman sat") == ((8, 11), (9, 14))
+    assert first_difference("Tell me.", "Tell me") is None and first_difference("a b", "a  b") is None
+    assert first_difference("", "") is None and first_difference("", "a") == ((0, 0), (0, 1))
+    assert first_difference("a b", "a b c") == ((3, 3), (4, 5))
+    assert first_difference("I don't", "I don't, too") == ((7, 7), (9, 12))
+    assert first_difference("天空是蓝色", "天空很蓝") == ((2, 3), (2, 3))
+
+
+TEACHER = Answer(
+    "the old man", 50, tokens_per_second=100.0, num_parameters=8_000_000, num_layers=16, dtype="float32", ending="end"
+)
+STUDENT = replace(TEACHER, text="the old woman", tokens_per_second=150.0, num_parameters=4_000_000, num_layers=8)
 
 
 def test_the_summary_says_what_was_measured_and_no_more():
-    done = {"num_tokens": 50, "ended": True}
-    teacher = Answer("the old man", tokens_per_second=100.0, num_parameters=8_000_000, num_layers=16, **done)
-    student = Answer("the old woman", tokens_per_second=150.0, num_parameters=4_000_000, num_layers=8, **done)
-    told = Comparison(teacher, student).summary
-    assert "1.50 times the speed of the original: 150 tokens/s against 100" in told
-    assert "8 layers instead of 16, and -50% parameters" in told and "diverge at word 3" in told
-    assert "few tokens" in Comparison(teacher, replace(student, num_tokens=3)).summary
-    assert "Both gave the same answer" in Comparison(teacher, teacher).summary
-    assert Comparison(teacher).summary == ""
-    assert Comparison(Answer(ended=True), Answer(ended=True)).summary == "Both gave the same answer."
+    told = Comparison(TEACHER, STUDENT).summary
+    assert "at 1.50 times the speed of the original: 150 tokens/s instead of 100" in told
+    assert "8 layers instead of 16, and 50% fewer parameters" in told and "part at word 3" in told
+    assert "Both gave the same answer" in Comparison(TEACHER, TEACHER).summary
+    assert "the same words" in Comparison(TEACHER, replace(TEACHER, text="the old man.")).summary
+    assert Comparison(TEACHER).summary == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_tokens": 3}, "compared from 16 tokens"),
+        ({"dtype": "bfloat16"}, "One runs in float32, the other in bfloat16"),
+        ({"tokens_per_second": 815.0}, "The machine was busy"),  # half of the layers are not eight times as fast
+        ({"tokens_per_second": 130.0}, "The machine was busy"),  # nor 1.3 times
+    ],
+    ids=str,
+)
+def test_speeds_that_mean_nothing_are_not_compared(changes, told):
+    comparison = Comparison(TEACHER, replace(STUDENT, **changes))
+    assert (
+        comparison.speed_ratio is None and told in comparison.summary and "times the speed" not in comparison.summary
+    )
+
+
+def test_layers_in_parallel_may_be_no_faster():
+    assert Comparison(TEACHER, replace(TEACHER, num_layers=8, tokens_per_second=95.0)).speed_ratio == 0.95
+
+
+def test_a_model_that_never_began_was_not_stopped():
+    begun = replace(TEACHER, ending="")
+    stopped = Comparison(begun, Answer()).stopped()
+    assert (stopped.original.ending, stopped.compressed.ending) == ("stopped", "not run")
+    assert stopped.ended and stopped.summary == ""
 
 
 # -- next tokens -----------------------------------------------------------------------------------------------------

@@ -130,6 +130,6 @@ def test_what_is_refused_says_why_and_costs_no_call(service, calls):
 def test_a_call_is_as_long_as_what_is_asked_for_and_stopping_ends_its_process(service, calls):
     assert [seconds_on_gpu(tokens) for tokens in (0, 100, 512)] == [15, 25, 60]
     stream = service.stream("It was", "tiny run", sampling={"max_new_tokens": 512})
-    next(stream)
+    next(stream), next(stream)
     stream.close()
     assert calls == [60] and not multiprocessing.active_children()

@@ -232,7 +232,7 @@ class DemoArguments:
 
     names: list[str] = option(
         [],
-        "A run, or an original and a student. Default: the embedded teacher and a copy with layers in parallel.",
+        "A run, or an original and a run or student. Default: the embedded teacher and a copy in parallel layers.",
         positional=True,
     )
     models: str | None = option(None, "Instead: a YAML file with the list of models that visitors choose from.")
@@ -240,6 +240,7 @@ class DemoArguments:
     server_name: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is all of them.")
     server_port: int | None = option(None, "Port; by default the first free one from 7860.")
     inbrowser: bool = option(False, "Open the page in a browser.")
+    share: bool = option(False, "Lend the page a public address for a week, through Gradio's server.")
 
     def __post_init__(self) -> None:
         if self.server_port is not None and not 1 <= self.server_port <= 65535:

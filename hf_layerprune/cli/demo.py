@@ -29,4 +29,5 @@ def demo(argv: list[str]) -> None:
         server_name=arguments.server_name,
         server_port=arguments.server_port,
         inbrowser=arguments.inbrowser,
+        share=arguments.share,
     )

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,12 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.warning, **options: Any) -> Any:
-    """Load the first two models of a demo, and serve its page until it is interrupted.
+def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.warning, **options: Any) -> None:
+    """Load the first two models of a demo, and serve its page until Ctrl-C.
 
     Args:
         settings ([`DemoSettings`]): models and limits.
-        on_message (`Callable`, *optional*): called with what cannot be opened, and why.
+        on_message (`Callable`, *optional*): called with what is loaded, what cannot be opened, and the address.
         options: passed to Gradio's `launch`, such as `server_port`.
     """
     if find_spec("gradio") is None:
@@ -49,11 +52,27 @@ def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.wa
     from . import page
 
     service = DemoService(settings, open_catalog(settings, on_message))
+    first = service.pairing()
+    on_message(f"loading {' and '.join(first.names(first.depths[-1]))}, and answering an example ...")
     service.warm_up()
+    app = page.build_page(service)
     try:
-        return page.launch_page(page.build_page(service), **options)
+        with redirect_stdout(StringIO()):  # Gradio tells more than one needs
+            page.launch_page(app, prevent_thread_lock=True, quiet=True, **options)
     except OSError as error:
-        raise LayerPruneError(f"the demo cannot be served: {error}") from error
+        port = options.get("server_port")
+        raise LayerPruneError(
+            f"port {port} is in use; choose another, or none for the first free one"
+            if port
+            else f"the demo cannot be served: {error}"
+        ) from error
+    if options.get("share") and not app.share_url:
+        on_message("Gradio's server for shared links cannot be reached; the address below works on this machine alone")
+    on_message(f"the demo is at {app.share_url or app.local_url} until you press Ctrl-C")
+    try:
+        threading.Event().wait(None if app.is_running else 0)
+    except KeyboardInterrupt:
+        app.close(verbose=False)
 
 
 def launch_space(models: str | Path) -> None:

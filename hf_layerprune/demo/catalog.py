@@ -24,8 +24,8 @@ from ..hub.push import depth_tag
 from ..hub.runs import hub_errors
 from ..loading import EMBEDDED, is_gguf, load_config, load_model, load_tokenizer, resolve, split_revision
 from ..plan import LayerPlan
-from ..record import RunRecord
-from ..report import layer_map_text, plot_layer_map, plot_quality
+from ..record import RoundRecord, RunRecord
+from ..report import plot_layer_map, plot_quality
 from ..surgery import apply_plan, plan_of
 from .generation import Sampling
 from .settings import DemoSettings, Limits, ModelEntry
@@ -34,6 +34,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
+EXAMPLES = (
+    "The old man looked out of the window and",
+    "She opened the letter slowly, and when she had read it",
+    "It was a dark and stormy night;",
+)
+CHAT_EXAMPLES = (
+    "Why is the sky blue? Answer in two sentences.",
+    "Write a short poem about a lighthouse.",
+    "Name three differences between a list and a tuple in Python.",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Pairing:
     students: tuple[Student, ...]  # deepest first
     tokenizer: PreTrainedTokenizerBase  # of all of them
     context: int  # positions that a prompt and its answer share
-    sampling: Sampling  # as the teacher's checkpoint says
+    samplings: tuple[Sampling, Sampling]  # of a text to continue and of a chat, as the teacher's checkpoint says
     run: RunRecord | None = None
     description: str = ""
     examples: tuple[str, ...] = ()  # prompts to click
@@ -70,6 +80,13 @@ class Pairing:
     @property
     def can_chat(self) -> bool:
         return bool(self.tokenizer.chat_template)
+
+    def prompts(self, chat: bool) -> tuple[str, ...]:
+        """Examples to choose from."""
+        return self.examples or (CHAT_EXAMPLES if chat else EXAMPLES)
+
+    def sampling(self, chat: bool) -> Sampling:
+        return self.samplings[chat]
 
     @property
     def depths(self) -> list[int]:
@@ -84,13 +101,23 @@ class Pairing:
             raise LayerPruneError(f"depth={depth!r:.50} must be a number of layers")
         return min(self.students, key=lambda student: (abs(student.plan.depth - depth), student.plan.depth))
 
-    def about_layers(self, depth: int) -> str:
-        """What became of the teacher's layers, in Markdown."""
-        plan = self.student(depth).plan
-        return (
-            f"{plan.num_teacher_layers} layers became {plan.depth}. A dot is a removed layer; brackets hold layers "
-            f"that run in parallel, as one.\n\n```text\n{layer_map_text(plan)}\n```"
-        )
+    def round(self, depth: int) -> RoundRecord | None:
+        """What the run measured of a student; `None` without a run."""
+        number = self.student(depth).round
+        return self.run.rounds[number - 1] if self.run and number else None
+
+    def source(self, side: int, depth: int) -> ModelSource:
+        """The model of a side: 0 is the original, 1 the student."""
+        return self.student(depth).source if side else self.teacher
+
+    def names(self, depth: int) -> tuple[str, str]:
+        """What to call the two models: their Hub ids, or the last part of a folder."""
+        teacher = public_name(self.run.teacher.name if self.run else self.teacher.name)
+        student = self.student(depth).source
+        if student.plan is not None:
+            return teacher, f"{teacher} in {student.plan.depth} layers"
+        name = public_name(student.name)
+        return teacher, self.name if self.run and "/" not in name else name
 
     def layer_map(self, depth: int) -> Figure | None:
         """What each edit cost in the rounds up to a depth; `None` without a run."""
@@ -123,14 +150,17 @@ def open_catalog(settings: DemoSettings, on_message: Callable[[str], None] = lam
 def _open(entry: ModelEntry, limits: Limits) -> Pairing:
     teacher, students, run = (*_named(entry), None) if entry.run is None else _of_run(entry)
     by_depth = {student.plan.depth: student for student in students}  # of two with the same depth the later
-    context = load_config(teacher.name).max_position_embeddings
+    context, own = load_config(teacher.name).max_position_embeddings, _generation_config(teacher.name)
     return Pairing(
         name=entry.name,
         teacher=teacher,
         students=tuple(by_depth[depth] for depth in sorted(by_depth, reverse=True)),
         tokenizer=load_tokenizer(teacher.name),
         context=context,
-        sampling=Sampling.of_checkpoint(_generation_config(teacher.name), limits, context),
+        samplings=(
+            Sampling.of_checkpoint(own, limits, context),
+            Sampling.of_checkpoint(own, limits, context, chat=True),
+        ),
         run=run,
         description=entry.description,
         examples=tuple(entry.examples),
@@ -188,6 +218,12 @@ def teacher_of(entry: ModelEntry, run: Run) -> str:
     return name
 
 
+def public_name(name: str) -> str:
+    """The Hub id in a name, without its revision; of a model on this machine the last part of its folder."""
+    on_hub = None if Path(name).exists() else hub_id(name)
+    return on_hub or Path(name).name
+
+
 def _generation_config(name: str) -> GenerationConfig:
     """The checkpoint's, or an empty one where it has none."""
     if is_gguf(name):
@@ -205,6 +241,7 @@ class ModelStore:
         self.max_models = max_models
         self.dtype = dtype
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.sizes: dict[ModelSource, tuple[int, str]] = {}  # parameters and dtype of every model that was loaded
         self._models: dict[ModelSource, PreTrainedModel] = {}  # the most recently used last
         self._lock = threading.RLock()
 
@@ -219,6 +256,7 @@ class ModelStore:
             model = self._models[source] if source in self._models else self._load(source)
             self._models.pop(source, None)
             self._models[source] = model
+            self.sizes[source] = model.num_parameters(), str(model.dtype).removeprefix("torch.")
             while len(self._models) > self.max_models:
                 del self._models[next(iter(self._models))]
             return model

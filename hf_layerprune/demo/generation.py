@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from queue import Empty
+from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
-from ..benchmark import Stopwatch, kv_bytes_per_token, weight_bytes
+from ..benchmark import kv_bytes_per_token, weight_bytes
 from ..errors import LayerPruneError
 from ..forward import final_states, inference
 from ..surgery import plan_of
 from .settings import Limits
 
 SECONDS_BETWEEN_ANSWERS = 0.12
-DEVICE = threading.Lock()
-"""Held by the one model that runs: a stopped one finishes its token before the next begins."""
-WARM_UP_TOKENS = 128
-"""Most tokens of the prompt that are read once before the clock starts."""
+DEVICE = threading.Lock()  # held by what computes: a stopped comparison finishes its token before the next begins
+CHAT_TEMPERATURE = 0.7
+WARM_UP_TOKENS = 128  # most tokens of the prompt that are read once before the clock starts
 RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.01, 1.0),
@@ -36,12 +39,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "repetition_penalty": (1.0, 2.0),
     "seed": (0, 2**31 - 1),
 }
-ROWS_AT_ONCE = 16
-"""Positions whose distributions are in memory at a time."""
-TOP = 5
-"""Tokens to show of what each model expects."""
-Expected = tuple[tuple[str, float], ...]
-"""The most likely next tokens and their probabilities."""
+ROWS_AT_ONCE = 16  # positions whose distributions are in memory at a time
+TOP = 5  # tokens to show of what each model expects
+Expected = tuple[tuple[str, float], ...]  # the most likely next tokens and their probabilities
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,19 @@ class Sampling:
     seed: int = 0
 
     @classmethod
-    def of_checkpoint(cls, config: GenerationConfig, limits: Limits, context: int) -> Sampling:
-        """The values in a checkpoint's `generation_config.json`, cut to what the demo allows; greedy by default.
+    def of_checkpoint(cls, config: GenerationConfig, limits: Limits, context: int, chat: bool = False) -> Sampling:
+        """The values in a checkpoint's `generation_config.json`, cut to what the demo allows.
 
+        Where it does not say whether to sample, a chat does at a temperature of 0.7, and a text is continued greedily.
         An answer takes at most half of the `context`, so that there is room for a prompt.
         """
         own = cls(max_new_tokens=min(96, limits.max_new_tokens, max(1, context // 2)))
         names = ("temperature", "top_p", "top_k", "repetition_penalty") if config.do_sample else ()
         given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+        if config.do_sample:
+            given.setdefault("temperature", 1.0)
+        elif chat and config.do_sample is None:
+            given["temperature"] = CHAT_TEMPERATURE
         return replace(
             own, **{name: min(max(value, RANGES[name][0]), RANGES[name][1]) for name, value in given.items()}
         )
@@ -81,18 +86,18 @@ class Sampling:
             changes[name] = int(value) if whole else float(value)
         return replace(self, **changes)
 
-    def generation_config(self, own: GenerationConfig, max_seconds: float) -> GenerationConfig:
-        """What `generate` takes, for a model whose own settings hold only its end and padding tokens."""
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            max_time=max_seconds,
-            repetition_penalty=self.repetition_penalty,
-            do_sample=self.temperature > 0,
-            eos_token_id=own.eos_token_id,
-            pad_token_id=own.pad_token_id,
-            **(drawn if self.temperature > 0 else {}),
-        )
+    def processors(self) -> LogitsProcessorList:
+        """What changes the scores of the next token, in the order of `generate`."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature > 0:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_k:
+                processors.append(TopKLogitsWarper(self.top_k))
+            if self.top_p < 1.0:
+                processors.append(TopPLogitsWarper(self.top_p))
+        return processors
 
 
 @dataclass(frozen=True)
@@ -101,111 +106,133 @@ class Answer:
 
     text: str = ""
     num_tokens: int = 0  # new ones
-    time_to_first_token: float | None = None  # seconds, from the call
+    time_to_first_token: float | None = None  # seconds
     tokens_per_second: float | None = None  # of the new tokens after the first
     memory_bytes: int | None = None  # the weights and the KV cache, which must fit at least
     num_parameters: int | None = None
     num_layers: int | None = None
-    ended: bool = False  # this is all of it
-    out_of_time: bool = False  # the time limit ended it
+    dtype: str | None = None
+    ending: str = ""  # "end" of the model's own, "length", "time", "stopped" or "not run"; empty while it may grow
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.ending)
+
+    def stopped(self) -> Answer:
+        """The answer after a visitor's Stop."""
+        return self if self.ended else replace(self, ending="stopped" if self.num_tokens else "not run")
 
 
-class Clock(Stopwatch):
-    """Stamps the time after every token, inside `generate`, and stops it on request."""
+def sample(model: PreTrainedModel, prompt: Tensor, sampling: Sampling) -> Iterator[int]:
+    """The tokens that a model writes after a `prompt` (1, T), without end, each when it is asked for.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.start = time.perf_counter()
-        self.stop = threading.Event()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        return super().__call__(input_ids, scores) | self.stop.is_set()
+    They are those of `generate`, which cannot pause after each for another model.
+    """
+    cache, processors = DynamicCache(config=model.config), sampling.processors()
+    chance = torch.Generator(model.device).manual_seed(sampling.seed)
+    ids = new = prompt
+    while True:
+        logits = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        scores = processors(ids, logits.float())
+        if sampling.temperature > 0:
+            new = torch.multinomial(scores.softmax(-1), 1, generator=chance)
+        else:
+            new = scores.argmax(-1, keepdim=True)
+        ids = torch.cat([ids, new], dim=-1)
+        yield int(new)
 
 
 @dataclass
-class Generation:
-    """One call of `generate`, which runs in a thread of its own.
-
-    Every thread that ever computed on the CPU keeps a team of OpenMP threads for as long as it lives; teams with more
-    threads than cores halve the speed. So nothing computes in a thread that stays.
-    """
+class Writer:
+    """One model of a comparison, with its own clock."""
 
     load: Callable[[], PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
     prompt: list[int]  # token ids
     sampling: Sampling
-    max_seconds: float  # after which it ends
-    clock: Clock = field(default_factory=Clock)
-    answer: Answer = Answer()
-    failure: Exception | None = None
-    _bytes: tuple[int, int] = (0, 0)  # of the weights, and of the KV cache per token
+    max_seconds: float  # of its own, after which it ends
+    blank: Answer = Answer()
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of each token
+    ending: str = ""
 
-    def answers(self) -> Iterator[Answer]:
-        """The answer as it grows, several times a second, also while the model loads. Closing it stops the model."""
-        streamer = TextIteratorStreamer(
-            self.tokenizer, skip_prompt=True, timeout=SECONDS_BETWEEN_ANSWERS, skip_special_tokens=True
-        )
-        text, shown, ended = "", 0.0, False
-        threading.Thread(target=self._run, args=(streamer,), daemon=True).start()
-        try:
-            while not ended:
-                try:
-                    text += next(streamer)
-                except Empty:  # so that whoever reads can close it
-                    pass
-                except StopIteration:
-                    ended = True
-                    if self.failure is not None:
-                        raise self.failure from None
-                if ended or time.monotonic() - shown > SECONDS_BETWEEN_ANSWERS:
-                    yield self._measured(text, ended)
-                    shown = time.monotonic()
-        finally:
-            self.clock.stop.set()
-
-    def _run(self, streamer: TextIteratorStreamer) -> None:
-        try:
-            with DEVICE:
-                model = self.load()
-                self.answer = Answer(num_parameters=model.num_parameters(), num_layers=plan_of(model).depth)
-                self._bytes = weight_bytes(model), kv_bytes_per_token(model)
-                if not self.clock.stop.is_set():
-                    self._generate(model, streamer)
-        except Exception as error:  # for the thread that reads
-            self.failure = error
-        finally:
-            streamer.end()
-
-    def _generate(self, model: PreTrainedModel, streamer: TextIteratorStreamer) -> None:
+    def begin(self) -> None:
+        """Load the model, and write two hidden tokens: what is slow only once is over then."""
+        model = self.load()
         ids = torch.tensor([self.prompt], device=model.device)  # (1, T)
-        mask = torch.ones_like(ids)
-        # two hidden tokens: what is slow only once, or since the other model ran, is over
-        begin = {"input_ids": ids[:, -WARM_UP_TOKENS:], "attention_mask": mask[:, -WARM_UP_TOKENS:]}
-        model.generate(**begin, max_new_tokens=2, min_new_tokens=2, do_sample=False)
-        torch.manual_seed(self.sampling.seed)
-        self.clock.start = time.perf_counter()
-        model.generate(
-            ids,
-            attention_mask=mask,
-            generation_config=self.sampling.generation_config(model.generation_config, self.max_seconds),
-            stopping_criteria=StoppingCriteriaList([self.clock]),
-            streamer=streamer,
+        parameters, dtype = model.num_parameters(), str(model.dtype).removeprefix("torch.")
+        self.blank = replace(self.blank, num_parameters=parameters, num_layers=plan_of(model).depth, dtype=dtype)
+        self._bytes = weight_bytes(model), kv_bytes_per_token(model)
+        self._ends = model.generation_config.eos_token_id
+        list(islice(sample(model, ids[:, -WARM_UP_TOKENS:], Sampling()), 2))
+        self._next = sample(model, ids, self.sampling)
+
+    def step(self) -> bool:
+        """Write a token; returns whether more may follow."""
+        start = time.perf_counter()
+        token = next(self._next)
+        self.seconds.append(time.perf_counter() - start)
+        self.tokens.append(token)
+        if token in (self._ends if isinstance(self._ends, list) else [self._ends]):
+            self.ending = "end"
+        elif len(self.tokens) >= self.sampling.max_new_tokens:
+            self.ending = "length"
+        elif sum(self.seconds) > self.max_seconds:
+            self.ending = "time"
+        return not self.ending
+
+    @property
+    def answer(self) -> Answer:
+        """What is there so far; safe to read while another thread writes."""
+        ending, tokens = self.ending, list(self.tokens)
+        if not tokens:
+            return self.blank
+        first, *rest = self.seconds[: len(tokens)]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        weights, cache = self._bytes
+        return replace(
+            self.blank,
+            text=text if ending else text.rstrip("\ufffd"),  # half a character, whose rest follows
+            num_tokens=len(tokens),
+            time_to_first_token=first,
+            tokens_per_second=len(rest) / sum(rest) if rest else None,
+            memory_bytes=weights + cache * (len(self.prompt) + len(tokens)),
+            ending=ending,
         )
 
-    def _measured(self, text: str, ended: bool) -> Answer:
-        times, (weights, cache) = list(self.clock.times), self._bytes
-        if not times:
-            return replace(self.answer, ended=ended)
-        return replace(
-            self.answer,
-            text=text,
-            num_tokens=len(times),
-            time_to_first_token=times[0] - self.clock.start,
-            tokens_per_second=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
-            memory_bytes=weights + cache * (len(self.prompt) + len(times)),
-            ended=ended,
-            out_of_time=ended and times[-1] - self.clock.start > self.max_seconds,
-        )
+
+def write_in_turn(writers: Sequence[Writer]) -> Iterator[list[Answer]]:
+    """The answers as they grow, a token each in turn, several times a second, also while models load.
+
+    Closing it stops the models after their token. One thread computes it all, and ends with it: every thread
+    that ever computed on the CPU keeps a team of OpenMP threads, and more threads than cores halve the speed.
+    """
+    stop, failures = threading.Event(), []
+
+    def work() -> None:
+        try:
+            with DEVICE, torch.no_grad():
+                for writer in writers:
+                    if not stop.is_set():
+                        writer.begin()
+                running = list(writers)
+                while running and not stop.is_set():
+                    running = [writer for writer in running if writer.step()]
+        except Exception as error:  # for the thread that reads
+            failures.append(error)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        alive = True
+        while alive:
+            worker.join(SECONDS_BETWEEN_ANSWERS)
+            alive = worker.is_alive()
+            if failures:
+                raise failures[0] from None
+            yield [writer.answer for writer in writers]
+    finally:
+        stop.set()
 
 
 @dataclass(frozen=True)
@@ -224,7 +251,7 @@ def compare_next_tokens(
     """What two models expect next, at each of the T tokens `ids`, and how far apart they are."""
     batch = torch.tensor([ids], device=teacher.device)
     positions: list[Position] = []
-    with inference(teacher, student):
+    with DEVICE, inference(teacher, student):
         states = [final_states(model, {"input_ids": batch})[0] for model in (teacher, student)]  # (T, H)
         for start in range(0, len(ids), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)

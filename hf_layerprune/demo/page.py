@@ -1,309 +1,345 @@
-"""The page of the demo, made of Gradio's components, and its one API endpoint."""
+"""The page of the demo, made of Gradio's components."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
 import gradio as gr
 
 from ..errors import LayerPruneError
-from ..report import millions
+from . import html
+from .api import SAMPLING, add_api
 from .catalog import Pairing
-from .generation import RANGES, Answer, Position
-from .service import Comparison, DemoService, Turn, first_difference, rate
+from .comparison import Comparison
+from .generation import RANGES, Answer, Position, Sampling
+from .service import DemoService, Turn
 
 TEXT, CHAT = "Continue a text", "Chat"
-EXAMPLES = (
-    "The old man looked out of the window and",
-    "She opened the letter slowly, and when she had read it",
-    "It was a dark and stormy night;",
-)
-CHAT_EXAMPLES = (
-    "Why is the sky blue? Answer in two sentences.",
-    "Write a short poem about a lighthouse.",
-    "Name three differences between a list and a tuple in Python.",
-)
-SAMPLING = {
+SUBTITLE = "Compare a language model with a smaller, faster copy: same prompt, two answers."
+SETTINGS = {  # label, explanation and step of each
     "max_new_tokens": ("Longest answer", "tokens", 1),
     "temperature": ("Temperature", "0 takes the most likely token every time", 0.05),
     "top_p": ("Top-p", "sample from the tokens that hold this share of the probability", 0.01),
     "top_k": ("Top-k", "sample from this many tokens; 0 means all", 1),
     "repetition_penalty": ("Repetition penalty", "1 means none", 0.01),
-    "seed": ("Seed", "the same random numbers for both models", 1),
+    "seed": ("Seed", "same random seed for both models", 1),
 }
-"""Label, explanation and step of each setting."""
-PROMPT, DIFFERENT = "prompt", "first difference"
-COLORS = {PROMPT: "#bae6fd", DIFFERENT: "#fbbf24"}
-"""Gradio blends each with the background; black text is readable on both, in light and dark mode."""
+KEYS = "Enter sends, Shift+Enter breaks the line"
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+# the line is our own, so that it can say how long it is: all who wait in it run as far as Gradio knows
+STREAMED: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
-ON_DEVICE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device"}
-"""One at a time, so that what is measured is measured alone."""
+# the system's: the page asks no other host for any
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-"""The system's: the page asks no other host for any."""
 READABLE = {
-    "block_info_text_color": "*neutral_600",
-    "block_info_text_color_dark": "*neutral_300",
-    "button_primary_background_fill": "*primary_700",
+    **dict.fromkeys(("block_info_text_color", "body_text_color_subdued"), "*neutral_600"),
+    **dict.fromkeys(("block_info_text_color_dark", "body_text_color_subdued_dark"), "*neutral_300"),
+    **dict.fromkeys(("block_label_text_color", "block_title_text_color"), "*neutral_700"),
+    **dict.fromkeys(("block_label_text_color_dark", "block_title_text_color_dark"), "*neutral_200"),
+    **dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "*primary_700"),
+    **dict.fromkeys(("checkbox_background_color_selected", "slider_color"), "*primary_700"),
     "button_primary_background_fill_hover": "*primary_800",
-    "button_primary_background_fill_dark": "*primary_700",
+    "slider_color_dark": "*primary_400",
 }
-WHOLE_WORDS = ".textfield { word-break: normal !important; overflow-wrap: anywhere; }"
+COPY = """() => navigator.clipboard.writeText([...document.querySelectorAll('.lp-card')].map(card =>
+  card.getAttribute('aria-label') + ':\\n' + card.querySelector('.lp-body').innerText).join('\\n\\n'))"""
 WHITE_SPACE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
 
 
 def build_page(service: DemoService) -> gr.Blocks:
     """The app of a demo, not yet running."""
+    demo = DemoPage(service)
     with gr.Blocks(title=service.settings.title, analytics_enabled=False) as page:
-        gr.Markdown(f"# {service.settings.title}\nA language model, and a copy of it with fewer layers.")
-        DemoPage(service)
+        gr.Markdown(f"# {service.settings.title}\n{SUBTITLE}")
+        demo.lay_out()
+        demo.wire(page)
         add_api(service)
-    return page.queue(max_size=service.limits.max_waiting, default_concurrency_limit=1)
+    return page.queue(default_concurrency_limit=1)
 
 
 def launch_page(page: gr.Blocks, **options: Any) -> Any:
     """Serve a page, with an MCP server where Gradio's extra for it is installed; `options` go to `launch`."""
     theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", **FONTS).set(**READABLE)
-    fixed = {"theme": theme, "css": WHOLE_WORDS, "footer_links": ["api"], "ssr_mode": False}
-    return page.launch(mcp_server=find_spec("mcp") is not None, **fixed, **options)
+    look = {"theme": theme, "css_paths": html.TEMPLATES / "style.css", "favicon_path": html.TEMPLATES / "favicon.svg"}
+    head = f'<meta name="description" content="{SUBTITLE}">'
+    fixed = {"head": head, "footer_links": ["api"], "ssr_mode": False, "max_threads": 100}
+    return page.launch(mcp_server=find_spec("mcp") is not None, **look, **fixed, **options)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a visitor sees: a conversation, or a text and how it goes on, and what was measured of the last answers."""
+
+    turns: tuple[Turn, ...] = ()
+    comparison: Comparison = Comparison()
+    chat: bool = False
+    sampling: dict[str, float] = field(default_factory=dict)
 
 
 class DemoPage:
     """Widgets, and what they do."""
 
     def __init__(self, service: DemoService) -> None:
-        self.service = service
-        first, names = service.pairing(), list(service.catalog)
+        self.service, first = service, service.pairing()
+        shown, *widgets = self._look(first, first.depths[-1], first.can_chat)
+        self.shown = gr.State(shown, render=False)
+        self.headline, self.answers, self.told, *widgets = widgets
+        self.layers, self.layer_map, self.quality, self.distance, self.found, *widgets = widgets
+        self.model, self.depth, self.mode, self.prompt, self.again, self.examples, *self.sampling = widgets
+
+    def _look(
+        self, pairing: Pairing, depth: int, chat: bool, prompt: str | None = None, sampling: Sampling | None = None
+    ) -> list[Any]:
+        """All that depends on what was chosen: what is shown, and the widgets. With a `prompt` nobody answered yet;
+        without, the first example is shown with its answers where they are known."""
+        shown, own = Shown(comparison=self.service.blank(pairing, depth), chat=chat), pairing.sampling(chat)
+        if prompt is None:
+            shown, prompt = self._stored(pairing, depth, chat) or shown, "" if chat else pairing.prompts(chat)[0]
+        headline, answers, told = self._view(pairing, depth, shown)[1:]
+        layer_map, quality = pairing.layer_map(depth), pairing.quality()
+        names, drawn = list(self.service.catalog), (sampling or own).temperature > 0
+        mode, original = (CHAT if chat else TEXT), pairing.students[0].plan.num_teacher_layers
+        kept, several = f"Layers kept in the compressed model, of {original}", len(pairing.depths) > 1
+        length, samples = self.service.limits.max_prompt_characters, [[text] for text in pairing.prompts(chat)]
+        writing = {"info": KEYS, "lines": 1, "max_lines": 8, "max_length": length}
+        prompts: dict[str, Any] = {"components": ["textbox"], "component_props": [{}], "headers": [""]}
+        off: dict[str, Any] = {"render": False}
+        return [
+            shown,
+            gr.HTML(headline, elem_id="lp-headline", **off),
+            gr.HTML(answers, elem_id="lp-answers", **off),
+            gr.HTML(told, elem_id="lp-status", **off),
+            gr.HTML(html.layer_strip(pairing.student(depth).plan), elem_id="lp-layers", **off),
+            gr.Plot(layer_map, visible=bool(layer_map), label=html.map_label(pairing), elem_id="lp-map", **off),
+            gr.Plot(quality, visible=bool(quality), show_label=False, elem_id="lp-quality", **off),
+            gr.HTML("", elem_id="lp-distance", **off),
+            gr.Column(visible=False, **off),
+            gr.Dropdown(names, value=pairing.name, label="Model", visible=len(names) > 1, elem_id="lp-model", **off),
+            gr.Radio(pairing.depths, value=depth, label=kept, visible=several, elem_id="lp-depth", **off),
+            gr.Radio([TEXT, CHAT], value=mode, label="Mode", visible=pairing.can_chat, elem_id="lp-mode", **off),
+            gr.Textbox(prompt, label="Prompt", **writing, elem_id="lp-prompt", **off),
+            gr.Button("Another seed", elem_id="lp-again", visible=drawn, **off),
+            gr.Dataset(**prompts, samples=samples, layout="gallery", label="Examples", elem_id="lp-examples", **off),
+            *(gr.Slider(**setting, **off) for setting in self._settings(pairing, sampling or own)),
+        ]
+
+    def _settings(self, pairing: Pairing, sampling: Sampling) -> Iterator[dict[str, Any]]:
+        for name, (label, info, step) in SETTINGS.items():
+            low, high = RANGES.get(name, (1, self.service.most_new_tokens(pairing)))
+            setting = {"minimum": low, "maximum": high, "value": getattr(sampling, name), "step": step}
+            visible = name != "seed" or sampling.temperature > 0
+            yield setting | {"label": label, "info": info, "visible": visible, "min_width": 260}
+
+    def lay_out(self) -> None:
+        """Place the widgets on the page that is being built."""
+        self.shown.render()
+        self.headline.render()
         with gr.Row():
-            self.model = gr.Dropdown(
-                names, value=first.name, label="Model", visible=len(names) > 1, elem_id="lp-model"
-            )
-            self.depth = gr.Radio(**depths_of(first), label="Layers of the compressed model", elem_id="lp-depth")
-        self.about = gr.Markdown(first.description)
+            _render(self.model, self.depth, self.mode)
         with gr.Tab("Compare"):
-            self._compare_tab(first)
+            _render(self.answers, self.told, self.prompt)
+            with gr.Row(elem_id="lp-buttons"):
+                self.run = gr.Button("Compare", variant="primary", elem_id="lp-run")
+                self.stop = gr.Button("Stop", elem_id="lp-stop")
+                self.again.render()
+                self.copy = gr.Button("Copy answers", elem_id="lp-copy")
+                self.fresh = gr.Button("Start over", elem_id="lp-new")
+            self.examples.render()
+            with gr.Accordion("Generation settings", open=False, elem_id="lp-sampling"), gr.Row():
+                _render(*self.sampling)
         with gr.Tab("Look inside"):
-            self._inside_tab(first)
-        self._wire()
+            _render(self.layers, self.layer_map, self.quality)
+            text, limit = self.service.pairing().prompts(chat=False)[0], self.service.limits.max_inspected_tokens
+            about = {"label": "Where do they expect different words?", "info": f"at most {limit} tokens; {KEYS}"}
+            self.text = gr.Textbox(text, **about, lines=1, max_lines=8, elem_id="lp-text")
+            self.inspect = gr.Button("Compare next tokens", variant="primary", elem_id="lp-inspect")
+            self.distance.render()
+            self.positions = gr.State([])
+            self.found.render()
+            with self.found:
+                self.strip = gr.HighlightedText(elem_id="lp-positions")
+                with gr.Row():
+                    self.expected = [gr.Label(label=f"{name} expects next") for name in ("Original", "Compressed")]
 
-    def _compare_tab(self, first: Pairing) -> None:
-        mode = CHAT if first.can_chat else TEXT
-        self.turns = gr.State([])
-        self.mode = gr.Radio([TEXT, CHAT], value=mode, show_label=False, visible=first.can_chat, elem_id="lp-mode")
-        limit = self.service.limits.max_prompt_characters
-        self.prompt = gr.Textbox(
-            label="Prompt", info="Shift+Enter sends it", lines=2, max_length=limit, elem_id="lp-prompt"
+    def wire(self, page: gr.Blocks) -> None:
+        """Say what follows when a visitor does something."""
+        answered = [self.shown, self.headline, self.answers, self.told]
+        inside = [self.layers, self.layer_map, self.quality, self.distance, self.found]
+        chosen = [self.model, self.depth, self.mode]
+        everything = [*answered, *inside, *chosen, self.prompt, self.again, self.examples, *self.sampling]
+        asked, given = [*chosen, self.shown, *self.sampling], [*answered, self.prompt]
+        asking = [self.run.click, self.prompt.submit]
+        running = [
+            gr.on(asking, self._compare, [self.prompt, *asked], given, **STREAMED),
+            self.examples.click(self._compare_example, [self.examples, *asked], given, **STREAMED),
+            self.again.click(_next_seed, self.sampling[-1], self.sampling[-1], **AT_ONCE).then(
+                self._compare_again, asked, given, **STREAMED
+            ),
+        ]
+        moved = self.depth.input(
+            self._on_depth, [*chosen, self.shown], [*answered, *inside], cancels=running, **AT_ONCE
         )
-        with gr.Row():
-            self.run = gr.Button("Compare", variant="primary", elem_id="lp-run")
-            self.stop = gr.Button("Stop", variant="stop", elem_id="lp-stop")
-            self.fresh = gr.Button("Clear", elem_id="lp-new")
-        with gr.Row():
-            self.original = answer_box("Original", "lp-original")
-            self.compressed = answer_box("Compressed", "lp-compressed")
-        self.facts = gr.Markdown(facts_of(Comparison()), elem_id="lp-facts")
-        self.examples = gr.Dataset(components=[self.prompt], samples=examples_of(first, mode), label="Examples")
-        with gr.Accordion("Sampling, the same for both", open=False, elem_id="lp-sampling"), gr.Row():
-            self.sampling = [gr.Slider(**setting, min_width=260) for setting in self._settings(first)]
-
-    def _inside_tab(self, first: Pairing) -> None:
-        self.layers = gr.Markdown(first.about_layers(first.depths[-1]), elem_id="lp-layers")
-        with gr.Row():
-            self.layer_map, self.quality = plots_of(first, first.depths[-1])
-        limit = f"at most {self.service.limits.max_inspected_tokens} tokens; Shift+Enter sends it"
-        text = examples_of(first, TEXT)[0][0]
-        label = "Where do they expect different words?"
-        self.text = gr.Textbox(text, label=label, info=limit, lines=2, elem_id="lp-text")
-        self.inspect = gr.Button("Compare next tokens", variant="primary", elem_id="lp-inspect")
-        self.distance = gr.Markdown()
-        self.positions = gr.State([])
-        self.strip = gr.HighlightedText(
-            label="KL from the original to the compressed model: red is 1 nat or more. Choose a token",
-            elem_id="lp-positions",
-        )
-        with gr.Row():
-            self.expected = [gr.Label(label=f"{name} expects next") for name in ("Original", "Compressed")]
-
-    def _wire(self) -> None:
-        chosen = [self.model, self.depth]
-        answered = [self.turns, self.original, self.compressed, self.facts]
-        inside = [self.layers, self.layer_map, self.quality, self.distance, self.positions, self.strip, *self.expected]
-        compared = gr.on(
-            [self.run.click, self.prompt.submit],
-            self._compare,
-            [self.prompt, *chosen, self.mode, self.turns, *self.sampling],
-            [*answered, self.prompt],
-            show_progress="minimal",
-            **PRIVATE,
-            **ON_DEVICE,
-        )
+        redone = moved.then(self._redo, [*chosen, self.shown], answered, **STREAMED)
+        found = [self.distance, self.found, self.positions, self.strip, *self.expected]
+        looking = [self.inspect.click, self.text.submit]
         inspected = gr.on(
-            [self.inspect.click, self.text.submit],
-            self._inspect,
-            [self.text, *chosen],
-            [self.distance, self.positions, self.strip, *self.expected],
-            **PRIVATE,
-            **ON_DEVICE,
+            looking, self._inspect, [self.text, *chosen], found, show_progress_on=self.inspect, **PRIVATE
         )
-        running = {"cancels": [compared, inspected], **AT_ONCE}  # an answer belongs to what was chosen at its start
-        choice = [self.depth, self.about, self.mode, self.examples, *self.sampling]
-        self.stop.click(None, cancels=[compared], **PRIVATE)
-        self.fresh.click(self._empty, None, answered, **running)
-        self.mode.input(self._on_mode, [self.model, self.mode], [*answered, self.examples], **running)
-        self.model.input(self._on_model, self.model, [*answered, *inside, *choice], **running)
-        self.depth.input(self._on_depth, chosen, [*answered, *inside], **running)
-        self.examples.click(lambda sample: sample[0], self.examples, self.prompt, **AT_ONCE)
-        self.strip.select(self._expect, self.positions, self.expected, **AT_ONCE)
+        running += [redone, inspected]
+        self.stop.click(self._stop, [*chosen, self.shown], answered, cancels=running, **AT_ONCE)
+        self.fresh.click(self._empty, chosen, everything, cancels=running, **AT_ONCE)
+        self.mode.input(self._on_mode, chosen, everything, cancels=running, **AT_ONCE)
+        self.model.input(self._on_model, self.model, everything, cancels=running, **AT_ONCE)
+        self.sampling[1].change(_on_temperature, self.sampling[1], [self.again, self.sampling[-1]], **AT_ONCE)
+        self.strip.select(_expect, self.positions, self.expected, **AT_ONCE)
+        self.copy.click(None, js=COPY, **PRIVATE)
+        page.load(self._from_link, None, everything, **AT_ONCE)
+
+    def _view(self, pairing: Pairing, depth: int, shown: Shown) -> list[Any]:
+        """What the widgets that hold answers show."""
+        answers = html.cards(pairing, depth, shown.turns, shown.comparison, shown.chat)
+        told, record = "", pairing.round(depth)
+        headline = html.PARTS.headline(pairing.names(depth), pairing.description, shown.comparison, record)
+        if shown.turns:
+            choice = {"model": pairing.name, "depth": depth, "mode": CHAT if shown.chat else TEXT}
+            told = html.PARTS.status(shown.comparison, {"prompt": shown.turns[-1][0], **choice, **shown.sampling})
+        return [shown, headline, answers, told]
+
+    def _stored(self, pairing: Pairing, depth: int, chat: bool) -> Shown | None:
+        """The first example with its answers, if somebody asked for it already."""
+        found, own = self.service.stored.get((pairing.name, depth, chat)), pairing.sampling(chat)
+        turn = found and (pairing.prompts(chat)[0], found.original.text, found.compressed.text)
+        return found and Shown((turn,), found, chat, {name: getattr(own, name) for name in SAMPLING})
+
+    def _answers(
+        self, pairing: Pairing, depth: int, prompt: str, asked: Shown, original: Answer | None = None
+    ) -> Iterator[Shown]:
+        """What is shown while both answer a prompt, or one alone, after what was `asked` before."""
+        growing = self.service.stream(prompt, pairing.name, depth, asked.chat, asked.sampling, asked.turns, original)
+        for comparison in growing:
+            turn = (prompt, comparison.original.text, comparison.compressed.text)
+            yield replace(asked, turns=(*asked.turns, turn), comparison=comparison)
 
     def _compare(
-        self, prompt: str, model: str, depth: int, mode: str, turns: list[Turn], *sampling: float
+        self, prompt: str, model: str, depth: int, mode: str, shown: Shown, *sampling: float
     ) -> Iterator[list[Any]]:
-        chat = mode == CHAT
-        before, box = (turns, "") if chat else ([], gr.skip())  # a message leaves its box when it is accepted
-        values = dict(zip(SAMPLING, sampling, strict=True))
-        with shown_to_visitors():
-            for comparison in self.service.stream(prompt, model, depth, chat, values, before):
-                now = [*before, (prompt, comparison.original.text, comparison.compressed.text)]
-                where = first_difference(*now[-1][1:]) if comparison.ended else None
-                words = [words_of(now, side, where[side] if where else None) for side in (0, 1)]
-                yield [now, *words, facts_of(comparison), box]
+        chat, pairing = mode == CHAT, self.service.pairing(model)
+        goes_on = chat and shown.chat and shown != self._stored(pairing, depth, chat)
+        asked = Shown(shown.turns if goes_on else (), chat=chat, sampling=dict(zip(SAMPLING, sampling, strict=True)))
+        box: Any = "" if chat else prompt  # a message leaves its box when it is accepted
+        try:
+            for now in self._answers(pairing, depth, prompt, asked):
+                yield [*self._view(pairing, depth, now), box]
                 box = gr.skip()
+        except LayerPruneError as error:
+            yield [*_refused(error), gr.skip()]
 
-    def _inspect(self, text: str, model: str, depth: int) -> list[Any]:
-        with shown_to_visitors():
-            positions = self.service.inspect(text, model, depth)
-        kls = [position.kl for position in positions]
-        worst = max(range(len(kls)), key=kls.__getitem__)
-        told = f"{sum(kls) / len(kls):.3f} nats per token on average; farthest apart after token {worst + 1}."
-        strip = [(visible(position.token), 0.75 * min(1.0, position.kl)) for position in positions]
-        return [told, positions, strip, *labels_of(positions[worst])]
+    def _compare_example(self, sample: list[str], *asked: Any) -> Iterator[list[Any]]:
+        yield from self._compare(sample[0], *asked)
 
-    def _expect(self, positions: list[Position], event: gr.SelectData) -> list[dict[str, float]]:
-        return labels_of(positions[event.index])
+    def _compare_again(self, model: str, depth: int, mode: str, shown: Shown, *sampling: float) -> Iterator[list[Any]]:
+        yield [gr.skip()] * 5
+        if shown.turns:
+            before = replace(shown, turns=shown.turns[:-1])
+            yield from self._compare(shown.turns[-1][0], model, depth, mode, before, *sampling)
 
-    def _empty(self) -> list[Any]:
-        return [[], None, None, facts_of(Comparison())]
+    def _on_depth(self, model: str, depth: int, mode: str, shown: Shown) -> list[Any]:
+        """Show the other student at once, without its words; the original's answer stays if it is whole."""
+        _, *look = self._look(self.service.pairing(model), depth, mode == CHAT, "")
+        blank, original = self.service.blank(self.service.pairing(model), depth), shown.comparison.original
+        now = Shown(comparison=blank, chat=shown.chat)
+        if original.ended:
+            turns = tuple((prompt, said, "") for prompt, said, _ in shown.turns)
+            now = replace(shown, turns=turns, comparison=replace(blank, original=original))
+        return [*self._view(self.service.pairing(model), depth, now), *look[3:8]]
 
-    def _on_mode(self, model: str, mode: str) -> list[Any]:
-        return [*self._empty(), gr.Dataset(samples=examples_of(self.service.pairing(model), mode))]
+    def _redo(self, model: str, depth: int, mode: str, shown: Shown) -> Iterator[list[Any]]:
+        """Let the other student answer all that was asked, and the original nothing again."""
+        pairing, done = self.service.pairing(model), replace(shown, turns=())
+        yield [gr.skip()] * 4  # without a word Gradio empties what waits for one
+        for prompt, said, _ in shown.turns:
+            is_last = len(done.turns) + 1 == len(shown.turns)
+            original = shown.comparison.original if is_last else Answer(text=said, ending="end")
+            try:
+                for now in self._answers(pairing, depth, prompt, done, original):
+                    yield self._view(pairing, depth, now)
+                done = now
+            except LayerPruneError as error:
+                yield _refused(error)
 
-    def _on_depth(self, model: str, depth: int) -> list[Any]:
-        pairing = self.service.pairing(model)
-        return [*self._empty(), pairing.about_layers(depth), *plots_of(pairing, depth), "", [], None, None, None]
+    def _stop(self, model: str, depth: int, mode: str, shown: Shown) -> list[Any]:
+        stopped = replace(shown, comparison=shown.comparison.stopped()) if shown.turns else shown
+        return self._view(self.service.pairing(model), depth, stopped)
+
+    def _empty(self, model: str, depth: int, mode: str) -> list[Any]:
+        return self._look(self.service.pairing(model), depth, mode == CHAT, "")
+
+    def _on_mode(self, model: str, depth: int, mode: str) -> list[Any]:
+        return self._look(self.service.pairing(model), depth, mode == CHAT)
 
     def _on_model(self, model: str) -> list[Any]:
         pairing = self.service.pairing(model)
-        mode = CHAT if pairing.can_chat else TEXT
-        return [
-            *self._on_depth(model, pairing.depths[-1]),
-            gr.Radio(**depths_of(pairing)),
-            pairing.description,
-            gr.Radio(value=mode, visible=pairing.can_chat),
-            gr.Dataset(samples=examples_of(pairing, mode)),
-            *(gr.Slider(**setting) for setting in self._settings(pairing)),
-        ]
+        return self._look(pairing, pairing.depths[-1], pairing.can_chat)
 
-    def _settings(self, pairing: Pairing) -> Iterator[dict[str, Any]]:
-        for name, (label, info, step) in SAMPLING.items():
-            low, high = RANGES.get(name, (1, self.service.most_new_tokens(pairing)))
-            value = getattr(pairing.sampling, name)
-            yield {"minimum": low, "maximum": high, "value": value, "step": step, "label": label, "info": info}
+    def _from_link(self, request: gr.Request) -> list[Any] | None:
+        """Everything as a link to a comparison says, which the visitor may then ask for."""
+        given = dict(request.query_params)
+        if "prompt" not in given:
+            return gr.skip()
+        try:
+            pairing = self.service.pairing(given.get("model", ""))
+            depth = pairing.student(float(given.get("depth", 0))).plan.depth
+            chat = pairing.can_chat and given.get("mode") == CHAT
+            values = {name: float(given[name]) for name in SAMPLING if name in given}
+            sampling = pairing.sampling(chat).changed(values, self.service.limits)
+        except (LayerPruneError, ValueError):
+            gr.Warning("This link is of another list of models.")
+            return gr.skip()
+        prompt = given["prompt"][: self.service.limits.max_prompt_characters]
+        return self._look(pairing, depth, chat, prompt, sampling)
 
-
-def add_api(service: DemoService) -> None:
-    """Add the endpoint for programs, `compare`, to the page that is being built; it is an MCP tool too."""
-
-    def compare(
-        prompt: str,
-        model: str = "",
-        depth: int = 0,
-        chat: bool = False,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        """Let a language model and a compressed copy of it answer the same prompt, and measure both.
-
-        Args:
-            prompt (str): Text to continue, or a message.
-            model (str): Name on the list of models; the first by default.
-            depth (int): Layers of the compressed model; the nearest there is. 0 is the shallowest.
-            chat (bool): Whether the prompt is a message to a chat model rather than a text to continue.
-            max_new_tokens (int): Longest answer, in tokens.
-            temperature (float): 0 takes the most likely token every time.
-            top_p (float): Sample from the most likely tokens that hold this share of the probability.
-            top_k (int): Sample from this many of the most likely tokens; 0 means all.
-            repetition_penalty (float): Above 1, tokens that were there before become less likely.
-            seed (int): Seed of the random numbers, which are the same for both models.
-
-        Returns:
-            dict: "original" and "compressed", each with its text, speed, memory and size, and a "summary" in words.
-        """
-        given = dict(locals())
-        sampling = {name: given[name] for name in SAMPLING}
-        with shown_to_visitors():
-            for comparison in service.stream(prompt, model, depth, chat, sampling):
-                yield comparison.to_dict()
-
-    gr.api(compare, api_name="compare", **ON_DEVICE)
+    def _inspect(self, text: str, model: str, depth: int, mode: str) -> list[Any]:
+        try:
+            positions = self.service.inspect(text, model, depth)
+        except LayerPruneError as error:
+            return [html.PARTS.refusal(str(error)), *[gr.skip()] * 5]
+        kls = [position.kl for position in positions]
+        worst, most = max(range(len(kls)), key=kls.__getitem__), sorted(kls)[round(0.95 * (len(kls) - 1))]
+        strip = [(visible(position.token), 0.75 * min(1.0, position.kl / (most or 1.0))) for position in positions]
+        label = f"The redder, the more they differ after a token; full red is {most:.2f} or more. Choose a token."
+        told = html.PARTS.distance(sum(kls) / len(kls), visible(positions[worst].token), kls[worst])
+        shown = gr.HighlightedText(strip, label=label)
+        return [told, gr.Column(visible=True), positions, shown, *labels_of(positions[worst])]
 
 
-@contextmanager
-def shown_to_visitors() -> Iterator[None]:
-    """Show a visitor what a [`LayerPruneError`] says; of any other error the log has it all, the page nothing."""
-    try:
-        yield
-    except LayerPruneError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+def _render(*widgets: Any) -> None:
+    for widget in widgets:
+        widget.render()
 
 
-def answer_box(label: str, name: str) -> gr.HighlightedText:
-    """The words of one model, which are shown as text and nothing else."""
-    return gr.HighlightedText(label=label, color_map=COLORS, show_inline_category=False, elem_id=name, min_width=320)
+def _refused(error: LayerPruneError) -> list[Any]:
+    """What was shown before, and why nothing was done."""
+    return [*[gr.skip()] * 3, html.PARTS.refusal(str(error))]
 
 
-def words_of(turns: list[Turn], side: int, where: int | None) -> list[tuple[str, str | None]]:
-    """What the box of a side (0 is the original) shows of a conversation, the first different word of the last answer
-    marked, which begins at `where`."""
-    words: list[tuple[str, str | None]] = []
-    for turn in turns:
-        words += [(turn[0], PROMPT), (turn[1 + side], None), ("\n\n", None)]
-    if where is None:
-        return words[:-1]
-    answer = words[-2][0]
-    end = where + len(answer[where:].split(maxsplit=1)[0]) if answer[where:] else where
-    parts = [(answer[:where], None), (answer[where:end], DIFFERENT), (answer[end:], None)]
-    return words[:-2] + [part for part in parts if part[0]]
+def _next_seed(seed: float) -> float:
+    return (seed + 1) % RANGES["seed"][1]
 
 
-def facts_of(comparison: Comparison) -> str:
-    """What was measured, as a Markdown table, and in words."""
-    original, compressed = _facts(comparison.original), _facts(comparison.compressed)
-    rows = [f"| {name} | {original[name]} | {compressed[name]} |" for name in original]
-    return "\n".join(["| | Original | Compressed |", "|---|---:|---:|", *rows, "", comparison.summary])
+def _on_temperature(temperature: float) -> list[Any]:
+    """A seed means nothing where nothing is drawn."""
+    return [gr.Button(visible=temperature > 0), gr.Slider(visible=temperature > 0)]
 
 
-def _facts(answer: Answer) -> dict[str, str]:
-    numbers: dict[str, tuple[float | None, Callable[[Any], str]]] = {
-        "tokens/s": (answer.tokens_per_second, rate),
-        "first token": (answer.time_to_first_token, lambda seconds: f"{1000 * seconds:.0f} ms"),
-        "tokens": (answer.num_tokens or None, str),
-        "weights and KV cache": (answer.memory_bytes, lambda size: f"{size / 1e6:,.1f} MB"),
-        "parameters": (answer.num_parameters, millions),
-        "layers": (answer.num_layers, str),
-    }
-    return {name: "\u2013" if value is None else show(value) for name, (value, show) in numbers.items()}
+def _expect(positions: list[Position], event: gr.SelectData) -> list[dict[str, float]]:
+    return labels_of(positions[event.index])
 
 
 def labels_of(position: Position) -> list[dict[str, float]]:
     """What both models expect after a token, as `gr.Label` takes it."""
-
     labels: list[dict[str, float]] = [{}, {}]
     for label, expected in zip(labels, (position.original, position.compressed), strict=True):
         for token, share in expected:
@@ -317,22 +353,3 @@ def labels_of(position: Position) -> list[dict[str, float]]:
 def visible(token: str) -> str:
     """A token with its white space visible."""
     return token.translate(WHITE_SPACE) or "\u2205"
-
-
-def plots_of(pairing: Pairing, depth: int) -> tuple[gr.Plot, gr.Plot]:
-    """The layer map of a depth and the quality curve of its run, hidden without a run."""
-    layer_map, quality = pairing.layer_map(depth), pairing.quality()
-    return (
-        gr.Plot(layer_map, visible=layer_map is not None, show_label=False, elem_id="lp-map"),
-        gr.Plot(quality, visible=quality is not None, show_label=False, elem_id="lp-quality"),
-    )
-
-
-def depths_of(pairing: Pairing) -> dict[str, Any]:
-    """The depths to choose from, as options of the widget."""
-    return {"choices": pairing.depths, "value": pairing.depths[-1], "visible": len(pairing.depths) > 1}
-
-
-def examples_of(pairing: Pairing, mode: str) -> list[list[str]]:
-    """Prompts to click, as `gr.Dataset` takes them."""
-    return [[text] for text in pairing.examples or (CHAT_EXAMPLES if mode == CHAT else EXAMPLES)]

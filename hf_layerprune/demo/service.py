@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,57 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError, first_line
 from .catalog import ModelStore, Pairing
-from .generation import Answer, Generation, Position, Sampling, compare_next_tokens
+from .comparison import Comparison
+from .generation import Answer, Position, Sampling, Writer, compare_next_tokens, write_in_turn
+from .line import Line
 from .settings import DemoSettings, Limits
 
-FEW_TOKENS = 16
-"""With fewer, a speed is a guess."""
+SECONDS_BETWEEN_LOOKS = 0.3  # how often a waiting visitor is told where he stands
+SECONDS_FOR_EXAMPLE = 20  # most that answering the first example takes before anybody comes
 GPU_SECONDS, STARTING_SECONDS, SECONDS_PER_TOKEN = 60, 15, 0.1
 """A call on ZeroGPU: the longest (longer ones are refused to many visitors), its start, each token of both models."""
 Function = TypeVar("Function", bound=Callable)
-Turn = tuple[str, str, str]
-"""What the visitor wrote, what the teacher answered, what the student answered."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two answers so far; the student begins when the teacher has ended, so that each is measured alone."""
-
-    original: Answer = Answer()
-    compressed: Answer = Answer()
-
-    @property
-    def ended(self) -> bool:
-        return self.original.ended and self.compressed.ended
-
-    @property
-    def summary(self) -> str:
-        """What was measured, in words; empty before the end."""
-        if not self.ended:
-            return ""
-        teacher, student, parts = self.original, self.compressed, []
-        if teacher.tokens_per_second and student.tokens_per_second:
-            ratio = student.tokens_per_second / teacher.tokens_per_second
-            parts.append(
-                f"The compressed model ran at {ratio:.2f} times the speed of the original: "
-                f"{rate(student.tokens_per_second)} tokens/s against {rate(teacher.tokens_per_second)}."
-            )
-            if min(teacher.num_tokens, student.num_tokens) < FEW_TOKENS:
-                parts.append("These are few tokens; longer answers give a better measurement.")
-        if teacher.num_parameters and student.num_parameters:
-            share = student.num_parameters / teacher.num_parameters - 1
-            parameters = f"{share:+.0%} parameters" if abs(share) >= 0.005 else "as many parameters"
-            parts.append(f"It has {student.num_layers} layers instead of {teacher.num_layers}, and {parameters}.")
-        if teacher.out_of_time or student.out_of_time:
-            parts.append("An answer was cut off at the time limit.")
-        where = first_difference(teacher.text, student.text)
-        common = 0 if where is None else len(teacher.text[: where[0]].split())
-        parts.append("Both gave the same answer." if where is None else f"The answers diverge at word {common + 1}.")
-        return " ".join(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The comparison as the API returns it."""
-        return asdict(self) | {"ended": self.ended, "summary": self.summary}
+Turn = tuple[str, str, str]  # what the visitor wrote, what the teacher answered, what the student answered
 
 
 class DemoService:
@@ -77,7 +37,9 @@ class DemoService:
         self.limits = settings.limits
         self.catalog = catalog
         self.store = store or ModelStore(settings.limits.max_models, settings.dtype)
-        self._compare = gpu_call(self._compare_on_device, lambda *job: job[-1].max_new_tokens)
+        self.line = Line(settings.limits.max_waiting)
+        self.stored: dict[tuple[str, int, bool], Comparison] = {}  # answers to first examples: of a model, depth, mode
+        self._compare = gpu_call(self._compare_on_device, lambda *job: job[3].max_new_tokens)
         self._inspect = gpu_call(self._inspect_on_device, lambda *job: 0)
 
     def pairing(self, name: str = "") -> Pairing:
@@ -87,9 +49,30 @@ class DemoService:
         return self.catalog[name or next(iter(self.catalog))]
 
     def warm_up(self) -> None:
-        """Load the first pairing; on ZeroGPU as many as there is room for."""
+        """Load the first pairing and let it answer its first example; on ZeroGPU load as many as there is room for."""
         for name in list(self.catalog)[: self.limits.max_models // 2 if on_zero_gpu() else 1]:
             in_passing_thread(self._models, name, 0)
+        if on_zero_gpu():  # which lends nothing before somebody comes
+            return
+        pairing, until = self.pairing(), 0.0
+        chat = pairing.can_chat
+        with suppress(LayerPruneError), closing(self.stream(pairing.prompts(chat)[0], chat=chat)) as growing:
+            for comparison in growing:
+                until = until or (comparison.original.num_tokens and time.monotonic() + SECONDS_FOR_EXAMPLE)
+                self.stored[pairing.name, pairing.depths[-1], chat] = comparison.stopped()
+                if 0 < until < time.monotonic():
+                    break
+
+    def blank(self, pairing: Pairing, depth: Any = None) -> Comparison:
+        """What is known of both models before they answer."""
+        plan = pairing.student(depth).plan
+        records = (pairing.run.teacher, pairing.round(depth)) if pairing.run else (None, None)
+        answers = []
+        for side, layers in enumerate((plan.num_teacher_layers, plan.depth)):
+            known = (records[side].num_parameters, None) if records[side] else (None, None)
+            parameters, dtype = self.store.sizes.get(pairing.source(side, depth), known)
+            answers.append(Answer(num_layers=layers, num_parameters=parameters, dtype=dtype))
+        return Comparison(*answers)
 
     def stream(
         self,
@@ -99,14 +82,16 @@ class DemoService:
         chat: bool = False,
         sampling: dict[str, Any] | None = None,
         history: Sequence[Turn] = (),
+        original: Answer | None = None,
     ) -> Iterator[Comparison]:
-        """Compare two answers as they grow. Closing the iterator stops the model that runs.
+        """Compare two answers as they grow. Closing the iterator stops the models.
 
         The prompt is a text to continue or, with `chat`, the next message after `history`. `sampling` holds what
-        differs from the teacher's [`Sampling`].
+        differs from the teacher's [`Sampling`]. With an `original` answer only the student is asked.
         """
         pairing, limits = self.pairing(model), self.limits
-        student, drawn = pairing.student(depth), pairing.sampling.changed(sampling or {}, limits)
+        student, own = pairing.student(depth), pairing.sampling(chat)
+        drawn = own.changed(sampling or {}, limits)
         prompts = encode(pairing.tokenizer, cleaned(prompt, limits), history if chat else None)
         for ids in prompts:
             check_length(ids, min(limits.max_prompt_tokens, pairing.context - 1))
@@ -115,9 +100,23 @@ class DemoService:
                     f"the prompt has {len(ids):,} tokens and shares the {pairing.context:,} positions of this model "
                     f"with the answer; ask for at most {pairing.context - len(ids):,} new tokens"
                 )
-        if on_zero_gpu():  # loading would be time on the GPU, and lost with the process that gets it
-            in_passing_thread(self._models, pairing.name, student.plan.depth)
-        yield from self._compare(pairing.name, student.plan.depth, prompts, drawn)
+        start = self.blank(pairing, depth)
+        start = start if original is None else replace(start, original=original)
+        with self.line.place() as ahead:
+            yield start
+            while number := ahead():
+                yield replace(start, waiting=self.line.told(number))
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            began = time.monotonic()
+            if on_zero_gpu():  # loading would be time on the GPU, and lost with the process that gets it
+                in_passing_thread(self._models, pairing.name, student.plan.depth)
+            with closing(self._compare(pairing.name, student.plan.depth, prompts, drawn, start)) as growing:
+                for comparison in growing:
+                    ahead()
+                    yield comparison
+            self.line.took(time.monotonic() - began)
+        if prompt == pairing.prompts(chat)[0] and drawn == own and not history:
+            self.stored[pairing.name, student.plan.depth, chat] = comparison
 
     def inspect(self, text: str, model: str = "", depth: int = 0) -> list[Position]:
         """What both models expect at every position of a text."""
@@ -132,18 +131,21 @@ class DemoService:
         return max(1, min(self.limits.max_new_tokens, pairing.context - 1))
 
     def _compare_on_device(
-        self, name: str, depth: int, prompts: tuple[list[int], list[int]], sampling: Sampling
+        self, name: str, depth: int, prompts: tuple[list[int], list[int]], sampling: Sampling, start: Comparison
     ) -> Iterator[Comparison]:
-        pairing, answers = self.catalog[name], [Answer(), Answer()]
+        pairing, answers = self.catalog[name], [start.original, start.compressed]
         seconds: float = self.limits.max_seconds
         if on_zero_gpu():  # both answers must end within the call
             seconds = min(seconds, (seconds_on_gpu(sampling.max_new_tokens) - 5) / 2)
-        for side, source in enumerate((pairing.teacher, pairing.student(depth).source)):
-            load = partial(self.store.get, source)
-            with closing(Generation(load, pairing.tokenizer, prompts[side], sampling, seconds).answers()) as growing:
-                for answer in growing:
+        sides = [side for side in (0, 1) if not answers[side].ended]
+        loads = [partial(self.store.get, pairing.source(side, depth)) for side in sides]
+        rest = [(pairing.tokenizer, prompts[side], sampling, seconds, answers[side]) for side in sides]
+        writers = [Writer(load, *others) for load, others in zip(loads, rest, strict=True)]
+        with closing(write_in_turn(writers)) as growing:
+            for grown in growing:
+                for side, answer in zip(sides, grown, strict=True):
                     answers[side] = answer
-                    yield Comparison(*answers)
+                yield Comparison(*answers)
 
     def _inspect_on_device(self, name: str, depth: int, ids: list[int]) -> list[Position]:
         models = self._models(name, depth)
@@ -151,7 +153,7 @@ class DemoService:
 
     def _models(self, name: str, depth: int) -> list[PreTrainedModel]:
         pairing = self.catalog[name]
-        return [self.store.get(source) for source in (pairing.teacher, pairing.student(depth).source)]
+        return [self.store.get(pairing.source(side, depth)) for side in (0, 1)]
 
 
 def cleaned(text: object, limits: Limits) -> str:
@@ -190,22 +192,6 @@ def encode(
         except (TemplateError, ValueError, TypeError) as error:
             raise LayerPruneError(f"the chat template of this model fails: {first_line(error):.200}") from error
     return prompts[0], prompts[1]
-
-
-def first_difference(one: str, other: str) -> tuple[int, int] | None:
-    """Where in each of two texts the first different word begins; `None` if their words are the same."""
-    words = [list(re.finditer(r"\S+", text)) for text in (one, other)]
-    pairs = enumerate(zip(*words, strict=False))
-    same = next((n for n, (a, b) in pairs if a.group() != b.group()), min(map(len, words)))
-    if same == len(words[0]) == len(words[1]):
-        return None
-    starts = [side[same].start() if same < len(side) else side[0].endpos if side else 0 for side in words]
-    return starts[0], starts[1]
-
-
-def rate(tokens_per_second: float) -> str:
-    """Tokens per second, to three digits."""
-    return f"{tokens_per_second:.0f}" if tokens_per_second >= 100 else f"{tokens_per_second:.3g}"
 
 
 def in_passing_thread(function: Callable[..., Any], *args: object) -> Any:

@@ -3,7 +3,8 @@
 # no `from __future__ import annotations`: `strict` reads the types of the fields
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import LayerPruneError
+from ..hub.paths import hub_id
+from ..loading import EMBEDDED
+from ..record import REPORT_FILE
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -90,25 +94,53 @@ def read_settings(path: str | Path) -> DemoSettings:
 def _settings(content: Any, folder: Path) -> DemoSettings:
     if not isinstance(content, dict) or not isinstance(content.get("models"), list):
         raise LayerPruneError('it needs a list "models"')
-    models = [ModelEntry(**item) for item in content["models"]]
+    models = [_fields(ModelEntry, item, f"models[{n}]") for n, item in enumerate(content["models"])]
     for entry in models:
         for key in ("run", "teacher", "student"):
             if (name := getattr(entry, key)) and (folder / name).is_dir():
                 setattr(entry, key, str(folder / name))
-    return DemoSettings(**content | {"models": models, "limits": Limits(**content.get("limits", {}))})
+    limits = _fields(Limits, content.get("limits", {}), "limits")
+    return _fields(DemoSettings, content | {"models": models, "limits": limits}, "the list")
+
+
+def _fields(kind: type, values: Any, where: str) -> Any:
+    """A dataclass of what stands in a file."""
+    if not isinstance(values, dict):
+        raise LayerPruneError(f"{where} must be keys and values, not {values!r:.50}")
+    known = [f.name for f in fields(kind)]
+    for key in values.keys() - set(known):
+        close = get_close_matches(str(key), known, 1)
+        meant = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+        raise LayerPruneError(f"{where} has an unknown key {key!r}; {meant}")
+    return kind(**values)
 
 
 def settings_of(names: Sequence[str]) -> DemoSettings:
     """The demo of the names on the command line: a run, a teacher and a student, or nothing."""
     if len(names) > 2:
         raise LayerPruneError(f"{' '.join(names)} are {len(names)} names; give one run, or a teacher and a student")
+    for name in names:
+        if name != EMBEDDED and not Path(name).exists() and hub_id(name) is None:
+            raise LayerPruneError(
+                f"there is no {name!r}; name the output folder of a run, a model's folder or a Hub id"
+            )
     if len(names) == 2:
         teacher, student = names
+        if (run := run_of(student)) is not None:
+            return DemoSettings([ModelEntry(_short(run), run=run, teacher=teacher)])
         name = f"{_short(teacher)} and {_short(student)}"
         return DemoSettings([ModelEntry(name, teacher=teacher, student=student)])
     if names:
-        return DemoSettings([ModelEntry(_short(names[0]), run=names[0])])
+        run = run_of(names[0]) or names[0]
+        return DemoSettings([ModelEntry(_short(run), run=run)])
     return DemoSettings([embedded_entry()])
+
+
+def run_of(name: str) -> str | None:
+    """The run whose folder, or whose `model` folder, has this name."""
+    folder = Path(name)
+    folders = (folder, folder.parent) if folder.name == "model" else (folder,)
+    return next((str(one) for one in folders if (one / REPORT_FILE).is_file()), None)
 
 
 def embedded_entry() -> ModelEntry:

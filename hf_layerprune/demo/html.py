@@ -1,0 +1,81 @@
+"""The parts of the page that are ours, as HTML, from `templates/demo/page.html.jinja`.
+
+Words of visitors and models are escaped. Of Markdown, links and pictures stay text: an answer must not make the page
+ask another host for anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markdown_it import MarkdownIt  # comes with rich
+from markdown_it.renderer import RendererHTML
+from markupsafe import Markup
+
+from ..plan import LayerPlan
+from ..report import millions
+from .catalog import Pairing
+from .comparison import Comparison, Span, first_difference, rate
+from .service import Turn
+
+TEMPLATES = Path(__file__).parent.parent / "templates" / "demo"
+BEGIN, END = "\ue000", "\ue001"  # around the word to mark while Markdown is rendered; no text holds them
+MARKS = str.maketrans({BEGIN: '<mark title="first difference">', END: "</mark>"})
+
+
+class Markdown(RendererHTML):
+    """Blocks of code carry no attributes, which a mark could break."""
+
+    def fence(self, tokens: Sequence, index: int, options: object, env: object) -> str:
+        return f"<pre><code>{escape(tokens[index].content)}</code></pre>\n"
+
+
+MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}, renderer_cls=Markdown).enable("table")
+MARKDOWN.disable(["link", "image", "autolink", "reference"])
+ENVIRONMENT = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+ENVIRONMENT.filters |= {"millions": millions, "rate": rate}
+PARTS: Any = ENVIRONMENT.get_template("page.html.jinja").module  # the macros: headline, status, refusal, distance
+
+
+def marked(text: str, span: Span | None, as_markdown: bool) -> Markup:
+    """Words of a model as HTML, with the word at `span` marked."""
+    if span and span[0] < span[1]:
+        parts = (text[: span[0]], text[slice(*span)], text[span[1] :])
+        before, word, after = (part.replace(BEGIN, "").replace(END, "") for part in parts)
+        text = f"{before}{BEGIN}{word}{END}{after}"
+    else:
+        text = text.replace(BEGIN, "").replace(END, "")
+    return Markup((MARKDOWN.render(text) if as_markdown else escape(text)).translate(MARKS))
+
+
+def cards(pairing: Pairing, depth: int, turns: Sequence[Turn], comparison: Comparison, chat: bool = False) -> str:
+    """The answers of both models side by side: of each its name and size, its words, its speed."""
+    shown: list[tuple[str, Markup, Markup]] = []
+    for number, (prompt, *said) in enumerate(turns, 1):
+        is_last = number == len(turns) and comparison.ended
+        spans = (first_difference(*said) if is_last else None) or (None, None)
+        one, other = (marked(text, span, as_markdown=chat) for text, span in zip(said, spans, strict=True))
+        shown.append((prompt, one, other))
+    return PARTS.cards(pairing.names(depth), (comparison.original, comparison.compressed), shown, chat)
+
+
+def layer_strip(plan: LayerPlan) -> str:
+    """The teacher's layers in a row: which are left, and which became one block."""
+    cells, blocks = [], {block[0]: block for block in plan.blocks}
+    for layer in range(plan.num_teacher_layers):
+        if layer not in plan.layers:
+            cells.append(("gone", (layer,)))
+        elif block := blocks.get(layer):
+            cells.append(("merged" if block in plan.merged else "parallel" if block[1:] else "kept", block))
+    return PARTS.layers(plan, cells)
+
+
+def map_label(pairing: Pairing) -> str:
+    """What the bars and lines of the layer map mean."""
+    groups = pairing.run and any(edit.kind != "remove" for edit in pairing.run.edits)
+    lines = " (bars), or these become one (lines)" if groups else ""
+    return f"How much predictions change if this layer is removed{lines}; log scale"
