@@ -27,7 +27,8 @@ def without(monkeypatch):
 
         for module in (report, loading, demo_room):
             monkeypatch.setattr(module, "find_spec", find)
-        monkeypatch.setitem(sys.modules, package, None)
+        for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+            monkeypatch.setitem(sys.modules, name, None)
         chunks._loaded.cache_clear()
 
     yield remove
@@ -53,7 +54,6 @@ def test_without_matplotlib_a_run_has_no_plots(tmp_path, without, capsys):
 )
 def test_a_metric_names_its_extra(without, package, metric):
     without(package)
-    chunks._loaded.cache_clear()
     with pytest.raises(LayerPruneError, match=rf"{package} is not installed; pip install 'hf-layerprune\[metrics\]'"):
         chunks.check_metric(metric)
 

@@ -159,7 +159,7 @@ def test_the_first_view_explains_itself(visit):
 
 def test_both_models_stream_and_are_measured(visit):
     page = visit()
-    set_sampling(page, "max_new_tokens", 200)
+    set_sampling(page, "max_new_tokens", 1000)
     ask(page, "It was late")
     expect(page.locator("#lp-status")).to_contain_text("in turn")
     for side in (0, 1):  # both at once
@@ -168,11 +168,15 @@ def test_both_models_stream_and_are_measured(visit):
     assert all(text.startswith("It was late") for text in begun)
     for side in (0, 1):
         expect(page.locator(f"{SIDES[side]} .lp-words")).not_to_have_text(begun[side])
+    page.click("#lp-stop")
+    expect(page.locator(SIDES[1])).to_contain_text("stopped after")
+    set_sampling(page, "max_new_tokens", 40)
+    ask(page, "It was late")
     finished(page, "It was late")
     for side, layers in ((0, "16 layers"), (1, "10 layers")):
         assert list(facts(page, side)) == ["tokens/s", "first token", "tokens", "weights and KV cache"]
         expect(page.locator(SIDES[side])).to_contain_text(layers)
-        expect(page.locator(SIDES[side])).to_contain_text("cut at 200 tokens")
+        expect(page.locator(SIDES[side])).to_contain_text("cut at 40 tokens")
     assert page.locator("mark").count() == 2  # the first different word of each
 
 

@@ -189,10 +189,14 @@ class DemoPage:
             looking, self._inspect, [self.text, *chosen], found, show_progress_on=self.inspect, **PRIVATE
         )
         running += [redone, inspected]
-        self.stop.click(self._stop, [*chosen, self.shown], answered, cancels=running, **AT_ONCE)
-        self.fresh.click(self._empty, chosen, everything, cancels=running, **AT_ONCE)
-        self.mode.input(self._on_mode, chosen, everything, cancels=running, **AT_ONCE)
-        self.model.input(self._on_model, self.model, everything, cancels=running, **AT_ONCE)
+        ends = [  # what runs is cancelled first: its last words would be shown over what follows
+            (self.stop.click, self._stop, [*chosen, self.shown], answered),
+            (self.fresh.click, self._empty, chosen, everything),
+            (self.mode.input, self._on_mode, chosen, everything),
+            (self.model.input, self._on_model, self.model, everything),
+        ]
+        for happens, follow, inputs, outputs in ends:
+            happens(None, cancels=running, **AT_ONCE).then(follow, inputs, outputs, **AT_ONCE)
         self.sampling[1].change(_on_temperature, self.sampling[1], [self.again, self.sampling[-1]], **AT_ONCE)
         self.strip.select(_expect, self.positions, self.expected, **AT_ONCE)
         self.copy.click(None, js=COPY, **PRIVATE)
