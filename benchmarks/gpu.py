@@ -32,7 +32,8 @@ HERE = Path(__file__).resolve().parent
 QUICK_SECONDS = {
     "correctness": 80, "decode": 220, "healing_step": 70, "scoring_cost": 50, "memory": 50, "engines": 70,
 }  # fmt: skip
-"""Of `--suite quick`: 530 in all, and the imports take some. `full` has `FULL_TIMES` as long."""
+"""Seconds of each section of `--suite quick`, 530 in all; imports take the rest of nine minutes. `full` allows
+`FULL_TIMES` as much."""
 FULL_TIMES = 5
 LEAST_SECONDS = 1.0
 """A case that has less time left is not begun."""

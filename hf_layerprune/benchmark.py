@@ -272,7 +272,7 @@ def load_shape(name_or_path: str) -> PretrainedConfig:
     path = Path(name_or_path)
     if not path.is_file() and not (path := SHAPES.get(short_name(name_or_path), path)).is_file():
         names = ", ".join(SHAPES)
-        raise LayerPruneError(f"there is no shape {name_or_path!r}; choose one of {names}, or a path to a config.json")
+        raise LayerPruneError(f"shape {name_or_path!r} is unknown; choose one of {names}, or a path to a config.json")
     return load_config(str(path))
 
 

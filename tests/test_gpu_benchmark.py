@@ -95,7 +95,7 @@ def test_memory_and_scoring_are_compared(results):
 
 
 def section(gpu, tmp_path, monkeypatch, seconds, **cases):
-    """What a section of these cases leaves behind."""
+    """The JSON that a section of these cases writes."""
     module = ModuleType("gpu_sections.fake")
     module.cases = lambda run: list(cases.items())
     monkeypatch.setitem(sys.modules, "gpu_sections.fake", module)

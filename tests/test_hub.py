@@ -213,12 +213,14 @@ def test_a_benchmark_goes_where_the_hub_looks_for_it(hub, worker, runs, tmp_path
         ({"number": 0}, "is of a student with other layers than those that are pushed"),
         ({"num_examples": 100}, "gsm8k was measured on 100 of its 1,319 examples"),
         ({"name": "my_task"}, "my_task is not among gsm8k"),
-        ({"quality": "good"}, "is no evaluation.json with tasks"),
+        ({"quality": "good"}, "is not an evaluation.json with tasks"),
     ],
 )
 def test_a_number_no_leaderboard_takes_is_refused(hub, worker, runs, tmp_path, changes, message):
     refused(hub, worker.push(runs / "plain", evaluation=evaluation(runs, tmp_path, **changes)), message)
-    refused(hub, worker.push(runs / "plain", evaluation=str(runs / "diary.txt")), "is no evaluation.json with tasks")
+    refused(
+        hub, worker.push(runs / "plain", evaluation=str(runs / "diary.txt")), "is not an evaluation.json with tasks"
+    )
 
 
 def main_card(repo):

@@ -103,7 +103,7 @@ def test_a_wheel_goes_along_until_there_is_a_release(hub, worker, pushed, tmp_pa
     for path in (wheel, other):
         path.write_bytes(b"PK")
     command = ["push-space", pushed, "--repo_id", "me/space", "--wheel"]
-    for argv, told in (([other], "is no wheel of hf-layerprune"), ([wheel, "--private"], "a private Space cannot")):
+    for argv, told in (([other], "is not a wheel of hf-layerprune"), ([wheel, "--private"], "a private Space cannot")):
         status, _, err = worker.run(*command, *argv)
         assert status == 2 and told in err and hub.repos.keys() == {"me/teacher", "me/student"}
     assert worker.run(*command, wheel)[0] == 0

@@ -155,7 +155,7 @@ def described(
 
 
 def kernels_of_a_step(run: Run, models: Any) -> dict[str, Any]:
-    """Kernels that a profiler sees in an eager step of Qwen3-0.6B, beside those counted on the CPU."""
+    """Kernels that a profiler sees in an eager step of Qwen3-0.6B, next to those counted on the CPU."""
     shape, device = "Qwen3-0.6B", torch.profiler.ProfilerActivity.CUDA
     outside, of_width = predictions.counted_kernels(shape)
     found = {}

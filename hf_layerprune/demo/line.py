@@ -9,7 +9,7 @@ from functools import partial
 
 from ..errors import LayerPruneError
 
-SECONDS_UNTIL_GONE = 15.0  # who does not ask where he stands for so long has left
+SECONDS_UNTIL_GONE = 15.0  # a visitor who has not asked for this long has left
 
 
 class Line:

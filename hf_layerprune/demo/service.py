@@ -21,7 +21,7 @@ from .generation import Answer, Position, Sampling, Writer, compare_next_tokens,
 from .line import Line
 from .settings import DemoSettings, Limits
 
-SECONDS_BETWEEN_LOOKS = 0.3  # how often a waiting visitor is told where he stands
+SECONDS_BETWEEN_LOOKS = 0.3  # how often a waiting visitor sees their place in line
 SECONDS_FOR_EXAMPLE = 20  # most that answering the first example takes before anybody comes
 GPU_SECONDS, STARTING_SECONDS, SECONDS_PER_TOKEN = 60, 15, 0.1
 """A call on ZeroGPU: the longest (longer ones are refused to many visitors), its start, each token of both models."""

@@ -109,7 +109,7 @@ def write_space(
 def _checked_wheel(wheel: Path, private: bool | None) -> Path:
     if not (wheel.is_file() and wheel.match(WHEELS)):
         raise LayerPruneError(
-            f"wheel={wheel} is no wheel of hf-layerprune; `make dist` in a clone writes one to dist/"
+            f"wheel={wheel} is not a wheel of hf-layerprune; `make dist` in a clone writes one to dist/"
         )
     if private:
         raise LayerPruneError(

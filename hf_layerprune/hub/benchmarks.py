@@ -56,8 +56,8 @@ def read_evaluation(path: str | Path, run: Run, numbers: Sequence[int]) -> dict[
         results = from_json_value(Results, content["tasks"], "tasks")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LayerPruneError(
-            f"evaluation {path} is no evaluation.json with tasks ({error!r:.80}); hf-layerprune evaluate --tasks ... "
-            "--output_dir writes one"
+            f"evaluation {path} is not an evaluation.json with tasks ({error!r:.80}); hf-layerprune evaluate --tasks "
+            "... --output_dir writes one"
         ) from None
     of_plan = [number for number in numbers if run.record.rounds[number - 1].plan == plan]
     if not of_plan:

@@ -184,7 +184,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         "kl_weight and hidden_weight.",
     )
     on_policy_steps: int = option(
-        0, "Steps in the end in which the student answers prompts and is healed on its own answers."
+        0, "Steps of a last round in which the student answers prompts and is healed on its own answers."
     )
     on_policy_tokens: int = option(128, "Longest of these answers, in tokens; the first ones have an eighth of it.")
     on_policy_learning_rate: float = option(1e-5, "Peak learning rate of these steps.")

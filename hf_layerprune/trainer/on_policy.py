@@ -1,7 +1,7 @@
 """Heal a student on its own answers, as the last phase of a run: on-policy distillation.
 
-The student answers prompts, and learns to continue its own answers as the teacher would. So it is corrected where it
-goes wrong itself, which no given text shows. Answers are short at first and grow. The trainer is TRL's.
+The student answers prompts, and learns to continue its own answers as the teacher would. So it is corrected where its
+own answers go wrong, which no given text shows. Answers are short at first and grow. The trainer is TRL's.
 https://huggingface.co/papers/2306.13649, https://huggingface.co/papers/2607.13124
 """
 
@@ -118,7 +118,7 @@ def _config(args: IterativeLayerDistillConfig, folder: Path) -> DistillationConf
         "output_dir": str(folder),
         "max_steps": args.on_policy_steps,
         "max_completion_length": args.on_policy_tokens,
+        "learning_rate": args.on_policy_learning_rate,
+        "generation_kwargs": {"remove_invalid_values": True},  # what diverged shows in the loss
     }
-    own["generation_kwargs"] = {"remove_invalid_values": True}  # what diverged shows in the loss
-    own["learning_rate"] = args.on_policy_learning_rate
     return DistillationConfig(**shared | OFF | own)
