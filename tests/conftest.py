@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
 import shutil
+from tempfile import mkdtemp
 
 os.environ.update(
+    TRACKIO_DIR=mkdtemp(),  # read when Trackio is imported, which any test may be the first to do
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
@@ -28,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, embedded_dataset
 from hf_layerprune.trainer.healing import HealingTrainer
 
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 torch.set_num_threads(1)
 gc.freeze()  # what the imports made is not looked through at every later collection, nor what a file of tests left
 

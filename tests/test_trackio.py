@@ -3,7 +3,6 @@
 import os
 import sqlite3
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from conftest import byte_tokenizer, embedded_dataset, tiny_config, tiny_model
@@ -50,18 +49,10 @@ def test_a_run_that_reported_nowhere_has_no_badge(tmp_path):
     assert trainer.run.tags == () and "badge" not in (tmp_path / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def database():
-    """Where Trackio, which reads its settings when it is imported, keeps what it is told."""
-    with TemporaryDirectory() as folder:
-        os.environ["TRACKIO_DIR"] = folder
-        pytest.importorskip("trackio", reason="trackio is not installed; `make test` does it")
-        yield Path(folder)
-        del os.environ["TRACKIO_DIR"]
-
-
 @pytest.mark.parametrize("heal", [True, False])
-def test_one_trackio_run_for_all_rounds(tmp_path, database, heal):
+def test_one_trackio_run_for_all_rounds(tmp_path, heal):
+    pytest.importorskip("trackio", reason="trackio is not installed; `make test` does it")
+    database = Path(os.environ["TRACKIO_DIR"])
     settings = {"report_to": "trackio", "project": f"heal-{heal}", "trackio_static_space_id": False}
     trainer_of(tmp_path / "tiny-4", heal=heal, logging_steps=1, **settings).train()
     with sqlite3.connect(database / f"heal-{heal}.db") as connection:
