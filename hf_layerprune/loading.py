@@ -161,7 +161,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
 def _reason(error: Exception, source: str, options: Mapping[str, Any]) -> str:
     """Explain why a model cannot be loaded."""
     folder = Path(source, options.get("subfolder", ""))
-    if folder.is_absolute() and not folder.exists():
+    if not folder.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
         return "the folder does not exist"
     if "gguf_file" in options or not folder.is_dir() or any(folder.glob("model*.safetensors")):
         return first_line(error)

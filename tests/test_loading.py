@@ -81,9 +81,14 @@ def test_quantized_checkpoints_are_refused_before_weights_are_read(quantization,
         load_shape(str(tmp_path / "config.json"))
 
 
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(LayerPruneError, match="nowhere cannot be loaded as a model: the folder does not exist"):
-        load_config(str(tmp_path / "nowhere"))
+def test_a_folder_that_does_not_exist_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "nowhere"), "runs/nowhere/model", "./nowhere", "../nowhere"):
+        with pytest.raises(LayerPruneError, match="nowhere.* cannot be loaded as a model: the folder does not exist"):
+            load_config(name)
+    with pytest.raises(LayerPruneError) as raised:  # a name on the Hub
+        load_config("user/nowhere")
+    assert "folder" not in str(raised.value)
 
 
 def test_config_field_of_the_wrong_type(model, tmp_path):
