@@ -21,6 +21,7 @@ NAMES = {
     "teacher": "teacher",
     "ours": "KL after repair (ours)",
     "ours_seed1": "KL after repair (ours), seed 1",
+    "paper": "KL, neighbours, the paper's loss",
     "kl": "KL (ours)",
     "block_influence": "block influence, every round",
     "block_influence2": "block influence, rounds of two layers",

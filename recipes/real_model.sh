@@ -18,11 +18,11 @@ case $name in
   smollm2-135m-instruct)
     drawn="--max_new_tokens 192 --temperature 0.8 --top_k 50 --top_p 1.0"
     fifth=24 fifth_round=01 third=20 third_round=02 repair_rows=192
-    baselines="kl block_influence shortgpt tail lora parallel merge" ;;
+    baselines="paper kl block_influence shortgpt tail lora parallel merge" ;;
   qwen2.5-coder-0.5b-instruct)
     drawn="--max_new_tokens 144 --temperature 0.7 --top_k 20 --top_p 0.8"
     fifth=19 fifth_round=01 third=16 third_round=02 repair_rows=128
-    baselines="block_influence tail" ;;
+    baselines="paper block_influence tail" ;;
   *) echo "no recipe '$name'; choose smollm2-135m-instruct or qwen2.5-coder-0.5b-instruct" >&2
      exit 2 ;;
 esac
@@ -63,6 +63,8 @@ measure() {
 baseline() {
   case $1 in
     on_policy) compress on_policy recipe --on_policy_steps 32 --prompts "$out/data/prompts.jsonl" ;;
+    paper) compress paper baseline --criterion kl --race_confidence 0.95 --trained_layers neighbours --loss_preset paper \
+      --learning_rate 1e-4 ;;
     kl) compress kl baseline --criterion kl --race_confidence 0.95 ;;
     block_influence) compress block_influence baseline ;;
     shortgpt) compress shortgpt baseline --one_shot true ;;
