@@ -317,8 +317,11 @@ class Rounds:
         return evaluate_model(student, self.trainer.eval_batches, self.teacher, on_batch=self._phase_step)
 
     def _evaluate_tasks(self, model: PreTrainedModel) -> TaskReport | None:
-        tasks = self.trainer.tasks
-        return evaluate_tasks(model, tasks, self.trainer.processing_class, self.teacher) if tasks else None
+        if not (tasks := self.trainer.tasks):
+            return None
+        self._phase("evaluating tasks", **({} if model is self.teacher else {"num_layers": plan_of(model).depth}))
+        tokenizer = self.trainer.processing_class
+        return evaluate_tasks(model, tasks, tokenizer, self.teacher, on_chunk=self._phase_step)
 
     def _change_round(self, **changes: Any) -> None:
         """Change fields of the round in progress and save the run."""
