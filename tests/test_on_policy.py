@@ -151,6 +151,6 @@ def test_an_interrupt_leaves_no_checkpoint_that_nothing_reads(make, prompts, tmp
     with pytest.raises(KeyboardInterrupt):
         make(prompt_dataset=prompts, callbacks=[Ask(), stop], **on_policy_settings()).train()
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
-    again = make(prompt_dataset=prompts, **on_policy_settings())
+    again = make(prompt_dataset=prompts, **on_policy_settings(target_num_layers=3))  # and is not done before an edit
     again.train(resume_from_checkpoint=True)
-    assert again.run.is_finished_on_policy
+    assert [len(record.edits) for record in again.run.rounds] == [1, 1, 0] and again.run.is_finished_on_policy

@@ -120,7 +120,10 @@ class Rounds:
         """Begin the next round, or continue the one in progress; returns how many edits it makes."""
         self.trainer.round = len(self.run.rounds) + 1
         self._event("on_round_begin", number=self.trainer.round, depth=plan.depth)
-        if self.run.current is None:
+        current = self.run.current
+        if current and current.phase == "edited" and not current.edits and self.run.rounds and not self.goal.met(plan):
+            current = None  # an on-policy round was interrupted, and the target has been lowered since
+        if current is None:
             wanted = self.args.layers_per_round
             if self.goal.budget.unit == "depth":
                 wanted = min(wanted, plan.depth - self.goal.budget.target)
