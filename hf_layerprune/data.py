@@ -179,7 +179,8 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
     suffix = Path(source.lower().removesuffix(".gz")).suffix
     if suffix in FILE_BUILDERS and not path.is_dir():
         pattern = escape(source) if path.is_file() else source  # the name of a file may have [brackets]
-        dataset = load_dataset(FILE_BUILDERS[suffix], data_files=pattern, split=split)
+        options = {"encoding": "utf-8-sig"} if suffix == ".txt" else {}  # the others leave out the mark themselves
+        dataset = load_dataset(FILE_BUILDERS[suffix], data_files=pattern, split=split, **options)
         return dataset.filter(lambda row: bool(row["text"].strip())) if suffix == ".txt" else dataset
     if path.is_file():
         raise LayerPruneError(f"its type {path.suffix!r} is not one of {', '.join(FILE_BUILDERS)}")

@@ -16,13 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
 
+from . import __version__
+
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions and hardware; without a `device` those of the accelerator, or of the CPU if there is none."""
     return {
         "hardware": hardware(device or torch.accelerator.current_accelerator(check_available=True)),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("hf-layerprune", "torch", "transformers", "trl")},
+        "hf-layerprune": __version__,  # also where the package is only on the path, not installed
+        **{name: version(name) for name in ("torch", "transformers", "trl")},
     }
 
 

@@ -27,7 +27,9 @@ def needs_extra(package: str, extra: str) -> LayerPruneError:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what another library's error says."""
+    """The first line of what another library's error says; of one in a YAML file, what is wrong in which line."""
+    if (mark := getattr(error, "problem_mark", None)) is not None:
+        return f"line {mark.line + 1}: {getattr(error, 'problem', None)}"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -46,7 +48,7 @@ def arguments_in_one_line() -> Iterator[None]:
         yield
     except Exception as error:
         of_template = is_of_chat_template(error)
-        if not of_template and not isinstance(error, (ValueError, ImportError, TemplateError)):
+        if not of_template and not isinstance(error, (ValueError, ImportError, OSError, TemplateError)):
             raise
         where = "a row does not fit the chat template: " if of_template else ""
         raise LayerPruneError(where + first_line(error)) from error

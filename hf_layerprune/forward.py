@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -161,9 +162,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
 
 
 def check_same_vocabulary(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless both are causal language models over the same number of tokens."""
-    check_causal(model)
-    check_causal(teacher)
+    """Raise [`LayerPruneError`] unless both are causal language models over the same number of tokens, neither of them
+    wrapped in adapters."""
+    for one in (model, teacher):
+        check_causal(one)
+        if is_peft_model(one):  # its `base_model` is not the decoder
+            raise LayerPruneError(
+                f"{type(one).__name__} carries adapters; merge them into the model first (merge_and_unload)"
+            )
     if teacher.config.vocab_size != model.config.vocab_size:
         raise LayerPruneError(
             f"the teacher's vocabulary has {teacher.config.vocab_size} entries and the student's "

@@ -114,11 +114,14 @@ class RunProgress(LayerDistillCallback):
         if budget.unit == "depth":
             self.rounds = max(1, math.ceil((depth - budget.target) / trainer.args.layers_per_round))
             self.rounds += bool(trainer.args.on_policy_steps)
+        num_chunks = sum(len(task.chunks) for task in trainer.tasks)
         self.steps = {
-            "scoring": len(trainer.calibration_batches) or sum(len(task.chunks) for task in trainer.tasks),
+            "scoring": len(trainer.calibration_batches) or num_chunks,
             "repairing": len(trainer.repair_batches),
             "merging": len(trainer.repair_batches),
             "evaluating": len(trainer.eval_batches),
+            "evaluating teacher": len(trainer.eval_batches),
+            "evaluating tasks": num_chunks,
         }
 
     def on_round_begin(self, *_: Any, number: int, **__: Any) -> None:
@@ -132,7 +135,7 @@ class RunProgress(LayerDistillCallback):
             of_rounds = f"/{self.rounds}" if self.rounds else ""
             self.name = f"round {self.number}{of_rounds}, {num_layers} layers: {phase}"
         if not phase.startswith("healing"):  # whose steps are known when it starts
-            self.phases.phase(self.name, num_runs or self.steps.get(phase.split()[0]))
+            self.phases.phase(self.name, num_runs or self.steps.get(phase))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         self.phases.phase(self.name, state.max_steps - state.global_step)

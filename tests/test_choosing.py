@@ -7,9 +7,18 @@ import pytest
 import torch
 from conftest import read_report, rounds_of, tiny_config, tiny_model
 
-from hf_layerprune import IterativeLayerDistillTrainer, LayerPlan, LayerPruneError, evaluate_model, prune, score_layers
+from hf_layerprune import (
+    IterativeLayerDistillTrainer,
+    LayerDistillCallback,
+    LayerPlan,
+    LayerPruneError,
+    evaluate_model,
+    prune,
+    score_layers,
+)
 from hf_layerprune.compensation import compensate
 from hf_layerprune.loading import load_model
+from hf_layerprune.progress import StopOnSignal
 from hf_layerprune.scoring import contiguous_stretch
 from hf_layerprune.tasks import evaluate_tasks, load_tasks
 
@@ -282,6 +291,28 @@ def test_rounds_score_by_tasks(make, tasks_file, tokenizer):
     assert trainer.run.teacher.tasks.results["text"].measure == "perplexity"
     report = (Path(trainer.args.output_dir) / "report.md").read_text()
     assert f"| 4 | {found.mean_cost:.4f} | " in report and "pairs (accuracy) | text (perplexity)" in report
+
+
+def test_an_evaluation_on_tasks_shows_its_steps_and_stops_when_asked(make, tasks_file):
+    trainer, stop, steps = make(tasks=tasks_file, target_num_layers=5), StopOnSignal(), []
+
+    class Watch(LayerDistillCallback):
+        def on_phase_begin(self, *_, phase, **__):
+            self.phase = phase
+
+        def on_phase_step(self, *_, **__):
+            steps.append(self.phase)
+            stop.requested = self.phase == "evaluating tasks" and trainer.round == 1
+
+    trainer.add_callback(Watch())
+    trainer.add_callback(stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert steps.count("evaluating tasks") == sum(len(task.chunks) for task in trainer.tasks) + 1  # of the teacher
+    assert not trainer.run.rounds
+    again = make(tasks=tasks_file, target_num_layers=5)
+    again.train(resume_from_checkpoint=True)
+    assert again.run.rounds[0].tasks.results
 
 
 def test_tasks_and_another_criterion_do_not_go_together(tmp_path, tasks_file):

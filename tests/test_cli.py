@@ -75,13 +75,15 @@ def test_the_recipe_stores_what_was_given_and_nothing_that_was_derived(tmp_path,
 def test_a_length_without_limit_is_in_the_recipe(tmp_path, model_folder, text_file):
     recipe = tmp_path / "mine.yaml"
     secret = "model_init_kwargs: {token: hf_of_nobody_else}\n"
-    recipe.write_text(f"model: {model_folder}\ndataset: {text_file}\nmax_length: null\n{secret}")
+    renamed = str(model_folder.rename(tmp_path / "Модель"))
+    recipe.write_text(f"model: {renamed}\ndataset: {text_file}\nmax_length: null\n{secret}", encoding="utf-8")
     length = QUICK.index("--max_length")
     quick = [*QUICK[:length], *QUICK[length + 2 :], "--packing", "false"]
     assert run("compress", "--config", recipe, "--output_dir", tmp_path / "out", *quick) == 0
     written = tmp_path / "out" / "recipe.yaml"
-    assert yaml.safe_load(written.read_text())["max_length"] is None
-    assert "pad_to_multiple_of" not in written.read_text()  # which nobody chose
+    text = written.read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["max_length"] is None and f"model: {renamed}\n" in text
+    assert "pad_to_multiple_of" not in text  # which nobody chose
     for file in (tmp_path / "out").rglob("*.*"):
         assert b"hf_of_nobody_else" not in file.read_bytes(), file
     assert run("compress", "--config", written, "--output_dir", tmp_path / "again") == 0

@@ -103,6 +103,8 @@ def test_yaml_is_read_as_the_command_line_is(tmp_path):
         ("score", "dataset_split:", "dataset_split has no value"),
         ("benchmark", "models:", "models has no value"),
         ("generate", "seed:", "seed has no value"),
+        ("generate", "seed: 1\n\tmodel: a", "line 2: found character '.t' that cannot start any token"),
+        ("compress", "model: [a", "line 1: expected ',' or ']', but got '<stream end>'"),
     ],
 )
 def test_a_value_in_a_recipe_has_the_type_of_its_setting(tmp_path, verb, line, message):
@@ -148,6 +150,13 @@ def test_only_what_a_user_can_mend_is_one_line(error, status, tmp_path, monkeypa
             run("score")
     else:
         assert run("score") == status and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr("hf_layerprune.cli.score.load_tokenizer", lambda *_: pytest.fail("it began"))
+    assert run("score", "--output_dir", tmp_path) == 2
+    assert capsys.readouterr().err == f"hf-layerprune: {tmp_path} cannot be used: Permission denied\n"
 
 
 def test_an_error_while_a_trainer_is_made_keeps_its_traceback(tmp_path, monkeypatch):

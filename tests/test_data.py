@@ -121,16 +121,17 @@ def test_embedded_texts():
         embedded_dataset("train")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # with a mark, as editors on Windows write
 @pytest.mark.parametrize("suffix", ["txt", "json", "jsonl", "csv", "parquet"])
-def test_local_files(tmp_path, suffix):
+def test_local_files(tmp_path, suffix, encoding):
     texts = ["It was the best of times.", "It was the worst of times."]
     path = tmp_path / f"texts.{suffix}"
     if suffix == "txt":
-        path.write_text("\n\n".join(texts))
+        path.write_text("\n\n".join(texts), encoding)
     elif suffix in ("json", "jsonl"):
-        path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding)
     elif suffix == "csv":
-        path.write_text("text\n" + "\n".join(texts))
+        path.write_text("text\n" + "\n".join(texts), encoding)
     else:
         Dataset.from_dict({"text": texts}).to_parquet(path)
     assert load_text_dataset(str(path))["text"] == texts

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from conftest import random_batches, tiny_model
+from peft import LoraConfig, get_peft_model
 
 from hf_layerprune import LayerPruneError, evaluate_model
 
@@ -48,3 +49,10 @@ def test_modes_come_back_even_after_an_error(model):
 def test_other_vocabularies_are_refused(model, batches):
     with pytest.raises(LayerPruneError, match="300 entries"):
         evaluate_model(model, batches, tiny_model(vocab_size=300))
+
+
+@pytest.mark.parametrize("place", ["student", "teacher"])
+def test_models_in_adapters_are_refused_by_name(model, batches, place):
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(LayerPruneError, match="PeftModel carries adapters; merge them"):
+        evaluate_model(*((adapted, batches) if place == "student" else (model, batches, adapted)))

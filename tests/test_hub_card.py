@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from hub_schema import metadata_errors
 from huggingface_hub import ModelCard, ModelCardData
 from test_report import ROUNDS, RUN, TEACHER, unhealed
 
-from hf_layerprune import load_run, prune
+from hf_layerprune import __version__, load_run, prune
 from hf_layerprune.data import EMBEDDED_MODEL
 from hf_layerprune.hub import Run, run_card
 from hf_layerprune.hub.card import TEMPLATE, base_facts
@@ -106,7 +105,7 @@ def test_a_model_of_billions_and_one_word_for_the_original():
     text = card_of([replace(ROUNDS[0], **large)], base=None, teacher=replace(TEACHER, **large)).text
     assert text.count("3.09B") == 4 and "3,085" not in text
     assert "teacher" not in text.replace("from teacher (4", "").replace("# teacher: 4", "").replace("teacher me/", "")
-    assert f'pip install "hf-layerprune>={version("hf-layerprune")}"' in text
+    assert f'pip install "hf-layerprune>={__version__}"' in text
 
 
 def test_a_student_compared_with_itself_is_not_called_the_original():

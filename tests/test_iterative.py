@@ -11,6 +11,7 @@ from forked import run_ranks, run_without_package
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, Trainer
+from trl import SFTConfig
 
 from hf_layerprune import (
     IterativeLayerDistillTrainer,
@@ -194,6 +195,18 @@ def test_the_trained_student_is_independent_of_the_users_model(make):
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
+def test_a_head_is_trained_whole_next_to_adapters(make, tmp_path):
+    teacher = tiny_model()  # whose head is its embedding
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trainer = make(teacher, target_num_layers=4, peft_config=config)
+    trainer.train()
+    student = load(tmp_path / "run" / "model")
+    assert not torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+    assert torch.equal(student.model.embed_tokens.weight, teacher.model.embed_tokens.weight)
+    measured = evaluate_model(student, trainer.eval_batches, teacher)
+    assert measured.kl == pytest.approx(rounds_of(trainer)[-1]["kl"], abs=1e-5)
+
+
 def test_adapters_on_every_linear_module_of_a_few_layers(make, tmp_path):
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     make(tiny_model(3), target_num_layers=2, trained_layers="neighbours", peft_config=config).train()
@@ -206,12 +219,19 @@ def test_adapters_on_every_linear_module_of_a_few_layers(make, tmp_path):
         (LoraConfig(target_modules=r".*q_proj"), "layers_to_transform.* cannot be used when .* is a str"),
         (LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]), "layers_to_transform"),
         (LoraConfig(target_modules=["query"]), "'query'.* not found"),
+        (LoraConfig(target_modules=["q_proj", "lm_head"]), "target_modules names lm_head, which the layers"),
+        (LoraConfig(target_modules=["self_attn.q_proj", "up_projection"]), "target_modules names up_projection"),
         (PromptTuningConfig(num_virtual_tokens=4), "PromptTuningConfig must have layers_to_transform"),
     ],
 )
 def test_adapters_that_cannot_be_made_are_refused_before_a_layer_is_scored(make, config, message):
     with pytest.raises(LayerPruneError, match=f"the adapters cannot be made: .*{message}"):
         make(peft_config=config)
+
+
+def test_an_optimizer_that_cannot_be_made_is_refused_before_a_layer_is_scored(make):
+    with pytest.raises(LayerPruneError, match="Invalid beta parameter at index 1: 2"):
+        make(adam_beta2=2.0)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +244,18 @@ def test_adapters_that_cannot_be_made_are_refused_before_a_layer_is_scored(make,
 def test_a_schedule_that_cannot_be_made_is_refused_before_a_layer_is_scored(make, changes, message):
     with pytest.raises(LayerPruneError, match=message):
         make(**changes)
+
+
+def test_settings_of_another_trainer_are_refused(tmp_path):
+    with pytest.raises(LayerPruneError, match="args is of type SFTConfig; give an IterativeLayerDistillConfig"):
+        IterativeLayerDistillTrainer(tiny_model(), SFTConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_weights_in_float16_are_refused_before_a_layer_is_scored(make):
+    with pytest.raises(LayerPruneError, match="is in float16.*; load it in float32 or bfloat16"):
+        make(tiny_model().half())
+    make(tiny_model().half(), heal=False)
+    make(tiny_model().half(), peft_config=LoraConfig(target_modules=["q_proj"]))
 
 
 def test_a_healing_without_a_step_is_no_healing(make):

@@ -72,6 +72,12 @@ def test_adapters_on_the_paired_block_are_merged(make, tmp_path):
     assert moved == {f"model.layers.{block}.{part}.weight" for part in parts}
 
 
+def test_adapters_that_pairs_have_no_default_for_are_refused_before_a_layer_is_scored(make):
+    with pytest.raises(LayerPruneError, match="name them, such as q_proj and v_proj"):
+        make(peft_config=LoraConfig(r=4), **PAIRS)
+    make(peft_config=LoraConfig(r=4), target_num_layers=4)
+
+
 def test_healing_a_pair_brings_it_back(make):
     teacher = tiny_model(num_layers=6)
     settings = {"max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 8}

@@ -6,7 +6,8 @@ from conftest import load, tiny_config, tiny_model
 from datasets import Dataset
 from trl import DistillationTrainer
 
-from hf_layerprune import LayerPruneError
+from hf_layerprune import LayerDistillCallback, LayerPruneError
+from hf_layerprune.progress import StopOnSignal
 from hf_layerprune.record import read_run
 from hf_layerprune.trainer import on_policy
 
@@ -138,3 +139,18 @@ def test_a_diverging_student_names_the_setting(make, prompts, tmp_path):
     trainer = make(prompt_dataset=prompts, **on_policy_settings())
     trainer.train(resume_from_checkpoint=True)
     assert trainer.run.is_finished_on_policy
+
+
+def test_an_interrupt_leaves_no_checkpoint_that_nothing_reads(make, prompts, tmp_path):
+    stop = StopOnSignal()
+
+    class Ask(LayerDistillCallback):
+        def on_phase_begin(self, *_, phase, **__):
+            stop.requested = phase == "healing on policy"
+
+    with pytest.raises(KeyboardInterrupt):
+        make(prompt_dataset=prompts, callbacks=[Ask(), stop], **on_policy_settings()).train()
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+    again = make(prompt_dataset=prompts, **on_policy_settings(target_num_layers=3))  # and is not done before an edit
+    again.train(resume_from_checkpoint=True)
+    assert [len(record.edits) for record in again.run.rounds] == [1, 1, 0] and again.run.is_finished_on_policy

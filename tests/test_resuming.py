@@ -76,6 +76,15 @@ def test_resume_continues_where_it_was_and_ends_the_same(make, tmp_path, event, 
     assert resumed.evaluate()["eval_loss"] == pytest.approx(cut["rounds"][-1]["loss"], rel=1e-5)
 
 
+def test_folders_of_no_run_are_not_replaced(make, tmp_path):
+    theirs = tmp_path / "run" / "model" / "config.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("{}")
+    with pytest.raises(LayerPruneError, match="holds model of no run, which a run would replace"):
+        make().train()
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [theirs]
+
+
 def test_a_healed_student_is_loaded_not_made_again(make, tmp_path):
     settings = {"compensation": "least_squares", "target_num_layers": 4}
     with pytest.raises(Killed):

@@ -1,13 +1,15 @@
 import json
 import math
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from conftest import tiny_config, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
 
-from hf_layerprune import LayerPlan, LayerPruneError
+from hf_layerprune import LayerPlan, LayerPruneError, __version__
+from hf_layerprune import environment as versions
 from hf_layerprune.benchmark import BenchmarkReport
 from hf_layerprune.budget import BlockCosts
 from hf_layerprune.evaluation import EvaluationReport
@@ -88,3 +90,13 @@ def test_adapters_print_alike_in_every_process(tmp_path):
     data = (Dataset.from_dict({"input_ids": [[1, 2]]}), {}, [])
     settings = decisive_settings(tiny_config(tmp_path), model, model, *data, peft)
     assert json.loads(settings["peft"])["target_modules"] == ["down_proj", "q_proj", "up_proj"]
+
+
+def test_the_version_is_known_where_the_package_is_not_installed(monkeypatch):
+    def installed(name):
+        if name == "hf-layerprune":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(versions, "version", installed)
+    assert versions.environment()["hf-layerprune"] == __version__

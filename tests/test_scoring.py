@@ -463,6 +463,8 @@ def test_a_criterion_of_ones_own_goes_through_scores_and_rounds(tmp_path, tokeni
     for name in (f"{__name__}:nothing", "no_such_module:weight_norm", ":"):
         with pytest.raises(LayerPruneError, match=f"criterion='{name}' cannot be imported"):
             score_layers(model, None, name)
+    with pytest.raises(LayerPruneError, match="criterion='math:pi' is of type float, not a function"):
+        score_layers(model, None, "math:pi")
     args = tiny_config(tmp_path, criterion=by_name.criterion, target_num_layers=4, max_steps=1)
     IterativeLayerDistillTrainer(model=model, args=args, train_dataset=texts, processing_class=tokenizer).train()
     assert json.loads((tmp_path / "report.json").read_text())["rounds"][0]["edits"] == ["2"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,7 +89,8 @@ def write_recipe(folder: Path, given: dict[str, Any], **changed: Any) -> None:
     """
     content = given | changed | {"output_dir": str(folder)}
     content = {name: value for name, value in content.items() if name not in ("gguf_file", "resume")}
-    write_atomically(folder / "recipe.yaml", yaml.safe_dump(with_absolute_paths(content), sort_keys=False))
+    text = yaml.safe_dump(with_absolute_paths(content), sort_keys=False, allow_unicode=True)
+    write_atomically(folder / "recipe.yaml", text)
 
 
 def check_new_folder(folder: Path, instead: str = "") -> None:
@@ -98,13 +101,15 @@ def check_new_folder(folder: Path, instead: str = "") -> None:
 
 @contextmanager
 def made(folder: Path | None) -> Iterator[None]:
-    """Make a folder, if there is to be one, before the work that fills it; an error that leaves it empty removes it
-    again."""
+    """Make a folder that can be written, if there is to be one, before the work that fills it; an error that leaves it
+    empty removes it again."""
     if folder is None:
         yield
         return
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     try:
         yield
     except BaseException:

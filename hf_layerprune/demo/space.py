@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData, get_token, hf_hub_url
 
+from .. import __version__
 from ..errors import LayerPruneError
 from ..hub import load_run
 from ..hub.paths import absolute_if_local, check_nothing_local, hub_id
@@ -121,7 +121,7 @@ def _checked_wheel(wheel: Path, private: bool | None) -> Path:
 def _requirement(extras: str, repo_id: str, wheel: Path | None) -> str:
     """What pip is to install; a Space is built from its requirements alone, before it has its other files."""
     if wheel is None:
-        return f"hf-layerprune[{extras}]>={version('hf-layerprune')}\n"
+        return f"hf-layerprune[{extras}]>={__version__}\n"
     return f"hf-layerprune[{extras}] @ {hf_hub_url(repo_id, wheel.name, repo_type='space')}\n"
 
 

@@ -200,6 +200,6 @@ def _write_folder(folder: Path, student: Path, run: Run, number: int, card: Mode
     write_atomically(folder / PLAN_FILE, run.record.rounds[number - 1].plan.to_json() + "\n")
     if run.settings:
         recipe = run.recipe(number) | {"output_dir": card.data.model_name}
-        write_atomically(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False))
+        write_atomically(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     write_report(folder, run.public_record(number))
     write_atomically(folder / "README.md", str(card))

@@ -62,9 +62,12 @@ def criterion_of(criterion: str | Criterion) -> str | Criterion:
         return criterion
     if ":" in criterion:
         try:
-            return resolve_name(criterion)
+            found = resolve_name(criterion)
         except (ImportError, AttributeError, ValueError) as error:
             raise LayerPruneError(f"criterion={criterion!r} cannot be imported: {error}") from error
+        if not callable(found):
+            raise LayerPruneError(f"criterion={criterion!r} is of type {type(found).__name__}, not a function")
+        return found
     choices = f"{', '.join(CRITERIA)}, or a function as module:function"
     raise LayerPruneError(f"criterion={criterion!r} is unknown; choose one of {choices}")
 

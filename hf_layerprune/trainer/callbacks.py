@@ -29,9 +29,9 @@ class LayerDistillCallback(TrainerCallback):
     def on_phase_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, phase: str, **details: Any
     ) -> None:
-        """`phase` starts: `"evaluating teacher"`, `"scoring"`, `"merging"`, `"repairing"`, `"evaluating"`,
-        `"healing"`, `"healing on policy"`, `"measuring speed"` or `"writing"`. Phases of a round come with
-        `num_layers`, the measuring of speed with `num_runs`."""
+        """`phase` starts: `"evaluating teacher"`, `"evaluating tasks"`, `"scoring"`, `"merging"`, `"repairing"`,
+        `"evaluating"`, `"healing"`, `"healing on policy"`, `"measuring speed"` or `"writing"`. Phases of a round come
+        with `num_layers`, the measuring of speed with `num_runs`."""
 
     def on_phase_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """One step of a phase other than healing is done: a batch, or a timed run."""

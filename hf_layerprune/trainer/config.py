@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ CHOICES = {"compensation": COMPENSATIONS, "loss_preset": (None, "paper")}
 AT_LEAST = {
     "layers_per_round": 1, "num_calibration_samples": 1, "num_repair_samples": 1, "num_eval_samples": 1,
     "kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 0.0, "on_policy_steps": 0, "on_policy_tokens": 1,
+    "learning_rate": 0.0, "on_policy_learning_rate": 0.0, "max_length": 2, "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "seed": 0, "dataloader_num_workers": 0,
 }  # fmt: skip
 
 
@@ -233,6 +236,11 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(
                 f"num_repair_samples={self.num_repair_samples} has no effect without compensation='least_squares' or "
                 "edits='merge'"
+            )
+        template = self.chat_template_path or ""
+        if template.endswith((".jinja", ".j2")) and not Path(template).is_file():  # TRL would look for it on the Hub
+            raise LayerPruneError(
+                f"chat_template_path={template!r} does not exist; give a file, or a model that has one"
             )
         if self.activation_offloading and self.use_cpu:
             raise LayerPruneError("activation_offloading moves activations off a GPU, and there is none; leave it out")

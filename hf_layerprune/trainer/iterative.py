@@ -53,7 +53,7 @@ from .healing import without_adapters
 from .on_policy import prompts_to_answer
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_made_of, check_saving, decisive_settings, make_unpruned_student
-from .trainable import check_healing, check_trained_layers
+from .trainable import check_healing, check_optimizer, check_trained_layers
 
 
 class IterativeLayerDistillTrainer(SFTTrainer):
@@ -155,7 +155,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
             if args.heal and optimizer_cls_and_kwargs is None:  # known before a layer is scored
-                self.get_optimizer_cls_and_kwargs(args, self.model)
+                check_optimizer(self.get_optimizer_cls_and_kwargs(args, self.model))
         check_engine(self.accelerator, args)
         check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)
@@ -171,6 +171,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, args: IterativeLayerDistillConfig
     ) -> dict[str, Any]:
         """Load what is given by name; returns how the files next to the model's weights are read."""
+        if not isinstance(args, IterativeLayerDistillConfig):
+            raise LayerPruneError(f"args is of type {type(args).__name__}; give an IterativeLayerDistillConfig")
         keep_models_whole()
         init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         file, files = init.pop("gguf_file", None), beside_weights(init)

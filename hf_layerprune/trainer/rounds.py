@@ -120,7 +120,10 @@ class Rounds:
         """Begin the next round, or continue the one in progress; returns how many edits it makes."""
         self.trainer.round = len(self.run.rounds) + 1
         self._event("on_round_begin", number=self.trainer.round, depth=plan.depth)
-        if self.run.current is None:
+        current = self.run.current
+        if current and current.phase == "edited" and not current.edits and self.run.rounds and not self.goal.met(plan):
+            current = None  # an on-policy round was interrupted, and the target has been lowered since
+        if current is None:
             wanted = self.args.layers_per_round
             if self.goal.budget.unit == "depth":
                 wanted = min(wanted, plan.depth - self.goal.budget.target)
@@ -317,8 +320,11 @@ class Rounds:
         return evaluate_model(student, self.trainer.eval_batches, self.teacher, on_batch=self._phase_step)
 
     def _evaluate_tasks(self, model: PreTrainedModel) -> TaskReport | None:
-        tasks = self.trainer.tasks
-        return evaluate_tasks(model, tasks, self.trainer.processing_class, self.teacher) if tasks else None
+        if not (tasks := self.trainer.tasks):
+            return None
+        self._phase("evaluating tasks", **({} if model is self.teacher else {"num_layers": plan_of(model).depth}))
+        tokenizer = self.trainer.processing_class
+        return evaluate_tasks(model, tasks, tokenizer, self.teacher, on_chunk=self._phase_step)
 
     def _change_round(self, **changes: Any) -> None:
         """Change fields of the round in progress and save the run."""

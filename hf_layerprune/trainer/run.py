@@ -31,6 +31,8 @@ from ..tasks import PreparedTask
 from .config import IterativeLayerDistillConfig
 
 LOCK_FILE = ".lock"
+REPLACED = ("model", "rounds", "healing")
+"""Folders of an output folder that a run deletes or replaces."""
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 64, 5  # of the measured speed
 FINGERPRINT_ROWS = 64
 # What decides which layers go and how they heal. A lower target, or on-policy steps, only make a run longer.
@@ -129,6 +131,11 @@ def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any]
     if found is None:
         if resume:
             raise LayerPruneError(f"{folder} holds no run to resume; start without --resume (resume_from_checkpoint)")
+        if foreign := [name for name in REPLACED if (folder / name).exists()]:
+            raise LayerPruneError(
+                f"output_dir={folder} holds {' and '.join(foreign)} of no run, which a run would replace; choose "
+                "another folder"
+            )
         return
     if not resume:
         raise LayerPruneError(

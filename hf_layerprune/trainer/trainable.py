@@ -16,6 +16,7 @@ from .._trl import restore_forward
 from ..errors import LayerPruneError, NotANumber, first_line
 from ..plan import Edit, LayerPlan, edits_between
 from ..surgery import unshare_parameters
+from .config import IterativeLayerDistillConfig
 
 
 def check_trained_layers(trained_layers: str | tuple[int, ...], plan: LayerPlan, name: str) -> None:
@@ -85,11 +86,29 @@ def make_trainable(
     return student
 
 
-def check_healing(model: PreTrainedModel, args: TrainingArguments, peft_config: Any | None) -> None:
-    """Raise [`LayerPruneError`] unless the adapters and the learning-rate schedule of a healing can be made."""
+def check_healing(model: PreTrainedModel, args: IterativeLayerDistillConfig, peft_config: Any | None) -> None:
+    """Raise [`LayerPruneError`] unless the adapters and the learning-rate schedule of a healing can be made, and the
+    weights be trained: DeepSpeed alone keeps those of float16 in float32 too."""
     _check_scheduler(args)
     if peft_config is not None:
         _check_adapters(model, peft_config)
+        if getattr(peft_config, "target_modules", ()) is None and "parallelize" in args.edits:
+            raise LayerPruneError(
+                "PEFT has no target_modules of its own for layers that run in parallel; name them, such as q_proj and "
+                "v_proj"
+            )
+    elif model.dtype == torch.float16 and args.deepspeed_plugin is None:
+        raise LayerPruneError(
+            "the model is in float16, in which training ends in weights that are not numbers; load it in float32 or "
+            "bfloat16 (dtype), or train adapters"
+        )
+
+
+def check_optimizer(made_of: tuple[Any, Any]) -> None:
+    """Make the optimizer of a class and its options, of nothing: it raises a `ValueError` for what it refuses."""
+    kind, options = made_of
+    if not {"params", "optimizer_dict", "model"} & options.keys():  # with which it brings the weights itself
+        kind([nn.Parameter(torch.zeros(1))], **options)
 
 
 def _check_scheduler(args: TrainingArguments) -> None:
@@ -110,10 +129,25 @@ def _check_adapters(model: PreTrainedModel, peft_config: Any) -> None:
     with torch.device("meta"):
         empty = type(model)(copy.deepcopy(model.config))
     try:
+        _check_targets(empty, getattr(peft_config, "target_modules", None))
         with suppress(RuntimeError):  # of those that begin with values computed from the weights
             _with_adapters(empty, list(range(len(empty.base_model.layers))), peft_config)
     except (ValueError, ImportError) as error:  # what PEFT says of the settings
         raise LayerPruneError(f"the adapters cannot be made: {first_line(error)}") from error
+
+
+def _check_targets(model: PreTrainedModel, names: Any) -> None:
+    """Raise [`LayerPruneError`] if `target_modules` names what no layer has, such as the head: adapters are put on
+    layers, and PEFT passes over names that it does not find as long as it finds one."""
+    if names is None or isinstance(names, str):
+        return
+    found = [f".{name}" for name, _ in model.named_modules() if ".layers." in name]
+    wrong = sorted(name for name in names if not any(full.endswith(f".{name}") for full in found))
+    if wrong and len(wrong) < len(names):  # of none that is found it says so itself
+        raise LayerPruneError(
+            f"target_modules names {', '.join(wrong)}, which the layers do not have; adapters are put on layers, and "
+            "modules_to_save trains embeddings or head whole"
+        )
 
 
 def _with_adapters(student: PreTrainedModel, blocks: list[int], peft_config: Any) -> nn.Module:
