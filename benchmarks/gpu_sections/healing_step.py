@@ -135,7 +135,7 @@ def fused(run: Run, change: Callable[[PreTrainedModel], None]) -> dict[str, Any]
 
 
 def compile_layers(run: Run, model: PreTrainedModel) -> None:
-    """Once for frozen layers, once for trained ones, with gradients and without; beyond a limit dynamo would give up."""
+    """Frozen and trained layers, with gradients and without, are compiled apart; dynamo gives up at its limit."""
     torch._dynamo.config.recompile_limit = 64
     for layer in model.model.layers:
         layer.compile(backend="inductor" if run.on_gpu else "eager")  # which needs no compiler
