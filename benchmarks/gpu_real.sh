@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The two real models on a GPU that may reach no network, healed on 20 to 40 times the tokens of their recipes.
+# The two real models on a GPU that may reach no network, healed on 20 and 50 times the tokens of their recipes.
 #
 #   benchmarks/gpu_real.sh pack runs/parts smollm2-135m-instruct     # here: wheels and models, in parts
 #   benchmarks/gpu_real.sh unpack runs/parts                         # there: when the parts have arrived
 #   benchmarks/gpu_real.sh run smollm2-135m-instruct runs/results    # there: run it again to resume
 #
 # `pack` without names packs the wheels alone, which benchmarks/gpu.py needs. Settings: PYTHON_VERSION and PLATFORMS of
-# the machine there, PART_MIB, WHEELS; for `run` STEPS and ROWS (of 256 tokens) of a healing, and METHODS, see
-# recipes/real_model.sh. With a network there, `run` alone does.
+# the machine there, PART_MIB, WHEELS; for `run` STEPS and ROWS (of 256 tokens) of a healing, ON_POLICY steps, and METHODS
+# (the whole table by default, what matters most first), see recipes/real_model.sh. With a network there, `run` alone does.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -24,7 +24,7 @@ pack() {
   # shellcheck disable=SC2086
   $python -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \
     --python-version "${PYTHON_VERSION:-3.12}" "${platforms[@]}" -c constraints.txt -d runs/wheels \
-    ${WHEELS:-trl datasets evaluate gguf dill multiprocess}
+    ${WHEELS:-trl datasets evaluate gguf dill multiprocess liger-kernel}
   $python -m pip wheel --quiet --no-deps -w runs/wheels .
   files=(runs/wheels)
   for name in "$@"; do
@@ -48,8 +48,9 @@ unpack() {
 
 run() {
   [ -d "$site" ] && export PYTHONPATH="$PWD:$PWD/$site"
-  export PYTHON=$python BASELINES=1 METHODS=${METHODS-"block_influence on_policy"} RESULTS=$2 OUT=runs/$1 DRAWS=${DRAWS:-8}
-  export HEALING="--max_steps ${STEPS:-400} --per_device_train_batch_size ${ROWS:-16} --warmup_steps 16 --save_steps 100"
+  export PYTHON=$python BASELINES=1 RESULTS=$2 OUT=runs/$1 DRAWS=${DRAWS:-8} ON_POLICY=${ON_POLICY:-100}
+  export METHODS=${METHODS-"block_influence on_policy kl shortgpt tail merge parallel lora"}
+  export HEALING="--max_steps ${STEPS:-500} --per_device_train_batch_size ${ROWS:-16} --warmup_steps 16 --save_steps 100"
   mkdir -p "$2"
   recipes/real_model.sh "$1"
 }

@@ -1,6 +1,7 @@
 """One healing step: as the authors of the paper wrote it, as distillation trainers do it, ours.
 
     python benchmarks/healing.py --output benchmarks/results/healing.json
+    python benchmarks/healing.py --count --output benchmarks/results/healing_counts.json    # on paper, nothing is run
 
 The student lacks one layer in the middle, and its neighbours are trained. A step is forward, backward and AdamW.
 
@@ -22,7 +23,9 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +34,13 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from predictions import Kernels
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_layerprune import losses, prune
 from hf_layerprune.data import Batch, valid_next_tokens
@@ -40,7 +48,9 @@ from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model
 from hf_layerprune.losses import relative_hidden_state_mse
+from hf_layerprune.memory import LiveBytes
 from hf_layerprune.surgery import plan_of
+from hf_layerprune.trainer import healing as trainer_module
 from hf_layerprune.trainer.healing import HealingTrainer, compared_states, shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
@@ -272,8 +282,65 @@ def compare(name: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     return result
 
 
+class Places(tuple):
+    """Indices in the place of a mask, which tensors without values cannot be selected by."""
+
+    def nonzero(self, as_tuple: bool) -> tuple[Tensor, ...]:
+        return tuple(self)
+
+
+def full_rows(batch: Batch) -> tuple[Places, Tensor]:
+    """What `valid_next_tokens` gives for rows without padding."""
+    rows, length = batch["input_ids"].shape
+    places = Places((torch.arange(rows).repeat_interleave(length - 1), torch.arange(length - 1).repeat(rows)))
+    return places, torch.zeros_like(places[0])
+
+
+class Traffic(Kernels):
+    """Counts, next to kernels, the bytes that those without products, attention or embedding read and write."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, result = self.count, super().__torch_dispatch__(function, types, args, kwargs)
+        name = function.overloadpacket.__name__
+        if self.count > before and not any(part in name for part in ("mm", "attention", "embedding")):
+            tensors, _ = tree_flatten((args, kwargs, result))
+            self.moved += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+        return result
+
+
+def counted(shape: dict[str, Any], way: str) -> dict[str, int]:
+    """Operations, kernels and their traffic in a bfloat16 step of full rows without AdamW; bytes of weights and peak.
+
+    The step is run on tensors that have shapes and no memory, the divergence by our own form. The peak includes AdamW.
+    """
+    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+    ids = torch.zeros(shape["rows"], shape["length"], dtype=torch.long)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake.cache_enabled = False  # with it, torch 2.13 crashed once where other tests had run before
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that tensors have no place in memory
+        for module in (sys.modules[__name__], trainer_module):
+            stack.enter_context(patch.object(module, "valid_next_tokens", full_rows))
+        stack.enter_context(patch.object(sys.modules[__name__], "make_batch", lambda *_: {"input_ids": ids}))
+        stack.enter_context(fake)
+        live = stack.enter_context(LiveBytes())
+        config = Qwen2Config(**shape["config"], attn_implementation="sdpa_without_mask")
+        teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+        student, loss = WAYS[way](teacher, shape)
+        weights = live.now
+        live.peak = 0
+        with FlopCounterMode(display=False) as counter, Traffic() as kernels:
+            loss().backward()
+        states = 2 * sum(parameter.nbytes for parameter in student.parameters() if parameter.requires_grad)
+    counts = {"operations": counter.get_total_flops(), "kernels": kernels.count, "moved_bytes": kernels.moved}
+    return counts | {"weight_bytes": weights, "peak_bytes": live.peak + states}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", action="store_true", help="Count a step of Qwen2.5-3B; nothing is run.")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="Which to measure.")
@@ -282,6 +349,12 @@ def main() -> None:
     if arguments.peak:
         shape, way, dtype = arguments.peak
         print_peak(shape, way, getattr(torch, dtype))
+        return
+    if arguments.count:
+        counts = {way: counted(SHAPES["Qwen2.5-3B"], way) for way in WAYS}
+        print(json.dumps(counts, indent=1))
+        if arguments.output:
+            write_atomically(arguments.output, to_json(counts | {"environment": environment()}))
         return
     results = {}
     for name in arguments.shapes:

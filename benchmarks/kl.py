@@ -29,7 +29,7 @@ from hf_layerprune.losses import Divergence, chunked_divergence
 
 try:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-except ImportError:
+except Exception:  # not installed, or of a release that does not fit the others
     LigerFusedLinearJSDLoss = None
 
 SHAPES = {"embedded teacher": (4096, 192, 4096), "Qwen2.5 vocabulary": (512, 256, 151_936)}  # N, H, V
@@ -73,6 +73,7 @@ def measure(shape: tuple[int, int, int], train_head: bool, dtype: torch.dtype, r
     teacher_head.weight.requires_grad_(False)
     seconds: dict[str, list[float]] = {name: [] for name in FORMS}
     gradients: dict[str, Tensor] = {}
+    values: dict[str, float] = {}
     for repeat in range(repeats + 1):
         for name, form in FORMS.items():
             student.grad = student_head.weight.grad = None
@@ -86,12 +87,13 @@ def measure(shape: tuple[int, int, int], train_head: bool, dtype: torch.dtype, r
                 torch.cuda.synchronize()
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
-            gradients[name] = student.grad.clone()
-    reference = gradients["full logits"]
+            gradients[name], values[name] = student.grad.clone(), value.item()
+    reference, whole = gradients["full logits"], values["full logits"]
     return {
         name: {
             "seconds": statistics.median(times),
             "ratio_to_full_logits": statistics.median(times) / statistics.median(seconds["full logits"]),
+            "value_difference": abs(values[name] - whole) / whole,
             "gradient_difference": ((gradients[name] - reference).norm() / reference.norm()).item(),
         }
         for name, times in seconds.items()

@@ -1,7 +1,7 @@
 """What a decode step should take, on paper: bytes of weights over bandwidth, plus so much for every kernel.
 
     python benchmarks/predictions.py                       # the table of docs/parallel.md, measured cells empty
-    python benchmarks/predictions.py --measured runs/gpu   # with what `benchmarks/gpu.py` measured; goals
+    python benchmarks/predictions.py --measured runs/gpu   # with what `benchmarks/gpu.py` measured
 
 A step reads every weight once, and the keys and values of all rows. In a CUDA graph each kernel adds the gap between
 two kernels and what a small one takes; in an eager `generate` a step takes as long as Python needs to launch its
@@ -67,7 +67,9 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        self.count += not (function.is_view or name.startswith("empty") or name in ("detach", "_unsafe_view"))
+        self.count += not (
+            function.is_view or name.startswith("empty") or name in ("detach", "_unsafe_view", "device")
+        )
         return result
 
 
@@ -147,12 +149,13 @@ def measured_ratio(measured: dict[str, Any], shape: str, variant: str, batch: in
     return case.get("result", {}).get(variant, {}).get("ratio")
 
 
-def table(measured: dict[str, Any] | None = None) -> str:
-    """Prediction / measurement for pairs, by shape, batch and way to decode, as Markdown."""
+def table(measured: dict[str, Any] | None = None, which: tuple[int, ...] = (2, 3)) -> str:
+    """Prediction / measurement by shape, batch and way to decode, as Markdown; pairs, or others of the `variants`."""
     lines = ["| | batch | layers in blocks | eager | CUDA graphs | compiled |", "|---|---:|---|---:|---:|---:|"]
     for shape in SHAPES:
         for batch in BATCHES:
-            for variant in list(variants(load_shape(shape)))[2:4]:
+            names = list(variants(load_shape(shape)))
+            for variant in (names[number] for number in which):
                 cells = []
                 for mode in MODES:
                     found = measured_ratio(measured or {}, shape, variant, batch, mode)
@@ -162,30 +165,12 @@ def table(measured: dict[str, Any] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def goals(measured: dict[str, Any]) -> str:
-    """What pairs should reach, and removal in proportion to depth, with what they do at batch 1."""
-    lines = []
-    for shape, variant, mode, least in GOALS:
-        found = measured_ratio(measured, shape, variant, 1, mode)
-        lines.append(f"{shape}, {variant}, {mode}: {found or 0:.2f}x, goal {least:.2f}x or more")
-    for shape in SHAPES:
-        config = load_shape(shape)
-        removal = list(variants(config))[1]
-        proportional = config.num_hidden_layers / variants(config)[removal].depth
-        for mode in ("eager", "graphs"):
-            if (found := measured_ratio(measured, shape, removal, 1, mode)) is not None:
-                lines.append(f"{shape}, {removal}, {mode}: {found / proportional - 1:+.1%} of proportional, goal 5 %")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, help="folder with the decode.json of benchmarks/gpu.py")
     folder = parser.parse_args().measured
     measured = None if folder is None else json.loads((folder / "decode.json").read_text())
     print(table(measured), end="")
-    if measured is not None:
-        print("\n" + goals(measured), end="")
 
 
 if __name__ == "__main__":

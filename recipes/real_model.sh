@@ -6,7 +6,8 @@
 #   BASELINES=1 recipes/real_model.sh qwen2.5-coder-0.5b-instruct                       # all methods, at equal tokens
 #
 # Other settings, as benchmarks/gpu_real.sh makes them: METHODS are the baselines to run, HEALING settings of every run
-# on top of its recipe, DRAWS how many answers to each prompt, OUT the folder of the runs, RESULTS that of the numbers.
+# on top of its recipe, ON_POLICY the steps on own answers, DRAWS how many answers to each prompt, OUT the folder of the
+# runs, RESULTS that of the numbers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 recipe=recipes/$1 out=${OUT:-runs/$1} results=${RESULTS:-recipes/$1/results}
@@ -62,7 +63,7 @@ measure() {
 }
 baseline() {
   case $1 in
-    on_policy) compress on_policy recipe --on_policy_steps 32 --prompts "$out/data/prompts.jsonl" ;;
+    on_policy) compress on_policy recipe --on_policy_steps "${ON_POLICY:-32}" --prompts "$out/data/prompts.jsonl" ;;
     paper) compress paper baseline --criterion kl --race_confidence 0.95 --trained_layers neighbours --loss_preset paper \
       --learning_rate 1e-4 ;;
     kl) compress kl baseline --criterion kl --race_confidence 0.95 ;;

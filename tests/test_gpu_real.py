@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hf_layerprune.cli.parsing import parse
 
@@ -55,6 +56,11 @@ def of_the_package(commands):
     return [words[2:] for words in commands if words[:2] == ["-m", "hf_layerprune.cli"]]
 
 
+def recipe_tokens(model):
+    recipe = yaml.safe_load((ROOT / "recipes" / model / "recipe.yaml").read_text())
+    return recipe["max_steps"] * recipe["per_device_train_batch_size"] * recipe["max_length"]
+
+
 @pytest.mark.parametrize("model, fifth", [("smollm2-135m-instruct", 24), ("qwen2.5-coder-0.5b-instruct", 19)])
 def test_a_run_is_the_recipe_with_more_tokens(clone, monkeypatch, model, fifth):
     status, error, commands = run(clone, "run", model, "results", DRAWS="3")
@@ -64,18 +70,20 @@ def test_a_run_is_the_recipe_with_more_tokens(clone, monkeypatch, model, fifth):
     for verb, *rest in of_the_package(commands):
         arguments, *config = parse(verb, rest)
         parsed.append((verb, arguments, *config))
-    assert [verb for verb, *_ in parsed] == ["generate"] * 2 + ["compress"] * 3
+    assert [verb for verb, *_ in parsed] == ["generate"] * 2 + ["compress"] * 9
     for _, arguments, config in parsed[2:]:
         tokens = config.max_steps * config.per_device_train_batch_size * config.max_length
-        assert 1e6 <= tokens <= 2e6 and arguments.dataset == f"runs/{model}/data/healing.jsonl"
-    *_, (_, arguments, config) = parsed
-    assert config.on_policy_steps > 0 and arguments.prompts == f"runs/{model}/data/prompts.jsonl"
+        assert 1e6 <= tokens <= 2.05e6 and arguments.dataset == f"runs/{model}/data/healing.jsonl"
+        assert 20 <= tokens / recipe_tokens(model) <= 50
+    _, arguments, config = parsed[4]
+    assert config.on_policy_steps == 100 and arguments.prompts == f"runs/{model}/data/prompts.jsonl"
     (mix,) = [words for words in commands if words[0].endswith("mix.py")]
     assert mix[-2:] == [f"runs/{model}/answers-{draw}.jsonl" for draw in (2, 3)]
     measured = [words for words in commands if words[0] == "benchmarks/real_models.py"]
     assert all(words[words.index("--output_dir") + 1] == "results/measured" for words in measured)
     labels = [word.split("=")[0] for words in measured for word in words if "=" in word]
-    assert {"teacher", f"ours-{fifth}", f"block_influence-{fifth}"} < set(labels)
+    methods = ("ours", "block_influence", "kl", "shortgpt", "tail", "merge", "parallel", "lora")
+    assert {"teacher", *(f"{method}-{fifth}" for method in methods)} < set(labels)
     assert len([label for label in labels if label.startswith("on_policy")]) == 1
 
 

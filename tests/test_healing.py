@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl.models.activation_offloading import OffloadActivations
 
 from hf_layerprune import IterativeLayerDistillTrainer, prune
@@ -68,6 +69,33 @@ def test_each_part_of_the_loss_is_logged(tmp_path, tokenizer):
         assert logged[name] > 0, name
     weighted = logged["kl_loss"] + (logged["hidden_loss"] + logged["final_hidden_loss"]) / 2 + 0.1 * logged["lm_loss"]
     assert logged["loss"] == pytest.approx(weighted, rel=1e-3)
+
+
+class Waits(TorchDispatchMode):
+    """Names the operations that a GPU is waited for: values that Python reads, and selections by a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = "index" in name and len(args) > 1 and isinstance(args[1], (list, tuple)) and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )  # fmt: skip
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_hardly_waits_for_the_device(tmp_path, tokenizer):
+    trainer = make_healing(tmp_path, tokenizer, tiny_model(), (1, 2), packing=False, trained_layers="neighbours")
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert not batch["attention_mask"].all() and trainer.compared
+    with Waits() as waits:
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(20)).backward()
+    # the labels and the places that count; and two of transformers, which looks at the teacher's mask
+    assert len(waits.names) <= 4, waits.names
 
 
 def test_completion_only_masks_reach_the_loss(tmp_path, tokenizer):

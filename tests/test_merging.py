@@ -1,4 +1,4 @@
-"""Merged layers against what they promise, written out: dense solutions on stacked activations, head by head."""
+"""Merged layers against what they promise, and against the dense solution of `merging_reference.py`."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import load, random_batches, read_report, tiny_model
 from families import FAMILIES, family_model, pruned_qwen2
+from merging_reference import entered, literal_model
 from test_resuming import KillAt, Killed
 
 from hf_layerprune import (
@@ -27,80 +28,10 @@ from hf_layerprune import (
     unparallelize,
 )
 from hf_layerprune.budget import EditSpace, count_parameters, measure_latency
-from hf_layerprune.forward import final_states
 from hf_layerprune.surgery import apply_plan, plan_of
 from hf_layerprune.trainer.rounds import Rounds
 
 MERGES = {"edits": "merge", "target_num_layers": 4, "trained_layers": "neighbours", "measure_speed": False}
-
-
-@torch.no_grad()
-def entered(model, batches):
-    """What each block, and the final norm, reads at every token: a list of `(N, H)`."""
-    found = []
-    for batch in batches:
-        states, valid = [], batch["attention_mask"].bool()
-        readers = (*model.model.layers, model.model.norm)
-        handles = [m.register_forward_pre_hook(lambda _, args: states.append(args[0][valid])) for m in readers]  # noqa: B023
-        final_states(model, batch)
-        found.append(states)
-        for handle in handles:
-            handle.remove()
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
-
-
-@torch.no_grad()
-def inside(model, batches, position):
-    """What `o_proj` and `down_proj` of a block read: `(N, heads * D)` and `(N, I)`."""
-    layer, found = model.model.layers[position], []
-    for batch in batches:
-        reads, valid = [], batch["attention_mask"].bool()
-        handles = [
-            module.register_forward_pre_hook(lambda _, args: reads.append(args[0][valid]))  # noqa: B023
-            for module in (layer.self_attn.o_proj, layer.mlp.down_proj)
-        ]
-        final_states(model, batch)
-        found.append(reads)
-        for handle in handles:
-            handle.remove()
-    return [torch.cat(parts).double() for parts in zip(*found, strict=True)]
-
-
-def refitted(read, weight, wanted, ridge):
-    """`weight`, moved so that what it makes of `read` comes near `wanted`, by `lstsq` with the penalty as rows."""
-    strength = (ridge * read.pow(2).sum() / len(read)).sqrt()
-    rows = torch.cat([read, strength * torch.eye(read.shape[1], dtype=torch.float64)])
-    return torch.linalg.lstsq(rows, torch.cat([wanted, strength * weight.T])).solution.T
-
-
-def heads_that_add_most(heads, output, groups, head_dim, num_layers):
-    """Columns of the groups of heads with the largest sum of squares of what they add, token by token."""
-    columns = torch.arange(heads.shape[1]).view(groups, -1)
-    added = [(heads[:, part] @ output[:, part].T).pow(2).sum() for part in columns]
-    if head_dim is not None:  # whole layers
-        sums = torch.stack(added).view(num_layers, -1).sum(dim=1)
-        return columns.view(num_layers, -1)[sums.argmax()]
-    best = sorted(sorted(range(groups), key=lambda group: -added[group])[: groups // num_layers])
-    return columns[best].flatten()
-
-
-def literal_merge(model, layers, batches, target, ridge):
-    """`o_proj` and `down_proj` of merged `layers`, from the wide block that `parallelize` makes of them."""
-    wide = parallelize(model, [layers])
-    position = plan_of(wide).position_of(layers[0])
-    attention, mlp = wide.model.layers[position].self_attn, wide.model.layers[position].mlp
-    heads, neurons = inside(wide, batches, position)
-    output, down = attention.o_proj.weight.double(), mlp.down_proj.weight.double()
-    groups = len(attention.k_proj.weight) // attention.head_dim
-    of_one = attention.head_dim if hasattr(attention, "q_norm") else None
-    columns = heads_that_add_most(heads, output, groups, of_one, len(layers))
-    o_proj = refitted(heads[:, columns], output[:, columns], heads @ output.T, ridge)
-
-    gram = neurons.T @ neurons
-    penalty = merging.LEVERAGE_RIDGE * torch.linalg.eigvalsh(gram).mean() * torch.eye(len(gram), dtype=torch.float64)
-    leverage = torch.linalg.solve(gram + penalty, gram).diagonal()
-    kept = leverage.topk(len(gram) // len(layers)).indices.sort().values
-    return columns, o_proj, kept, down[:, kept], target.double()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,17 +42,10 @@ def test_a_merged_layer_is_the_dense_solution(family, layers):
     merged = merge(model, [layers], batches, ridge=ridge)
     assert type(merged) is type(model) and plan_of(merged).merged == (layers,)
     assert merged.config.num_hidden_layers == 6 - len(layers) + 1
-    target = entered(model, batches)[layers[-1] + 1]
-    columns, o_proj, kept, down, target = literal_merge(model, layers, batches, target, ridge)
-    layer, wide = merged.model.layers[first], parallelize(model, [layers]).model.layers[first]
-    torch.testing.assert_close(layer.self_attn.q_proj.weight, wide.self_attn.q_proj.weight[columns])
-    torch.testing.assert_close(layer.mlp.up_proj.weight, wide.mlp.up_proj.weight[kept])
-    torch.testing.assert_close(layer.mlp.gate_proj.weight, wide.mlp.gate_proj.weight[kept])
-    torch.testing.assert_close(layer.self_attn.o_proj.weight, o_proj.float(), atol=2e-4, rtol=1e-3)
-    _, neurons = inside(merged, batches, first)
-    state = entered(merged, batches)[first + 1].double() - neurons @ layer.mlp.down_proj.weight.double().T
-    expected = refitted(neurons, down, target - state, ridge)
-    torch.testing.assert_close(layer.mlp.down_proj.weight, expected.float(), atol=2e-4, rtol=1e-3)
+    layer = merged.model.layers[first].state_dict()
+    for name, tensor in literal_model(merged, model, layers, batches, ridge).model.layers[first].state_dict().items():
+        solved = {"atol": 2e-4, "rtol": 1e-3} if "o_proj" in name or "down_proj" in name else {}
+        torch.testing.assert_close(layer[name], tensor, **solved)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     others = [n for n in range(6 - len(layers) + 1) if n != first]
     for n in others:

@@ -6,6 +6,7 @@ Every case says what it compared, how far the two are apart, how far they may be
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -14,9 +15,10 @@ import healing
 import kl
 import scoring
 import torch
+from merging_reference import literal_model
 from parallel_reference import literal
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, StaticCache, TrainerCallback
 from transformers.utils import is_flash_attn_2_available
 
 from gpu_sections.common import Case, Run, random_rows, relative_error, small_model
@@ -33,6 +35,7 @@ from hf_layerprune import (
     score_layers,
 )
 from hf_layerprune.benchmark import Load, benchmark_models
+from hf_layerprune.compensation import DEFAULT_RIDGE
 from hf_layerprune.surgery import plan_of
 
 GROUPS = ((1, 2), (3, 4, 5))
@@ -47,13 +50,14 @@ def cases(run: Run) -> list[Case]:
         if attention != "flash_attention_2" or is_flash_attn_2_available():
             found.append((f"parallel blocks, {family}, {attention}", partial(blocks, run, family, attention)))
     found += [
-        ("merged blocks against the CPU", partial(merged, run)),
+        *((f"merged blocks, {family}", partial(merged, run, family)) for family in ("qwen2", "qwen3")),
         ("greedy tokens of every cache", partial(caches, run)),
         ("gradients against full logits", partial(gradients, run)),
         ("divergence against full logits", partial(divergences, run)),
         ("resume", partial(resume, run)),
+        ("compiled decoding", partial(compiled, run)),
     ]
-    return found + [("compiled decoding", partial(compiled, run))] * run.on_gpu
+    return found
 
 
 def judged(difference: float, allowed: float, **more: Any) -> dict[str, Any]:
@@ -95,14 +99,17 @@ def blocks(run: Run, family: str, attention: str) -> dict[str, Any]:
     return found | {"bfloat16": judged(relative_error(half, exact), allowed)}
 
 
-def merged(run: Run) -> dict[str, Any]:
-    """Two layers fitted into one here and on the CPU, from the same data."""
-    results = []
-    for device in (run.device, torch.device("cpu")):
-        model = small_model("qwen2", 5, device)
-        ids = random_rows(run, 512, 4, 64).to(device)
-        results.append(logits(merge(model, [(2, 3)], [{"input_ids": ids}]), ids, "sdpa").cpu())
-    return judged(relative_error(*results), 1e-2)
+def merged(run: Run, family: str) -> dict[str, Any]:
+    """Two layers fitted into one, against the dense solution on the CPU: as a whole model, as blocks are compared."""
+    plain, layers = small_model(family, 5, torch.device("cpu")), (2, 3)
+    ids = random_rows(run, 512, 8, 64)
+    batch = {"input_ids": ids.cpu(), "attention_mask": torch.ones_like(ids.cpu())}
+    student = merge(small_model(family, 5, run.device), [layers], [{"input_ids": ids}])
+    reference = literal_model(copy.deepcopy(student).cpu(), plain, layers, [batch], DEFAULT_RIDGE).to(run.device)
+    exact = logits(reference, ids, "sdpa")
+    found = {"float32": judged(relative_error(logits(student, ids, "sdpa"), exact), 1e-3)}
+    half, plain_half = (logits(model.bfloat16(), ids, "sdpa") for model in (student, reference))
+    return found | {"bfloat16": judged(relative_error(half, exact), HALF_TIMES * relative_error(plain_half, exact))}
 
 
 def caches(run: Run) -> dict[str, Any]:
@@ -121,13 +128,32 @@ def caches(run: Run) -> dict[str, Any]:
 
 
 def compiled(run: Run) -> dict[str, Any]:
-    """`generate` compiled with the static cache: it runs, and how fast next to the dynamic cache."""
-    model = parallelize(small_model("qwen3", 7, run.device, torch.bfloat16), GROUPS)
-    load = {"prompt_tokens": 16, "new_tokens": 16, "repeats": 1}
-    (plain,) = benchmark_models([model], **vars(Load(**load)))
-    (fast,) = benchmark_models([model], **vars(Load(**load, cache_implementation="static", compile=True)))
-    speeds = {"plain": plain.decode_tokens_per_second, "compiled": fast.decode_tokens_per_second}
-    return {"tokens_per_second": speeds, "ok": True}
+    """A static cache whose steps are compiled: their logits against those without, and `generate` compiled, timed."""
+    model, ids = parallelize(small_model("qwen3", 7, run.device), GROUPS), random_rows(run, 512, 2, 12)
+    plain, fast = (cached_logits(model, ids, step) for step in (model, compile_step(run, model)))
+    found: dict[str, Any] = judged(relative_error(fast, plain), 1e-4)
+    if run.on_gpu:
+        load = Load(prompt_tokens=16, new_tokens=16, repeats=1, cache_implementation="static")
+        reports = [benchmark_models([model], **vars(replace(load, compile=on)))[0] for on in (False, True)]
+        plain_speed, fast_speed = (report.decode_tokens_per_second for report in reports)
+        found["tokens_per_second"] = {"static cache": plain_speed, "compiled": fast_speed}
+    return found
+
+
+def compile_step(run: Run, model: PreTrainedModel) -> Any:
+    """As for a GPU there; elsewhere in one graph all the same, which no compiler is needed for."""
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="inductor" if run.on_gpu else "eager")
+
+
+@torch.no_grad()
+def cached_logits(model: PreTrainedModel, ids: torch.Tensor, step: Any) -> torch.Tensor:
+    """Logits of the last three tokens, each a step of a static cache."""
+    cache, prompt = StaticCache(config=model.config, max_cache_len=ids.shape[1]), ids.shape[1] - 3
+    model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
+    steps = [step(input_ids=ids[:, n : n + 1], past_key_values=cache, use_cache=True).logits.clone()
+             for n in range(prompt, ids.shape[1])]  # fmt: skip
+    return torch.cat(steps, 1)
 
 
 def gradients(run: Run) -> dict[str, Any]:
@@ -146,7 +172,8 @@ def divergences(run: Run) -> dict[str, Any]:
     for dtype, train_head in ((torch.float32, True), (torch.bfloat16, False)):
         rows = kl.measure(shape, train_head, dtype, run.repeats)
         allowed = 1e-3 if dtype == torch.float32 else 0.05
-        apart = max(row["gradient_difference"] for name, row in rows.items() if "Liger" not in name)
+        of_value_and_gradient = ("value_difference", "gradient_difference")
+        apart = max(row[key] for name, row in rows.items() if "Liger" not in name for key in of_value_and_gradient)
         found[str(dtype).removeprefix("torch.")] = judged(apart, allowed, forms=rows, head_trained=train_head)
     return found
 

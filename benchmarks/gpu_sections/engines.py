@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ ALLOWED = 0.02
 
 
 def cases(run: Run) -> list[Case]:
-    engines = ["ddp.yaml", "fsdp2.yaml"] if run.on_gpu else ["ddp_cpu.yaml"]
+    engines = ["ddp.yaml" if run.on_gpu else "ddp_cpu.yaml", "fsdp2.yaml"]
     return [("plain", partial(plain, run)), *((name, partial(in_engine, run, name)) for name in engines)]
 
 
@@ -42,13 +43,22 @@ def words(run: Run, folder: Path) -> list[str]:
 
 
 def start(*arguments: object) -> None:
-    """Run Python to its end; a failure is an error with the end of what it printed."""
+    """Run Python to its end; a failure is an error with the end of what it printed. Nothing it starts outlives it."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
-    )
-    if done.returncode:
-        raise RuntimeError(f"exit status {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
+    with subprocess.Popen(
+        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    ) as process:  # fmt: skip
+        try:
+            printed, _ = process.communicate()
+        except BaseException:
+            process.terminate()  # torchrun then ends the processes it has started
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+            raise
+    if process.returncode:
+        raise RuntimeError(f"exit status {process.returncode}: {printed[-1500:]}")
 
 
 def measured(folder: Path, seconds: float) -> dict[str, Any]:
@@ -64,10 +74,12 @@ def plain(run: Run) -> dict[str, Any]:
 
 def in_engine(run: Run, config: str) -> dict[str, Any]:
     folder, began = run.scratch / config, time.monotonic()
-    settings = ("--config_file", CONFIGS / config, "--num_processes", 1)
-    precision = () if run.on_gpu else ("--mixed_precision", "no")
-    launch = ("-m", "accelerate.commands.launch", *settings, *precision, "-m", "hf_layerprune.cli")
-    start(*launch, *words(run, folder))
+    settings: tuple[object, ...] = ("--config_file", CONFIGS / config, "--num_processes", 1)
+    program: tuple[object, ...] = ("-m", "hf_layerprune.cli")
+    if not run.on_gpu:
+        settings += ("--mixed_precision", "no")
+        program = (ROOT / "tests" / "cpu_engine.py",) if config == "fsdp2.yaml" else program
+    start("-m", "accelerate.commands.launch", *settings, *program, *words(run, folder))
     found, alone = measured(folder, time.monotonic() - began), measured(run.scratch / "plain", 0.0)
     apart = abs(found["kl"] - alone["kl"]) / alone["kl"]
     return found | {"kl_difference": apart, "allowed": ALLOWED, "ok": apart <= ALLOWED}

@@ -1,31 +1,40 @@
 """One healing step at the shape of Qwen2.5-3B: the paper's code, full logits, ours, and ours without each saving.
 
-`benchmarks/healing.py` has the ways. Each is alone on the device while its memory is measured; then all take turns.
+`benchmarks/healing.py` has the ways. Each is alone on the device while its memory is measured; then all take turns. At
+the end two ways to have fewer kernels for the same layers: compiled by torch, and Liger's where it is installed.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
 import healing
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.models.qwen2 import modeling_qwen2
 
-from gpu_sections.common import Case, Run, in_turns, median_ratio, release
+from gpu_sections.common import Case, Run, in_turns, median_ratio, relative_error, release
 from gpu_sections.decode import card
 from hf_layerprune.memory import LiveBytes
 
 WAYS = healing.WAYS | healing.SWITCHES
-EQUAL_WORK = "ours, divergence of full logits"
-"""Its operations can be counted; ours computes the same in kernels that no counter sees."""
+EQUAL_WORK = {
+    "paper": WAYS["paper"], "full logits": WAYS["full logits"], "ours": WAYS["ours, divergence of full logits"],
+    "ours, no shared prefix": partial(healing.our_step, share_prefix=False, divergence=healing.divergence_of_logits),
+}  # fmt: skip
+"""Ways whose operations a counter sees, all of them in torch."""
 
 
 def cases(run: Run) -> list[Case]:
     operations = lru_cache(partial(counted_operations, run))
     peaks = [(f"memory, {name}", partial(memory, run, name)) for name in WAYS]
-    return [*peaks, ("time", partial(times, run, operations)), ("profile of ours", partial(profile, run))]
+    found = [*peaks, ("time", partial(times, run, operations)), ("profile of ours", partial(profile, run))]
+    found.append(("layers compiled", partial(fused, run, partial(compile_layers, run))))
+    return found + [("layers of Liger", partial(with_liger, run))] * run.on_gpu
 
 
 def shape_of(run: Run) -> dict[str, Any]:
@@ -56,10 +65,10 @@ def memory(run: Run, name: str) -> dict[str, int]:
 
 
 def counted_operations(run: Run) -> dict[str, int]:
-    """Operations of a step, of those ways that multiply with torch alone."""
+    """Operations of a step."""
     teacher, found = healing.make_teacher(shape_of(run), dtype_of(run)), {}
-    for name in ("paper", "full logits", EQUAL_WORK):
-        _, loss = WAYS[name](teacher, shape_of(run))
+    for name, make in EQUAL_WORK.items():
+        _, loss = make(teacher, shape_of(run))
         with FlopCounterMode(display=False) as counter:
             loss().backward()
         found[name] = counter.get_total_flops()
@@ -81,9 +90,8 @@ def times(run: Run, operations: Any) -> dict[str, Any]:
         found[name] = entry = {"seconds": seconds, "tokens_per_second": tokens / seconds}
         entry["over_paper"] = median_ratio(values, turns["paper"])
         entry["over_full_logits"] = median_ratio(values, turns["full logits"])
-        same = name if name in counted else EQUAL_WORK if "no shared" not in name else None
-        if same is not None:
-            entry |= {"operations": counted[same], "share_of_matrix_rate": counted[same] / seconds / rate}
+        number = counted.get(name, counted["ours"])
+        entry |= {"operations": number, "share_of_matrix_rate": number / seconds / rate}
     return found
 
 
@@ -100,3 +108,46 @@ def profile(run: Run) -> dict[str, Any]:
     most = sorted(spent, key=lambda item: -item[0])[:20]
     rows = [{"name": event.key[:120], "milliseconds": time / 1000, "count": event.count} for time, event in most]
     return {"all_milliseconds": sum(time for time, _ in spent) / 1000, "operations": rows}
+
+
+def fused(run: Run, change: Callable[[PreTrainedModel], None]) -> dict[str, Any]:
+    """A step of ours, and then one in which `change` has been made to the layers of both models."""
+    found: dict[str, Any] = {"seconds": {}, "peak_bytes": {}}
+    gradients = []
+    for name, act in (("as they are", lambda model: None), ("changed", change)):
+        release()
+        before = torch.cuda.memory_allocated() if run.on_gpu else 0
+        teacher = healing.make_teacher(shape_of(run), dtype_of(run))
+        student, loss = healing.our_step(teacher, shape_of(run))
+        for model in (teacher, student):
+            act(model=model)
+        loss().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]).cpu())
+        step = healing.step_of(student, loss)
+        step()
+        if run.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        found["seconds"][name] = statistics.median(in_turns({name: step}, run.repeats)[name])
+        if run.on_gpu:
+            found["peak_bytes"][name] = torch.cuda.max_memory_allocated() - before
+        del teacher, student, loss, step
+    return found | {"gradient_difference": relative_error(*reversed(gradients))}
+
+
+def compile_layers(run: Run, model: PreTrainedModel) -> None:
+    """Frozen and trained layers, with gradients and without, are compiled apart; dynamo gives up at its limit."""
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.model.layers:
+        layer.compile(backend="inductor" if run.on_gpu else "eager")  # which needs no compiler
+
+
+def with_liger(run: Run) -> dict[str, Any]:
+    """[`fused`] with Liger's norms, rotation and SwiGLU in the place of transformers', which come back afterwards."""
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+
+    options = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
+    before = dict(vars(modeling_qwen2))
+    try:
+        return fused(run, partial(apply_liger_kernel_to_qwen2, fused_linear_cross_entropy=False, **options))
+    finally:
+        vars(modeling_qwen2).update(before)

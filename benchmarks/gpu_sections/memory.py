@@ -30,8 +30,7 @@ SHAPE = "Qwen2.5-1.5B"
 
 
 def cases(run: Run) -> list[Case]:
-    ways = {"neighbours": WAYS["neighbours"]} if run.tiny else WAYS
-    return [(name, partial(compare, run, way)) for name, way in ways.items()]
+    return [(name, partial(compare, run, way)) for name, way in WAYS.items()]
 
 
 def settings(run: Run, way: Way, length: int, rows: int) -> IterativeLayerDistillConfig:

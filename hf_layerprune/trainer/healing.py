@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,7 +95,7 @@ class HealingTrainer(Trainer):
         self._outline = outline(trained) if splits_model(self.accelerator) else None
         self.frozen_head = None if self._outline is None else frozen_head(self._outline)
         self._step_loss: Tensor | int = 0  # sum over the micro-batches of the step in progress
-        self._parts: dict[str, list[float]] = defaultdict(list)  # of the loss, since the last line of the log
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)  # of the loss, since the last line of the log
         self._started = 0.0
         keep_weights_in_place(owner, trained)
 
@@ -148,7 +149,7 @@ class HealingTrainer(Trainer):
         return self.owner.evaluate(metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        parts = {name: sum(values) / len(values) for name, values in self._parts.items()}
+        parts = {name: fmean(torch.stack(values).tolist()) for name, values in self._parts.items()}
         self._parts.clear()
         super().log({"round": self.owner.round} | logs | parts, *args, **kwargs)
 
@@ -189,18 +190,20 @@ class HealingTrainer(Trainer):
         if args.loss_preset == "paper":
             loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
         else:
-            loss = loss / (num_tokens if num_items_in_batch is None else max(num_items_in_batch, 1))  # 0: no text
+            of_step = num_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+            loss = loss / of_step.clamp_min(1)  # 0: no text
             if args.average_tokens_across_devices and num_items_in_batch is not None:
                 loss = loss * self.accelerator.num_processes  # DDP averages the gradients over processes
         for name, value in parts.items():
-            self._parts[f"{name}_loss"].append((value.detach() / num_tokens).item())
+            self._parts[f"{name}_loss"].append(value.detach() / num_tokens)
         return (loss, parts) if return_outputs else loss
 
     def loss_parts(self, student: PreTrainedModel, inputs: Batch) -> dict[str, Tensor]:
         """What [`~losses.parts_of_loss`] gives for a batch."""
         student = without_adapters(student)
         valid, labels = valid_next_tokens(inputs)
-        towers = run_towers(student, self.teacher, inputs, valid, self.compared, self.shared_depth)
+        places = valid.nonzero(as_tuple=True)  # once: a GPU is waited for whenever a mask selects
+        towers = run_towers(student, self.teacher, inputs, places, self.compared, self.shared_depth)
         return parts_of_loss(towers, self.frozen_head or student.lm_head, self.teacher.lm_head, labels, self.args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -273,7 +276,7 @@ def run_towers(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     inputs: Batch,
-    valid: Tensor,
+    valid: Tensor | tuple[Tensor, ...],
     compared: Sequence[tuple[int, int]],
     shared: int | None,
 ) -> TowerStates:
@@ -281,7 +284,7 @@ def run_towers(
 
     Args:
         inputs (`dict[str, Tensor]`): what both are called with; labels are left out.
-        valid (`Tensor` of shape `(B, T)`): the N positions that count.
+        valid (`Tensor` of shape `(B, T)`, or a tuple of two `(N,)`): the N positions that count.
         compared (`Sequence[tuple[int, int]]`): the hidden states to compare, see [`compared_states`].
         shared (`int`, *optional*): see [`shared_depth`]; without it the student runs from its embedding on.
     """
