@@ -273,6 +273,8 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     Raises:
         [`LayerPruneError`]: if there is none.
     """
+    if not name_or_path:  # of a model made in memory; an empty path would be the current folder
+        raise LayerPruneError("the model was not loaded by a name, so its tokenizer is unknown; give processing_class")
     name, source, options = _source(name_or_path, kwargs)
     folder, is_packed = Path(source, options.get("subfolder", "")), "gguf_file" in options
     if not is_packed and folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):

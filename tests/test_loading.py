@@ -3,12 +3,19 @@ import re
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, tiny_config, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config
 
-from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError, cli, export_gguf, prune
+from hf_layerprune import (
+    IterativeLayerDistillConfig,
+    IterativeLayerDistillTrainer,
+    LayerPruneError,
+    cli,
+    export_gguf,
+    prune,
+)
 from hf_layerprune.benchmark import load_shape
 from hf_layerprune.loading import load_config, load_model, load_tokenizer
 from hf_layerprune.surgery import plan_of
@@ -142,6 +149,13 @@ def test_tokenizer_missing(tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(LayerPruneError, match="its tokenizer.model is read with pip install sentencepiece protobuf"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_model_without_a_name_takes_no_tokenizer_from_the_current_folder(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LayerPruneError, match="give processing_class"):
+        IterativeLayerDistillTrainer(tiny_model(), tiny_config(tmp_path / "run", target_num_layers=4))
 
 
 def test_code_of_a_folder_is_not_run_even_by_who_says_yes_to_everything(tmp_path, monkeypatch):
