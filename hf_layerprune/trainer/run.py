@@ -152,13 +152,6 @@ def check_made_of(plan: LayerPlan, teacher_plan: LayerPlan) -> None:
         )
 
 
-def lower_depths(name: str, plan: LayerPlan) -> str:
-    """The depths that the model called `name` can be brought to; raises [`LayerPruneError`] if it has one layer."""
-    if plan.depth == 1:
-        raise LayerPruneError(f"{name} has one layer, which a model needs; there is nothing to take out of it")
-    return f"1..{plan.depth - 1}"
-
-
 def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
     """Raise [`LayerPruneError`] unless the allowed edits lead from `plan`, that of the model called `name`, to the
     target, not met yet.
@@ -169,7 +162,9 @@ def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
     if heal and budget == Budget("depth", plan.depth) and plan.blocks != goal.original.blocks:
         return
     if goal.met(plan):
-        least = lower_depths(name, plan) if budget.unit == "depth" else f"less than {goal.size(plan):.6g}"
+        if plan.depth == 1:
+            raise LayerPruneError(f"{name} has one layer, which a model needs; there is nothing to take out of it")
+        least = f"1..{plan.depth - 1}" if budget.unit == "depth" else f"less than {goal.size(plan):.6g}"
         unit = "layers" if budget.unit == "depth" else budget.unit
         raise LayerPruneError(f"{setting}={budget.target:g} but {name} has {goal.size(plan):,} {unit}; choose {least}")
     goal.check_reachable(plan, setting)
