@@ -53,9 +53,8 @@ def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.wa
             page.launch_page(app, prevent_thread_lock=True, quiet=True, **options)
     except OSError as error:
         taken = f"port {options.get('server_port')} is in use; choose another, or none for the first free one"
-        raise LayerPruneError(
-            taken if options.get("server_port") else f"the demo cannot be served: {error}"
-        ) from error
+        why = taken if options.get("server_port") else f"the demo cannot be served: {error}"
+        raise LayerPruneError(why) from error
     if options.get("share") and not app.share_url:
         on_message("Gradio's server for shared links cannot be reached; the address below works on this machine alone")
     on_message(f"the demo is at {app.share_url or app.local_url} until you press Ctrl-C")

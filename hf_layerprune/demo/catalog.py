@@ -72,7 +72,7 @@ class Pairing:
     students: tuple[Student, ...]  # deepest first, beginning with the original itself
     tokenizer: PreTrainedTokenizerBase  # of all of them
     context: int  # positions that a prompt and its answer share
-    samplings: tuple[Sampling, Sampling]  # of a text to continue and of a chat, as the teacher's checkpoint says
+    samplings: tuple[Sampling, ...]  # of a text to continue and of a chat, as the teacher's checkpoint says
     run: RunRecord | None = None
     description: str = ""
     examples: tuple[str, ...] = ()  # prompts to click
@@ -158,10 +158,7 @@ def _open(entry: ModelEntry, limits: Limits) -> Pairing:
         students=tuple(by_depth[depth] for depth in sorted(by_depth, reverse=True)),
         tokenizer=load_tokenizer(teacher.name),
         context=context,
-        samplings=(
-            Sampling.of_checkpoint(own, limits, context),
-            Sampling.of_checkpoint(own, limits, context, chat=True),
-        ),
+        samplings=tuple(Sampling.of_checkpoint(own, limits, context, chat) for chat in (False, True)),
         run=run,
         description=entry.description,
         examples=tuple(entry.examples),
@@ -249,9 +246,7 @@ class ModelStore:
     def get(self, source: ModelSource) -> PreTrainedModel:
         """The model of a source on the device; errors name no folder."""
         with self._lock:
-            model = self.models[source] if source in self.models else self._load(source)
-            self.models.pop(source, None)
-            self.models[source] = model
+            model = self.models[source] = self.models.pop(source, None) or self._load(source)
             self.sizes[source] = model.num_parameters(), str(model.dtype).removeprefix("torch.")
             while len(self.models) > self.max_models:
                 del self.models[next(iter(self.models))]

@@ -94,17 +94,9 @@ def first_difference(one: str, other: str) -> tuple[Span, Span] | None:
 
     Where a text is over, its span is empty.
     """
-    words = [[match.span() for match in WORD.finditer(text)] for text in (one, other)]
-    pairs = enumerate(zip(*words, strict=False))
-    found = (n for n, (a, b) in pairs if one[slice(*a)] != other[slice(*b)])
-    same = next(found, min(map(len, words)))
-    if same == len(words[0]) == len(words[1]):
-        return None
-    spans = [
-        side[same] if same < len(side) else (len(text), len(text))
-        for side, text in zip(words, (one, other), strict=True)
-    ]
-    return spans[0], spans[1]
+    spans = ([*(word.span() for word in WORD.finditer(text)), (len(text), len(text))] for text in (one, other))
+    pairs = zip(*spans, strict=False)
+    return next(((a, b) for a, b in pairs if one[slice(*a)] != other[slice(*b)]), None)
 
 
 def rate(tokens_per_second: float) -> str:

@@ -57,7 +57,7 @@ def push_space(
     entries = [_checked(api, entry, listed, on_message) for entry in settings.models]
     with TemporaryDirectory(prefix="hf-layerprune-") as folder:
         settings = replace(settings, models=entries, title=title or settings.title)
-        write_space(Path(folder), settings, repo_id, hardware=hardware, wheel=wheel)
+        write_space(Path(folder), settings, repo_id, hardware, wheel)
         check_nothing_local(Path(folder), (Path.home(), Path.cwd()), token or get_token())
         with hub_errors(f"pushing to {repo_id}"):
             open_repo(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
@@ -72,12 +72,7 @@ def push_space(
 
 
 def write_space(
-    folder: Path,
-    settings: DemoSettings,
-    repo_id: str,
-    *,
-    hardware: str | None = None,
-    wheel: Path | None = None,
+    folder: Path, settings: DemoSettings, repo_id: str, hardware: str | None = None, wheel: Path | None = None
 ) -> None:
     """Write the files of a Space: code, card, requirements, list of models and picture, and a `wheel` if given."""
     names = [name for entry in settings.models for name in (entry.run, entry.student, entry.teacher) if name]
