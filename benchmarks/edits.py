@@ -163,7 +163,7 @@ def plot(rounds: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> Fi
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss above the teacher's\n(nats per token; dotted: never healed)")
     axes[0].set_ylim(-0.01, 0.45)
-    figure.legend(loc="outside upper center", ncols=len(LOOKS))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS))
     return figure
 
 
