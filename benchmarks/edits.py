@@ -35,6 +35,13 @@ STRATEGIES = {
     "groups of up to 4": {"edits": "parallelize", "max_group_size": 4, "target_num_layers": 6, **TOUCHED},
     "mixed, by latency": {"edits": "remove,parallelize", "max_group_size": 4, "target_latency": 0.6, **TOUCHED},
 }
+LOOKS = (  # color, size of a point, line healed and never healed; dashed where another way may lie below
+    ("#c44e52", 4, "-", ":"),
+    ("#dd8452", 4, "-", (0, (1, 5))),
+    ("#1f6f8b", 7, "-", ":"),
+    ("#55a868", 5, (0, (6, 12)), (0, (1, 5))),
+    ("#8172b2", 3, (9, (6, 12)), (3, (1, 5))),
+)
 DEPTHS = (14, 12, 10, 9, 8, 7, 6)
 LATENCIES = (0.9, 0.8, 0.7, 0.6)
 PARAMETERS = (0.95, 0.85, 0.75, 0.65)
@@ -137,7 +144,7 @@ def cell(record: dict[str, Any] | None, key: str, limit: float, teacher: dict[st
 
 
 def plot(rounds: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> Figure:
-    """Loss against depth, time and parameters; dashed: never healed."""
+    """Loss against depth, time and parameters; dotted: never healed."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for axis, (key, label) in zip(
@@ -145,19 +152,18 @@ def plot(rounds: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> Fi
         strict=True,
     ):  # fmt: skip
         start = {"num_layers": teacher["num_layers"], "latency": 1.0, "num_parameters": teacher["num_parameters"]}[key]
-        colors = ("#c44e52", "#dd8452", "#1f6f8b", "#55a868", "#8172b2")
-        for (name, of_one), color in zip(rounds.items(), colors, strict=True):
+        for (name, of_one), (color, size, *lines) in zip(rounds.items(), LOOKS, strict=True):
             where = [start, *(record[key] for record in of_one)]
-            for field, style in (("loss", "o-"), ("loss_unhealed", "v:")):
+            for field, marker, line in zip(("loss", "loss_unhealed"), "ov", lines, strict=True):
                 losses = [0.0, *(record[field] - teacher["loss"] for record in of_one)]
                 label_of = name if field == "loss" else None
-                axis.plot(where, losses, style, color=color, label=label_of, markersize=4)
+                axis.plot(where, losses, marker, ls=line, color=color, label=label_of, markersize=size)
         axis.set_xlabel(label)
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss above the teacher's\n(nats per token; dotted: never healed)")
     axes[0].set_ylim(-0.01, 0.45)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS))
     return figure
 
 

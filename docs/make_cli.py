@@ -24,7 +24,7 @@ DOCS_OF_TRL = "https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig"
 HEAD = """\
 # Settings of every command
 
-Made by `python docs/make_cli.py` from the dataclasses; do not edit. `hf-layerprune <command> --help` says the same.
+Made by `python docs/make_cli.py` from the dataclasses; do not edit. `hf-layerprune COMMAND --help-all` says the same.
 
 Every setting can stand on the command line (`--criterion kl`) or in a YAML file given with `--config`; the command
 line wins, and an unknown key is an error. A switch takes `true` or `false`. An empty default is none.

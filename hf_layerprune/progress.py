@@ -5,6 +5,7 @@ ends one.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -182,6 +183,8 @@ class StopOnSignal(LayerDistillCallback):
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self.__exit__()
+        if int(os.environ.get("RANK", 0)) == 0:  # straight to the terminal: the handler may interrupt another print
+            os.write(2, b"\nhf-layerprune: stopping after this step; Ctrl-C again stops now\n")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if dist.is_available() and dist.is_initialized():  # all processes must stop at the same step

@@ -71,8 +71,9 @@ def millions(count: int) -> str:
 
 
 def table_rows(run: RunRecord) -> list[dict[str, str]]:
-    """The result by its columns: a row for the teacher, then one per round."""
-    return [_row(record, run.is_healed) for record in (run.teacher, *run.rounds)]
+    """The result by its columns, without empty ones: a row for the teacher, then one per round."""
+    rows = [_row(record, run.is_healed) for record in (run.teacher, *run.rounds)]
+    return [{name: row[name] for name in row if any(other[name] for other in rows)} for row in rows]
 
 
 def _row(record: ModelRecord, is_healed: bool) -> dict[str, str]:
@@ -213,7 +214,8 @@ def plot_quality(run: RunRecord) -> Figure:
     def draw(name: str, states: str, style: dict[str, object]) -> None:
         measured = {record.depth: getattr(record, states) for record in run.rounds if getattr(record, states)}
         curve = {run.teacher.depth: run.teacher.quality} | measured
-        axes.plot(list(curve), [quality.perplexity for quality in curve.values()], label=name, **style)
+        line = {} if len(run.rounds) > 1 else {"linestyle": "none"}  # two points are no curve
+        axes.plot(list(curve), [quality.perplexity for quality in curve.values()], label=name, **style | line)
 
     if run.is_healed:
         draw("unhealed", "unhealed", UNHEALED)

@@ -31,7 +31,8 @@ def recipe(tmp_path):
         (["compress", "--max_stps", "3"], "unknown setting --max_stps; did you mean max_steps?"),
         (["compress", "--target-layers=3"], "unknown setting --target-layers=3; did you mean target_num_layers?"),
         (["score", "--qqq"], "unknown setting --qqq; see hf-layerprune score --help"),
-        (["score", "embedded"], "unknown setting embedded; see hf-layerprune score --help"),
+        (["score", "embedded"], "unknown setting embedded; did you mean --model embedded?"),
+        (["score", "Qwen/Qwen2.5-0.5B"], "unknown setting Qwen/Qwen2.5-0.5B; did you mean --model Qwen/Qwen2.5-0.5B?"),
         (["compress", "--use_liger_kernel", "true"], "unknown setting --use_liger_kernel; see hf-layerprune compress"),
         (
             ["compress", "--config", "{recipe}"],
@@ -57,8 +58,12 @@ def test_help_names_the_verb_and_every_setting(capsys):
     assert "usage: hf-layerprune push [-h]" in printed and "[output_dir]" in printed
     assert run("compress", "--help") == 0
     printed = capsys.readouterr().out
-    for name in ("model", "dataset", "target_num_layers", "trained_layers", "learning_rate", "adam_beta1"):
+    for name in ("model", "dataset", "target_num_layers", "trained_layers", "learning_rate", "output_dir"):
         assert f"--{name}" in printed
+    assert "--adam_beta1" not in printed and "  hf-layerprune compress --config recipe.yaml" in printed
+    assert run("compress", "--help-all") == 0
+    printed = capsys.readouterr().out
+    assert printed.index("  --trained_layers") < printed.index("  --adam_beta1")
     assert "--use_cache" not in printed and "--do_train" not in printed
 
 

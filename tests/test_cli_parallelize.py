@@ -65,7 +65,7 @@ def test_a_depth_that_no_range_has_is_refused_before_weights_are_read(run, monke
 
 
 def test_named_pairs_and_a_plan_of_an_earlier_run_give_the_same(run, tmp_path):
-    assert run("--pairs", "1,2", "3|4", "--measure_speed", "false") == (0, "")
+    assert run("--pairs", "1,2 3|4", "--measure_speed", "false") == (0, "")
     assert run("--plan", tmp_path / "out" / "plan.json", "--measure_speed", "false", folder="again") == (0, "")
     first, second = (read_report(tmp_path / name) for name in ("out", "again"))
     assert first["rounds"][0]["edits"] == second["rounds"][0]["edits"] == ["1|2", "3|4"]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("gradio", reason="the demo's extra is not installed")
 
@@ -86,8 +87,13 @@ def test_the_speed_benchmark_has_a_verdict():
     assert not found["agrees"] and found["summary"].startswith("DISAGREES: at most 20.0% apart (compressed, greedy)")
 
 
-def test_the_command_and_a_copied_space_are_served_and_ask_nothing_of_other_hosts(start, tmp_path):
+def test_the_command_and_a_copied_space_are_served_and_ask_nothing_of_other_hosts(start, tmp_path, demo_folder):
+    """The Space shows a run on this machine in place of the one on the Hub."""
     shutil.copytree(SPACE, tmp_path / "space")
+    listed = tmp_path / "space" / "models.yaml"
+    settings = yaml.safe_load(listed.read_text())
+    settings["models"][0] |= {"run": str(demo_folder / "text" / "run"), "teacher": None}
+    listed.write_text(yaml.safe_dump(settings))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

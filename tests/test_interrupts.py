@@ -123,6 +123,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(recipe, tmp_path, whole)
     until(lambda: len(state(folder)["rounds"]) == 1 and reached(folder) == "checkpoint", process)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
+    assert "hf-layerprune: stopping after this step; Ctrl-C again stops now" in process.stderr
     message = process.stderr.strip().splitlines()[-1]
     assert message.startswith(
         "hf-layerprune: stopped; what is done is kept; to continue: hf-layerprune compress --config"

@@ -361,6 +361,14 @@ def test_requests_that_cannot_work_are_refused(make, changes, message):
         make(**changes)
 
 
+def test_a_model_of_one_layer_has_none_to_spare(tmp_path, tokenizer, texts):
+    with pytest.raises(LayerPruneError, match="has one layer, which a model needs"):
+        IterativeLayerDistillTrainer(
+            model=tiny_model(1), args=tiny_config(tmp_path, target_num_layers=1), train_dataset=texts,
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+
 def test_a_push_takes_what_other_trainers_take_and_nothing_misspelt(make):
     trainer = make()
     taken = set(inspect.signature(trainer.push_to_hub).parameters)

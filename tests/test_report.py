@@ -67,7 +67,7 @@ def test_rows_name_teacher_and_every_round():
     assert rows[0] == ["4", "", "7.09M", "", "", "54.60", "0", "100.0 %", "100 (1.00x)"]
     assert rows[1] == ["3", "2", "6.50M", "81.50", "70.10", "60.30", "0.0512", "83.4 %", "125 (1.24x)"]
     run = replace(RUN, teacher=replace(TEACHER, speed=None), rounds=(replace(ROUNDS[0], speed=None),))
-    assert [row["tokens/s"] for row in table_rows(run)] == ["", ""]
+    assert not any("tokens/s" in row for row in table_rows(run))
 
 
 def test_files(tmp_path):

@@ -11,7 +11,7 @@ from hf_layerprune.demo import read_settings, settings_of
 from hf_layerprune.demo.space import write_space
 
 SPACE = Path(__file__).parent.parent / "space"
-FILES = {"app.py", "README.md", "requirements.txt", "models.yaml"}
+FILES = {"app.py", "README.md", "requirements.txt", "models.yaml", "thumbnail.png"}
 
 
 def front_matter(text):
@@ -19,14 +19,14 @@ def front_matter(text):
 
 
 def test_the_space_in_the_repository_is_what_the_package_writes(tmp_path):
-    write_space(tmp_path, settings_of([]), "user/layer-comparison")
+    write_space(tmp_path, read_settings(SPACE / "models.yaml"), "user/layer-comparison")
     assert (
         {path.name for path in tmp_path.iterdir()}
         == FILES
         == {path.name for path in SPACE.iterdir() if path.is_file()}
     )
     for name in FILES:
-        assert (SPACE / name).read_text() == (tmp_path / name).read_text(), f"space/{name} is out of date"
+        assert (SPACE / name).read_bytes() == (tmp_path / name).read_bytes(), f"space/{name} is out of date"
 
 
 def test_its_front_matter_is_complete_and_its_list_is_read():
@@ -41,11 +41,14 @@ def test_its_front_matter_is_complete_and_its_list_is_read():
         "app_file",
         "license",
         "short_description",
+        "thumbnail",
     }
     assert needed <= set(told) and told["sdk"] == "gradio" and told["sdk_version"].startswith("6.")
     assert len(told["short_description"]) <= 60
     assert (SPACE / told["app_file"]).is_file()
-    assert read_settings(SPACE / "models.yaml") == settings_of([])
+    real, embedded = read_settings(SPACE / "models.yaml").models
+    assert [embedded] == settings_of([]).models
+    assert told["models"] == told["preload_from_hub"] == [real.run, real.teacher]
     assert (SPACE / "requirements.txt").read_text().startswith("hf-layerprune[demo]")
     assert len((SPACE / "app.py").read_text().splitlines()) < 15
 
@@ -89,6 +92,7 @@ def test_a_space_is_made_and_updated_in_one_commit_each(hub, worker, pushed):
     assert set(files) == FILES and repo.private and len(repo.titles()) == 1
     told = front_matter(files["README.md"].decode())
     assert told["models"] == ["me/student", "me/teacher"] and told["suggested_hardware"] == "zero-a10g"
+    assert told["thumbnail"] == f"{hub.endpoint}/spaces/me/space/resolve/main/thumbnail.png"
     entry = yaml.safe_load(files["models.yaml"])["models"][0]
     assert entry == {"name": "student, 6 to 3 layers", "run": "me/student", "teacher": "me/teacher"}
     hub.seed("spaces/me/space", {"notes.md": b"mine"})

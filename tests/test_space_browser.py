@@ -252,6 +252,10 @@ def test_another_depth_asks_the_student_alone(visit):
     assert words(page, 0) == original and facts(page, 1)["tokens"] == "24"
     page.get_by_role("tab", name="Look inside").click()
     expect(page.locator("#lp-layers")).to_contain_text("6 layers of the original became 5")
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_label("6, the original").check()
+    expect(page.locator("#lp-status")).to_contain_text("Both gave the same answer")
+    assert words(page, 0) == words(page, 1) == original
 
 
 def test_what_is_inside_and_what_comes_next(visit):

@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(verb: str, argv: list[str]) -> None:
     name = verb.replace("-", "_")
-    if {"-h", "--help"} & set(argv):
+    if {"-h", "--help", "--help-all"} & set(argv):
         with _quick_imports():
             parser = import_module(".parsing", __name__).Parser(verb)
-        parser.print_help()
+        sys.stdout.write(parser.help_text(everything="--help-all" in argv))
         return
     with _quick_imports():
         module = import_module(f".{name}", __name__)

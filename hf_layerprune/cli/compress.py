@@ -10,12 +10,13 @@ from typing import Any
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from ..budget import Budget
+from ..budget import TARGETS, Budget
 from ..data import ASSETS
 from ..errors import LayerPruneError, first_line
 from ..loading import beside_weights, load_config
-from ..progress import Phases, RunProgress, StopOnSignal
+from ..progress import Phases, RunProgress, StopOnSignal, say
 from ..rows import select_text_column
+from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.trainable import lora_config
 from .arguments import CompressArguments, default_depth
@@ -39,6 +40,7 @@ def compress(argv: list[str]) -> None:
     with Phases(quiet=config.process_index != 0) as phases:
         with made(folder):
             trainer = _trainer(arguments, config, phases)
+            say(phases.console, headline(arguments, config, plan_of(trainer.start).depth))
             trainer.seconds_before = time.perf_counter() - began
             trainer.open_run(arguments.resume)
         if config.should_save:
@@ -61,6 +63,13 @@ def set_default_target(config: IterativeLayerDistillConfig, depth: int) -> None:
     """Where no target is given, three quarters of the depth."""
     if config.budget is None:
         config.budget = Budget("depth", default_depth(depth))
+
+
+def headline(arguments: CompressArguments, config: IterativeLayerDistillConfig, depth: int) -> str:
+    """What a run is about to do, in a line."""
+    unit, target = config.budget.unit, config.budget.target
+    goal = f"{depth} -> {target} layers" if unit == "depth" else f"{depth} layers to {TARGETS[unit]} {target:,}"
+    return f"{arguments.model}, {goal}, on {arguments.dataset or 'the embedded text'}, into {config.output_dir} ..."
 
 
 def resume_line(folder: Path, processes: int) -> str:

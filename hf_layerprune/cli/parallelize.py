@@ -118,7 +118,7 @@ def _steps(
     """The steps to the plan that was named or searched for, and the losses of all ranges of pairs if tried."""
     plan, found = plan_of(model), None
     if arguments.pairs:
-        wanted = plan.with_pairs([_pair(text) for text in arguments.pairs])
+        wanted = plan.with_pairs([_pair(text) for words in arguments.pairs for text in words.split()])
     elif arguments.plan:
         wanted = read_plan(arguments.plan)
     elif arguments.search == "range":

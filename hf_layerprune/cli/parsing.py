@@ -18,6 +18,15 @@ from . import arguments
 from .arguments import OF_TRL, TARGETS
 
 UNSET = object()
+MOST_USED = {"output_dir", "max_steps", "max_length"}
+"""Settings of TRL that `--help` lists; the others are under `--help-all`."""
+EXAMPLES = {
+    "compress": """
+examples:
+  hf-layerprune compress --model Qwen/Qwen2.5-0.5B --dataset my_texts.jsonl --target_num_layers 18 --output_dir qwen-18
+  hf-layerprune compress --config recipe.yaml --target_num_layers 20 --output_dir qwen-20
+"""
+}
 
 
 def parse(verb: str, argv: list[str]) -> tuple[Any, ...]:
@@ -56,8 +65,11 @@ class Parser(TrlParser):
         self.types, self.given = settings_of(verb), {}
         self.settings = {item.name: item for kind in self.types for item in offered(kind)}
         self.kinds = {name: _kinds(item.type) for name, item in self.settings.items()}  # the parser narrows the types
+        self.of_trl = set(OF_TRL) - {item.name for item in fields(self.types[0])} - MOST_USED
         options = [(item.name, item.type, item) for item in self.settings.values() if not _is_positional(item)]
+        options.sort(key=lambda setting: setting[0] in self.of_trl)
         epilog = "--debug shows the traceback of an error that is otherwise one line."
+        epilog += " --help-all lists the settings of TRL's trainer too." if self.settings.keys() & self.of_trl else ""
         super().__init__(
             make_dataclass("Settings", options), allow_abbrev=False, prog=f"hf-layerprune {verb}", epilog=epilog
         )
@@ -84,6 +96,13 @@ class Parser(TrlParser):
             )
         except (ValueError, ImportError) as error:  # of TRL and transformers
             raise LayerPruneError(str(error)) from error
+
+    def help_text(self, everything: bool) -> str:
+        """What `--help` prints: without the settings of TRL, unless `everything` is asked for."""
+        for action in self._actions:
+            if action.dest in self.of_trl and not everything:
+                action.help = SUPPRESS
+        return self.format_help() + EXAMPLES.get(self.prog.split()[-1], "")
 
     def error(self, message: str) -> NoReturn:
         raise LayerPruneError(f"{message}; see {self.prog} --help")
@@ -127,6 +146,8 @@ class Parser(TrlParser):
         word = name.strip("-").partition("=")[0].replace("-", "_")
         near = get_close_matches(word, self.settings, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+        if "model" in self.settings and not name.startswith("-") and ("/" in name or name == "embedded"):
+            hint = f"did you mean --model {name}?"
         return LayerPruneError(f"unknown setting {name}; {hint}")
 
 

@@ -21,17 +21,9 @@ from .service import DemoService, on_zero_gpu
 from .settings import DemoSettings, Limits, ModelEntry, read_settings, settings_of
 
 __all__ = [
-    "DemoService",
-    "DemoSettings",
-    "Limits",
-    "ModelEntry",
-    "Pairing",
-    "launch",
-    "launch_space",
-    "open_catalog",
-    "read_settings",
-    "settings_of",
-]
+    "DemoService", "DemoSettings", "Limits", "ModelEntry", "Pairing", "launch", "launch_space", "open_catalog",
+    "read_settings", "settings_of",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +52,9 @@ def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.wa
         with redirect_stdout(StringIO()):  # Gradio tells more than one needs
             page.launch_page(app, prevent_thread_lock=True, quiet=True, **options)
     except OSError as error:
-        port = options.get("server_port")
-        raise LayerPruneError(
-            f"port {port} is in use; choose another, or none for the first free one"
-            if port
-            else f"the demo cannot be served: {error}"
-        ) from error
+        taken = f"port {options.get('server_port')} is in use; choose another, or none for the first free one"
+        why = taken if options.get("server_port") else f"the demo cannot be served: {error}"
+        raise LayerPruneError(why) from error
     if options.get("share") and not app.share_url:
         on_message("Gradio's server for shared links cannot be reached; the address below works on this machine alone")
     on_message(f"the demo is at {app.share_url or app.local_url} until you press Ctrl-C")

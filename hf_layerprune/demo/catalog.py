@@ -69,10 +69,10 @@ class Pairing:
 
     name: str  # what the visitor chooses by
     teacher: ModelSource
-    students: tuple[Student, ...]  # deepest first
+    students: tuple[Student, ...]  # deepest first, beginning with the original itself
     tokenizer: PreTrainedTokenizerBase  # of all of them
     context: int  # positions that a prompt and its answer share
-    samplings: tuple[Sampling, Sampling]  # of a text to continue and of a chat, as the teacher's checkpoint says
+    samplings: tuple[Sampling, ...]  # of a text to continue and of a chat, as the teacher's checkpoint says
     run: RunRecord | None = None
     description: str = ""
     examples: tuple[str, ...] = ()  # prompts to click
@@ -84,9 +84,6 @@ class Pairing:
     def prompts(self, chat: bool) -> tuple[str, ...]:
         """Examples to choose from."""
         return self.examples or (CHAT_EXAMPLES if chat else EXAMPLES)
-
-    def sampling(self, chat: bool) -> Sampling:
-        return self.samplings[chat]
 
     @property
     def depths(self) -> list[int]:
@@ -114,14 +111,17 @@ class Pairing:
         """What to call the two models: their Hub ids, or the last part of a folder."""
         teacher = public_name(self.run.teacher.name if self.run else self.teacher.name)
         student = self.student(depth).source
+        if student == self.teacher:
+            return teacher, teacher
         if student.plan is not None:
             return teacher, f"{teacher} in {student.plan.depth} layers"
         name = public_name(student.name)
         return teacher, self.name if self.run and "/" not in name else name
 
     def layer_map(self, depth: int) -> Figure | None:
-        """What each edit cost in the rounds up to a depth; `None` without a run."""
-        return self.run and plot_layer_map(self.run.until(self.student(depth).round))
+        """What each edit cost in the rounds up to a depth; `None` without a round."""
+        number = self.student(depth).round
+        return plot_layer_map(self.run.until(number)) if self.run and number else None
 
     def quality(self) -> Figure | None:
         """Perplexity against depth; `None` without a run."""
@@ -149,18 +149,16 @@ def open_catalog(settings: DemoSettings, on_message: Callable[[str], None] = lam
 
 def _open(entry: ModelEntry, limits: Limits) -> Pairing:
     teacher, students, run = (*_named(entry), None) if entry.run is None else _of_run(entry)
-    by_depth = {student.plan.depth: student for student in students}  # of two with the same depth the later
-    context, own = load_config(teacher.name).max_position_embeddings, _generation_config(teacher.name)
+    config, own = load_config(teacher.name), _generation_config(teacher.name)
+    context, original = config.max_position_embeddings, Student(teacher, plan_of(config))
+    by_depth = {student.plan.depth: student for student in (original, *students)}  # of one depth the later
     return Pairing(
         name=entry.name,
         teacher=teacher,
         students=tuple(by_depth[depth] for depth in sorted(by_depth, reverse=True)),
         tokenizer=load_tokenizer(teacher.name),
         context=context,
-        samplings=(
-            Sampling.of_checkpoint(own, limits, context),
-            Sampling.of_checkpoint(own, limits, context, chat=True),
-        ),
+        samplings=tuple(Sampling.of_checkpoint(own, limits, context, chat) for chat in (False, True)),
         run=run,
         description=entry.description,
         examples=tuple(entry.examples),
@@ -242,23 +240,16 @@ class ModelStore:
         self.dtype = dtype
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.sizes: dict[ModelSource, tuple[int, str]] = {}  # parameters and dtype of every model that was loaded
-        self._models: dict[ModelSource, PreTrainedModel] = {}  # the most recently used last
+        self.models: dict[ModelSource, PreTrainedModel] = {}  # in memory, the most recently used last
         self._lock = threading.RLock()
 
-    @property
-    def loaded(self) -> list[ModelSource]:
-        """What is in memory, the most recently used last."""
-        return list(self._models)
-
     def get(self, source: ModelSource) -> PreTrainedModel:
-        """The model of a source on the device, without sampling settings of its own; errors name no folder."""
+        """The model of a source on the device; errors name no folder."""
         with self._lock:
-            model = self._models[source] if source in self._models else self._load(source)
-            self._models.pop(source, None)
-            self._models[source] = model
+            model = self.models[source] = self.models.pop(source, None) or self._load(source)
             self.sizes[source] = model.num_parameters(), str(model.dtype).removeprefix("torch.")
-            while len(self._models) > self.max_models:
-                del self._models[next(iter(self._models))]
+            while len(self.models) > self.max_models:
+                del self.models[next(iter(self.models))]
             return model
 
     def _load(self, source: ModelSource) -> PreTrainedModel:
@@ -269,8 +260,4 @@ class ModelStore:
         except LayerPruneError as error:
             logger.warning("loading %s: %s", source.name, error)
             raise LayerPruneError(str(error).replace(source.name, Path(source.name).name)) from error
-        own = model.generation_config
-        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        pad = next(token for token in (own.pad_token_id, *ends, 0) if token is not None)
-        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad)
         return model.eval().to(self.device)

@@ -41,14 +41,10 @@ class Comparison:
             return f"One runs in {teacher.dtype}, the other in {student.dtype}, so their speeds are not compared."
         if min(teacher.num_tokens, student.num_tokens) < FEW_TOKENS:
             return f"Speeds are compared from {FEW_TOKENS} tokens each."
-        if teacher.num_parameters and student.num_parameters and teacher.num_layers and student.num_layers:
-            layers = teacher.num_layers / student.num_layers
-            least = (
-                layers if teacher.num_parameters > student.num_parameters else 1.0
-            )  # in parallel need not be faster
-            ratio = student.tokens_per_second / teacher.tokens_per_second
-            if not SLOWEST * least <= ratio <= FASTEST * layers:
-                return "The machine was busy, so the speeds mean nothing; run it again."
+        layers, is_smaller = teacher.num_layers / student.num_layers, teacher.num_parameters > student.num_parameters
+        least = layers if is_smaller else 1.0  # layers in parallel need not be faster
+        if not SLOWEST * least <= student.tokens_per_second / teacher.tokens_per_second <= FASTEST * layers:
+            return "The machine was busy, so the speeds mean nothing; run it again."
         return ""
 
     @property
@@ -69,7 +65,7 @@ class Comparison:
             parts.append(f"The compressed model wrote at {ratio:.2f} times the speed of the original: {speeds}.")
         else:
             parts.append(self.doubt)
-        if (smaller := self.is_smaller) is not None:
+        if (smaller := self.is_smaller) is not None and student.num_layers != teacher.num_layers:
             share = f"{abs(smaller):.0%} {'fewer' if smaller > 0 else 'more'}" if abs(smaller) >= 0.005 else "as many"
             parts.append(
                 f"It has {student.num_layers} layers instead of {teacher.num_layers}, and {share} parameters."
@@ -98,17 +94,9 @@ def first_difference(one: str, other: str) -> tuple[Span, Span] | None:
 
     Where a text is over, its span is empty.
     """
-    words = [[match.span() for match in WORD.finditer(text)] for text in (one, other)]
-    pairs = enumerate(zip(*words, strict=False))
-    found = (n for n, (a, b) in pairs if one[slice(*a)] != other[slice(*b)])
-    same = next(found, min(map(len, words)))
-    if same == len(words[0]) == len(words[1]):
-        return None
-    spans = [
-        side[same] if same < len(side) else (len(text), len(text))
-        for side, text in zip(words, (one, other), strict=True)
-    ]
-    return spans[0], spans[1]
+    spans = ([*(word.span() for word in WORD.finditer(text)), (len(text), len(text))] for text in (one, other))
+    pairs = zip(*spans, strict=False)
+    return next(((a, b) for a, b in pairs if one[slice(*a)] != other[slice(*b)]), None)
 
 
 def rate(tokens_per_second: float) -> str:

@@ -69,9 +69,8 @@ class Sampling:
             given.setdefault("temperature", 1.0)
         elif chat and config.do_sample is None:
             given["temperature"] = CHAT_TEMPERATURE
-        return replace(
-            own, **{name: min(max(value, RANGES[name][0]), RANGES[name][1]) for name, value in given.items()}
-        )
+        within = {name: min(max(value, RANGES[name][0]), RANGES[name][1]) for name, value in given.items()}
+        return replace(own, **within)
 
     def changed(self, values: dict[str, int | float | None], limits: Limits) -> Sampling:
         """These settings with a visitor's in their place, where those are not `None`."""

@@ -7,6 +7,7 @@ ask another host for anything.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from .comparison import Comparison, Span, first_difference, rate
 from .service import Turn
 
 TEMPLATES = Path(__file__).parent.parent / "templates" / "demo"
-BEGIN, END = "\ue000", "\ue001"  # around the word to mark while Markdown is rendered; no text holds them
+BEGIN, END = "\ue000", "\ue001"  # around the word to mark while Markdown is rendered
+OWN = dict.fromkeys(map(ord, (BEGIN, END)), "\ufffd")  # a text that holds them shows that it cannot be shown
 MARKS = str.maketrans({BEGIN: '<mark title="first difference">', END: "</mark>"})
 
 
@@ -43,23 +45,18 @@ PARTS: Any = ENVIRONMENT.get_template("page.html.jinja").module  # the macros: h
 
 def marked(text: str, span: Span | None, as_markdown: bool) -> Markup:
     """Words of a model as HTML, with the word at `span` marked."""
+    text = text.translate(OWN)
     if span and span[0] < span[1]:
-        parts = (text[: span[0]], text[slice(*span)], text[span[1] :])
-        before, word, after = (part.replace(BEGIN, "").replace(END, "") for part in parts)
-        text = f"{before}{BEGIN}{word}{END}{after}"
-    else:
-        text = text.replace(BEGIN, "").replace(END, "")
+        text = f"{text[: span[0]]}{BEGIN}{text[slice(*span)]}{END}{text[span[1] :]}"
     return Markup((MARKDOWN.render(text) if as_markdown else escape(text)).translate(MARKS))
 
 
 def cards(pairing: Pairing, depth: int, turns: Sequence[Turn], comparison: Comparison, chat: bool = False) -> str:
     """The answers of both models side by side: of each its name and size, its words, its speed."""
-    shown: list[tuple[str, Markup, Markup]] = []
-    for number, (prompt, *said) in enumerate(turns, 1):
-        is_last = number == len(turns) and comparison.ended
-        spans = (first_difference(*said) if is_last else None) or (None, None)
-        one, other = (marked(text, span, as_markdown=chat) for text, span in zip(said, spans, strict=True))
-        shown.append((prompt, one, other))
+    shown = []
+    for prompt, *said in turns:
+        spans = (comparison.ended and len(shown) + 1 == len(turns) and first_difference(*said)) or (None, None)
+        shown.append((prompt, *map(partial(marked, as_markdown=chat), said, spans)))
     return PARTS.cards(pairing.names(depth), (comparison.original, comparison.compressed), shown, chat)
 
 

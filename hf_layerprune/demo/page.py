@@ -19,6 +19,9 @@ from .service import DemoService, Turn
 
 TEXT, CHAT = "Continue a text", "Chat"
 SUBTITLE = "Compare a language model with a smaller, faster copy: same prompt, two answers."
+MADE_WITH = """Made with [hf_layerprune](https://pypi.org/project/hf-layerprune), after [iterative layer-wise
+distillation](https://huggingface.co/papers/2511.05085) and [layer
+parallelism](https://huggingface.co/papers/2502.02790)."""
 SETTINGS = {  # label, explanation and step of each
     "max_new_tokens": ("Longest answer", "tokens", 1),
     "temperature": ("Temperature", "0 takes the most likely token every time", 0.05),
@@ -55,6 +58,7 @@ def build_page(service: DemoService) -> gr.Blocks:
     with gr.Blocks(title=service.settings.title, analytics_enabled=False) as page:
         gr.Markdown(f"# {service.settings.title}\n{SUBTITLE}")
         demo.lay_out()
+        gr.Markdown(MADE_WITH)
         demo.wire(page)
         add_api(service)
     return page.queue(default_concurrency_limit=1)
@@ -95,14 +99,16 @@ class DemoPage:
     ) -> list[Any]:
         """All that depends on what was chosen: what is shown, and the widgets. With a `prompt` nobody answered yet;
         without, the first example is shown with its answers where they are known."""
-        shown, own = Shown(comparison=self.service.blank(pairing, depth), chat=chat), pairing.sampling(chat)
+        shown, own = Shown(comparison=self.service.blank(pairing, depth), chat=chat), pairing.samplings[chat]
         if prompt is None:
             shown, prompt = self._stored(pairing, depth, chat) or shown, "" if chat else pairing.prompts(chat)[0]
         headline, answers, told = self._view(pairing, depth, shown)[1:]
         layer_map, quality = pairing.layer_map(depth), pairing.quality()
         names, drawn = list(self.service.catalog), (sampling or own).temperature > 0
-        mode, original = (CHAT if chat else TEXT), pairing.students[0].plan.num_teacher_layers
-        kept, several = f"Layers kept in the compressed model, of {original}", len(pairing.depths) > 1
+        mode, kept = (CHAT if chat else TEXT), "Layers kept in the compressed model"
+        depths: list[Any] = pairing.depths
+        if pairing.students[0].source == pairing.teacher:
+            depths[0] = (f"{depths[0]}, the original", depths[0])
         length, samples = self.service.limits.max_prompt_characters, [[text] for text in pairing.prompts(chat)]
         writing = {"info": KEYS, "lines": 1, "max_lines": 8, "max_length": length}
         prompts: dict[str, Any] = {"components": ["textbox"], "component_props": [{}], "headers": [""]}
@@ -118,7 +124,7 @@ class DemoPage:
             gr.HTML("", elem_id="lp-distance", **off),
             gr.Column(visible=False, **off),
             gr.Dropdown(names, value=pairing.name, label="Model", visible=len(names) > 1, elem_id="lp-model", **off),
-            gr.Radio(pairing.depths, value=depth, label=kept, visible=several, elem_id="lp-depth", **off),
+            gr.Radio(depths, value=depth, label=kept, visible=len(depths) > 1, elem_id="lp-depth", **off),
             gr.Radio([TEXT, CHAT], value=mode, label="Mode", visible=pairing.can_chat, elem_id="lp-mode", **off),
             gr.Textbox(prompt, label="Prompt", **writing, elem_id="lp-prompt", **off),
             gr.Button("Another seed", elem_id="lp-again", visible=drawn, **off),
@@ -175,7 +181,7 @@ class DemoPage:
         running = [
             gr.on(asking, self._compare, [self.prompt, *asked], given, **STREAMED),
             self.examples.click(self._compare_example, [self.examples, *asked], given, **STREAMED),
-            self.again.click(_next_seed, self.sampling[-1], self.sampling[-1], **AT_ONCE).then(
+            self.again.click(lambda seed: (seed + 1) % RANGES["seed"][1], *[self.sampling[-1]] * 2, **AT_ONCE).then(
                 self._compare_again, asked, given, **STREAMED
             ),
         ]
@@ -214,7 +220,7 @@ class DemoPage:
 
     def _stored(self, pairing: Pairing, depth: int, chat: bool) -> Shown | None:
         """The first example with its answers, if somebody asked for it already."""
-        found, own = self.service.stored.get((pairing.name, depth, chat)), pairing.sampling(chat)
+        found, own = self.service.stored.get((pairing.name, depth, chat)), pairing.samplings[chat]
         turn = found and (pairing.prompts(chat)[0], found.original.text, found.compressed.text)
         return found and Shown((turn,), found, chat, {name: getattr(own, name) for name in SAMPLING})
 
@@ -298,7 +304,7 @@ class DemoPage:
             depth = pairing.student(float(given.get("depth", 0))).plan.depth
             chat = pairing.can_chat and given.get("mode") == CHAT
             values = {name: float(given[name]) for name in SAMPLING if name in given}
-            sampling = pairing.sampling(chat).changed(values, self.service.limits)
+            sampling = pairing.samplings[chat].changed(values, self.service.limits)
         except (LayerPruneError, ValueError):
             gr.Warning("This link is of another list of models.")
             return gr.skip()
@@ -327,10 +333,6 @@ def _render(*widgets: Any) -> None:
 def _refused(error: LayerPruneError) -> list[Any]:
     """What was shown before, and why nothing was done."""
     return [*[gr.skip()] * 3, html.PARTS.refusal(str(error))]
-
-
-def _next_seed(seed: float) -> float:
-    return (seed + 1) % RANGES["seed"][1]
 
 
 def _on_temperature(temperature: float) -> list[Any]:

@@ -90,7 +90,7 @@ class DemoService:
         differs from the teacher's [`Sampling`]. With an `original` answer only the student is asked.
         """
         pairing, limits = self.pairing(model), self.limits
-        student, own = pairing.student(depth), pairing.sampling(chat)
+        student, own = pairing.student(depth), pairing.samplings[chat]
         drawn = own.changed(sampling or {}, limits)
         prompts = encode(pairing.tokenizer, cleaned(prompt, limits), history if chat else None)
         for ids in prompts:
@@ -195,7 +195,7 @@ def encode(
 
 
 def in_passing_thread(function: Callable[..., Any], *args: object) -> Any:
-    """Call `function` in a thread that ends with the call; see [`Generation`] for the reason."""
+    """Call `function` in a thread that ends with the call; see [`write_in_turn`] for the reason."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(function, *args).result()
 

@@ -1,4 +1,4 @@
-"""The Space on the Hub: its four files, and the push that makes or updates it."""
+"""The Space on the Hub: its files, and the push that makes or updates it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .catalog import teacher_of
 from .settings import DemoSettings, ModelEntry, read_settings
 
 TEMPLATES = Path(__file__).parent.parent / "templates" / "space"
-MODELS_FILE, WHEELS = "models.yaml", "hf_layerprune-*.whl"
+MODELS_FILE, THUMBNAIL, WHEELS = "models.yaml", "thumbnail.png", "hf_layerprune-*.whl"
 
 
 def push_space(
@@ -56,9 +56,8 @@ def push_space(
     repo_id = full_name(api, repo_id)
     entries = [_checked(api, entry, listed, on_message) for entry in settings.models]
     with TemporaryDirectory(prefix="hf-layerprune-") as folder:
-        write_space(
-            Path(folder), replace(settings, models=entries), repo_id, title=title, hardware=hardware, wheel=wheel
-        )
+        settings = replace(settings, models=entries, title=title or settings.title)
+        write_space(Path(folder), settings, repo_id, hardware, wheel)
         check_nothing_local(Path(folder), (Path.home(), Path.cwd()), token or get_token())
         with hub_errors(f"pushing to {repo_id}"):
             open_repo(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
@@ -73,37 +72,32 @@ def push_space(
 
 
 def write_space(
-    folder: Path,
-    settings: DemoSettings,
-    repo_id: str,
-    *,
-    title: str | None = None,
-    hardware: str | None = None,
-    wheel: Path | None = None,
+    folder: Path, settings: DemoSettings, repo_id: str, hardware: str | None = None, wheel: Path | None = None
 ) -> None:
-    """Write the files of a Space: `app.py`, `README.md`, `requirements.txt`, `models.yaml`, and a `wheel` if given."""
-    title = title or settings.title
+    """Write the files of a Space: code, card, requirements, list of models and picture, and a `wheel` if given."""
     names = [name for entry in settings.models for name in (entry.run, entry.student, entry.teacher) if name]
-    on_hub = list(dict.fromkeys(filter(None, map(hub_id, names)))) or None
-    suggested = {"suggested_hardware": hardware} if hardware else {}
+    on_hub = list(dict.fromkeys(filter(None, map(hub_id, names))))
+    facts = {"suggested_hardware": hardware} if hardware else {}
+    facts |= {"models": on_hub, "preload_from_hub": [*on_hub]} if on_hub else {}
+    thumbnail = hf_hub_url(repo_id, THUMBNAIL, repo_type="space")
     card = SpaceCard.from_template(
-        SpaceCardData(title=title, models=on_hub, preload_from_hub=on_hub, **suggested),
+        SpaceCardData(title=settings.title, thumbnail=thumbnail, **facts),
         template_path=str(TEMPLATES / "README.md.jinja"),
-        title=title,
-        entries=[(entry.name, f": {entry.description}" if entry.description else "") for entry in settings.models],
+        settings=settings,
+        models=on_hub,
         repo_id=repo_id,
     )
     extras = "demo,gguf" if any(map(is_gguf, names)) else "demo"
     files = {
         "app.py": (TEMPLATES / "app.py.jinja").read_text(encoding="utf-8"),
         "requirements.txt": _requirement(extras, repo_id, wheel),
-        MODELS_FILE: models_yaml(settings, title),
+        MODELS_FILE: models_yaml(settings),
         "README.md": str(card).rstrip() + "\n",
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if wheel is not None:
-        shutil.copy(wheel, folder)
+    for file in filter(None, (TEMPLATES / THUMBNAIL, wheel)):
+        shutil.copy(file, folder)
 
 
 def _checked_wheel(wheel: Path, private: bool | None) -> Path:
@@ -125,13 +119,13 @@ def _requirement(extras: str, repo_id: str, wheel: Path | None) -> str:
     return f"hf-layerprune[{extras}] @ {hf_hub_url(repo_id, wheel.name, repo_type='space')}\n"
 
 
-def models_yaml(settings: DemoSettings, title: str) -> str:
+def models_yaml(settings: DemoSettings) -> str:
     """The list of models as `read_settings` takes it, without the defaults."""
-    content = {"title": title, "models": [_changed(entry) for entry in settings.models]}
-    more = {key: value for key, value in _changed(settings).items() if key not in content}
-    if "limits" in more:
-        more["limits"] = _changed(settings.limits)
-    return yaml.safe_dump(content | more, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    content = {"title": settings.title} | _changed(settings)
+    content["models"] = [_changed(entry) for entry in settings.models]
+    if "limits" in content:
+        content["limits"] = _changed(settings.limits)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
 
 
 def _changed(settings: Any) -> dict[str, Any]:
@@ -146,7 +140,11 @@ def _checked(api: HfApi, entry: ModelEntry, listed: bool, on_message: Callable[[
     Private ones are reported.
     """
     for name in filter(None, (entry.run, entry.student, entry.teacher)):
-        _check_name(name)
+        if name != EMBEDDED and hub_id(absolute_if_local(name)) is None:
+            raise LayerPruneError(
+                f"{name!r} is not a model on the Hub, which a Space needs; push it first (hf-layerprune push), or "
+                "name another in a YAML file: --models"
+            )
     teacher = entry.teacher
     if entry.run:
         run = load_run(entry.run, token=api.token)
@@ -163,11 +161,3 @@ def _checked(api: HfApi, entry: ModelEntry, listed: bool, on_message: Callable[[
         if private:
             on_message(f"{name} is private: give the Space a secret HF_TOKEN that may read it")
     return entry
-
-
-def _check_name(name: str) -> None:
-    if name != EMBEDDED and hub_id(absolute_if_local(name)) is None:
-        raise LayerPruneError(
-            f"{name!r} is not a model on the Hub, which a Space needs; push it first (hf-layerprune push), or name "
-            "another in a YAML file: --models"
-        )

@@ -204,7 +204,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         plan, teacher_plan = plan_of(self.start), plan_of(self.teacher)
         if args.budget is None:
             raise LayerPruneError(
-                f"target_num_layers is missing; {name} has {plan.depth} layers, choose 1..{plan.depth - 1}"
+                f"target_num_layers is missing: how many of the {plan.depth} layers of {name} are to be left?"
             )
         check_same_vocabulary(self.start, self.teacher)
         check_length(args.max_length, self.start.config, name)

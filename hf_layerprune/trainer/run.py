@@ -169,6 +169,8 @@ def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
     if heal and budget == Budget("depth", plan.depth) and plan.blocks != goal.original.blocks:
         return
     if goal.met(plan):
+        if plan.depth == 1:
+            raise LayerPruneError(f"{name} has one layer, which a model needs; there is nothing to take out of it")
         least = f"1..{plan.depth - 1}" if budget.unit == "depth" else f"less than {goal.size(plan):.6g}"
         unit = "layers" if budget.unit == "depth" else budget.unit
         raise LayerPruneError(f"{setting}={budget.target:g} but {name} has {goal.size(plan):,} {unit}; choose {least}")
