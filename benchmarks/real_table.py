@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 NAMES = {
     "teacher": "teacher",
@@ -92,26 +93,30 @@ def tasks(entries: list[Entry]) -> str:
 
 
 def draw(entries: list[Entry], teacher: Entry, path: Path) -> None:
-    """KL on chat answers and task mean against depth, a line per method and state."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    """KL on chat answers and task mean against depth, a line per method and state; those of one depth stand apart."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     lines: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         if entry is not teacher:
             lines.setdefault((entry["method"], entry["state"]), []).append(entry)
-    for (method, state), points in lines.items():
-        points = [teacher, *points]
-        depths = [depth(point) for point in points]
+    for number, ((method, state), points) in enumerate(lines.items()):
+        apart = 0.9 * (number / max(1, len(lines) - 1) - 0.5)
         style = {"": "-", "repaired": "-.", "unhealed": ":"}[state]
-        name = f"{NAMES[method]}, {STATES[state]}"
-        means = [(100 * p["task_mean"], 100 * p["task_mean_se"]) for p in points]
-        kls = [(p["chat"]["kl"], p["chat"]["kl_se"]) for p in points]
-        for axes, values in ((left, kls), (right, means)):
-            axes.errorbar(depths, *zip(*values, strict=True), ls=style, marker="o", ms=4, capsize=3, label=name)
+        look = {"ls": style, "marker": "o", "ms": 4, "capsize": 3, "label": f"{NAMES[method]}, {STATES[state]}"}
+        depths = [depth(point) + apart for point in points]
+        left.errorbar(depths, *zip(*((p["chat"]["kl"], p["chat"]["kl_se"]) for p in points), strict=True), **look)
+        means = [(100 * p["task_mean"], 100 * p["task_mean_se"]) for p in (teacher, *points)]
+        right.errorbar([depth(teacher), *depths], *zip(*means, strict=True), **look)
+    left.set_yscale("log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("")
     for axes, title in ((left, "KL from the teacher on its own answers, nats per token"), (right, "task mean, %")):
-        axes.set(xlabel="layers", title=title)
+        axes.set(xlabel="layers, or blocks of layers in parallel", title=title)
+        axes.set_xticks(sorted({depth(entry) for entry in entries if axes is right or entry is not teacher}))
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=140)
 
 
