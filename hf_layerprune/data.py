@@ -26,6 +26,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
+from datasets.utils import logging as datasets_logging
 from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -162,16 +163,37 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
             rows are read.
         config_name (`str`, *optional*): configuration of a data set that has some.
     """
-    path = Path(source)
+    verbosity = datasets_logging.get_verbosity()
     try:
+        datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what it raises is said below, once
         dataset = _open_dataset(source, split if may_have(source, split) else "train", config_name)
     except (DatasetsError, OSError, ValueError, RuntimeError, ImportError, StopIteration) as error:
         cause = error.__cause__ or error  # datasets itself only says that an error occurred
-        reason = "the file is empty" if path.is_file() and not path.stat().st_size else first_line(cause)
+        reason = _fault(Path(source)) or first_line(cause)
         raise LayerPruneError(f"dataset {source} cannot be loaded: {reason}") from error
+    finally:
+        datasets_logging.set_verbosity(verbosity)
     if len(dataset) == 0:
         raise LayerPruneError(f"dataset {source} is empty")
     return dataset
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a file that cannot be read, where its content says so."""
+    if not path.is_file():
+        return None
+    if not path.stat().st_size:
+        return "the file is empty"
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        return None
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    parts = [text] if text.lstrip().startswith("[") else text.split("\n")
+    for number, part in enumerate(parts):
+        try:
+            json.loads(part or "null")
+        except json.JSONDecodeError as error:
+            return f"line {number + error.lineno} is not valid JSON: {error.msg}"
+    return None
 
 
 def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:

@@ -30,6 +30,7 @@ def recipe(tmp_path):
     [
         (["compress", "--max_stps", "3"], "unknown setting --max_stps; did you mean max_steps?"),
         (["compress", "--target-layers=3"], "unknown setting --target-layers=3; did you mean target_num_layers?"),
+        (["estimate", "--model", "./nowhere", "--target_num_layers", "3"], "the folder does not exist"),
         (["score", "--qqq"], "unknown setting --qqq; see hf-layerprune score --help"),
         (["score", "embedded"], "unknown setting embedded; did you mean --model embedded?"),
         (["score", "Qwen/Qwen2.5-0.5B"], "unknown setting Qwen/Qwen2.5-0.5B; did you mean --model Qwen/Qwen2.5-0.5B?"),

@@ -184,6 +184,17 @@ def test_what_is_no_data_set_is_refused_in_one_line(tmp_path, name, content):
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, content, line",
+    [("a.jsonl", '{"text": "a"}\n\n{"text":\n', 3), ("a.json", '[{"text": "a"},\n {"text" "b"}]', 2)],
+)
+def test_json_that_is_broken_is_named_once_with_its_line(tmp_path, capsys, name, content, line):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LayerPruneError, match=f"{name} cannot be loaded: line {line} is not valid JSON"):
+        load_text_dataset(str(tmp_path / name))
+    assert "JSON" not in capsys.readouterr().err
+
+
 def test_tokenized_batches_are_full_rows(tokenizer):
     rows = [{"text": "abc"}, {"text": "defgh"}] * 20
     batches = tokenized_batches(rows, tokenizer, max_length=16, num_rows=5, batch_size=2)

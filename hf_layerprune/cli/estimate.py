@@ -39,7 +39,7 @@ def estimate(argv: list[str]) -> None:
     arguments, args = parser.read([*with_default_recipe(argv), "--use_cpu", "true"])
     if parser.given.get("bf16") is None:
         args.bf16 = not args.fp16  # as on a GPU
-    memory, config = _memory(arguments.gpu_memory), _config(arguments.model)
+    config, memory = _config(arguments.model), _memory(arguments.gpu_memory)
     set_default_target(args, config.num_hidden_layers)
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
     run = RunSizes(config, args, teacher)
