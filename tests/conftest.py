@@ -117,6 +117,12 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Qwen2Tokeni
 
 
 @pytest.fixture
+def cpu_with_bfloat16(monkeypatch) -> None:
+    """A CPU on which a bfloat16 checkpoint is computed in bfloat16, whatever this one is."""
+    monkeypatch.setattr("hf_layerprune.environment.has_bf16", lambda use_cpu: True)
+
+
+@pytest.fixture
 def model_folder(tmp_path: Path, saved_model: Path) -> Path:
     return Path(shutil.copytree(saved_model, tmp_path / "tiny-model"))
 

@@ -90,7 +90,7 @@ def test_settings_reach_the_measurement(model_folder, timed):
     assert model.dtype == torch.bfloat16
 
 
-def test_random_weights_of_a_shape_in_several_depths(tmp_path, shape, capsys):
+def test_random_weights_of_a_shape_in_several_depths(cpu_with_bfloat16, tmp_path, shape, capsys):
     out = tmp_path / "out"
     assert run("--shape", shape, "--layers", 5, 3, "5/4", *QUICK, "--output_dir", out) == 0
     entries = json.loads((out / "benchmark.json").read_text())["reports"]
@@ -102,7 +102,7 @@ def test_random_weights_of_a_shape_in_several_depths(tmp_path, shape, capsys):
 
 
 @pytest.mark.parametrize("dtype, expected", [("auto", torch.bfloat16), ("float32", torch.float32)])
-def test_the_dtype_of_a_shape_is_its_own_unless_asked_for(shape, timed, dtype, expected):
+def test_the_dtype_of_a_shape_is_its_own_unless_asked_for(cpu_with_bfloat16, shape, timed, dtype, expected):
     assert run("--shape", shape, "--dtype", dtype) == 0
     assert depths(timed) == [[5]] and timed[0][0][0].dtype == expected
 

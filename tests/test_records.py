@@ -8,7 +8,7 @@ from hf_layerprune.benchmark import kv_bytes_per_token
 from hf_layerprune.loading import load_model
 
 
-def test_a_checkpoint_that_is_healed_in_float32_is_timed_as_it_is_saved(tmp_path, texts):
+def test_a_checkpoint_that_is_healed_in_float32_is_timed_as_it_is_saved(cpu_with_bfloat16, tmp_path, texts):
     tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
     byte_tokenizer().save_pretrained(tmp_path / "teacher")
     args = tiny_config(tmp_path / "run", target_num_layers=4, heal=False, measure_speed=True)

@@ -99,7 +99,7 @@ def test_a_space_is_made_and_updated_in_one_commit_each(hub, worker, pushed):
     status, _, err = worker.run("push-space", pushed, "--repo_id", "me/space", "--title", "Another title")
     assert status == 0 and "updating" in err
     assert set(repo.files()) == FILES | {"notes.md"} and b"Another title" in repo.files()["README.md"]
-    assert worker("open", run="me/student")["depths"] == [4, 3]
+    assert worker("open", run="me/student")["depths"] == [6, 4, 3]  # the original too
 
 
 def test_a_wheel_goes_along_until_there_is_a_release(hub, worker, pushed, tmp_path):
