@@ -49,7 +49,7 @@ unpack() {
 run() {
   [ -d "$site" ] && export PYTHONPATH="$PWD:$PWD/$site"
   export PYTHON=$python BASELINES=1 RESULTS=$2 OUT=runs/$1 DRAWS=${DRAWS:-8} ON_POLICY=${ON_POLICY:-100}
-  export METHODS=${METHODS-"block_influence on_policy kl shortgpt tail merge parallel lora"}
+  export METHODS=${METHODS-"block_influence on_policy paper kl shortgpt tail merge parallel lora"}
   export HEALING="--max_steps ${STEPS:-500} --per_device_train_batch_size ${ROWS:-16} --warmup_steps 16 --save_steps 100"
   mkdir -p "$2"
   recipes/real_model.sh "$1"

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from real_models import LENGTH, rows_of_text, text_quality
+from repair import numbers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -91,10 +92,6 @@ def best_sets(matrix: np.ndarray, size: int, count: int, seed: int = 0) -> list[
 
 def without(depth: int, layers: Sequence[int]) -> LayerPlan:
     return LayerPlan(tuple((layer,) for layer in range(depth) if layer not in layers), depth)
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def main() -> None:

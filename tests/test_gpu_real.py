@@ -70,7 +70,7 @@ def test_a_run_is_the_recipe_with_more_tokens(clone, monkeypatch, model, fifth):
     for verb, *rest in of_the_package(commands):
         arguments, *config = parse(verb, rest)
         parsed.append((verb, arguments, *config))
-    assert [verb for verb, *_ in parsed] == ["generate"] * 2 + ["compress"] * 9
+    assert [verb for verb, *_ in parsed] == ["generate"] * 2 + ["compress"] * 10
     for _, arguments, config in parsed[2:]:
         tokens = config.max_steps * config.per_device_train_batch_size * config.max_length
         assert 1e6 <= tokens <= 2.05e6 and arguments.dataset == f"runs/{model}/data/healing.jsonl"
@@ -82,7 +82,7 @@ def test_a_run_is_the_recipe_with_more_tokens(clone, monkeypatch, model, fifth):
     measured = [words for words in commands if words[0] == "benchmarks/real_models.py"]
     assert all(words[words.index("--output_dir") + 1] == "results/measured" for words in measured)
     labels = [word.split("=")[0] for words in measured for word in words if "=" in word]
-    methods = ("ours", "block_influence", "kl", "shortgpt", "tail", "merge", "parallel", "lora")
+    methods = ("ours", "block_influence", "paper", "kl", "shortgpt", "tail", "merge", "parallel", "lora")
     assert {"teacher", *(f"{method}-{fifth}" for method in methods)} < set(labels)
     assert len([label for label in labels if label.startswith("on_policy")]) == 1
 
