@@ -6,8 +6,8 @@
 #   benchmarks/gpu_real.sh run smollm2-135m-instruct runs/results    # there: run it again to resume
 #
 # `pack` without names packs the wheels alone, which benchmarks/gpu.py needs. Settings: PYTHON_VERSION and PLATFORMS of
-# the machine there, PART_MIB, WHEELS; for `run` STEPS and ROWS (of 256 tokens) of a healing, ON_POLICY steps, and METHODS
-# (the whole table by default, what matters most first), see recipes/real_model.sh. With a network there, `run` alone does.
+# the machine there, PART_MIB, WHEELS; for `run` the STEPS, ROWS (of 256 tokens) and RATE of a healing, ON_POLICY steps,
+# METHODS (the whole table by default) and AT_ONCE, see recipes/real_model.sh. With a network there, `run` alone does.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -49,8 +49,10 @@ unpack() {
 run() {
   [ -d "$site" ] && export PYTHONPATH="$PWD:$PWD/$site"
   export PYTHON=$python BASELINES=1 RESULTS=$2 OUT=runs/$1 DRAWS=${DRAWS:-8} ON_POLICY=${ON_POLICY:-100}
-  export METHODS=${METHODS-"block_influence on_policy paper kl shortgpt tail merge parallel lora"}
-  export HEALING="--max_steps ${STEPS:-500} --per_device_train_batch_size ${ROWS:-16} --warmup_steps 16 --save_steps 100"
+  export AT_ONCE=${AT_ONCE-1} BATCH=${BATCH:-448}
+  export METHODS=${METHODS-"ours block_influence on_policy paper kl shortgpt tail merge parallel lora"}
+  export HEALING="--max_steps ${STEPS:-500} --per_device_train_batch_size ${ROWS:-16} --warmup_steps 16 \
+    --learning_rate ${RATE:-1e-4} --save_strategy no"
   mkdir -p "$2"
   recipes/real_model.sh "$1"
 }

@@ -36,6 +36,13 @@ def result(records: Records, section: str, case: str) -> dict[str, Any]:
     return records.get(section, {}).get("cases", {}).get(case, {}).get("result", {})
 
 
+def row_of(records: Records, section: str, case: str, *cells: str) -> list[str]:
+    """A row of a case; if it has failed, its empty cells say so."""
+    error = records.get(section, {}).get("cases", {}).get(case, {}).get("error", "")
+    empty = EMPTY if not error else "out of time" if error.startswith("stopped after") else "failed"
+    return [case, *(empty if cell == EMPTY else cell for cell in cells)]
+
+
 def cases(records: Records, section: str) -> list[str]:
     return list(records.get(section, {}).get("cases", {}))
 
@@ -174,8 +181,8 @@ def scoring(records: Records) -> str:
         found = result(records, "scoring_cost", case)
         over = found.get("over_naive", {})
         same = {True: "yes", False: "no", None: EMPTY}[found.get("race_chose_the_same")]
-        rows.append([case, shown(found.get("over_naive_by_counting")), shown(over.get("shared prefix")),
-                     shown(over.get("race")), same])  # fmt: skip
+        ratios = (found.get("over_naive_by_counting"), over.get("shared prefix"), over.get("race"))
+        rows.append(row_of(records, "scoring_cost", case, *map(shown, ratios), same))
     return markdown("over the naive loop|by counting|shared prefix|race|race chose the same", rows)
 
 
@@ -185,7 +192,8 @@ def memory(records: Records) -> str:
     for case in cases(records, "memory") or ways:
         found = result(records, "memory", case)
         sizes = [found.get(key) and found[key] / 2**30 for key in ("estimated_bytes", "measured_bytes")]
-        rows.append([case, *(shown(size, "{:.2f}") for size in sizes), shown(found.get("estimated_over_measured"))])
+        cells = [shown(size, "{:.2f}") for size in sizes]
+        rows.append(row_of(records, "memory", case, *cells, shown(found.get("estimated_over_measured"))))
     return markdown("Qwen2.5-1.5B, 4 x 1024 tokens|estimated, GiB|measured, GiB|estimated over measured", rows)
 
 
@@ -194,7 +202,8 @@ def engines(records: Records) -> str:
     for case in cases(records, "engines") or ["plain", "ddp.yaml", "fsdp2.yaml"]:
         found = result(records, "engines", case)
         apart = "" if case == "plain" else shown(found.get("kl_difference"), "{:.1e}")
-        rows.append([case, shown(found.get("seconds"), "{:.0f}"), shown(found.get("kl"), "{:.4f}"), apart])
+        cells = [shown(found.get("seconds"), "{:.0f}"), shown(found.get("kl"), "{:.4f}")]
+        rows.append(row_of(records, "engines", case, *cells, apart))
     return markdown("one process|seconds, imports included|KL|relative difference to plain", rows)
 
 

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from hf_layerprune.environment import environment
 from hf_layerprune.files import to_json, write_atomically
-from hf_layerprune.losses import Divergence, chunked_divergence
+from hf_layerprune.losses import Divergence
 
 try:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -42,7 +43,9 @@ def full_logits(student: Tensor, student_head: nn.Linear, teacher: Tensor, teach
 
 
 def trl(student: Tensor, student_head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:
-    return chunked_divergence(student, student_head, teacher, teacher_head).sum()
+    heads = (student_head.weight, None, teacher, teacher_head.weight, None)
+    values, _ = ChunkedDivergenceFunction.apply(student, *heads, 0.0, 1.0)
+    return values.sum()
 
 
 def ours(student: Tensor, student_head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:

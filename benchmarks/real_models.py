@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ CODE_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n```", "\n@")
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def a_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def rows_of_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -168,21 +173,14 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str
     }
 
 
-def measure(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: Path,
-    with_generation: bool,
-    known: dict[str, Any],
+def generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {"humaneval": humaneval(model, tokenizer), "answers": chat(model, tokenizer)}
+
+
+def likelihoods(
+    model: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Path
 ) -> dict[str, Any]:
-    """What of a checkpoint is not `known` yet."""
-    found: dict[str, Any] = {}
-    if with_generation and "humaneval" not in known:
-        found["humaneval"], found["answers"] = humaneval(model, tokenizer), chat(model, tokenizer)
-    if "tasks" in known:
-        return found
-    found |= {"num_layers": model.config.num_hidden_layers, "num_parameters": model.num_parameters()}
+    found: dict[str, Any] = {"num_layers": model.config.num_hidden_layers, "num_parameters": model.num_parameters()}
     for kind in ("text", "chat"):
         found[kind] = text_quality(model, teacher, rows_of_text(held_out / f"held_out_{kind}.jsonl", tokenizer))
     tasks = evaluate_tasks(model, load_tasks(str(DATA / "tasks.yaml")), tokenizer, batch_size=32)
@@ -226,30 +224,32 @@ def main() -> None:
         if (state := item.partition("=")[2].partition(":")[2]) not in STATES:
             sys.exit(f"{item}: no state {state!r} of a checkpoint; choose {' or '.join(STATES[1:])}, or leave it out")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = has_bf16(use_cpu=device == "cpu") and not args.float32
-    context = torch.autocast(device, torch.bfloat16) if half else nullcontext()
+    device = a_device()
+    half = has_bf16(use_cpu=device.type == "cpu") and not args.float32
+    context = torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
     teacher, tokenizer = load_model(args.teacher, "float32").to(device).eval(), load_tokenizer(args.teacher)
     repair_rows = []
     if args.repair_on:
         text = load_text_dataset(str(args.repair_on))
         repair_rows = tokenized_batches(text, tokenizer, max_length=LENGTH, num_rows=args.repair_rows)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for item in args.checkpoints:
+    ways = {"tasks": lambda model: likelihoods(model, teacher, tokenizer, args.held_out)}
+    if not args.no_generation:
+        ways["humaneval"] = lambda model: generation(model, tokenizer)  # of all checkpoints last: it takes longest
+    for (missing, way), item in product(ways.items(), args.checkpoints):
         label, _, checkpoint = item.partition("=")
         path = args.output_dir / f"{label}.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "tasks" in known and (args.no_generation or "humaneval" in known):
+        if missing in known:
             continue
         start = time.perf_counter()
         model = teacher if checkpoint == args.teacher else checkpoint_named(checkpoint, teacher, repair_rows)
         with context:
-            found = measure(model, teacher, tokenizer, args.held_out, not args.no_generation, known)
-        seconds = known.get("seconds", 0) + time.perf_counter() - start
+            found = known | way(model)
+        found["seconds"] = round(known.get("seconds", 0) + time.perf_counter() - start, 1)
         where = {"compute": "bfloat16" if half else "float32", "machine": platform.machine()}
         where |= {"threads": torch.get_num_threads(), "environment": environment()}
-        found = where | known | found | {"seconds": round(seconds, 1)}
-        path.write_text(json.dumps({"label": label} | found, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"label": label} | where | found, indent=1) + "\n", encoding="utf-8")
         tasks = ", ".join(f"{name} {task['accuracy']:.3f}" for name, task in found["tasks"].items())
         mean = f"task mean {found['task_mean']:.4f} +- {found['task_mean_se']:.4f} ({tasks})"
         text = ", ".join(f"{k} ppl {found[k]['perplexity']:.2f} kl {found[k]['kl']:.4f}" for k in ("text", "chat"))

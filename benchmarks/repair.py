@@ -21,14 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from real_models import LENGTH, rows_of_text, text_quality
+from real_models import LENGTH, a_device, rows_of_text, text_quality
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_layerprune import load_model, load_tokenizer, prune, tokenized_batches
 from hf_layerprune.compensation import DEFAULT_RIDGE, Regression, compensate, target_state
 from hf_layerprune.data import Batch, load_text_dataset
-from hf_layerprune.forward import inference, record
+from hf_layerprune.environment import environment
+from hf_layerprune.forward import inference, record, to_device
 from hf_layerprune.surgery import plan_of
 
 WAYS = ("refit", "map", "refit and map")
@@ -42,7 +43,7 @@ def add_maps(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequen
     num_tokens = sum(batch["input_ids"].numel() for batch in batches)
     for position in gaps:
         target = target_state(position, plan, plan_of(teacher))
-        fit = Regression(torch.zeros(size, size), num_tokens)
+        fit = Regression(torch.zeros(size, size, device=student.device), num_tokens)
         for batch in batches:
             with inference(student, teacher):
                 state = record(student, batch, [position + 1], stop=True).states[position + 1].flatten(0, 1)
@@ -73,10 +74,10 @@ def main() -> None:
     parser.add_argument("--output_file", type=Path, required=True)
     args = parser.parse_args()
 
-    teacher, tokenizer = load_model(args.teacher, "float32").eval(), load_tokenizer(args.teacher)
-    batches = tokenized_batches(
-        load_text_dataset(args.repair_on), tokenizer, max_length=LENGTH, num_rows=max(args.rows), batch_size=1
-    )
+    teacher = load_model(args.teacher, "float32").to(a_device()).eval()
+    tokenizer, text = load_tokenizer(args.teacher), load_text_dataset(args.repair_on)
+    batches = tokenized_batches(text, tokenizer, max_length=LENGTH, num_rows=max(args.rows), batch_size=1)
+    batches = [to_device(batch, teacher.device) for batch in batches]
     texts = {kind: rows_of_text(args.held_out / f"held_out_{kind}.jsonl", tokenizer) for kind in ("text", "chat")}
     results = []
     for way, rows in [("none", 0), *((way, rows) for way in args.ways for rows in args.rows)]:
@@ -96,7 +97,7 @@ def main() -> None:
         results.append(found)
         print(found, flush=True)
     settings = {"teacher": Path(args.teacher).name, "removed": args.removed, "ridge": args.ridge}
-    settings["threads"] = torch.get_num_threads()
+    settings["environment"] = environment()
     args.output_file.write_text(json.dumps(settings | {"results": results}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from real_models import a_device
+
 from hf_layerprune import LayerPlan, evaluate_model, load_model, load_tokenizer, restore, tokenized_batches
 from hf_layerprune.data import load_text_dataset
 from hf_layerprune.environment import environment
@@ -33,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="rows of 256 tokens of each kind of text")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    teacher, tokenizer = load_model(args.teacher, "float32").eval(), load_tokenizer(args.teacher)
+    teacher, tokenizer = load_model(args.teacher, "float32").to(a_device()).eval(), load_tokenizer(args.teacher)
     held_out = {
         kind: tokenized_batches(
             load_text_dataset(str(args.data / f"held_out_{kind}.jsonl")), tokenizer, max_length=256, num_rows=args.rows
@@ -49,7 +51,7 @@ def main() -> None:
 
     run = read_run(args.run / "report.json")
     for record in run.rounds:
-        student = load_model(str(round_folder(args.run, record.number)), "float32").eval()
+        student = load_model(str(round_folder(args.run, record.number)), "float32").to(teacher.device).eval()
         measure("healed", record.depth, student)
     gone = [edit.layers[0] for edit in run.edits]
     plan = run.rounds[-1].plan

@@ -25,13 +25,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from real_models import LENGTH, rows_of_text, text_quality
+from real_models import LENGTH, a_device, rows_of_text, text_quality
 from repair import numbers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_layerprune import LayerPlan, apply_plan, load_model, load_tokenizer, search_plan, tokenized_batches
 from hf_layerprune.data import Batch, load_text_dataset
+from hf_layerprune.environment import environment
+from hf_layerprune.forward import to_device
 from hf_layerprune.scoring import Race, score
 
 MOST_SETS = 2_000_000  # that are listed one by one; of more, sets are searched by exchanging layers
@@ -41,8 +43,8 @@ STARTS = 400  # of that search
 def fisher(model: PreTrainedModel, batches: Sequence[Batch], draws: int, seed: int = 0) -> np.ndarray:
     """The Fisher matrix of the gates, `(L, L)`, in nats per token."""
     layers = model.base_model.layers
-    gates = torch.ones(len(layers), requires_grad=True)
-    generator = torch.Generator().manual_seed(seed)
+    gates = torch.ones(len(layers), device=model.device, requires_grad=True)
+    generator = torch.Generator(model.device).manual_seed(seed)
     matrix, num_tokens = np.zeros((len(layers), len(layers))), 0
 
     def gated(position: int, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -59,6 +61,7 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch], draws: int, seed: i
                     (gradient,) = torch.autograd.grad(
                         log_probs.gather(-1, drawn).sum(), gates, retain_graph=draw + 1 < draws
                     )
+                    gradient = gradient.cpu()
                     matrix += np.outer(gradient, gradient) / draws
                 num_tokens += len(ids) - 1
     return matrix / num_tokens
@@ -106,10 +109,10 @@ def main() -> None:
     parser.add_argument("--output_file", type=Path, required=True)
     args = parser.parse_args()
 
-    teacher, tokenizer = load_model(args.teacher, "float32").eval().requires_grad_(False), load_tokenizer(args.teacher)
-    batches = tokenized_batches(
-        load_text_dataset(args.text), tokenizer, max_length=LENGTH, num_rows=args.rows, batch_size=1
-    )
+    teacher = load_model(args.teacher, "float32").to(a_device()).eval().requires_grad_(False)
+    tokenizer, text = load_tokenizer(args.teacher), load_text_dataset(args.text)
+    batches = tokenized_batches(text, tokenizer, max_length=LENGTH, num_rows=args.rows, batch_size=1)
+    batches = [to_device(batch, teacher.device) for batch in batches]
     depth = teacher.config.num_hidden_layers
     start = time.perf_counter()
     matrix = fisher(teacher, batches, args.draws)
@@ -144,7 +147,7 @@ def main() -> None:
         results.append({"way": way, "layers": left} | found)
         print(results[-1], flush=True)
     settings = {"teacher": Path(args.teacher).name, "rows": args.rows, "draws": args.draws, "sets": args.sets}
-    settings |= {"threads": torch.get_num_threads(), "seconds_of_matrix": seconds_of_matrix}
+    settings |= {"environment": environment(), "seconds_of_matrix": seconds_of_matrix}
     settings |= {"matrix": matrix.round(6).tolist(), "results": results}
     args.output_file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 

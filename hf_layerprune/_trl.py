@@ -13,13 +13,9 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
-from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
 from trl.models.utils import _ForwardRedirection
 
 __all__ = [
-    "TOKEN_CHUNK_SIZE",
-    "VOCAB_CHUNK_SIZE",
-    "ChunkedDivergenceFunction",
     "keep_weights_in_place",
     "prepared_for_evaluation",
     "redirect_forward",

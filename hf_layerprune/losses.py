@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ._trl import ChunkedDivergenceFunction
-
-# Logits held at a time: 4 MiB of float32 on a CPU, about what a core keeps in its caches; 512 MiB on a GPU.
-MAX_LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**27}
+# Logits held at a time: 4 MiB of float32 on a CPU, about what a core keeps in its caches; 256 MiB on a GPU.
+MAX_LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
 MIN_ROWS_PER_CHUNK = 64  # fewer make the matrix products slow, whatever the vocabulary
 
 
@@ -46,44 +44,20 @@ def divergence(
     [Hinton et al.](https://huggingface.co/papers/1503.02531) the value is scaled by `temperature` squared, so that the
     size of the gradients does not depend on it.
 
-    On a GPU this is TRL's chunked divergence with its Triton kernels; elsewhere [`Divergence`], 1.5 to 7 times faster
-    than that on a CPU (`benchmarks/kl.py`).
+    [`Divergence`] has no place for the bias of a head; no supported family has one.
     """
-    heads = (student_head.bias, teacher_head.bias)
-    if student_hidden.is_cuda or heads != (None, None):
-        parts = (student_hidden, student_head, teacher_hidden, teacher_head)
-        return chunked_divergence(*parts, temperature, beta).sum()
     weights = (student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
     return Divergence.apply(*weights, temperature, beta)
-
-
-def chunked_divergence(
-    student_hidden: Tensor,
-    student_head: nn.Linear,
-    teacher_hidden: Tensor,
-    teacher_head: nn.Linear,
-    temperature: float = 1.0,
-    beta: float = 0.0,
-) -> Tensor:
-    """[`divergence`] per position by TRL's kernel: `(N, H), (N, H) -> (N,)`."""
-    values, _ = ChunkedDivergenceFunction.apply(
-        student_hidden,
-        student_head.weight,
-        student_head.bias,
-        teacher_hidden,
-        teacher_head.weight,
-        teacher_head.bias,
-        beta,
-        temperature,
-    )
-    return values * temperature**2
 
 
 class Divergence(torch.autograd.Function):
     """[`divergence`], with its gradient computed in the forward pass.
 
     A chunk of positions at a time is projected, compared, and turned into gradients; since the result is one number,
-    the backward pass only scales them. No logits are kept, and none are computed twice.
+    the backward pass only scales them. No logits are kept, and none are computed twice. Nor is a head needed in the
+    backward pass, when FSDP2 may have split its weights again.
+
+    TRL's chunked kernel projects twice: `benchmarks/kl.py` compares the two (`benchmarks/results`).
     """
 
     @staticmethod
@@ -99,7 +73,9 @@ class Divergence(torch.autograd.Function):
         device = student_hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_hidden.dtype
         with torch.autocast(device, enabled=False):
-            weight, reference_weight = student_weight.to(dtype), teacher_weight.to(dtype)
+            weight = student_weight.to(dtype)
+            is_shared = student_weight.data_ptr() == teacher_weight.data_ptr()
+            reference_weight = weight if is_shared else teacher_weight.to(dtype)
             total = student_hidden.new_zeros((), dtype=torch.float32)
             grad_hidden = torch.empty_like(student_hidden)
             grad_weight = None
@@ -115,6 +91,7 @@ class Divergence(torch.autograd.Function):
                 grad_hidden[rows] = (grad_logits @ weight).to(grad_hidden.dtype)
                 if grad_weight is not None:
                     grad_weight += grad_logits.T @ hidden
+                del student, teacher, grad_logits  # before the next chunk has its own
         ctx.temperature, ctx.weight_dtype = temperature, student_weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total * temperature**2

@@ -24,8 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ._trl import TOKEN_CHUNK_SIZE, VOCAB_CHUNK_SIZE
-from .losses import MAX_LOGITS_PER_CHUNK, parts_of_loss
+from .losses import MAX_LOGITS_PER_CHUNK, MIN_ROWS_PER_CHUNK, divergence, next_token_loss, parts_of_loss
 from .plan import LayerPlan
 from .surgery import apply_plan, plan_of
 from .trainer import IterativeLayerDistillConfig
@@ -99,10 +98,10 @@ class StepMeter:
     def __init__(self, config: PretrainedConfig, args: IterativeLayerDistillConfig, rows: Sequence[int]) -> None:
         self.config, self.args = config, copy.copy(args)
         self.few, self.many, self.length = rows[0], rows[-1], args.max_length or DEFAULT_LENGTH
-        # a GPU's kernels do not run here; `_logits` counts what they take
+        # `_logits` measures these two
         self.args.kl_weight, self.args.lm_weight, self.args.loss_preset = 0, 0, None
         self.losses, self.fake, self.live = args, FakeTensorMode(), LiveBytes()
-        self.models, self.measure = cache(self._models), cache(self._measure)
+        self.models, self.measure, self.logits = cache(self._models), cache(self._measure), cache(self._logits)
 
     def needs(self, way: Way, shape: StepShape, rows: int, accumulates: bool) -> StepNeeds:
         """Solve for a step; one that `accumulates` begins with the gradients of other micro-batches."""
@@ -110,7 +109,8 @@ class StepMeter:
         solved = few + (many - few) * (rows - self.few) / max(1, self.many - self.few)
         weights, trained, live, peak, of_last_block = map(int, solved)
         embedding = self.config.vocab_size * self.config.hidden_size * getattr(torch, way.dtype).itemsize
-        most = max(live + self._logits(way, rows), peak + way.everything * embedding)
+        logits = self.logits(rows * (self.length - 1), way.dtype, way.everything)
+        most = max(live + logits, peak + way.everything * embedding)
         return StepNeeds(
             weights, trained, weights + 2 * trained + max(most + accumulates * trained, of_last_block + trained)
         )
@@ -192,20 +192,35 @@ class StepMeter:
         ids = torch.zeros(rows, self.length, dtype=torch.long)
         valid = torch.arange(rows).repeat_interleave(length), torch.arange(length).repeat(rows)
         compared = compared_states(plan_of(student), plan_of(teacher), range(blocks))
-        half = torch.float16 if args.fp16 else torch.bfloat16
-        with torch.autocast("cpu", half, enabled=bool(args.bf16 or args.fp16)):
+        with self._autocast():
             towers = run_towers(student, teacher, {"input_ids": ids}, valid, compared, 0)
             parts = parts_of_loss(towers, student.lm_head, teacher.lm_head, torch.zeros_like(valid[0]), args)
-        return parts["hidden"] + parts["final_hidden"], self.live.now
+            return parts["hidden"] + parts["final_hidden"], self.live.now  # with the casts that autocast keeps
 
-    def _logits(self, way: Way, rows: int) -> int:
-        """Count what the divergence and the next-token loss take at once, with their gradients."""
-        args, hidden, vocabulary = self.losses, self.config.hidden_size, self.config.vocab_size
-        tokens = rows * self.length
-        itemsize = 2 if args.bf16 or args.fp16 else getattr(torch, way.dtype).itemsize
-        rows, columns = min(tokens, TOKEN_CHUNK_SIZE), min(vocabulary, VOCAB_CHUNK_SIZE)
-        tiles = rows * columns * (2 * 4 + itemsize) + (2 * rows + columns) * hidden * itemsize  # of both models
-        gradients = 4 * hidden * (tokens + way.everything * vocabulary)
-        chunk = 3 * 4 * min(tokens * vocabulary, MAX_LOGITS_PER_CHUNK["cuda"])
-        has_divergence = bool(args.kl_weight or args.loss_preset == "paper")
-        return max(has_divergence * (tiles + gradients), bool(args.lm_weight) * chunk)
+    def _autocast(self) -> torch.autocast:
+        half = torch.float16 if self.args.fp16 else torch.bfloat16
+        return torch.autocast("cpu", half, enabled=bool(self.args.bf16 or self.args.fp16))
+
+    def _logits(self, tokens: int, dtype: str, trains_head: bool) -> int:
+        """Run the divergence and the next-token loss alone, in chunks as on a GPU, and count what they take at most,
+        with their gradients. Once there are several chunks, memory is linear in `tokens`."""
+        args, live, size = self.losses, self.live, (self.config.hidden_size, self.config.vocab_size)
+        chunk = max(MIN_ROWS_PER_CHUNK, MAX_LOGITS_PER_CHUNK["cuda"] // size[1])
+        if tokens > 4 * chunk:
+            three, four = (self.logits(number * chunk, dtype, trains_head) for number in (3, 4))
+            return four + (four - three) * (tokens - 4 * chunk) // chunk
+        ids = patch.object(Tensor, "data_ptr", lambda tensor: id(tensor))  # tensors without memory are all at 0
+        with self.fake, live, ids, patch.dict(MAX_LOGITS_PER_CHUNK, cpu=MAX_LOGITS_PER_CHUNK["cuda"]):
+            heads = [nn.Linear(*size, bias=False, dtype=getattr(torch, dtype)) for _ in range(1 + trains_head)]
+            student, teacher = heads[0].requires_grad_(trains_head), heads[-1]
+            states = torch.zeros(tokens, size[0], dtype=getattr(torch, dtype), requires_grad=True)
+            losses, labels = [], torch.zeros(tokens, dtype=torch.long)
+            before = live.peak = live.now
+            with self._autocast():
+                if args.kl_weight or args.loss_preset == "paper":
+                    losses.append(divergence(states, student, states.detach(), teacher, args.temperature, args.beta))
+                if args.lm_weight:
+                    losses.append(next_token_loss(states, student, labels).sum())
+            if losses:
+                sum(losses).backward()
+        return live.peak - before

@@ -5,9 +5,10 @@
 #   recipes/real_model.sh smollm2-135m-instruct HuggingFaceTB/SmolLM2-135M-Instruct     # the original from the Hub
 #   BASELINES=1 recipes/real_model.sh qwen2.5-coder-0.5b-instruct                       # all methods, at equal tokens
 #
-# Other settings, as benchmarks/gpu_real.sh makes them: METHODS are the baselines to run, HEALING settings of every run
-# on top of its recipe, ON_POLICY the steps on own answers, DRAWS how many answers to each prompt, OUT the folder of the
-# runs, RESULTS that of the numbers.
+# Other settings, as benchmarks/gpu_real.sh makes them: METHODS are the runs to make, HEALING settings of every run on
+# top of its recipe, ON_POLICY the steps on own answers, DRAWS how many answers to each prompt, BATCH how many are
+# written together, OUT the folder of the runs, RESULTS that of the numbers. AT_ONCE=1 starts all methods together, each
+# with a log in OUT: for a GPU that one small model leaves idle.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 recipe=recipes/$1 out=${OUT:-runs/$1} results=${RESULTS:-recipes/$1/results}
@@ -38,13 +39,26 @@ if [ ! -f "$answers" ]; then
   $prune generate --model "$model" --dataset recipes/data/prompts.jsonl --as_chat --batch_size 64 $drawn \
     --output_file "$answers"
 fi
-more=()
-for ((draw = 2; draw <= ${DRAWS:-1}; draw++)); do
-  more+=("$out/answers-$draw.jsonl")  # one that is whole is read and left as it is
+mkdir -p "$out"
+# Call a function with each argument in turn or, with AT_ONCE, with all of them together.
+each() {
+  act=$1 pids=() failed=""; shift
+  for argument in "$@"; do
+    if [ -z "${AT_ONCE:-}" ]; then "$act" "$argument"; continue; fi
+    "$act" "$argument" >"$out/$(basename "$argument" .jsonl).log" 2>&1 & pids+=("$!")
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  [ -z "$failed" ] || { echo "not all of $* went well; their logs are in $out" >&2; exit 1; }
+}
+draw() {
+  seed=${1##*-}
   # shellcheck disable=SC2086
-  $prune generate --model "$model" --dataset recipes/data/prompts.jsonl --as_chat --batch_size 64 $drawn \
-    --seed "$draw" --output_file "$out/answers-$draw.jsonl"
-done
+  $prune generate --model "$model" --dataset recipes/data/prompts.jsonl --as_chat --batch_size "${BATCH:-64}" $drawn \
+    --seed "${seed%.jsonl}" --output_file "$1"  # one that is whole is read and left as it is
+}
+more=()
+for ((number = 2; number <= ${DRAWS:-1}; number++)); do more+=("$out/answers-$number.jsonl"); done
+each draw "${more[@]}"
 [ -f "$out/data/healing.jsonl" ] ||
   $python recipes/data/mix.py --answers "$answers" --model "$model" --output_dir "$out/data" --more_answers "${more[@]}"
 
@@ -55,14 +69,15 @@ compress() {
   resume=(); [ -f "$out/$method/run_state.json" ] && resume=(--resume)
   # shellcheck disable=SC2086
   $prune compress --config "$recipe/$config.yaml" --model "$model" --dataset "$out/data/healing.jsonl" \
-    --eval_dataset "$out/data/held_out_chat.jsonl" --output_dir "$out/$method" ${HEALING:-} "$@" "${resume[@]}"
+    --eval_dataset "$out/data/held_out_chat.jsonl" --output_dir "$out/$method" "$@" ${HEALING:-} "${resume[@]}"
 }
 measure() {
   $python benchmarks/real_models.py --teacher "$model" --held_out "$out/data" --repair_on "$out/data/healing.jsonl" \
     --repair_rows $repair_rows --output_dir "$results/measured" "$@"
 }
-baseline() {
+run() {
   case $1 in
+    ours) compress ours recipe ;;
     on_policy) compress on_policy recipe --on_policy_steps "${ON_POLICY:-32}" --prompts "$out/data/prompts.jsonl" ;;
     paper) compress paper baseline --criterion kl --race_confidence 0.95 --trained_layers neighbours --loss_preset paper \
       --learning_rate 1e-4 ;;
@@ -74,24 +89,22 @@ baseline() {
     merge) compress merge baseline --criterion kl --race_confidence 0.95 --edits merge --max_group_size 4 \
       --num_repair_samples $repair_rows ;;
     parallel) compress parallel baseline --criterion kl --race_confidence 0.95 --edits parallelize --max_group_size 4 ;;
+    *) echo "no method '$1'" >&2; exit 2 ;;
+  esac
+  rounds=$out/$1/rounds
+  depths=("$1-$fifth=$rounds/$fifth_round" "$1-$third=$rounds/$third_round")
+  case $1 in
+    ours)
+      measure "teacher=$model" "${depths[@]}"
+      measure --no_generation "ours-$fifth-unhealed=$rounds/$fifth_round:unhealed" \
+        "ours-$third-unhealed=$rounds/$third_round:unhealed" "ours-$fifth-repaired=$rounds/$fifth_round:repaired" \
+        "ours-$third-repaired=$rounds/$third_round:repaired" ;;
+    on_policy) measure "on_policy-$third=$out/on_policy/model" ;;
+    *) measure --no_generation "${depths[@]}" ;;
   esac
 }
 
-compress ours recipe
-rounds=$out/ours/rounds
-measure "teacher=$model" "ours-$fifth=$rounds/$fifth_round" "ours-$third=$rounds/$third_round"
-measure --no_generation "ours-$fifth-unhealed=$rounds/$fifth_round:unhealed" \
-  "ours-$third-unhealed=$rounds/$third_round:unhealed" "ours-$fifth-repaired=$rounds/$fifth_round:repaired" \
-  "ours-$third-repaired=$rounds/$third_round:repaired"
-if [ -n "${BASELINES:-}" ]; then
-  for method in ${METHODS:-$baselines}; do
-    baseline "$method"
-    if [ "$method" = on_policy ]; then
-      measure "on_policy-$third=$out/on_policy/model"
-      continue
-    fi
-    measure --no_generation "$method-$fifth=$out/$method/rounds/$fifth_round" \
-      "$method-$third=$out/$method/rounds/$third_round"
-  done
-fi
+[ -z "${BASELINES:-}" ] || others=$baselines
+# shellcheck disable=SC2086
+each run ${METHODS:-ours ${others:-}}
 $python benchmarks/real_table.py "$results"

@@ -239,6 +239,7 @@ def engine(kind, **more):
     [
         (engine("FSDP", is_fsdp2=False), {}, "fsdp_version: 2"),
         (engine("FSDP", is_fsdp2=True), {"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy='steps'"),
+        (engine("DEEPSPEED"), {"torch_compile": True}, "torch_compile"),
     ],
 )
 def test_what_cannot_work_in_an_engine_is_refused_in_one_line(tmp_path, accelerator, changes, words):

@@ -10,7 +10,7 @@ from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError
 from hf_layerprune.estimate import RunSizes, parse_size
 from hf_layerprune.memory import LiveBytes, StepMeter, StepShape, Way
 
-SIZES = {"hidden_size": 64, "intermediate_size": 160}
+SIZES = {"hidden_size": 64, "intermediate_size": 640}
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ class PeakOfHealing(TrainerCallback):
 
 LOWEST_GAPS = {"criterion": "tail", "protect_last_layers": 6}
 LOWEST_PAIRS = {"edits": "parallelize", "protect_last_layers": 4}
+CASTS = {"bf16": True, "gradient_checkpointing": True}  # of float32 weights; nothing else keeps them
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,8 @@ LOWEST_PAIRS = {"edits": "parallelize", "protect_last_layers": 4}
         ("2,5", None, 4, LOWEST_GAPS),
         ("all", None, 4, LOWEST_PAIRS),
         ("neighbours", 4, 4, LOWEST_PAIRS),
+        ("2,5", None, 1, LOWEST_GAPS | CASTS),
+        ("all", None, 1, LOWEST_GAPS | CASTS),
     ],
 )
 def test_the_estimated_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, lora_r, rows, edits):
@@ -74,10 +77,10 @@ def test_the_estimated_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained
             model, args, texts, processing_class=tokenizer, peft_config=peft, callbacks=[watch]
         ).train()
     run = RunSizes(model.config, args)
-    way = Way(args.trained_layers, lora_r, "float32", False)
+    way = Way(args.trained_layers, lora_r, "float32", args.gradient_checkpointing)
     setting = run.setting(way, rows, StepMeter(model.config, args, [rows]))
     assert len(watch.peaks) == run.rounds == 2 and setting.accumulation == 4 // rows
-    assert setting.peak == pytest.approx(max(watch.peaks), rel=0.15), (trained, watch.peaks, setting)
+    assert setting.peak == pytest.approx(max(watch.peaks), rel=0.05), (trained, watch.peaks, setting)
     assert setting.peak == setting.weights + setting.optimizer + setting.activations
 
 

@@ -111,3 +111,22 @@ def test_completion_only_masks_reach_the_loss(tmp_path, tokenizer):
     batch = next(iter(healing.get_train_dataloader()))
     parts = healing.loss_parts(healing.model, batch)
     assert parts["num_tokens"] == 2 * len("forty-two." + "\0")  # two rows; the end token counts
+
+
+def test_torch_compile_compiles_the_layers_of_both_models_while_they_heal(tmp_path, tokenizer):
+    results, seen = [], []
+    for on in (False, True):
+        torch.compiler.reset()
+        settings = {"torch_compile": True, "torch_compile_backend": "eager"} if on else {}
+        trainer = make_healing(
+            tmp_path / str(on), tokenizer, tiny_model(), (1, 2), trained_layers="neighbours", **settings
+        )
+        torch._dynamo.utils.counters.clear()
+        healed, _ = trainer.heal(torch.float32)
+        seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        results.append({name: weight.clone() for name, weight in healed.named_parameters()})
+        compiled = [m for m in (*healed.modules(), *trainer.teacher.modules()) if m._compiled_call_impl is not None]
+        assert not compiled, "rows of other lengths follow"
+    assert seen[0] == 0 and seen[1] > 1
+    for name, weight in results[0].items():
+        torch.testing.assert_close(weight, results[1][name], msg=name)

@@ -1,12 +1,16 @@
 """What a healing step takes is known without taking it."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
 from families import FAMILIES, family_model
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_layerprune.estimate import RunSizes
+from hf_layerprune.losses import MAX_LOGITS_PER_CHUNK, divergence, next_token_loss
 from hf_layerprune.memory import LiveBytes, StepMeter, StepShape, Way
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160}
@@ -20,7 +24,7 @@ def check_solved(folder, config, way, shape, **settings):
     solved = StepMeter(config, args, [1, 4]).needs(way, shape, 3, accumulates=True)
     meter = StepMeter(config, args, [3])
     (weights, trained, live, peak), _ = meter.measure(way, shape.trained, shape.width, 3)
-    whole = weights + 3 * trained + max(live + meter._logits(way, 3), peak)
+    whole = weights + 3 * trained + max(live + meter.logits(3 * 127, way.dtype, way.everything), peak)
     assert solved[:2] == pytest.approx((weights, trained), rel=0.01) and 0.97 < solved.peak / whole < 1.1
 
 
@@ -79,8 +83,36 @@ def test_bytes_are_counted_while_they_live():
     assert live.now == 0
 
 
-def test_a_gpu_holds_tiles_of_logits(tmp_path):
-    config = tiny_model(5, vocab_size=70_000).config
-    meter = StepMeter(config, tiny_config(tmp_path, max_length=64), [2])
-    needs = meter.needs(Way("neighbours", None, "float32", False), StepShape(2, 2), 2, accumulates=False)
-    assert needs.peak > needs.weights + 2 * 2 * 63 * 32768 * 4  # of two models, at 63 positions of two rows
+@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize(
+    "dtype, settings, bytes_of_logit",
+    [
+        ("float32", {}, 12),
+        ("float32", HALF, 14),
+        ("float32", HALF | {"beta": 0.5}, 24),
+        ("bfloat16", {}, 14),
+        ("float32", MORE, 12),
+        ("float32", MORE | HALF | {"kl_weight": 0}, 12),
+    ],
+)
+def test_chunks_of_logits_take_what_they_do(tmp_path, monkeypatch, trains_head, dtype, settings, bytes_of_logit):
+    tokens, hidden, vocabulary = 500, 16, 1500
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(MAX_LOGITS_PER_CHUNK, device, 80 * vocabulary)
+    args = tiny_config(tmp_path, **{"bf16": False} | settings)
+    config = tiny_model(2, hidden_size=hidden, vocab_size=vocabulary).config
+    solved = StepMeter(config, args, [1]).logits(tokens, dtype, trains_head)
+    with LiveBytes() as live:
+        teacher = nn.Linear(hidden, vocabulary, bias=False, dtype=getattr(torch, dtype)).requires_grad_(False)
+        student = copy.deepcopy(teacher).requires_grad_() if trains_head else teacher
+        states = torch.randn(tokens, hidden, dtype=getattr(torch, dtype), requires_grad=True)
+        labels, before, loss = torch.zeros(tokens, dtype=torch.long), live.now, 0
+        live.peak = before
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(args.bf16)):
+            if args.kl_weight:
+                loss = divergence(states, student, states.detach(), teacher, beta=args.beta)
+            if args.lm_weight:
+                loss = loss + next_token_loss(states, student, labels).sum()
+        loss.backward()
+    assert solved == pytest.approx(live.peak - before, rel=0.01)
+    assert solved >= 80 * vocabulary * bytes_of_logit  # the tensors of one chunk, by reading the functions

@@ -15,28 +15,11 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from hf_layerprune._trl import (
-    TOKEN_CHUNK_SIZE,
-    VOCAB_CHUNK_SIZE,
-    ChunkedDivergenceFunction,
     prepared_for_evaluation,
     redirect_forward,
     restore_forward,
     set_model,
 )
-
-
-def test_chunked_divergence_takes_heads_and_beta_and_returns_two_tensors():
-    names = list(inspect.signature(ChunkedDivergenceFunction.forward).parameters)
-    assert names[1:9] == [
-        "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta",
-        "temperature",
-    ]  # fmt: skip
-
-
-def test_the_tiles_of_its_logits_have_a_size():
-    source = inspect.getsource(inspect.getmodule(ChunkedDivergenceFunction))
-    for name, value in (("TOKEN_CHUNK_SIZE", TOKEN_CHUNK_SIZE), ("VOCAB_CHUNK_SIZE", VOCAB_CHUNK_SIZE)):
-        assert type(value) is int and value > 0 and source.count(name) > 1, f"{name} no longer bounds the tiles"
 
 
 def test_sft_trainer_puts_its_head_in_the_instance_and_it_can_be_removed(tmp_path, tokenizer):

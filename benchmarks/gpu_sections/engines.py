@@ -58,7 +58,8 @@ def start(*arguments: object) -> None:
             process.kill()
             raise
     if process.returncode:
-        raise RuntimeError(f"exit status {process.returncode}: {printed[-1500:]}")
+        _, _, traceback = printed.partition("Traceback")  # the first one is not the launcher's
+        raise RuntimeError(f"exit status {process.returncode}: {traceback[:2500] or printed[-1500:]}")
 
 
 def measured(folder: Path, seconds: float) -> dict[str, Any]:

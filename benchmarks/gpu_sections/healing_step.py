@@ -20,20 +20,18 @@ from transformers.models.qwen2 import modeling_qwen2
 from gpu_sections.common import Case, Run, in_turns, median_ratio, relative_error, release
 from gpu_sections.decode import card
 from hf_layerprune.memory import LiveBytes
+from hf_layerprune.trainer.healing import compile_layers
 
 WAYS = healing.WAYS | healing.SWITCHES
-EQUAL_WORK = {
-    "paper": WAYS["paper"], "full logits": WAYS["full logits"], "ours": WAYS["ours, divergence of full logits"],
-    "ours, no shared prefix": partial(healing.our_step, share_prefix=False, divergence=healing.divergence_of_logits),
-}  # fmt: skip
-"""Ways whose operations a counter sees, all of them in torch."""
+COUNTED = ("paper", "full logits", "ours", "ours, no shared prefix")
+"""Ways whose operations are counted; others do the same as ours."""
 
 
 def cases(run: Run) -> list[Case]:
     operations = lru_cache(partial(counted_operations, run))
     peaks = [(f"memory, {name}", partial(memory, run, name)) for name in WAYS]
     found = [*peaks, ("time", partial(times, run, operations)), ("profile of ours", partial(profile, run))]
-    found.append(("layers compiled", partial(fused, run, partial(compile_layers, run))))
+    found.append(("layers compiled", partial(fused, run, partial(compiled, run))))
     return found + [("layers of Liger", partial(with_liger, run))] * run.on_gpu
 
 
@@ -67,8 +65,8 @@ def memory(run: Run, name: str) -> dict[str, int]:
 def counted_operations(run: Run) -> dict[str, int]:
     """Operations of a step."""
     teacher, found = healing.make_teacher(shape_of(run), dtype_of(run)), {}
-    for name, make in EQUAL_WORK.items():
-        _, loss = make(teacher, shape_of(run))
+    for name in COUNTED:
+        _, loss = WAYS[name](teacher, shape_of(run))
         with FlopCounterMode(display=False) as counter:
             loss().backward()
         found[name] = counter.get_total_flops()
@@ -134,11 +132,8 @@ def fused(run: Run, change: Callable[[PreTrainedModel], None]) -> dict[str, Any]
     return found | {"gradient_difference": relative_error(*reversed(gradients))}
 
 
-def compile_layers(run: Run, model: PreTrainedModel) -> None:
-    """Frozen and trained layers, with gradients and without, are compiled apart; dynamo gives up at its limit."""
-    torch._dynamo.config.recompile_limit = 64
-    for layer in model.model.layers:
-        layer.compile(backend="inductor" if run.on_gpu else "eager")  # which needs no compiler
+def compiled(run: Run, model: PreTrainedModel) -> None:
+    compile_layers([model], "inductor" if run.on_gpu else "eager")  # which needs no compiler
 
 
 def with_liger(run: Run) -> dict[str, Any]:

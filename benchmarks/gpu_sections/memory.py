@@ -6,6 +6,7 @@ script is proved, the estimate is not.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from datasets import Dataset
 
 from gpu_sections.common import Case, Run, narrow, random_rows, release
 from hf_layerprune import IterativeLayerDistillConfig, IterativeLayerDistillTrainer, load_tokenizer, prune
-from hf_layerprune.benchmark import load_shape, random_models, weight_bytes
+from hf_layerprune.benchmark import load_shape, random_models
 from hf_layerprune.memory import LiveBytes, StepMeter, StepShape, Way
 from hf_layerprune.trainer.healing import HealingTrainer
 from hf_layerprune.trainer.trainable import lora_config
@@ -64,25 +65,20 @@ def peak(run: Run, config: Any, way: Way, args: IterativeLayerDistillConfig, rem
     """The most bytes at once of a healing, models and optimizer included."""
     release()
     before = torch.cuda.memory_allocated() if run.on_gpu else 0
-    (teacher,) = random_models(config, dtype=getattr(torch, way.dtype), device=run.device)
-    ids = random_rows(run, 4000, 6 * args.per_device_train_batch_size, args.max_length).tolist()
-    owner = IterativeLayerDistillTrainer(
-        model=teacher, args=args, train_dataset=Dataset.from_dict({"input_ids": ids}),
-        processing_class=load_tokenizer("embedded"), peft_config=lora_config(way.lora_r),
-    )  # fmt: skip
-    student, blocks = prune(teacher, [removed], share_weights=True), [removed - 1, removed]
-    if way.trained == "all":
-        blocks = list(range(student.config.num_hidden_layers))
-    heal = partial(heal_once, owner, student, blocks, run)
-    if run.on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        heal()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
-        heal()
-    return live.peak + weight_bytes(teacher)
-
-
-def heal_once(owner: IterativeLayerDistillTrainer, student: Any, blocks: list[int], run: Run) -> None:
-    trainer = HealingTrainer(owner, student, blocks, owner.train_dataset, run.scratch / "memory" / "healing")
-    trainer.heal(next(student.parameters()).dtype)
+    with nullcontext() if run.on_gpu else LiveBytes() as live:
+        (teacher,) = random_models(config, dtype=getattr(torch, way.dtype), device=run.device)
+        ids = random_rows(run, 4000, 6 * args.per_device_train_batch_size, args.max_length).tolist()
+        owner = IterativeLayerDistillTrainer(
+            model=teacher, args=args, train_dataset=Dataset.from_dict({"input_ids": ids}),
+            processing_class=load_tokenizer("embedded"), peft_config=lora_config(way.lora_r),
+        )  # fmt: skip
+        student, blocks = prune(teacher, [removed], share_weights=True), [removed - 1, removed]
+        if way.trained == "all":
+            blocks = list(range(student.config.num_hidden_layers))
+        if run.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            live.peak = live.now
+        trainer = HealingTrainer(owner, student, blocks, owner.train_dataset, run.scratch / "memory" / "healing")
+        trainer.heal(next(student.parameters()).dtype)
+        return torch.cuda.max_memory_allocated() - before if run.on_gpu else live.peak

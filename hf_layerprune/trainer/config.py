@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ AT_LEAST = {
     "kl_weight": 0.0, "hidden_weight": 0.0, "lm_weight": 0.0, "on_policy_steps": 0, "on_policy_tokens": 1,
     "learning_rate": 0.0, "on_policy_learning_rate": 0.0, "max_length": 2, "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "seed": 0, "dataloader_num_workers": 0,
+    "weight_decay": 0.0,
 }  # fmt: skip
 
 
@@ -203,6 +205,8 @@ class IterativeLayerDistillConfig(SFTConfig):
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         self.report_to = self.report_to or "none"  # `null` in a recipe
         super().__post_init__()
+        if self.torch_compile:  # of the layers, see `healing.compile_layers`; accelerate would compile what calls them
+            os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
         # the reentrant kind gives layers after frozen ones no gradient; transformers reads the second name
         kwargs = (self.gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}

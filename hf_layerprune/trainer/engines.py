@@ -35,6 +35,8 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
             f"eval_strategy={str(args.eval_strategy.value)!r} measures a student that is split over processes; leave "
             "it out: every round is measured before and after its healing"
         )
+    if splits_model(accelerator) and args.torch_compile:
+        raise LayerPruneError("torch_compile compiles layers, which FSDP and DeepSpeed split; leave one of them out")
     if splits_model(accelerator) and args.on_policy_steps:
         raise LayerPruneError("on_policy_steps needs a whole student on every process; leave FSDP or DeepSpeed out")
 
