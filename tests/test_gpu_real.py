@@ -63,7 +63,7 @@ def recipe_tokens(model):
 
 @pytest.mark.parametrize("model, fifth", [("smollm2-135m-instruct", 24), ("qwen2.5-coder-0.5b-instruct", 19)])
 def test_a_run_is_the_recipe_with_more_tokens(clone, monkeypatch, model, fifth):
-    status, error, commands = run(clone, "run", model, "results", DRAWS="3")
+    status, error, commands = run(clone, "run", model, "results", DRAWS="3", AT_ONCE="")
     assert status == 0, error
     monkeypatch.chdir(clone)
     parsed = []
@@ -85,6 +85,25 @@ def test_a_run_is_the_recipe_with_more_tokens(clone, monkeypatch, model, fifth):
     methods = ("ours", "block_influence", "paper", "kl", "shortgpt", "tail", "merge", "parallel", "lora")
     assert {"teacher", *(f"{method}-{fifth}" for method in methods)} < set(labels)
     assert len([label for label in labels if label.startswith("on_policy")]) == 1
+
+
+def test_methods_at_once_run_the_same_commands(clone):
+    found = []
+    for at_once in ("", "1"):
+        (clone / "commands.jsonl").unlink(missing_ok=True)
+        status, error, commands = run(clone, "run", "smollm2-135m-instruct", "results", DRAWS="3", AT_ONCE=at_once)
+        assert status == 0, error
+        found.append(sorted(commands))
+    assert found[0] == found[1] and len(found[0]) > 20
+    assert (clone / "runs" / "smollm2-135m-instruct" / "lora.log").exists()
+
+
+def test_a_method_that_fails_does_not_stop_the_others(clone):
+    methods = {"METHODS": "ours nonsense lora", "AT_ONCE": "1"}
+    status, error, commands = run(clone, "run", "smollm2-135m-instruct", "results", **methods)
+    assert status == 1 and "ours nonsense lora" in error and "runs/smollm2-135m-instruct" in error
+    assert "no method 'nonsense'" in (clone / "runs" / "smollm2-135m-instruct" / "nonsense.log").read_text()
+    assert len([words for words in of_the_package(commands) if words[0] == "compress"]) == 2
 
 
 def test_the_recipe_alone_is_as_it_was(clone):
