@@ -52,7 +52,7 @@ run() {
   export AT_ONCE=${AT_ONCE-1} BATCH=${BATCH:-448}
   export METHODS=${METHODS-"ours block_influence on_policy paper kl shortgpt tail merge parallel lora"}
   export HEALING="--max_steps ${STEPS:-500} --per_device_train_batch_size ${ROWS:-16} --warmup_steps 16 \
-    --learning_rate ${RATE:-1e-4} --save_strategy no"
+    --save_strategy no ${RATE:+--learning_rate $RATE}"
   mkdir -p "$2"
   recipes/real_model.sh "$1"
 }

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,25 @@ def bandwidth(records: Records) -> str:
     return markdown("|batch|eager|CUDA graphs|compiled", rows)
 
 
+def per_kernel(records: Records) -> str:
+    """What a kernel takes, over all variants of a shape: the time of a step without the reading of its bytes, which a
+    CUDA graph waits for, over the kernels that were counted."""
+    rows = []
+    copied = result(records, "decode", "card").get("copy_bytes_per_second", math.nan)
+    for shape, batch in product(predictions.SHAPES, predictions.BATCHES):
+        plans, cells = predictions.variants(load_shape(shape)), []
+        outside, of_width = predictions.counted_kernels(shape)
+        for mode in ("eager", "graphs"):
+            taken = []
+            for name, entry in result(records, "decode", f"{shape}, batch {batch}, {mode}").items():
+                reading = predictions.step_bytes(shape, plans[name], batch) / copied if mode == "graphs" else 0
+                kernels = outside + sum(of_width[len(block)] for block in plans[name].blocks)
+                taken.append((entry["seconds_per_step"] - reading) / kernels * 1e6)
+            cells.append(f"{min(taken):.1f} to {max(taken):.1f}" if taken else EMPTY)
+        rows.append([shape, str(batch), *cells])
+    return markdown("microseconds|batch|eager|CUDA graphs", rows)
+
+
 def healing_step(records: Records, counts: Records) -> str:
     names = dict.fromkeys(name.removeprefix("memory, ") for name in cases(records, "healing_step") if "memory" in name)
     times, paper = result(records, "healing_step", "time"), result(records, "healing_step", PEAKS[1])
@@ -218,6 +239,7 @@ def tables(records: Records, counts: Records) -> dict[str, str]:
         "pairs": predictions.table(decode),
         "removal_and_groups": predictions.table(decode, (1, 4)),
         "bandwidth": bandwidth(records),
+        "per_kernel": per_kernel(records),
         "healing_step": healing_step(records, counts),
         "fused": fused(records),
         "scoring": scoring(records),

@@ -34,6 +34,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from kl import trl
 from predictions import Kernels
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,7 +42,6 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from hf_layerprune import losses, prune
 from hf_layerprune.data import Batch, valid_next_tokens
@@ -50,9 +50,9 @@ from hf_layerprune.files import to_json, write_atomically
 from hf_layerprune.loading import load_model
 from hf_layerprune.losses import relative_hidden_state_mse
 from hf_layerprune.memory import LiveBytes
-from hf_layerprune.surgery import apply_plan, plan_of
+from hf_layerprune.surgery import plan_of
 from hf_layerprune.trainer import healing as trainer_module
-from hf_layerprune.trainer.healing import HealingTrainer, compared_states, compile_layers, shared_depth
+from hf_layerprune.trainer.healing import HealingTrainer, compared_states, shared_depth
 from hf_layerprune.trainer.trainable import make_trainable
 
 QWEN_3B = {
@@ -140,7 +140,6 @@ def our_step(
     share_weights: bool = True,
     share_prefix: bool = True,
     divergence: Callable[..., Tensor] = losses.divergence,
-    compiled: bool = False,
 ) -> tuple[PreTrainedModel, Step]:
     student = prune(teacher, [shape["gap"]], share_weights=share_weights)
     neighbours = [shape["gap"] - 1, shape["gap"]]
@@ -156,9 +155,6 @@ def our_step(
         frozen_head=None,
     )
     batch = make_batch(shape, teacher.config.vocab_size)
-    if compiled:
-        teacher = trainer.teacher = apply_plan(teacher, plan_of(teacher), share_weights=True)  # others use it as it is
-        compile_layers([student, teacher], "inductor" if torch.cuda.is_available() else "eager")
 
     def loss() -> Tensor:
         with patch.object(losses, "divergence", divergence):
@@ -181,10 +177,7 @@ def divergence_of_logits(
 
 def divergence_of_trl(student: Tensor, head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear, *_: Any) -> Tensor:
     """TRL's chunked divergence, on a GPU by its Triton kernels."""
-    values, _ = ChunkedDivergenceFunction.apply(
-        student, head.weight, None, teacher, teacher_head.weight, None, 0.0, 1.0
-    )
-    return values.sum()
+    return trl(student, head, teacher, teacher_head)
 
 
 WAYS = {"paper": paper_step, "full logits": full_logits_step, "ours": our_step}
@@ -193,7 +186,6 @@ SWITCHES: dict[str, Callable[..., tuple[PreTrainedModel, Step]]] = {
     "ours, no shared weights": partial(our_step, share_weights=False),
     "ours, divergence of full logits": partial(our_step, divergence=divergence_of_logits),
     "ours, divergence of TRL": partial(our_step, divergence=divergence_of_trl),
-    "ours, layers compiled": partial(our_step, compiled=True),
 }
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .errors import LayerPruneError
+
 # Logits held at a time: 4 MiB of float32 on a CPU, about what a core keeps in its caches; 256 MiB on a GPU.
 MAX_LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
 MIN_ROWS_PER_CHUNK = 64  # fewer make the matrix products slow, whatever the vocabulary
@@ -44,8 +46,11 @@ def divergence(
     [Hinton et al.](https://huggingface.co/papers/1503.02531) the value is scaled by `temperature` squared, so that the
     size of the gradients does not depend on it.
 
-    [`Divergence`] has no place for the bias of a head; no supported family has one.
+    Raises:
+        [`LayerPruneError`]: if a head has a bias, as in no supported family.
     """
+    if (student_head.bias, teacher_head.bias) != (None, None):
+        raise LayerPruneError("the output head has a bias, which the divergence does not take")
     weights = (student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
     return Divergence.apply(*weights, temperature, beta)
 
@@ -74,7 +79,9 @@ class Divergence(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_hidden.dtype
         with torch.autocast(device, enabled=False):
             weight = student_weight.to(dtype)
-            is_shared = student_weight.data_ptr() == teacher_weight.data_ptr()
+            is_shared = not ctx.needs_input_grad[1] and (
+                student_weight is teacher_weight or student_weight.data_ptr() == teacher_weight.data_ptr()
+            )
             reference_weight = weight if is_shared else teacher_weight.to(dtype)
             total = student_hidden.new_zeros((), dtype=torch.float32)
             grad_hidden = torch.empty_like(student_hidden)

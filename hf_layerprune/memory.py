@@ -209,8 +209,7 @@ class StepMeter:
         if tokens > 4 * chunk:
             three, four = (self.logits(number * chunk, dtype, trains_head) for number in (3, 4))
             return four + (four - three) * (tokens - 4 * chunk) // chunk
-        ids = patch.object(Tensor, "data_ptr", lambda tensor: id(tensor))  # tensors without memory are all at 0
-        with self.fake, live, ids, patch.dict(MAX_LOGITS_PER_CHUNK, cpu=MAX_LOGITS_PER_CHUNK["cuda"]):
+        with self.fake, live, patch.dict(MAX_LOGITS_PER_CHUNK, cpu=MAX_LOGITS_PER_CHUNK["cuda"]):
             heads = [nn.Linear(*size, bias=False, dtype=getattr(torch, dtype)) for _ in range(1 + trains_head)]
             student, teacher = heads[0].requires_grad_(trains_head), heads[-1]
             states = torch.zeros(tokens, size[0], dtype=getattr(torch, dtype), requires_grad=True)

@@ -40,6 +40,8 @@ if [ ! -f "$answers" ]; then
     --output_file "$answers"
 fi
 mkdir -p "$out"
+status=0
+trap 'trap - TERM; kill 0' TERM  # and what runs in the background
 # Call a function with each argument in turn or, with AT_ONCE, with all of them together.
 each() {
   act=$1 pids=() failed=""; shift
@@ -48,7 +50,7 @@ each() {
     "$act" "$argument" >"$out/$(basename "$argument" .jsonl).log" 2>&1 & pids+=("$!")
   done
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
-  [ -z "$failed" ] || { echo "not all of $* went well; their logs are in $out" >&2; exit 1; }
+  [ -z "$failed" ] || { echo "not all of $* went well; their logs are in $out" >&2; status=1; }
 }
 draw() {
   seed=${1##*-}
@@ -108,3 +110,4 @@ run() {
 # shellcheck disable=SC2086
 each run ${METHODS:-ours ${others:-}}
 $python benchmarks/real_table.py "$results"
+exit $status

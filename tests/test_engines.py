@@ -10,7 +10,7 @@ import yaml
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import is_deepspeed_available
+from accelerate.utils import DynamoBackend, is_deepspeed_available
 from conftest import byte_tokenizer, read_report, tiny_config, tiny_model
 from forked import CLI, accelerate_launch, run, run_ranks
 
@@ -132,6 +132,16 @@ main(sys.argv[1:])
 """
 
 
+COMPILED = """
+import sys
+from hf_layerprune.cli import main
+from hf_layerprune.trainer import healing
+
+healing.COMPILER = "eager"  # which needs no compiler of C++
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def launch(model, texts, folder, config, killed=False, resume=False, **settings):
     """Report and student of the command line, on as many processes as a configuration of accelerate says.
 
@@ -152,9 +162,9 @@ def launch(model, texts, folder, config, killed=False, resume=False, **settings)
     else:
         plain = config == "ddp_cpu.yaml"
         script = ["-m", "hf_layerprune.cli"] if plain else [TESTS / "cpu_engine.py"]
-        if killed:
-            script = [folder.with_name("killed.py")]
-            script[0].write_text(KILLED.format(engine=not plain))
+        if killed or settings.get("compile_layers"):
+            script = [folder.with_name("script.py")]
+            script[0].write_text(KILLED.format(engine=not plain) if killed else COMPILED)
         settings = ("--config_file", CONFIGS / config, "--num_processes", 2, "--mixed_precision", "no")
         with pytest.raises(AssertionError) if killed else nullcontext():
             accelerate_launch(*settings, *script, *words)
@@ -189,8 +199,16 @@ ENGINES = [
 
 @pytest.mark.parametrize("config", ENGINES)
 def test_rounds_in_every_engine_are_those_of_one_process_with_the_same_batch(tmp_path, one_process, config):
+    check_two_processes(tmp_path, one_process, config)
+
+
+def test_compiled_layers_heal_alike_in_two_processes(tmp_path, one_process):
+    check_two_processes(tmp_path, one_process, "ddp_cpu.yaml", compile_layers=True)
+
+
+def check_two_processes(tmp_path, one_process, config, **settings):
     teacher, texts, one, of_one = one_process
-    two, of_two = launch(teacher, texts, tmp_path / "two", config, per_device_train_batch_size=2)
+    two, of_two = launch(teacher, texts, tmp_path / "two", config, per_device_train_batch_size=2, **settings)
     assert two["settings"]["num_processes"] == 2 and one["settings"]["num_processes"] == 1
     assert len(one["rounds"]) == 2
     for a, b in zip(two["rounds"], one["rounds"], strict=True):
@@ -230,8 +248,9 @@ def test_configurations_are_what_accelerate_reads(path):
         assert path.stem.endswith(str(config.deepspeed_config["zero_stage"]))
 
 
-def engine(kind, **more):
-    return SimpleNamespace(distributed_type=DistributedType[kind], **more)
+def engine(kind, backend=DynamoBackend.NO, **more):
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
+    return SimpleNamespace(distributed_type=DistributedType[kind], state=state, **more)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +258,8 @@ def engine(kind, **more):
     [
         (engine("FSDP", is_fsdp2=False), {}, "fsdp_version: 2"),
         (engine("FSDP", is_fsdp2=True), {"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy='steps'"),
-        (engine("DEEPSPEED"), {"torch_compile": True}, "torch_compile"),
+        (engine("DEEPSPEED"), {"compile_layers": True}, "compile_layers"),
+        (engine("NO", backend=DynamoBackend.INDUCTOR), {}, "set compile_layers=true instead"),
     ],
 )
 def test_what_cannot_work_in_an_engine_is_refused_in_one_line(tmp_path, accelerator, changes, words):

@@ -75,6 +75,8 @@ def test_a_run_is_the_recipe_with_more_tokens(clone, monkeypatch, model, fifth):
         tokens = config.max_steps * config.per_device_train_batch_size * config.max_length
         assert 1e6 <= tokens <= 2.05e6 and arguments.dataset == f"runs/{model}/data/healing.jsonl"
         assert 20 <= tokens / recipe_tokens(model) <= 50
+        if config.loss_preset != "paper":
+            assert config.learning_rate == {"smollm2-135m-instruct": 1e-4, "qwen2.5-coder-0.5b-instruct": 2e-5}[model]
     _, arguments, config = parsed[4]
     assert config.on_policy_steps == 100 and arguments.prompts == f"runs/{model}/data/prompts.jsonl"
     (mix,) = [words for words in commands if words[0].endswith("mix.py")]

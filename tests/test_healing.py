@@ -9,6 +9,7 @@ from trl.models.activation_offloading import OffloadActivations
 
 from hf_layerprune import IterativeLayerDistillTrainer, prune
 from hf_layerprune._trl import keep_weights_in_place
+from hf_layerprune.trainer import healing
 from hf_layerprune.trainer.healing import HealingTrainer
 
 
@@ -107,19 +108,19 @@ def test_completion_only_masks_reach_the_loss(tmp_path, tokenizer):
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    healing = HealingTrainer(trainer, prune(teacher, [1]), [0], trainer.train_dataset, tmp_path)
-    batch = next(iter(healing.get_train_dataloader()))
-    parts = healing.loss_parts(healing.model, batch)
+    inner = HealingTrainer(trainer, prune(teacher, [1]), [0], trainer.train_dataset, tmp_path)
+    batch = next(iter(inner.get_train_dataloader()))
+    parts = inner.loss_parts(inner.model, batch)
     assert parts["num_tokens"] == 2 * len("forty-two." + "\0")  # two rows; the end token counts
 
 
-def test_torch_compile_compiles_the_layers_of_both_models_while_they_heal(tmp_path, tokenizer):
+def test_the_layers_of_both_models_are_compiled_while_they_heal(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(healing, "COMPILER", "eager")
     results, seen = [], []
     for on in (False, True):
         torch.compiler.reset()
-        settings = {"torch_compile": True, "torch_compile_backend": "eager"} if on else {}
         trainer = make_healing(
-            tmp_path / str(on), tokenizer, tiny_model(), (1, 2), trained_layers="neighbours", **settings
+            tmp_path / str(on), tokenizer, tiny_model(), (1, 2), trained_layers="neighbours", compile_layers=on
         )
         torch._dynamo.utils.counters.clear()
         healed, _ = trainer.heal(torch.float32)

@@ -20,7 +20,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from gpu_sections.common import Case, Run, in_turns, median_ratio, relative_error, release
 from gpu_sections.decode import card
 from hf_layerprune.memory import LiveBytes
-from hf_layerprune.trainer.healing import compile_layers
+from hf_layerprune.trainer import healing as trainer_healing
 
 WAYS = healing.WAYS | healing.SWITCHES
 COUNTED = ("paper", "full logits", "ours", "ours, no shared prefix")
@@ -31,7 +31,7 @@ def cases(run: Run) -> list[Case]:
     operations = lru_cache(partial(counted_operations, run))
     peaks = [(f"memory, {name}", partial(memory, run, name)) for name in WAYS]
     found = [*peaks, ("time", partial(times, run, operations)), ("profile of ours", partial(profile, run))]
-    found.append(("layers compiled", partial(fused, run, partial(compiled, run))))
+    found.append(("layers compiled", partial(fused, run, compiled)))
     return found + [("layers of Liger", partial(with_liger, run))] * run.on_gpu
 
 
@@ -132,8 +132,10 @@ def fused(run: Run, change: Callable[[PreTrainedModel], None]) -> dict[str, Any]
     return found | {"gradient_difference": relative_error(*reversed(gradients))}
 
 
-def compiled(run: Run, model: PreTrainedModel) -> None:
-    compile_layers([model], "inductor" if run.on_gpu else "eager")  # which needs no compiler
+def compiled(model: PreTrainedModel) -> None:
+    if model.device.type == "cpu":
+        trainer_healing.COMPILER = "eager"  # which needs no compiler of C++
+    trainer_healing.compile_layers([model])
 
 
 def with_liger(run: Run) -> dict[str, Any]:

@@ -15,7 +15,7 @@ TARGETS = {"target_num_layers", "target_latency", "target_num_parameters"}
 OF_TRL = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
-    "adam_beta2", "max_grad_norm", "seed", "bf16", "fp16", "tf32", "torch_compile", "activation_offloading", "use_cpu",
+    "adam_beta2", "max_grad_norm", "seed", "bf16", "fp16", "tf32", "activation_offloading", "use_cpu",
     "model_init_kwargs", "dataset_text_field", "dataset_num_proc", "dataloader_num_workers", "max_length",
     "truncation_mode", "packing", "packing_strategy", "padding_free", "completion_only_loss", "assistant_only_loss",
     "chat_template_path", "eos_token", "pad_token", "per_device_eval_batch_size", "logging_steps", "report_to",

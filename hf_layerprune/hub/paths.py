@@ -34,7 +34,7 @@ PUBLIC = frozenset((
     "batch_size", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
-    "data_seed", "bf16", "fp16", "tf32", "torch_compile", "activation_offloading", "gradient_checkpointing",
+    "data_seed", "bf16", "fp16", "tf32", "compile_layers", "activation_offloading", "gradient_checkpointing",
     "use_cpu", "model_init_kwargs", "dataset_text_field", "dataset_num_proc", "dataloader_num_workers",
     "max_length", "truncation_mode", "packing", "packing_strategy", "padding_free", "completion_only_loss",
     "assistant_only_loss", "chat_template_path", "eos_token", "pad_token", "logging_steps", "save_strategy",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import DynamoBackend, broadcast_object_list, is_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -35,8 +35,12 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
             f"eval_strategy={str(args.eval_strategy.value)!r} measures a student that is split over processes; leave "
             "it out: every round is measured before and after its healing"
         )
-    if splits_model(accelerator) and args.torch_compile:
-        raise LayerPruneError("torch_compile compiles layers, which FSDP and DeepSpeed split; leave one of them out")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:  # and accelerate would unwrap a DDP for good
+        raise LayerPruneError(
+            "torch_compile (--dynamo_backend) compiles a whole model; set compile_layers=true instead"
+        )
+    if splits_model(accelerator) and args.compile_layers:
+        raise LayerPruneError("compile_layers compiles what FSDP and DeepSpeed split; leave one of them out")
     if splits_model(accelerator) and args.on_policy_steps:
         raise LayerPruneError("on_policy_steps needs a whole student on every process; leave FSDP or DeepSpeed out")
 

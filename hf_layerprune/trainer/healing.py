@@ -41,6 +41,8 @@ from .trainable import make_trainable, merge_and_round
 if TYPE_CHECKING:
     from .iterative import IterativeLayerDistillTrainer
 
+COMPILER = "inductor"  # the backend of `torch.compile`
+
 
 class HealingTrainer(Trainer):
     """One healing of one student: a [`~transformers.Trainer`] with the loss of layer-wise distillation.
@@ -98,8 +100,8 @@ class HealingTrainer(Trainer):
         self._parts: dict[str, list[Tensor]] = defaultdict(list)  # of the loss, since the last line of the log
         self._started = 0.0
         keep_weights_in_place(owner, trained)
-        if args.torch_compile:
-            compile_layers([trained, self.teacher], args.torch_compile_backend, args.torch_compile_mode)
+        if args.compile_layers:
+            compile_layers([trained, self.teacher])
 
     def heal(
         self, save_dtype: torch.dtype, checkpoint: Path | None = None, seconds: float = 0.0
@@ -246,16 +248,16 @@ def without_adapters(student: nn.Module) -> PreTrainedModel:
     return student.get_base_model() if is_peft_model(student) else student
 
 
-def compile_layers(models: Sequence[nn.Module], backend: str, mode: str | None = None) -> None:
-    """Compile every layer where it is: half of the memory of a step on a GPU, and less time (`docs/gpu.md`)."""
+def compile_layers(models: Sequence[nn.Module]) -> None:
+    """Compile every layer where it is: half of the memory of a step on a GPU, and less time (`docs/healing.md`)."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # frozen, trained, wide, ...
     for model in models:
         for layer in without_adapters(model).base_model.layers:
-            layer.compile(backend=backend, mode=mode)
+            layer.compile(backend=COMPILER)
 
 
 def uncompile_layers(models: Sequence[nn.Module]) -> None:
-    """Undo [`compile_layers`]: scores and measurements have rows of many lengths, each of which would be compiled."""
+    """Undo [`compile_layers`]: scores and measurements need no compiling, nor does what is saved."""
     for model in models:
         for layer in without_adapters(model).base_model.layers:
             layer._compiled_call_impl = None
