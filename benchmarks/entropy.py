@@ -3,9 +3,9 @@
     python benchmarks/entropy.py --teacher TEACHER --depths 24,20 --text DIR/healing.jsonl --held_out DIR \
         --output_file FILE.json
 
-After EntroDrop (ICLR 2026): the entropy of a hidden state is that of a histogram of its entries. It falls over the first
-layers and then rises; of the layers in which it rises, those that raise it least go first. Also a criterion of one's
-own: `--criterion entropy:rise_of_entropy` with this folder on PYTHONPATH. The number of buckets is ours.
+After EntroDrop (ICLR 2026): the entropy of a hidden state is that of a histogram of its entries. It falls over the
+first layers and then rises; of the layers in which it rises, those that raise it least go first. Also a criterion of
+one's own: `--criterion entropy:rise_of_entropy` with this folder on PYTHONPATH. The number of buckets is ours.
 """
 
 from __future__ import annotations
