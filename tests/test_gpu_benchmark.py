@@ -284,7 +284,8 @@ def test_results_fill_the_tables(gpu_tables, pages, results, tmp_path):
     for name, record in results.items():
         (folder / f"{name}.json").write_text(json.dumps(record))
     decode = copy.deepcopy(results["decode"])
-    entry = {"ratio": 1.257, "bytes_per_second": 2.5e12, "share_of_copy_bandwidth": 0.61}
+    entry = {"ratio": 1.257, "bytes_per_second": 2.5e12, "share_of_copy_bandwidth": 0.61, "seconds_per_step": 0.01}
+    decode["cases"]["card"] = {"result": {"copy_bytes_per_second": 1e12, "bf16_operations_per_second": 1.0}}
     decode["cases"]["Qwen3-0.6B, batch 1, graphs"] = {"result": {"as it is": entry, "28 in 18": entry}}
     (folder / "decode.json").write_text(json.dumps(decode))
     gpu_tables.main([str(folder), "--docs", str(pages)])
@@ -293,6 +294,7 @@ def test_results_fill_the_tables(gpu_tables, pages, results, tmp_path):
     goal, *_ = rows_of(page, "Qwen3-0.6B, 28 in 18, graphs, over all layers in sequence")
     assert goal[1] == ">= 1.25x" and goal[3] == "1.26x"
     assert [cells[3] for cells in rows_of(page, "Qwen3-0.6B") if "2.50e12" in cells[3]] == ["2.50e12, 61%"]
+    assert any(re.fullmatch(r"5\.\d to 8\.\d", cells[3]) for cells in rows_of(page, "Qwen3-0.6B"))
     assert "x / 1.26x" in (pages / "parallel.md").read_text()
     correct = [row for case in results["correctness"]["cases"] for row in rows_of(page, case)]
     assert correct and all(row[-1] == "yes" for row in correct)
@@ -307,6 +309,9 @@ def test_a_case_that_failed_is_shown_as_such(gpu_tables):
     rows = rows_of(gpu_tables.correctness({"correctness": record}), "resume")
     assert rows == [["resume", "", "", "", "**failed**"]]
     assert "**no**" in gpu_tables.correctness({"correctness": record})
+    engines = {"cases": {"plain": {"error": "stopped after 9 s"}, "fsdp2.yaml": {"error": "RuntimeError"}}}
+    table = gpu_tables.engines({"engines": engines})
+    assert [row[1] for name in engines["cases"] for row in rows_of(table, name)] == ["out of time", "failed"]
 
 
 def test_results_of_nothing_stay_out_of_the_documents(gpu_tables, results, tmp_path, capsys):
