@@ -41,7 +41,7 @@ if [ ! -f "$answers" ]; then
 fi
 mkdir -p "$out"
 status=0
-trap 'trap - TERM; kill 0' TERM  # and what runs in the background
+[ -z "${AT_ONCE:-}" ] || trap 'trap - TERM; kill 0' TERM  # what runs in the background too
 # Call a function with each argument in turn or, with AT_ONCE, with all of them together.
 each() {
   act=$1 pids=() failed=""; shift

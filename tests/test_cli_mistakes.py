@@ -40,7 +40,6 @@ def recipe(tmp_path):
             "--config {recipe}: unknown setting target_layers; did you mean target_num_layers?",
         ),
         (["score", "--num_samples", "few"], "invalid int value: 'few'; see hf-layerprune score --help"),
-        (["parallelize", "--num_eval_samples", "0"], "num_eval_samples=0 must be a whole number of at least 1"),
         (["compress", "--weight_decay=-1"], "weight_decay=-1.0 must be a number of at least 0"),
         (["demo", "--server_port", "99999"], "server_port=99999 is out of range; choose 1..65535"),
         (["score", "--config", "nowhere.yaml"], "nowhere.yaml cannot be used: No such file or directory"),

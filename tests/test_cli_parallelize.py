@@ -145,7 +145,7 @@ def test_a_student_is_saved_in_the_checkpoints_dtype_and_measured_as_it_is_saved
         (["--plan", "{broken}"], "not JSON"),
         (["--plan", "{other}"], "teacher of 9 layers"),
         (["--target_num_layers", "0"], "depth=0"),
-        (["--num_eval_samples", "0"], "num_eval_samples=0 must be a whole number of at least 1"),
+        (["--num_eval_samples", "0"], "all must be positive"),
         (["--target_num_layers", "2"], "out of reach"),
         (["--target_num_layers", "5"], "meets depth=5 already"),
         (["--target_latency", "1.5"], "latency=1.5"),

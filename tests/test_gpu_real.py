@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,27 @@ def test_a_method_that_fails_does_not_stop_the_others(clone):
     assert status == 1 and "ours nonsense lora" in error and "runs/smollm2-135m-instruct" in error
     assert "no method 'nonsense'" in (clone / "runs" / "smollm2-135m-instruct" / "nonsense.log").read_text()
     assert len([words for words in of_the_package(commands) if words[0] == "compress"]) == 2
+
+
+def test_a_script_that_is_stopped_stops_its_methods(clone):
+    (clone / "python").write_text(
+        RECORDER.format(python=sys.executable)
+        + 'if "compress" in sys.argv:\n    import time\n    time.sleep(60)\n    pathlib.Path("done").touch()\n'
+    )
+    settings = {"PYTHON": str(clone / "python"), "METHODS": "ours lora", "AT_ONCE": "1", "DRAWS": "1"}
+    script = subprocess.Popen(
+        [clone / "benchmarks" / "gpu_real.sh", "run", "smollm2-135m-instruct", "results"], cwd=clone,
+        env={"PATH": os.environ["PATH"]} | settings, start_new_session=True,
+    )  # fmt: skip
+    log, group = clone / "commands.jsonl", script.pid
+    while not log.exists() or log.read_text().count('"compress"') < 2:
+        time.sleep(0.1)
+    inner = subprocess.run(["pgrep", "-g", str(group), "-f", "real_model.sh"], capture_output=True, text=True)
+    os.kill(int(inner.stdout.split()[0]), signal.SIGTERM)
+    script.wait(20)
+    time.sleep(1)
+    alive = ["pgrep", "-r", "R,S,D", "-g", str(group)]  # no zombies
+    assert not subprocess.run(alive, capture_output=True).stdout
 
 
 def test_the_recipe_alone_is_as_it_was(clone):

@@ -159,9 +159,6 @@ class ParallelizeArguments(MeasureArguments):
     measure_speed: bool = option(True, "Whether to time the model before and after.")
     output_dir: str = option("layerprune-parallel", "Folder for model, plan and report.")
 
-    def __post_init__(self) -> None:
-        check_at_least(self, {"num_eval_samples": 1})
-
 
 @dataclass
 class GenerateArguments(DataArguments):

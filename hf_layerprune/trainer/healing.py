@@ -100,8 +100,6 @@ class HealingTrainer(Trainer):
         self._parts: dict[str, list[Tensor]] = defaultdict(list)  # of the loss, since the last line of the log
         self._started = 0.0
         keep_weights_in_place(owner, trained)
-        if args.compile_layers:
-            compile_layers([trained, self.teacher])
 
     def heal(
         self, save_dtype: torch.dtype, checkpoint: Path | None = None, seconds: float = 0.0
@@ -122,11 +120,14 @@ class HealingTrainer(Trainer):
         self._started = time.perf_counter() - seconds
         set_seed(self.args.seed + self.owner.round)  # a `Trainer` that is made sets it to the same in every round
         self.accelerator.free_memory()
+        if self.args.compile_layers:
+            compile_layers([self.model, self.teacher])
         try:
             output = self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             self.owner.state, self.owner.control = self.state, self.control
-            uncompile_layers([self.accelerator.unwrap_model(self.model), self.teacher])
+            if self.args.compile_layers:
+                uncompile_layers([self.accelerator.unwrap_model(self.model), self.teacher])
         if not self.state.global_step:  # of which a `Trainer` only warns
             raise LayerPruneError("the healing made no step: the training data has less than a batch; give more text")
         healed = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
