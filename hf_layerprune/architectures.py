@@ -55,11 +55,7 @@ ARCHITECTURES = {
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The family of a model; that of a PrunedQwen2 is the first whose layers are its blocks.
-
-    Raises:
-        [`LayerPruneError`]: if it is not supported.
-    """
+    """The family of a model, if it is supported; that of a PrunedQwen2 is the first whose layers are its blocks."""
     if isinstance(config, PrunedQwen2Config) or config.model_type == PrunedQwen2Config.model_type:
         attention = {"attention_bias": config.attention_bias, "qk_norm": config.qk_norm}
         return next(ARCHITECTURES[kind] for kind, fields in PLAIN_MODELS.items() if fields == attention)

@@ -27,9 +27,6 @@ class Budget:
         unit (`str`): `"depth"`, `"latency"` or `"parameters"`.
         target (`float`): number of blocks; time per generated token as a share of the original's, between 0 and 1; or
             number of parameters, embeddings included.
-
-    Raises:
-        [`LayerPruneError`]: for an unknown unit or a target out of range.
     """
 
     unit: str
@@ -96,9 +93,6 @@ def measure_latency(
 ) -> BlockCosts:
     """Time greedy `generate` of `model` whole, by half, and with blocks of each width; solve for the parts.
 
-    Forms take turns, as in [`benchmark_models`], and medians count. Wider blocks are copies of layers, of up to 8
-    blocks of one width at a time.
-
     Args:
         model ([`~transformers.PreTrainedModel`]): on the device and in the dtype that count.
         max_group_size (`int`, *optional*, defaults to `2`): widest block to measure, in layers.
@@ -143,9 +137,6 @@ class EditSpace:
         max_group_size (`int`, *optional*, defaults to `2`): most layers in one block, in parallel or merged.
         protect_first, protect_last (`int`, *optional*, defaults to `0`):
             Number of first and last teacher layers that no edit touches.
-
-    Raises:
-        [`LayerPruneError`]: for an unknown kind, or a group of fewer than two layers.
     """
 
     kinds: Iterable[str] | str = DEFAULT_KINDS
@@ -178,8 +169,8 @@ class EditSpace:
 
         By default every block costs the same: the shallowest plan.
         """
-        if "remove" in self.kinds:
-            plan = self._without_free_layers(plan)
+        for edit in [edit for edit in self.edits(plan) if edit.kind == "remove"]:
+            plan = edit.apply(plan) if len(plan.layers) > 1 else plan
         best: list[tuple[float, LayerPlan]] = [(0.0, plan)]  # the first n blocks joined
         for end in range(1, plan.depth + 1):
             options = []
@@ -192,12 +183,6 @@ class EditSpace:
                     options.append((so_far + cost(after.width(after.blocks[after.position_of(blocks[0][0])])), after))
             best.append(min(options, key=lambda option: option[0]))
         return best[-1][1]
-
-    def _without_free_layers(self, plan: LayerPlan) -> LayerPlan:
-        """The plan without all that removals may take; one block is left."""
-        for layer in [edit.layers[0] for edit in self.edits(plan) if edit.kind == "remove"]:
-            plan = plan.remove(layer) if len(plan.layers) > 1 else plan
-        return plan
 
     def _is_free(self, layers: tuple[int, ...], plan: LayerPlan) -> bool:
         return self.protect_first <= layers[0] and layers[-1] < plan.num_teacher_layers - self.protect_last
@@ -229,12 +214,7 @@ class Goal:
         original: LayerPlan,
         latency: BlockCosts | None = None,
     ) -> Goal:
-        """Measure block latencies on `model` if the budget needs them and they are not given.
-
-        Raises:
-            [`LayerPruneError`]: if the given latencies do not cover every block that can come to be, or parameters are
-                to be saved without removing any.
-        """
+        """Measure block latencies on `model` if the budget needs them and they are not given."""
         plan = plan_of(model)
         if budget.unit == "parameters":
             kinds = tuple(kind for kind in space.kinds if kind != "parallelize")

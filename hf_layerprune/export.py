@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
-ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
-"""`model_type` to llama.cpp's name: it runs Mistral as the Llama that it is."""
+ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}  # as llama.cpp calls them
 ROPE_TYPES = ("default", "llama3", "linear", "yarn")
 YARN = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
 """Settings of YaRN that llama.cpp has as well."""
@@ -66,7 +65,7 @@ def export_gguf(
     outtype: str = "f16",
     *,
     name: str | None = None,
-    on_tensor: Callable[[], None] | None = None,
+    on_tensor: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a model and its tokenizer as a GGUF file, which takes the place of any file at `path` when it is complete.
 
@@ -151,9 +150,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
         yield "rope_freqs.weight", plain / ROPE_INIT_FUNCTIONS["llama3"](config)[0]
 
 
-def _write_tensors(
-    writer: GGUFWriter, model: PreTrainedModel, outtype: str, on_tensor: Callable[[], None] | None
-) -> None:
+def _write_tensors(writer: GGUFWriter, model: PreTrainedModel, outtype: str, on_tensor: Callable[[], None]) -> None:
     """Write the head of the file, which holds the size of each tensor, then one tensor after the other."""
     from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, LlamaFileType
 
@@ -169,8 +166,7 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     for name, tensor in _tensors(model):
         writer.write_tensor_data(_values(name, tensor, model.config, _type_in_file(tensor, outtype)))
-        if on_tensor is not None:
-            on_tensor()
+        on_tensor()
 
 
 def _type_in_file(tensor: torch.Tensor, outtype: str) -> GGMLQuantizationType:

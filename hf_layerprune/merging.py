@@ -26,18 +26,17 @@ from .compensation import (
     Regression,
     Repair,
     apply_plan_and_repair,
-    check_in_memory,
     check_repairable,
+    run_both,
     solve_ridge,
     target_state,
-    unpadded,
 )
 from .data import Batch
 from .errors import LayerPruneError
-from .forward import inference, inputs_of, record, to_device
+from .forward import inference, inputs_of, record, to_device, unpadded
 from .models.modeling_pruned_qwen2 import HEAD_NORMS, join_layers
 from .plan import Edit, layer_indices
-from .surgery import apply_plan, check_model, plan_of
+from .surgery import apply_plan, check_in_memory, check_model, plan_of
 
 LEVERAGE_RIDGE = 10.0  # in mean eigenvalues of the activations' Gram matrix
 DOWN = "mlp.down_proj.weight"
@@ -73,8 +72,7 @@ def merge(
         A model of the same class, a layer less deep for each pair, its `config.layer_plan` set.
 
     Raises:
-        [`LayerPruneError`]: for an unsupported architecture, layers that are not neighbours or not in the model, or
-            data without a token.
+        [`LayerPruneError`]: for an unsupported architecture, layers that are no neighbours, or data without a token.
     """
     check_model(model)
     groups = sorted(tuple(layer_indices(pair, "a group of layers")) for pair in pairs)
@@ -255,19 +253,13 @@ def _fits(
     fits = [Regression(tensors[DOWN], num_tokens) for tensors in layers]
     starts, targets = {merge.start for merge in merges}, {merge.target for merge in merges}
     for batch in batches:
-        batch = to_device(batch, model.device)
-        valid = unpadded(batch)
-        if teacher is model:
-            run = of_teacher = record(model, batch, starts | targets, stop=True)
-        else:
-            run = record(model, batch, starts, stop=True)
-            of_teacher = record(teacher, to_device(batch, teacher.device), targets, stop=True)
+        run, wanted = run_both(model, teacher, batch, starts, targets)
+        valid = unpadded(batch).to(model.device)
         for merge, tensors, fit in zip(merges, layers, fits, strict=True):
             layer = model.base_model.layers[merge.start]  # of the right shape
             with inputs_of(layer.mlp.down_proj) as read:
                 state = (run.states[merge.start],)
                 output = functional_call(layer, tensors, state, run.arguments[merge.start])
-            target = of_teacher.states[merge.target].to(model.device)
-            fit.add(read[0][valid].float(), target[valid].float() - output[valid].float())
+            fit.add(read[0][valid].float(), wanted[merge.target][valid].float() - output[valid].float())
         on_batch()
     return fits

@@ -25,21 +25,13 @@ from .surgery import check_model, plan_of
 
 @dataclass(frozen=True)
 class SearchStep:
-    """One edit of a search.
-
-    Attributes:
-        edit ([`Edit`]): the edit that was chosen.
-        scores ([`Scores`], *optional*): what it was chosen by; `None` if it was taken from an order.
-        plan ([`LayerPlan`]): the plan after it.
-        size (`float`): the size of that plan, in the budget's unit.
-        order (`tuple[Edit, ...]`): all edits that the same scores chose, if they chose several.
-    """
+    """One edit of a search."""
 
     edit: Edit
-    scores: Scores[Edit] | None
-    plan: LayerPlan
-    size: float
-    order: tuple[Edit, ...] = ()
+    scores: Scores[Edit] | None  # what it was chosen by, unless it was taken from an order
+    plan: LayerPlan  # after it
+    size: float  # of that plan, in the budget's unit
+    order: tuple[Edit, ...] = ()  # all edits that the same scores chose, if they chose several
 
     @property
     def cost(self) -> float | None:
@@ -69,8 +61,6 @@ def next_edit(
             Choose an order of removals with one scoring: the cheapest layer first, or by `"angular_distance"` the
             best stretch of so many layers, from its top down.
 
-    Raises:
-        [`LayerPruneError`]: if all of `order` is done.
     """
     plan, scores = plan_of(student), None
     if not order and num_removals is not None:
@@ -103,15 +93,14 @@ def _order_of_removals(
     num_removals: int,
     **options: Any,
 ) -> tuple[Sequence[Edit], Scores[Edit]]:
-    """The order, and the scores of all removals; single layers' say nothing certain about the best stretch."""
+    """The order, and the scores of all removals, which say nothing certain about the best stretch."""
     edits = [edit for edit in goal.space.edits(plan_of(student)) if edit.kind == "remove"]
     scores = score(student, batches, edits, criterion, teacher, **options)
     if criterion != "angular_distance":
         return scores.ranking, scores
     size = min(num_removals, len(edits))
     layers = contiguous_stretch(student, batches, size, [edit.layers[0] for edit in edits])
-    scores = replace(scores, margin=None, contenders=())
-    return [Edit.remove(layer) for layer in reversed(layers)], scores
+    return [Edit.remove(layer) for layer in reversed(layers)], replace(scores, margin=None)
 
 
 @dataclass(frozen=True)
@@ -183,14 +172,9 @@ def search_plan(
 
 
 def parallel_ranges(plan: LayerPlan, target_depth: int | None = None) -> list[LayerPlan]:
-    """List every plan that runs one contiguous range of pairs in parallel; the first and the last layer stay alone.
+    """Every plan that runs one contiguous range of pairs in parallel and has `target_depth` blocks, if that is given.
 
-    Args:
-        plan ([`LayerPlan`]): of single layers.
-        target_depth (`int`, *optional*): number of blocks of the plans; by default all starts and ends are listed.
-
-    Raises:
-        [`LayerPruneError`]: if no range leads to `target_depth`, or the plan has blocks of several layers.
+    The first and the last layer stay alone.
     """
     if several := [block for block in plan.blocks if len(block) > 1]:
         raise LayerPruneError(f"layers {several} are one block in the model already; a range pairs single layers")
@@ -217,16 +201,15 @@ def find_parallel_range(
     target_depth: int | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Scores[LayerPlan]:
-    """Score every contiguous range of parallel pairs by loss; see [`parallel_ranges`].
+    """Score every contiguous range of parallel pairs by loss; the first and the last layer stay alone.
 
     The search of [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790), which pairs up
-    consecutive layers from a start to an end. Ranges share the part of the model before their start.
+    consecutive layers from a start to an end.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model, possibly pruned before, without parallel blocks.
         batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score_layers`].
-        target_depth (`int`, *optional*):
-            Number of blocks. Only ranges of that depth are tried; by default all starts and ends are.
+        target_depth (`int`, *optional*): number of blocks; by default all starts and ends are tried.
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
 
     Returns:

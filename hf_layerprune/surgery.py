@@ -36,11 +36,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def plan_of(model: PreTrainedModel | PretrainedConfig) -> LayerPlan:
-    """The plan a model carries in its config; the identity plan for a model that was never pruned.
-
-    Raises:
-        [`LayerPruneError`]: if the recorded plan does not fit the model's depth.
-    """
+    """The plan a model carries in its config; the identity plan for a model that was never pruned."""
     config = getattr(model, "config", model)
     recorded = getattr(config, "layer_plan", None)
     if recorded is None:
@@ -60,10 +56,8 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share_weights: bool 
         model ([`~transformers.PreTrainedModel`]):
             A causal language model of a supported family. One that was pruned before keeps its teacher's layer
             indices: removing layer 7 from a student that lacks layer 3 removes what was the teacher's layer 7.
-        layers (`Iterable[int]`):
-            Teacher layer indices to remove, 0-based.
-        share_weights (`bool`, *optional*, defaults to `False`):
-            See [`apply_plan`].
+        layers (`Iterable[int]`): teacher layer indices to remove, 0-based.
+        share_weights (`bool`, *optional*, defaults to `False`): see [`apply_plan`].
 
     Returns:
         A model of the same class, dtype, device and mode, its `config.layer_plan` set; a plain model if no parallel
@@ -89,13 +83,11 @@ def parallelize(
     the width.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, possibly pruned or parallelized before.
+        model ([`~transformers.PreTrainedModel`]): the model, possibly pruned or parallelized before.
         pairs (`Iterable[tuple[int, ...]]`):
             Teacher layer indices, 0-based. Each pair (or longer group) must be neighbours in `model`, and name all
             layers of a block that runs in parallel already.
-        share_weights (`bool`, *optional*, defaults to `False`):
-            See [`apply_plan`].
+        share_weights (`bool`, *optional*, defaults to `False`): see [`apply_plan`].
 
     Returns:
         [`PrunedQwen2ForCausalLM`] with `config.layer_plan` set.
@@ -128,7 +120,9 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
         apart = {tuple(layer_indices(pair, "a group of pairs")) for pair in pairs}
     if unknown := sorted(apart - set(plan.parallel_pairs)):
         raise LayerPruneError(f"{unknown} are not parallel blocks; the model's are {list(plan.parallel_pairs)}")
-    blocks = [part for block in plan.blocks for part in (((i,) for i in block) if block in apart else (block,))]
+    blocks: list[tuple[int, ...]] = []
+    for block in plan.blocks:
+        blocks += [(layer,) for layer in block] if block in apart else [block]
     separate = apply_plan(model, replace(plan, blocks=tuple(blocks)))
     if isinstance(separate, PrunedQwen2ForCausalLM) and not plan_of(separate).parallel_pairs:
         return to_plain(separate)
@@ -155,24 +149,19 @@ def restore(
     Raises:
         [`LayerPruneError`]: if `teacher` lacks a layer or is not the student's, or only a part of a block is named.
     """
-    _check_made_of(student, teacher)
+    check_made_from(student, teacher)
     plan, teacher_plan, back = plan_of(student), plan_of(teacher), {*layer_indices(layers)}
     if missing := sorted(back - {block[0] for block in teacher_plan.blocks if len(block) == 1}):
         raise LayerPruneError(
             f"layers {missing} are no single layers of the teacher; it has {list(teacher_plan.blocks)}"
         )
-    kept = {
-        block: layer
-        for block, layer in zip(plan.blocks, student.base_model.layers, strict=True)
-        if not back & {*block}
-    }
+    kept = {b: layer for b, layer in zip(plan.blocks, student.base_model.layers, strict=True) if not back & {*b}}
     if apart := sorted(block for block in plan.blocks if back & {*block} and not {*block} <= back):
         raise LayerPruneError(
             f"layers {sorted(back)} take {list(apart[0])} apart, which are one block; name all of them"
         )
     blocks = sorted([*kept, *((layer,) for layer in back)])
-    merged = [block for block in plan.merged if block in kept]
-    after = LayerPlan(blocks, plan.num_teacher_layers, merged)
+    after = LayerPlan(blocks, plan.num_teacher_layers, [block for block in plan.merged if block in kept])
     restored = apply_plan(teacher, after.shape, share_weights=share_weights)
     if is_tied(restored) and not is_tied(student):
         restored.lm_head.weight = nn.Parameter(restored.lm_head.weight.detach(), requires_grad=False)
@@ -193,17 +182,19 @@ def check_in_memory(*models: PreTrainedModel) -> None:
         raise LayerPruneError("a model is partly on disk or in CPU memory; load it whole, on one device")
 
 
-def _check_made_of(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless both are in memory and alike in all but their layers."""
-    check_model(student)
-    check_model(teacher)
-    check_in_memory(student, teacher)
+def check_made_from(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise [`LayerPruneError`] unless both are in memory, and alike in all but which of the layers they have."""
     names = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    ours, theirs = ([getattr(model.config, name, None) for name in names] for model in (student, teacher))
-    if architecture_of(student.config) != architecture_of(teacher.config) or ours != theirs:
-        raise LayerPruneError(
-            f"the student was not made from this teacher: {', '.join(names)} are {ours} and {theirs}"
-        )
+    found = []
+    for model in (student, teacher):
+        check_model(model)
+        check_in_memory(model)
+        values = {"layers": plan_of(model).num_teacher_layers} | {n: getattr(model.config, n, None) for n in names}
+        values["weights of a layer"] = sorted(name for name, _ in model.base_model.layers[0].named_parameters())
+        found.append(values)
+    ours, theirs = found
+    if differences := [f"{name} {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]:
+        raise LayerPruneError(f"the student was not made from this teacher: {', '.join(differences)}")
 
 
 def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool = False) -> PreTrainedModel:
@@ -216,7 +207,7 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
             The wanted blocks, in teacher layer indices.
         share_weights (`bool`, *optional*, defaults to `False`):
             Whether what is not rearranged shares memory with `model` instead of being copied. The parameters are
-            distinct objects that do not require gradients; see [`unshare_parameters`].
+            objects of their own that do not require gradients.
 
     Returns:
         `model`'s class while its parallel blocks stay as they are; otherwise the class the plan asks for: a plain
@@ -296,13 +287,7 @@ def share_equal_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> N
 
 
 def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
-    """The same model (weights shared) as a plain one; its blocks must be single layers.
-
-    Raises:
-        [`LayerPruneError`]: if the plan has parallel blocks, which a plain model cannot express.
-    """
-    if pairs := plan_of(model).parallel_pairs:
-        raise LayerPruneError(f"the plan runs layers {list(pairs)} in parallel; a plain model cannot express that")
+    """The same model (weights shared) as a plain one; it must not have parallel blocks."""
     architecture = architecture_of(model.config)
     ours, theirs = ({field.name for field in fields(kind)} for kind in (PrunedQwen2Config, architecture.config_class))
     left_out = (ours - theirs - {"layer_plan"}) | {"model_type", "architectures", "auto_map"}

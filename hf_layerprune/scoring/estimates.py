@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..data import Batch, check_batches, split_rows, valid_next_tokens
 from ..errors import LayerPruneError
-from ..forward import final_states, inference, record, to_device
+from ..forward import final_states, inference, record, to_device, unpadded
 from ..losses import next_token_loss
 from ..surgery import check_model, plan_of
 from .measure import gathered, shard
@@ -53,11 +53,7 @@ TOKENS_AT_ONCE = 1024  # whose states at all layers are held
 
 
 def criterion_of(criterion: str | Criterion) -> str | Criterion:
-    """A criterion by its name: one of `CRITERIA`, or a function named as `"module:function"`.
-
-    Raises:
-        [`LayerPruneError`]: if there is no such criterion.
-    """
+    """A criterion by its name: one of `CRITERIA`, or a function named as `"module:function"`."""
     if callable(criterion) or criterion in CRITERIA:
         return criterion
     if ":" in criterion:
@@ -96,10 +92,7 @@ def estimate(
 def taylor(
     model: PreTrainedModel, batches: Sequence[Batch], blocks: Sequence[int], on_batch: Callable[[], None]
 ) -> list[float]:
-    """Sum of |weight x gradient of the mean next-token loss| over the weights of each block.
-
-    Gradients of the blocks are held in float32 until the last batch; those of the user are left alone.
-    """
+    """Sum of |weight x gradient of the mean next-token loss| over the weights of each block, in float32."""
     by_block = [list(model.base_model.layers[block].parameters()) for block in blocks]
     parameters = [parameter for of_block in by_block for parameter in of_block]
     gradients = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters}
@@ -155,7 +148,7 @@ def _row_angles(
 ) -> tuple[Tensor, Tensor]:
     """Angles summed over each row, `(1 + stretches, B)`, of the unchanged model first (0), and tokens per row."""
     batch = to_device(batch, model.device)
-    counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    counts = unpadded(batch)
     states = record(model, batch, {position for stretch in stretches for position in stretch}, stop=True).states
     sums = torch.zeros(1 + len(stretches), len(counts), dtype=torch.float64)
     for index, (first, end) in enumerate(stretches, 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,8 +74,7 @@ def score(
         batches (`Iterable[dict[str, Tensor]]`, *optional*):
             Calibration data: `input_ids` `(B, T)` and, *optional*, `attention_mask` `(B, T)` and `labels` `(B, T)`.
             Padding never counts. `"tasks"` need none, except for a compensation. If `torch.distributed` is
-            initialized, give every process all data; each measures its share (for `"taylor"`, all of it), and all
-            return the same scores.
+            initialized, give every process all data; each measures its share, and all return the same scores.
         candidates (`Iterable[int]`, or of [`Edit`] or [`LayerPlan`]):
             Layers to leave out, edits of the model's plan, or whole plans made of its layers.
         criterion (`str` or `Callable`, *optional*, defaults to `"kl"`): measured, with everything else left as it is,
@@ -97,16 +96,13 @@ def score(
         on_batch (`Callable[[], None]`, *optional*):
             Called after every batch, for progress bars; for `"tasks"` without batches, after every chunk of theirs.
         race ([`Race`], *optional*):
-            Drop candidates that are worse than the best beyond doubt before all data is seen: the same choice in a
-            fraction of the time. For measured criteria.
+            Drop candidates that are worse than the best beyond doubt before all data is seen, by a measured criterion.
         savings (`Sequence[float]`, *optional*):
-            What each candidate saves, above 0; the best has the least cost per unit saved. By default all save the
-            same.
+            What each candidate saves, above 0, to rank by cost per unit saved. By default all save the same.
         seed (`int`, *optional*, defaults to `0`): of `"random"`.
         compensation (`str`, *optional*, defaults to `"none"`):
             Measure each candidate after its repair in closed form; see [`compensate`]. Each half of the text is
-            measured with repairs fitted to the other half, so they do not look better than they are; `"tasks"` with
-            repairs fitted to all of `batches`.
+            measured with repairs fitted to the other half; `"tasks"` with repairs fitted to all of `batches`.
         tasks (`Sequence[Task]`, *optional*): data sets for `"tasks"`, such as `load_tasks("default")`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the model's own, for `"tasks"`.
 
@@ -114,8 +110,8 @@ def score(
         [`Scores`]: `values` maps each candidate to the measure after it; `baseline` is the measure without any.
 
     Raises:
-        [`LayerPruneError`]: for an unknown criterion, an unsupported model, data without a token to score, no
-            candidate, or one that the criterion cannot judge or that `model` lacks the layers for.
+        [`LayerPruneError`]: for an unknown criterion, an unsupported model, data without a token to score, or a
+            candidate that the criterion cannot judge or that `model` lacks the layers for.
     """
     check_model(model)
     keys, plan, teacher = list(candidates), plan_of(model), model if teacher is None else teacher
@@ -133,9 +129,7 @@ def score(
             raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
         tasks = prepare_tasks(tasks, model, tokenizer)
     with inference(model, teacher):
-        one_fold = criterion == "tasks" or not _fits(plans, plan, compensation)
-        folds = [batches] if one_fold else _halves(batches)
-        repairs = _repairs(model, folds, plans, compensation, teacher)
+        folds, repairs = _fitted(model, batches, plans, compensation, teacher, in_halves=criterion != "tasks")
         only_removals = all(set(after.blocks) <= set(plan.blocks) for after in plans)
         if is_offloaded(model) and only_removals and criterion != "tasks" and race is None:
             kinds = [(1.0, [lambda _: sweep(model, batches, plans, TOKEN_MEASURES[criterion], teacher)])]
@@ -147,8 +141,10 @@ def score(
                 parts, statistic = _parts(folds, race), TOKEN_MEASURES[criterion]
                 kinds = [(1.0, [partial(runs.measure, TokenChunk(part), statistic, fold) for part, fold in parts])]
         count = sum(len(measures) for _, measures in kinds)
-        on_chunk = _as_often(on_batch, len(batches) or count, count)
-        evidence, dropped = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
+        progress = _spread(on_batch, len(batches) or count, count)
+        evidence, dropped = collect(
+            kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk=lambda: next(progress, None)
+        )
     return Scores.of(criterion, keys, evidence, dropped, savings)
 
 
@@ -231,25 +227,29 @@ def _halves(batches: Batches) -> list[Batches]:
     return found
 
 
-def _repairs(
+def _fitted(
     model: PreTrainedModel,
-    folds: Sequence[Sequence[Batch]],
+    batches: Batches,
     plans: Sequence[LayerPlan],
     compensation: str,
     teacher: PreTrainedModel,
-) -> list[dict[LayerPlan, Repair]]:
-    """For each fold the repairs of plans that remove or merge layers, fitted to the other fold, if there is one."""
-    if not _fits(plans, plan_of(model), compensation):
-        return []
+    in_halves: bool,
+) -> tuple[list[Batches], list[dict[LayerPlan, Repair]]]:
+    """The data in folds, and for each the repairs of plans that remove or merge layers, fitted to the other fold.
+
+    There is one fold if no plan has weights that are fitted to data, or unless `in_halves`.
+    """
+    plan = plan_of(model)
+    removals = {layer: after for after in plans if (layer := _lone_removal(plan, after)) is not None}
+    merges = {layers: after for after in plans if (layers := _new_merge(plan, after)) is not None}
+    if compensation == "none" and not merges:
+        return [batches], [{}]
+    folds, found = _halves(batches) if in_halves else [batches], []
     if not all(folds):
         raise LayerPruneError(
             "repairs and merges need two rows of calibration data: they are fitted to one half and measured on the "
             "other"
         )
-    plan = plan_of(model)
-    removals = {layer: after for after in plans if (layer := _lone_removal(plan, after)) is not None}
-    merges = {layers: after for after in plans if (layers := _new_merge(plan, after)) is not None}
-    found: list[dict[LayerPlan, Repair]] = []
     for fold in reversed(folds):
         repairs = find_repairs(model, fold, removals, compensation, teacher) if compensation != "none" else {}
         made = find_merges(model, fold, merges, teacher) if merges else {}
@@ -257,12 +257,7 @@ def _repairs(
             {removals[layer]: repair for layer, repair in repairs.items()}
             | {merges[group]: repair for group, repair in made.items()}
         )
-    return found
-
-
-def _fits(plans: Sequence[LayerPlan], plan: LayerPlan, compensation: str) -> bool:
-    """Whether a candidate has weights that are fitted to data."""
-    return compensation != "none" or any(_new_merge(plan, after) for after in plans)
+    return folds, found
 
 
 def _parts(folds: Sequence[Sequence[Batch]], race: Race | None) -> list[tuple[Batch, int]]:
@@ -274,14 +269,9 @@ def _parts(folds: Sequence[Sequence[Batch]], race: Race | None) -> list[tuple[Ba
     return [(part, fold) for batch, fold in batches for part in split_rows(batch, rows)]
 
 
-def _as_often(call: Callable[[], None], times: int, of: int) -> Callable[[], None]:
-    """`call`, evenly, `times` of the `of` times that this is called."""
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        for _ in range(done * times // of - (done - 1) * times // of):
+def _spread(call: Callable[[], None], times: int, steps: int) -> Iterator[None]:
+    """Call `call` so many `times`, evenly over so many `steps`."""
+    for step in range(steps):
+        for _ in range((step + 1) * times // steps - step * times // steps):
             call()
-
-    return count
+        yield
