@@ -1,5 +1,4 @@
-"""How far a search goes, and by which edits: budgets of depth, measured latency or parameters, the size of any plan in
-these units, and what is within reach."""
+"""How far a search goes, by which edits, and what is within reach, in depth, measured latency or parameters."""
 
 from __future__ import annotations
 
@@ -56,15 +55,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """What a model costs in one unit: a fixed part, and one per block that depends on how many layers wide it is.
+    """What a model costs in one unit: a fixed part, and one per block that depends on how many layers wide it is."""
 
-    Attributes:
-        fixed (`float`): all but the blocks, such as embedding and head.
-        blocks (`tuple[float, ...]`): a block 1, 2, ... layers wide.
-    """
-
-    fixed: float
-    blocks: tuple[float, ...]
+    fixed: float  # all but the blocks, such as embedding and head
+    blocks: tuple[float, ...]  # a block 1, 2, ... layers wide
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))  # JSON gives a list

@@ -59,10 +59,7 @@ def find_repairs(
 
 
 def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
-    """Repair `student`, the model after the edit, in place.
-
-    The new weights have memory of their own, so a model that `student` shares weights with stays as it is.
-    """
+    """Repair `student`, the model after the edit, in place, but not what it shares weights with."""
     block = student.base_model.layers[repair.position]
     for name, tensor in repair.tensors.items():
         parameter = block.get_parameter(name)
@@ -107,15 +104,14 @@ def compensate(
             Removed teacher layers to repair `student` for; all by default. Neighbouring layers are one gap. If a gap
             lies within a parallel block, that block is refitted.
         ridge (`float`, *optional*, defaults to `5.0`):
-            How firmly the present weights are held, in tokens: as if `ridge` tokens of mean energy had found those of
-            every neuron right. So the less data there is, the less they move.
+            How firmly the present weights are held: as if `ridge` tokens of mean energy had found them right.
         on_batch (`Callable[[], None]`, *optional*): called after every batch of every gap, for progress bars.
         share_weights (`bool`, *optional*, defaults to `False`): whether what is not changed shares memory with
             `student`; see [`apply_plan`].
 
     Raises:
-        [`LayerPruneError`]: for an unknown method, a layer that `student` has or `teacher` lacks, a teacher that
-            `student` was not made from, or data without a token.
+        [`LayerPruneError`]: for an unknown method, a layer that `student` has or `teacher` lacks, or data without a
+            token.
     """
     plan = plan_of(student)
     layers = sorted(set(plan.removed_layers if gaps is None else gaps))

@@ -1,7 +1,6 @@
 """The layer plan, and the edits that change it: which teacher layers a student keeps, and which are put together.
 
-Every decision of the library is a `LayerPlan`. Layer indices are 0-based TEACHER indices everywhere; a position in
-the student is called a block.
+Layer indices are 0-based TEACHER indices everywhere; a position in the student is called a block.
 
     ((0,), (1,), (2,), (4, 5), (6, 7), (9,))      # 3 and 8 removed; 4|5 and 6|7 run in parallel
 

@@ -1,9 +1,4 @@
-"""Choose the next edit, and search for a plan that meets a budget.
-
-`next_edit` takes the edit that costs least per unit saved; rounds of healing call it, and so does `search_plan`, which
-trains nothing. `find_parallel_range` is the search of [Leveraging the True Depth of
-LLMs](https://huggingface.co/papers/2502.02790).
-"""
+"""Choose the next edit, as rounds of healing do, and search for a plan that meets a budget, which trains nothing."""
 
 from __future__ import annotations
 
@@ -105,17 +100,11 @@ def _order_of_removals(
 
 @dataclass(frozen=True)
 class PlanSearch:
-    """What a search found.
+    """What a search found."""
 
-    Attributes:
-        plan ([`LayerPlan`]): meets the budget; one of latency by the estimate of [`measure_latency`].
-        steps (`list[SearchStep]`): the edits in order; the plan of each is the search's answer to a larger budget.
-        latency ([`BlockCosts`], *optional*): what was measured for a budget of latency.
-    """
-
-    plan: LayerPlan
-    steps: list[SearchStep]
-    latency: BlockCosts | None = None
+    plan: LayerPlan  # meets the budget
+    steps: list[SearchStep]  # in order; the plan of each is the search's answer to a larger budget
+    latency: BlockCosts | None = None  # what was measured for a budget of latency
 
 
 def search_plan(
@@ -153,7 +142,7 @@ def search_plan(
         one with merges in turn, by [`prune`], [`parallelize`] and [`merge`].
 
     Raises:
-        [`LayerPruneError`]: if the budget is out of reach, met already, or the request makes no sense.
+        [`LayerPruneError`]: if the budget is out of reach or met already.
     """
     check_model(model)
     budget, plan, teacher = Budget.of(budget), plan_of(model), model if teacher is None else teacher
@@ -213,8 +202,7 @@ def find_parallel_range(
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
 
     Returns:
-        [`Scores`]: the loss of every range that was tried; `safest` is the best plan, of equal ones that with the
-        later range.
+        [`Scores`]: the loss of every range that was tried; `safest` is the best plan.
 
     Raises:
         [`LayerPruneError`]: if no range of pairs leads to `target_depth`, or the model has parallel blocks.
