@@ -55,11 +55,17 @@ def next_edit(
         num_removals (`int`, *optional*):
             Choose an order of removals with one scoring: the cheapest layer first, or by `"angular_distance"` the
             best stretch of so many layers, from its top down.
-
     """
     plan, scores = plan_of(student), None
     if not order and num_removals is not None:
-        order, scores = _order_of_removals(student, batches, goal, criterion, teacher, num_removals, **options)
+        edits = [edit for edit in goal.space.edits(plan) if edit.kind == "remove"]
+        scores = score(student, batches, edits, criterion, teacher, **options)
+        order = scores.ranking
+        if criterion == "angular_distance":
+            size = min(num_removals, len(edits))
+            layers = contiguous_stretch(student, batches, size, [edit.layers[0] for edit in edits])
+            order = [Edit.remove(layer) for layer in reversed(layers)]
+            scores = replace(scores, margin=None)  # single layers say nothing certain about the best stretch
     if order:
         left = [edit for edit in order if edit.layers[0] in plan.layers]
         if not left:
@@ -77,25 +83,6 @@ def next_edit(
         edit = scores.safest
     after = edit.apply(plan)
     return SearchStep(edit, scores, after, goal.size(after), tuple(order))
-
-
-def _order_of_removals(
-    student: PreTrainedModel,
-    batches: Iterable[Batch] | None,
-    goal: Goal,
-    criterion: str,
-    teacher: PreTrainedModel | None,
-    num_removals: int,
-    **options: Any,
-) -> tuple[Sequence[Edit], Scores[Edit]]:
-    """The order, and the scores of all removals, which say nothing certain about the best stretch."""
-    edits = [edit for edit in goal.space.edits(plan_of(student)) if edit.kind == "remove"]
-    scores = score(student, batches, edits, criterion, teacher, **options)
-    if criterion != "angular_distance":
-        return scores.ranking, scores
-    size = min(num_removals, len(edits))
-    layers = contiguous_stretch(student, batches, size, [edit.layers[0] for edit in edits])
-    return [Edit.remove(layer) for layer in reversed(layers)], replace(scores, margin=None)
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,7 @@ class PrunedQwen2Config(Qwen2Config):
     qk_norm: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.layer_plan is None:
-            blocks = [[layer] for layer in range(self.num_hidden_layers)]
-            self.layer_plan = {"num_teacher_layers": self.num_hidden_layers, "blocks": blocks}
-        self.layer_plan = checked_plan(self.layer_plan)
+        self.layer_plan = plan_in(self)
         blocks = self.layer_plan["blocks"]
         if self.num_hidden_layers != len(blocks):
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers} but layer_plan has {len(blocks)} blocks")
@@ -93,7 +90,7 @@ class PrunedQwen2Config(Qwen2Config):
         says which layers there are.
         """
         plan = checked_plan(layer_plan)
-        had = cls._plan_in(config)
+        had = plan_in(config)
         position_of = {layer: position for position, block in enumerate(had["blocks"]) for layer in block}
         wanted = [layer for block in plan["blocks"] for layer in block]
         if missing := [layer for layer in wanted if layer not in position_of]:
@@ -136,14 +133,6 @@ class PrunedQwen2Config(Qwen2Config):
                 )
         return fields
 
-    @staticmethod
-    def _plan_in(config):
-        recorded = getattr(config, "layer_plan", None)
-        if recorded is not None:
-            return checked_plan(recorded)
-        blocks = [[layer] for layer in range(config.num_hidden_layers)]
-        return {"num_teacher_layers": config.num_hidden_layers, "blocks": blocks}
-
 
 def older_rope(config):
     """The `rope_parameters` of `config` as transformers 4 reads them, which does not know that name."""
@@ -160,6 +149,12 @@ def width(plan, position):
     """How many layers wide block `position` is."""
     block = plan["blocks"][position]
     return 1 if block in plan.get("merged", []) else len(block)
+
+
+def plan_in(config):
+    """The plan that `config` records; without one each of its layers is a block of its own."""
+    plan, depth = getattr(config, "layer_plan", None), config.num_hidden_layers
+    return checked_plan({"num_teacher_layers": depth, "blocks": [[n] for n in range(depth)]} if plan is None else plan)
 
 
 def checked_plan(plan):

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Qwen2ForCausalLM, Qwen
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from .configuration_pruned_qwen2 import PLAIN_MODELS, PrunedQwen2Config, checked_plan, width
+from .configuration_pruned_qwen2 import PLAIN_MODELS, PrunedQwen2Config, checked_plan, plan_in, width
 
 # Rows of the first kind of projection are heads or neurons, and read what the norm gives; columns of the second are.
 INPUT_PROJECTIONS = {
@@ -267,8 +267,7 @@ class PrunedQwen2Loading:
             raise ValueError(f"the model lies on {len(devices)} devices or is offloaded; load it on one")
         with torch.device("meta"):
             rebuilt = cls(config)
-        blocks = PrunedQwen2Config._plan_in(model.config)["blocks"]
-        tensors = rearrange(model.state_dict(), blocks, config.layer_plan["blocks"])
+        tensors = rearrange(model.state_dict(), plan_in(model.config)["blocks"], config.layer_plan["blocks"])
         adopt_weights(rebuilt, model, tensors)
         return rebuilt
 

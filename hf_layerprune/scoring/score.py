@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, find_repairs
-from ..data import Batch, Batches, check_batches, split_rows, valid_next_tokens
+from ..data import Batch, Batches, check_batches, split_rows
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, inference
 from ..merging import find_merges
@@ -18,9 +18,9 @@ from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
 from .candidates import CandidateRuns, is_offloaded, sweep
-from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate
+from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate, lone_removal
 from .measure import Race, collect, shard
-from .scores import Evidence, Key, Scores
+from .scores import Key, Scores
 
 CHUNKS_OF_A_RACE = 16  # at least as many, if there are as many rows
 
@@ -38,14 +38,10 @@ def score_layers(
     Args:
         model, batches, criterion, teacher, options: see [`score`].
         layers (`Iterable[int]`, *optional*):
-            Teacher layer indices to score; defaults to all that `model` has and has not merged. Leave out those you
-            want to protect.
+            Teacher layer indices to score; defaults to all that `model` has and has not merged.
 
     Returns:
         [`Scores`]: `values` maps teacher layer index to cost; lower is safer to remove.
-
-    Raises:
-        [`LayerPruneError`]: for an unknown criterion or layer, an unsupported model, or data without a token to score.
     """
     check_model(model)
     layers = list(dict.fromkeys(plan_of(model).unmerged_layers if layers is None else layer_indices(layers)))
@@ -122,7 +118,7 @@ def score(
     needs_data = criterion in (*TOKEN_MEASURES, *ANGLES, "taylor")
     batches = check_batches(batches, model.config.vocab_size, "calibration data", required=needs_data)
     if criterion not in MEASURED:
-        return _estimated(model, batches, dict(zip(keys, plans, strict=True)), criterion, seed, on_batch)
+        return estimate(model, batches, dict(zip(keys, plans, strict=True)), criterion, seed, on_batch)
     check_same_vocabulary(model, teacher)
     if criterion == "tasks":
         if tokenizer is None:
@@ -184,37 +180,6 @@ def _new_merge(plan: LayerPlan, after: LayerPlan) -> tuple[int, ...] | None:
     return new[0] if new else None
 
 
-def _lone_removal(plan: LayerPlan, after: LayerPlan) -> int | None:
-    """The layer that runs alone in `plan` and is all that `after` lacks; `None` where another edit sets them apart."""
-    gone = [block for block in plan.blocks if block not in after.blocks]
-    return gone[0][0] if len(gone) == 1 and len(gone[0]) == 1 and plan.remove(gone[0][0]) == after else None
-
-
-def _estimated(
-    model: PreTrainedModel,
-    batches: Sequence[Batch],
-    candidates: Mapping[Key, LayerPlan],
-    criterion: str | Criterion,
-    seed: int,
-    on_batch: Callable[[], None],
-) -> Scores[Key]:
-    """What a criterion that runs no candidate says of removing layers that run alone."""
-    plan, name, blocks = plan_of(model), criterion if isinstance(criterion, str) else criterion.__name__, []
-    for key, after in candidates.items():
-        if (layer := _lone_removal(plan, after)) is None:
-            what = f"removing layer {key}" if isinstance(key, int) else f"'{key}'"
-            raise LayerPruneError(
-                f"criterion={name!r} tells nothing about {what}, only about removing a layer that runs alone; choose "
-                f"one of {', '.join(MEASURED)}"
-            )
-        blocks.append(plan.position_of(layer))
-    found = estimate(model, batches, blocks, criterion_of(criterion), seed, on_batch)
-    if isinstance(found, Evidence):
-        return Scores.of(name, list(candidates), found)
-    num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches)
-    return Scores(name, dict(zip(candidates, map(float, found), strict=True)), num_tokens=num_tokens)
-
-
 def _halves(batches: Batches) -> list[Batches]:
     """Every other row of all, and the rest."""
     found = [Batches(vocab_size=batches.vocab_size) for _ in range(2)]
@@ -240,7 +205,7 @@ def _fitted(
     There is one fold if no plan has weights that are fitted to data, or unless `in_halves`.
     """
     plan = plan_of(model)
-    removals = {layer: after for after in plans if (layer := _lone_removal(plan, after)) is not None}
+    removals = {layer: after for after in plans if (layer := lone_removal(plan, after)) is not None}
     merges = {layers: after for after in plans if (layers := _new_merge(plan, after)) is not None}
     if compensation == "none" and not merges:
         return [batches], [{}]
