@@ -4,7 +4,7 @@ Side by side the layers are one block, as wide as all of them (see `models/`). A
 [FlattenGPT](https://huggingface.co/papers/2602.08858) that block is cut back to the width of a single layer: it keeps
 the groups of heads that add most to the residual stream, and the neurons that the others can least stand in for. Then
 what reads them is refitted by ridge regression: `o_proj` to what all heads add, and `down_proj` to the state that the
-teacher has after the last of the layers. The student is a plain model of its family.
+teacher has after the last of the layers.
 
 Shapes: B batch, T positions, N unpadded tokens, H hidden, D of a head, I neurons of a layer, n layers to merge.
 """
@@ -54,8 +54,8 @@ def merge(
 ) -> PreTrainedModel:
     """A new model with neighbouring layers merged into one layer, without training; `model` is left untouched.
 
-    After [FlattenGPT](https://huggingface.co/papers/2602.08858). Pairs are merged from the bottom up, so that each
-    sees those below it.
+    After [FlattenGPT](https://huggingface.co/papers/2602.08858), from the bottom up, so that each merge sees those
+    below it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a Qwen2, Qwen3, Llama or Mistral, possibly pruned before.
@@ -100,8 +100,6 @@ def edited(
 
 
 class _Merge(NamedTuple):
-    """Layers to merge."""
-
     layers: tuple[int, ...]
     start: int  # position in the model of the first of them
     stop: int  # and after the last
@@ -166,8 +164,7 @@ def _cut_back(
 
 
 def _side_by_side(layers: Sequence[nn.Module], state: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What `o_proj`, `(B, T, n * heads * D)`, and `down_proj`, `(B, T, n * I)`, of the layers read, which run on one
-    input."""
+    """What `o_proj`, `(B, T, n * heads * D)`, and `down_proj`, `(B, T, n * I)`, of layers with one input read."""
     heads, added, neurons = [], [], []
     for layer in layers:
         with inputs_of(layer.self_attn.o_proj) as read:
@@ -188,7 +185,7 @@ def _kept_part(
     wide = join_layers([{name: tensor.detach() for name, tensor in layer.named_parameters()} for layer in layers])
     output, head_dim = wide["self_attn.o_proj.weight"], layers[0].self_attn.head_dim
     num_groups = len(wide["self_attn.k_proj.weight"]) // head_dim  # each a head of keys and values, and its queries
-    has_norms = "self_attn.k_norm.weight" in wide
+    has_norms = "self_attn.k_norm.weight" in wide  # whose gains a layer has once
     groups = _strongest_groups(heads, output, num_groups, len(layers), of_one_layer=has_norms)
     keys, queries = (
         (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
@@ -213,10 +210,7 @@ def _kept_part(
 def _strongest_groups(
     heads: Tensor, output: Tensor, num_groups: int, num_layers: int, *, of_one_layer: bool
 ) -> Tensor:
-    """The groups of heads, as many as one layer has, that add most to the residual stream, by the square.
-
-    Those `of_one_layer` if heads have norms, whose gains a layer has once.
-    """
+    """As many groups of heads as one layer has, perhaps all `of_one_layer`, that add most to the residual stream."""
     size = len(heads) // num_groups
     parts = [slice(start, start + size) for start in range(0, len(heads), size)]
     added = torch.stack([(output[:, p].float() @ heads[p, p] * output[:, p].float()).sum() for p in parts])

@@ -18,7 +18,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from accelerate.hooks import ModelHook
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,7 +139,7 @@ class CandidateRuns:
 
 def is_offloaded(model: PreTrainedModel) -> bool:
     """Whether accelerate loads weights of layers when they are called (`device_map` with disk or CPU)."""
-    return any(getattr(hook, "offload", False) for _, hook in _hooks(model.base_model.layers))
+    return any(has_offloaded_params(part) for part in model.base_model.layers.modules())
 
 
 def sweep(
@@ -200,24 +200,17 @@ def _advance(states: list[Tensor], module: nn.Module, arguments: Sequence[dict[s
         states[number] = module(states[number], **kwargs)
 
 
-def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
-    for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        if isinstance(hook, ModelHook):
-            yield part, hook
-
-
 @contextmanager
 def _held(module: nn.Module) -> Iterator[None]:
     """Load what accelerate would load at every call, once, and let it go in the end."""
-    hooks = list(_hooks(module))
-    forwards = [part.forward for part, _ in hooks]
+    parts = [part for part in module.modules() if hasattr(part, "_hf_hook")]
+    forwards = [part.forward for part in parts]
     try:
-        for part, hook in hooks:
-            hook.pre_forward(part)
+        for part in parts:
+            part._hf_hook.pre_forward(part)
             part.forward = part._old_forward
         yield
     finally:
-        for (part, hook), forward in zip(hooks, forwards, strict=True):
+        for part, forward in zip(parts, forwards, strict=True):
             part.forward = forward
-            hook.post_forward(part, None)
+            part._hf_hook.post_forward(part, None)
