@@ -100,13 +100,10 @@ def edited(
 
 
 class _Merge(NamedTuple):
-    layers: tuple[int, ...]
-    start: int  # position in the model of the first of them
-    stop: int  # and after the last
+    group: tuple[int, ...]
+    start: int  # position in the model of the first of the group
+    layers: list[nn.Module]
     target: int  # number of the teacher's state which the new layer must hand on
-
-    def parts(self, model: PreTrainedModel) -> list[nn.Module]:
-        return list(model.base_model.layers[self.start : self.stop])
 
 
 def find_merges(
@@ -126,18 +123,19 @@ def find_merges(
     plan, teacher_plan, merges = plan_of(model), plan_of(teacher), []
     for group in dict.fromkeys(groups):
         after, start, last = plan.merge(*group), plan.position_of(group[0]), plan.position_of(group[-1])
-        merges.append(_Merge(group, start, last + 1, target_state(start, after, teacher_plan)))
+        layers = list(model.base_model.layers[start : last + 1])
+        merges.append(_Merge(group, start, layers, target_state(start, after, teacher_plan)))
     num_tokens = sum(int(unpadded(batch).sum()) for batch in batches)
-    num_bytes = [sum(4 * size**2 for size in _sizes(merge.parts(model))) for merge in merges]
+    num_bytes = [sum(4 * size**2 for size in _sizes(merge.layers)) for merge in merges]
     at_once = max(1, MAX_BYTES // max(num_bytes, default=1))
     found = {}
     with inference(model, teacher):
         for first in range(0, len(merges), at_once):
             some, is_last = merges[first : first + at_once], first + at_once >= len(merges)
-            layers = _cut_back(model, batches, some, num_tokens, ridge)
-            fits = _fits(model, teacher, batches, some, layers, num_tokens, on_batch if is_last else lambda: None)
-            for merge, tensors, fit in zip(some, layers, fits, strict=True):
-                found[merge.layers] = Repair(merge.start, tensors | {DOWN: fit.solve(ridge)})
+            narrow = _cut_back(model, batches, some, num_tokens, ridge)
+            fits = _fits(model, teacher, batches, some, narrow, num_tokens, on_batch if is_last else lambda: None)
+            for merge, tensors, fit in zip(some, narrow, fits, strict=True):
+                found[merge.group] = Repair(merge.start, tensors | {DOWN: fit.solve(ridge)})
     return found
 
 
@@ -151,16 +149,16 @@ def _cut_back(
     model: PreTrainedModel, batches: Sequence[Batch], merges: Sequence[_Merge], num_tokens: int, ridge: float
 ) -> list[dict[str, Tensor]]:
     """The layer of each merge, with the heads and neurons that are kept, and `down_proj` as it was."""
-    grams = [[torch.zeros(n, n, device=model.device) for n in _sizes(merge.parts(model))] for merge in merges]
+    grams = [[torch.zeros(n, n, device=model.device) for n in _sizes(merge.layers)] for merge in merges]
     for batch in batches:
         batch = to_device(batch, model.device)
         run, valid = record(model, batch, {merge.start for merge in merges}, stop=True), unpadded(batch)
         for merge, both in zip(merges, grams, strict=True):
-            read = _side_by_side(merge.parts(model), run.states[merge.start], run.arguments[merge.start])
+            read = _side_by_side(merge.layers, run.states[merge.start], run.arguments[merge.start])
             for gram, rows in zip(both, (part[valid].float() for part in read), strict=True):
                 gram.addmm_(rows.T, rows)  # in place, so that autocast leaves it in float32
     with torch.autocast(model.device.type, enabled=False):
-        return [_kept_part(m.parts(model), *both, num_tokens, ridge) for m, both in zip(merges, grams, strict=True)]
+        return [_kept_part(m.layers, *both, num_tokens, ridge) for m, both in zip(merges, grams, strict=True)]
 
 
 def _side_by_side(layers: Sequence[nn.Module], state: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -239,18 +237,18 @@ def _fits(
     teacher: PreTrainedModel,
     batches: Sequence[Batch],
     merges: Sequence[_Merge],
-    layers: Sequence[dict[str, Tensor]],
+    narrow: Sequence[dict[str, Tensor]],
     num_tokens: int,
     on_batch: Callable[[], None],
 ) -> list[Regression]:
-    """The regressions that find the `down_proj` of each of `layers`."""
-    fits = [Regression(tensors[DOWN], num_tokens) for tensors in layers]
+    """The regressions that find the `down_proj` of each of the `narrow` layers."""
+    fits = [Regression(tensors[DOWN], num_tokens) for tensors in narrow]
     starts, targets = {merge.start for merge in merges}, {merge.target for merge in merges}
     for batch in batches:
         run, wanted = run_both(model, teacher, batch, starts, targets)
         valid = unpadded(batch).to(model.device)
-        for merge, tensors, fit in zip(merges, layers, fits, strict=True):
-            layer = model.base_model.layers[merge.start]  # of the right shape
+        for merge, tensors, fit in zip(merges, narrow, fits, strict=True):
+            layer = merge.layers[0]  # of the right shape
             with inputs_of(layer.mlp.down_proj) as read:
                 state = (run.states[merge.start],)
                 output = functional_call(layer, tensors, state, run.arguments[merge.start])
