@@ -71,7 +71,7 @@ def export_gguf(
 
     Args:
         model (`PreTrainedModel`): a plain Qwen2, Qwen3, Llama or Mistral; students with removed or merged layers are.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): the model's own.
         path (`str` or `Path`): file to write.
         outtype (`str`, *optional*, defaults to `"f16"`): type of the matrices: f32, f16, bf16, or q8_0, which rounds
             blocks of 32 weights to 8 bits (rows that do not divide by 32 become f16). Norms and biases stay f32.

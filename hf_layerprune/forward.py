@@ -98,12 +98,10 @@ def replay(
     norm: nn.Module,
     states: Collection[int] = (),
 ) -> Recording:
-    """Run blocks, of the same model or of another, from a recorded state on; what comes before it is not run again.
+    """Run `blocks`, of the same model or of another, and `norm` from the recorded state `start` on.
 
     Args:
-        recording ([`Recording`]): holds state `start`, which the first of `blocks` reads, and its arguments.
-        blocks (`Iterable[Callable[..., Tensor]]`): each is called with a state and the recorded arguments.
-        norm (`nn.Module`): what reads the last state.
+        recording ([`Recording`]): holds that state, and the arguments which each block is called with.
         states (`Collection[int]`, *optional*): numbers of states to record, of those that a block reads.
     """
     state, arguments = recording.states[start], recording.arguments[start]

@@ -154,10 +154,6 @@ def parallel_ranges(plan: LayerPlan, target_depth: int | None = None) -> list[La
     """
     if several := [block for block in plan.blocks if len(block) > 1]:
         raise LayerPruneError(f"layers {several} are one block in the model already; a range pairs single layers")
-    if plan.depth < 4:
-        raise LayerPruneError(
-            f"the model has {plan.depth} layers; a range of pairs between the first and the last needs at least 4"
-        )
     layers, plans = plan.layers, []
     for count in range(1, (plan.depth - 2) // 2 + 1):
         for start in reversed(range(1, plan.depth - 2 * count)):  # the order decides between equal ones
