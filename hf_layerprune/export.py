@@ -16,7 +16,6 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .architectures import check_supported
 from .errors import LayerPruneError
 from .gguf_vocabulary import vocabulary_of
 from .loading import require_gguf
@@ -34,8 +33,7 @@ YARN = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings",
 
 
 def check_exportable(config: PretrainedConfig) -> None:
-    """Raise [`LayerPruneError`] unless llama.cpp computes what a model of `config` does."""
-    check_supported(config)
+    """Raise [`LayerPruneError`] unless llama.cpp computes what a model of `config`, a supported one, does."""
     if config.model_type == PrunedQwen2Config.model_type:
         blocks = ", ".join("|".join(map(str, block)) for block in plan_of(config).parallel_pairs) or "none"
         raise LayerPruneError(
