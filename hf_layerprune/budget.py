@@ -162,11 +162,13 @@ class EditSpace:
             options = []
             for start in range(end):
                 blocks, (so_far, joined) = plan.blocks[start:end], best[start]
-                if start == end - 1:
+                if len(blocks) == 1:
                     options.append((so_far + cost(plan.width(blocks[0])), joined))
-                for kind in self._joins(blocks, plan) if len(blocks) > 1 else ():
-                    after = Edit(kind, sum(blocks, ())).apply(joined)
-                    options.append((so_far + cost(after.width(after.blocks[after.position_of(blocks[0][0])])), after))
+                    continue
+                layers = sum(blocks, ())
+                for kind in self._joins(blocks, plan):
+                    width = 1 if kind == "merge" else len(layers)
+                    options.append((so_far + cost(width), Edit(kind, layers).apply(joined)))
             best.append(min(options, key=lambda option: option[0]))
         return best[-1][1]
 
