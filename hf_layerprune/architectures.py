@@ -8,7 +8,7 @@ checkpoints: its layers differ from Qwen2's only in the attention that row descr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -55,11 +55,7 @@ ARCHITECTURES = {
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The family of a model; that of a PrunedQwen2 is the first whose layers are its blocks.
-
-    Raises:
-        [`LayerPruneError`]: if it is not supported.
-    """
+    """The family of a model, if it is supported; that of a PrunedQwen2 is the first whose layers are its blocks."""
     if isinstance(config, PrunedQwen2Config) or config.model_type == PrunedQwen2Config.model_type:
         attention = {"attention_bias": config.attention_bias, "qk_norm": config.qk_norm}
         return next(ARCHITECTURES[kind] for kind, fields in PLAIN_MODELS.items() if fields == attention)
@@ -100,15 +96,6 @@ def check_parallel(config: PretrainedConfig) -> None:
         PrunedQwen2Config.attention_of(config)
     except ValueError as error:
         raise LayerPruneError(f"layers of this model cannot run in parallel or be merged: {error}") from None
-
-
-def keep_layers(config: PretrainedConfig, positions: Sequence[int]) -> None:
-    """Make `config` that of a model which has only the layers at `positions`, in place."""
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[position] for position in positions]
-    if hasattr(config, "max_window_layers"):  # the number of first layers that never have a sliding window
-        config.max_window_layers = sum(position < config.max_window_layers for position in positions)
-    config.num_hidden_layers = len(positions)
 
 
 def mlp_output(model: PreTrainedModel, position: int) -> nn.Linear:

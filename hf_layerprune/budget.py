@@ -1,5 +1,4 @@
-"""How far a search goes, and by which edits: budgets of depth, measured latency or parameters, the size of any plan in
-these units, and what is within reach."""
+"""How far a search goes, by which edits, and what is within reach, in depth, measured latency or parameters."""
 
 from __future__ import annotations
 
@@ -27,9 +26,6 @@ class Budget:
         unit (`str`): `"depth"`, `"latency"` or `"parameters"`.
         target (`float`): number of blocks; time per generated token as a share of the original's, between 0 and 1; or
             number of parameters, embeddings included.
-
-    Raises:
-        [`LayerPruneError`]: for an unknown unit or a target out of range.
     """
 
     unit: str
@@ -59,18 +55,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """What a model costs in one unit: a fixed part, and one per block that depends on how many layers wide it is.
+    """What a model costs in one unit: a fixed part, and one per block that depends on how many layers wide it is."""
 
-    Attributes:
-        fixed (`float`): all but the blocks, such as embedding and head.
-        blocks (`tuple[float, ...]`): a block 1, 2, ... layers wide.
-    """
-
-    fixed: float
-    blocks: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))  # JSON gives a list
+    fixed: float  # all but the blocks, such as embedding and head
+    blocks: tuple[float, ...]  # a block 1, 2, ... layers wide
 
     def of(self, plan: LayerPlan) -> float:
         """What a model of this plan costs; of latency, seconds per generated token."""
@@ -83,33 +71,25 @@ def count_parameters(model: PreTrainedModel) -> BlockCosts:
     norms = sum(p.numel() for name, p in blocks[0].named_parameters() if "layernorm" in name)
     inside = sum(p.numel() for p in blocks.parameters())
     layer = (inside - len(blocks) * norms) // num_layers
-    return BlockCosts(model.num_parameters() - inside, [norms + layer * n for n in range(1, num_layers + 1)])
+    return BlockCosts(model.num_parameters() - inside, tuple(norms + layer * n for n in range(1, num_layers + 1)))
 
 
 def measure_latency(
     model: PreTrainedModel,
     max_group_size: int = 2,
-    batch_size: int = 1,
     prompt_tokens: int = 64,
     new_tokens: int = 32,
     repeats: int = 7,
 ) -> BlockCosts:
     """Time greedy `generate` of `model` whole, by half, and with blocks of each width; solve for the parts.
 
-    Forms take turns, as in [`benchmark_models`], and medians count. Wider blocks are copies of layers, of up to 8
-    blocks of one width at a time.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): on the device and in the dtype that count.
-        max_group_size (`int`, *optional*, defaults to `2`): widest block to measure, in layers.
-        batch_size, prompt_tokens, new_tokens, repeats (`int`, *optional*): see [`benchmark_models`].
-
     Returns:
-        [`BlockCosts`]: an estimate for any plan, in seconds per decoding step. If the clock is too coarse, no part is
-        below a hundredth of its neighbour.
+        [`BlockCosts`]: an estimate for any plan of blocks of up to `max_group_size` layers, in seconds per decoding
+        step on the device and in the dtype of `model`. If the clock is too coarse, no part is below a hundredth of its
+        neighbour.
     """
     layers, depth = plan_of(model).shape.layers, plan_of(model).num_teacher_layers
-    settings = (prompt_tokens, new_tokens, batch_size, repeats)
+    settings = (prompt_tokens, new_tokens, 1, repeats)
     model = apply_plan(model, plan_of(model), share_weights=True)
     model.config.layer_plan = plan_of(model).shape.to_dict()  # a merged block takes the time of one layer
 
@@ -120,7 +100,7 @@ def measure_latency(
     half = max(1, len(layers) // 2)
     whole = form(1, len(layers))
     report, report_of_half = benchmark_models([whole, form(1, half)], *settings)
-    total = batch_size / report.decode_tokens_per_second
+    total = 1 / report.decode_tokens_per_second
     by_half = total / report_of_half.decode_ratio
     single = (total - by_half) / (len(layers) - half) if len(layers) > half else total
     single = max(single, total / len(layers) / 100)  # where the clock is too coarse to tell
@@ -130,7 +110,7 @@ def measure_latency(
         count = min(len(layers) // width, MOST_BLOCKS)
         ratio = benchmark_models([whole, form(width, count)], *settings)[1].decode_ratio
         blocks.append(max((total / ratio - fixed) / count, blocks[-1] / 100))
-    return BlockCosts(fixed, blocks)
+    return BlockCosts(fixed, tuple(blocks))
 
 
 @dataclass(frozen=True)
@@ -143,9 +123,6 @@ class EditSpace:
         max_group_size (`int`, *optional*, defaults to `2`): most layers in one block, in parallel or merged.
         protect_first, protect_last (`int`, *optional*, defaults to `0`):
             Number of first and last teacher layers that no edit touches.
-
-    Raises:
-        [`LayerPruneError`]: for an unknown kind, or a group of fewer than two layers.
     """
 
     kinds: Iterable[str] | str = DEFAULT_KINDS
@@ -178,26 +155,22 @@ class EditSpace:
 
         By default every block costs the same: the shallowest plan.
         """
-        if "remove" in self.kinds:
-            plan = self._without_free_layers(plan)
+        for edit in [edit for edit in self.edits(plan) if edit.kind == "remove"]:
+            plan = edit.apply(plan) if len(plan.layers) > 1 else plan
         best: list[tuple[float, LayerPlan]] = [(0.0, plan)]  # the first n blocks joined
         for end in range(1, plan.depth + 1):
             options = []
             for start in range(end):
                 blocks, (so_far, joined) = plan.blocks[start:end], best[start]
-                if start == end - 1:
+                if len(blocks) == 1:
                     options.append((so_far + cost(plan.width(blocks[0])), joined))
-                for kind in self._joins(blocks, plan) if len(blocks) > 1 else ():
-                    after = Edit(kind, sum(blocks, ())).apply(joined)
-                    options.append((so_far + cost(after.width(after.blocks[after.position_of(blocks[0][0])])), after))
+                    continue
+                layers = sum(blocks, ())
+                for kind in self._joins(blocks, plan):
+                    width = 1 if kind == "merge" else len(layers)
+                    options.append((so_far + cost(width), Edit(kind, layers).apply(joined)))
             best.append(min(options, key=lambda option: option[0]))
         return best[-1][1]
-
-    def _without_free_layers(self, plan: LayerPlan) -> LayerPlan:
-        """The plan without all that removals may take; one block is left."""
-        for layer in [edit.layers[0] for edit in self.edits(plan) if edit.kind == "remove"]:
-            plan = plan.remove(layer) if len(plan.layers) > 1 else plan
-        return plan
 
     def _is_free(self, layers: tuple[int, ...], plan: LayerPlan) -> bool:
         return self.protect_first <= layers[0] and layers[-1] < plan.num_teacher_layers - self.protect_last
@@ -229,25 +202,14 @@ class Goal:
         original: LayerPlan,
         latency: BlockCosts | None = None,
     ) -> Goal:
-        """Measure block latencies on `model` if the budget needs them and they are not given.
-
-        Raises:
-            [`LayerPruneError`]: if the given latencies do not cover every block that can come to be, or parameters are
-                to be saved without removing any.
-        """
+        """Measure block latencies on `model` if the budget needs them and they are not given."""
         plan = plan_of(model)
-        if budget.unit == "parameters":
-            kinds = tuple(kind for kind in space.kinds if kind != "parallelize")
-            if not kinds:
-                raise LayerPruneError(
-                    f"parameters={budget.target} is out of reach by edits='parallelize', which keeps the layers' "
-                    "parameters; allow 'remove' or 'merge'"
-                )
-            space = replace(space, kinds=kinds)
+        if budget.unit == "parameters":  # of which a pair keeps all but its norms'
+            space = replace(space, kinds=[kind for kind in space.kinds if kind != "parallelize"] or space.kinds)
         if space.kinds != ("remove",):
             check_parallel(model.config)
         if budget.unit == "depth":
-            return cls(budget, space, BlockCosts(0, [1] * len(plan.layers)), original)
+            return cls(budget, space, BlockCosts(0, (1,) * len(plan.layers)), original)
         if budget.unit == "parameters":
             return cls(budget, space, count_parameters(model), original)
         grown = min(space.max_group_size, len(plan.layers)) if "parallelize" in space.kinds else 1
@@ -285,10 +247,9 @@ class Goal:
             )
 
     def useful_edits(self, plan: LayerPlan) -> list[Edit]:
-        """Allowed edits that save something and leave the budget within reach.
+        """Allowed edits that save something and leave the budget within reach; if there are none, steps to such edits.
 
-        If none saves anything (a pair must lose both its layers to save a block), those that are steps to one that
-        does.
+        So a pair can lose both its layers, which saves a block, one by one.
         """
         edits = [edit for edit in self.space.edits(plan) if self.met(self.smallest(edit.apply(plan)))]
         return [edit for edit in edits if self.size(edit.apply(plan)) < self.size(plan)] or edits

@@ -10,19 +10,19 @@ Shapes: B batch, T positions, N unpadded tokens, H hidden, I neurons of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import architecture_of, mlp_output
 from .data import Batch, check_batches
 from .errors import LayerPruneError
-from .forward import check_same_vocabulary, inference, record, to_device
+from .forward import Recording, inference, record, to_device, unpadded
 from .plan import LayerPlan
-from .surgery import apply_plan, check_in_memory, plan_of
+from .surgery import apply_plan, check_made_from, plan_of
 
 COMPENSATIONS = ("none", "least_squares")
 DEFAULT_RIDGE = 5.0  # on the embedded teacher near the best at 4 and at 16 tokens per neuron; fewer help little
@@ -30,17 +30,10 @@ MAX_BYTES = 2**32  # of equations held at a time, but at least one block's; solv
 
 
 class Repair(NamedTuple):
-    """New weights of one block, which make up for what an edit takes away.
+    """New weights of one block, which make up for what an edit takes away."""
 
-    Attributes:
-        position (`int`): of the block in the student after the edit. Where a layer is removed, it is the block before
-            the gap, which has the same position in the model; where layers are merged, it is the new block, and has
-            that of the first of them in the model.
-        tensors (`dict[str, Tensor]`): by name within the block.
-    """
-
-    position: int
-    tensors: dict[str, Tensor]
+    position: int  # the same before and after the edit: of the block before a gap, or of the first of those merged
+    tensors: dict[str, Tensor]  # by name within the block
 
 
 def find_repairs(
@@ -53,8 +46,8 @@ def find_repairs(
 ) -> dict[int, Repair]:
     """For each of `layers` alone, which run in no parallel block, the repair that removing it from `model` needs.
 
-    No model is changed. Each layer has another block before it, so one pass over the data serves all; there is no
-    repair for the first. Arguments as in [`compensate`].
+    One pass over the data serves all, as each has another block before it; there is no repair for the first layer.
+    Arguments as in [`compensate`].
     """
     teacher = model if teacher is None else teacher
     plan, layers = plan_of(model), list(dict.fromkeys(layers))
@@ -66,10 +59,7 @@ def find_repairs(
 
 
 def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
-    """Repair `student`, the model after the edit, in place.
-
-    The new weights have memory of their own, so a model that `student` shares weights with stays as it is.
-    """
+    """Repair `student`, the model after the edit, in place, but not what it shares weights with."""
     block = student.base_model.layers[repair.position]
     for name, tensor in repair.tensors.items():
         parameter = block.get_parameter(name)
@@ -78,12 +68,7 @@ def apply_repair(student: PreTrainedModel, repair: Repair) -> None:
 
 
 def apply_plan_and_repair(model: PreTrainedModel, plan: LayerPlan, repair: Repair | None) -> PreTrainedModel:
-    """`model` after one edit, weights shared but for those that `repair` has. `model` is left untouched.
-
-    Args:
-        plan ([`LayerPlan`]): the plan after the edit.
-        repair ([`Repair`], *optional*): what the edit needs; a merge always does.
-    """
+    """`model` after one edit that leads to `plan`, weights shared but for those that `repair` has."""
     current, before = plan_of(model), plan
     for block in set(plan.merged) - set(current.merged) if repair else ():
         first = current.blocks[repair.position]  # whose weights those of `repair` take the place of
@@ -119,15 +104,14 @@ def compensate(
             Removed teacher layers to repair `student` for; all by default. Neighbouring layers are one gap. If a gap
             lies within a parallel block, that block is refitted.
         ridge (`float`, *optional*, defaults to `5.0`):
-            How firmly the present weights are held, in tokens: as if `ridge` tokens of mean energy had found those of
-            every neuron right. So the less data there is, the less they move.
+            How firmly the present weights are held: as if `ridge` tokens of mean energy had found them right.
         on_batch (`Callable[[], None]`, *optional*): called after every batch of every gap, for progress bars.
         share_weights (`bool`, *optional*, defaults to `False`): whether what is not changed shares memory with
             `student`; see [`apply_plan`].
 
     Raises:
-        [`LayerPruneError`]: for an unknown method, a layer that `student` has or `teacher` lacks, a teacher that
-            `student` was not made from, or data without a token.
+        [`LayerPruneError`]: for an unknown method, a layer that `student` has or `teacher` lacks, or data without a
+            token.
     """
     plan = plan_of(student)
     layers = sorted(set(plan.removed_layers if gaps is None else gaps))
@@ -152,14 +136,7 @@ def check_repairable(
     model: PreTrainedModel, batches: Iterable[Batch], teacher: PreTrainedModel, layers: Sequence[int]
 ) -> list[Batch]:
     """The batches, once `model` is known to be made from `teacher`, which has `layers`, and both to be in memory."""
-    check_in_memory(model, teacher)
-    check_same_vocabulary(model, teacher)
-    ours, theirs = ((plan_of(each).num_teacher_layers, each.config.hidden_size) for each in (model, teacher))
-    if ours != theirs:
-        words = "{} layers of {} hidden units".format
-        raise LayerPruneError(
-            f"the model was not made from this teacher, which has {words(*theirs)}, not {words(*ours)}"
-        )
+    check_made_from(model, teacher)
     if unknown := sorted(set(layers) - set(plan_of(teacher).layers)):
         raise LayerPruneError(f"layers {unknown} are not in the teacher; it has {list(plan_of(teacher).layers)}")
     return check_batches(batches, model.config.vocab_size, "calibration data")
@@ -182,11 +159,6 @@ def target_state(position: int, plan: LayerPlan, teacher_plan: LayerPlan) -> int
     """The number of the teacher's state which block `position` of `plan` must hand on: what the next block reads."""
     following = plan.blocks[position + 1][0] if position + 1 < plan.depth else plan.num_teacher_layers
     return sum(block[-1] < following for block in teacher_plan.blocks)
-
-
-def unpadded(batch: Batch) -> Tensor:
-    """Which positions are not padding: `(B, T)`."""
-    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
 class Regression:
@@ -221,11 +193,7 @@ class Regression:
         self.num_added += len(inputs)
 
     def solve(self, ridge: float) -> Tensor:
-        """The new weight `(H, I)`, in the dtype of the present one.
-
-        Raises:
-            [`LayerPruneError`]: if the equations cannot be solved.
-        """
+        """The new weight `(H, I)`, in the dtype of the present one."""
         with torch.autocast(self.left.device.type, enabled=False):
             gram = self.left @ self.left.T if self.few_tokens else self.left
             solution = solve_ridge(gram, self.right, ridge, self.num_tokens)
@@ -263,39 +231,41 @@ def _refit(
     """
     num_tokens = sum(int(unpadded(batch).sum()) for batch in batches)
     name = f"{architecture_of(model.config).mlp_output}.weight"
-    weights = [mlp_output(model, gap.position).weight.detach() for gap in gaps]
-    at_once = max(1, MAX_BYTES // max((Regression.num_bytes(weight, num_tokens) for weight in weights), default=1))
+    inner = {gap.position: mlp_output(model, gap.position) for gap in gaps}
+    weights = {position: module.weight.detach() for position, module in inner.items()}
+    num_bytes = (Regression.num_bytes(weight, num_tokens) for weight in weights.values())
+    at_once = max(1, MAX_BYTES // max(num_bytes, default=1))
     repairs = []
     for start in range(0, len(gaps), at_once):
-        group = gaps[start : start + at_once]
-        fits = [Regression(weight, num_tokens) for weight in weights[start : start + at_once]]
+        fits = {gap: Regression(weights[gap.position], num_tokens) for gap in gaps[start : start + at_once]}
+        modules = {gap.position: inner[gap.position] for gap in fits}
+        outputs, targets = {position + 1 for position in modules}, {gap.target for gap in fits}
         for batch in batches:
-            _add_batch(model, teacher, batch, group, fits)
+            run, wanted = run_both(model, teacher, batch, outputs, targets, modules)
+            valid = unpadded(batch).to(model.device)
+            for gap, fit in fits.items():
+                missing = wanted[gap.target][valid].float() - run.states[gap.position + 1][valid].float()
+                fit.add(run.inner[gap.position][valid].float(), missing)
             if start + at_once >= len(gaps):
                 on_batch()
-        repairs += [Repair(gap.position, {name: fit.solve(ridge)}) for gap, fit in zip(group, fits, strict=True)]
+        repairs += [Repair(gap.position, {name: fit.solve(ridge)}) for gap, fit in fits.items()]
     return repairs
 
 
-def _add_batch(
+def run_both(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     batch: Batch,
-    gaps: Sequence[_Gap],
-    fits: Sequence[Regression],
-) -> None:
-    """Run a batch, and add its tokens to the regressions of all gaps."""
-    inner = {gap.position: mlp_output(model, gap.position) for gap in gaps}
-    outputs, targets = {position + 1 for position in inner}, {gap.target for gap in gaps}
+    states: Collection[int],
+    targets: Collection[int],
+    inner: Mapping[int, nn.Module] | None = None,
+) -> tuple[Recording, dict[int, Tensor]]:
+    """Record `states` of `model`, and the states `targets` of its teacher, which then are on the device of `model`."""
     batch = to_device(batch, model.device)
     with inference(model, teacher):
         if teacher is model:
-            of_model = of_teacher = record(model, batch, outputs | targets, inner, stop=True)
-        else:
-            of_model = record(model, batch, outputs, inner, stop=True)
-            of_teacher = record(teacher, to_device(batch, teacher.device), targets, stop=True)
-    valid = unpadded(batch)
-    for gap, fit in zip(gaps, fits, strict=True):
-        target = of_teacher.states[gap.target].to(model.device)[valid].float()
-        output = of_model.states[gap.position + 1][valid].float()
-        fit.add(of_model.inner[gap.position][valid].float(), target - output)
+            run = record(model, batch, {*states, *targets}, inner, stop=True)
+            return run, run.states
+        run = record(model, batch, states, inner, stop=True)
+        found = record(teacher, to_device(batch, teacher.device), targets, stop=True).states
+    return run, to_device(found, model.device)

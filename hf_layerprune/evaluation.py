@@ -50,13 +50,12 @@ def evaluate_model(
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
 
     Raises:
-        [`LayerPruneError`]: if there is no token to score, the model has no `lm_head`, or the teacher has another
-            vocabulary.
+        [`LayerPruneError`]: if there is no token to score, no `lm_head`, or the teacher has another vocabulary.
     """
     models = [model] if teacher is None else [model, teacher]
     check_same_vocabulary(model, model if teacher is None else teacher)
     batches = check_batches(batches, model.config.vocab_size, "evaluation data")
-    nll = kl = agreement = 0.0
+    totals = dict.fromkeys(["nll"] if teacher is None else ["nll", "kl", "agreement"], 0.0)
     num_tokens = 0
     with inference(*models):
         for batch in batches:
@@ -70,16 +69,9 @@ def evaluate_model(
                 [hidden], heads[0], labels, *reference, *heads[1:], with_agreement=teacher is not None
             )
             num_tokens += len(labels)
-            nll += statistics.nll.double().sum().item()
-            if teacher is not None:
-                kl += statistics.kl.double().sum().item()
-                agreement += statistics.agreement.double().sum().item()
+            for name in totals:
+                totals[name] += getattr(statistics, name).double().sum().item()
             on_batch()
-    loss = nll / num_tokens
-    return EvaluationReport(
-        loss=loss,
-        perplexity=perplexity_of(loss),
-        kl=None if teacher is None else kl / num_tokens,
-        agreement=None if teacher is None else agreement / num_tokens,
-        num_tokens=num_tokens,
-    )
+    means = {name: total / num_tokens for name, total in totals.items()}
+    loss = means["nll"]
+    return EvaluationReport(loss, perplexity_of(loss), means.get("kl"), means.get("agreement"), num_tokens)

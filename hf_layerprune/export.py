@@ -16,7 +16,6 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .architectures import check_supported
 from .errors import LayerPruneError
 from .gguf_vocabulary import vocabulary_of
 from .loading import require_gguf
@@ -27,16 +26,14 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
-ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
-"""`model_type` to llama.cpp's name: it runs Mistral as the Llama that it is."""
+ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}  # as llama.cpp calls them
 ROPE_TYPES = ("default", "llama3", "linear", "yarn")
 YARN = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
 """Settings of YaRN that llama.cpp has as well."""
 
 
 def check_exportable(config: PretrainedConfig) -> None:
-    """Raise [`LayerPruneError`] unless llama.cpp computes what a model of `config` does."""
-    check_supported(config)
+    """Raise [`LayerPruneError`] unless llama.cpp computes what a model of `config`, a supported one, does."""
     if config.model_type == PrunedQwen2Config.model_type:
         blocks = ", ".join("|".join(map(str, block)) for block in plan_of(config).parallel_pairs) or "none"
         raise LayerPruneError(
@@ -66,13 +63,13 @@ def export_gguf(
     outtype: str = "f16",
     *,
     name: str | None = None,
-    on_tensor: Callable[[], None] | None = None,
+    on_tensor: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a model and its tokenizer as a GGUF file, which takes the place of any file at `path` when it is complete.
 
     Args:
         model (`PreTrainedModel`): a plain Qwen2, Qwen3, Llama or Mistral; students with removed or merged layers are.
-        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): the model's own.
         path (`str` or `Path`): file to write.
         outtype (`str`, *optional*, defaults to `"f16"`): type of the matrices: f32, f16, bf16, or q8_0, which rounds
             blocks of 32 weights to 8 bits (rows that do not divide by 32 become f16). Norms and biases stay f32.
@@ -151,9 +148,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
         yield "rope_freqs.weight", plain / ROPE_INIT_FUNCTIONS["llama3"](config)[0]
 
 
-def _write_tensors(
-    writer: GGUFWriter, model: PreTrainedModel, outtype: str, on_tensor: Callable[[], None] | None
-) -> None:
+def _write_tensors(writer: GGUFWriter, model: PreTrainedModel, outtype: str, on_tensor: Callable[[], None]) -> None:
     """Write the head of the file, which holds the size of each tensor, then one tensor after the other."""
     from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, LlamaFileType
 
@@ -169,8 +164,7 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     for name, tensor in _tensors(model):
         writer.write_tensor_data(_values(name, tensor, model.config, _type_in_file(tensor, outtype)))
-        if on_tensor is not None:
-            on_tensor()
+        on_tensor()
 
 
 def _type_in_file(tensor: torch.Tensor, outtype: str) -> GGMLQuantizationType:

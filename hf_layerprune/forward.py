@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -20,9 +20,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import Batch
 from .errors import LayerPruneError
 
+Key = TypeVar("Key")
 
-def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+
+def to_device(batch: Mapping[Key, Tensor], device: torch.device) -> dict[Key, Tensor]:
     return {key: value.to(device) for key, value in batch.items()}
+
+
+def unpadded(batch: Batch) -> Tensor:
+    """Which positions are not padding: `(B, T)`."""
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
 def final_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -33,19 +40,12 @@ def final_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 @dataclass
 class Recording:
-    """What a forward pass called the parts of a model with.
+    """What a forward pass called the parts of a model with."""
 
-    Attributes:
-        states (`dict[int, Tensor]`): hidden states `(B, T, H)` by number.
-        arguments (`dict[int, dict[str, Any]]`): keyword arguments of the blocks that read them.
-        inner (`dict[int, Tensor]`): by position of a block, what a module inside it read.
-        final (`Tensor` of shape `(B, T, H)`, *optional*): states after the final norm; none if the pass stopped early.
-    """
-
-    states: dict[int, Tensor] = field(default_factory=dict)
-    arguments: dict[int, dict[str, Any]] = field(default_factory=dict)
-    inner: dict[int, Tensor] = field(default_factory=dict)
-    final: Tensor | None = None
+    states: dict[int, Tensor] = field(default_factory=dict)  # (B, T, H), by number
+    arguments: dict[int, dict[str, Any]] = field(default_factory=dict)  # of the blocks that read them
+    inner: dict[int, Tensor] = field(default_factory=dict)  # what a module inside a block read, by its position
+    final: Tensor | None = None  # states after the final norm, unless the pass stopped early
 
 
 class _Stop(Exception):
@@ -59,13 +59,12 @@ def record(
     inner: Mapping[int, nn.Module] | None = None,
     stop: bool = False,
 ) -> Recording:
-    """Run a model on a batch and record some hidden states, whatever the caller's gradient mode.
+    """Run a model on a batch and record some hidden states.
 
     Args:
         batch (`dict[str, Any]`): what the model is called with, on its device; labels are left out.
         states (`Collection[int]`): numbers of the states to record.
-        inner (`Mapping[int, nn.Module]`, *optional*):
-            By position of a block, the module inside it whose input is recorded too.
+        inner (`Mapping[int, nn.Module]`, *optional*): by position, a module inside a block whose input is recorded.
         stop (`bool`, *optional*, defaults to `False`): whether to stop at the last of `states`.
     """
     decoder, recording = model.base_model, Recording()
@@ -99,12 +98,10 @@ def replay(
     norm: nn.Module,
     states: Collection[int] = (),
 ) -> Recording:
-    """Run blocks, of the same model or of another, from a recorded state on; what comes before it is not run again.
+    """Run `blocks`, of the same model or of another, and `norm` from the recorded state `start` on.
 
     Args:
-        recording ([`Recording`]): holds state `start`, which the first of `blocks` reads, and its arguments.
-        blocks (`Iterable[Callable[..., Tensor]]`): each is called with a state and the recorded arguments.
-        norm (`nn.Module`): what reads the last state.
+        recording ([`Recording`]): holds that state, and the arguments which each block is called with.
         states (`Collection[int]`, *optional*): numbers of states to record, of those that a block reads.
     """
     state, arguments = recording.states[start], recording.arguments[start]
@@ -121,11 +118,8 @@ def replay(
 def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect what `module` reads."""
     found: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
-    try:
+    with module.register_forward_pre_hook(lambda _, args: found.append(args[0])):
         yield found
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -162,8 +156,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
 
 
 def check_same_vocabulary(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless both are causal language models over the same number of tokens, neither of them
-    wrapped in adapters."""
+    """Raise [`LayerPruneError`] unless both are causal language models of one vocabulary, without adapters."""
     for one in (model, teacher):
         check_causal(one)
         if is_peft_model(one):  # its `base_model` is not the decoder

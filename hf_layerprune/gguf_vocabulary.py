@@ -34,30 +34,17 @@ PREFIXED = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer.
+    """What a GGUF file says of a tokenizer."""
 
-    Attributes:
-        kind (`str`): `"gpt2"` or `"llama"`.
-        pre (`str`): llama.cpp's name of the pre-tokenizer.
-        tokens (`list[str]`): a token for every row of the embedding.
-        types (`list[int]`): the type of each.
-        scores (`list[float]`): which merge comes first, for `"llama"`: that with the higher score.
-        merges (`list[str]`): merges in order, for `"gpt2"`.
-        special_ids (`dict[str, int]`): ids of the tokens `bos`, `eos`, `unk` and `pad`, where there are any.
-        add (`dict[str, bool]`): whether a text begins with `bos`, and ends with `eos`.
-        space_prefix (`bool`): whether a text begins with a space that it does not have.
-        chat_template (`str` or `list`, *optional*): the template, or several with their names.
-    """
-
-    kind: str
-    pre: str
-    tokens: list[str]
+    kind: str  # "gpt2" or "llama"
+    pre: str  # llama.cpp's name of the pre-tokenizer
+    tokens: list[str]  # one for every row of the embedding
     types: list[int]
-    scores: list[float]
-    merges: list[str]
-    special_ids: dict[str, int]
-    add: dict[str, bool]
-    space_prefix: bool
+    scores: list[float]  # of "llama": of two merges, the one with the higher score comes first
+    merges: list[str]  # of "gpt2", in order
+    special_ids: dict[str, int]  # of those of `bos`, `eos`, `unk` and `pad` that there are
+    add: dict[str, bool]  # whether a text begins with `bos`, and ends with `eos`
+    space_prefix: bool  # whether a text begins with a space that it does not have
     chat_template: str | list[dict[str, str]] | None
 
     def write(self, writer: GGUFWriter) -> None:
@@ -80,11 +67,7 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Vocabulary:
-    """The vocabulary of a model for llama.cpp.
-
-    Raises:
-        [`LayerPruneError`]: if llama.cpp would not give the same tokens.
-    """
+    """The vocabulary of a model for llama.cpp, or a [`LayerPruneError`] if that would not give the same tokens."""
     if not tokenizer.is_fast:
         raise _refused(f"it is a {type(tokenizer).__name__}, which has no tokenizer.json")
     content = json.loads(tokenizer.backend_tokenizer.to_str())

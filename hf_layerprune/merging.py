@@ -4,7 +4,7 @@ Side by side the layers are one block, as wide as all of them (see `models/`). A
 [FlattenGPT](https://huggingface.co/papers/2602.08858) that block is cut back to the width of a single layer: it keeps
 the groups of heads that add most to the residual stream, and the neurons that the others can least stand in for. Then
 what reads them is refitted by ridge regression: `o_proj` to what all heads add, and `down_proj` to the state that the
-teacher has after the last of the layers. The student is a plain model of its family.
+teacher has after the last of the layers.
 
 Shapes: B batch, T positions, N unpadded tokens, H hidden, D of a head, I neurons of a layer, n layers to merge.
 """
@@ -26,18 +26,17 @@ from .compensation import (
     Regression,
     Repair,
     apply_plan_and_repair,
-    check_in_memory,
     check_repairable,
+    run_both,
     solve_ridge,
     target_state,
-    unpadded,
 )
 from .data import Batch
 from .errors import LayerPruneError
-from .forward import inference, inputs_of, record, to_device
+from .forward import inference, inputs_of, record, to_device, unpadded
 from .models.modeling_pruned_qwen2 import HEAD_NORMS, join_layers
 from .plan import Edit, layer_indices
-from .surgery import apply_plan, check_model, plan_of
+from .surgery import apply_plan, check_in_memory, check_model, plan_of
 
 LEVERAGE_RIDGE = 10.0  # in mean eigenvalues of the activations' Gram matrix
 DOWN = "mlp.down_proj.weight"
@@ -55,8 +54,8 @@ def merge(
 ) -> PreTrainedModel:
     """A new model with neighbouring layers merged into one layer, without training; `model` is left untouched.
 
-    After [FlattenGPT](https://huggingface.co/papers/2602.08858). Pairs are merged from the bottom up, so that each
-    sees those below it.
+    After [FlattenGPT](https://huggingface.co/papers/2602.08858), from the bottom up, so that each merge sees those
+    below it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a Qwen2, Qwen3, Llama or Mistral, possibly pruned before.
@@ -73,8 +72,7 @@ def merge(
         A model of the same class, a layer less deep for each pair, its `config.layer_plan` set.
 
     Raises:
-        [`LayerPruneError`]: for an unsupported architecture, layers that are not neighbours or not in the model, or
-            data without a token.
+        [`LayerPruneError`]: for an unsupported architecture, layers that are no neighbours, or data without a token.
     """
     check_model(model)
     groups = sorted(tuple(layer_indices(pair, "a group of layers")) for pair in pairs)
@@ -102,15 +100,10 @@ def edited(
 
 
 class _Merge(NamedTuple):
-    """Layers to merge."""
-
-    layers: tuple[int, ...]
-    start: int  # position in the model of the first of them
-    stop: int  # and after the last
+    group: tuple[int, ...]
+    start: int  # position in the model of the first of the group
+    layers: list[nn.Module]
     target: int  # number of the teacher's state which the new layer must hand on
-
-    def parts(self, model: PreTrainedModel) -> list[nn.Module]:
-        return list(model.base_model.layers[self.start : self.stop])
 
 
 def find_merges(
@@ -130,18 +123,19 @@ def find_merges(
     plan, teacher_plan, merges = plan_of(model), plan_of(teacher), []
     for group in dict.fromkeys(groups):
         after, start, last = plan.merge(*group), plan.position_of(group[0]), plan.position_of(group[-1])
-        merges.append(_Merge(group, start, last + 1, target_state(start, after, teacher_plan)))
+        layers = list(model.base_model.layers[start : last + 1])
+        merges.append(_Merge(group, start, layers, target_state(start, after, teacher_plan)))
     num_tokens = sum(int(unpadded(batch).sum()) for batch in batches)
-    num_bytes = [sum(4 * size**2 for size in _sizes(merge.parts(model))) for merge in merges]
+    num_bytes = [sum(4 * size**2 for size in _sizes(merge.layers)) for merge in merges]
     at_once = max(1, MAX_BYTES // max(num_bytes, default=1))
     found = {}
     with inference(model, teacher):
         for first in range(0, len(merges), at_once):
             some, is_last = merges[first : first + at_once], first + at_once >= len(merges)
-            layers = _cut_back(model, batches, some, num_tokens, ridge)
-            fits = _fits(model, teacher, batches, some, layers, num_tokens, on_batch if is_last else lambda: None)
-            for merge, tensors, fit in zip(some, layers, fits, strict=True):
-                found[merge.layers] = Repair(merge.start, tensors | {DOWN: fit.solve(ridge)})
+            narrow = _cut_back(model, batches, some, num_tokens, ridge)
+            fits = _fits(model, teacher, batches, some, narrow, num_tokens, on_batch if is_last else lambda: None)
+            for merge, tensors, fit in zip(some, narrow, fits, strict=True):
+                found[merge.group] = Repair(merge.start, tensors | {DOWN: fit.solve(ridge)})
     return found
 
 
@@ -155,21 +149,20 @@ def _cut_back(
     model: PreTrainedModel, batches: Sequence[Batch], merges: Sequence[_Merge], num_tokens: int, ridge: float
 ) -> list[dict[str, Tensor]]:
     """The layer of each merge, with the heads and neurons that are kept, and `down_proj` as it was."""
-    grams = [[torch.zeros(n, n, device=model.device) for n in _sizes(merge.parts(model))] for merge in merges]
+    grams = [[torch.zeros(n, n, device=model.device) for n in _sizes(merge.layers)] for merge in merges]
     for batch in batches:
         batch = to_device(batch, model.device)
         run, valid = record(model, batch, {merge.start for merge in merges}, stop=True), unpadded(batch)
         for merge, both in zip(merges, grams, strict=True):
-            read = _side_by_side(merge.parts(model), run.states[merge.start], run.arguments[merge.start])
+            read = _side_by_side(merge.layers, run.states[merge.start], run.arguments[merge.start])
             for gram, rows in zip(both, (part[valid].float() for part in read), strict=True):
                 gram.addmm_(rows.T, rows)  # in place, so that autocast leaves it in float32
     with torch.autocast(model.device.type, enabled=False):
-        return [_kept_part(m.parts(model), *both, num_tokens, ridge) for m, both in zip(merges, grams, strict=True)]
+        return [_kept_part(m.layers, *both, num_tokens, ridge) for m, both in zip(merges, grams, strict=True)]
 
 
 def _side_by_side(layers: Sequence[nn.Module], state: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What `o_proj`, `(B, T, n * heads * D)`, and `down_proj`, `(B, T, n * I)`, of the layers read, which run on one
-    input."""
+    """What `o_proj`, `(B, T, n * heads * D)`, and `down_proj`, `(B, T, n * I)`, of layers with one input read."""
     heads, added, neurons = [], [], []
     for layer in layers:
         with inputs_of(layer.self_attn.o_proj) as read:
@@ -190,7 +183,7 @@ def _kept_part(
     wide = join_layers([{name: tensor.detach() for name, tensor in layer.named_parameters()} for layer in layers])
     output, head_dim = wide["self_attn.o_proj.weight"], layers[0].self_attn.head_dim
     num_groups = len(wide["self_attn.k_proj.weight"]) // head_dim  # each a head of keys and values, and its queries
-    has_norms = "self_attn.k_norm.weight" in wide
+    has_norms = "self_attn.k_norm.weight" in wide  # whose gains a layer has once
     groups = _strongest_groups(heads, output, num_groups, len(layers), of_one_layer=has_norms)
     keys, queries = (
         (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
@@ -215,10 +208,7 @@ def _kept_part(
 def _strongest_groups(
     heads: Tensor, output: Tensor, num_groups: int, num_layers: int, *, of_one_layer: bool
 ) -> Tensor:
-    """The groups of heads, as many as one layer has, that add most to the residual stream, by the square.
-
-    Those `of_one_layer` if heads have norms, whose gains a layer has once.
-    """
+    """As many groups of heads as one layer has, perhaps all `of_one_layer`, that add most to the residual stream."""
     size = len(heads) // num_groups
     parts = [slice(start, start + size) for start in range(0, len(heads), size)]
     added = torch.stack([(output[:, p].float() @ heads[p, p] * output[:, p].float()).sum() for p in parts])
@@ -247,27 +237,21 @@ def _fits(
     teacher: PreTrainedModel,
     batches: Sequence[Batch],
     merges: Sequence[_Merge],
-    layers: Sequence[dict[str, Tensor]],
+    narrow: Sequence[dict[str, Tensor]],
     num_tokens: int,
     on_batch: Callable[[], None],
 ) -> list[Regression]:
-    """The regressions that find the `down_proj` of each of `layers`."""
-    fits = [Regression(tensors[DOWN], num_tokens) for tensors in layers]
+    """The regressions that find the `down_proj` of each of the `narrow` layers."""
+    fits = [Regression(tensors[DOWN], num_tokens) for tensors in narrow]
     starts, targets = {merge.start for merge in merges}, {merge.target for merge in merges}
     for batch in batches:
-        batch = to_device(batch, model.device)
-        valid = unpadded(batch)
-        if teacher is model:
-            run = of_teacher = record(model, batch, starts | targets, stop=True)
-        else:
-            run = record(model, batch, starts, stop=True)
-            of_teacher = record(teacher, to_device(batch, teacher.device), targets, stop=True)
-        for merge, tensors, fit in zip(merges, layers, fits, strict=True):
-            layer = model.base_model.layers[merge.start]  # of the right shape
+        run, wanted = run_both(model, teacher, batch, starts, targets)
+        valid = unpadded(batch).to(model.device)
+        for merge, tensors, fit in zip(merges, narrow, fits, strict=True):
+            layer = merge.layers[0]  # of the right shape
             with inputs_of(layer.mlp.down_proj) as read:
                 state = (run.states[merge.start],)
                 output = functional_call(layer, tensors, state, run.arguments[merge.start])
-            target = of_teacher.states[merge.target].to(model.device)
-            fit.add(read[0][valid].float(), target[valid].float() - output[valid].float())
+            fit.add(read[0][valid].float(), wanted[merge.target][valid].float() - output[valid].float())
         on_batch()
     return fits

@@ -11,32 +11,27 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 HEAD = "# made by hf-layerprune export"
-ROLES = ("system", "user", "assistant")
 PROBES = {"system": "Seven wise rules", "user": "A first question", "assistant": "An early answer"}
 QUESTION = "The last question"
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A chat as a plain sequence of messages.
+    """A chat as a plain sequence of messages."""
 
-    Attributes:
-        around (`dict[str, tuple[str, str]]`): what stands before and after a message, by its role.
-        opening (`str`): what begins the answer.
-        system (`str`, *optional*): the message of the system that a chat without one begins with.
-    """
-
-    around: dict[str, tuple[str, str]]
-    opening: str
-    system: str | None
+    around: dict[str, tuple[str, str]]  # what stands before and after a message, by its role
+    opening: str  # what begins the answer
+    system: str | None  # the message of the system that a chat without one begins with
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The text of a chat, to be answered."""
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        parts = (self.around[message["role"]][0] + message["content"] + self.around[message["role"]][1]
-                 for message in messages)  # fmt: skip
-        return "".join(parts) + self.opening
+        text = ""
+        for message in messages:
+            before, after = self.around[message["role"]]
+            text += before + message["content"] + after
+        return text + self.opening
 
     def to_modelfile(self) -> str:
         """The instructions of a Modelfile; the name of the model comes before them."""

@@ -1,7 +1,6 @@
 """The layer plan, and the edits that change it: which teacher layers a student keeps, and which are put together.
 
-Every decision of the library is a `LayerPlan`. Layer indices are 0-based TEACHER indices everywhere; a position in
-the student is called a block.
+Layer indices are 0-based TEACHER indices everywhere; a position in the student is called a block.
 
     ((0,), (1,), (2,), (4, 5), (6, 7), (9,))      # 3 and 8 removed; 4|5 and 6|7 run in parallel
 
@@ -15,6 +14,7 @@ import json
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from .errors import LayerPruneError
@@ -24,11 +24,7 @@ MAX_LAYERS = 10_000
 
 
 def layer_indices(layers: Iterable[int], what: str = "layers") -> list[int]:
-    """Layer indices as a list of integers, whatever they came in.
-
-    Raises:
-        [`LayerPruneError`]: if they are anything else.
-    """
+    """Layer indices as a list of integers, or a [`LayerPruneError`]."""
     try:
         found = list(layers)
         if any(isinstance(layer, bool) for layer in found):
@@ -52,8 +48,7 @@ class LayerPlan:
             Those of `blocks` whose layers were merged into one layer.
 
     Raises:
-        [`LayerPruneError`]: if `blocks` is empty, an index is not a layer of the teacher, the order is wrong, or a
-            member of `merged` is not a block of several layers.
+        [`LayerPruneError`]: if the three do not fit together.
     """
 
     blocks: tuple[tuple[int, ...], ...]
@@ -61,14 +56,18 @@ class LayerPlan:
     merged: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        blocks, merged = _as_blocks(self.blocks, "blocks"), _as_blocks(self.merged, "merged")
+        try:
+            blocks, merged = (tuple(map(tuple, value)) for value in (self.blocks, self.merged))
+        except TypeError:
+            given = f"blocks={self.blocks!r:.200}, merged={self.merged!r:.200}"
+            raise LayerPruneError(f"layer plan {given}: both must be lists of lists of layer indices") from None
         layers = [layer for block in blocks for layer in block]
         if not blocks or not all(blocks):
             raise LayerPruneError("layer plan has no blocks or an empty block; a model needs at least one layer")
-        if any(type(layer) is not int or layer < 0 for layer in layers):
-            raise LayerPruneError(f"layer plan holds {layers!r:.200}; layer indices are integers from 0")
-        if any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
-            raise LayerPruneError(f"layer plan holds {layers!r:.200}; layer indices must ascend without repeats")
+        if any(type(layer) is not int for layer in layers) or any(a >= b for a, b in pairwise([-1, *layers])):
+            raise LayerPruneError(
+                f"layer plan holds {layers!r:.200}; layer indices are integers from 0 and must ascend without repeats"
+            )
         depth = layers[-1] + 1 if self.num_teacher_layers is None else self.num_teacher_layers
         if type(depth) is not int or not layers[-1] < depth <= MAX_LAYERS:
             raise LayerPruneError(
@@ -161,13 +160,11 @@ class LayerPlan:
 
     def before_merges(self, teacher: LayerPlan) -> LayerPlan:
         """The plan with the blocks of `teacher` in place of each merged block that it lacks."""
-        new = [block for block in self.merged if block not in teacher.merged]
-        parts = (
-            [other for other in teacher.blocks if {*other} <= {*block}] if block in new else [block]
-            for block in self.blocks
-        )
-        blocks = tuple(block for part in parts for block in part)
-        return LayerPlan(blocks, self.num_teacher_layers, tuple(block for block in teacher.merged if block in blocks))
+        blocks: list[tuple[int, ...]] = []
+        for block in self.blocks:
+            is_new = block in self.merged and block not in teacher.merged
+            blocks += [other for other in teacher.blocks if {*other} <= {*block}] if is_new else [block]
+        return LayerPlan(tuple(blocks), self.num_teacher_layers, tuple({*teacher.merged} & {*blocks}))
 
     def check_kept_whole(self, merged: Iterable[tuple[int, ...]]) -> None:
         """Raise [`LayerPruneError`] if the plan takes blocks apart that are `merged` into one, in whatever way."""
@@ -185,11 +182,7 @@ class LayerPlan:
         return LayerPlan(blocks, self.num_teacher_layers)
 
     def with_pairs(self, pairs: Iterable[Iterable[int]]) -> LayerPlan:
-        """The plan with each of `pairs` (or longer groups) run in parallel as one block.
-
-        Raises:
-            [`LayerPruneError`]: if a group is not made of whole neighbouring blocks.
-        """
+        """The plan with each of `pairs` (or longer groups) of neighbouring layers run in parallel as one block."""
         plan = self
         for pair in pairs:
             plan = plan.parallelize(*layer_indices(pair, "a group of layers"))
@@ -214,23 +207,12 @@ class LayerPlan:
 
     @classmethod
     def from_json(cls, text: str) -> LayerPlan:
-        """Read what `to_json` wrote.
-
-        Raises:
-            [`LayerPruneError`]: if `text` is not JSON, or is not a valid plan.
-        """
+        """Read what `to_json` wrote, or raise [`LayerPruneError`]."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise LayerPruneError(f"layer plan is not JSON: {error}") from None
         return cls.from_dict(data)
-
-
-def _as_blocks(blocks: Any, name: str) -> tuple[tuple[int, ...], ...]:
-    try:
-        return tuple(tuple(block) for block in blocks)
-    except TypeError:
-        raise LayerPruneError(f"layer plan {name}={blocks!r:.200} is not a list of lists of layer indices") from None
 
 
 SEPARATORS = {"parallelize": "|", "merge": "+"}  # of the layers of a new block
@@ -263,11 +245,7 @@ class Edit:
         return cls("merge", layers)
 
     def apply(self, plan: LayerPlan) -> LayerPlan:
-        """The plan after this edit.
-
-        Raises:
-            [`LayerPruneError`]: if the plan lacks one of the layers, or they are not in neighbouring blocks.
-        """
+        """The plan after this edit; a [`LayerPruneError`] if the layers are not there, or no neighbours."""
         return getattr(plan, self.kind)(*self.layers)  # a kind of edit is a method of `LayerPlan`
 
     @property
@@ -281,9 +259,10 @@ class Edit:
     @classmethod
     def from_label(cls, label: str) -> Edit:
         """Read a `label`."""
-        kinds = [kind for kind, separator in SEPARATORS.items() if separator in label]
-        kind, layers = kinds[0] if kinds else "remove", label.split(SEPARATORS[kinds[0]] if kinds else None)
-        return cls(kind, tuple(map(int, layers)))
+        for kind, separator in SEPARATORS.items():
+            if separator in label:
+                return cls(kind, tuple(map(int, label.split(separator))))
+        return cls.remove(int(label))
 
 
 def edits_between(before: LayerPlan, after: LayerPlan) -> list[Edit]:

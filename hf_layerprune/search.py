@@ -1,9 +1,4 @@
-"""Choose the next edit, and search for a plan that meets a budget.
-
-`next_edit` takes the edit that costs least per unit saved; rounds of healing call it, and so does `search_plan`, which
-trains nothing. `find_parallel_range` is the search of [Leveraging the True Depth of
-LLMs](https://huggingface.co/papers/2502.02790).
-"""
+"""Choose the next edit, as rounds of healing do, and search for a plan that meets a budget, which trains nothing."""
 
 from __future__ import annotations
 
@@ -25,21 +20,13 @@ from .surgery import check_model, plan_of
 
 @dataclass(frozen=True)
 class SearchStep:
-    """One edit of a search.
-
-    Attributes:
-        edit ([`Edit`]): the edit that was chosen.
-        scores ([`Scores`], *optional*): what it was chosen by; `None` if it was taken from an order.
-        plan ([`LayerPlan`]): the plan after it.
-        size (`float`): the size of that plan, in the budget's unit.
-        order (`tuple[Edit, ...]`): all edits that the same scores chose, if they chose several.
-    """
+    """One edit of a search."""
 
     edit: Edit
-    scores: Scores[Edit] | None
-    plan: LayerPlan
-    size: float
-    order: tuple[Edit, ...] = ()
+    scores: Scores[Edit] | None  # what it was chosen by, unless it was taken from an order
+    plan: LayerPlan  # after it
+    size: float  # of that plan, in the budget's unit
+    order: tuple[Edit, ...] = ()  # all edits that the same scores chose, if they chose several
 
     @property
     def cost(self) -> float | None:
@@ -68,13 +55,17 @@ def next_edit(
         num_removals (`int`, *optional*):
             Choose an order of removals with one scoring: the cheapest layer first, or by `"angular_distance"` the
             best stretch of so many layers, from its top down.
-
-    Raises:
-        [`LayerPruneError`]: if all of `order` is done.
     """
     plan, scores = plan_of(student), None
     if not order and num_removals is not None:
-        order, scores = _order_of_removals(student, batches, goal, criterion, teacher, num_removals, **options)
+        edits = [edit for edit in goal.space.edits(plan) if edit.kind == "remove"]
+        scores = score(student, batches, edits, criterion, teacher, **options)
+        order = scores.ranking
+        if criterion == "angular_distance":
+            size = min(num_removals, len(edits))
+            layers = contiguous_stretch(student, batches, size, [edit.layers[0] for edit in edits])
+            order = [Edit.remove(layer) for layer in reversed(layers)]
+            scores = replace(scores, margin=None)  # single layers say nothing certain about the best stretch
     if order:
         left = [edit for edit in order if edit.layers[0] in plan.layers]
         if not left:
@@ -94,39 +85,13 @@ def next_edit(
     return SearchStep(edit, scores, after, goal.size(after), tuple(order))
 
 
-def _order_of_removals(
-    student: PreTrainedModel,
-    batches: Iterable[Batch] | None,
-    goal: Goal,
-    criterion: str,
-    teacher: PreTrainedModel | None,
-    num_removals: int,
-    **options: Any,
-) -> tuple[Sequence[Edit], Scores[Edit]]:
-    """The order, and the scores of all removals; single layers' say nothing certain about the best stretch."""
-    edits = [edit for edit in goal.space.edits(plan_of(student)) if edit.kind == "remove"]
-    scores = score(student, batches, edits, criterion, teacher, **options)
-    if criterion != "angular_distance":
-        return scores.ranking, scores
-    size = min(num_removals, len(edits))
-    layers = contiguous_stretch(student, batches, size, [edit.layers[0] for edit in edits])
-    scores = replace(scores, margin=None, contenders=())
-    return [Edit.remove(layer) for layer in reversed(layers)], scores
-
-
 @dataclass(frozen=True)
 class PlanSearch:
-    """What a search found.
+    """What a search found."""
 
-    Attributes:
-        plan ([`LayerPlan`]): meets the budget; one of latency by the estimate of [`measure_latency`].
-        steps (`list[SearchStep]`): the edits in order; the plan of each is the search's answer to a larger budget.
-        latency ([`BlockCosts`], *optional*): what was measured for a budget of latency.
-    """
-
-    plan: LayerPlan
-    steps: list[SearchStep]
-    latency: BlockCosts | None = None
+    plan: LayerPlan  # meets the budget
+    steps: list[SearchStep]  # in order; the plan of each is the search's answer to a larger budget
+    latency: BlockCosts | None = None  # what was measured for a budget of latency
 
 
 def search_plan(
@@ -164,7 +129,7 @@ def search_plan(
         one with merges in turn, by [`prune`], [`parallelize`] and [`merge`].
 
     Raises:
-        [`LayerPruneError`]: if the budget is out of reach, met already, or the request makes no sense.
+        [`LayerPruneError`]: if the budget is out of reach or met already.
     """
     check_model(model)
     budget, plan, teacher = Budget.of(budget), plan_of(model), model if teacher is None else teacher
@@ -183,21 +148,12 @@ def search_plan(
 
 
 def parallel_ranges(plan: LayerPlan, target_depth: int | None = None) -> list[LayerPlan]:
-    """List every plan that runs one contiguous range of pairs in parallel; the first and the last layer stay alone.
+    """Every plan that runs one contiguous range of pairs in parallel and has `target_depth` blocks, if that is given.
 
-    Args:
-        plan ([`LayerPlan`]): of single layers.
-        target_depth (`int`, *optional*): number of blocks of the plans; by default all starts and ends are listed.
-
-    Raises:
-        [`LayerPruneError`]: if no range leads to `target_depth`, or the plan has blocks of several layers.
+    The first and the last layer stay alone.
     """
     if several := [block for block in plan.blocks if len(block) > 1]:
         raise LayerPruneError(f"layers {several} are one block in the model already; a range pairs single layers")
-    if plan.depth < 4:
-        raise LayerPruneError(
-            f"the model has {plan.depth} layers; a range of pairs between the first and the last needs at least 4"
-        )
     layers, plans = plan.layers, []
     for count in range(1, (plan.depth - 2) // 2 + 1):
         for start in reversed(range(1, plan.depth - 2 * count)):  # the order decides between equal ones
@@ -217,21 +173,19 @@ def find_parallel_range(
     target_depth: int | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Scores[LayerPlan]:
-    """Score every contiguous range of parallel pairs by loss; see [`parallel_ranges`].
+    """Score every contiguous range of parallel pairs by loss; the first and the last layer stay alone.
 
     The search of [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790), which pairs up
-    consecutive layers from a start to an end. Ranges share the part of the model before their start.
+    consecutive layers from a start to an end.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model, possibly pruned before, without parallel blocks.
         batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score_layers`].
-        target_depth (`int`, *optional*):
-            Number of blocks. Only ranges of that depth are tried; by default all starts and ends are.
+        target_depth (`int`, *optional*): number of blocks; by default all starts and ends are tried.
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
 
     Returns:
-        [`Scores`]: the loss of every range that was tried; `safest` is the best plan, of equal ones that with the
-        later range.
+        [`Scores`]: the loss of every range that was tried; `safest` is the best plan.
 
     Raises:
         [`LayerPruneError`]: if no range of pairs leads to `target_depth`, or the model has parallel blocks.

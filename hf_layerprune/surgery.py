@@ -1,22 +1,21 @@
 """Apply a layer plan to a model: remove layers, run them in parallel, take parallel layers apart.
 
-Layers that are merged into one layer depend on data, see `merging.py`; here they stay as they are.
-
 A student without parallel blocks stays what it was, a plain model of its teacher's family, so that stock transformers,
-vLLM, SGLang and llama.cpp load it. Its `config.layer_plan` says which teacher layers it holds.
+vLLM, SGLang and llama.cpp load it. Its `config.layer_plan` says which teacher layers it holds. Merging layers depends
+on data, and is in `merging.py`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .architectures import architecture_of, check_supported, keep_layers
+from .architectures import architecture_of, check_supported
 from .errors import LayerPruneError
 from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM
 from .models.configuration_pruned_qwen2 import older_rope
@@ -36,11 +35,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def plan_of(model: PreTrainedModel | PretrainedConfig) -> LayerPlan:
-    """The plan a model carries in its config; the identity plan for a model that was never pruned.
-
-    Raises:
-        [`LayerPruneError`]: if the recorded plan does not fit the model's depth.
-    """
+    """The plan a model carries in its config; the identity plan for a model that was never pruned."""
     config = getattr(model, "config", model)
     recorded = getattr(config, "layer_plan", None)
     if recorded is None:
@@ -58,16 +53,14 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share_weights: bool 
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A causal language model of a supported family. One that was pruned before keeps its teacher's layer
-            indices: removing layer 7 from a student that lacks layer 3 removes what was the teacher's layer 7.
-        layers (`Iterable[int]`):
-            Teacher layer indices to remove, 0-based.
-        share_weights (`bool`, *optional*, defaults to `False`):
-            See [`apply_plan`].
+            A causal language model of a supported family. One that was pruned before keeps its teacher's indices:
+            layer 7 of a student that lacks layer 3 is the teacher's layer 7.
+        layers (`Iterable[int]`): teacher layer indices to remove, 0-based.
+        share_weights (`bool`, *optional*, defaults to `False`): see [`apply_plan`].
 
     Returns:
-        A model of the same class, dtype, device and mode, its `config.layer_plan` set; a plain model if no parallel
-        block is left.
+        A model of the same class (a plain one if no parallel block is left), dtype, device and mode, its
+        `config.layer_plan` set.
 
     Raises:
         [`LayerPruneError`]: for an unsupported architecture, a layer the model does not have, or no layer left.
@@ -84,18 +77,15 @@ def parallelize(
 ) -> PrunedQwen2ForCausalLM:
     """A new model that runs some consecutive layers in parallel, without training; `model` is left untouched.
 
-    The layers of a pair read the same input and their outputs are added, as in
-    [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790); each pair becomes one layer of twice
-    the width.
+    Each pair becomes one layer of twice the width: both read the same input and their outputs are added, as in
+    [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790).
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, possibly pruned or parallelized before.
+        model ([`~transformers.PreTrainedModel`]): the model, possibly pruned or parallelized before.
         pairs (`Iterable[tuple[int, ...]]`):
             Teacher layer indices, 0-based. Each pair (or longer group) must be neighbours in `model`, and name all
             layers of a block that runs in parallel already.
-        share_weights (`bool`, *optional*, defaults to `False`):
-            See [`apply_plan`].
+        share_weights (`bool`, *optional*, defaults to `False`): see [`apply_plan`].
 
     Returns:
         [`PrunedQwen2ForCausalLM`] with `config.layer_plan` set.
@@ -115,11 +105,7 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
         pairs (`Iterable[tuple[int, ...]]`, *optional*): the parallel blocks to take apart; all by default.
 
     Returns:
-        A plain model if no parallel block is left. Its layers compute what those put into the blocks did (and what
-        healing made of them); their norms' gains stay folded into the projections that follow.
-
-    Raises:
-        [`LayerPruneError`]: if a group is not a parallel block of the model.
+        A plain model if no parallel block is left. The gains of norms stay folded into the projections that follow.
     """
     check_model(model)
     plan = plan_of(model)
@@ -128,7 +114,9 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
         apart = {tuple(layer_indices(pair, "a group of pairs")) for pair in pairs}
     if unknown := sorted(apart - set(plan.parallel_pairs)):
         raise LayerPruneError(f"{unknown} are not parallel blocks; the model's are {list(plan.parallel_pairs)}")
-    blocks = [part for block in plan.blocks for part in (((i,) for i in block) if block in apart else (block,))]
+    blocks: list[tuple[int, ...]] = []
+    for block in plan.blocks:
+        blocks += [(layer,) for layer in block] if block in apart else [block]
     separate = apply_plan(model, replace(plan, blocks=tuple(blocks)))
     if isinstance(separate, PrunedQwen2ForCausalLM) and not plan_of(separate).parallel_pairs:
         return to_plain(separate)
@@ -147,44 +135,44 @@ def restore(
         student ([`~transformers.PreTrainedModel`]): a model that lacks some layers of `teacher`.
         teacher ([`~transformers.PreTrainedModel`]): the model it was made from, of single layers.
         layers (`Iterable[int]`):
-            Teacher layer indices, 0-based. A layer that the student lacks is put in; one that it has, healed or
-            repaired, becomes the teacher's own again. Name the layer before a gap too if it was repaired or healed to
-            do the missing layers' work, and all layers of a parallel or merged block.
+            Teacher layer indices, 0-based. One that the student lacks is put in; one that it has, healed or repaired,
+            becomes the teacher's own again. Name the layer before a gap too if it was repaired or healed to do the
+            missing layers' work, and all layers of a parallel or merged block.
         share_weights (`bool`, *optional*, defaults to `False`): whether the result shares memory with both models.
-
-    Raises:
-        [`LayerPruneError`]: if `teacher` lacks a layer or is not the student's, or only a part of a block is named.
     """
-    _check_made_of(student, teacher)
+    check_made_from(student, teacher)
     plan, teacher_plan, back = plan_of(student), plan_of(teacher), {*layer_indices(layers)}
     if missing := sorted(back - {block[0] for block in teacher_plan.blocks if len(block) == 1}):
         raise LayerPruneError(
             f"layers {missing} are no single layers of the teacher; it has {list(teacher_plan.blocks)}"
         )
-    kept = {
-        block: layer
-        for block, layer in zip(plan.blocks, student.base_model.layers, strict=True)
-        if not back & {*block}
-    }
+    kept = {b: layer for b, layer in zip(plan.blocks, student.base_model.layers, strict=True) if not back & {*b}}
     if apart := sorted(block for block in plan.blocks if back & {*block} and not {*block} <= back):
         raise LayerPruneError(
             f"layers {sorted(back)} take {list(apart[0])} apart, which are one block; name all of them"
         )
     blocks = sorted([*kept, *((layer,) for layer in back)])
-    merged = [block for block in plan.merged if block in kept]
-    after = LayerPlan(blocks, plan.num_teacher_layers, merged)
+    after = LayerPlan(blocks, plan.num_teacher_layers, [block for block in plan.merged if block in kept])
     restored = apply_plan(teacher, after.shape, share_weights=share_weights)
     if is_tied(restored) and not is_tied(student):
         restored.lm_head.weight = nn.Parameter(restored.lm_head.weight.detach(), requires_grad=False)
         restored.config.tie_word_embeddings = False
-    pairs = [(restored.base_model.embed_tokens, student.base_model.embed_tokens)]
-    pairs += [(restored.base_model.norm, student.base_model.norm), (restored.lm_head, student.lm_head)]
-    pairs += [(layer, kept[b]) for b, layer in zip(blocks, restored.base_model.layers, strict=True) if b in kept]
-    for module, source in pairs:
-        for mine, theirs in zip(module.parameters(), source.parameters(), strict=True):
-            mine.data = theirs.detach().to(mine) if share_weights else theirs.detach().to(mine, copy=True)
     restored.config.layer_plan = after.to_dict()
+    for mine, theirs in _parameter_pairs(restored, student, kept):
+        mine.data = theirs.detach().to(mine, copy=not share_weights)
     return restored
+
+
+def _parameter_pairs(
+    model: PreTrainedModel, other: PreTrainedModel, layers: Mapping[tuple[int, ...], nn.Module]
+) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Parameters of `model` and of `other` that have the same place; of the layers of `other` only those given."""
+    pairs = [(model.base_model.embed_tokens, other.base_model.embed_tokens)]
+    pairs += [(model.base_model.norm, other.base_model.norm), (model.lm_head, other.lm_head)]
+    blocks = zip(plan_of(model).blocks, model.base_model.layers, strict=True)
+    pairs += [(layer, layers[block]) for block, layer in blocks if block in layers]
+    for mine, theirs in pairs:
+        yield from zip(mine.parameters(), theirs.parameters(), strict=False)
 
 
 def check_in_memory(*models: PreTrainedModel) -> None:
@@ -193,17 +181,19 @@ def check_in_memory(*models: PreTrainedModel) -> None:
         raise LayerPruneError("a model is partly on disk or in CPU memory; load it whole, on one device")
 
 
-def _check_made_of(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless both are in memory and alike in all but their layers."""
-    check_model(student)
-    check_model(teacher)
-    check_in_memory(student, teacher)
+def check_made_from(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise [`LayerPruneError`] unless both are in memory, and alike in all but which of the layers they have."""
     names = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    ours, theirs = ([getattr(model.config, name, None) for name in names] for model in (student, teacher))
-    if architecture_of(student.config) != architecture_of(teacher.config) or ours != theirs:
-        raise LayerPruneError(
-            f"the student was not made from this teacher: {', '.join(names)} are {ours} and {theirs}"
-        )
+    found = []
+    for model in (student, teacher):
+        check_model(model)
+        check_in_memory(model)
+        values = {"layers": plan_of(model).num_teacher_layers} | {n: getattr(model.config, n, None) for n in names}
+        values["weights of a layer"] = sorted(name for name, _ in model.base_model.layers[0].named_parameters())
+        found.append(values)
+    ours, theirs = found
+    if differences := [f"{name} {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]:
+        raise LayerPruneError(f"the student was not made from this teacher: {', '.join(differences)}")
 
 
 def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool = False) -> PreTrainedModel:
@@ -212,19 +202,17 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Any model that holds the plan's layers, in whatever blocks; those that the plan merges, merged.
-        plan ([`LayerPlan`]):
-            The wanted blocks, in teacher layer indices.
+        plan ([`LayerPlan`]): the wanted blocks, in teacher layer indices.
         share_weights (`bool`, *optional*, defaults to `False`):
             Whether what is not rearranged shares memory with `model` instead of being copied. The parameters are
-            distinct objects that do not require gradients; see [`unshare_parameters`].
+            objects of their own that do not require gradients.
 
     Returns:
-        `model`'s class while its parallel blocks stay as they are; otherwise the class the plan asks for: a plain
-        model without parallel blocks, [`PrunedQwen2ForCausalLM`] with them.
+        `model`'s class while its parallel blocks stay as they are; otherwise a plain model without parallel blocks,
+        [`PrunedQwen2ForCausalLM`] with them.
 
     Raises:
-        [`LayerPruneError`]: for an unsupported architecture, a layer `model` does not have, or layers that only one
-            of plan and model has merged.
+        [`LayerPruneError`]: for an unsupported architecture, or a plan that `model` does not have the layers for.
     """
     check_model(model)
     current = plan_of(model)
@@ -269,7 +257,11 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
     student_decoder.layers = nn.ModuleList(student_decoder.layers[position] for position in kept)
     for position, layer in enumerate(student_decoder.layers):
         layer.self_attn.layer_idx = position  # the KV cache is indexed by it
-    keep_layers(config, kept)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[position] for position in kept]
+    if hasattr(config, "max_window_layers"):  # the number of first layers that never have a sliding window
+        config.max_window_layers = sum(position < config.max_window_layers for position in kept)
+    config.num_hidden_layers = len(kept)
     config.layer_plan = wanted.to_dict()
     config.tie_word_embeddings = is_tied(student)
     _write_rope_twice(config)
@@ -284,25 +276,14 @@ def unshare_parameters(parameters: Iterable[nn.Parameter]) -> None:
 
 def share_equal_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Let every tensor of `student` that equals the teacher's, bit by bit, be the teacher's in memory."""
-    theirs = dict(zip(plan_of(teacher).blocks, teacher.base_model.layers, strict=True))
-    pairs = [(student.get_input_embeddings(), teacher.get_input_embeddings()), (student.lm_head, teacher.lm_head)]
-    pairs.append((student.base_model.norm, teacher.base_model.norm))
-    for block, layer in zip(plan_of(student).blocks, student.base_model.layers, strict=True):
-        pairs += [(layer, theirs[block])] if block in theirs else []
-    for module, teacher_module in pairs:
-        for mine, other in zip(module.parameters(), teacher_module.parameters(), strict=False):
-            if (mine.dtype, mine.device) == (other.dtype, other.device) and torch.equal(mine, other):
-                mine.data = other.data
+    layers = dict(zip(plan_of(teacher).blocks, teacher.base_model.layers, strict=True))
+    for mine, theirs in _parameter_pairs(student, teacher, layers):
+        if (mine.dtype, mine.device) == (theirs.dtype, theirs.device) and torch.equal(mine, theirs):
+            mine.data = theirs.data
 
 
 def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
-    """The same model (weights shared) as a plain one; its blocks must be single layers.
-
-    Raises:
-        [`LayerPruneError`]: if the plan has parallel blocks, which a plain model cannot express.
-    """
-    if pairs := plan_of(model).parallel_pairs:
-        raise LayerPruneError(f"the plan runs layers {list(pairs)} in parallel; a plain model cannot express that")
+    """The same model (weights shared) as a plain one; it must not have parallel blocks."""
     architecture = architecture_of(model.config)
     ours, theirs = ({field.name for field in fields(kind)} for kind in (PrunedQwen2Config, architecture.config_class))
     left_out = (ours - theirs - {"layer_plan"}) | {"model_type", "architectures", "auto_map"}

@@ -151,7 +151,7 @@ def test_a_paired_student_is_compressed_further_in_the_same_indices(make, tmp_pa
         ({"target_num_layers": None, "target_latency": 1.5}, "latency=1.5"),
         (
             {"target_num_layers": None, "target_num_parameters": 10},
-            "parameters=10 is out of reach by edits='parallelize'",
+            "parameters=10 is out of reach: parallelize can go from",
         ),
         ({"criterion": "block_influence"}, "block_influence'? tells nothing|needs a criterion that is measured"),
     ],

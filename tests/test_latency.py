@@ -64,11 +64,11 @@ def test_the_costs_of_the_parts_are_found(timed, make, most):
     assert latency.blocks == pytest.approx(PER_WIDTH[: min(most, layers)])
 
 
-def test_the_size_of_the_batch_does_not_change_the_time_of_a_step(timed):
-    latency = measure_latency(tiny_model(5), 2, batch_size=3, prompt_tokens=10, new_tokens=7, repeats=2)
+def test_every_form_is_timed_alike(timed):
+    latency = measure_latency(tiny_model(5), 2, prompt_tokens=10, new_tokens=7, repeats=2)
     assert latency.fixed == pytest.approx(FIXED)
     assert latency.blocks == pytest.approx(PER_WIDTH[:2])
-    assert {run.settings for run in timed} == {(10, 7, 3, 2)}
+    assert {run.settings for run in timed} == {(10, 7, 1, 2)}
 
 
 def test_a_model_of_one_layer_is_one_part(timed):
@@ -87,8 +87,7 @@ def test_wide_blocks_are_few_at_a_time_and_timed_beside_the_whole_model(timed):
 
 
 def test_a_step_takes_the_fixed_part_and_every_block():
-    latency = BlockCosts(0.5, [0.25, 0.3125, 1.0])
-    assert latency.blocks == (0.25, 0.3125, 1.0)
+    latency = BlockCosts(0.5, (0.25, 0.3125, 1.0))
     assert latency.of(LayerPlan.identity(3)) == 1.25
     assert latency.of(LayerPlan(((0,), (2, 3), (5, 6, 7), (9, 10)), 12)) == 0.5 + 0.25 + 0.3125 + 1.0 + 0.3125
     assert latency.of(LayerPlan(((0, 1, 2),), 3)) == 1.5

@@ -76,9 +76,9 @@ def test_the_saved_config_says_how_wide_each_wide_block_is(tmp_path):
     assert config_file(tmp_path)["per_layer_config"] == {"1": WIDE}
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.is_heterogeneous and config.per_layer_config[1].num_attention_heads == 8
-    assert [config.block_config(n).intermediate_size for n in range(3)] == [48, 96, 48]
+    assert [config.per_layer_config[n].intermediate_size for n in range(3)] == [48, 96, 48]
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 2, 48)
-    assert config.head_dim == config.block_config(1).head_dim == 8
+    assert config.head_dim == config.per_layer_config[1].head_dim == 8
 
 
 def test_the_plan_decides_the_widths_whatever_the_file_says(tmp_path):

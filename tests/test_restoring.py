@@ -29,6 +29,15 @@ def test_all_layers_back_is_the_teacher(family, batches):
     assert torch.equal(restored(**batches[0]).logits, teacher(**batches[0]).logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_comes_back_next_to_parallel_layers(family, batches):
+    teacher = family_model(family, num_layers=6)
+    restored = restore(parallelize(prune(teacher, [1]), [(3, 4)]), teacher, [1])
+    expected = parallelize(teacher, [(3, 4)])
+    assert plan_of(restored) == plan_of(expected)
+    assert torch.equal(restored(**batches[0]).logits, expected(**batches[0]).logits)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_named_layers_are_the_teachers_and_all_else_is_the_students(tied):
     teacher = tiny_model(num_layers=7, tie_word_embeddings=tied)
@@ -91,7 +100,7 @@ def test_blocks_of_several_layers_stay_or_go_as_a_whole(batches):
         restore(student, teacher, [8])
     with pytest.raises(LayerPruneError, match="no single layers of the teacher"):
         restore(prune(teacher, [1, 2]), prune(teacher, [1]), [1])
-    with pytest.raises(LayerPruneError, match="teacher of"):
+    with pytest.raises(LayerPruneError, match="teacher: layers 5 and 8"):
         restore(prune(tiny_model(num_layers=5), [1]), teacher, [1])
 
 

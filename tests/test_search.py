@@ -108,7 +108,7 @@ def test_models_and_depths_that_have_no_run_of_pairs_are_refused(model, few):
     with pytest.raises(LayerPruneError, match=r"layers \[\(1, 2\)\] are one block"):
         find_parallel_range(parallelize(model, [(1, 2)]), few)
     for depth in (1, 3):
-        with pytest.raises(LayerPruneError, match=f"the model has {depth} layers; .* needs at least 4"):
+        with pytest.raises(LayerPruneError, match=f"no range of pairs between .* of {depth} layers"):
             find_parallel_range(tiny_model(depth), few)
     with pytest.raises(LayerPruneError, match="no token to score"):
         find_parallel_range(model, [])
@@ -289,8 +289,8 @@ def test_a_budget_of_parameters_never_parallelizes(few):
     assert [step.edit.kind for step in found.steps] == ["remove", "remove"]
     assert set(found.plan.removed_layers) == {2, 3}
     assert {edit.kind for step in found.steps for edit in step.scores.values} == {"remove"}
-    with pytest.raises(LayerPruneError, match="parameters=.* out of reach by edits='parallelize'"):
-        search_plan(model, few, {"parameters": model.num_parameters() - 1}, ("parallelize",))
+    with pytest.raises(LayerPruneError, match="parameters=.* out of reach: parallelize can go from"):
+        search_plan(model, few, {"parameters": model.num_parameters() // 2}, ("parallelize",))
 
 
 # --- budgets of latency

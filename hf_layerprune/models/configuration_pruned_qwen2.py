@@ -21,7 +21,7 @@ class PrunedQwen2Config(Qwen2Config):
     r"""
     A [`Qwen2Config`] with three more fields. `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are
     those of ONE teacher layer; a block of `n` layers in parallel is `n` times as wide. `per_layer_config` says so in
-    the form that transformers and vLLM read. It is derived from `layer_plan`; a value passed in is ignored.
+    the form that transformers and vLLM read; it always follows from `layer_plan`.
 
     Args:
         layer_plan (`dict` or `LayerPlan`, *optional*):
@@ -41,10 +41,7 @@ class PrunedQwen2Config(Qwen2Config):
     qk_norm: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.layer_plan is None:
-            blocks = [[layer] for layer in range(self.num_hidden_layers)]
-            self.layer_plan = {"num_teacher_layers": self.num_hidden_layers, "blocks": blocks}
-        self.layer_plan = checked_plan(self.layer_plan)
+        self.layer_plan = plan_in(self)
         blocks = self.layer_plan["blocks"]
         if self.num_hidden_layers != len(blocks):
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers} but layer_plan has {len(blocks)} blocks")
@@ -82,10 +79,6 @@ class PrunedQwen2Config(Qwen2Config):
         times = {position: width(plan, position) for position in range(self.num_hidden_layers)}
         return {n: {name: t * getattr(self, name) for name in WIDER} for n, t in times.items() if t > 1} or None
 
-    def block_config(self, position):
-        """The configuration of block `position` alone: this one, as many times wider as it has layers in parallel."""
-        return self.per_layer_config[position]
-
     def to_dict(self):
         return super().to_dict() | older_rope(self)
 
@@ -97,7 +90,7 @@ class PrunedQwen2Config(Qwen2Config):
         says which layers there are.
         """
         plan = checked_plan(layer_plan)
-        had = cls._plan_in(config)
+        had = plan_in(config)
         position_of = {layer: position for position, block in enumerate(had["blocks"]) for layer in block}
         wanted = [layer for block in plan["blocks"] for layer in block]
         if missing := [layer for layer in wanted if layer not in position_of]:
@@ -107,14 +100,12 @@ class PrunedQwen2Config(Qwen2Config):
                 f"layer_plan is for a teacher of {plan['num_teacher_layers']} layers; the model's has "
                 f"{had['num_teacher_layers']}"
             )
-        if new := [block for block in plan.get("merged", []) if block not in had.get("merged", [])]:
-            raise ValueError(f"layer_plan merges layers {new}, which takes data: hf_layerprune.merge does it")
-        if apart := [
-            block
-            for block in had.get("merged", [])
-            if not {*block}.isdisjoint(wanted) and block not in plan.get("merged", [])
-        ]:
-            raise ValueError(f"layer_plan takes apart layers {apart}, which the model has merged into one")
+        merged = sorted(block for block in had.get("merged", []) if not {*block}.isdisjoint(wanted))
+        if sorted(plan.get("merged", [])) != merged:
+            raise ValueError(
+                f"layer_plan has merged={plan.get('merged', [])}, but the model has merged {merged} of its layers; "
+                "hf_layerprune.merge merges others, which takes data"
+            )
         first = [position_of[block[0]] for block in plan["blocks"]]
         values = config.to_dict() | older_rope(config) | cls.attention_of(config)
         values |= {"layer_plan": plan, "num_hidden_layers": len(plan["blocks"])}
@@ -142,14 +133,6 @@ class PrunedQwen2Config(Qwen2Config):
                 )
         return fields
 
-    @staticmethod
-    def _plan_in(config):
-        recorded = getattr(config, "layer_plan", None)
-        if recorded is not None:
-            return checked_plan(recorded)
-        blocks = [[layer] for layer in range(config.num_hidden_layers)]
-        return {"num_teacher_layers": config.num_hidden_layers, "blocks": blocks}
-
 
 def older_rope(config):
     """The `rope_parameters` of `config` as transformers 4 reads them, which does not know that name."""
@@ -162,14 +145,16 @@ def older_rope(config):
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
 
 
-def as_list(block):
-    return list(block) if isinstance(block, (list, tuple)) else block
-
-
 def width(plan, position):
     """How many layers wide block `position` is."""
     block = plan["blocks"][position]
     return 1 if block in plan.get("merged", []) else len(block)
+
+
+def plan_in(config):
+    """The plan that `config` records; without one each of its layers is a block of its own."""
+    plan, depth = getattr(config, "layer_plan", None), config.num_hidden_layers
+    return checked_plan({"num_teacher_layers": depth, "blocks": [[n] for n in range(depth)]} if plan is None else plan)
 
 
 def checked_plan(plan):
@@ -177,25 +162,23 @@ def checked_plan(plan):
     plan = plan.to_dict() if hasattr(plan, "to_dict") else plan
     if not isinstance(plan, dict) or set(plan) - {"merged"} != {"num_teacher_layers", "blocks"}:
         raise ValueError(f'layer_plan={plan!r:.200} needs the keys "num_teacher_layers" and "blocks"')
-    blocks, depth = plan["blocks"], plan["num_teacher_layers"]
-    if not isinstance(blocks, (list, tuple)) or not all(isinstance(b, (list, tuple)) and b for b in blocks):
-        raise ValueError(f"layer_plan has blocks={blocks!r:.200}; it needs a list of non-empty lists of layers")
+    depth, blocks, merged = plan["num_teacher_layers"], plan["blocks"], plan.get("merged") or []
+    kinds = (list, tuple)
+    if not all(isinstance(value, kinds) and all(isinstance(b, kinds) for b in value) for value in (blocks, merged)):
+        raise ValueError(f"layer_plan={plan!r:.200} needs lists of lists of layers")
+    blocks, merged = [list(block) for block in blocks], [list(block) for block in merged]
     layers = [layer for block in blocks for layer in block]
-    if not layers or any(type(layer) is not int for layer in (*layers, depth)):
+    if not blocks or not all(blocks) or any(type(number) is not int for number in (*layers, depth)):
+        raise ValueError(f"layer_plan={plan!r:.200} needs integers, and at least one in every block")
+    ascend = all(a < b for a, b in zip([-1, *layers], [*layers, depth], strict=True))
+    if not ascend or depth > MAX_LAYERS:
         raise ValueError(
-            f"layer_plan has layers {layers!r:.200} of {depth!r:.200}; it needs at least one, all integers"
+            f"layer_plan has layers {layers!r:.200} of {depth!r:.200}; they must ascend from 0 to at most one less, "
+            f"and a teacher may have {MAX_LAYERS}"
         )
-    if max(len(layers), depth) > MAX_LAYERS:
-        raise ValueError(f"layer_plan has {len(layers)} layers of {depth!r:.200}; at most {MAX_LAYERS} are supported")
-    if layers[0] < 0 or layers[-1] >= depth or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
-        raise ValueError(f"layer_plan has layers {layers!r:.200}; they must ascend from 0 to at most {depth - 1}")
-    blocks, merged = [list(block) for block in blocks], plan.get("merged") or []
-    if not isinstance(merged, (list, tuple)) or any(
-        block not in blocks or len(block) < 2 for block in map(as_list, merged)
-    ):
+    if any(block not in blocks or len(block) < 2 for block in merged):
         raise ValueError(f"layer_plan has merged={merged!r:.200}; these must be blocks of several layers")
-    plan = {"num_teacher_layers": depth, "blocks": blocks}
-    return plan | ({"merged": [list(block) for block in merged]} if merged else {})
+    return {"num_teacher_layers": depth, "blocks": blocks} | ({"merged": merged} if merged else {})
 
 
 __all__ = ["PrunedQwen2Config"]

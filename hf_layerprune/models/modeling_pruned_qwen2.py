@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Qwen2ForCausalLM, Qwen
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from .configuration_pruned_qwen2 import PLAIN_MODELS, PrunedQwen2Config, checked_plan, width
+from .configuration_pruned_qwen2 import PLAIN_MODELS, PrunedQwen2Config, checked_plan, plan_in, width
 
 # Rows of the first kind of projection are heads or neurons, and read what the norm gives; columns of the second are.
 INPUT_PROJECTIONS = {
@@ -37,10 +37,9 @@ HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")  # (D,) of a
 def join_layers(layers):
     """The tensors of one block that computes `layers` in parallel: `list[dict[str, Tensor]] -> dict[str, Tensor]`.
 
-    With H the hidden size: input projections `(rows_i, H)`, gains folded in in float32, become `(sum of rows_i, H)`
-    and their biases `(sum of rows_i,)`; output projections `(H, columns_i)` become `(H, sum of columns_i)`; the gains
-    `(H,)` of the block are ones; gains `(D,)` of heads become `(layers, D)`. Layers may be blocks of several layers
-    themselves.
+    Rows of input projections, with the gains `(H,)` folded in in float32, and of their biases are stacked, columns of
+    output projections are put side by side, the gains become ones, and gains `(D,)` of heads become `(layers, D)`.
+    Layers may be blocks of several layers themselves.
     """
     if len(layers) == 1:
         return layers[0]
@@ -66,22 +65,21 @@ def join_layers(layers):
 def split_layer(tensors, width):
     """The layers that a block of `width` layers was joined of, `join_layers` backwards: a list of `dict[str, Tensor]`.
 
-    Each gets an equal share of the rows of the input projections and of the columns of the output projections, the
-    gains of the block, and its own gains of heads.
+    Each gets the gains of the block, and its own share of all else.
     """
     if width == 1:
         return [tensors]
-    across = {f"{name}.weight" for name in OUTPUT_PROJECTIONS}
-
-    def pieces_of(name, tensor):
+    layers = [{} for _ in range(width)]
+    for name, tensor in tensors.items():
         if name in INPUT_PROJECTIONS:
-            return [tensor] * width
-        if name in HEAD_NORMS:
-            return tensor.unbind()
-        return tensor.chunk(width, dim=int(name in across))
-
-    parts = {name: [part.clone() for part in pieces_of(name, tensor)] for name, tensor in tensors.items()}
-    return [{name: pieces[index] for name, pieces in parts.items()} for index in range(width)]
+            pieces = [tensor] * width
+        elif name in HEAD_NORMS:
+            pieces = tensor.unbind()
+        else:
+            pieces = tensor.chunk(width, dim=int(name.removesuffix(".weight") in OUTPUT_PROJECTIONS))
+        for layer, piece in zip(layers, pieces, strict=True):
+            layer[name] = piece.clone()
+    return layers
 
 
 def rearrange(state_dict, blocks, wanted):
@@ -89,11 +87,11 @@ def rearrange(state_dict, blocks, wanted):
 
     `state_dict` names tensors as `[model.]layers.<block>.<name>`; both plans are lists of lists of layers.
     """
-    layers, others = {}, {}
+    layers, result = {}, {}
     for name, tensor in state_dict.items():
         match = re.fullmatch(r"(.*\blayers\.)(\d+)\.(.+)", name)
         if match is None:
-            others[name] = tensor
+            result[name] = tensor
         else:
             prefix = match[1]
             layers.setdefault(int(match[2]), {})[match[3]] = tensor
@@ -103,7 +101,6 @@ def rearrange(state_dict, blocks, wanted):
     for block, tensors in had.items():
         if block not in kept and not needed.isdisjoint(block):
             parts |= zip(block, split_layer(tensors, len(block)), strict=True)
-    result = others
     for position, block in enumerate(wanted):
         tensors = had.get(tuple(block)) or join_layers([parts[layer] for layer in block])
         result |= {f"{prefix}{position}.{name}": tensor for name, tensor in tensors.items()}
@@ -166,7 +163,7 @@ class PrunedQwen2DecoderLayer(Qwen2DecoderLayer):
     """One block: `n` teacher layers in parallel are one layer with `n` times the heads and neurons."""
 
     def __init__(self, config: PrunedQwen2Config, layer_idx: int):
-        block = config.block_config(layer_idx)
+        block = config.per_layer_config[layer_idx]
         super().__init__(block, layer_idx)
         if config.qk_norm:
             self.self_attn = Qwen3Attention(block, layer_idx)
@@ -215,9 +212,7 @@ class PrunedQwen2Loading:
                 block run in parallel. By default the plan recorded in the checkpoint.
 
         Raises:
-            `ValueError`: if tensors of the model are missing in the checkpoint, have another shape there, or the
-                checkpoint has layers the model does not; it names them. If `layer_plan` is none, or asks for layers
-                the checkpoint lacks.
+            `ValueError`: if the checkpoint does not fit its plan, naming the tensors, or lacks layers of `layer_plan`.
         """
         with_info = kwargs.pop("output_loading_info", False)
         given = getattr(kwargs.get("config"), "layer_plan", None)
@@ -254,18 +249,13 @@ class PrunedQwen2Loading:
 
     @classmethod
     def from_plain(cls, model, layer_plan):
-        """`model` with its layers rearranged into `layer_plan`.
+        """`model`, which stays as it is, with its layers rearranged into `layer_plan`, a `dict` or `LayerPlan`.
 
-        Tensors that stay as they are share memory with `model`'s; those of new blocks are new.
-
-        Args:
-            model ([`PreTrainedModel`]): a Qwen2, Qwen3, Llama, Mistral or PrunedQwen2, whole, on one device; stays as
-                it is.
-            layer_plan (`dict` or `LayerPlan`): the wanted blocks, of layers that `model` has.
+        Tensors that are not rearranged share memory with `model`'s.
 
         Raises:
-            `ValueError`: if the plan is not valid, or names a layer `model` does not have; if `model` is of another
-                kind, quantized, carries adapters, or lies on several devices.
+            `ValueError`: if the plan does not fit `model`; if that is of a kind whose layers cannot be rearranged,
+                quantized, carries adapters, or lies on several devices.
         """
         config = PrunedQwen2Config.from_plain(model.config, layer_plan)
         config.tie_word_embeddings = is_tied(model)
@@ -277,8 +267,7 @@ class PrunedQwen2Loading:
             raise ValueError(f"the model lies on {len(devices)} devices or is offloaded; load it on one")
         with torch.device("meta"):
             rebuilt = cls(config)
-        blocks = PrunedQwen2Config._plan_in(model.config)["blocks"]
-        tensors = rearrange(model.state_dict(), blocks, config.layer_plan["blocks"])
+        tensors = rearrange(model.state_dict(), plan_in(model.config)["blocks"], config.layer_plan["blocks"])
         adopt_weights(rebuilt, model, tensors)
         return rebuilt
 

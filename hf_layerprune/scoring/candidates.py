@@ -5,9 +5,8 @@ per batch, its states are kept, and each candidate runs from its first change on
 L(L-1)/2 + L layer passes instead of L(L-1) + L, with the same numbers.
 
 A model whose layers lie on disk or in CPU memory is measured in one sweep through its weights: while a layer is
-loaded, everything that has to pass it does, so each weight is read once, not once per candidate and batch. The states
-of all calibration tokens are held instead, for each candidate; if that is too much, candidates are split over several
-sweeps.
+loaded, every candidate and batch passes it. The states of all calibration tokens are held instead, for each candidate;
+if that is too much, candidates are split over several sweeps.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate.hooks import ModelHook
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,20 +37,13 @@ Block = Callable[..., Tensor]
 """What runs as a block: a state `(B, T, H)` and keyword arguments to the next state."""
 
 
-class ChangedPart(NamedTuple):
-    """What sets a candidate apart from the model."""
-
-    start: int  # position of the first block that differs
-    blocks: list[Block]  # all from there on
-
-
 def changed_part(
     model: PreTrainedModel, plan: LayerPlan, repair: Repair | None, separate: Callable[[], Mapping[int, nn.Module]]
-) -> ChangedPart:
-    """What runs where `model` becomes `plan`.
+) -> tuple[int, list[Block]]:
+    """The position of the first block where `model` and `plan` differ, and what runs from there on by the plan.
 
-    The layers of one block run in parallel. `repair` has new weights for the block before the first change, or of the
-    block that layers are merged into; `separate` gives layers that are inside parallel blocks of `model`.
+    `repair` has weights for the block before the first change, or of the block that layers are merged into; `separate`
+    gives layers that are inside parallel blocks of `model`.
     """
     current, layers = plan_of(model).blocks, model.base_model.layers
     start = 0
@@ -68,7 +60,7 @@ def changed_part(
             del blocks[0]  # the layers are not in parallel, but merged
         start = repair.position
         blocks.insert(0, partial(_run_with, repair.tensors, layers[start]))
-    return ChangedPart(start, blocks)
+    return start, blocks
 
 
 def run_parallel(layers: list[nn.Module], state: Tensor, **kwargs: Any) -> Tensor:
@@ -93,40 +85,31 @@ def separate_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 class CandidateRuns:
-    """Runs a model as it is, index 0, and by other plans made of its layers, index 1, 2, ...
+    """Runs a model as it is, index 0, and by other plans made of its layers, index 1, 2, ..., inside `inference`.
 
-    Its methods run inside [`~forward.inference`].
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): the model as it is.
-        plans (`Sequence[LayerPlan]`): plans made of its layers.
-        teacher ([`~transformers.PreTrainedModel`], *optional*): the model that `"kl"` compares with.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): to generate with.
-        repairs (`Sequence[Mapping[LayerPlan, Repair]]`, *optional*): for each fold of the data, what makes up for the
-            layer that a plan leaves out, or is the layer that a plan merges others into.
+    `repairs` has for each fold of the data what makes up for the layer that a plan leaves out, or is the layer that it
+    merges others into.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         plans: Sequence[LayerPlan],
-        teacher: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        repairs: Sequence[Mapping[LayerPlan, Repair]] = (),
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        repairs: Sequence[Mapping[LayerPlan, Repair]],
     ) -> None:
         self.model, self.plans, self.teacher, self.tokenizer = model, plans, teacher, tokenizer
-        self.repairs = repairs or [{}]
+        self.repairs = repairs
         separate = cache(lambda: separate_layers(model))
         self.parts = [
-            [changed_part(model, plan, of_fold.get(plan), separate) for plan in plans] for of_fold in self.repairs
+            [changed_part(model, plan, of_fold.get(plan), separate) for plan in plans] for of_fold in repairs
         ]
 
     def measure(self, data: Chunk, statistic: str, fold: int, which: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Measure the model, and the candidates `which`, on a chunk of text or of a task; see [`~measure.Measure`].
 
-        Args:
-            statistic (`str`): field of [`TokenStatistics`] to sum over each row's scored tokens.
-            fold (`int`): whose repairs the candidates get.
+        `statistic` is the field of [`TokenStatistics`] to sum over each row's scored tokens.
         """
         if isinstance(data, ModelChunk):
             return data.reduce([self.model, *map(self.student, which)], self.tokenizer)
@@ -156,7 +139,7 @@ class CandidateRuns:
 
 def is_offloaded(model: PreTrainedModel) -> bool:
     """Whether accelerate loads weights of layers when they are called (`device_map` with disk or CPU)."""
-    return any(getattr(hook, "offload", False) for _, hook in _hooks(model.base_model.layers))
+    return any(has_offloaded_params(part) for part in model.base_model.layers.modules())
 
 
 def sweep(
@@ -166,8 +149,7 @@ def sweep(
     statistic: str,
     teacher: PreTrainedModel,
 ) -> tuple[Tensor, Tensor]:
-    """Measure `model`, and plans that leave out blocks of it, on all batches at once: sums `(1 + plans, R)` over each
-    row, and its tokens, `(R,)`. Runs inside [`~forward.inference`].
+    """Measure `model`, and plans that leave out blocks of it, on all batches at once; see [`~measure.Measure`].
 
     If the states of all candidates take more than `MAX_STATE_BYTES`, there are several sweeps.
     """
@@ -218,24 +200,17 @@ def _advance(states: list[Tensor], module: nn.Module, arguments: Sequence[dict[s
         states[number] = module(states[number], **kwargs)
 
 
-def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, ModelHook]]:
-    for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        if isinstance(hook, ModelHook):
-            yield part, hook
-
-
 @contextmanager
 def _held(module: nn.Module) -> Iterator[None]:
     """Load what accelerate would load at every call, once, and let it go in the end."""
-    hooks = list(_hooks(module))
-    forwards = [part.forward for part, _ in hooks]
+    parts = [part for part in module.modules() if hasattr(part, "_hf_hook")]
+    forwards = [part.forward for part in parts]
     try:
-        for part, hook in hooks:
-            hook.pre_forward(part)
+        for part in parts:
+            part._hf_hook.pre_forward(part)
             part.forward = part._old_forward
         yield
     finally:
-        for (part, hook), forward in zip(hooks, forwards, strict=True):
+        for part, forward in zip(parts, forwards, strict=True):
             part.forward = forward
-            hook.post_forward(part, None)
+            part._hf_hook.post_forward(part, None)

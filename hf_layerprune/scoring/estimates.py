@@ -1,16 +1,13 @@
 """The criteria by name, and those that estimate what removing a layer costs, without running the model without it.
 
-`block_influence`, `1 - cos(input, output)`, is that of [ShortGPT](https://huggingface.co/papers/2403.03853);
-`angular_distance`, `arccos(cos) / pi`, that of [The Unreasonable Ineffectiveness of the Deeper
-Layers](https://huggingface.co/papers/2403.17887), whose best stretch of layers is `contiguous_stretch`; `taylor`,
-|weight x gradient|, that of [Shortened LLaMA](https://huggingface.co/papers/2402.02834).
+[`score`] names the papers they are from.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pkgutil import resolve_name
 
 import torch
@@ -20,11 +17,12 @@ from transformers import PreTrainedModel
 
 from ..data import Batch, check_batches, split_rows, valid_next_tokens
 from ..errors import LayerPruneError
-from ..forward import final_states, inference, record, to_device
+from ..forward import final_states, inference, record, to_device, unpadded
 from ..losses import next_token_loss
+from ..plan import LayerPlan
 from ..surgery import check_model, plan_of
 from .measure import gathered, shard
-from .scores import Evidence
+from .scores import Evidence, Key, Scores
 
 MEASURED = ("kl", "loss", "tasks")
 TOKEN_MEASURES = {"kl": "kl", "loss": "nll"}  # criterion -> field of `TokenStatistics`
@@ -53,11 +51,7 @@ TOKENS_AT_ONCE = 1024  # whose states at all layers are held
 
 
 def criterion_of(criterion: str | Criterion) -> str | Criterion:
-    """A criterion by its name: one of `CRITERIA`, or a function named as `"module:function"`.
-
-    Raises:
-        [`LayerPruneError`]: if there is no such criterion.
-    """
+    """A criterion by its name: one of `CRITERIA`, or a function named as `"module:function"`."""
     if callable(criterion) or criterion in CRITERIA:
         return criterion
     if ":" in criterion:
@@ -75,31 +69,49 @@ def criterion_of(criterion: str | Criterion) -> str | Criterion:
 def estimate(
     model: PreTrainedModel,
     batches: Sequence[Batch],
-    blocks: Sequence[int],
+    candidates: Mapping[Key, LayerPlan],
     criterion: str | Criterion,
     seed: int,
     on_batch: Callable[[], None],
-) -> Evidence | Sequence[float]:
-    """The cost of each of `blocks`, which are positions in the model; evidence where there is a sample per row."""
+) -> Scores[Key]:
+    """What a criterion that runs no candidate says of removing layers that run alone."""
+    plan, name, blocks = plan_of(model), criterion if isinstance(criterion, str) else criterion.__name__, []
+    for key, after in candidates.items():
+        if (layer := lone_removal(plan, after)) is None:
+            what = f"removing layer {key}" if isinstance(key, int) else f"'{key}'"
+            raise LayerPruneError(
+                f"criterion={name!r} tells nothing about {what}, only about removing a layer that runs alone; choose "
+                f"one of {', '.join(MEASURED)}"
+            )
+        blocks.append(plan.position_of(layer))
+    criterion = criterion_of(criterion)
     if callable(criterion):
         with torch.no_grad():
-            return criterion(model, batches, blocks)
-    if criterion in ANGLES:
-        return measure_angles(model, batches, [(block, block + 1) for block in blocks], criterion, on_batch)
-    if criterion == "taylor":
-        return taylor(model, batches, blocks, on_batch)
-    if criterion == "tail":
-        return [-float(plan_of(model).blocks[block][0]) for block in blocks]
-    return [float(n) for n in random.Random(seed).sample(range(len(blocks)), len(blocks))]
+            costs = criterion(model, batches, blocks)
+    elif criterion in ANGLES:
+        costs = measure_angles(model, batches, [(block, block + 1) for block in blocks], criterion, on_batch)
+    elif criterion == "taylor":
+        costs = taylor(model, batches, blocks, on_batch)
+    elif criterion == "tail":
+        costs = [-plan.blocks[block][0] for block in blocks]
+    else:
+        costs = random.Random(seed).sample(range(len(blocks)), len(blocks))
+    if isinstance(costs, Evidence):
+        return Scores.of(name, list(candidates), costs)
+    num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches)
+    return Scores(name, dict(zip(candidates, map(float, costs), strict=True)), num_tokens=num_tokens)
+
+
+def lone_removal(plan: LayerPlan, after: LayerPlan) -> int | None:
+    """The layer that runs alone in `plan` and is all that `after` lacks; `None` where another edit sets them apart."""
+    gone = [block for block in plan.blocks if block not in after.blocks]
+    return gone[0][0] if len(gone) == 1 and len(gone[0]) == 1 and plan.remove(gone[0][0]) == after else None
 
 
 def taylor(
     model: PreTrainedModel, batches: Sequence[Batch], blocks: Sequence[int], on_batch: Callable[[], None]
 ) -> list[float]:
-    """Sum of |weight x gradient of the mean next-token loss| over the weights of each block.
-
-    Gradients of the blocks are held in float32 until the last batch; those of the user are left alone.
-    """
+    """Sum of |weight x gradient of the mean next-token loss| over the weights of each block, in float32."""
     by_block = [list(model.base_model.layers[block].parameters()) for block in blocks]
     parameters = [parameter for of_block in by_block for parameter in of_block]
     gradients = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters}
@@ -133,10 +145,7 @@ def measure_angles(
     criterion: str,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evidence:
-    """Mean angle by which each stretch of blocks turns its input, over all unpadded tokens; no head is run.
-
-    A stretch is the positions of its first block and of the block after its last.
-    """
+    """Mean angle by which each stretch of blocks, from a first position to before an end, turns its input."""
     evidence, found = Evidence(1 + len(stretches)), []
     first, step = processes = shard(model)
     with inference(model):
@@ -155,7 +164,7 @@ def _row_angles(
 ) -> tuple[Tensor, Tensor]:
     """Angles summed over each row, `(1 + stretches, B)`, of the unchanged model first (0), and tokens per row."""
     batch = to_device(batch, model.device)
-    counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    counts = unpadded(batch)
     states = record(model, batch, {position for stretch in stretches for position in stretch}, stop=True).states
     sums = torch.zeros(1 + len(stretches), len(counts), dtype=torch.float64)
     for index, (first, end) in enumerate(stretches, 1):
@@ -167,13 +176,10 @@ def _row_angles(
 def contiguous_stretch(
     model: PreTrainedModel, batches: Iterable[Batch], size: int, layers: Iterable[int] | None = None
 ) -> tuple[int, ...]:
-    """The stretch of `size` neighbouring layers that turns its input least, by angular distance.
+    """The stretch of `size` neighbouring layers, of all or of `layers`, that turns its input least.
 
     [The Unreasonable Ineffectiveness of the Deeper Layers](https://huggingface.co/papers/2403.17887) removes it in one
     go. Among equal stretches it is the deeper one.
-
-    Args:
-        layers (`Iterable[int]`, *optional*): teacher layers that may be in it; all by default.
 
     Raises:
         [`LayerPruneError`]: if no such stretch of single layers exists.

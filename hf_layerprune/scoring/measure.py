@@ -1,7 +1,7 @@
 """Measure candidates on data: all of them on all of it, or in a race that drops the worse ones early.
 
-In a race every candidate still in it is measured on the same rows. After each chunk of data, those are dropped that
-are worse than the best beyond doubt, by paired differences over rows. The race ends when one is left or the data ends.
+In a race, after each chunk of data, those are dropped that are worse than the best beyond doubt, by paired differences
+over rows. It ends when one is left or the data ends.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ class Race:
     Args:
         confidence (`float`, *optional*, defaults to `0.95`): probability that the choice is that of all data.
         seed (`int`, *optional*, defaults to `0`): of the order in which the data is seen.
-
-    Raises:
-        [`LayerPruneError`]: if the confidence is not between 0 and 1.
     """
 
     confidence: float = 0.95
@@ -56,10 +53,8 @@ def collect(
 ) -> tuple[Evidence, dict[int, float]]:
     """Measure the unchanged model (index 0) and its candidates (1, 2, ...).
 
-    Args:
-        kinds (`Sequence[tuple[float, Sequence[Measure]]]`): weight and chunks of each kind of data.
-        savings (`Sequence[float]`): what each candidate saves; a race is for the lowest price, see [`price_factors`].
-        processes (`tuple[int, int]`, *optional*): see [`shard`]; all processes return the same.
+    `kinds` has the weight and the chunks of each kind of data, `savings` what each candidate saves, as a race is for
+    the lowest price; for `processes` see [`shard`].
 
     Returns:
         The evidence, and the share of the data that each candidate that the race dropped had seen.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, find_repairs
-from ..data import Batch, Batches, check_batches, split_rows, valid_next_tokens
+from ..data import Batch, Batches, check_batches, split_rows
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, inference
 from ..merging import find_merges
@@ -18,9 +18,9 @@ from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
 from .candidates import CandidateRuns, is_offloaded, sweep
-from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate
+from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate, lone_removal
 from .measure import Race, collect, shard
-from .scores import Evidence, Key, Scores
+from .scores import Key, Scores
 
 CHUNKS_OF_A_RACE = 16  # at least as many, if there are as many rows
 
@@ -38,14 +38,10 @@ def score_layers(
     Args:
         model, batches, criterion, teacher, options: see [`score`].
         layers (`Iterable[int]`, *optional*):
-            Teacher layer indices to score; defaults to all that `model` has and has not merged. Leave out those you
-            want to protect.
+            Teacher layer indices to score; defaults to all that `model` has and has not merged.
 
     Returns:
         [`Scores`]: `values` maps teacher layer index to cost; lower is safer to remove.
-
-    Raises:
-        [`LayerPruneError`]: for an unknown criterion or layer, an unsupported model, or data without a token to score.
     """
     check_model(model)
     layers = list(dict.fromkeys(plan_of(model).unmerged_layers if layers is None else layer_indices(layers)))
@@ -74,8 +70,7 @@ def score(
         batches (`Iterable[dict[str, Tensor]]`, *optional*):
             Calibration data: `input_ids` `(B, T)` and, *optional*, `attention_mask` `(B, T)` and `labels` `(B, T)`.
             Padding never counts. `"tasks"` need none, except for a compensation. If `torch.distributed` is
-            initialized, give every process all data; each measures its share (for `"taylor"`, all of it), and all
-            return the same scores.
+            initialized, give every process all data; each measures its share, and all return the same scores.
         candidates (`Iterable[int]`, or of [`Edit`] or [`LayerPlan`]):
             Layers to leave out, edits of the model's plan, or whole plans made of its layers.
         criterion (`str` or `Callable`, *optional*, defaults to `"kl"`): measured, with everything else left as it is,
@@ -97,16 +92,13 @@ def score(
         on_batch (`Callable[[], None]`, *optional*):
             Called after every batch, for progress bars; for `"tasks"` without batches, after every chunk of theirs.
         race ([`Race`], *optional*):
-            Drop candidates that are worse than the best beyond doubt before all data is seen: the same choice in a
-            fraction of the time. For measured criteria.
+            Drop candidates that are worse than the best beyond doubt before all data is seen, by a measured criterion.
         savings (`Sequence[float]`, *optional*):
-            What each candidate saves, above 0; the best has the least cost per unit saved. By default all save the
-            same.
+            What each candidate saves, above 0, to rank by cost per unit saved. By default all save the same.
         seed (`int`, *optional*, defaults to `0`): of `"random"`.
         compensation (`str`, *optional*, defaults to `"none"`):
             Measure each candidate after its repair in closed form; see [`compensate`]. Each half of the text is
-            measured with repairs fitted to the other half, so they do not look better than they are; `"tasks"` with
-            repairs fitted to all of `batches`.
+            measured with repairs fitted to the other half; `"tasks"` with repairs fitted to all of `batches`.
         tasks (`Sequence[Task]`, *optional*): data sets for `"tasks"`, such as `load_tasks("default")`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): the model's own, for `"tasks"`.
 
@@ -114,8 +106,8 @@ def score(
         [`Scores`]: `values` maps each candidate to the measure after it; `baseline` is the measure without any.
 
     Raises:
-        [`LayerPruneError`]: for an unknown criterion, an unsupported model, data without a token to score, no
-            candidate, or one that the criterion cannot judge or that `model` lacks the layers for.
+        [`LayerPruneError`]: for an unknown criterion, an unsupported model, data without a token to score, or a
+            candidate that the criterion cannot judge or that `model` lacks the layers for.
     """
     check_model(model)
     keys, plan, teacher = list(candidates), plan_of(model), model if teacher is None else teacher
@@ -126,16 +118,14 @@ def score(
     needs_data = criterion in (*TOKEN_MEASURES, *ANGLES, "taylor")
     batches = check_batches(batches, model.config.vocab_size, "calibration data", required=needs_data)
     if criterion not in MEASURED:
-        return _estimated(model, batches, dict(zip(keys, plans, strict=True)), criterion, seed, on_batch)
+        return estimate(model, batches, dict(zip(keys, plans, strict=True)), criterion, seed, on_batch)
     check_same_vocabulary(model, teacher)
     if criterion == "tasks":
         if tokenizer is None:
             raise LayerPruneError("criterion='tasks' needs the model's tokenizer")
         tasks = prepare_tasks(tasks, model, tokenizer)
     with inference(model, teacher):
-        one_fold = criterion == "tasks" or not _fits(plans, plan, compensation)
-        folds = [batches] if one_fold else _halves(batches)
-        repairs = _repairs(model, folds, plans, compensation, teacher)
+        folds, repairs = _fitted(model, batches, plans, compensation, teacher, in_halves=criterion != "tasks")
         only_removals = all(set(after.blocks) <= set(plan.blocks) for after in plans)
         if is_offloaded(model) and only_removals and criterion != "tasks" and race is None:
             kinds = [(1.0, [lambda _: sweep(model, batches, plans, TOKEN_MEASURES[criterion], teacher)])]
@@ -147,8 +137,10 @@ def score(
                 parts, statistic = _parts(folds, race), TOKEN_MEASURES[criterion]
                 kinds = [(1.0, [partial(runs.measure, TokenChunk(part), statistic, fold) for part, fold in parts])]
         count = sum(len(measures) for _, measures in kinds)
-        on_chunk = _as_often(on_batch, len(batches) or count, count)
-        evidence, dropped = collect(kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk)
+        progress = _spread(on_batch, len(batches) or count, count)
+        evidence, dropped = collect(
+            kinds, savings or [1.0] * len(keys), race, shard(model), on_chunk=lambda: next(progress, None)
+        )
     return Scores.of(criterion, keys, evidence, dropped, savings)
 
 
@@ -188,37 +180,6 @@ def _new_merge(plan: LayerPlan, after: LayerPlan) -> tuple[int, ...] | None:
     return new[0] if new else None
 
 
-def _lone_removal(plan: LayerPlan, after: LayerPlan) -> int | None:
-    """The layer that runs alone in `plan` and is all that `after` lacks; `None` where another edit sets them apart."""
-    gone = [block for block in plan.blocks if block not in after.blocks]
-    return gone[0][0] if len(gone) == 1 and len(gone[0]) == 1 and plan.remove(gone[0][0]) == after else None
-
-
-def _estimated(
-    model: PreTrainedModel,
-    batches: Sequence[Batch],
-    candidates: Mapping[Key, LayerPlan],
-    criterion: str | Criterion,
-    seed: int,
-    on_batch: Callable[[], None],
-) -> Scores[Key]:
-    """What a criterion that runs no candidate says of removing layers that run alone."""
-    plan, name, blocks = plan_of(model), criterion if isinstance(criterion, str) else criterion.__name__, []
-    for key, after in candidates.items():
-        if (layer := _lone_removal(plan, after)) is None:
-            what = f"removing layer {key}" if isinstance(key, int) else f"'{key}'"
-            raise LayerPruneError(
-                f"criterion={name!r} tells nothing about {what}, only about removing a layer that runs alone; choose "
-                f"one of {', '.join(MEASURED)}"
-            )
-        blocks.append(plan.position_of(layer))
-    found = estimate(model, batches, blocks, criterion_of(criterion), seed, on_batch)
-    if isinstance(found, Evidence):
-        return Scores.of(name, list(candidates), found)
-    num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches)
-    return Scores(name, dict(zip(candidates, map(float, found), strict=True)), num_tokens=num_tokens)
-
-
 def _halves(batches: Batches) -> list[Batches]:
     """Every other row of all, and the rest."""
     found = [Batches(vocab_size=batches.vocab_size) for _ in range(2)]
@@ -231,25 +192,29 @@ def _halves(batches: Batches) -> list[Batches]:
     return found
 
 
-def _repairs(
+def _fitted(
     model: PreTrainedModel,
-    folds: Sequence[Sequence[Batch]],
+    batches: Batches,
     plans: Sequence[LayerPlan],
     compensation: str,
     teacher: PreTrainedModel,
-) -> list[dict[LayerPlan, Repair]]:
-    """For each fold the repairs of plans that remove or merge layers, fitted to the other fold, if there is one."""
-    if not _fits(plans, plan_of(model), compensation):
-        return []
+    in_halves: bool,
+) -> tuple[list[Batches], list[dict[LayerPlan, Repair]]]:
+    """The data in folds, and for each the repairs of plans that remove or merge layers, fitted to the other fold.
+
+    There is one fold if no plan has weights that are fitted to data, or unless `in_halves`.
+    """
+    plan = plan_of(model)
+    removals = {layer: after for after in plans if (layer := lone_removal(plan, after)) is not None}
+    merges = {layers: after for after in plans if (layers := _new_merge(plan, after)) is not None}
+    if compensation == "none" and not merges:
+        return [batches], [{}]
+    folds, found = _halves(batches) if in_halves else [batches], []
     if not all(folds):
         raise LayerPruneError(
             "repairs and merges need two rows of calibration data: they are fitted to one half and measured on the "
             "other"
         )
-    plan = plan_of(model)
-    removals = {layer: after for after in plans if (layer := _lone_removal(plan, after)) is not None}
-    merges = {layers: after for after in plans if (layers := _new_merge(plan, after)) is not None}
-    found: list[dict[LayerPlan, Repair]] = []
     for fold in reversed(folds):
         repairs = find_repairs(model, fold, removals, compensation, teacher) if compensation != "none" else {}
         made = find_merges(model, fold, merges, teacher) if merges else {}
@@ -257,12 +222,7 @@ def _repairs(
             {removals[layer]: repair for layer, repair in repairs.items()}
             | {merges[group]: repair for group, repair in made.items()}
         )
-    return found
-
-
-def _fits(plans: Sequence[LayerPlan], plan: LayerPlan, compensation: str) -> bool:
-    """Whether a candidate has weights that are fitted to data."""
-    return compensation != "none" or any(_new_merge(plan, after) for after in plans)
+    return folds, found
 
 
 def _parts(folds: Sequence[Sequence[Batch]], race: Race | None) -> list[tuple[Batch, int]]:
@@ -274,14 +234,9 @@ def _parts(folds: Sequence[Sequence[Batch]], race: Race | None) -> list[tuple[Ba
     return [(part, fold) for batch, fold in batches for part in split_rows(batch, rows)]
 
 
-def _as_often(call: Callable[[], None], times: int, of: int) -> Callable[[], None]:
-    """`call`, evenly, `times` of the `of` times that this is called."""
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        for _ in range(done * times // of - (done - 1) * times // of):
+def _spread(call: Callable[[], None], times: int, steps: int) -> Iterator[None]:
+    """Call `call` so many `times`, evenly over so many `steps`."""
+    for step in range(steps):
+        for _ in range((step + 1) * times // steps - step * times // steps):
             call()
-
-    return count
+        yield

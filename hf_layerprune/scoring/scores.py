@@ -26,9 +26,8 @@ CLEAR_MARGIN = 2.0  # standard errors between the best two
 def price_factors(costs: Tensor, savings: Tensor) -> Tensor:
     """What to multiply costs by to compare candidates that save different amounts; the lowest price is best.
 
-    A cost, the measure minus that of the unchanged model, is divided by the saving if it is above 0. A cost of 0 or
-    less is a gain and multiplied by it: any gain comes before any loss, and among equal gains the larger saving comes
-    first. Savings, above 0, count as shares of the largest one, so prices have the unit of the costs.
+    A cost, the measure minus that of the unchanged model, is divided by the saving if it is above 0; else it is a gain
+    and multiplied by it. Savings count as shares of the largest one, so prices have the unit of the costs.
     """
     shares = savings / max(savings.tolist(), default=1.0)
     return torch.where(costs > 0, 1 / shares, shares)
@@ -110,23 +109,19 @@ def _errors(deviations: Sequence[Tensor], unseen: Sequence[float] | None = None)
 
 @dataclass(frozen=True)
 class Scores(Generic[Key]):
-    """The cost of each candidate (a layer to remove, an edit or a plan), and which is best.
-
-    The best candidate costs least for what it saves.
+    """The cost of each candidate (a layer to remove, an edit or a plan), and which costs least for what it saves.
 
     Attributes:
         criterion (`str`): what was measured.
         values (`dict[Key, float]`): the measure after each candidate; lower is better.
         baseline (`float`): the measure of the unchanged model.
         num_tokens (`int`): positions that were scored; rows, if `criterion` is `"tasks"`.
-        standard_errors (`dict[Key, float]`): of each value, over rows of data; `nan` with one row. Empty for a
+        standard_errors (`dict[Key, float]`): of each value, over rows of data; `nan` with one row, and empty for a
             criterion that is only an estimate.
-        dropped (`dict[Key, float]`): candidates that a race dropped, and the share of the data they had seen by then;
-            their values are over that data only.
+        dropped (`dict[Key, float]`): what a race dropped, and the share of the data that its values are over.
         savings (`dict[Key, float]`): what each saves, above 0; empty if all save the same.
         margin (`float`, *optional*): how far the best is ahead of the second, in standard errors of their paired
             difference; `nan` if there is too little data, `None` if there was nothing to compare.
-        contenders (`tuple[Key, ...]`): the best two; one if a race dropped all others.
     """
 
     criterion: str
@@ -137,7 +132,6 @@ class Scores(Generic[Key]):
     dropped: dict[Key, float] = field(default_factory=dict)
     savings: dict[Key, float] = field(default_factory=dict)
     margin: float | None = None
-    contenders: tuple[Key, ...] = ()
 
     @classmethod
     def of(
@@ -159,9 +153,7 @@ class Scores(Generic[Key]):
             dropped={keys[number - 1]: share for number, share in (dropped or {}).items()},
             savings={} if savings is None else dict(zip(keys, savings, strict=True)),
         )
-        ranked = [key for key in scores.ranking if key not in scores.dropped and math.isfinite(scores.values[key])]
-        scores = replace(scores, contenders=tuple(ranked[:2]))
-        if len(ranked) < 2:
+        if len(scores.contenders) < 2:
             return scores
         saved = [scores.savings.get(key, 1.0) for key in scores.contenders]
         prices, errors = evidence.compare([index[key] for key in scores.contenders], saved)
@@ -171,10 +163,9 @@ class Scores(Generic[Key]):
 
     @property
     def ranking(self) -> tuple[Key, ...]:
-        """Candidates by price, see [`price_factors`], the lowest first. Those that a race dropped come last, the last
-        dropped first.
+        """Candidates by price, see [`price_factors`], the lowest first, and of equal ones the deeper layer.
 
-        Equal prices go to the deeper layer; a price that is not a number comes last.
+        Those that a race dropped come after the others, the last dropped first, and those without a price last of all.
         """
         costs = torch.tensor(list(self.values.values()), dtype=torch.float64) - self.baseline
         savings = torch.tensor([self.savings.get(key, 1.0) for key in self.values], dtype=torch.float64)
@@ -187,12 +178,14 @@ class Scores(Generic[Key]):
         return tuple(key for key, _ in sorted(zip(self.values, prices, strict=True), key=order))
 
     @property
-    def safest(self) -> Key:
-        """The candidate that costs least for what it saves.
+    def contenders(self) -> tuple[Key, ...]:
+        """The best two; one if a race dropped all others."""
+        left = [key for key in self.ranking if key not in self.dropped and math.isfinite(self.values[key])]
+        return tuple(left[:2])
 
-        Raises:
-            [`LayerPruneError`]: if none has a finite cost.
-        """
+    @property
+    def safest(self) -> Key:
+        """The candidate that costs least for what it saves, or a [`LayerPruneError`] if none has a finite cost."""
         key = self.ranking[0]
         if not math.isfinite(self.values[key]):
             raise LayerPruneError(
@@ -223,7 +216,7 @@ class Scores(Generic[Key]):
             for name, value in vars(self).items()
             if isinstance(value, dict)
         }
-        return vars(self) | by_label | {"contenders": list(map(_label, self.contenders)), "certainty": self.certainty}
+        return vars(self) | by_label | {"certainty": self.certainty}
 
 
 def _depth_of(key: int | Edit | LayerPlan) -> int:
