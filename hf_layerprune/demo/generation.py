@@ -24,7 +24,6 @@ from transformers import (
 
 from ..benchmark import kv_bytes_per_token, weight_bytes
 from ..errors import LayerPruneError
-from ..forward import final_states, inference
 from ..surgery import plan_of
 from .settings import Limits
 
@@ -39,7 +38,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "repetition_penalty": (1.0, 2.0),
     "seed": (0, 2**31 - 1),
 }
-ROWS_AT_ONCE = 16  # positions whose distributions are in memory at a time
 TOP = 5  # tokens to show of what each model expects
 Expected = tuple[tuple[str, float], ...]  # the most likely next tokens and their probabilities
 
@@ -78,8 +76,7 @@ class Sampling:
         for name, value in changes.items():
             low, high = RANGES.get(name, (1, limits.max_new_tokens))
             whole = name in ("max_new_tokens", "top_k", "seed")
-            # not `isinstance`: True is an int
-            if type(value) not in (int, float) or not low <= value <= high or (whole and value != int(value)):
+            if not isinstance(value, (int, float)) or not low <= value <= high or (whole and value != int(value)):
                 kind = "a whole number" if whole else "a number"
                 raise LayerPruneError(f"{name}={value!r:.50} must be {kind} from {low:g} to {high:,.10g}")
             changes[name] = int(value) if whole else float(value)
@@ -249,19 +246,11 @@ def compare_next_tokens(
 ) -> list[Position]:
     """What two models expect next, at each of the T tokens `ids`, and how far apart they are."""
     batch = torch.tensor([ids], device=teacher.device)
-    positions: list[Position] = []
-    with DEVICE, inference(teacher, student):
-        states = [final_states(model, {"input_ids": batch})[0] for model in (teacher, student)]  # (T, H)
-        for start in range(0, len(ids), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            logs = [
-                model.get_output_embeddings()(state[rows]).float().log_softmax(-1)  # (rows, V)
-                for model, state in zip((teacher, student), states, strict=True)
-            ]
-            kls = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).clamp(min=0).tolist()
-            tokens = [tokenizer.decode([index]) for index in ids[rows]]
-            positions += map(Position, tokens, kls, *(_expected(log, tokenizer) for log in logs))
-    return positions
+    with DEVICE, torch.no_grad():
+        logs = [model(input_ids=batch).logits[0].float().log_softmax(-1) for model in (teacher, student)]  # (T, V)
+        kls = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).clamp(min=0).tolist()
+        tokens = [tokenizer.decode([index]) for index in ids]
+        return list(map(Position, tokens, kls, *(_expected(log, tokenizer) for log in logs)))
 
 
 def _expected(log_probabilities: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[Expected]:

@@ -25,17 +25,11 @@ FOLDER = ".eval_results"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set of the Hub with a leaderboard.
+    """A data set of the Hub with a leaderboard."""
 
-    Attributes:
-        dataset (`str`): its Hub id.
-        task (`str`): the task's id in the data set's `eval.yaml`.
-        num_examples (`int`): rows of its test split; a result on fewer is another number.
-    """
-
-    dataset: str
-    task: str
-    num_examples: int
+    dataset: str  # its Hub id
+    task: str  # its id in the data set's `eval.yaml`
+    num_examples: int  # rows of its test split; a result on fewer is another number
 
 
 BENCHMARKS = {"gsm8k": Benchmark("openai/gsm8k", "gsm8k", 1319)}
@@ -45,11 +39,7 @@ Results = dict[str, TaskResult]
 
 
 def read_evaluation(path: str | Path, run: Run, numbers: Sequence[int]) -> dict[int, Results]:
-    """What an `evaluation.json` says of benchmarks, by the number of the round whose student it measured.
-
-    Raises:
-        [`LayerPruneError`]: if the file cannot be read, or is of none of these students.
-    """
+    """What an `evaluation.json` says of benchmarks, by the number of the round whose student it measured."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         plan = LayerPlan.from_dict(content["plan"])
@@ -69,7 +59,6 @@ def read_evaluation(path: str | Path, run: Run, numbers: Sequence[int]) -> dict[
 
 
 def _no_benchmark(name: str, result: TaskResult, run: Run) -> str | None:
-    """Why a result is none on a benchmark, if so."""
     if name not in BENCHMARKS:
         return f"is not among {', '.join(BENCHMARKS)}"
     if result.num_examples != (whole := BENCHMARKS[name].num_examples):
@@ -85,5 +74,5 @@ def write_benchmarks(folder: Path, results: Results) -> None:
         notes = f"{result.measure}, measured by hf-layerprune evaluate"
         entry = EvalResultEntry(benchmark.dataset, benchmark.task, round(100 * result.quality, 2), notes=notes)
         (folder / FOLDER).mkdir(exist_ok=True)
-        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-        write_atomically(folder / FOLDER / f"{name}.yaml", text)
+        content = eval_result_entries_to_yaml([entry])
+        write_atomically(folder / FOLDER / f"{name}.yaml", yaml.safe_dump(content, sort_keys=False))

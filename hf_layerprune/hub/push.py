@@ -58,34 +58,28 @@ def push_run(
 ) -> CommitInfo:
     """Push a student with everything a stranger needs: weights, tokenizer, plan, recipe, report, plots and card.
 
-    After an interruption, push again.
-
     Args:
         output_dir (`str` or `Path`): output folder of a run of `compress`, `parallelize` or the trainer.
-        repo_id (`str`): `user/name`, or a name in the token's own namespace. A student that was pushed there before
-            is replaced; the history keeps it.
+        repo_id (`str`): `user/name`, or a name in the token's own namespace. Replaces a student pushed there before.
         round (`int`, *optional*): push the student of this round; by default the last one.
         revision (`str`, *optional*): branch to push to; main by default.
         depth_tags (`bool`, *optional*, defaults to `False`): push every round up to that one, deepest first, each in
             a commit with a tag such as `28-layers`.
-        collection (`bool`, *optional*, defaults to `False`): push every round up to that one, each to a
-            repository of its own such as `user/name-28-layers`, and put them into the Collection `name`.
+        collection (`bool`, *optional*, defaults to `False`): push every round up to that one, each to a repository
+            such as `user/name-28-layers`, and put them into the Collection `name`.
         private (`bool`, *optional*): whether a new repository is private; by default the account's setting.
         token (`str`, *optional*): by default `HF_TOKEN` or the stored login.
         commit_message (`str`, *optional*): by default the depth and the name of the teacher.
         base_model (`str`, *optional*): Hub id of the model the run started from; by default what the run says.
         tags (`Sequence[str]`, *optional*): tags of the card, added to the library's own.
         datasets (`Sequence[str]`, *optional*): Hub ids of the data, added to those in the run's settings.
-        evaluation (`str` or `Path`, *optional*): an `evaluation.json` of the student, written by `evaluate`. What it
-            says of a benchmark that the Hub keeps a leaderboard of becomes `.eval_results/*.yaml`.
+        evaluation (`str` or `Path`, *optional*): an `evaluation.json` of the student, written by `evaluate`, for the
+            Hub's leaderboards.
         on_message (`Callable`, *optional*): called with each progress message.
-
-    Returns:
-        `CommitInfo`: the commit that holds the student.
 
     Raises:
         [`LayerPruneError`]: if the folder holds no such student, the branch holds another model, the evaluation is of
-            another student, or the Hub refuses or cannot be reached.
+            another student, or the Hub refuses or cannot be reached. Push again after an interruption.
     """
     if depth_tags and collection:
         raise LayerPruneError("depth_tags and collection are two ways to push every depth; choose one of them")
@@ -104,7 +98,7 @@ def push_run(
     with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
         folders = {target: Path(temporary) / target.tag for target in targets}
         for target, folder in folders.items():  # all of them, before anything is sent
-            others = [other for other in targets if other != target] if depth_tags or collection else []
+            others = [other for other in targets if other != target]
             card = run_card(run, target.number, target.repo_id, revision=target.revision, others=others, **options)
             _write_folder(folder, students[target], run, target.number, card)
             write_benchmarks(folder, benchmarks.get(target.number, {}))

@@ -44,21 +44,13 @@ def hub_errors(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its output folder on this machine, or a student on the Hub with what led to it.
+    """A run: its output folder on this machine, or a student on the Hub with what led to it."""
 
-    Attributes:
-        name (`str`): where the student is: a Hub id, or a folder.
-        folder (`Path`): the folder of its report.
-        record ([`RunRecord`]): what it measured.
-        settings (`dict[str, Any]`): the recipe in the folder; empty for a run started in Python or on the Hub.
-        revision (`str`, *optional*): the commit on the Hub that everything is from.
-    """
-
-    name: str
-    folder: Path
+    name: str  # where the student is: a Hub id, or a folder
+    folder: Path  # of its report
     record: RunRecord
-    settings: dict[str, Any] = field(default_factory=dict)
-    revision: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # its recipe; empty if started in Python or on the Hub
+    revision: str | None = None  # the commit on the Hub that everything is from
 
     @property
     def plan(self) -> LayerPlan:
