@@ -68,7 +68,6 @@ def test_folders_in_the_list_are_relative_to_it(tmp_path):
     ("text", "told"),
     [
         ("models: 3", 'a list "models"'),
-        ("models: []", "empty"),
         ("[", "models.yaml: while parsing"),
         ("models: [{name: a, run: b, colour: red}]", "unexpected keyword argument 'colour'"),
         ("models: [a]", "must be a mapping, not str"),
@@ -77,7 +76,6 @@ def test_folders_in_the_list_are_relative_to_it(tmp_path):
         ("models: [{name: a}]", "exactly one of run, student and plan"),
         ("models: [{name: a, student: b}]", "name the teacher"),
         ("models: [{name: a, run: b}, {name: a, run: c}]", "the same name"),
-        ("models: [{name: a, run: b}]\nlimits: {max_new_tokens: 0}", "max_new_tokens=0"),
         ("models: [{name: a, run: b}]\nlimits: {max_models: many}", "'max_models' expected int, got str"),
         ("models: [{name: a, run: b}]\ntitle: 2024", "'title' expected str, got int"),
     ],
@@ -190,6 +188,8 @@ def test_a_broken_entry_is_left_out_with_a_message_and_alone_it_is_an_error(tmp_
     assert list(catalog) == [EMBEDDED] and "broken" in messages[0] and "odd" in messages[1]
     with pytest.raises(LayerPruneError, match="no finished run"):
         open_catalog(DemoSettings(entries[:1]))
+    with pytest.raises(LayerPruneError, match="no model of the list can be opened"):
+        open_catalog(DemoSettings(entries))
 
 
 def test_models_of_other_vocabularies_cannot_be_compared(demo_folder):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -138,82 +138,69 @@ def sample(model: PreTrainedModel, prompt: Tensor, sampling: Sampling) -> Iterat
         yield int(new)
 
 
-@dataclass
-class Writer:
-    """One model of a comparison, with its own clock."""
+def write(
+    load: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    sampling: Sampling,
+    max_seconds: float,
+    blank: Answer,
+) -> Iterator[Answer]:
+    """A model's answer to a prompt of token ids, as it grows by a token, on a clock of its own.
 
-    load: Callable[[], PreTrainedModel]
-    tokenizer: PreTrainedTokenizerBase
-    prompt: list[int]  # token ids
-    sampling: Sampling
-    max_seconds: float  # of its own, after which it ends
-    blank: Answer = Answer()
-    tokens: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of each token
-    ending: str = ""
-
-    def begin(self) -> None:
-        """Load the model, and write two hidden tokens: what is slow only once is over then."""
-        model = self.load()
-        ids = torch.tensor([self.prompt], device=model.device)  # (1, T)
-        parameters, dtype = model.num_parameters(), str(model.dtype).removeprefix("torch.")
-        self.blank = replace(self.blank, num_parameters=parameters, num_layers=plan_of(model).depth, dtype=dtype)
-        self._bytes = weight_bytes(model), kv_bytes_per_token(model)
-        self._ends = model.generation_config.eos_token_id
-        list(islice(sample(model, ids[:, -WARM_UP_TOKENS:], Sampling()), 2))
-        self._next = sample(model, ids, self.sampling)
-
-    def step(self) -> bool:
-        """Write a token; returns whether more may follow."""
+    First comes the `blank` one, when the model is loaded and has written two hidden tokens: what is slow only once is
+    over then.
+    """
+    model = load()
+    ids = torch.tensor([prompt], device=model.device)  # (1, T)
+    parameters, dtype = model.num_parameters(), str(model.dtype).removeprefix("torch.")
+    blank = replace(blank, num_parameters=parameters, num_layers=plan_of(model).depth, dtype=dtype)
+    weights, cache, ends = weight_bytes(model), kv_bytes_per_token(model), model.generation_config.eos_token_id
+    list(islice(sample(model, ids[:, -WARM_UP_TOKENS:], Sampling()), 2))
+    yield blank
+    growing, tokens, seconds, ending = sample(model, ids, sampling), [], [], ""
+    while not ending:
         start = time.perf_counter()
-        token = next(self._next)
-        self.seconds.append(time.perf_counter() - start)
-        self.tokens.append(token)
-        if token in (self._ends if isinstance(self._ends, list) else [self._ends]):
-            self.ending = "end"
-        elif len(self.tokens) >= self.sampling.max_new_tokens:
-            self.ending = "length"
-        elif sum(self.seconds) > self.max_seconds:
-            self.ending = "time"
-        return not self.ending
-
-    @property
-    def answer(self) -> Answer:
-        """What is there so far; safe to read while another thread writes."""
-        ending, tokens = self.ending, list(self.tokens)
-        if not tokens:
-            return self.blank
-        first, *rest = self.seconds[: len(tokens)]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        weights, cache = self._bytes
-        return replace(
-            self.blank,
+        tokens.append(next(growing))
+        seconds.append(time.perf_counter() - start)
+        if tokens[-1] in (ends if isinstance(ends, list) else [ends]):
+            ending = "end"
+        elif len(tokens) >= sampling.max_new_tokens:
+            ending = "length"
+        elif sum(seconds) > max_seconds:
+            ending = "time"
+        first, *rest = seconds
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        yield replace(
+            blank,
             text=text if ending else text.rstrip("\ufffd"),  # half a character, whose rest follows
             num_tokens=len(tokens),
             time_to_first_token=first,
             tokens_per_second=len(rest) / sum(rest) if rest else None,
-            memory_bytes=weights + cache * (len(self.prompt) + len(tokens)),
+            memory_bytes=weights + cache * (len(prompt) + len(tokens)),
             ending=ending,
         )
 
 
-def write_in_turn(writers: Sequence[Writer]) -> Iterator[list[Answer]]:
-    """The answers as they grow, a token each in turn, several times a second, also while models load.
+def write_in_turn(answers: list[Answer], writers: dict[int, Iterator[Answer]]) -> Iterator[list[Answer]]:
+    """The `answers`, of which those with a writer grow by a token in turn; several times a second, also while models
+    load.
 
     Closing it stops the models after their token. One thread computes it all, and ends with it: every thread
     that ever computed on the CPU keeps a team of OpenMP threads, and more threads than cores halve the speed.
     """
-    stop, failures = threading.Event(), []
+    stop, failures, running = threading.Event(), [], dict(writers)
 
     def work() -> None:
         try:
             with DEVICE, torch.no_grad():
-                for writer in writers:
-                    if not stop.is_set():
-                        writer.begin()
-                running = list(writers)
-                while running and not stop.is_set():
-                    running = [writer for writer in running if writer.step()]
+                while running:
+                    for side, writer in list(running.items()):
+                        if stop.is_set():
+                            return
+                        answers[side] = next(writer)
+                        if answers[side].ended:
+                            del running[side]
         except Exception as error:  # for the thread that reads
             failures.append(error)
 
@@ -226,7 +213,7 @@ def write_in_turn(writers: Sequence[Writer]) -> Iterator[list[Answer]]:
             alive = worker.is_alive()
             if failures:
                 raise failures[0] from None
-            yield [writer.answer for writer in writers]
+            yield list(answers)
     finally:
         stop.set()
 

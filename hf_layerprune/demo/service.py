@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import LayerPruneError, first_line
 from .catalog import ModelStore, Pairing
 from .comparison import Comparison
-from .generation import Answer, Position, Sampling, Writer, compare_next_tokens, write_in_turn
+from .generation import Answer, Position, Sampling, compare_next_tokens, write, write_in_turn
 from .settings import DemoSettings, Limits
 
 SECONDS_BETWEEN_LOOKS = 0.3  # how often a waiting visitor sees their place in line
@@ -171,16 +171,14 @@ class DemoService:
         seconds: float = self.limits.max_seconds
         if on_zero_gpu():  # both answers must end within the call
             seconds = min(seconds, (seconds_on_gpu(sampling.max_new_tokens) - 5) / 2)
-        sides = [side for side in (0, 1) if not answers[side].ended]
-        loads = [partial(self.store.get, model) for model in pairing.models(depth)]
-        writers = [
-            Writer(loads[side], pairing.tokenizer, prompts[side], sampling, seconds, answers[side]) for side in sides
-        ]
-        with closing(write_in_turn(writers)) as growing:
+        writers = {}
+        for side, model in enumerate(pairing.models(depth)):
+            if not answers[side].ended:
+                load, rest = partial(self.store.get, model), (prompts[side], sampling, seconds, answers[side])
+                writers[side] = write(load, pairing.tokenizer, *rest)
+        with closing(write_in_turn(answers, writers)) as growing:
             for grown in growing:
-                for side, answer in zip(sides, grown, strict=True):
-                    answers[side] = answer
-                yield Comparison(*answers)
+                yield Comparison(*grown)
 
     def _inspect_on_device(self, name: str, depth: int, ids: list[int]) -> list[Position]:
         models = self._models(name, depth)

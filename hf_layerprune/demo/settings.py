@@ -29,12 +29,6 @@ class Limits:
     max_waiting: int = 40  # visitors in the queue
     max_models: int = 4  # in memory; the least recently used goes first
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 2 if name == "max_models" else 1
-            if value < least:
-                raise LayerPruneError(f"{name}={value} must be at least {least}")
-
 
 @strict
 @dataclass
@@ -68,8 +62,6 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         names = [entry.name for entry in self.models]
-        if not names:
-            raise LayerPruneError("the list of models is empty; give at least one")
         if len(set(names)) < len(names):
             raise LayerPruneError(f"two models have the same name; give each its own: {', '.join(names)}")
 
@@ -104,16 +96,13 @@ def settings_of(names: Sequence[str]) -> DemoSettings:
             raise LayerPruneError(
                 f"there is no {name!r}; name the output folder of a run, a model's folder or a Hub id"
             )
-    if len(names) == 2:
-        teacher, student = names
-        if (run := run_of(student)) is not None:
-            return DemoSettings([ModelEntry(_short(run), run=run, teacher=teacher)])
-        name = f"{_short(teacher)} and {_short(student)}"
-        return DemoSettings([ModelEntry(name, teacher=teacher, student=student)])
-    if names:
-        run = run_of(names[0]) or names[0]
-        return DemoSettings([ModelEntry(_short(run), run=run)])
-    return DemoSettings([embedded_entry()])
+    if not names:
+        return DemoSettings([embedded_entry()])
+    teacher, last = names[0] if len(names) == 2 else None, names[-1]
+    run = run_of(last)
+    if run is None and teacher is not None:
+        return DemoSettings([ModelEntry(f"{_short(teacher)} and {_short(last)}", teacher=teacher, student=last)])
+    return DemoSettings([ModelEntry(_short(run or last), run=run or last, teacher=teacher)])
 
 
 def run_of(name: str) -> str | None:

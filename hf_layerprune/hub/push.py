@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,14 +17,28 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import LayerPruneError
 from ..files import write_atomically
-from ..record import PLAN_FILE, REPORT_FILE, RunRecord
+from ..plan import LayerPlan
+from ..record import PLAN_FILE, REPORT_FILE, RunRecord, from_json_value
 from ..report import PLOTS, write_report
-from .benchmarks import BENCHMARK_FILES, read_evaluation, write_benchmarks
+from ..tasks import TaskResult
 from .card import Target, base_facts, run_card
 from .paths import check_nothing_local
 from .runs import RECIPE_FILE, Run, hub_errors, load_run
 
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set with a leaderboard, which reads `.eval_results`: https://huggingface.co/docs/hub/eval-results."""
+
+    dataset: str  # its Hub id
+    task: str  # its id in the data set's `eval.yaml`
+    num_examples: int  # rows of its test split; a result on fewer is another number
+
+
 MAIN = "main"
+BENCHMARKS = {"gsm8k": Benchmark("openai/gsm8k", "gsm8k", 1319)}
+"""Name of a task, in lm-eval and in `TaskReport.results`, to the benchmark it measures."""
+Results = dict[str, TaskResult]
 STUDENT_FILES = [
     "config.json", "generation_config.json", "configuration_pruned_qwen2.py", "modeling_pruned_qwen2.py",
     "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -30,7 +46,8 @@ STUDENT_FILES = [
     "model.safetensors.index.json",
 ]  # fmt: skip
 """Files of a saved student that are pushed."""
-OWN = [*STUDENT_FILES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, "report.md", *PLOTS, *BENCHMARK_FILES]
+OWN = [*STUDENT_FILES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, "report.md", *PLOTS]
+OWN += [f".eval_results/{name}.yaml" for name in BENCHMARKS]
 """Files of an earlier push, which the next one deletes unless it brings them again."""
 
 
@@ -197,3 +214,44 @@ def _write_folder(folder: Path, student: Path, run: Run, number: int, card: Mode
         write_atomically(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     write_report(folder, run.public_record(number))
     write_atomically(folder / "README.md", str(card))
+
+
+def read_evaluation(path: str | Path, run: Run, numbers: Sequence[int]) -> dict[int, Results]:
+    """What an `evaluation.json` says of benchmarks, by the number of the round whose student it measured."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        plan = LayerPlan.from_dict(content["plan"])
+        results = from_json_value(Results, content["tasks"], "tasks")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LayerPruneError(
+            f"evaluation {path} is not an evaluation.json with tasks ({error!r:.80}); hf-layerprune evaluate --tasks "
+            "... --output_dir writes one"
+        ) from None
+    of_plan = [number for number in numbers if run.record.rounds[number - 1].plan == plan]
+    if not of_plan:
+        raise LayerPruneError(f"evaluation {path} is of a student with other layers than those that are pushed")
+    wrong = [f"{name} {why}" for name, result in results.items() if (why := _no_benchmark(name, result, run))]
+    if wrong:
+        raise LayerPruneError(f"evaluation {path} holds what no leaderboard takes: {'; '.join(wrong)}")
+    return {of_plan[-1]: results}
+
+
+def _no_benchmark(name: str, result: TaskResult, run: Run) -> str | None:
+    if name not in BENCHMARKS:
+        return f"is not among {', '.join(BENCHMARKS)}"
+    if result.num_examples != (whole := BENCHMARKS[name].num_examples):
+        return f"was measured on {result.num_examples:,} of its {whole:,} examples"
+    chose = run.record.teacher.tasks is not None and name in run.record.teacher.tasks.results
+    return "chose the layers" if chose else None
+
+
+def write_benchmarks(folder: Path, results: Results) -> None:
+    """Write a file for each result, the value in percent as leaderboards show it."""
+    for name, result in results.items():
+        entry = {
+            "dataset": {"id": BENCHMARKS[name].dataset, "task_id": BENCHMARKS[name].task},
+            "value": round(100 * result.quality, 2),
+            "notes": f"{result.measure}, measured by hf-layerprune evaluate",
+        }
+        (folder / ".eval_results").mkdir(exist_ok=True)
+        write_atomically(folder / ".eval_results" / f"{name}.yaml", yaml.safe_dump([entry], sort_keys=False))
