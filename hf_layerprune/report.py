@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from datetime import timedelta
@@ -192,9 +191,7 @@ def _score_cell(record: RoundRecord, edit: Edit) -> str:
 
 def save_plot(figure: Figure, path: Path) -> None:
     """Write a plot as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_atomically(path, buffer.getvalue())
+    figure.savefig(path, dpi=150)
 
 
 def save_run_plots(folder: Path, run: RunRecord) -> None:

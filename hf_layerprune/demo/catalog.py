@@ -174,12 +174,10 @@ def _students(run: Run) -> list[DemoModel]:
             tags = {ref.name: ref.target_commit for ref in HfApi().list_repo_refs(run.name).tags}
         kept = {one.number: f"{run.name}@{tags[tag]}" for one in rounds if (tag := depth_tag(one.depth)) in tags}
         kept[len(rounds)] = f"{run.name}@{run.revision}"
-    elif (run.folder / "rounds").is_dir():
+    else:
         for number in range(1, len(rounds) + 1):
-            with suppress(LayerPruneError):  # it was deleted
+            with suppress(LayerPruneError):  # `parallelize` keeps the last one only
                 kept[number] = str(run.student(number))
-    else:  # of `parallelize`, or a downloaded student
-        kept[len(rounds)] = run.name
     if not kept:
         raise LayerPruneError(f"{run.name} no longer holds any student")
     return [DemoModel(name, rounds[number - 1].plan, number) for number, name in kept.items()]

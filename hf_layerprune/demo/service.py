@@ -65,13 +65,13 @@ class Line:
 
 
 class DemoService:
-    """A demo, ready to answer; its models are kept in `store`, by default a new one as large as the limits allow."""
+    """A demo, ready to answer."""
 
-    def __init__(self, settings: DemoSettings, catalog: dict[str, Pairing], store: ModelStore | None = None) -> None:
+    def __init__(self, settings: DemoSettings, catalog: dict[str, Pairing]) -> None:
         self.settings = settings
         self.limits = settings.limits
         self.catalog = catalog
-        self.store = store or ModelStore(settings.limits.max_models, settings.dtype)
+        self.store = ModelStore(settings.limits.max_models, settings.dtype)
         self.line = Line(settings.limits.max_waiting)
         self.stored: dict[tuple[str, int, bool], Comparison] = {}  # answers to first examples: of a model, depth, mode
         self._compare = gpu_call(self._compare_on_device, lambda *job: seconds_on_gpu(job[3].max_new_tokens))

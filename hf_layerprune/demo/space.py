@@ -33,16 +33,15 @@ def push_space(
     hardware: str | None = None,
     private: bool | None = None,
     wheel: str | Path | None = None,
-    token: str | None = None,
-    on_message: Callable[[str], None] = lambda text: None,
+    on_message: Callable[[str], None],
 ) -> CommitInfo:
     """Make a Space that compares students with their teachers, or update it, in one commit.
 
     `models` is a YAML file with the list of models, or the Hub ids of pushed students. `wheel` is a wheel of this
     package, which the Space holds and installs instead of a release; the Space must then be public. `hardware` is
-    suggested to those who copy the Space. For the other settings see [`push_run`].
+    suggested to those who copy the Space.
     """
-    listed, api = isinstance(models, (str, Path)), HfApi(token=token)
+    listed, api = isinstance(models, (str, Path)), HfApi()
     settings = read_settings(models) if listed else DemoSettings([ModelEntry(name, run=name) for name in models])
     wheel = None if wheel is None else _checked_wheel(Path(wheel), private)
     repo_id = full_name(api, repo_id)
@@ -50,7 +49,7 @@ def push_space(
     with TemporaryDirectory(prefix="hf-layerprune-") as folder:
         settings = replace(settings, models=entries, title=title or settings.title)
         write_space(Path(folder), settings, repo_id, hardware, wheel)
-        check_nothing_local(Path(folder), (Path.home(), Path.cwd()), token or get_token())
+        check_nothing_local(Path(folder), (Path.home(), Path.cwd()), get_token())
         with hub_errors(f"pushing to {repo_id}"):
             open_repo(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
             if wheel is not None:
@@ -127,7 +126,7 @@ def _checked(api: HfApi, entry: ModelEntry, listed: bool, on_message: Callable[[
             )
     teacher = entry.teacher
     if entry.run:
-        run = load_run(entry.run, token=api.token)
+        run = load_run(entry.run)
         teacher = teacher_of(entry, run)
         if not listed:
             about = f"{entry.run.split('/')[-1]}, {run.plan.num_teacher_layers} to {run.plan.depth} layers"

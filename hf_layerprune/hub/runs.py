@@ -60,7 +60,7 @@ class Run:
     def student(self, number: int) -> Path:
         """The folder of a round's student, which must be there."""
         plan = self.record.rounds[number - 1].plan
-        for folder in (round_folder(self.folder, number), self.folder / "model"):
+        for folder in (round_folder(self.folder, number), self.folder / "model", self.folder):
             is_there = any(folder.glob("*.safetensors")) and (folder / "config.json").is_file()
             if is_there and plan_of(load_config(str(folder))) == plan:
                 return folder
