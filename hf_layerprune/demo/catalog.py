@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,21 +216,17 @@ class ModelStore:
     """The models of a demo in memory, each loaded once; the least recently used makes room for the next."""
 
     def __init__(self, max_models: int, dtype: str = "auto") -> None:
-        self.max_models = max_models
         self.dtype = dtype
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.sizes: dict[DemoModel, tuple[int, str]] = {}  # parameters and dtype of every model that was loaded
-        self.models: dict[DemoModel, PreTrainedModel] = {}  # in memory, the most recently used last
-        self._lock = threading.RLock()
+        self._kept, self._lock = lru_cache(max_models)(self._load), threading.RLock()
 
     def get(self, wanted: DemoModel) -> PreTrainedModel:
         """The model on the device; errors name no folder."""
         with self._lock:
-            model = self.models[wanted] = self.models.pop(wanted, None) or self._load(wanted)
-            self.sizes[wanted] = model.num_parameters(), str(model.dtype).removeprefix("torch.")
-            while len(self.models) > self.max_models:
-                del self.models[next(iter(self.models))]
-            return model
+            model = self._kept(wanted)
+        self.sizes[wanted] = model.num_parameters(), str(model.dtype).removeprefix("torch.")
+        return model
 
     def _load(self, wanted: DemoModel) -> PreTrainedModel:
         if wanted.base is not None:
