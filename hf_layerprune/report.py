@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib.util import find_spec
@@ -111,17 +112,7 @@ def render_markdown(run: RunRecord) -> str:
     """`report.md`: what was removed, what it cost, what healing recovered, where it was measured."""
     loader, options = jinja2.PackageLoader("hf_layerprune"), {"trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, keep_trailing_newline=True, **options)
-    return environment.get_template("report.md.jinja").render(
-        run=run,
-        has_plots=has_plots(),
-        summary=summary(run) if run.rounds else "",
-        quality_table=quality_table(run),
-        task_table=task_table(run),
-        score_table=score_table(run),
-        certainties=[(r.number, s.certainty.replace("|", BAR)) for r in run.rounds for s in r.scores if s.certainty],
-        versions=[f"{name} {value}" for name, value in run.environment.items() if name != "hardware"],
-        wall_time=wall_time(run.seconds) if run.seconds else "",
-    )
+    return environment.get_template("report.md.jinja").render(run=run, report=sys.modules[__name__])
 
 
 def wall_time(phases: dict[str, float]) -> str:

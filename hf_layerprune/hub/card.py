@@ -68,8 +68,7 @@ def run_card(
     """Make the card of the student after round `number` (from 1), for the repository or folder `model_name`.
 
     `base_model`, `tags` and `datasets` add to what the run's settings name; `facts` are what it inherits, by default
-    from the card of a base model on this disk. A `pushed` card goes to `revision`, by default main; `others` are the
-    `Target`s of the run's other depths.
+    from the card of a base model on this disk; `others` are the run's other depths.
     """
     public, settings = run.public_record(number), run.settings
     base = base_model or settings.get("model")

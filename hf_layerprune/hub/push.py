@@ -230,19 +230,13 @@ def read_evaluation(path: str | Path, run: Run, numbers: Sequence[int]) -> dict[
     of_plan = [number for number in numbers if run.record.rounds[number - 1].plan == plan]
     if not of_plan:
         raise LayerPruneError(f"evaluation {path} is of a student with other layers than those that are pushed")
-    wrong = [f"{name} {why}" for name, result in results.items() if (why := _no_benchmark(name, result, run))]
-    if wrong:
-        raise LayerPruneError(f"evaluation {path} holds what no leaderboard takes: {'; '.join(wrong)}")
+    known = {name: f"{name} on {benchmark.num_examples:,} examples" for name, benchmark in BENCHMARKS.items()}
+    for name, result in results.items():
+        if (measured := f"{name} on {result.num_examples:,} examples") != known.get(name):
+            raise LayerPruneError(
+                f"evaluation {path} holds {measured}, which no leaderboard takes; give {', '.join(known.values())}"
+            )
     return {of_plan[-1]: results}
-
-
-def _no_benchmark(name: str, result: TaskResult, run: Run) -> str | None:
-    if name not in BENCHMARKS:
-        return f"is not among {', '.join(BENCHMARKS)}"
-    if result.num_examples != (whole := BENCHMARKS[name].num_examples):
-        return f"was measured on {result.num_examples:,} of its {whole:,} examples"
-    chose = run.record.teacher.tasks is not None and name in run.record.teacher.tasks.results
-    return "chose the layers" if chose else None
 
 
 def write_benchmarks(folder: Path, results: Results) -> None:
