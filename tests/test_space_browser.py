@@ -266,7 +266,7 @@ def test_another_depth_asks_the_student_alone(visit):
     assert words(page, 0) == words(page, 1) == original
 
 
-def test_who_moves_on_at_once_does_not_wait_for_the_depth_before(visit):
+def test_the_last_of_two_depths_is_asked_while_the_first_still_writes(visit):
     page = visit()
     choose(page, "tiny run")
     set_sampling(page, "max_new_tokens", 500)

@@ -226,6 +226,7 @@ class DemoPage:
         inspected = gr.on(
             looking, self._inspect, [self.text, *chosen], found, show_progress_on=self.inspect, **PRIVATE
         )
+        self.depth.input(None, cancels=[redone, inspected], **AT_ONCE)
         running += [redone, inspected]
         ends = [  # what runs is cancelled first: its last words would be shown over what follows
             (self.stop.click, self._stop, [*chosen, self.shown], answered),
