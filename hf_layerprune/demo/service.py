@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +25,6 @@ SECONDS_UNTIL_GONE = 15.0  # a visitor who has not asked for this long has left
 SECONDS_FOR_EXAMPLE = 20  # most that answering the first example takes before anybody comes
 GPU_SECONDS, STARTING_SECONDS, SECONDS_PER_TOKEN = 60, 15, 0.1
 """A call on ZeroGPU: the longest (longer ones are refused to many visitors), its start, each token of both models."""
-Function = TypeVar("Function", bound=Callable)
 Turn = tuple[str, str, str]  # what the visitor wrote, what the teacher answered, what the student answered
 
 
@@ -74,8 +73,12 @@ class DemoService:
         self.store = ModelStore(settings.limits.max_models, settings.dtype)
         self.line = Line(settings.limits.max_waiting)
         self.stored: dict[tuple[str, int, bool], Comparison] = {}  # answers to first examples: of a model, depth, mode
-        self._compare = gpu_call(self._compare_on_device, lambda *job: seconds_on_gpu(job[3].max_new_tokens))
-        self._inspect = gpu_call(self._inspect_on_device, lambda *job: STARTING_SECONDS)
+        self._compare, self._inspect = self._compare_on_device, self._inspect_on_device
+        if on_zero_gpu():  # both run in a forked process: of an exception there only its kind comes back
+            import spaces
+
+            self._compare = spaces.GPU(duration=lambda *job: seconds_on_gpu(job[3].max_new_tokens))(self._compare)
+            self._inspect = spaces.GPU(duration=lambda *job: STARTING_SECONDS)(self._inspect)
 
     def pairing(self, name: str = "") -> Pairing:
         """The pairing of a name; the first for an empty name."""
@@ -181,8 +184,7 @@ class DemoService:
                 yield Comparison(*grown)
 
     def _inspect_on_device(self, name: str, depth: int, ids: list[int]) -> list[Position]:
-        models = self._models(name, depth)
-        return in_passing_thread(compare_next_tokens, *models, self.catalog[name].tokenizer, ids)
+        return in_passing_thread(compare_next_tokens, *self._models(name, depth), self.catalog[name].tokenizer, ids)
 
     def _models(self, name: str, depth: int) -> list[PreTrainedModel]:
         return [self.store.get(model) for model in self.catalog[name].models(depth)]
@@ -240,15 +242,3 @@ def on_zero_gpu() -> bool:
 def seconds_on_gpu(num_tokens: int) -> int:
     """How long a call on ZeroGPU may take: the less is asked for, the sooner and the more often it is granted."""
     return min(GPU_SECONDS, round(STARTING_SECONDS + SECONDS_PER_TOKEN * num_tokens))
-
-
-def gpu_call(function: Function, seconds: Callable[..., int]) -> Function:
-    """`function`, marked as what needs the GPU for some `seconds`; itself where there is no ZeroGPU.
-
-    There it runs in a forked process: arguments and results are pickled, and of an exception only its kind is left.
-    """
-    if not on_zero_gpu():
-        return function
-    import spaces
-
-    return spaces.GPU(duration=seconds)(function)
