@@ -57,7 +57,7 @@ def main() -> None:
         said += line
     client = Client(url.group(), verbose=False)
     (pairing,) = open_catalog(settings).values()
-    sources = {"original": pairing.teacher, "compressed": pairing.student().source}
+    sources = {"original": pairing.teacher, "compressed": pairing.student()}
     store = ModelStore(len(sources), settings.dtype)
     models = [store.get(source) for source in sources.values()]  # the benchmark's own
     prompt = prompt_of(pairing.tokenizer, arguments.prompt_tokens)

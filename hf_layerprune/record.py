@@ -32,29 +32,19 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LABEL = re.compile(r"\d{1,5}((\|\d{1,5})*|(\+\d{1,5})*)")
-MAX_WHOLE = 2**63
 WANTED = {int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "an object"}
 
 PLAN_FILE, REPORT_FILE, STATE_FILE = "plan.json", "report.json", "run_state.json"
-Phase = Literal["choosing", "edited", "healed"]
-"""How far a round has come: it chooses edits; they are made and measured; the student is healed and saved."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of a model, and what was generated to measure it.
+    """The speed of a model, and what was generated to measure it."""
 
-    Attributes:
-        report ([`BenchmarkReport`]): the measured speed; ratios are to the teacher.
-        dtype (`str`): dtype of the weights, such as `"bfloat16"`.
-        prompt_tokens (`int`): length of the prompt.
-        new_tokens (`int`): tokens generated after it.
-    """
-
-    report: BenchmarkReport
-    dtype: str
+    report: BenchmarkReport  # ratios are to the teacher
+    dtype: str  # of the weights, such as "bfloat16"
     prompt_tokens: int
-    new_tokens: int
+    new_tokens: int  # generated after the prompt
 
     def __str__(self) -> str:
         return (
@@ -65,23 +55,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """A model as it was measured: the teacher, or the student of a round.
+    """A model as it was measured: the teacher, or the student of a round."""
 
-    Attributes:
-        plan ([`LayerPlan`]): the teacher's layers it holds.
-        architecture (`str`): its family, such as `"Qwen2"`.
-        num_parameters (`int`): a tied head counts once.
-        quality ([`EvaluationReport`]): on the evaluation data; a student's after healing.
-        tasks ([`TaskReport`], *optional*): on the tasks that choose layers, where tasks do.
-        speed ([`Speed`], *optional*): measured at the end of a run.
-    """
-
-    plan: LayerPlan
-    architecture: str
-    num_parameters: int
-    quality: EvaluationReport
-    tasks: TaskReport | None = None
-    speed: Speed | None = None
+    plan: LayerPlan  # the teacher's layers it holds
+    architecture: str  # its family, such as "Qwen2"
+    num_parameters: int  # a tied head counts once
+    quality: EvaluationReport  # on the evaluation data; a student's after healing
+    tasks: TaskReport | None = None  # on the tasks that choose layers, where tasks do
+    speed: Speed | None = None  # measured at the end of a run
 
     @classmethod
     def of(cls, model: PreTrainedModel, quality: EvaluationReport, **details: Any) -> Self:
@@ -96,64 +77,38 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class TeacherRecord(ModelRecord):
-    """The teacher.
+    """The teacher."""
 
-    Attributes:
-        name (`str`): Hub id, or the name of a local folder without its path.
-        evaluated_on (`str`): `"evaluation data"`, or `"calibration data"` where no other was given.
-    """
-
-    name: str = "model"
-    evaluated_on: str = "evaluation data"
+    name: str = "model"  # Hub id, or the name of a local folder without its path
+    evaluated_on: str = "evaluation data"  # or "calibration data" where no other was given
 
 
 @dataclass(frozen=True)
 class Healing:
-    """What a healing took.
+    """What a healing took."""
 
-    Attributes:
-        num_tokens (`int`): tokens that the student was trained on.
-        seconds (`float`): wall time.
-        on_policy (`bool`): on the student's own answers, see [`~trainer.on_policy.heal_on_policy`].
-    """
-
-    num_tokens: int
+    num_tokens: int  # that the student was trained on
     seconds: float
-    on_policy: bool = False
+    on_policy: bool = False  # on the student's own answers, see `heal_on_policy`
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundWork:
-    """What a round does, as far as it has come.
+    """What a round does, as far as it has come."""
 
-    Attributes:
-        edits (`tuple[Edit, ...]`): the edits that the round made, in order.
-        scores (`tuple[Scores[Edit], ...]`): what every possible edit cost, for each choice that was scored.
-        seconds_scoring (`float`): wall time of the choice.
-        unhealed ([`EvaluationReport`], *optional*): the teacher after all edits of the run, without any training.
-        before_healing ([`EvaluationReport`], *optional*): the student after this round's edits.
-        healing ([`Healing`], *optional*): `None` for a round without healing.
-    """
-
-    edits: tuple[Edit, ...] = ()
-    scores: tuple[Scores[Edit], ...] = ()
-    seconds_scoring: float = 0.0
-    unhealed: EvaluationReport | None = None
-    before_healing: EvaluationReport | None = None
-    healing: Healing | None = None
+    edits: tuple[Edit, ...] = ()  # in the order in which they were made
+    scores: tuple[Scores[Edit], ...] = ()  # what every possible edit cost, for each choice that was scored
+    unhealed: EvaluationReport | None = None  # the teacher after all edits of the run, without any training
+    before_healing: EvaluationReport | None = None  # the student after this round's edits
+    healing: Healing | None = None  # `None` for a round without healing
 
 
 @dataclass(frozen=True)
 class RoundRecord(ModelRecord, RoundWork):
-    """One finished round: its student, and what it did.
-
-    Attributes:
-        number (`int`): from 1.
-        criterion (`str`): what chose the edits.
-    """
+    """One finished round: its student, and what it did."""
 
     number: int = 1
-    criterion: str = ""
+    criterion: str = ""  # what chose the edits
 
     @property
     def is_on_policy(self) -> bool:
@@ -163,48 +118,29 @@ class RoundRecord(ModelRecord, RoundWork):
 
 @dataclass(frozen=True)
 class RoundInProgress(RoundWork):
-    """The round that a run is in; what of it is known is not computed again after a resume.
+    """The round that a run is in; what of it is known is not computed again after a resume."""
 
-    Attributes:
-        wanted (`int`): edits that the round is to make.
-        phase (`str`): how far it has come; see [`Phase`].
-        checkpoint (`int`, *optional*): the step of the last whole checkpoint of its healing.
-    """
-
-    wanted: int
-    phase: Phase = "choosing"
-    checkpoint: int | None = None
+    wanted: int  # edits that it is to make
+    # it chooses edits; they are made and measured; the student is healed and saved
+    phase: Literal["choosing", "edited", "healed"] = "choosing"
+    checkpoint: int | None = None  # step of the last whole checkpoint of its healing
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run, finished or not.
+    """A run, finished or not."""
 
-    Attributes:
-        settings (`dict[str, Any]`): the settings that decide the result, as JSON values.
-        teacher ([`TeacherRecord`], *optional*): `None` until it is measured.
-        rounds (`tuple[RoundRecord, ...]`): the finished rounds.
-        current ([`RoundInProgress`], *optional*): the round after them, once it has begun.
-        order (`tuple[Edit, ...]`): edits that one scoring chose, in the order they are made: all of the run if it
-            scores once, or those of the current round.
-        latency ([`BlockCosts`], *optional*): what a block costs in time, where the target is a latency.
-        seconds (`dict[str, float]`): wall time of each phase, over all sessions of the run.
-        environment (`dict[str, str]`): hardware and versions that the numbers were measured with.
-        tags (`tuple[str, ...]`): where it ran and reported to, as tags of a model on the Hub: `hf_jobs`, `trackio` and
-            `trackio:URL`.
-        verb (`str`): what made it, `"compress"` (or a trainer) or `"parallelize"`; of the latter no run resumes.
-    """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    teacher: TeacherRecord | None = None
-    rounds: tuple[RoundRecord, ...] = ()
-    current: RoundInProgress | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # those that decide the result, as JSON values
+    teacher: TeacherRecord | None = None  # `None` until it is measured
+    rounds: tuple[RoundRecord, ...] = ()  # the finished ones
+    current: RoundInProgress | None = None  # the one after them, once it has begun
+    # chosen by one scoring, in the order they are made: all of the run if it scores once, or the current round's
     order: tuple[Edit, ...] = ()
-    latency: BlockCosts | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-    tags: tuple[str, ...] = ()
-    verb: Literal["compress", "parallelize"] = "compress"
+    latency: BlockCosts | None = None  # what a block costs in time, where the target is a latency
+    seconds: dict[str, float] = field(default_factory=dict)  # of each phase, over all sessions of the run
+    environment: dict[str, str] = field(default_factory=dict)  # hardware and versions it was measured with
+    tags: tuple[str, ...] = ()  # of a model on the Hub: `hf_jobs`, `trackio` and `trackio:URL`
+    verb: Literal["compress", "parallelize"] = "compress"  # what made it; of the latter no run resumes
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -217,22 +153,13 @@ class RunRecord:
         return any(record.healing is not None for record in self.rounds)
 
     @property
-    def is_finished_on_policy(self) -> bool:
-        """Whether the last round healed the student on its own answers."""
-        return bool(self.rounds) and self.rounds[-1].is_on_policy
-
-    @property
     def start(self) -> LayerPlan:
         """The plan of the model that the run started from, which may be a student already."""
         plan = self.settings.get("plan")  # of `parallelize` the name of a file
         return LayerPlan.from_dict(plan) if isinstance(plan, Mapping) else self.teacher.plan
 
     def until(self, number: int) -> RunRecord:
-        """The run as it was after round `number`.
-
-        Raises:
-            [`LayerPruneError`]: if there is no such round.
-        """
+        """The run as it was after round `number`."""
         if not 1 <= number <= len(self.rounds):
             raise LayerPruneError(f"round={number} but the run has rounds 1..{len(self.rounds)}; choose one of them")
         return replace(self, rounds=self.rounds[:number], current=None)
@@ -252,20 +179,12 @@ class RunRecord:
 
 
 def read_run(path: Path, name: str | None = None) -> RunRecord:
-    """The run in a `report.json` or `run_state.json`, which an error calls `name`.
-
-    Raises:
-        [`LayerPruneError`]: if it cannot be read, or a part is missing or has the wrong type.
-    """
+    """The run in a `report.json` or `run_state.json`, which an error calls `name`."""
     return _read(path, name or str(path), RunRecord.from_json)
 
 
 def read_state(folder: Path) -> RunRecord | None:
-    """The run that `folder` holds, from which it resumes; `None` where there is none.
-
-    Raises:
-        [`LayerPruneError`]: if its file is damaged.
-    """
+    """The run that `folder` holds, from which it resumes; `None` where there is none."""
     path = folder / STATE_FILE
     try:
         return read_run(path, f"{path} is damaged") if path.is_file() else None
@@ -274,11 +193,7 @@ def read_state(folder: Path) -> RunRecord | None:
 
 
 def read_plan(path: str | Path) -> LayerPlan:
-    """The plan in a JSON file.
-
-    Raises:
-        [`LayerPruneError`]: if it cannot be read, or is not a valid plan.
-    """
+    """The plan in a JSON file."""
     return _read(Path(path), str(path), LayerPlan.from_json)
 
 
@@ -287,7 +202,7 @@ def _read(path: Path, name: str, parse: Callable[[str], Any]) -> Any:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LayerPruneError(f"{name} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not text, not JSON, or a LayerPruneError
+    except (ValueError, OverflowError, RecursionError) as error:  # not text, not JSON, or a LayerPruneError
         raise LayerPruneError(f"{name}: {error}") from None
 
 
@@ -310,9 +225,6 @@ def from_json_value(kind: Any, data: Any, name: str) -> Any:
     """Turn what [`_to_json_value`] made back into a value of type `kind`; errors call it `name`.
 
     Fields with defaults may be missing, and entries that are no fields are ignored.
-
-    Raises:
-        [`LayerPruneError`]: if a value is missing or has the wrong type.
     """
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if origin is Any:
@@ -336,7 +248,7 @@ def from_json_value(kind: Any, data: Any, name: str) -> Any:
             from_json_value(key_kind, key, name): from_json_value(item_kind, item, f"{name}.{key}")
             for key, item in items
         }
-    if origin is float and (data in ("nan", "inf", "-inf") or (type(data) is int and abs(data) < MAX_WHOLE)):
+    if origin is float and (data in ("nan", "inf", "-inf") or type(data) is int):
         return float(data)
     return _checked(origin, data, name)
 
@@ -355,7 +267,7 @@ def _dataclass(kind: Any, data: dict[str, Any], name: str) -> Any:
 
 
 def _checked(kind: type, data: Any, name: str) -> Any:
-    if type(data) is not kind or (kind is int and abs(data) >= MAX_WHOLE):
+    if type(data) is not kind:
         _refuse(name, data, WANTED[kind])
     return data
 

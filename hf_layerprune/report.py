@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,6 @@ import jinja2
 
 from .errors import needs_extra
 from .files import write_atomically
-from .losses import perplexity_of
 from .plan import Edit, LayerPlan
 from .record import REPORT_FILE, ModelRecord, RoundRecord, RunRecord
 from .scoring import CRITERION_UNITS, Scores
@@ -112,19 +110,9 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
 
 def render_markdown(run: RunRecord) -> str:
     """`report.md`: what was removed, what it cost, what healing recovered, where it was measured."""
-    template = files(__package__).joinpath("templates/report.md.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return environment.from_string(template).render(
-        run=run,
-        has_plots=has_plots(),
-        summary=summary(run) if run.rounds else "",
-        quality_table=quality_table(run),
-        task_table=task_table(run),
-        score_table=score_table(run),
-        certainties=[(r.number, s.certainty.replace("|", BAR)) for r in run.rounds for s in r.scores if s.certainty],
-        versions=[f"{name} {value}" for name, value in run.environment.items() if name != "hardware"],
-        wall_time=wall_time(run.seconds) if run.seconds else "",
-    )
+    loader, options = jinja2.PackageLoader("hf_layerprune"), {"trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=loader, keep_trailing_newline=True, **options)
+    return environment.get_template("report.md.jinja").render(run=run, report=sys.modules[__name__])
 
 
 def wall_time(phases: dict[str, float]) -> str:
@@ -194,9 +182,7 @@ def _score_cell(record: RoundRecord, edit: Edit) -> str:
 
 def save_plot(figure: Figure, path: Path) -> None:
     """Write a plot as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_atomically(path, buffer.getvalue())
+    figure.savefig(path, dpi=150)
 
 
 def save_run_plots(folder: Path, run: RunRecord) -> None:
@@ -207,7 +193,12 @@ def save_run_plots(folder: Path, run: RunRecord) -> None:
 
 def plot_quality(run: RunRecord) -> Figure:
     """Perplexity against depth: unhealed, before healing and healed; one curve for a run without healing."""
-    figure, axes = _perplexity_axes(run.teacher.quality.perplexity)
+    figure, axes = _axes(7, 4.2)
+    axes.axhline(run.teacher.quality.perplexity, color="#888888", linewidth=1, label="original")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.grid(alpha=0.3, which="both")
 
     def draw(name: str, states: str, style: dict[str, object]) -> None:
         measured = {record.depth: getattr(record, states) for record in run.rounds if getattr(record, states)}
@@ -228,18 +219,6 @@ def plot_quality(run: RunRecord) -> Figure:
     return figure
 
 
-def plot_range(losses: Scores[LayerPlan]) -> Figure:
-    """Perplexity of every range of pairs against its first layer, a line per number of blocks."""
-    figure, axes = _perplexity_axes(perplexity_of(losses.baseline))
-    for depth in sorted({plan.depth for plan in losses.values}, reverse=True):
-        runs = {plan.parallel_pairs[0][0]: loss for plan, loss in losses.values.items() if plan.depth == depth}
-        axes.plot(sorted(runs), [perplexity_of(runs[n]) for n in sorted(runs)], marker="o", label=f"{depth} layers")
-    axes.set_xlabel("first layer of the range of parallel pairs")
-    axes.set_ylabel("perplexity")
-    axes.legend()
-    return figure
-
-
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     """An empty figure of so many inches."""
     if not has_plots():
@@ -248,17 +227,6 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
-
-
-def _perplexity_axes(teacher: float) -> tuple[Figure, Axes]:
-    """A log axis of perplexity with the teacher's as a line."""
-    figure, axes = _axes(7, 4.2)
-    axes.axhline(teacher, color="#888888", linewidth=1, label="original")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    axes.grid(alpha=0.3, which="both")
-    return figure, axes
 
 
 def plot_scores(scores: Scores[int], title: str) -> Figure:

@@ -21,7 +21,6 @@ import drawn  # noqa: E402, F401
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, embedded_dataset  # noqa: E402
 from hf_layerprune.demo import DemoSettings, ModelEntry, open_catalog  # noqa: E402
-from hf_layerprune.demo.space import push_space  # noqa: E402
 from hf_layerprune.hub import load_run, push_run  # noqa: E402
 
 gc.freeze()  # what the imports made is not looked through at every later collection
@@ -43,10 +42,6 @@ def call(request):
     if kind == "push":
         messages = []
         commit = push_run(**request, on_message=messages.append)
-        return {"oid": commit.oid, "url": commit.commit_url, "messages": messages}
-    if kind == "push_space":
-        messages = []
-        commit = push_space(**request, on_message=messages.append)
         return {"oid": commit.oid, "url": commit.commit_url, "messages": messages}
     if kind == "open":
         pairing = open_catalog(DemoSettings([ModelEntry("pushed", **request)]))["pushed"]

@@ -83,7 +83,6 @@ def test_the_search_for_a_range(run, tmp_path):
     assert [one["pairs"] for one in found["runs"]] == [[[1, 2]], [[2, 3]]]
     plan = LayerPlan.from_json((tmp_path / "out" / "plan.json").read_text())
     assert [list(pair) for pair in plan.parallel_pairs] == best["pairs"]
-    assert (tmp_path / "out" / "range.png").stat().st_size > 5_000
     again = tmp_path / "again"
     repeat = ["--config", tmp_path / "out" / "recipe.yaml", "--output_dir", again]
     assert cli.main(["parallelize", *map(str, repeat)]) == 0

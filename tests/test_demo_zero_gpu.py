@@ -100,7 +100,7 @@ def last(service, prompt="It was", model="tiny run", sampling=SHORT, **options):
 
 def test_both_calls_run_in_the_forked_process_with_models_that_were_loaded_before(service, calls, monkeypatch):
     service.warm_up()
-    assert len(service.store.models) == 4  # as many as there is room for
+    assert len(service.store.sizes) == 4  # as many as there is room for
     here, load = os.getpid(), catalog.load_model
 
     def load_here(*arguments, **options):

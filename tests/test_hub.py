@@ -211,8 +211,8 @@ def test_a_benchmark_goes_where_the_hub_looks_for_it(hub, worker, runs, tmp_path
     "changes, message",
     [
         ({"number": 0}, "is of a student with other layers than those that are pushed"),
-        ({"num_examples": 100}, "gsm8k was measured on 100 of its 1,319 examples"),
-        ({"name": "my_task"}, "my_task is not among gsm8k"),
+        ({"num_examples": 100}, "gsm8k on 100 examples, which no leaderboard takes; give gsm8k on 1,319 examples"),
+        ({"name": "my_task"}, "my_task on 1,319 examples, which no leaderboard takes"),
         ({"quality": "good"}, "is not an evaluation.json with tasks"),
     ],
 )

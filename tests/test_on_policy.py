@@ -138,7 +138,7 @@ def test_a_diverging_student_names_the_setting(make, prompts, tmp_path):
     assert len(read_run(tmp_path / "run" / "run_state.json").rounds) == 1
     trainer = make(prompt_dataset=prompts, **on_policy_settings())
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.run.is_finished_on_policy
+    assert trainer.run.rounds[-1].is_on_policy
 
 
 def test_an_interrupt_leaves_no_checkpoint_that_nothing_reads(make, prompts, tmp_path):
@@ -153,4 +153,4 @@ def test_an_interrupt_leaves_no_checkpoint_that_nothing_reads(make, prompts, tmp
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
     again = make(prompt_dataset=prompts, **on_policy_settings(target_num_layers=3))  # and is not done before an edit
     again.train(resume_from_checkpoint=True)
-    assert [len(record.edits) for record in again.run.rounds] == [1, 1, 0] and again.run.is_finished_on_policy
+    assert [len(record.edits) for record in again.run.rounds] == [1, 1, 0] and again.run.rounds[-1].is_on_policy

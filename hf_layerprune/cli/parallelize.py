@@ -22,7 +22,7 @@ from ..losses import perplexity_of
 from ..plan import Edit, LayerPlan, edits_between
 from ..progress import Phases, say
 from ..record import RoundRecord, RunRecord, TeacherRecord, read_plan
-from ..report import PLOTS, has_plots, plot_range, save_plot, write_report
+from ..report import PLOTS, write_report
 from ..scoring import Scores
 from ..search import SearchStep, find_parallel_range, parallel_ranges, search_plan
 from ..surgery import apply_plan, plan_of, prune
@@ -81,8 +81,6 @@ def parallelize(argv: list[str]) -> None:
             runs = [{"pairs": p.parallel_pairs, "perplexity": perplexity_of(found.values[p])} for p in plans]
             content = {"original": perplexity_of(found.baseline), "runs": runs}
             write_atomically(folder / "range.json", to_json(content))
-            if has_plots():
-                save_plot(plot_range(found), folder / "range.png")
         run = _measured(arguments, model, dtype, steps, evaluation, phases)
         write_report(folder, run)
         card = run_card(load_run(folder), len(run.rounds), f"{folder.name}/model")

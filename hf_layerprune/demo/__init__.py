@@ -29,13 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def launch(settings: DemoSettings, on_message: Callable[[str], None] = logger.warning, **options: Any) -> None:
-    """Load the first two models of a demo, and serve its page until Ctrl-C.
-
-    Args:
-        settings ([`DemoSettings`]): models and limits.
-        on_message (`Callable`, *optional*): called with what is loaded, what cannot be opened, and the address.
-        options: passed to Gradio's `launch`, such as `server_port`.
-    """
+    """Load the first two models of a demo, and serve its page until Ctrl-C; `options` go to Gradio's `launch`."""
     if find_spec("gradio") is None:
         raise needs_extra("gradio, which serves the demo,", "demo")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported

@@ -28,7 +28,7 @@ class Comparison:
         return self.original.ended and self.compressed.ended
 
     @property
-    def is_smaller(self) -> float | None:
+    def smaller_by(self) -> float | None:
         """Share of the original's parameters that the student lacks."""
         teacher, student = self.original.num_parameters, self.compressed.num_parameters
         return 1 - student / teacher if teacher and student else None
@@ -65,7 +65,7 @@ class Comparison:
             parts.append(f"The compressed model wrote at {ratio:.2f} times the speed of the original: {speeds}.")
         else:
             parts.append(self.doubt)
-        if (smaller := self.is_smaller) is not None and student.num_layers != teacher.num_layers:
+        if (smaller := self.smaller_by) is not None and student.num_layers != teacher.num_layers:
             share = f"{abs(smaller):.0%} {'fewer' if smaller > 0 else 'more'}" if abs(smaller) >= 0.005 else "as many"
             parts.append(
                 f"It has {student.num_layers} layers instead of {teacher.num_layers}, and {share} parameters."

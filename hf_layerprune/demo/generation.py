@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -24,7 +24,6 @@ from transformers import (
 
 from ..benchmark import kv_bytes_per_token, weight_bytes
 from ..errors import LayerPruneError
-from ..forward import final_states, inference
 from ..surgery import plan_of
 from .settings import Limits
 
@@ -39,7 +38,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "repetition_penalty": (1.0, 2.0),
     "seed": (0, 2**31 - 1),
 }
-ROWS_AT_ONCE = 16  # positions whose distributions are in memory at a time
 TOP = 5  # tokens to show of what each model expects
 Expected = tuple[tuple[str, float], ...]  # the most likely next tokens and their probabilities
 
@@ -78,8 +76,7 @@ class Sampling:
         for name, value in changes.items():
             low, high = RANGES.get(name, (1, limits.max_new_tokens))
             whole = name in ("max_new_tokens", "top_k", "seed")
-            # not `isinstance`: True is an int
-            if type(value) not in (int, float) or not low <= value <= high or (whole and value != int(value)):
+            if not isinstance(value, (int, float)) or not low <= value <= high or (whole and value != int(value)):
                 kind = "a whole number" if whole else "a number"
                 raise LayerPruneError(f"{name}={value!r:.50} must be {kind} from {low:g} to {high:,.10g}")
             changes[name] = int(value) if whole else float(value)
@@ -141,82 +138,69 @@ def sample(model: PreTrainedModel, prompt: Tensor, sampling: Sampling) -> Iterat
         yield int(new)
 
 
-@dataclass
-class Writer:
-    """One model of a comparison, with its own clock."""
+def write(
+    load: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    sampling: Sampling,
+    max_seconds: float,
+    blank: Answer,
+) -> Iterator[Answer]:
+    """A model's answer to a prompt of token ids, as it grows by a token, on a clock of its own.
 
-    load: Callable[[], PreTrainedModel]
-    tokenizer: PreTrainedTokenizerBase
-    prompt: list[int]  # token ids
-    sampling: Sampling
-    max_seconds: float  # of its own, after which it ends
-    blank: Answer = Answer()
-    tokens: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of each token
-    ending: str = ""
-
-    def begin(self) -> None:
-        """Load the model, and write two hidden tokens: what is slow only once is over then."""
-        model = self.load()
-        ids = torch.tensor([self.prompt], device=model.device)  # (1, T)
-        parameters, dtype = model.num_parameters(), str(model.dtype).removeprefix("torch.")
-        self.blank = replace(self.blank, num_parameters=parameters, num_layers=plan_of(model).depth, dtype=dtype)
-        self._bytes = weight_bytes(model), kv_bytes_per_token(model)
-        self._ends = model.generation_config.eos_token_id
-        list(islice(sample(model, ids[:, -WARM_UP_TOKENS:], Sampling()), 2))
-        self._next = sample(model, ids, self.sampling)
-
-    def step(self) -> bool:
-        """Write a token; returns whether more may follow."""
+    First comes the `blank` one, when the model is loaded and has written two hidden tokens: what is slow only once is
+    over then.
+    """
+    model = load()
+    ids = torch.tensor([prompt], device=model.device)  # (1, T)
+    parameters, dtype = model.num_parameters(), str(model.dtype).removeprefix("torch.")
+    blank = replace(blank, num_parameters=parameters, num_layers=plan_of(model).depth, dtype=dtype)
+    weights, cache, ends = weight_bytes(model), kv_bytes_per_token(model), model.generation_config.eos_token_id
+    list(islice(sample(model, ids[:, -WARM_UP_TOKENS:], Sampling()), 2))
+    yield blank
+    growing, tokens, seconds, ending = sample(model, ids, sampling), [], [], ""
+    while not ending:
         start = time.perf_counter()
-        token = next(self._next)
-        self.seconds.append(time.perf_counter() - start)
-        self.tokens.append(token)
-        if token in (self._ends if isinstance(self._ends, list) else [self._ends]):
-            self.ending = "end"
-        elif len(self.tokens) >= self.sampling.max_new_tokens:
-            self.ending = "length"
-        elif sum(self.seconds) > self.max_seconds:
-            self.ending = "time"
-        return not self.ending
-
-    @property
-    def answer(self) -> Answer:
-        """What is there so far; safe to read while another thread writes."""
-        ending, tokens = self.ending, list(self.tokens)
-        if not tokens:
-            return self.blank
-        first, *rest = self.seconds[: len(tokens)]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        weights, cache = self._bytes
-        return replace(
-            self.blank,
+        tokens.append(next(growing))
+        seconds.append(time.perf_counter() - start)
+        if tokens[-1] in (ends if isinstance(ends, list) else [ends]):
+            ending = "end"
+        elif len(tokens) >= sampling.max_new_tokens:
+            ending = "length"
+        elif sum(seconds) > max_seconds:
+            ending = "time"
+        first, *rest = seconds
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        yield replace(
+            blank,
             text=text if ending else text.rstrip("\ufffd"),  # half a character, whose rest follows
             num_tokens=len(tokens),
             time_to_first_token=first,
             tokens_per_second=len(rest) / sum(rest) if rest else None,
-            memory_bytes=weights + cache * (len(self.prompt) + len(tokens)),
+            memory_bytes=weights + cache * (len(prompt) + len(tokens)),
             ending=ending,
         )
 
 
-def write_in_turn(writers: Sequence[Writer]) -> Iterator[list[Answer]]:
-    """The answers as they grow, a token each in turn, several times a second, also while models load.
+def write_in_turn(answers: list[Answer], writers: dict[int, Iterator[Answer]]) -> Iterator[list[Answer]]:
+    """The `answers`, of which those with a writer grow by a token in turn; several times a second, also while models
+    load.
 
     Closing it stops the models after their token. One thread computes it all, and ends with it: every thread
     that ever computed on the CPU keeps a team of OpenMP threads, and more threads than cores halve the speed.
     """
-    stop, failures = threading.Event(), []
+    stop, failures, running = threading.Event(), [], dict(writers)
 
     def work() -> None:
         try:
             with DEVICE, torch.no_grad():
-                for writer in writers:
-                    if not stop.is_set():
-                        writer.begin()
-                running = list(writers)
-                while running and not stop.is_set():
-                    running = [writer for writer in running if writer.step()]
+                while running:
+                    for side, writer in list(running.items()):
+                        if stop.is_set():
+                            return
+                        answers[side] = next(writer)
+                        if answers[side].ended:
+                            del running[side]
         except Exception as error:  # for the thread that reads
             failures.append(error)
 
@@ -229,7 +213,7 @@ def write_in_turn(writers: Sequence[Writer]) -> Iterator[list[Answer]]:
             alive = worker.is_alive()
             if failures:
                 raise failures[0] from None
-            yield [writer.answer for writer in writers]
+            yield list(answers)
     finally:
         stop.set()
 
@@ -249,19 +233,11 @@ def compare_next_tokens(
 ) -> list[Position]:
     """What two models expect next, at each of the T tokens `ids`, and how far apart they are."""
     batch = torch.tensor([ids], device=teacher.device)
-    positions: list[Position] = []
-    with DEVICE, inference(teacher, student):
-        states = [final_states(model, {"input_ids": batch})[0] for model in (teacher, student)]  # (T, H)
-        for start in range(0, len(ids), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            logs = [
-                model.get_output_embeddings()(state[rows]).float().log_softmax(-1)  # (rows, V)
-                for model, state in zip((teacher, student), states, strict=True)
-            ]
-            kls = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).clamp(min=0).tolist()
-            tokens = [tokenizer.decode([index]) for index in ids[rows]]
-            positions += map(Position, tokens, kls, *(_expected(log, tokenizer) for log in logs))
-    return positions
+    with DEVICE, torch.no_grad():
+        logs = [model(input_ids=batch).logits[0].float().log_softmax(-1) for model in (teacher, student)]  # (T, V)
+        kls = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).clamp(min=0).tolist()
+        tokens = [tokenizer.decode([index]) for index in ids]
+        return list(map(Position, tokens, kls, *(_expected(log, tokenizer) for log in logs)))
 
 
 def _expected(log_probabilities: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[Expected]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from markdown_it import MarkdownIt  # comes with rich
-from markdown_it.renderer import RendererHTML
 from markupsafe import Markup
 
 from ..plan import LayerPlan
@@ -29,14 +28,12 @@ OWN = dict.fromkeys(map(ord, (BEGIN, END)), "\ufffd")  # a text that holds them 
 MARKS = str.maketrans({BEGIN: '<mark title="first difference">', END: "</mark>"})
 
 
-class Markdown(RendererHTML):
-    """Blocks of code carry no attributes, which a mark could break."""
-
-    def fence(self, tokens: Sequence, index: int, options: object, env: object) -> str:
-        return f"<pre><code>{escape(tokens[index].content)}</code></pre>\n"
+def code_block(code: str, *_: str) -> str:
+    """A block of code as HTML, without attributes, which a mark could break."""
+    return f"<pre><code>{escape(code)}</code></pre>"
 
 
-MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}, renderer_cls=Markdown).enable("table")
+MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True, "highlight": code_block}).enable("table")
 MARKDOWN.disable(["link", "image", "autolink", "reference"])
 ENVIRONMENT = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 ENVIRONMENT.filters |= {"millions": millions, "rate": rate}

@@ -1,4 +1,4 @@
-"""The page of the demo, made of Gradio's components."""
+"""The page of the demo, made of Gradio's components, and its endpoint for programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import gradio as gr
 
 from ..errors import LayerPruneError
 from . import html
-from .api import SAMPLING, add_api
 from .catalog import Pairing
 from .comparison import Comparison
 from .generation import RANGES, Answer, Position, Sampling
@@ -22,7 +21,7 @@ SUBTITLE = "Compare a language model with a smaller, faster copy: same prompt, t
 MADE_WITH = """Made with [hf_layerprune](https://pypi.org/project/hf-layerprune), after [iterative layer-wise
 distillation](https://huggingface.co/papers/2511.05085) and [layer
 parallelism](https://huggingface.co/papers/2502.02790)."""
-SETTINGS = {  # label, explanation and step of each
+SETTINGS = {  # the sampling settings: label, explanation and step of each
     "max_new_tokens": ("Longest answer", "tokens", 1),
     "temperature": ("Temperature", "0 takes the most likely token every time", 0.05),
     "top_p": ("Top-p", "sample from the tokens that hold this share of the probability", 0.01),
@@ -37,16 +36,6 @@ STREAMED: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
 # the system's: the page asks no other host for any
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-READABLE = {
-    **dict.fromkeys(("block_info_text_color", "body_text_color_subdued"), "*neutral_600"),
-    **dict.fromkeys(("block_info_text_color_dark", "body_text_color_subdued_dark"), "*neutral_300"),
-    **dict.fromkeys(("block_label_text_color", "block_title_text_color"), "*neutral_700"),
-    **dict.fromkeys(("block_label_text_color_dark", "block_title_text_color_dark"), "*neutral_200"),
-    **dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "*primary_700"),
-    **dict.fromkeys(("checkbox_background_color_selected", "slider_color"), "*primary_700"),
-    "button_primary_background_fill_hover": "*primary_800",
-    "slider_color_dark": "*primary_400",
-}
 COPY = """() => navigator.clipboard.writeText([...document.querySelectorAll('.lp-card')].map(card =>
   card.getAttribute('aria-label') + ':\\n' + card.querySelector('.lp-body').innerText).join('\\n\\n'))"""
 WHITE_SPACE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
@@ -66,11 +55,54 @@ def build_page(service: DemoService) -> gr.Blocks:
 
 def launch_page(page: gr.Blocks, **options: Any) -> Any:
     """Serve a page, with an MCP server where Gradio's extra for it is installed; `options` go to `launch`."""
-    theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", **FONTS).set(**READABLE)
+    theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", **FONTS)
     look = {"theme": theme, "css_paths": html.TEMPLATES / "style.css", "favicon_path": html.TEMPLATES / "favicon.svg"}
     head = f'<meta name="description" content="{SUBTITLE}">'
     fixed = {"head": head, "footer_links": ["api"], "ssr_mode": False, "max_threads": 100}
     return page.launch(mcp_server=find_spec("mcp") is not None, **look, **fixed, **options)
+
+
+def add_api(service: DemoService) -> None:
+    """Add the one endpoint for programs, `compare`, which is an MCP tool too, to the page that is being built."""
+
+    def compare(
+        prompt: str,
+        model: str = "",
+        depth: int = 0,
+        chat: bool = False,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Let a language model and a compressed copy of it answer the same prompt, and measure both.
+
+        Args:
+            prompt (str): Text to continue, or a message.
+            model (str): Name on the list of models; the first by default.
+            depth (int): Layers of the compressed model; the nearest there is. 0 is the shallowest.
+            chat (bool): Whether the prompt is a message to a chat model rather than a text to continue.
+            max_new_tokens (int): Longest answer, in tokens.
+            temperature (float): 0 takes the most likely token every time.
+            top_p (float): Sample from the most likely tokens that hold this share of the probability.
+            top_k (int): Sample from this many of the most likely tokens; 0 means all.
+            repetition_penalty (float): Above 1, tokens that were there before become less likely.
+            seed (int): Seed of the random numbers, which are the same for both models.
+
+        Returns:
+            dict: "original" and "compressed", each with its text, speed, memory and size, and a "summary" in words.
+        """
+        given = dict(locals())
+        sampling = {name: given[name] for name in SETTINGS}
+        try:
+            for comparison in service.stream(prompt, model, depth, chat, sampling):
+                yield comparison.to_dict()
+        except LayerPruneError as error:  # of any other the log has it all, and who asked nothing
+            raise gr.Error(str(error), print_exception=False) from None
+
+    gr.api(compare, api_name="compare", concurrency_limit=None)
 
 
 @dataclass(frozen=True)
@@ -105,14 +137,14 @@ class DemoPage:
         headline, answers, told = self._view(pairing, depth, shown)[1:]
         layer_map, quality = pairing.layer_map(depth), pairing.quality()
         names, drawn = list(self.service.catalog), (sampling or own).temperature > 0
-        mode, kept = (CHAT if chat else TEXT), "Layers kept in the compressed model"
         depths: list[Any] = pairing.depths
-        if pairing.students[0].source == pairing.teacher:
+        if pairing.students[0] == pairing.teacher:
             depths[0] = (f"{depths[0]}, the original", depths[0])
-        length, samples = self.service.limits.max_prompt_characters, [[text] for text in pairing.prompts(chat)]
+        kept, length = "Layers kept in the compressed model", self.service.limits.max_prompt_characters
         writing = {"info": KEYS, "lines": 1, "max_lines": 8, "max_length": length}
-        prompts: dict[str, Any] = {"components": ["textbox"], "component_props": [{}], "headers": [""]}
-        off: dict[str, Any] = {"render": False}
+        samples: dict[str, Any] = {"components": ["textbox"], "component_props": [{}], "headers": [""]}
+        samples["samples"] = [[text] for text in pairing.prompts(chat)]
+        mode, off = (CHAT if chat else TEXT), {"render": False}
         return [
             shown,
             gr.HTML(headline, elem_id="lp-headline", **off),
@@ -128,7 +160,7 @@ class DemoPage:
             gr.Radio([TEXT, CHAT], value=mode, label="Mode", visible=pairing.can_chat, elem_id="lp-mode", **off),
             gr.Textbox(prompt, label="Prompt", **writing, elem_id="lp-prompt", **off),
             gr.Button("Another seed", elem_id="lp-again", visible=drawn, **off),
-            gr.Dataset(**prompts, samples=samples, layout="gallery", label="Examples", elem_id="lp-examples", **off),
+            gr.Dataset(**samples, layout="gallery", label="Examples", elem_id="lp-examples", **off),
             *(gr.Slider(**setting, **off) for setting in self._settings(pairing, sampling or own)),
         ]
 
@@ -194,6 +226,7 @@ class DemoPage:
         inspected = gr.on(
             looking, self._inspect, [self.text, *chosen], found, show_progress_on=self.inspect, **PRIVATE
         )
+        self.depth.input(None, cancels=[redone, inspected], **AT_ONCE)
         running += [redone, inspected]
         ends = [  # what runs is cancelled first: its last words would be shown over what follows
             (self.stop.click, self._stop, [*chosen, self.shown], answered),
@@ -222,7 +255,7 @@ class DemoPage:
         """The first example with its answers, if somebody asked for it already."""
         found, own = self.service.stored.get((pairing.name, depth, chat)), pairing.samplings[chat]
         turn = found and (pairing.prompts(chat)[0], found.original.text, found.compressed.text)
-        return found and Shown((turn,), found, chat, {name: getattr(own, name) for name in SAMPLING})
+        return found and Shown((turn,), found, chat, {name: getattr(own, name) for name in SETTINGS})
 
     def _answers(
         self, pairing: Pairing, depth: int, prompt: str, asked: Shown, original: Answer | None = None
@@ -238,7 +271,7 @@ class DemoPage:
     ) -> Iterator[list[Any]]:
         chat, pairing = mode == CHAT, self.service.pairing(model)
         goes_on = chat and shown.chat and shown != self._stored(pairing, depth, chat)
-        asked = Shown(shown.turns if goes_on else (), chat=chat, sampling=dict(zip(SAMPLING, sampling, strict=True)))
+        asked = Shown(shown.turns if goes_on else (), chat=chat, sampling=dict(zip(SETTINGS, sampling, strict=True)))
         box: Any = "" if chat else prompt  # a message leaves its box when it is accepted
         try:
             for now in self._answers(pairing, depth, prompt, asked):
@@ -303,7 +336,7 @@ class DemoPage:
             pairing = self.service.pairing(given.get("model", ""))
             depth = pairing.student(float(given.get("depth", 0))).plan.depth
             chat = pairing.can_chat and given.get("mode") == CHAT
-            values = {name: float(given[name]) for name in SAMPLING if name in given}
+            values = {name: float(given[name]) for name in SETTINGS if name in given}
             sampling = pairing.samplings[chat].changed(values, self.service.limits)
         except (LayerPruneError, ValueError):
             gr.Warning("This link is of another list of models.")

@@ -1,4 +1,4 @@
-"""What the page and the API do with a request: check it, let both models answer, compare what they expect next."""
+"""What the page and the API do with a request: check it, queue it, let both models answer or say what they expect."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,30 +17,68 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import LayerPruneError, first_line
 from .catalog import ModelStore, Pairing
 from .comparison import Comparison
-from .generation import Answer, Position, Sampling, Writer, compare_next_tokens, write_in_turn
-from .line import Line
+from .generation import Answer, Position, Sampling, compare_next_tokens, write, write_in_turn
 from .settings import DemoSettings, Limits
 
 SECONDS_BETWEEN_LOOKS = 0.3  # how often a waiting visitor sees their place in line
+SECONDS_UNTIL_GONE = 15.0  # a visitor who has not asked for this long has left
 SECONDS_FOR_EXAMPLE = 20  # most that answering the first example takes before anybody comes
 GPU_SECONDS, STARTING_SECONDS, SECONDS_PER_TOKEN = 60, 15, 0.1
 """A call on ZeroGPU: the longest (longer ones are refused to many visitors), its start, each token of both models."""
-Function = TypeVar("Function", bound=Callable)
 Turn = tuple[str, str, str]  # what the visitor wrote, what the teacher answered, what the student answered
 
 
-class DemoService:
-    """A demo, ready to answer; its models are kept in `store`, by default a new one as large as the limits allow."""
+class Line:
+    """A line in which at most `most` wait for the device; the first is served."""
 
-    def __init__(self, settings: DemoSettings, catalog: dict[str, Pairing], store: ModelStore | None = None) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.seconds = 10.0  # that a visit takes, lately
+        self._seen: dict[object, float] = {}  # when each was seen last, in the order of the line
+
+    @contextmanager
+    def place(self) -> Iterator[Callable[[], int]]:
+        """A place in the line; the function says how many are ahead, and must be called now and then to keep it."""
+        ticket = object()
+        if self._ahead(ticket) > self.most:
+            del self._seen[ticket]
+            raise LayerPruneError(f"{self.most} visitors are waiting already; try again in a minute")
+        try:
+            yield partial(self._ahead, ticket)
+        finally:
+            del self._seen[ticket]
+
+    def told(self, ahead: int) -> str:
+        """How long the wait is, in words."""
+        return f"{ahead} visitor{'s' if ahead > 1 else ''} ahead, about {max(1, round(ahead * self.seconds))} s"
+
+    def took(self, seconds: float) -> None:
+        """Learn how long a visit takes."""
+        self.seconds += 0.3 * (seconds - self.seconds)
+
+    def _ahead(self, ticket: object) -> int:
+        now = self._seen[ticket] = time.monotonic()  # who was there keeps his place
+        others = list(self._seen.items())
+        before = others[: [one for one, _ in others].index(ticket)]
+        return sum(now - seen < SECONDS_UNTIL_GONE for _, seen in before)
+
+
+class DemoService:
+    """A demo, ready to answer."""
+
+    def __init__(self, settings: DemoSettings, catalog: dict[str, Pairing]) -> None:
         self.settings = settings
         self.limits = settings.limits
         self.catalog = catalog
-        self.store = store or ModelStore(settings.limits.max_models, settings.dtype)
+        self.store = ModelStore(settings.limits.max_models, settings.dtype)
         self.line = Line(settings.limits.max_waiting)
         self.stored: dict[tuple[str, int, bool], Comparison] = {}  # answers to first examples: of a model, depth, mode
-        self._compare = gpu_call(self._compare_on_device, lambda *job: job[3].max_new_tokens)
-        self._inspect = gpu_call(self._inspect_on_device, lambda *job: 0)
+        self._compare, self._inspect = self._compare_on_device, self._inspect_on_device
+        if on_zero_gpu():  # both run in a forked process: of an exception there only its kind comes back
+            import spaces
+
+            self._compare = spaces.GPU(duration=lambda *job: seconds_on_gpu(job[3].max_new_tokens))(self._compare)
+            self._inspect = spaces.GPU(duration=lambda *job: STARTING_SECONDS)(self._inspect)
 
     def pairing(self, name: str = "") -> Pairing:
         """The pairing of a name; the first for an empty name."""
@@ -65,13 +103,12 @@ class DemoService:
 
     def blank(self, pairing: Pairing, depth: Any = None) -> Comparison:
         """What is known of both models before they answer."""
-        plan = pairing.student(depth).plan
-        records = (pairing.run.teacher, pairing.round(depth)) if pairing.run else (None, None)
+        records = (pairing.run and pairing.run.teacher, pairing.round(depth))
         answers = []
-        for side, layers in enumerate((plan.num_teacher_layers, plan.depth)):
-            known = (records[side].num_parameters, None) if records[side] else (None, None)
-            parameters, dtype = self.store.sizes.get(pairing.source(side, depth), known)
-            answers.append(Answer(num_layers=layers, num_parameters=parameters, dtype=dtype))
+        for model, record in zip(pairing.models(depth), records, strict=True):
+            known = record.num_parameters if record else None
+            parameters, dtype = self.store.sizes.get(model, (known, None))
+            answers.append(Answer(num_layers=model.plan.depth, num_parameters=parameters, dtype=dtype))
         return Comparison(*answers)
 
     def stream(
@@ -137,23 +174,20 @@ class DemoService:
         seconds: float = self.limits.max_seconds
         if on_zero_gpu():  # both answers must end within the call
             seconds = min(seconds, (seconds_on_gpu(sampling.max_new_tokens) - 5) / 2)
-        sides = [side for side in (0, 1) if not answers[side].ended]
-        loads = [partial(self.store.get, pairing.source(side, depth)) for side in sides]
-        rest = [(pairing.tokenizer, prompts[side], sampling, seconds, answers[side]) for side in sides]
-        writers = [Writer(load, *others) for load, others in zip(loads, rest, strict=True)]
-        with closing(write_in_turn(writers)) as growing:
+        writers = {}
+        for side, model in enumerate(pairing.models(depth)):
+            if not answers[side].ended:
+                load, rest = partial(self.store.get, model), (prompts[side], sampling, seconds, answers[side])
+                writers[side] = write(load, pairing.tokenizer, *rest)
+        with closing(write_in_turn(answers, writers)) as growing:
             for grown in growing:
-                for side, answer in zip(sides, grown, strict=True):
-                    answers[side] = answer
-                yield Comparison(*answers)
+                yield Comparison(*grown)
 
     def _inspect_on_device(self, name: str, depth: int, ids: list[int]) -> list[Position]:
-        models = self._models(name, depth)
-        return in_passing_thread(compare_next_tokens, *models, self.catalog[name].tokenizer, ids)
+        return in_passing_thread(compare_next_tokens, *self._models(name, depth), self.catalog[name].tokenizer, ids)
 
     def _models(self, name: str, depth: int) -> list[PreTrainedModel]:
-        pairing = self.catalog[name]
-        return [self.store.get(pairing.source(side, depth)) for side in (0, 1)]
+        return [self.store.get(model) for model in self.catalog[name].models(depth)]
 
 
 def cleaned(text: object, limits: Limits) -> str:
@@ -208,16 +242,3 @@ def on_zero_gpu() -> bool:
 def seconds_on_gpu(num_tokens: int) -> int:
     """How long a call on ZeroGPU may take: the less is asked for, the sooner and the more often it is granted."""
     return min(GPU_SECONDS, round(STARTING_SECONDS + SECONDS_PER_TOKEN * num_tokens))
-
-
-def gpu_call(function: Function, num_tokens: Callable[..., int]) -> Function:
-    """`function`, marked as what needs the GPU; itself where there is no ZeroGPU.
-
-    There it runs in a forked process: arguments and results are pickled, and of an exception only its kind is left.
-    `num_tokens` says how many tokens each of the two models may write, from the same arguments.
-    """
-    if not on_zero_gpu():
-        return function
-    import spaces
-
-    return spaces.GPU(duration=lambda *job: seconds_on_gpu(num_tokens(*job)))(function)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import yaml
 from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData, get_token, hf_hub_url
@@ -34,23 +33,15 @@ def push_space(
     hardware: str | None = None,
     private: bool | None = None,
     wheel: str | Path | None = None,
-    token: str | None = None,
-    on_message: Callable[[str], None] = lambda text: None,
+    on_message: Callable[[str], None],
 ) -> CommitInfo:
     """Make a Space that compares students with their teachers, or update it, in one commit.
 
-    Args:
-        repo_id (`str`): `user/name`, or a name in the token's own namespace.
-        models (`str`, `Path` or `Sequence[str]`): a YAML file with the list of models, or Hub ids of pushed students.
-        title (`str`, *optional*): heading of the page; by default that of the list.
-        hardware (`str`, *optional*): what to suggest to those who copy the Space, such as `zero-a10g`.
-        private (`bool`, *optional*): whether a new Space is private; by default the account's setting.
-        wheel (`str` or `Path`, *optional*): a wheel of this package, which the Space holds and installs instead of a
-            release. The Space must be public, as it is built from that file's address.
-        token (`str`, *optional*): by default `HF_TOKEN` or the stored login.
-        on_message (`Callable`, *optional*): called with what is found and done, a sentence at a time.
+    `models` is a YAML file with the list of models, or the Hub ids of pushed students. `wheel` is a wheel of this
+    package, which the Space holds and installs instead of a release; the Space must then be public. `hardware` is
+    suggested to those who copy the Space.
     """
-    listed, api = isinstance(models, (str, Path)), HfApi(token=token)
+    listed, api = isinstance(models, (str, Path)), HfApi()
     settings = read_settings(models) if listed else DemoSettings([ModelEntry(name, run=name) for name in models])
     wheel = None if wheel is None else _checked_wheel(Path(wheel), private)
     repo_id = full_name(api, repo_id)
@@ -58,7 +49,7 @@ def push_space(
     with TemporaryDirectory(prefix="hf-layerprune-") as folder:
         settings = replace(settings, models=entries, title=title or settings.title)
         write_space(Path(folder), settings, repo_id, hardware, wheel)
-        check_nothing_local(Path(folder), (Path.home(), Path.cwd()), token or get_token())
+        check_nothing_local(Path(folder), (Path.home(), Path.cwd()), get_token())
         with hub_errors(f"pushing to {repo_id}"):
             open_repo(api, repo_id, private=private, repo_type="space", space_sdk="gradio")
             if wheel is not None:
@@ -77,20 +68,26 @@ def write_space(
     """Write the files of a Space: code, card, requirements, list of models and picture, and a `wheel` if given."""
     names = [name for entry in settings.models for name in (entry.run, entry.student, entry.teacher) if name]
     on_hub = list(dict.fromkeys(filter(None, map(hub_id, names))))
-    facts = {"suggested_hardware": hardware} if hardware else {}
-    facts |= {"models": on_hub, "preload_from_hub": [*on_hub]} if on_hub else {}
-    thumbnail = hf_hub_url(repo_id, THUMBNAIL, repo_type="space")
+    metadata = SpaceCardData(
+        title=settings.title,
+        suggested_hardware=hardware,
+        models=on_hub or None,
+        thumbnail=hf_hub_url(repo_id, THUMBNAIL, repo_type="space"),
+        preload_from_hub=[*on_hub] or None,
+    )
     card = SpaceCard.from_template(
-        SpaceCardData(title=settings.title, thumbnail=thumbnail, **facts),
+        metadata,
         template_path=str(TEMPLATES / "README.md.jinja"),
         settings=settings,
         models=on_hub,
         repo_id=repo_id,
     )
+    # a Space is built from its requirements alone, before it has its other files
+    source = f" @ {hf_hub_url(repo_id, wheel.name, repo_type='space')}" if wheel else f">={__version__}"
     extras = "demo,gguf" if any(map(is_gguf, names)) else "demo"
     files = {
         "app.py": (TEMPLATES / "app.py.jinja").read_text(encoding="utf-8"),
-        "requirements.txt": _requirement(extras, repo_id, wheel),
+        "requirements.txt": f"hf-layerprune[{extras}]{source}\n",
         MODELS_FILE: models_yaml(settings),
         "README.md": str(card).rstrip() + "\n",
     }
@@ -112,33 +109,15 @@ def _checked_wheel(wheel: Path, private: bool | None) -> Path:
     return wheel
 
 
-def _requirement(extras: str, repo_id: str, wheel: Path | None) -> str:
-    """What pip is to install; a Space is built from its requirements alone, before it has its other files."""
-    if wheel is None:
-        return f"hf-layerprune[{extras}]>={__version__}\n"
-    return f"hf-layerprune[{extras}] @ {hf_hub_url(repo_id, wheel.name, repo_type='space')}\n"
-
-
 def models_yaml(settings: DemoSettings) -> str:
-    """The list of models as `read_settings` takes it, without the defaults."""
-    content = {"title": settings.title} | _changed(settings)
-    content["models"] = [_changed(entry) for entry in settings.models]
-    if "limits" in content:
-        content["limits"] = _changed(settings.limits)
+    """The list of models as `read_settings` takes it."""
+    given = asdict(settings, dict_factory=lambda items: {name: value for name, value in items if value})
+    content = {"title": settings.title} | given
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
 
 
-def _changed(settings: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from their defaults."""
-    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(settings)}
-    return {name: getattr(settings, name) for name in defaults if getattr(settings, name) != defaults[name]}
-
-
 def _checked(api: HfApi, entry: ModelEntry, listed: bool, on_message: Callable[[str], None]) -> ModelEntry:
-    """An entry whose models are all on the Hub, with a name and its teacher unless it is `listed` in a file.
-
-    Private ones are reported.
-    """
+    """An entry whose models are all on the Hub, with a name and its teacher unless it is `listed` in a file."""
     for name in filter(None, (entry.run, entry.student, entry.teacher)):
         if name != EMBEDDED and hub_id(absolute_if_local(name)) is None:
             raise LayerPruneError(
@@ -147,7 +126,7 @@ def _checked(api: HfApi, entry: ModelEntry, listed: bool, on_message: Callable[[
             )
     teacher = entry.teacher
     if entry.run:
-        run = load_run(entry.run, token=api.token)
+        run = load_run(entry.run)
         teacher = teacher_of(entry, run)
         if not listed:
             about = f"{entry.run.split('/')[-1]}, {run.plan.num_teacher_layers} to {run.plan.depth} layers"

@@ -13,7 +13,6 @@ from .. import report
 from ..errors import LayerPruneError, first_line
 from ..loading import resolve
 from ..record import RunRecord
-from ..report import layer_map_text
 from .paths import hub_id, public_settings, without_local_paths
 from .runs import Run
 
@@ -33,23 +32,16 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Target:
-    """Where a student goes.
+    """Where a student goes."""
 
-    Attributes:
-        number (`int`): its round.
-        tag (`str`): its depth, such as `"28-layers"`.
-        repo_id (`str`): its repository.
-        revision (`str`, *optional*): branch or tag by which it is loaded from there; `None` for main.
-    """
-
-    number: int
-    tag: str
+    number: int  # its round
+    tag: str  # its depth, such as "28-layers"
     repo_id: str
-    revision: str | None
+    revision: str | None  # branch or tag by which it is loaded from there; `None` for main
 
 
 def base_facts(base: str, token: str | None = None) -> tuple[ModelCardData, str]:
-    """Read what a student inherits, license and languages, from the card of a model; and why there is none, if so."""
+    """What a student inherits from the card of a model, license and languages; and why there is no license, if so."""
     try:
         data = ModelCard.load(hub_id(base) or Path(resolve(base)) / "README.md", token=token).data
     except Exception as error:  # no card, no network, broken metadata: each library has errors of its own
@@ -76,8 +68,7 @@ def run_card(
     """Make the card of the student after round `number` (from 1), for the repository or folder `model_name`.
 
     `base_model`, `tags` and `datasets` add to what the run's settings name; `facts` are what it inherits, by default
-    from the card of a base model on this disk. A `pushed` card goes to `revision`, by default main; `others` are the
-    `Target`s of the run's other depths.
+    from the card of a base model on this disk; `others` are the run's other depths.
     """
     public, settings = run.public_record(number), run.settings
     base = base_model or settings.get("model")
@@ -85,21 +76,17 @@ def run_card(
     if facts is None:
         facts = base_facts(base)[0] if base and not base_id else ModelCardData()
     tags = list(dict.fromkeys([*TAGS, *_methods(public), *public.tags, *tags]))
-    thumbnail = (
-        f"https://huggingface.co/{model_name}/resolve/{revision or 'main'}/quality.png"
-        if pushed and report.has_plots()
-        else None
-    )
+    plot = f"https://huggingface.co/{model_name}/resolve/{revision or 'main'}/quality.png"
     evaluated_on = hub_id(settings.get("eval_dataset") or settings.get("dataset"))
     metadata = ModelCardData(
         **facts.to_dict(),
-        **({"base_model_relation": "finetune"} if base_id else {}),
+        base_model_relation="finetune" if base_id else None,
         base_model=base_id,
         library_name="transformers",
         pipeline_tag="text-generation",
         datasets=list(dict.fromkeys(filter(None, [*(hub_id(settings.get(key)) for key in TEXTS), *datasets]))) or None,
         tags=tags,
-        thumbnail=thumbnail,
+        thumbnail=plot if pushed and report.has_plots() else None,
         metrics=["perplexity"],
         model_name=model_name.split("/")[-1],
         eval_results=_eval_results(public, evaluated_on),
@@ -109,7 +96,6 @@ def run_card(
         template_path=str(TEMPLATE),
         run=public,
         report=report,
-        layer_map_text=layer_map_text,
         recipe=public_settings(settings),
         model_name=model_name,
         base_id=base_id,

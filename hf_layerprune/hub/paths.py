@@ -13,16 +13,9 @@ from ..loading import EMBEDDED, is_gguf
 from ..tasks.evaluation import LM_EVAL
 
 INPUTS = (
-    "model",
-    "teacher",
-    "dataset",
-    "eval_dataset",
-    "calibration_dataset",
-    "tasks",
-    "plan",
-    "chat_template_path",
+    "model", "teacher", "dataset", "eval_dataset", "calibration_dataset", "tasks", "plan", "chat_template_path",
     "prompts",
-)
+)  # fmt: skip
 """Settings that may name a file or folder of the author's."""
 PUBLIC = frozenset((
     "model", "teacher", "dataset", "dataset_config", "dataset_split", "eval_dataset", "calibration_dataset",
@@ -52,7 +45,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def absolute_if_local(name: str) -> str:
-    """Return the absolute path of a file or folder on this disk, and any other name as it is.
+    """The absolute path of a file or folder on this disk, and any other name as it is.
 
     A run records its inputs like this: it may be pushed from another folder, where the same name means something else.
     """

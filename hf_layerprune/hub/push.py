@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,14 +17,28 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import LayerPruneError
 from ..files import write_atomically
-from ..record import PLAN_FILE, REPORT_FILE, RunRecord
+from ..plan import LayerPlan
+from ..record import PLAN_FILE, REPORT_FILE, RunRecord, from_json_value
 from ..report import PLOTS, write_report
-from .benchmarks import BENCHMARK_FILES, read_evaluation, write_benchmarks
+from ..tasks import TaskResult
 from .card import Target, base_facts, run_card
 from .paths import check_nothing_local
 from .runs import RECIPE_FILE, Run, hub_errors, load_run
 
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set with a leaderboard, which reads `.eval_results`: https://huggingface.co/docs/hub/eval-results."""
+
+    dataset: str  # its Hub id
+    task: str  # its id in the data set's `eval.yaml`
+    num_examples: int  # rows of its test split; a result on fewer is another number
+
+
 MAIN = "main"
+BENCHMARKS = {"gsm8k": Benchmark("openai/gsm8k", "gsm8k", 1319)}
+"""Name of a task, in lm-eval and in `TaskReport.results`, to the benchmark it measures."""
+Results = dict[str, TaskResult]
 STUDENT_FILES = [
     "config.json", "generation_config.json", "configuration_pruned_qwen2.py", "modeling_pruned_qwen2.py",
     "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -30,7 +46,8 @@ STUDENT_FILES = [
     "model.safetensors.index.json",
 ]  # fmt: skip
 """Files of a saved student that are pushed."""
-OWN = [*STUDENT_FILES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, "report.md", *PLOTS, *BENCHMARK_FILES]
+OWN = [*STUDENT_FILES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, "report.md", *PLOTS]
+OWN += [f".eval_results/{name}.yaml" for name in BENCHMARKS]
 """Files of an earlier push, which the next one deletes unless it brings them again."""
 
 
@@ -58,34 +75,28 @@ def push_run(
 ) -> CommitInfo:
     """Push a student with everything a stranger needs: weights, tokenizer, plan, recipe, report, plots and card.
 
-    After an interruption, push again.
-
     Args:
         output_dir (`str` or `Path`): output folder of a run of `compress`, `parallelize` or the trainer.
-        repo_id (`str`): `user/name`, or a name in the token's own namespace. A student that was pushed there before
-            is replaced; the history keeps it.
+        repo_id (`str`): `user/name`, or a name in the token's own namespace. Replaces a student pushed there before.
         round (`int`, *optional*): push the student of this round; by default the last one.
         revision (`str`, *optional*): branch to push to; main by default.
         depth_tags (`bool`, *optional*, defaults to `False`): push every round up to that one, deepest first, each in
             a commit with a tag such as `28-layers`.
-        collection (`bool`, *optional*, defaults to `False`): push every round up to that one, each to a
-            repository of its own such as `user/name-28-layers`, and put them into the Collection `name`.
+        collection (`bool`, *optional*, defaults to `False`): push every round up to that one, each to a repository
+            such as `user/name-28-layers`, and put them into the Collection `name`.
         private (`bool`, *optional*): whether a new repository is private; by default the account's setting.
         token (`str`, *optional*): by default `HF_TOKEN` or the stored login.
         commit_message (`str`, *optional*): by default the depth and the name of the teacher.
         base_model (`str`, *optional*): Hub id of the model the run started from; by default what the run says.
         tags (`Sequence[str]`, *optional*): tags of the card, added to the library's own.
         datasets (`Sequence[str]`, *optional*): Hub ids of the data, added to those in the run's settings.
-        evaluation (`str` or `Path`, *optional*): an `evaluation.json` of the student, written by `evaluate`. What it
-            says of a benchmark that the Hub keeps a leaderboard of becomes `.eval_results/*.yaml`.
+        evaluation (`str` or `Path`, *optional*): an `evaluation.json` of the student, written by `evaluate`, for the
+            Hub's leaderboards.
         on_message (`Callable`, *optional*): called with each progress message.
-
-    Returns:
-        `CommitInfo`: the commit that holds the student.
 
     Raises:
         [`LayerPruneError`]: if the folder holds no such student, the branch holds another model, the evaluation is of
-            another student, or the Hub refuses or cannot be reached.
+            another student, or the Hub refuses or cannot be reached. Push again after an interruption.
     """
     if depth_tags and collection:
         raise LayerPruneError("depth_tags and collection are two ways to push every depth; choose one of them")
@@ -104,7 +115,7 @@ def push_run(
     with TemporaryDirectory(prefix="hf-layerprune-") as temporary:
         folders = {target: Path(temporary) / target.tag for target in targets}
         for target, folder in folders.items():  # all of them, before anything is sent
-            others = [other for other in targets if other != target] if depth_tags or collection else []
+            others = [other for other in targets if other != target]
             card = run_card(run, target.number, target.repo_id, revision=target.revision, others=others, **options)
             _write_folder(folder, students[target], run, target.number, card)
             write_benchmarks(folder, benchmarks.get(target.number, {}))
@@ -203,3 +214,38 @@ def _write_folder(folder: Path, student: Path, run: Run, number: int, card: Mode
         write_atomically(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     write_report(folder, run.public_record(number))
     write_atomically(folder / "README.md", str(card))
+
+
+def read_evaluation(path: str | Path, run: Run, numbers: Sequence[int]) -> dict[int, Results]:
+    """What an `evaluation.json` says of benchmarks, by the number of the round whose student it measured."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        plan = LayerPlan.from_dict(content["plan"])
+        results = from_json_value(Results, content["tasks"], "tasks")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LayerPruneError(
+            f"evaluation {path} is not an evaluation.json with tasks ({error!r:.80}); hf-layerprune evaluate --tasks "
+            "... --output_dir writes one"
+        ) from None
+    of_plan = [number for number in numbers if run.record.rounds[number - 1].plan == plan]
+    if not of_plan:
+        raise LayerPruneError(f"evaluation {path} is of a student with other layers than those that are pushed")
+    known = {name: f"{name} on {benchmark.num_examples:,} examples" for name, benchmark in BENCHMARKS.items()}
+    for name, result in results.items():
+        if (measured := f"{name} on {result.num_examples:,} examples") != known.get(name):
+            raise LayerPruneError(
+                f"evaluation {path} holds {measured}, which no leaderboard takes; give {', '.join(known.values())}"
+            )
+    return {of_plan[-1]: results}
+
+
+def write_benchmarks(folder: Path, results: Results) -> None:
+    """Write a file for each result, the value in percent as leaderboards show it."""
+    for name, result in results.items():
+        entry = {
+            "dataset": {"id": BENCHMARKS[name].dataset, "task_id": BENCHMARKS[name].task},
+            "value": round(100 * result.quality, 2),
+            "notes": f"{result.measure}, measured by hf-layerprune evaluate",
+        }
+        (folder / ".eval_results").mkdir(exist_ok=True)
+        write_atomically(folder / ".eval_results" / f"{name}.yaml", yaml.safe_dump([entry], sort_keys=False))

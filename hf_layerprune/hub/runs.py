@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError  # of the HTTP library that the client uses
 
 from ..budget import TARGETS
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError
 from ..files import round_folder
 from ..loading import load_config, one_revision, resolve
 from ..plan import LayerPlan
@@ -44,21 +44,13 @@ def hub_errors(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its output folder on this machine, or a student on the Hub with what led to it.
+    """A run: its output folder on this machine, or a student on the Hub with what led to it."""
 
-    Attributes:
-        name (`str`): where the student is: a Hub id, or a folder.
-        folder (`Path`): the folder of its report.
-        record ([`RunRecord`]): what it measured.
-        settings (`dict[str, Any]`): the recipe in the folder; empty for a run started in Python or on the Hub.
-        revision (`str`, *optional*): the commit on the Hub that everything is from.
-    """
-
-    name: str
-    folder: Path
+    name: str  # where the student is: a Hub id, or a folder
+    folder: Path  # of its report
     record: RunRecord
-    settings: dict[str, Any] = field(default_factory=dict)
-    revision: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # its recipe; empty if started in Python or on the Hub
+    revision: str | None = None  # the commit on the Hub that everything is from
 
     @property
     def plan(self) -> LayerPlan:
@@ -68,7 +60,7 @@ class Run:
     def student(self, number: int) -> Path:
         """The folder of a round's student, which must be there."""
         plan = self.record.rounds[number - 1].plan
-        for folder in (round_folder(self.folder, number), self.folder / "model"):
+        for folder in (round_folder(self.folder, number), self.folder / "model", self.folder):
             is_there = any(folder.glob("*.safetensors")) and (folder / "config.json").is_file()
             if is_there and plan_of(load_config(str(folder))) == plan:
                 return folder
@@ -100,7 +92,8 @@ def load_run(name: str | Path, revision: str | None = None, token: str | None = 
     """
     folder, commit, settings = Path(name), None, {}
     if folder.is_dir():
-        settings = _read_recipe(folder / RECIPE_FILE)
+        recipe = folder / RECIPE_FILE
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
     else:
         with hub_errors(f"reading {name}"):
             wanted, source = one_revision(str(name), revision), resolve(str(name))
@@ -112,12 +105,3 @@ def load_run(name: str | Path, revision: str | None = None, token: str | None = 
     if record.teacher is None or not record.rounds:
         raise LayerPruneError(f"{name} holds a run without a finished round; resume it")
     return Run(resolve(str(name)), folder, record, settings, commit)
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise LayerPruneError(f"{path} is not a list of settings: {first_line(error)}") from None

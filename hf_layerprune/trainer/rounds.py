@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +75,7 @@ class Rounds:
             self._evaluate_unhealed(student, plan)
             student = self._healed(student, plan, self._heal if self.args.heal else None)
             self._end_round(student, self._evaluate(student))
-        if self.args.on_policy_steps and not self.run.is_finished_on_policy:
+        if self.args.on_policy_steps and not self.run.rounds[-1].is_on_policy:
             self._train_on_policy(student, plan)
         self._finish()
         return self.output
@@ -138,14 +137,12 @@ class Rounds:
         if current.phase != "choosing" or self.goal.met(plan_of(student)):
             return None
         self._phase("scoring", num_layers=plan_of(student).depth)
-        start = time.perf_counter()
         with autocast(self.trainer.accelerator):  # all candidates are rounded alike, in half of the time
             step = broadcast_from_main(self._choice(student))
         self.file.record = replace(self.run, order=step.order)
         self._change_round(
             edits=(*current.edits, step.edit),
             scores=current.scores if step.scores is None else (*current.scores, step.scores),
-            seconds_scoring=current.seconds_scoring + time.perf_counter() - start,
         )
         return step.edit
 
@@ -282,7 +279,7 @@ class Rounds:
             raise LayerPruneError(
                 f"round {number}: the student's loss is {quality.loss}{advice}. The rounds before it are kept"
             )
-        names = ("edits", "scores", "seconds_scoring", "unhealed", "before_healing", "healing")
+        names = ("edits", "scores", "unhealed", "before_healing", "healing")
         record = RoundRecord.of(
             student,
             quality,
