@@ -257,7 +257,7 @@ def engine(kind, backend=DynamoBackend.NO, **more):
     "accelerator, changes, words",
     [
         (engine("FSDP", is_fsdp2=False), {}, "fsdp_version: 2"),
-        (engine("FSDP", is_fsdp2=True), {"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy='steps'"),
+        (engine("FSDP", is_fsdp2=True), {"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy cannot"),
         (engine("DEEPSPEED"), {"compile_layers": True}, "compile_layers"),
         (engine("NO", backend=DynamoBackend.INDUCTOR), {}, "set compile_layers=true instead"),
     ],

@@ -11,8 +11,7 @@ from transformers.integrations import TrackioCallback
 
 from ..record import PLAN_FILE, RoundRecord, RunRecord
 
-ARTIFACTS = {PLAN_FILE: "plan", "layers.png": "layer-map"}
-"""Files of an output folder that become artifacts, and their types."""
+ARTIFACTS = {PLAN_FILE: "plan", "layers.png": "layer-map"}  # files of an output folder, and their types
 
 
 class LayerDistillCallback(TrainerCallback):

@@ -63,13 +63,8 @@ def prompts_to_answer(
     model: PreTrainedModel,
     args: IterativeLayerDistillConfig,
 ) -> Dataset | None:
-    """The prompts in a data set, as TRL's trainer takes them, that leave room for the longest answer.
-
-    Where the tokenizer has a chat template, texts are a user's message.
-
-    Raises:
-        [`LayerPruneError`]: if there is none, or only one of prompts and steps is given.
-    """
+    """The prompts in a data set, as TRL's trainer takes them, that leave room for the longest answer; where the
+    tokenizer has a chat template, texts are a user's message."""
     if bool(args.on_policy_steps) != (rows is not None):
         raise LayerPruneError("on_policy_steps and prompt_dataset (--prompts) belong together; give both or neither")
     if rows is None:
@@ -82,19 +77,11 @@ def prompts_to_answer(
 def heal_on_policy(
     owner: IterativeLayerDistillTrainer, student: PreTrainedModel, blocks: list[int], folder: Path
 ) -> tuple[PreTrainedModel, Healing]:
-    """Train `blocks` of a student, or all of its weights if the settings say so, on its own answers.
+    """Train `blocks` of a student, or all of its weights if the settings say so, on its own answers to the prompts of
+    `owner`; what is trained is copied.
 
-    Args:
-        owner ([`IterativeLayerDistillTrainer`]): has the prompts, the settings, the callbacks and the teacher.
-        student ([`~transformers.PreTrainedModel`]): may share weights with the teacher; what is trained is copied.
-        blocks (`list[int]`): positions of the blocks to train.
-        folder (`Path`): for what the trainer writes.
-
-    Returns:
-        The healed student, and what its healing took; tokens are those of prompts and answers.
-
-    Raises:
-        [`NotANumber`]: if the loss or a weight is not finite.
+    Returns the healed student, and what its healing took; tokens are those of prompts and answers. Raises
+    [`NotANumber`] if the loss or a weight is not finite.
     """
     args, config, generation = owner.args, copy.deepcopy(student.config), copy.deepcopy(student.generation_config)
     trained = make_trainable(student, blocks, args.trained_layers == "all", owner._peft_config)

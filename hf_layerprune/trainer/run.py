@@ -51,13 +51,7 @@ OF_OPTIMIZER = (
 
 
 class RunFile:
-    """The run in an output folder, which no other run can open at the same time.
-
-    Attributes:
-        folder (`Path`): the output folder.
-        record ([`RunRecord`]): the run so far.
-        phase (`str`): what it is doing.
-    """
+    """The run in an output folder, which no other run can open at the same time: its `record` so far."""
 
     def __init__(self, folder: Path, writes: bool, device: torch.device, seconds: float = 0.0) -> None:
         self.folder, self.record = folder, RunRecord(environment=environment(device))
@@ -66,12 +60,7 @@ class RunFile:
         self._since = time.perf_counter() - seconds
 
     def open(self, settings: dict[str, Any], resume: str | bool | None) -> None:
-        """Lock the folder and start a run in it, or continue the one that is there.
-
-        Raises:
-            [`LayerPruneError`]: if another run is working in the folder; if it holds a run and `resume` is not set,
-                or the other way round; if it holds a run with other settings.
-        """
+        """Lock the folder and start a run in it, or continue the one that is there; see [`check_resume`]."""
         self._lock = lock_run(self.folder)  # before anything is read: what is read stays true
         found = read_state(self.folder)
         if found is not None:

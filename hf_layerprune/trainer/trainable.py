@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import PreTrainedModel, SchedulerType, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, get_scheduler
 
 from .._trl import restore_forward
 from ..errors import LayerPruneError, NotANumber, first_line
@@ -27,13 +27,7 @@ def check_trained_layers(trained_layers: str | tuple[int, ...], plan: LayerPlan,
 
 
 def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tuple[int, ...]) -> list[int]:
-    """Positions of the blocks whose weights healing changes.
-
-    Args:
-        plan ([`LayerPlan`]): the student's.
-        edits (`list[Edit]`): this round's; if there are none, all gaps of the plan count.
-        trained_layers (`str` or `tuple[int, ...]`): `"neighbours"`, `"all"`, or teacher layers; one must be left.
-    """
+    """Positions of the blocks whose weights healing changes; without `edits` all gaps of the student's plan count."""
     if trained_layers == "neighbours":
         return touched_blocks(plan, edits or edits_between(LayerPlan.identity(plan.num_teacher_layers), plan))
     if trained_layers == "all":
@@ -68,14 +62,8 @@ def lora_config(r: int | None, alpha: int = 32) -> Any:
 def make_trainable(
     student: PreTrainedModel, blocks: list[int], everything: bool, peft_config: Any | None = None
 ) -> nn.Module:
-    """Switch on the gradients of what healing trains, and give it memory of its own.
-
-    Args:
-        student ([`~transformers.PreTrainedModel`]): may share its weights with the teacher.
-        blocks (`list[int]`): positions of the blocks to train.
-        everything (`bool`): train all blocks, embeddings, norms and head.
-        peft_config ([`~peft.PeftConfig`], *optional*): train adapters on `blocks` instead, and on nothing else.
-    """
+    """Switch on the gradients of `blocks`, or of everything, and give these weights memory of their own; with a
+    `peft_config` train adapters on `blocks` instead, and nothing else."""
     in_blocks = [p for position in blocks for p in student.base_model.layers[position].parameters()]
     trained = list(student.parameters()) if everything and peft_config is None else in_blocks
     unshare_parameters(trained)  # merging adapters changes them in place too
@@ -86,37 +74,27 @@ def make_trainable(
     return student
 
 
-def check_healing(model: PreTrainedModel, args: IterativeLayerDistillConfig, peft_config: Any | None) -> None:
-    """Raise [`LayerPruneError`] unless the adapters and the learning-rate schedule of a healing can be made, and the
-    weights be trained: DeepSpeed alone keeps those of float16 in float32 too."""
-    _check_scheduler(args)
+def check_healing(
+    model: PreTrainedModel, args: IterativeLayerDistillConfig, peft_config: Any | None, optimizer: Any | None
+) -> None:
+    """Raise an error unless a healing can be made: try its adapters, the `optimizer` (class and options) and schedule.
+
+    Weights in float16 cannot be trained either: DeepSpeed alone keeps them in float32 too.
+    """
     if peft_config is not None:
         _check_adapters(model, peft_config)
-        if getattr(peft_config, "target_modules", ()) is None and "parallelize" in args.edits:
-            raise LayerPruneError(
-                "PEFT has no target_modules of its own for layers that run in parallel; name them, such as q_proj and "
-                "v_proj"
-            )
     elif model.dtype == torch.float16 and args.deepspeed_plugin is None:
         raise LayerPruneError(
             "the model is in float16, in which training ends in weights that are not numbers; load it in float32 or "
             "bfloat16 (dtype), or train adapters"
         )
-
-
-def check_optimizer(made_of: tuple[Any, Any]) -> None:
-    """Make the optimizer of a class and its options, of nothing: it raises a `ValueError` for what it refuses."""
-    kind, options = made_of
+    kind, options = optimizer or (torch.optim.SGD, {})
     if not {"params", "optimizer_dict", "model"} & options.keys():  # with which it brings the weights itself
         kind([nn.Parameter(torch.zeros(1))], **options)
-
-
-def _check_scheduler(args: TrainingArguments) -> None:
-    """Raise [`LayerPruneError`] unless the learning-rate schedule can be made."""
     nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-    options = {"num_warmup_steps": 1, "num_training_steps": 2, "scheduler_specific_kwargs": args.lr_scheduler_kwargs}
+    steps = {"num_warmup_steps": 1, "num_training_steps": 2, "scheduler_specific_kwargs": args.lr_scheduler_kwargs}
     try:
-        get_scheduler(args.lr_scheduler_type, nothing, **options)
+        get_scheduler(args.lr_scheduler_type, nothing, **steps)
     except (ValueError, TypeError) as error:
         name = SchedulerType(args.lr_scheduler_type).value
         raise LayerPruneError(
@@ -125,7 +103,7 @@ def _check_scheduler(args: TrainingArguments) -> None:
 
 
 def _check_adapters(model: PreTrainedModel, peft_config: Any) -> None:
-    """Raise [`LayerPruneError`] unless adapters can be put on the layers of `model`; tried without its weights."""
+    """Put adapters on the layers of `model`, without its weights."""
     with torch.device("meta"):
         empty = type(model)(copy.deepcopy(model.config))
     try:
