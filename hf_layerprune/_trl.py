@@ -15,15 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
-__all__ = [
-    "keep_weights_in_place",
-    "prepared_for_evaluation",
-    "redirect_forward",
-    "restore_forward",
-    "set_model",
-    "tokenized",
-]
-
 redirect_forward: Callable[..., Any] = _ForwardRedirection()
 """`redirect_forward(wrapper, module, method, *args)`: call `method` as if it were `module`'s forward, through the
 wrapper (DDP, FSDP), so that the wrapper's hooks run."""
