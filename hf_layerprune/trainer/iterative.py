@@ -22,7 +22,7 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from .._trl import prepared_for_evaluation, restore_forward
+from .._trl import restore_forward
 from ..budget import Goal
 from ..data import Batch, check_batches, check_length
 from ..errors import LayerPruneError, arguments_in_one_line, first_line, is_disk_full
@@ -331,7 +331,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if eval_dataset is not None:
             eval_dataset = select_text_column(eval_dataset, self._text_field, "eval_dataset")
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-            batches = self._batches(prepared_for_evaluation(self, eval_dataset, packing), None, "evaluation data")
+            how = (self.processing_class, self.args, packing, self._formatting_func, "eval")
+            batches = self._batches(self._prepare_dataset(eval_dataset, *how), None, "evaluation data")
         report = evaluate_model(without_adapters(self.model), batches, self.teacher)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in report.to_dict().items()}
         self.log(metrics)
