@@ -72,9 +72,7 @@ def check_batches(
     checked = [_checked(batch, vocab_size, f"{what}: batch {number}") for number, batch in enumerate(batches)]
     checked = [batch for batch in checked if batch["input_ids"].numel()]
     if required and not any(len(valid_next_tokens(batch)[1]) for batch in checked):
-        raise LayerPruneError(
-            f"{what}: no token to score; give text of two tokens or more, and a max_length that leaves as many"
-        )
+        raise LayerPruneError(f"{what}: no token to score; give longer text, or a max_length that leaves two tokens")
     return Batches(checked, vocab_size)
 
 
@@ -84,8 +82,8 @@ def _checked(batch: Any, vocab_size: int, where: str) -> Batch:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         holding = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
         raise LayerPruneError(
-            f"{where} is a {type(batch).__name__}{holding}; give a list of dicts with token ids as a tensor input_ids "
-            "of shape (rows, tokens), as hf_layerprune.tokenized_batches makes them of a data set"
+            f"{where} is a {type(batch).__name__}{holding}; give dicts with a tensor input_ids (rows, tokens), "
+            "as hf_layerprune.tokenized_batches makes them of a data set"
         )
     batch = {key: batch[key] for key in BATCH_KEYS if batch.get(key) is not None}
     for key, value in batch.items():
@@ -95,8 +93,7 @@ def _checked(batch: Any, vocab_size: int, where: str) -> Batch:
     tokens = torch.cat([ids.flatten(), labels[labels != -100]])
     if len(wrong := tokens[(tokens < 0) | (tokens >= vocab_size)]):
         raise LayerPruneError(
-            f"{where} holds token id {wrong[0]}, but the model's vocabulary has {vocab_size} entries; was the text "
-            "tokenized with another tokenizer?"
+            f"{where} holds token id {wrong[0]}, but the vocabulary has {vocab_size} entries; use the model's tokenizer"
         )
     return batch
 
@@ -267,8 +264,7 @@ def _as_stream(dataset: Iterable[Mapping[str, Any]]) -> IterableDataset:
         rows = list(dataset)
         if isinstance(dataset, Mapping) or not all(isinstance(row, Mapping) for row in rows):
             raise LayerPruneError(
-                f"the data is a {type(dataset).__name__}; give one datasets.Dataset (a split of a DatasetDict), or a "
-                "list of rows such as {'text': ...}"
+                f"the data is a {type(dataset).__name__}; give one datasets.Dataset, or rows such as {{'text': ...}}"
             )
         dataset = Dataset.from_list([dict(row) for row in rows])
     return dataset.with_format(None).to_iterable_dataset()

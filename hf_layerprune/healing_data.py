@@ -119,8 +119,7 @@ def column_of_prompts(dataset: Dataset, config: HealingDataConfig) -> str:
     column = next((name for name in columns if name in dataset.column_names), None)
     if column is None:
         raise LayerPruneError(
-            f"the prompts have columns {dataset.column_names} but no {' or '.join(map(repr, columns))}; name the one "
-            "with messages or text with prompt_column"
+            f"prompts have columns {dataset.column_names} but no {' or '.join(map(repr, columns))}; set prompt_column"
         )
     return column
 
@@ -255,8 +254,7 @@ def _written(path: Path, run: str) -> list[dict[str, Any]]:
         if all(row["run"] == run for row in rows) and bool(rows) == bool(text):
             return rows
     raise LayerPruneError(
-        f"{path} holds rows of another run, with another model, other prompts or settings; delete it, or choose "
-        "another output_file"
+        f"{path} holds rows of another run (model, prompts or settings); delete it, or set another output_file"
     )
 
 

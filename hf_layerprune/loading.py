@@ -190,9 +190,7 @@ def _complete(config: PretrainedConfig, path: str) -> None:
         exponents = torch.arange(len(factors)) / len(factors)
         kind = "none" if torch.allclose(expected, plain["rope_theta"] ** -exponents, rtol=1e-4) else "rope_freqs"
     if kind != "none":
-        raise LayerPruneError(
-            f"its rotary positions are scaled ({kind}), which is not read; use the original checkpoint"
-        )
+        raise LayerPruneError(f"its rotary positions are scaled ({kind}), which is not read; use its original")
 
 
 def load_model(
@@ -290,9 +288,7 @@ def with_plan(student: PreTrainedModel, teacher: PreTrainedModel, plan: LayerPla
             return student
         plan = find_plan(student, teacher)
     if plan.parallel_pairs or plan.depth != depth:
-        raise LayerPruneError(
-            f"plan has {plan.depth} blocks, {len(plan.layers)} layers; the student has {depth} layers"
-        )
+        raise LayerPruneError(f"plan has {plan.depth} blocks, {len(plan.layers)} layers; the student has {depth}")
     student = prune(student, [], share_weights=True)
     student.config.layer_plan = plan.to_dict()
     return student

@@ -80,7 +80,7 @@ def test_folders_of_no_run_are_not_replaced(make, tmp_path):
     theirs = tmp_path / "run" / "model" / "config.json"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("{}")
-    with pytest.raises(LayerPruneError, match="holds model of no run, which a run would replace"):
+    with pytest.raises(LayerPruneError, match="holds model, which a run would replace"):
         make().train()
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [theirs]
 

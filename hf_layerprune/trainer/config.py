@@ -194,15 +194,11 @@ class IterativeLayerDistillConfig(SFTConfig):
                 raise LayerPruneError(f"{name}={value!r} is unknown; choose {' or '.join(map(str, choices))}")
         check_at_least(self, AT_LEAST)
         if not (0 < self.temperature < math.inf and 0 <= self.beta <= 1):
-            raise LayerPruneError(
-                f"temperature={self.temperature} must be above 0, and beta={self.beta} must lie between 0 and 1"
-            )
+            raise LayerPruneError(f"temperature={self.temperature} must be above 0, beta={self.beta} between 0 and 1")
         if self.loss_preset == "paper" and (self.beta or self.lm_weight):
             raise LayerPruneError("loss_preset='paper' is the authors' own loss; leave out beta and lm_weight")
         if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
-            raise LayerPruneError(
-                "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
-            )
+            raise LayerPruneError("kl_weight, hidden_weight and lm_weight are all 0; healing needs one of them")
         if self.activation_offloading and self.use_cpu:
             raise LayerPruneError("activation_offloading moves activations off a GPU, and there is none; leave it out")
         for name in ("label_smoothing_factor", "loss_type", "neftune_noise_alpha"):
@@ -221,9 +217,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         asked = [f"race_confidence={self.race_confidence}"] if self.race else []
         asked += [f"edits={','.join(self.edits)!r}"] if self.edits != ("remove",) else []
         if self.compensation != "none" and "remove" not in self.edits:
-            raise LayerPruneError(
-                f"compensation={self.compensation!r} repairs removals; edits={','.join(self.edits)!r} makes none"
-            )
+            raise LayerPruneError(f"compensation repairs removals, but edits={','.join(self.edits)!r} makes none")
         if self.one_shot and self.criterion == "angular_distance" and self.budget and self.budget.unit != "depth":
             raise LayerPruneError("criterion='angular_distance' with one_shot needs a depth; give target_num_layers")
         if asked and (self.one_shot or self.criterion not in MEASURED):
@@ -246,6 +240,5 @@ def parsed_layers(trained_layers: Any) -> str | tuple[int, ...]:
         return tuple(sorted({int(word) for word in words.split(",")}))
     except ValueError:
         raise LayerPruneError(
-            f"trained_layers={trained_layers!r} is neither {' nor '.join(TRAINED_LAYERS)} nor a list of layers such "
-            "as '3,4,10'"
+            f"trained_layers={trained_layers!r} must be one of {', '.join(TRAINED_LAYERS)}, or layers such as '3,4,10'"
         ) from None

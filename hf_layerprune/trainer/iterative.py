@@ -181,8 +181,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
         if teacher is None and args.plan is not None:
             raise LayerPruneError(
-                f"plan={args.plan!r} says which of a teacher's layers the model holds, but no teacher is given; name "
-                "it with teacher"
+                f"plan={args.plan!r} says which layers of a teacher the model holds; give the teacher"
             )
         self.teacher_name = self.model_name
         if teacher is not None:
@@ -198,7 +197,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         plan, teacher_plan = plan_of(self.start), plan_of(self.teacher)
         if args.budget is None:
             raise LayerPruneError(
-                f"target_num_layers is missing: how many of the {plan.depth} layers of {name} are to be left?"
+                f"target_num_layers is missing: how many of {name}'s {plan.depth} layers are to stay?"
             )
         check_same_vocabulary(self.start, self.teacher)
         check_length(args.max_length, self.start.config, name)

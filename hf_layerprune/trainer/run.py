@@ -106,7 +106,7 @@ def lock_run(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise LayerPruneError(
-            f"output_dir={folder} is in use: another run is working in it; wait for it, or choose another folder"
+            f"output_dir={folder} is in use: another run works in it; wait, or choose another"
         ) from None
     return lock
 
@@ -114,22 +114,18 @@ def lock_run(folder: Path) -> FileLock:
 def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any], resume: str | bool | None) -> None:
     """Raise [`LayerPruneError`] unless the run `found` in `folder` is the one that `settings` describe."""
     if isinstance(resume, str) and Path(resume).resolve() != folder.resolve():
-        raise LayerPruneError(
-            f"resume_from_checkpoint={resume!r} is not output_dir={folder}; a run resumes in its own folder"
-        )
+        raise LayerPruneError(f"resume_from_checkpoint={resume!r} must be the output_dir of the run, {folder}")
     if found is None:
         if resume:
             raise LayerPruneError(f"{folder} holds no run to resume; start without --resume (resume_from_checkpoint)")
         if foreign := [name for name in REPLACED if (folder / name).exists()]:
             raise LayerPruneError(
-                f"output_dir={folder} holds {' and '.join(foreign)} of no run, which a run would replace; choose "
-                "another folder"
+                f"output_dir={folder} holds {' and '.join(foreign)}, which a run would replace; choose another folder"
             )
         return
     if not resume:
         raise LayerPruneError(
-            f"output_dir={folder} holds another run of {len(found.rounds)} rounds; resume it "
-            "(--resume, or resume_from_checkpoint) or choose another folder"
+            f"output_dir={folder} holds another run; resume it (--resume, resume_from_checkpoint) or choose another"
         )
     for key in found.settings | settings:
         if key not in OF_OPTIMIZER and found.settings.get(key) != settings.get(key):
@@ -273,7 +269,7 @@ def check_saving(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         except Exception as error:  # what transformers, or a class of the user's, cannot write
             reason = " ".join(str(error).split())
             raise LayerPruneError(
-                f"students cannot be saved, correct the model's config, generation_config or tokenizer: {reason}"
+                f"students cannot be saved; correct the model's config, generation_config or tokenizer: {reason}"
             ) from error
 
 

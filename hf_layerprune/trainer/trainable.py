@@ -89,8 +89,7 @@ def check_healing(
             _with_adapters(empty, list(range(len(empty.base_model.layers))), peft_config)
     elif model.dtype == torch.float16 and args.deepspeed_plugin is None:
         raise LayerPruneError(
-            "the model is in float16, in which training ends in weights that are not numbers; load it in float32 or "
-            "bfloat16 (dtype), or train adapters"
+            "the model is in float16, which training turns into NaN; load it in float32 or bfloat16, or train adapters"
         )
     kind, options = optimizer or (torch.optim.SGD, {})
     if not {"params", "optimizer_dict", "model"} & options.keys():  # with which it brings the weights itself
@@ -111,8 +110,7 @@ def _check_targets(model: PreTrainedModel, names: Any) -> None:
     wrong = sorted(name for name in names if not any(full.endswith(f".{name}") for full in found))
     if wrong and len(wrong) < len(names):  # of none that is found it says so itself
         raise LayerPruneError(
-            f"target_modules names {', '.join(wrong)}, which the layers do not have; adapters are put on layers, and "
-            "modules_to_save trains embeddings or head whole"
+            f"target_modules names {', '.join(wrong)}, which the layers do not have; modules_to_save trains the head"
         )
 
 
@@ -121,8 +119,7 @@ def _with_adapters(student: PreTrainedModel, blocks: list[int], peft_config: Any
 
     if getattr(peft_config, "layers_to_transform", ()) is not None:
         raise LayerPruneError(
-            f"a {type(peft_config).__name__} must have layers_to_transform, and leave it unset: layers move as others "
-            "are removed; say which to heal with trained_layers"
+            f"a {type(peft_config).__name__} must have layers_to_transform, and leave it unset; set trained_layers"
         )
     changes: dict[str, Any] = {"layers_to_transform": blocks}
     if peft_config.target_modules == "all-linear":  # PEFT would name each in full, and ignore layers_to_transform
@@ -155,7 +152,6 @@ def merge_and_round(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
         parameter.copy_(parameter.to(dtype))
         if not torch.isfinite(parameter).all():
             raise NotANumber(
-                f"healing left weights that are not numbers in {dtype} after its last step; lower the learning rate "
-                "or train in higher precision"
+                f"healing left NaN in {dtype} after its last step; lower the learning rate or train more precisely"
             )
     return student.requires_grad_(False)
