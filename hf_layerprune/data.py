@@ -93,7 +93,8 @@ def _checked(batch: Any, vocab_size: int, where: str) -> Batch:
     tokens = torch.cat([ids.flatten(), labels[labels != -100]])
     if len(wrong := tokens[(tokens < 0) | (tokens >= vocab_size)]):
         raise LayerPruneError(
-            f"{where} holds token id {wrong[0]}, but the vocabulary has {vocab_size} entries; use the model's tokenizer"
+            f"{where} holds token id {wrong[0]}, but the model's vocabulary has {vocab_size} entries; was the text "
+            "tokenized with another tokenizer?"
         )
     return batch
 
