@@ -49,20 +49,18 @@ class IterativeLayerDistillConfig(SFTConfig):
             Depth at which to stop: rounds of score, remove, heal, evaluate go on until the student has this many
             layers (parallel ones count as one). A student that has this depth already is healed in one round.
         target_latency (`float`, *optional*):
-            In place of `target_num_layers`: time per generated token to reach, as a share of the teacher's, measured
-            on this machine in the dtype in memory. Edits are then weighed by what they save of it.
-        target_num_parameters (`int`, *optional*):
-            In place of `target_num_layers`: number of parameters to reach. Parallel layers save next to none.
+            Instead: time per generated token to reach, as a share of the teacher's, measured on this machine in the
+            dtype in memory. Edits are then weighed by what they save of it.
+        target_num_parameters (`int`, *optional*): instead: number of parameters; parallel layers save next to none.
         plan (`str`, *optional*):
-            Where the model is a student whose config does not say which of its teacher's layers it holds: a file that
-            does, such as `plan.json`. By default they are found by comparing weights.
+            File such as `plan.json` that says which of its teacher's layers a student holds, if its config does not;
+            by default they are found by comparing weights.
         edits (`str`, *optional*, defaults to `"remove"`):
             What a round may do: `"remove"` a layer, `"parallelize"` two neighbours
             ([Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790)), `"merge"` two neighbours
             into one layer ([`merge`]), or several with commas between, whichever costs less for what it saves.
         max_group_size (`int`, *optional*, defaults to `2`): most layers in one block, in parallel or merged.
-        layers_per_round (`int`, *optional*, defaults to `1`):
-            Layers removed (edits made) between two healings. The last round makes fewer if needed.
+        layers_per_round (`int`, *optional*, defaults to `1`): layers removed (edits made) between two healings.
         criterion (`str`, *optional*, defaults to `"kl"`):
             What a layer costs: `"kl"`, `"loss"`, `"tasks"` as in the paper, or an estimate to compare them with, such
             as `"block_influence"` or your own function as `"module:function"`; see [`score`]. `"angular_distance"`
@@ -74,15 +72,14 @@ class IterativeLayerDistillConfig(SFTConfig):
             Score once, on the model the run starts from, and remove in that order; by default every round scores the
             healed student again.
         race_confidence (`float`, *optional*):
-            Let layers race: those worse than the best beyond doubt see the first part of the calibration data only.
-            The probability to choose the same layer as all data would, such as 0.95. By default all see all data.
+            Let layers race: those worse than the best beyond doubt see only the first part of the calibration data.
+            This is the probability of the choice that all data would make, such as 0.95.
         protect_first_layers (`int`, *optional*, defaults to `0`): number of first teacher layers that no edit touches.
         protect_last_layers (`int`, *optional*, defaults to `0`): number of last teacher layers that no edit touches.
-        num_calibration_samples (`int`, *optional*, defaults to `64`):
-            Rows of calibration data (of `max_length` tokens where packed) that score the layers.
+        num_calibration_samples (`int`, *optional*, defaults to `64`): rows of calibration data that score the layers.
         num_repair_samples (`int`, *optional*):
-            Rows of calibration data that repairs and merges are fitted to; those that score the layers by default. A
-            repair costs two passes over them, scoring one per layer: many rows are cheap here, and help.
+            Rows of calibration data to fit repairs and merges to; by default those that score. A repair costs two
+            passes over them, scoring one per layer: many rows are cheap here, and help.
         num_eval_samples (`int`, *optional*): rows of `eval_dataset` that measure quality; all by default.
         compensation (`str`, *optional*, defaults to `"none"`):
             Repair the student in closed form after each removal, before it is healed: `"least_squares"`, see
@@ -91,31 +88,26 @@ class IterativeLayerDistillConfig(SFTConfig):
         trained_layers (`str`, *optional*, defaults to `"neighbours"`):
             What healing trains: `"neighbours"`, the layers before and after each layer removed in the round (as in
             the paper) and the blocks made in it; `"all"` parameters; or named teacher layers, such as `"3,4,10"`.
-        kl_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the divergence of the next-token distributions, nats per token.
+        kl_weight (`float`, *optional*, defaults to `1.0`): weight of the divergence `beta`, nats per token.
         beta (`float`, *optional*, defaults to `0.0`):
-            Which divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalized
-            Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
+            Divergence of the next-token distributions: 0 is KL(teacher || student), 1 KL(student || teacher), between
+            them the generalized Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
         hidden_weight (`float`, *optional*, defaults to `10.0`):
             Weight of the hidden-state part: the squared distance of the healed layers' outputs and of the final state
             from the teacher's, over the teacher's mean square, averaged over tokens and over the states compared.
-        lm_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the next-token loss on the data, nats per token.
+        lm_weight (`float`, *optional*, defaults to `0.0`): weight of the next-token loss on the data, nats per token.
         temperature (`float`, *optional*, defaults to `1.0`): temperature of both distributions in the KL part.
         loss_preset (`str`, *optional*):
             `"paper"`: the loss of [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085) in its
             authors' own units, KL summed over all tokens of a micro-batch / 100 + MSE of the last healed layer + MSE
-            of the final state. It depends on the batch shape, and replaces all settings of the loss but
-            `temperature`.
+            of the final state. It depends on the batch shape; of the settings of the loss only `temperature` counts.
         on_policy_steps (`int`, *optional*, defaults to `0`):
             Optimizer steps of a last round without an edit, in which the student answers the prompts of
             `prompt_dataset` and is healed on its own answers by [`~trl.DistillationTrainer`]
             ([on-policy distillation](https://huggingface.co/papers/2306.13649)).
-        on_policy_tokens (`int`, *optional*, defaults to `128`):
-            Longest answer of that round in tokens; the first ones have an eighth of it.
+        on_policy_tokens (`int`, *optional*, defaults to `128`): longest of these answers; the first have an eighth.
         on_policy_learning_rate (`float`, *optional*, defaults to `1e-5`): peak learning rate of that round.
-        measure_speed (`bool`, *optional*, defaults to `True`):
-            Whether to time the teacher and every depth, side by side, at the end of a run.
+        measure_speed (`bool`, *optional*, defaults to `True`): time the teacher and every depth at the end of a run.
         compile_layers (`bool`, *optional*, defaults to `False`):
             Compile the layers of student and teacher, one by one, while a student heals. On a GPU a step then takes
             half of the memory and less time. `torch_compile`, which compiles a whole model, is refused.
@@ -228,11 +220,7 @@ class IterativeLayerDistillConfig(SFTConfig):
 
 
 def parsed_layers(trained_layers: Any) -> str | tuple[int, ...]:
-    """What `trained_layers` says: one of `TRAINED_LAYERS`, or the teacher layers it names.
-
-    Raises:
-        [`LayerPruneError`]: if it is neither.
-    """
+    """What `trained_layers` says: one of `TRAINED_LAYERS`, or the teacher layers it names."""
     words = as_words(trained_layers)
     if words in TRAINED_LAYERS:
         return words

@@ -146,10 +146,7 @@ def check_made_of(plan: LayerPlan, teacher_plan: LayerPlan) -> None:
 
 def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
     """Raise [`LayerPruneError`] unless the allowed edits lead from `plan`, that of the model called `name`, to the
-    target, not met yet.
-
-    A student may have the depth that is asked for, to be healed without an edit.
-    """
+    target. A student that has this depth already is healed without an edit."""
     setting, budget = TARGETS[goal.budget.unit], goal.budget
     if heal and budget == Budget("depth", plan.depth) and plan.blocks != goal.original.blocks:
         return
