@@ -72,9 +72,7 @@ class TrackioRounds(TrackioCallback, LayerDistillCallback):
 
 def use_trackio_rounds(callbacks: list[TrainerCallback]) -> None:
     """Let [`TrackioRounds`] take the place of the callback that `report_to` has brought, if it has."""
-    for place, callback in enumerate(callbacks):
-        if type(callback) is TrackioCallback:
-            callbacks[place] = TrackioRounds()
+    callbacks[:] = [TrackioRounds() if type(callback) is TrackioCallback else callback for callback in callbacks]
 
 
 def hub_tags(model: Any, run: RunRecord | None) -> tuple[str, ...]:

@@ -129,8 +129,7 @@ class HealingTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Reuse the run's accelerator; DeepSpeed allows only one."""
-        names = ("accelerator", "gather_function", "is_deepspeed_enabled", "is_fsdp_enabled", "is_tp_enabled")
-        for name in names:
+        for name in ("accelerator", "gather_function", "is_deepspeed_enabled", "is_fsdp_enabled", "is_tp_enabled"):
             if hasattr(self.owner, name):
                 setattr(self, name, getattr(self.owner, name))
 

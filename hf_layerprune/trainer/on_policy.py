@@ -87,7 +87,16 @@ def heal_on_policy(
     trained = make_trainable(student, blocks, args.trained_layers == "all", owner._peft_config)
     tokenizer = copy.deepcopy(owner.processing_class)
     tokenizer.padding_side = "left"
-    trainer = OnPolicyTrainer(trained, owner.teacher, _config(args, folder), owner.prompts, processing_class=tokenizer)
+    shared = {item.name: getattr(args, item.name) for item in fields(TrainingArguments) if item.init}
+    own = {
+        "output_dir": str(folder),
+        "max_steps": args.on_policy_steps,
+        "max_completion_length": args.on_policy_tokens,
+        "learning_rate": args.on_policy_learning_rate,
+        "generation_kwargs": {"remove_invalid_values": True},  # what diverged shows in the loss
+    }
+    settings = DistillationConfig(**shared | OFF | own)
+    trainer = OnPolicyTrainer(trained, owner.teacher, settings, owner.prompts, processing_class=tokenizer)
     trainer.callback_handler.callbacks = owner.callback_handler.callbacks
     began = time.perf_counter()
     try:
@@ -99,16 +108,3 @@ def heal_on_policy(
     )
     healed.config, healed.generation_config = config, generation  # the trainer sets tokens there
     return healed, Healing(int(trainer.state.num_input_tokens_seen), time.perf_counter() - began, on_policy=True)
-
-
-def _config(args: IterativeLayerDistillConfig, folder: Path) -> DistillationConfig:
-    """The run's settings of optimizer, precision and logging, for TRL's trainer."""
-    shared = {item.name: getattr(args, item.name) for item in fields(TrainingArguments) if item.init}
-    own = {
-        "output_dir": str(folder),
-        "max_steps": args.on_policy_steps,
-        "max_completion_length": args.on_policy_tokens,
-        "learning_rate": args.on_policy_learning_rate,
-        "generation_kwargs": {"remove_invalid_values": True},  # what diverged shows in the loss
-    }
-    return DistillationConfig(**shared | OFF | own)
