@@ -121,29 +121,32 @@ class IterativeLayerDistillConfig(SFTConfig):
     )
     target_latency: float | None = option(None, "Instead: share of the teacher's time per generated token to reach.")
     target_num_parameters: int | None = option(None, "Instead: number of parameters to reach.")
-    plan: str | None = option(None, "The plan.json of a student made elsewhere; by default its layers are found.")
+    plan: str | None = option(
+        None, "Of a student made elsewhere: plan.json with its layers; by default they are found."
+    )
     edits: str = option("remove", "What a round may do: one or more of 'remove', 'parallelize' and 'merge'.")
     max_group_size: int = option(2, "Most layers in one block, in parallel or merged.")
     layers_per_round: int = option(1, "Layers removed (edits made) between two healings.")
     criterion: str = option("kl", f"What a layer costs: {', '.join(CRITERIA)}, or your own as module:function.")
     tasks: str | None = option(None, "Data sets that score layers: 'default', 'paper', a YAML file or 'lm_eval:NAME'.")
     one_shot: bool = option(False, "Score once and remove in that order, instead of scoring in every round.")
-    race_confidence: float | None = option(None, "Drop layers early that are worse beyond doubt, such as 0.95.")
+    race_confidence: float | None = option(
+        None, "Drop layers early that are worse with this confidence, such as 0.95."
+    )
     protect_first_layers: int = option(0, "Number of first teacher layers that no edit touches.")
     protect_last_layers: int = option(0, "Number of last teacher layers that no edit touches.")
     num_calibration_samples: int = option(64, "Rows of calibration data that score the layers.")
-    num_repair_samples: int | None = option(None, "Rows to fit repairs and merges to; those that score by default.")
+    num_repair_samples: int | None = option(None, "Rows to fit repairs and merges to; by default those that score.")
     num_eval_samples: int | None = option(None, "Rows of the evaluation data that measure quality; all by default.")
     compensation: str = option(
         "none", "Repair in closed form after every removal: 'none' or 'least_squares'.", choices=COMPENSATIONS
     )
     heal: bool = option(True, "Whether rounds heal; without it layers are only chosen and removed.")
     trained_layers: str = option(
-        "neighbours",
-        "What healing trains: 'neighbours' of removed layers, 'all' parameters, or layers such as '3,4,10'.",
+        "neighbours", "What healing trains: 'neighbours' of removed layers, 'all' weights, or layers such as '3,4,10'."
     )
     kl_weight: float = option(1.0, "Weight of KL(teacher || student), nats per token.")
-    beta: float = option(0.0, "0 is KL(teacher || student), 1 KL(student || teacher), Jensen-Shannon between.")
+    beta: float = option(0.0, "Divergence: 0 is KL(teacher || student), 1 KL(student || teacher).")
     hidden_weight: float = option(10.0, "Weight of the distance of hidden states from the teacher's.")
     lm_weight: float = option(0.0, "Weight of the next-token loss on the data.")
     temperature: float = option(1.0, "Temperature of both distributions in the KL part.")
