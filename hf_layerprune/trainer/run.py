@@ -106,7 +106,7 @@ def lock_run(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise LayerPruneError(
-            f"output_dir={folder} is in use: another run works in it; wait, or choose another"
+            f"output_dir={folder} is in use: another run is working in it; wait, or choose another"
         ) from None
     return lock
 

@@ -87,6 +87,10 @@ def check_healing(
         _check_targets(empty, getattr(peft_config, "target_modules", None))
         with suppress(RuntimeError):  # of those that begin with values computed from the weights
             _with_adapters(empty, list(range(len(empty.base_model.layers))), peft_config)
+        if getattr(peft_config, "target_modules", ()) is None and "parallelize" in args.edits:
+            raise LayerPruneError(
+                "PEFT has no target_modules for layers that run in parallel; name them, such as q_proj and v_proj"
+            )
     elif model.dtype == torch.float16 and args.deepspeed_plugin is None:
         raise LayerPruneError(
             "the model is in float16, which training turns into NaN; load it in float32 or bfloat16, or train adapters"
