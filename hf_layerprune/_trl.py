@@ -9,20 +9,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.models.utils import _ForwardRedirection
-
-__all__ = [
-    "keep_weights_in_place",
-    "prepared_for_evaluation",
-    "redirect_forward",
-    "restore_forward",
-    "set_model",
-    "tokenized",
-]
 
 redirect_forward: Callable[..., Any] = _ForwardRedirection()
 """`redirect_forward(wrapper, module, method, *args)`: call `method` as if it were `module`'s forward, through the
@@ -45,15 +36,6 @@ def keep_weights_in_place(trainer: SFTTrainer, model: nn.Module) -> None:
     """Tell TRL's activation offloading, where it is on, which saved tensors are weights of `model` and stay."""
     if trainer.args.activation_offloading:
         trainer.maybe_activation_offload_context.update_model_params(model)
-
-
-def prepared_for_evaluation(
-    trainer: SFTTrainer, rows: Dataset | IterableDataset, packing: bool
-) -> Dataset | IterableDataset:
-    """Rows of text tokenized as the trainer does with the evaluation data it is made with."""
-    return trainer._prepare_dataset(
-        rows, trainer.processing_class, trainer.args, packing, trainer._formatting_func, "eval"
-    )
 
 
 def tokenized(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from glob import escape
 from importlib.resources import files
 from pathlib import Path
@@ -27,14 +27,12 @@ from datasets import (
 )
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging as datasets_logging
-from jinja2 import TemplateError
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ._trl import tokenized
-from .errors import LayerPruneError, first_line, is_of_chat_template
+from .errors import LayerPruneError, arguments_in_one_line, first_line
 from .rows import column_names, select_text_column, warn_of_dropped_rows
 
 ASSETS = Path(str(files("hf_layerprune"))) / "assets"
@@ -62,9 +60,9 @@ class Batches(list[Batch]):
 def check_batches(
     batches: Iterable[Batch] | None, vocab_size: int, what: str = "batches", required: bool = True
 ) -> Batches:
-    """Validate batches, once: a user's are checked where they come in, and every later call returns them as they are.
+    """Validate batches of the data called `what`, once: a later call returns them as they are.
 
-    `what` is the name of the data in messages; unless `required`, there may be nothing.
+    Unless `required`, there may be none.
     """
     if isinstance(batches, Batches) and batches.vocab_size <= vocab_size and (batches or not required):
         return batches
@@ -74,9 +72,7 @@ def check_batches(
     checked = [_checked(batch, vocab_size, f"{what}: batch {number}") for number, batch in enumerate(batches)]
     checked = [batch for batch in checked if batch["input_ids"].numel()]
     if required and not any(len(valid_next_tokens(batch)[1]) for batch in checked):
-        raise LayerPruneError(
-            f"{what}: no token to score; give text of two tokens or more, and a max_length that leaves as many"
-        )
+        raise LayerPruneError(f"{what}: no token to score; give longer text, or a max_length that leaves two tokens")
     return Batches(checked, vocab_size)
 
 
@@ -86,8 +82,8 @@ def _checked(batch: Any, vocab_size: int, where: str) -> Batch:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         holding = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
         raise LayerPruneError(
-            f"{where} is a {type(batch).__name__}{holding}; give a list of dicts with token ids as a tensor input_ids "
-            "of shape (rows, tokens), as hf_layerprune.tokenized_batches makes them of a data set"
+            f"{where} is a {type(batch).__name__}{holding}; give dicts with a tensor input_ids (rows, tokens), "
+            "as hf_layerprune.tokenized_batches makes them of a data set"
         )
     batch = {key: batch[key] for key in BATCH_KEYS if batch.get(key) is not None}
     for key, value in batch.items():
@@ -104,10 +100,8 @@ def _checked(batch: Any, vocab_size: int, where: str) -> Batch:
 
 
 def valid_next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which positions count, and what follows them: a boolean mask `(B, T)` and the labels `(N,)` of its true places.
-
-    A position counts if it and the next one are not padding, belong to one document, and the next one is scored.
-    """
+    """A boolean mask `(B, T)` of the positions that count and the labels `(N,)` that follow them: both tokens are not
+    padding and of one document, and the next one is scored."""
     ids, positions = batch["input_ids"], batch.get("position_ids")
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     target = ids[:, 1:] if labels is None else labels[:, 1:]
@@ -129,8 +123,8 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
 
 
 def embedded_dataset(name: str) -> Dataset:
-    """An embedded text as a [`~datasets.Dataset`] with one column, `text`; or `"minimal_pairs"`, with BLiMP's columns
-    `sentence_good`, `sentence_bad`, `linguistics_term` and `UID`."""
+    """The embedded text `"calibration"`, `"healing"` or `"held_out"`, with a column `text`; or `"minimal_pairs"`, with
+    BLiMP's columns `sentence_good`, `sentence_bad`, `linguistics_term` and `UID`."""
     names = (*EMBEDDED_TEXTS, EMBEDDED_PAIRS)
     if name not in names:
         raise LayerPruneError(f"no embedded text {name!r}; choose one of {', '.join(names)}")
@@ -154,10 +148,9 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
 
     Args:
         source (`str`):
-            `"embedded:calibration"`, `"embedded:healing"`, `"embedded:held_out"`, `"embedded:minimal_pairs"`; the path
-            of a `.txt` (one text a line), `.json`, `.jsonl`, `.csv`, `.parquet` or `.arrow` file, gzipped or not; a
-            folder that `save_to_disk` wrote or `datasets.load_dataset` understands; or the id of a data set on the
-            Hub.
+            `"embedded:calibration"` and the like, see [`embedded_dataset`]; the path of a `.txt` (one text a line),
+            `.json`, `.jsonl`, `.csv`, `.parquet` or `.arrow` file, gzipped or not; a folder that `save_to_disk` wrote
+            or `datasets.load_dataset` understands; or the id of a data set on the Hub.
         split (`str`, *optional*, defaults to `"train"`):
             Split or slices of it, as `datasets` writes them; where the source may not have it, see [`may_have`], all
             rows are read.
@@ -231,20 +224,6 @@ def check_length(max_length: int | None, config: PretrainedConfig, name: str) ->
         raise LayerPruneError(f"max_length={max_length} but {name} has {positions} positions; choose 2..{positions}")
 
 
-def collated_batches(
-    rows: Dataset | IterableDataset, collator: Callable[[list[Any]], Batch], batch_size: int, limit: int | None = None
-) -> Iterable[Batch]:
-    """Batches of tokenized rows, the first `limit` of them, as a trainer's collator makes them.
-
-    A collator that puts all rows of a batch end to end (`padding_free`) gets one row at a time, as rows are measured.
-    """
-    rows = rows.select_columns([name for name in ("input_ids", "labels", "seq_lengths") if name in column_names(rows)])
-    if limit is not None:
-        rows = rows.take(limit)
-    batch_size = 1 if getattr(collator, "padding_free", False) else batch_size
-    return DataLoader(rows, batch_size=batch_size, collate_fn=collator)
-
-
 def tokenized_batches(
     dataset: Dataset | IterableDataset | Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
@@ -253,7 +232,7 @@ def tokenized_batches(
     num_rows: int = 64,
     batch_size: int = 8,
 ) -> list[dict[str, Tensor]]:
-    """Up to `num_rows` rows in batches, of the columns and the tokens that [`IterativeLayerDistillTrainer`] reads.
+    """Batches of the columns and the tokens that [`IterativeLayerDistillTrainer`] reads.
 
     Texts are packed end to end into full rows of `max_length` tokens. Prompts with completions (whose `labels` leave
     the prompts out), messages and rows of token ids are a row each, cut at `max_length` and padded with a mask.
@@ -271,19 +250,11 @@ def tokenized_batches(
     """
     if min(num_rows, batch_size) < 1 or max_length < 2:
         raise LayerPruneError(f"rows={num_rows} of {max_length} tokens, {batch_size} at a time: all must be positive")
-    try:
+    with arguments_in_one_line():
         stream = select_text_column(_as_stream(dataset), text_field, "the data")
         columns = column_names(stream)
         rows = tokenized(stream, columns, tokenizer, text_field)
         return (_packed if columns == [text_field] else _padded)(rows, max_length, num_rows, batch_size)
-    except LayerPruneError:
-        raise
-    except Exception as error:
-        if is_of_chat_template(error):
-            raise LayerPruneError(f"a row does not fit the chat template: {first_line(error)}") from error
-        if isinstance(error, (TemplateError, ValueError)):  # of TRL and transformers
-            raise LayerPruneError(f"the data cannot be tokenized: {first_line(error)}") from error
-        raise
 
 
 def _as_stream(dataset: Iterable[Mapping[str, Any]]) -> IterableDataset:
@@ -294,8 +265,7 @@ def _as_stream(dataset: Iterable[Mapping[str, Any]]) -> IterableDataset:
         rows = list(dataset)
         if isinstance(dataset, Mapping) or not all(isinstance(row, Mapping) for row in rows):
             raise LayerPruneError(
-                f"the data is a {type(dataset).__name__}; give one datasets.Dataset (a split of a DatasetDict), or a "
-                "list of rows such as {'text': ...}"
+                f"the data is a {type(dataset).__name__}; give one datasets.Dataset, or rows such as {{'text': ...}}"
             )
         dataset = Dataset.from_list([dict(row) for row in rows])
     return dataset.with_format(None).to_iterable_dataset()

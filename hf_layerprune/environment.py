@@ -50,11 +50,9 @@ def hardware(device: torch.device | None) -> str:
         return f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
     if kind != "cpu":
         return f"{platform.processor() or platform.machine()} ({kind})"
-    info = Path("/proc/cpuinfo")  # on Linux
-    names = (
-        re.findall(r"^model name\s*: (.+)", info.read_text(errors="replace"), re.MULTILINE) if info.exists() else []
-    )
-    name = (names or [platform.processor() or platform.machine()])[0]
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")  # on Linux
+    if info.exists() and (found := re.search(r"^model name\s*: (.+)", info.read_text(errors="replace"), re.MULTILINE)):
+        name = found[1]
     return f"CPU {name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -34,24 +34,22 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def is_of_chat_template(error: Exception) -> bool:
-    """Whether a chat template raised an error, of whatever type, over the row that it was given."""
-    return any(frame.f_code.co_filename == "<template>" for frame, _ in walk_tb(error.__traceback__))
-
-
 @contextmanager
 def arguments_in_one_line() -> Iterator[None]:
-    """Turn what TRL and transformers say of arguments and data into a [`LayerPruneError`]; let a bug through."""
+    """Turn what TRL and transformers say of arguments and data, and whatever a chat template raises over a row, into a
+    [`LayerPruneError`]; let a bug through."""
     from jinja2 import TemplateError
 
     try:
         yield
+    except LayerPruneError:
+        raise
     except Exception as error:
-        of_template = is_of_chat_template(error)
-        if not of_template and not isinstance(error, (ValueError, ImportError, OSError, TemplateError)):
+        if any(frame.f_code.co_filename == "<template>" for frame, _ in walk_tb(error.__traceback__)):
+            raise LayerPruneError(f"a row does not fit the chat template: {first_line(error)}") from error
+        if not isinstance(error, (ValueError, ImportError, OSError, TemplateError)):
             raise
-        where = "a row does not fit the chat template: " if of_template else ""
-        raise LayerPruneError(where + first_line(error)) from error
+        raise LayerPruneError(first_line(error)) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

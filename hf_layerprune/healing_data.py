@@ -49,21 +49,13 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class HealingDataReport:
-    """What [`generate_healing_data`] wrote.
+    """What [`generate_healing_data`] wrote."""
 
-    Attributes:
-        num_rows (`int`): rows in the file.
-        num_empty (`int`): prompts without a row, because the answer was blank.
-        num_truncated (`int`): rows whose answer was cut at `max_new_tokens`.
-        num_tokens (`int`): tokens of the answers in the file.
-        num_too_long (`int`): prompts that were left out, because they are longer than `max_prompt_tokens`.
-    """
-
-    num_rows: int
-    num_empty: int
-    num_truncated: int
-    num_tokens: int
-    num_too_long: int
+    num_rows: int  # in the file
+    num_empty: int  # prompts without a row, because the answer was blank
+    num_truncated: int  # rows whose answer was cut at `max_new_tokens`
+    num_tokens: int  # of the answers in the file
+    num_too_long: int  # prompts that were left out, because they are longer than `max_prompt_tokens`
 
 
 def generate_healing_data(
@@ -77,14 +69,12 @@ def generate_healing_data(
     """Write a teacher's answers to prompts as rows of `prompt` and `completion`, for [`IterativeLayerDistillTrainer`]
     or [`~trl.SFTTrainer`].
 
-    After a kill, the same call continues the file. The random numbers of a batch come from the seed and the number of
-    its first row. So on the same device, with the same libraries and `batch_size`, the file is identical, however
-    often the run was interrupted and however many processes share it. Under `torchrun` or `accelerate launch` the
-    processes share the batches; all must see the folder of the file.
+    After a kill, the same call continues the file. Under `torchrun` or `accelerate launch` the processes share the
+    batches; all must see the folder of the file. The random numbers of a batch come from the seed and the number of
+    its first row: on the same device, with the same libraries and `batch_size`, the file is always identical.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            The teacher. One that is named is loaded in its own dtype, on this process's device.
+        model (`str` or [`~transformers.PreTrainedModel`]): the teacher; by name it is loaded in its own dtype.
         prompts (`str` or [`~datasets.Dataset`]):
             Rows with messages, prompts or text; or a file, a Hub id or an embedded text, see [`load_text_dataset`].
         output_file (`str` or `Path`): file of JSON lines to write or to continue.
@@ -129,8 +119,7 @@ def column_of_prompts(dataset: Dataset, config: HealingDataConfig) -> str:
     column = next((name for name in columns if name in dataset.column_names), None)
     if column is None:
         raise LayerPruneError(
-            f"the prompts have columns {dataset.column_names} but no {' or '.join(map(repr, columns))}; name the one "
-            "with messages or text with prompt_column"
+            f"prompts have columns {dataset.column_names} but no {' or '.join(map(repr, columns))}; set prompt_column"
         )
     return column
 
@@ -265,8 +254,7 @@ def _written(path: Path, run: str) -> list[dict[str, Any]]:
         if all(row["run"] == run for row in rows) and bool(rows) == bool(text):
             return rows
     raise LayerPruneError(
-        f"{path} holds rows of another run, with another model, other prompts or settings; delete it, or choose "
-        "another output_file"
+        f"{path} holds rows of another run (model, prompts or settings); delete it, or set another output_file"
     )
 
 

@@ -112,8 +112,7 @@ def name_of(model: PreTrainedModel) -> str:
 
 
 def _source(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """The full name of a model, its folder or Hub id, and the options of `from_pretrained`: with the revision of the
-    name, and without running code of the repository unless asked for."""
+    """The full name of a model, its folder or Hub id, and the options of `from_pretrained`, with its revision."""
     options = {"trust_remote_code": False} | kwargs
     name = gguf_name(name_or_path, options.pop("gguf_file", None))
     bare, revision = split_revision(name)[0], one_revision(name, options.pop("revision", None))
@@ -137,11 +136,7 @@ def _source(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[str, str, dic
 
 
 def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
-    """Load the config of a model.
-
-    Raises:
-        [`LayerPruneError`]: if there is none, or its architecture is not supported.
-    """
+    """Load the config of a model; [`LayerPruneError`] if there is none, or its architecture is not supported."""
     name, source, options = _source(name_or_path, kwargs)
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -195,9 +190,7 @@ def _complete(config: PretrainedConfig, path: str) -> None:
         exponents = torch.arange(len(factors)) / len(factors)
         kind = "none" if torch.allclose(expected, plain["rope_theta"] ** -exponents, rtol=1e-4) else "rope_freqs"
     if kind != "none":
-        raise LayerPruneError(
-            f"its rotary positions are scaled ({kind}), which is not read; use the original checkpoint"
-        )
+        raise LayerPruneError(f"its rotary positions are scaled ({kind}), which is not read; use its original")
 
 
 def load_model(
@@ -206,9 +199,7 @@ def load_model(
     for_device: str | torch.device | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model from a folder or the Hub: safetensors, or a GGUF file.
-
-    The weights of a GGUF file are dequantized and rounded to bfloat16.
+    """Load a causal language model from a folder or the Hub: safetensors, or a GGUF file, dequantized to bfloat16.
 
     Args:
         name_or_path (`str`): folder, Hub id, perhaps with a revision (`"user/name@28-layers"`), or GGUF file: a path,
@@ -223,8 +214,6 @@ def load_model(
         [`LayerPruneError`]: if there is no model, its architecture is not supported, or its weights do not fit its
             config (no tensor is ever left random).
     """
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise LayerPruneError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     keep_models_whole()
     config = load_config(name_or_path, **beside_weights(kwargs))
     name, source, options = _source(name_or_path, kwargs)
@@ -268,11 +257,7 @@ def keep_models_whole() -> None:
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
-
-    Raises:
-        [`LayerPruneError`]: if there is none.
-    """
+    """Load the tokenizer of a model; [`LayerPruneError`] if there is none."""
     if not name_or_path:  # of a model made in memory; an empty path would be the current folder
         raise LayerPruneError("the model was not loaded by a name, so its tokenizer is unknown; give processing_class")
     name, source, options = _source(name_or_path, kwargs)
@@ -292,11 +277,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def with_plan(student: PreTrainedModel, teacher: PreTrainedModel, plan: LayerPlan | None = None) -> PreTrainedModel:
-    """A student whose config says which layers of `teacher` it holds: its own plan, else `plan`, else the one found.
-
-    Raises:
-        [`LayerPruneError`]: if `plan` does not fit the student, or none is given and none can be found.
-    """
+    """A student whose config says which layers of `teacher` it holds: by its own plan, else `plan`, else by search."""
     depth = student.config.num_hidden_layers
     if getattr(student.config, "layer_plan", None) is not None:
         if plan not in (None, plan_of(student)):
@@ -307,9 +288,7 @@ def with_plan(student: PreTrainedModel, teacher: PreTrainedModel, plan: LayerPla
             return student
         plan = find_plan(student, teacher)
     if plan.parallel_pairs or plan.depth != depth:
-        raise LayerPruneError(
-            f"plan has {plan.depth} blocks, {len(plan.layers)} layers; the student has {depth} layers"
-        )
+        raise LayerPruneError(f"plan has {plan.depth} blocks, {len(plan.layers)} layers; the student has {depth}")
     student = prune(student, [], share_weights=True)
     student.config.layer_plan = plan.to_dict()
     return student
@@ -318,10 +297,8 @@ def with_plan(student: PreTrainedModel, teacher: PreTrainedModel, plan: LayerPla
 def find_plan(student: PreTrainedModel, teacher: PreTrainedModel) -> LayerPlan:
     """The plan that gives every layer of `student` the nearest layer of `teacher`; they must ascend.
 
-    Healing moves layers; they stay far nearer to what they were than to any other layer.
-
-    Raises:
-        [`LayerPruneError`]: if a layer is about as near to another one, or the layers do not ascend.
+    Healing moves layers; they stay far nearer to what they were than to any other layer. Raises [`LayerPruneError`] if
+    a layer is about as near to another one.
     """
     plan, last = plan_of(teacher), -1
     if plan.depth < len(plan.layers):

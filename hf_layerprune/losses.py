@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .errors import LayerPruneError
-
 # Logits held at a time: 4 MiB of float32 on a CPU, about what a core keeps in its caches; 256 MiB on a GPU.
 MAX_LOGITS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
 MIN_ROWS_PER_CHUNK = 64  # fewer make the matrix products slow, whatever the vocabulary
@@ -42,27 +40,20 @@ def divergence(
     m = `beta` teacher + (1 - `beta`) student: `beta` KL(teacher || m) + (1 - `beta`) KL(student || m). At its ends it
     is taken to be KL(teacher || student), `beta` 0, and KL(student || teacher), `beta` 1.
 
-    Gradients reach the student's hidden states and, if it is trained, its head. As in
-    [Hinton et al.](https://huggingface.co/papers/1503.02531) the value is scaled by `temperature` squared, so that the
-    size of the gradients does not depend on it.
-
-    Raises:
-        [`LayerPruneError`]: if a head has a bias, as in no supported family.
+    Gradients reach the student's hidden states and, if it is trained, its head; a head has no bias in any supported
+    family. As in [Hinton et al.](https://huggingface.co/papers/1503.02531) the value is scaled by `temperature`
+    squared, so that the size of the gradients does not depend on it.
     """
-    if (student_head.bias, teacher_head.bias) != (None, None):
-        raise LayerPruneError("the output head has a bias, which the divergence does not take")
     weights = (student_hidden, student_head.weight, teacher_hidden, teacher_head.weight)
     return Divergence.apply(*weights, temperature, beta)
 
 
 class Divergence(torch.autograd.Function):
-    """[`divergence`], with its gradient computed in the forward pass.
+    """[`divergence`], with its gradient computed in the forward pass, a chunk of positions at a time.
 
-    A chunk of positions at a time is projected, compared, and turned into gradients; since the result is one number,
-    the backward pass only scales them. No logits are kept, and none are computed twice. Nor is a head needed in the
-    backward pass, when FSDP2 may have split its weights again.
-
-    TRL's chunked kernel projects twice: `benchmarks/kl.py` compares the two (`benchmarks/results`).
+    The result is one number, so the backward pass only scales the gradients. No logits are kept, and none are computed
+    twice, as in TRL's chunked kernel (`benchmarks/kl.py`). Nor is a head needed in the backward pass, when FSDP2 may
+    have split its weights again.
     """
 
     @staticmethod
@@ -144,19 +135,14 @@ def hidden_state_mse(student: Tensor, teacher: Tensor) -> Tensor:
 def relative_hidden_state_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """`hidden_state_mse` over the teacher's own mean square: 0 is equal, 1 as far off as the zero vector, `(N,)`.
 
-    The hidden states of one model differ in scale by orders of magnitude from layer to layer; dividing gives every
-    layer and every model the same unit.
+    So every layer and model has the same unit, where hidden states differ by orders of magnitude.
     """
-    return hidden_state_mse(student, teacher) / teacher.float().pow(2).mean(-1).clamp_min(
-        torch.finfo(torch.float32).tiny
-    )
+    scale = teacher.float().pow(2).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return hidden_state_mse(student, teacher) / scale
 
 
 def next_token_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
-    """Negative log-likelihood of `labels`, in nats, per position, with gradients: `(N, H), (N,) -> (N,)`.
-
-    The logits of one chunk of positions at a time are made, in the forward and again in the backward pass.
-    """
+    """Negative log-likelihood of `labels`, in nats, per position, with gradients: `(N, H), (N,) -> (N,)`."""
 
     def chunk_loss(states: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), target, reduction="none")
@@ -167,30 +153,19 @@ def next_token_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
 
 @dataclass
 class TowerStates:
-    """What student and teacher computed at N valid positions.
+    """What student and teacher computed at N valid positions."""
 
-    Attributes:
-        student_final, teacher_final (`Tensor` of shape `(N, H)`): states after the final norm.
-        student, teacher (`list[Tensor]`): `(N, H)` each, pairs of hidden states to compare.
-    """
-
-    student_final: Tensor
+    student_final: Tensor  # (N, H), after the final norm
     teacher_final: Tensor
-    student: list[Tensor]
+    student: list[Tensor]  # (N, H) each, hidden states to compare with those of the teacher
     teacher: list[Tensor]
 
 
 def parts_of_loss(
     towers: TowerStates, student_head: nn.Linear, teacher_head: nn.Linear, labels: Tensor, args: Any
 ) -> dict[str, Tensor]:
-    """The parts of the healing loss, each a sum over N positions; `num_tokens` is N.
-
-    Args:
-        towers ([`TowerStates`]): of both models.
-        student_head, teacher_head (`nn.Linear`): H to V.
-        labels (`Tensor` of shape `(N,)`): the token that follows each position.
-        args ([`IterativeLayerDistillConfig`]): its settings of the loss.
-    """
+    """The parts of the healing loss that `args`, the settings of a run, ask for, each a sum over N positions;
+    `num_tokens` is N. `labels` `(N,)` follow the positions."""
     paper = args.loss_preset == "paper"
     distance = hidden_state_mse if paper else relative_hidden_state_mse
     hidden = [distance(*pair).sum() for pair in zip(towers.student, towers.teacher, strict=True)]
@@ -221,17 +196,11 @@ def loss_of_parts(parts: dict[str, Tensor], args: Any) -> Tensor:
 
 @dataclass
 class TokenStatistics:
-    """Measurements of one model at N positions: next-token loss and, with a teacher, how far it is from it.
+    """Measurements of one model at N positions, `(N,)` each; the last two are comparisons with a teacher."""
 
-    Attributes:
-        nll (`Tensor` of shape `(N,)`): next-token negative log-likelihood, nats.
-        kl (`Tensor` of shape `(N,)`, *optional*): KL(teacher || model), nats.
-        agreement (`Tensor` of shape `(N,)`, *optional*): whether both models rank the same token first.
-    """
-
-    nll: Tensor
-    kl: Tensor | None = None
-    agreement: Tensor | None = None
+    nll: Tensor  # negative log-likelihood of the next token, nats
+    kl: Tensor | None = None  # KL(teacher || model), nats
+    agreement: Tensor | None = None  # whether both models rank the same token first
 
 
 @torch.no_grad()
@@ -243,16 +212,8 @@ def token_statistics(
     teacher_head: nn.Linear | None = None,
     with_agreement: bool = False,
 ) -> list[TokenStatistics]:
-    """Measure several final hidden states of the same positions at once; the teacher is projected once for all.
-
-    Args:
-        hidden (`list[Tensor]`): one `(N, H)` per candidate, after the final norm.
-        head (`nn.Linear`): the candidates' output head, H to V.
-        labels (`Tensor` of shape `(N,)`): the token that follows each position.
-        teacher_hidden (`Tensor` of shape `(N, H)`, *optional*): the teacher's states at the same positions.
-        teacher_head (`nn.Linear`, *optional*): the teacher's head.
-        with_agreement (`bool`, *optional*, defaults to `False`): whether to compare the most likely tokens as well.
-    """
+    """Measure several final hidden states `(N, H)` of the same positions at once, against those of a teacher, if there
+    is one: it is projected once for all. `labels` `(N,)` follow the positions."""
     parts: list[list[TokenStatistics]] = [[] for _ in hidden]
     for rows in _chunks(labels, head.out_features):
         target = labels[rows].unsqueeze(-1)

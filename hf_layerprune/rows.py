@@ -97,8 +97,7 @@ def _text_columns(columns: Sequence[str], text_field: str, name: str) -> list[st
     """The columns that TRL reads."""
     if any(text_field in chat for chat in CHAT_COLUMNS):
         raise LayerPruneError(
-            f"dataset_text_field={text_field!r} names a column that TRL reads as part of a chat; rename that column "
-            f"of {name} to 'text'"
+            f"dataset_text_field={text_field!r} is read as part of a chat; rename that column of {name} to 'text'"
         )
     choices = [[text_field]] if text_field in columns and text_field != "text" else [*CHAT_COLUMNS, [text_field]]
     for kept in choices:

@@ -34,13 +34,12 @@ class HealingDataConfig:
 
     Parameters:
         prompt_column (`str`, *optional*):
-            Column of the prompts: lists of messages, or text. By default the first of `"messages"`, `"prompt"` and
-            `"text"` that exists. Answers at the end of a list of messages are left out; the teacher writes its own.
+            Column of the prompts: lists of messages, whose last answers are left out, or text. By default the first of
+            `"messages"`, `"prompt"` and `"text"` that exists.
         as_chat (`bool`, *optional*, defaults to `False`):
             Turn each text into a user's message, for the chat template; by default the teacher continues the text.
         prompt_tokens (`int`, *optional*, defaults to `32`):
-            The prompt of a text is the words in its first `prompt_tokens` tokens. A column named `"prompt"` is used
-            whole.
+            The prompt of a text is the words in its first so many tokens; a column named `"prompt"` is used whole.
         num_prompts (`int`, *optional*): rows to use, from the first; all by default.
         max_prompt_tokens (`int`, *optional*):
             Longest prompt in tokens, chat template included; longer ones are left out and counted. By default what
@@ -58,19 +57,13 @@ class HealingDataConfig:
         [`LayerPruneError`]: for a value out of range.
     """
 
-    prompt_column: str | None = option(
-        None, "Column of the prompts, messages or text; default: 'messages', 'prompt' or 'text'."
-    )
+    prompt_column: str | None = option(None, "Column of the prompts; by default 'messages', 'prompt' or 'text'.")
     as_chat: bool = option(False, "Turn each text into a user's message.")
     prompt_tokens: int = option(32, "Tokens at the beginning of a text that are its prompt.")
     num_prompts: int | None = option(None, "Rows to use, from the first; all by default.")
-    max_prompt_tokens: int | None = option(
-        None, "Leave out longer prompts; default: those that do not fit the model's positions."
-    )
+    max_prompt_tokens: int | None = option(None, "Leave out longer prompts; by default those that do not fit.")
     max_new_tokens: int = option(256, "Longest answer in tokens.")
-    temperature: float | None = option(
-        None, "Temperature; 0 is greedy. Default of this, top_p and top_k: the checkpoint's."
-    )
+    temperature: float | None = option(None, "0 is greedy. Default of this, top_p and top_k: the checkpoint's.")
     top_p: float | None = option(None, "Share of the probability to sample from.")
     top_k: int | None = option(None, "Number of tokens to sample from; 0 is all.")
     seed: int = option(42, "Seed of the sampling.")

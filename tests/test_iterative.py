@@ -225,7 +225,7 @@ def test_adapters_on_every_linear_module_of_a_few_layers(make, tmp_path):
     ],
 )
 def test_adapters_that_cannot_be_made_are_refused_before_a_layer_is_scored(make, config, message):
-    with pytest.raises(LayerPruneError, match=f"the adapters cannot be made: .*{message}"):
+    with pytest.raises(LayerPruneError, match=message):
         make(peft_config=config)
 
 
@@ -237,7 +237,7 @@ def test_an_optimizer_that_cannot_be_made_is_refused_before_a_layer_is_scored(ma
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type='cosine_with_min_lr' .*min_lr_rate"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr_rate"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "'cycles': 1}: .*unexpected keyword"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_plan_that_does_not_fit_and_a_model_without_gaps_are_refused(tmp_path,
 
 def test_a_plan_without_a_teacher_is_refused(tmp_path, tokenizer, texts):
     args = tiny_config(tmp_path / "run", plan=str(tmp_path / "plan.json"))
-    with pytest.raises(LayerPruneError, match=r"plan=.*plan\.json' says .* name it with teacher"):
+    with pytest.raises(LayerPruneError, match=r"plan=.*plan\.json' says .* give the teacher"):
         IterativeLayerDistillTrainer(
             model=made_elsewhere(tiny_model(6), [2]), args=args, train_dataset=texts, processing_class=tokenizer
         )

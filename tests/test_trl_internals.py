@@ -14,12 +14,7 @@ from torch import nn
 from transformers import Trainer
 from trl import SFTTrainer
 
-from hf_layerprune._trl import (
-    prepared_for_evaluation,
-    redirect_forward,
-    restore_forward,
-    set_model,
-)
+from hf_layerprune._trl import redirect_forward, restore_forward, set_model
 
 
 def test_sft_trainer_puts_its_head_in_the_instance_and_it_can_be_removed(tmp_path, tokenizer):
@@ -39,8 +34,6 @@ def test_sft_trainer_puts_its_head_in_the_instance_and_it_can_be_removed(tmp_pat
     assert trainer.model is other and trainer.callback_handler.model is other
     for name in ("_prepare_dataset", "_formatting_func", "maybe_activation_offload_context"):
         assert hasattr(trainer, name), name
-    rows = prepared_for_evaluation(trainer, Dataset.from_dict({"text": ["some text"] * 4}), packing=False)
-    assert len(rows) == 4 and rows[0]["input_ids"][:2] == tokenizer("some text")["input_ids"][:2]
 
 
 def test_trainer_scales_for_accumulation_by_what_the_healing_says():

@@ -11,8 +11,7 @@ from transformers.integrations import TrackioCallback
 
 from ..record import PLAN_FILE, RoundRecord, RunRecord
 
-ARTIFACTS = {PLAN_FILE: "plan", "layers.png": "layer-map"}
-"""Files of an output folder that become artifacts, and their types."""
+ARTIFACTS = {PLAN_FILE: "plan", "layers.png": "layer-map"}  # files of an output folder, and their types
 
 
 class LayerDistillCallback(TrainerCallback):
@@ -73,9 +72,7 @@ class TrackioRounds(TrackioCallback, LayerDistillCallback):
 
 def use_trackio_rounds(callbacks: list[TrainerCallback]) -> None:
     """Let [`TrackioRounds`] take the place of the callback that `report_to` has brought, if it has."""
-    for place, callback in enumerate(callbacks):
-        if type(callback) is TrackioCallback:
-            callbacks[place] = TrackioRounds()
+    callbacks[:] = [TrackioRounds() if type(callback) is TrackioCallback else callback for callback in callbacks]
 
 
 def hub_tags(model: Any, run: RunRecord | None) -> tuple[str, ...]:

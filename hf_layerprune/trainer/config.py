@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,10 +38,8 @@ class IterativeLayerDistillConfig(SFTConfig):
     Configuration of the [`IterativeLayerDistillTrainer`].
 
     Text handling, packing, precision, optimizer, logging and the rest are those of [`~trl.SFTConfig`]. `max_steps`,
-    `num_train_epochs` and the learning-rate schedule hold for EACH round of healing.
-
-    Other defaults than there: `learning_rate` 1e-4 (the paper's), no gradient checkpointing, and `bf16` only where the
-    hardware computes in it.
+    `num_train_epochs` and the learning-rate schedule hold for EACH round of healing. Other defaults than there:
+    `learning_rate` 1e-4 (the paper's), no gradient checkpointing, and `bf16` only where the hardware computes in it.
 
     Once made, the settings are values: `edits` is a tuple, `trained_layers` a word or a tuple of layers, and `budget`,
     `edit_space` and `race` hold what the target, edit and race settings say. `given_bf16` is `bf16` as it was given.
@@ -50,85 +47,67 @@ class IterativeLayerDistillConfig(SFTConfig):
     Parameters:
         target_num_layers (`int`, *optional*):
             Depth at which to stop: rounds of score, remove, heal, evaluate go on until the student has this many
-            layers (parallel ones count as one). Below the model's depth; a student may stay at its own, and is healed
-            in one round without an edit.
+            layers (parallel ones count as one). A student that has this depth already is healed in one round.
         target_latency (`float`, *optional*):
-            In place of `target_num_layers`: time per generated token to reach, as a share of the teacher's, measured
-            on this machine in the dtype in memory. Edits are then weighed by what they save of it.
-        target_num_parameters (`int`, *optional*):
-            In place of `target_num_layers`: number of parameters to reach. Running layers in parallel saves none to
-            speak of.
+            Instead: time per generated token to reach, as a share of the teacher's, measured on this machine in the
+            dtype in memory. Edits are then weighed by what they save of it.
+        target_num_parameters (`int`, *optional*): instead: number of parameters; parallel layers save next to none.
         plan (`str`, *optional*):
-            Where the model is a student whose config does not say which of its teacher's layers it holds: a file that
-            does, such as `plan.json`. By default they are found by comparing weights.
+            File such as `plan.json` that says which of its teacher's layers a student holds, if its config does not;
+            by default they are found by comparing weights.
         edits (`str`, *optional*, defaults to `"remove"`):
             What a round may do: `"remove"` a layer, `"parallelize"` two neighbours
             ([Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790)), `"merge"` two neighbours
             into one layer ([`merge`]), or several with commas between, whichever costs less for what it saves.
-        max_group_size (`int`, *optional*, defaults to `2`):
-            Most layers in one block, in parallel or merged.
-        layers_per_round (`int`, *optional*, defaults to `1`):
-            Layers removed (edits made) between two healings. The last round makes fewer if needed.
+        max_group_size (`int`, *optional*, defaults to `2`): most layers in one block, in parallel or merged.
+        layers_per_round (`int`, *optional*, defaults to `1`): layers removed (edits made) between two healings.
         criterion (`str`, *optional*, defaults to `"kl"`):
             What a layer costs: `"kl"`, `"loss"`, `"tasks"` as in the paper, or an estimate to compare them with, such
             as `"block_influence"` or your own function as `"module:function"`; see [`score`]. `"angular_distance"`
             removes the layers of a round as one contiguous stretch.
         tasks (`str`, *optional*):
-            Representative data sets that score layers, with `criterion="tasks"`, which is implied: `"default"`,
-            `"paper"`, a YAML file, `"lm_eval:NAME"`, or several with commas between; see [`load_tasks`].
+            Data sets that score layers, with `criterion="tasks"`, which is implied: `"default"`, `"paper"`, a YAML
+            file, `"lm_eval:NAME"`, or several with commas between; see [`load_tasks`].
         one_shot (`bool`, *optional*, defaults to `False`):
             Score once, on the model the run starts from, and remove in that order; by default every round scores the
             healed student again.
         race_confidence (`float`, *optional*):
-            Let layers race: those worse than the best beyond doubt see the first part of the calibration data only.
-            The probability to choose the same layer as all data would, such as 0.95. By default all see all data.
-        protect_first_layers (`int`, *optional*, defaults to `0`):
-            Number of first teacher layers that no edit touches.
-        protect_last_layers (`int`, *optional*, defaults to `0`):
-            Number of last teacher layers that no edit touches.
-        num_calibration_samples (`int`, *optional*, defaults to `64`):
-            Rows of calibration data (of `max_length` tokens where packed) that score the layers.
+            Let layers race: those worse than the best beyond doubt see only the first part of the calibration data.
+            This is the probability of the choice that all data would make, such as 0.95.
+        protect_first_layers (`int`, *optional*, defaults to `0`): number of first teacher layers that no edit touches.
+        protect_last_layers (`int`, *optional*, defaults to `0`): number of last teacher layers that no edit touches.
+        num_calibration_samples (`int`, *optional*, defaults to `64`): rows of calibration data that score the layers.
         num_repair_samples (`int`, *optional*):
-            Rows of calibration data that repairs and merges are fitted to; those that score the layers by default. A
-            repair costs two passes over them, scoring one per layer: many rows are cheap here, and help.
-        num_eval_samples (`int`, *optional*):
-            Rows of `eval_dataset` that measure quality; all by default.
+            Rows of calibration data to fit repairs and merges to; by default those that score. A repair costs two
+            passes over them, scoring one per layer: many rows are cheap here, and help.
+        num_eval_samples (`int`, *optional*): rows of `eval_dataset` that measure quality; all by default.
         compensation (`str`, *optional*, defaults to `"none"`):
             Repair the student in closed form after each removal, before it is healed: `"least_squares"`, see
             [`compensate`]. Measured scores are taken after the repair.
-        heal (`bool`, *optional*, defaults to `True`):
-            Whether rounds heal the student; without it layers are only chosen and removed.
+        heal (`bool`, *optional*, defaults to `True`): whether rounds heal; without it layers are only removed.
         trained_layers (`str`, *optional*, defaults to `"neighbours"`):
             What healing trains: `"neighbours"`, the layers before and after each layer removed in the round (as in
-            the paper) and the blocks made in it; `"all"` parameters; or named teacher layers, such as
-            `"3,4,10"`.
-        kl_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the divergence of the next-token distributions, nats per token.
+            the paper) and the blocks made in it; `"all"` parameters; or named teacher layers, such as `"3,4,10"`.
+        kl_weight (`float`, *optional*, defaults to `1.0`): weight of the divergence `beta`, nats per token.
         beta (`float`, *optional*, defaults to `0.0`):
-            Which divergence: 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalized
-            Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
+            Divergence of the next-token distributions: 0 is KL(teacher || student), 1 KL(student || teacher), between
+            them the generalized Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
         hidden_weight (`float`, *optional*, defaults to `10.0`):
             Weight of the hidden-state part: the squared distance of the healed layers' outputs and of the final state
             from the teacher's, over the teacher's mean square, averaged over tokens and over the states compared.
-        lm_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the next-token loss on the data, nats per token.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of both distributions in the KL part.
+        lm_weight (`float`, *optional*, defaults to `0.0`): weight of the next-token loss on the data, nats per token.
+        temperature (`float`, *optional*, defaults to `1.0`): temperature of both distributions in the KL part.
         loss_preset (`str`, *optional*):
             `"paper"`: the loss of [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085) in its
             authors' own units, KL summed over all tokens of a micro-batch / 100 + MSE of the last healed layer + MSE
-            of the final state. It depends on the batch shape, and replaces all settings of the loss but
-            `temperature`.
+            of the final state. It depends on the batch shape; of the settings of the loss only `temperature` counts.
         on_policy_steps (`int`, *optional*, defaults to `0`):
             Optimizer steps of a last round without an edit, in which the student answers the prompts of
             `prompt_dataset` and is healed on its own answers by [`~trl.DistillationTrainer`]
             ([on-policy distillation](https://huggingface.co/papers/2306.13649)).
-        on_policy_tokens (`int`, *optional*, defaults to `128`):
-            Longest answer of that round in tokens; the first ones have an eighth of it.
-        on_policy_learning_rate (`float`, *optional*, defaults to `1e-5`):
-            Peak learning rate of that round.
-        measure_speed (`bool`, *optional*, defaults to `True`):
-            Whether to time the teacher and every depth, side by side, at the end of a run.
+        on_policy_tokens (`int`, *optional*, defaults to `128`): longest of these answers; the first have an eighth.
+        on_policy_learning_rate (`float`, *optional*, defaults to `1e-5`): peak learning rate of that round.
+        measure_speed (`bool`, *optional*, defaults to `True`): time the teacher and every depth at the end of a run.
         compile_layers (`bool`, *optional*, defaults to `False`):
             Compile the layers of student and teacher, one by one, while a student heals. On a GPU a step then takes
             half of the memory and less time. `torch_compile`, which compiles a whole model, is refused.
@@ -138,68 +117,48 @@ class IterativeLayerDistillConfig(SFTConfig):
     """
 
     target_num_layers: int | None = option(
-        None,
-        "Depth at which to stop: rounds go on until the student has this many layers. On the command line "
-        "three quarters of the model's, if no target is given.",
+        None, "Depth at which to stop. On the command line three quarters of the model's, if no target is given."
     )
-    target_latency: float | None = option(
-        None, "Instead: time per generated token to reach, as a share of the teacher's, measured here."
-    )
+    target_latency: float | None = option(None, "Instead: share of the teacher's time per generated token to reach.")
     target_num_parameters: int | None = option(None, "Instead: number of parameters to reach.")
     plan: str | None = option(
-        None, "Of a student made elsewhere: the plan.json of the teacher's layers it holds; else found."
+        None, "Of a student made elsewhere: plan.json with its layers; by default they are found."
     )
     edits: str = option("remove", "What a round may do: one or more of 'remove', 'parallelize' and 'merge'.")
     max_group_size: int = option(2, "Most layers in one block, in parallel or merged.")
     layers_per_round: int = option(1, "Layers removed (edits made) between two healings.")
-    criterion: str = option(
-        "kl", f"What a layer costs: {', '.join(CRITERIA)}, or your own function as module:function."
-    )
+    criterion: str = option("kl", f"What a layer costs: {', '.join(CRITERIA)}, or your own as module:function.")
     tasks: str | None = option(None, "Data sets that score layers: 'default', 'paper', a YAML file or 'lm_eval:NAME'.")
     one_shot: bool = option(False, "Score once and remove in that order, instead of scoring in every round.")
     race_confidence: float | None = option(
-        None, "Drop layers early that are worse beyond doubt; confidence of the choice, such as 0.95."
+        None, "Drop layers early that are worse with this confidence, such as 0.95."
     )
     protect_first_layers: int = option(0, "Number of first teacher layers that no edit touches.")
     protect_last_layers: int = option(0, "Number of last teacher layers that no edit touches.")
     num_calibration_samples: int = option(64, "Rows of calibration data that score the layers.")
-    num_repair_samples: int | None = option(
-        None, "Rows of calibration data to fit repairs and merges to; those that score the layers by default."
-    )
+    num_repair_samples: int | None = option(None, "Rows to fit repairs and merges to; by default those that score.")
     num_eval_samples: int | None = option(None, "Rows of the evaluation data that measure quality; all by default.")
     compensation: str = option(
         "none", "Repair in closed form after every removal: 'none' or 'least_squares'.", choices=COMPENSATIONS
     )
     heal: bool = option(True, "Whether rounds heal; without it layers are only chosen and removed.")
     trained_layers: str = option(
-        "neighbours",
-        "What healing trains: 'neighbours' of the removed layers, 'all' parameters, or named teacher "
-        "layers such as '3,4,10'.",
+        "neighbours", "What healing trains: 'neighbours' of removed layers, 'all' weights, or layers such as '3,4,10'."
     )
     kl_weight: float = option(1.0, "Weight of KL(teacher || student), nats per token.")
-    beta: float = option(
-        0.0, "Divergence: 0 KL(teacher || student), 1 KL(student || teacher), Jensen-Shannon between."
-    )
-    hidden_weight: float = option(
-        10.0, "Weight of the hidden-state part: the distance of hidden states from the teacher's."
-    )
+    beta: float = option(0.0, "Divergence: 0 is KL(teacher || student), 1 KL(student || teacher).")
+    hidden_weight: float = option(10.0, "Weight of the distance of hidden states from the teacher's.")
     lm_weight: float = option(0.0, "Weight of the next-token loss on the data.")
     temperature: float = option(1.0, "Temperature of both distributions in the KL part.")
     loss_preset: str | None = option(
-        None,
-        "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE, in place of "
-        "kl_weight and hidden_weight.",
+        None, "'paper': the authors' own loss, KL summed over the micro-batch / 100 + MSE + MSE."
     )
-    on_policy_steps: int = option(
-        0, "Steps of a last round in which the student answers prompts and is healed on its own answers."
-    )
+    on_policy_steps: int = option(0, "Steps of a last round that heals the student on its own answers to prompts.")
     on_policy_tokens: int = option(128, "Longest of these answers, in tokens; the first ones have an eighth of it.")
     on_policy_learning_rate: float = option(1e-5, "Peak learning rate of these steps.")
     measure_speed: bool = option(True, "Whether to time the teacher and every depth at the end of a run.")
     learning_rate: float = option(1e-4, "Peak learning rate of each healing.")
-    compile_layers: bool = option(
-        False, "Compile the layers while they heal, for a GPU: half the memory and less time."
-    )
+    compile_layers: bool = option(False, "Compile layers while they heal, for a GPU: half the memory, less time.")
     gradient_checkpointing: bool | None = option(None, "Recompute activations in the backward pass to save memory.")
 
     def __post_init__(self) -> None:
@@ -230,35 +189,16 @@ class IterativeLayerDistillConfig(SFTConfig):
                 raise LayerPruneError(f"{name}={value!r} is unknown; choose {' or '.join(map(str, choices))}")
         check_at_least(self, AT_LEAST)
         if not (0 < self.temperature < math.inf and 0 <= self.beta <= 1):
-            raise LayerPruneError(
-                f"temperature={self.temperature} must be above 0, and beta={self.beta} must lie between 0 and 1"
-            )
+            raise LayerPruneError(f"temperature={self.temperature} must be above 0, beta={self.beta} between 0 and 1")
         if self.loss_preset == "paper" and (self.beta or self.lm_weight):
             raise LayerPruneError("loss_preset='paper' is the authors' own loss; leave out beta and lm_weight")
         if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
-            raise LayerPruneError(
-                "kl_weight, hidden_weight and lm_weight are all 0; healing needs at least one of them"
-            )
-        if self.num_repair_samples is not None and self.compensation == "none" and "merge" not in self.edits:
-            raise LayerPruneError(
-                f"num_repair_samples={self.num_repair_samples} has no effect without compensation='least_squares' or "
-                "edits='merge'"
-            )
-        template = self.chat_template_path or ""
-        if template.endswith((".jinja", ".j2")) and not Path(template).is_file():  # TRL would look for it on the Hub
-            raise LayerPruneError(
-                f"chat_template_path={template!r} does not exist; give a file, or a model that has one"
-            )
+            raise LayerPruneError("kl_weight, hidden_weight and lm_weight are all 0; healing needs one of them")
         if self.activation_offloading and self.use_cpu:
             raise LayerPruneError("activation_offloading moves activations off a GPU, and there is none; leave it out")
-        for name in ("label_smoothing_factor", "loss_type"):
+        for name in ("label_smoothing_factor", "loss_type", "neftune_noise_alpha"):
             if (value := getattr(self, name)) != getattr(SFTConfig, name):
                 raise LayerPruneError(f"{name}={value!r} has no effect on distillation; leave it out")
-        if self.neftune_noise_alpha and self.trained_layers != "all":
-            raise LayerPruneError(
-                f"neftune_noise_alpha={self.neftune_noise_alpha} adds noise to the embedding, which the teacher runs "
-                "for both models; leave it out, or set trained_layers='all'"
-            )
 
     def _settle_criterion(self) -> None:
         """Let `tasks` imply their criterion, and check that the criterion can choose as asked."""
@@ -272,11 +212,8 @@ class IterativeLayerDistillConfig(SFTConfig):
         asked = [f"race_confidence={self.race_confidence}"] if self.race else []
         asked += [f"edits={','.join(self.edits)!r}"] if self.edits != ("remove",) else []
         if self.compensation != "none" and "remove" not in self.edits:
-            raise LayerPruneError(
-                f"compensation={self.compensation!r} repairs removals; edits={','.join(self.edits)!r} makes none"
-            )
-        of_depth = self.budget is None or self.budget.unit == "depth"
-        if self.one_shot and self.criterion == "angular_distance" and not of_depth:
+            raise LayerPruneError(f"compensation repairs removals, but edits={','.join(self.edits)!r} makes none")
+        if self.one_shot and self.criterion == "angular_distance" and self.budget and self.budget.unit != "depth":
             raise LayerPruneError("criterion='angular_distance' with one_shot needs a depth; give target_num_layers")
         if asked and (self.one_shot or self.criterion not in MEASURED):
             raise LayerPruneError(
@@ -286,11 +223,7 @@ class IterativeLayerDistillConfig(SFTConfig):
 
 
 def parsed_layers(trained_layers: Any) -> str | tuple[int, ...]:
-    """What `trained_layers` says: one of `TRAINED_LAYERS`, or the teacher layers it names.
-
-    Raises:
-        [`LayerPruneError`]: if it is neither.
-    """
+    """What `trained_layers` says: one of `TRAINED_LAYERS`, or the teacher layers it names."""
     words = as_words(trained_layers)
     if words in TRAINED_LAYERS:
         return words
@@ -298,6 +231,5 @@ def parsed_layers(trained_layers: Any) -> str | tuple[int, ...]:
         return tuple(sorted({int(word) for word in words.split(",")}))
     except ValueError:
         raise LayerPruneError(
-            f"trained_layers={trained_layers!r} is neither {' nor '.join(TRAINED_LAYERS)} nor a list of layers such "
-            "as '3,4,10'"
+            f"trained_layers={trained_layers!r} must be one of {', '.join(TRAINED_LAYERS)}, or layers such as '3,4,10'"
         ) from None

@@ -30,19 +30,14 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
     """Raise [`LayerPruneError`] if a run cannot work in the engine it was launched with."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise LayerPruneError("FSDP1 flattens weights that are trained with those that are not; set fsdp_version: 2")
-    if splits_model(accelerator) and args.eval_strategy != "no":
-        raise LayerPruneError(
-            f"eval_strategy={str(args.eval_strategy.value)!r} measures a student that is split over processes; leave "
-            "it out: every round is measured before and after its healing"
-        )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:  # and accelerate would unwrap a DDP for good
+        raise LayerPruneError("torch_compile (--dynamo_backend) compiles a whole model; set compile_layers instead")
+    needs_whole = ["eval_strategy"] if args.eval_strategy != "no" else []
+    needs_whole += [name for name in ("compile_layers", "on_policy_steps") if getattr(args, name)]
+    if splits_model(accelerator) and needs_whole:
         raise LayerPruneError(
-            "torch_compile (--dynamo_backend) compiles a whole model; set compile_layers=true instead"
+            f"{' and '.join(needs_whole)} cannot work where FSDP or DeepSpeed splits the student; leave one out"
         )
-    if splits_model(accelerator) and args.compile_layers:
-        raise LayerPruneError("compile_layers compiles what FSDP and DeepSpeed split; leave one of them out")
-    if splits_model(accelerator) and args.on_policy_steps:
-        raise LayerPruneError("on_policy_steps needs a whole student on every process; leave FSDP or DeepSpeed out")
 
 
 def autocast(accelerator: Accelerator) -> Any:
@@ -71,14 +66,10 @@ def frozen_head(empty: nn.Module) -> nn.Linear | None:
 
 @torch.no_grad()
 def fill_outline(empty: nn.Module, trained: nn.Module, device: torch.device) -> nn.Module:
-    """Put the weights that an engine trained into the [`outline`] of its model, on every process the whole of them.
+    """Put the weights that an engine trained into the [`outline`] of its model, on every process the whole of them;
+    all processes must call this together, with the unwrapped model and the device they communicate on.
 
     Accelerate's `get_state_dict` gives whole weights to the main process alone, and in 16 bits under ZeRO-3.
-
-    Args:
-        empty (`nn.Module`): taken of the model before the engine got it.
-        trained (`nn.Module`): the model, unwrapped. All processes must call this together.
-        device (`torch.device`): where the processes communicate, and where the weights go.
     """
     found = {name.replace(WRAPPER, ""): parameter for name, parameter in trained.named_parameters()}
     for name, parameter in empty.named_parameters():

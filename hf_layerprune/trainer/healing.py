@@ -48,17 +48,10 @@ class HealingTrainer(Trainer):
     """One healing of one student: a [`~transformers.Trainer`] with the loss of layer-wise distillation.
 
     The teacher is a plain attribute: it is in no state dict, no optimizer and no wrapper. It runs the first
-    [`shared_depth`] blocks for both models. `frozen_head` is the student's head if an engine splits the
-    model's own and nothing trains it.
-
-    Args:
-        owner ([`IterativeLayerDistillTrainer`]): has the text, the settings, the callbacks and the teacher.
-        student ([`~transformers.PreTrainedModel`]): may share weights with the teacher; what is trained is copied.
-        blocks (`list[int]`): positions of the blocks whose weights change; all weights if the settings say so.
-        rows ([`~datasets.Dataset`]): the tokenized text to train on.
-        folder (`Path`): for the checkpoints.
-        on_checkpoint (`Callable[[int, Healing], None]`, *optional*): called with the step of each whole checkpoint
-            and what the healing has taken until then.
+    [`shared_depth`] blocks for both models. The settings, callbacks and teacher are those of `owner`. `student` may
+    share weights with the teacher: what is trained, the `blocks` or all weights if the settings say so, is copied.
+    `on_checkpoint` is called with the step of each whole checkpoint in `folder` and what the healing took until then.
+    `frozen_head` is the student's head if an engine splits the model's own and nothing trains it.
     """
 
     args: IterativeLayerDistillConfig
@@ -85,7 +78,7 @@ class HealingTrainer(Trainer):
             args,
             owner.data_collator,
             rows,
-            owner.eval_dataset or rows,  # never read: `evaluate` measures as the rounds do
+            eval_dataset=rows,  # never read: `evaluate` measures as the rounds do
             processing_class=owner.processing_class,
             optimizer_cls_and_kwargs=owner.optimizer_cls_and_kwargs,
         )
@@ -104,18 +97,10 @@ class HealingTrainer(Trainer):
     def heal(
         self, save_dtype: torch.dtype, checkpoint: Path | None = None, seconds: float = 0.0
     ) -> tuple[PreTrainedModel, TrainOutput]:
-        """Train the student.
+        """Train the student, from a `checkpoint` at which it had taken `seconds`, and round it to `save_dtype`.
 
-        Args:
-            save_dtype (`torch.dtype`): what the trained weights are rounded to in the end.
-            checkpoint (`Path`, *optional*): to continue from.
-            seconds (`float`, *optional*, defaults to `0.0`): wall time that the healing had taken by then.
-
-        Returns:
-            The healed student, without adapters, and what [`~transformers.Trainer.train`] returns.
-
-        Raises:
-            [`NotANumber`]: if the loss or a weight is not finite.
+        Returns the healed student, without adapters, and what [`~transformers.Trainer.train`] returns. Raises
+        [`NotANumber`] if the loss or a weight is not finite.
         """
         self._started = time.perf_counter() - seconds
         set_seed(self.args.seed + self.owner.round)  # a `Trainer` that is made sets it to the same in every round
@@ -144,8 +129,7 @@ class HealingTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Reuse the run's accelerator; DeepSpeed allows only one."""
-        names = ("accelerator", "gather_function", "is_deepspeed_enabled", "is_fsdp_enabled", "is_tp_enabled")
-        for name in names:
+        for name in ("accelerator", "gather_function", "is_deepspeed_enabled", "is_fsdp_enabled", "is_tp_enabled"):
             if hasattr(self.owner, name):
                 setattr(self, name, getattr(self.owner, name))
 
@@ -163,10 +147,8 @@ class HealingTrainer(Trainer):
         return str(self.folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint; report it when it is complete, except at the last step.
-
-        A `Trainer` that resumes from the last step would take one more.
-        """
+        """Save a checkpoint and report it when it is complete; not that of the last step, after which a `Trainer` that
+        resumes would take one more."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones stay until it is whole
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit, step = limit, self.state.global_step
@@ -267,8 +249,8 @@ def uncompile_layers(models: Sequence[nn.Module]) -> None:
 def shared_depth(student: nn.Module, teacher: PreTrainedModel) -> int | None:
     """How many blocks, from the first, are the same weights in memory in both models and are not trained.
 
-    `student` may hold adapters. `None` if both must run in full: they differ in the embedding or in how attention is
-    computed (each kind has its own masks), or dropout drops other weights in each of them.
+    `None` if both must run in full: they differ in the embedding or in how attention is computed (each kind has its
+    own masks), or dropout drops other weights in each of them.
     """
     student = without_adapters(student)
     same_attention = student.config._attn_implementation == teacher.config._attn_implementation
@@ -303,11 +285,8 @@ def run_towers(
 ) -> TowerStates:
     """Run both models, without wrappers, on a batch; the student with gradients.
 
-    Args:
-        inputs (`dict[str, Tensor]`): what both are called with; labels are left out.
-        valid (`Tensor` of shape `(B, T)`, or a tuple of two `(N,)`): the N positions that count.
-        compared (`Sequence[tuple[int, int]]`): the hidden states to compare, see [`compared_states`].
-        shared (`int`, *optional*): see [`shared_depth`]; without it the student runs from its embedding on.
+    `valid` is a mask `(B, T)` of the N positions that count, or a tuple of their two indices `(N,)`. See
+    [`compared_states`] for `compared`, [`shared_depth`] for `shared`.
     """
     student_numbers = {position + 1 for position, _ in compared}
     teacher_numbers = {position + 1 for _, position in compared}

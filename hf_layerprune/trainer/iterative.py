@@ -17,13 +17,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, HfApi
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from .._trl import prepared_for_evaluation, restore_forward
+from .._trl import restore_forward
 from ..budget import Goal
-from ..data import Batch, check_batches, check_length, collated_batches
+from ..data import Batch, check_batches, check_length
 from ..errors import LayerPruneError, arguments_in_one_line, first_line, is_disk_full
 from ..evaluation import evaluate_model
 from ..files import write_atomically
@@ -53,34 +54,29 @@ from .healing import without_adapters
 from .on_policy import prompts_to_answer
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_made_of, check_saving, decisive_settings, make_unpruned_student
-from .trainable import check_healing, check_optimizer, check_trained_layers
+from .trainable import check_healing, check_trained_layers
 
 
 class IterativeLayerDistillTrainer(SFTTrainer):
     """Make a language model shallower, one measured and healed layer at a time.
 
     `train()` runs all rounds and leaves in `args.output_dir`: `rounds/NN/` (the student of each round), `model/` (the
-    last one), `plan.json`, `report.json`, `report.md`, two plots and a card. A student is a plain model of
-    its teacher's family, or [`PrunedQwen2ForCausalLM`] once layers run in parallel.
-
-    With `push_to_hub=True` the repository is found or made before the training starts. The last student is pushed when
-    the run is done, and nothing before.
+    last one), `plan.json`, `report.json`, `report.md`, two plots and a card. A student is a plain model of its
+    teacher's family, or [`PrunedQwen2ForCausalLM`] once layers run in parallel. With `push_to_hub=True` the repository
+    is found or made before the training starts, and the last student is pushed when the run is done.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
             The model to compress, by name (see [`load_model`]) or loaded; its weights are never changed, but a loaded
             model is moved to `args.device`. Loaded by name it is held in float32 and the students are saved in the
             checkpoint's own dtype; the numbers reported are those of the saved students.
-        args ([`IterativeLayerDistillConfig`]):
-            Settings; a target, such as `target_num_layers`, is required.
-        train_dataset ([`~datasets.Dataset`]):
-            Text to heal on, in any form [`~trl.SFTTrainer`] takes.
+        args ([`IterativeLayerDistillConfig`]): settings; a target, such as `target_num_layers`, is required.
+        train_dataset ([`~datasets.Dataset`]): text to heal on, in any form [`~trl.SFTTrainer`] takes.
         eval_dataset ([`~datasets.Dataset`], *optional*):
             Held-out text for every quality number. Without it they are measured on the calibration data.
         calibration_dataset ([`~datasets.Dataset`], *optional*):
             Text to score layers on. By default the first rows of `train_dataset`.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer; by default the model's own.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): by default the model's own tokenizer.
         teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Model to score and heal against, where `model` is a student already. By default `model` itself.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -124,14 +120,11 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name, **files)
         self._check_request(args)
-        if args.heal:
-            check_healing(self.start, args, peft_config)
-        check_tokenizer(processing_class, self.start, self.model_name or "the model")
         self._text_field = args.dataset_text_field if formatting_func is None else None
-        texts = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
+        given = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
         texts = {
             name: select_text_column(rows, self._text_field, f"{name}_dataset")
-            for name, rows in texts.items()
+            for name, rows in given.items()
             if rows is not None
         }
         self.file: RunFile | None = None
@@ -154,10 +147,11 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 formatting_func=formatting_func,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
-            if args.heal and optimizer_cls_and_kwargs is None:  # known before a layer is scored
-                check_optimizer(self.get_optimizer_cls_and_kwargs(args, self.model))
+            if args.heal:  # known before a layer is scored
+                own = None if optimizer_cls_and_kwargs else self.get_optimizer_cls_and_kwargs(args, self.model)
+                check_healing(self.start, args, peft_config, own)
         check_engine(self.accelerator, args)
-        check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
+        check_tokenizer(self.processing_class, self.start, self.model_name or "the model")
         restore_forward(self.model)
         use_trackio_rounds(self.callback_handler.callbacks)
         self._make_batches(self.eval_dataset or {})
@@ -187,8 +181,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
         if teacher is None and args.plan is not None:
             raise LayerPruneError(
-                f"plan={args.plan!r} says which of a teacher's layers the model holds, but no teacher is given; name "
-                "it with teacher"
+                f"plan={args.plan!r} says which layers of a teacher the model holds; give the teacher"
             )
         self.teacher_name = self.model_name
         if teacher is not None:
@@ -204,7 +197,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         plan, teacher_plan = plan_of(self.start), plan_of(self.teacher)
         if args.budget is None:
             raise LayerPruneError(
-                f"target_num_layers is missing: how many of the {plan.depth} layers of {name} are to be left?"
+                f"target_num_layers is missing: how many of {name}'s {plan.depth} layers are to stay?"
             )
         check_same_vocabulary(self.start, self.teacher)
         check_length(args.max_length, self.start.config, name)
@@ -254,7 +247,12 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         return super()._prepare_dataset(rows, processing_class, args, True, None, dataset_name) if cut else rows
 
     def _batches(self, rows: Dataset | IterableDataset, limit: int | None, what: str) -> list[Batch]:
-        batches = collated_batches(rows, self.data_collator, self.args.per_device_eval_batch_size, limit)
+        """The first `limit` rows; a collator that puts those of a batch end to end gets one at a time, to measure."""
+        columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in column_names(rows)]
+        rows = rows.select_columns(columns)
+        rows = rows if limit is None else rows.take(limit)
+        size = 1 if getattr(self.data_collator, "padding_free", False) else self.args.per_device_eval_batch_size
+        batches = DataLoader(rows, batch_size=size, collate_fn=self.data_collator)
         return check_batches(batches, self.start.config.vocab_size, what)
 
     def train(
@@ -302,11 +300,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         args, start, teacher = self.args, self.start, self.teacher
         self.file = RunFile(Path(args.output_dir), args.should_save, args.device, self.seconds_before)
         on_main(self.accelerator, lambda: check_saving(make_unpruned_student(start), self.processing_class))
-        batches = {
-            "calibration": self.calibration_batches,
-            "repair": self.repair_batches,
-            "evaluation": self.eval_batches,
-        }
+        batches = {"calibration": self.calibration_batches, "repair": self.repair_batches}
+        batches["evaluation"] = self.eval_batches
         settings = decisive_settings(args, start, teacher, self.all_train_rows, batches, self.tasks, self._peft_config)
         settings |= {"save_dtype": str(self.save_dtype), "num_processes": self.accelerator.num_processes}
         try:
@@ -335,7 +330,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if eval_dataset is not None:
             eval_dataset = select_text_column(eval_dataset, self._text_field, "eval_dataset")
             packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-            batches = self._batches(prepared_for_evaluation(self, eval_dataset, packing), None, "evaluation data")
+            how = (self.processing_class, self.args, packing, self._formatting_func, "eval")
+            batches = self._batches(self._prepare_dataset(eval_dataset, *how), None, "evaluation data")
         report = evaluate_model(without_adapters(self.model), batches, self.teacher)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in report.to_dict().items()}
         self.log(metrics)

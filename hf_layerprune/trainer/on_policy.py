@@ -63,13 +63,8 @@ def prompts_to_answer(
     model: PreTrainedModel,
     args: IterativeLayerDistillConfig,
 ) -> Dataset | None:
-    """The prompts in a data set, as TRL's trainer takes them, that leave room for the longest answer.
-
-    Where the tokenizer has a chat template, texts are a user's message.
-
-    Raises:
-        [`LayerPruneError`]: if there is none, or only one of prompts and steps is given.
-    """
+    """The prompts in a data set, as TRL's trainer takes them, that leave room for the longest answer; where the
+    tokenizer has a chat template, texts are a user's message."""
     if bool(args.on_policy_steps) != (rows is not None):
         raise LayerPruneError("on_policy_steps and prompt_dataset (--prompts) belong together; give both or neither")
     if rows is None:
@@ -82,25 +77,26 @@ def prompts_to_answer(
 def heal_on_policy(
     owner: IterativeLayerDistillTrainer, student: PreTrainedModel, blocks: list[int], folder: Path
 ) -> tuple[PreTrainedModel, Healing]:
-    """Train `blocks` of a student, or all of its weights if the settings say so, on its own answers.
+    """Train `blocks` of a student, or all of its weights if the settings say so, on its own answers to the prompts of
+    `owner`; what is trained is copied.
 
-    Args:
-        owner ([`IterativeLayerDistillTrainer`]): has the prompts, the settings, the callbacks and the teacher.
-        student ([`~transformers.PreTrainedModel`]): may share weights with the teacher; what is trained is copied.
-        blocks (`list[int]`): positions of the blocks to train.
-        folder (`Path`): for what the trainer writes.
-
-    Returns:
-        The healed student, and what its healing took; tokens are those of prompts and answers.
-
-    Raises:
-        [`NotANumber`]: if the loss or a weight is not finite.
+    Returns the healed student, and what its healing took; tokens are those of prompts and answers. Raises
+    [`NotANumber`] if the loss or a weight is not finite.
     """
     args, config, generation = owner.args, copy.deepcopy(student.config), copy.deepcopy(student.generation_config)
     trained = make_trainable(student, blocks, args.trained_layers == "all", owner._peft_config)
     tokenizer = copy.deepcopy(owner.processing_class)
     tokenizer.padding_side = "left"
-    trainer = OnPolicyTrainer(trained, owner.teacher, _config(args, folder), owner.prompts, processing_class=tokenizer)
+    shared = {item.name: getattr(args, item.name) for item in fields(TrainingArguments) if item.init}
+    own = {
+        "output_dir": str(folder),
+        "max_steps": args.on_policy_steps,
+        "max_completion_length": args.on_policy_tokens,
+        "learning_rate": args.on_policy_learning_rate,
+        "generation_kwargs": {"remove_invalid_values": True},  # what diverged shows in the loss
+    }
+    settings = DistillationConfig(**shared | OFF | own)
+    trainer = OnPolicyTrainer(trained, owner.teacher, settings, owner.prompts, processing_class=tokenizer)
     trainer.callback_handler.callbacks = owner.callback_handler.callbacks
     began = time.perf_counter()
     try:
@@ -112,16 +108,3 @@ def heal_on_policy(
     )
     healed.config, healed.generation_config = config, generation  # the trainer sets tokens there
     return healed, Healing(int(trainer.state.num_input_tokens_seen), time.perf_counter() - began, on_policy=True)
-
-
-def _config(args: IterativeLayerDistillConfig, folder: Path) -> DistillationConfig:
-    """The run's settings of optimizer, precision and logging, for TRL's trainer."""
-    shared = {item.name: getattr(args, item.name) for item in fields(TrainingArguments) if item.init}
-    own = {
-        "output_dir": str(folder),
-        "max_steps": args.on_policy_steps,
-        "max_completion_length": args.on_policy_tokens,
-        "learning_rate": args.on_policy_learning_rate,
-        "generation_kwargs": {"remove_invalid_values": True},  # what diverged shows in the loss
-    }
-    return DistillationConfig(**shared | OFF | own)

@@ -177,15 +177,8 @@ class Rounds:
         with autocast(self.trainer.accelerator):
             student = edited(student, edit, batches, self.teacher, self._phase_step)
             if repairs:
-                student = compensate(
-                    student,
-                    batches,
-                    self.args.compensation,
-                    self.teacher,
-                    gaps=edit.layers,
-                    on_batch=self._phase_step,
-                    share_weights=True,
-                )
+                options = {"gaps": edit.layers, "on_batch": self._phase_step, "share_weights": True}
+                student = compensate(student, batches, self.args.compensation, self.teacher, **options)
         round_weights(student, self.trainer.save_dtype)
         return student
 
@@ -255,10 +248,7 @@ class Rounds:
         """Train the student on its own answers; a run that resumes begins this healing again."""
         blocks = trained_blocks(plan, [], self.args.trained_layers)
         self._phase("healing on policy", num_layers=plan.depth)
-        try:
-            return heal_on_policy(self.trainer, student, blocks, self.checkpoints)
-        except NotANumber as error:
-            raise LayerPruneError(str(error)) from error
+        return heal_on_policy(self.trainer, student, blocks, self.checkpoints)
 
     def _last_checkpoint(self) -> Path | None:
         """The checkpoint that the run names: it does so once all processes have written it. Others are deleted."""

@@ -51,13 +51,7 @@ OF_OPTIMIZER = (
 
 
 class RunFile:
-    """The run in an output folder, which no other run can open at the same time.
-
-    Attributes:
-        folder (`Path`): the output folder.
-        record ([`RunRecord`]): the run so far.
-        phase (`str`): what it is doing.
-    """
+    """The run in an output folder, which no other run can open at the same time: its `record` so far."""
 
     def __init__(self, folder: Path, writes: bool, device: torch.device, seconds: float = 0.0) -> None:
         self.folder, self.record = folder, RunRecord(environment=environment(device))
@@ -66,12 +60,7 @@ class RunFile:
         self._since = time.perf_counter() - seconds
 
     def open(self, settings: dict[str, Any], resume: str | bool | None) -> None:
-        """Lock the folder and start a run in it, or continue the one that is there.
-
-        Raises:
-            [`LayerPruneError`]: if another run is working in the folder; if it holds a run and `resume` is not set,
-                or the other way round; if it holds a run with other settings.
-        """
+        """Lock the folder and start a run in it, or continue the one that is there; see [`check_resume`]."""
         self._lock = lock_run(self.folder)  # before anything is read: what is read stays true
         found = read_state(self.folder)
         if found is not None:
@@ -117,7 +106,7 @@ def lock_run(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise LayerPruneError(
-            f"output_dir={folder} is in use: another run is working in it; wait for it, or choose another folder"
+            f"output_dir={folder} is in use: another run is working in it; wait, or choose another"
         ) from None
     return lock
 
@@ -125,22 +114,18 @@ def lock_run(folder: Path) -> FileLock:
 def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any], resume: str | bool | None) -> None:
     """Raise [`LayerPruneError`] unless the run `found` in `folder` is the one that `settings` describe."""
     if isinstance(resume, str) and Path(resume).resolve() != folder.resolve():
-        raise LayerPruneError(
-            f"resume_from_checkpoint={resume!r} is not output_dir={folder}; a run resumes in its own folder"
-        )
+        raise LayerPruneError(f"resume_from_checkpoint={resume!r} must be the output_dir of the run, {folder}")
     if found is None:
         if resume:
             raise LayerPruneError(f"{folder} holds no run to resume; start without --resume (resume_from_checkpoint)")
         if foreign := [name for name in REPLACED if (folder / name).exists()]:
             raise LayerPruneError(
-                f"output_dir={folder} holds {' and '.join(foreign)} of no run, which a run would replace; choose "
-                "another folder"
+                f"output_dir={folder} holds {' and '.join(foreign)}, which a run would replace; choose another folder"
             )
         return
     if not resume:
         raise LayerPruneError(
-            f"output_dir={folder} holds another run of {len(found.rounds)} rounds; resume it "
-            "(--resume, or resume_from_checkpoint) or choose another folder"
+            f"output_dir={folder} holds another run; resume it (--resume, resume_from_checkpoint) or choose another"
         )
     for key in found.settings | settings:
         if key not in OF_OPTIMIZER and found.settings.get(key) != settings.get(key):
@@ -161,10 +146,7 @@ def check_made_of(plan: LayerPlan, teacher_plan: LayerPlan) -> None:
 
 def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
     """Raise [`LayerPruneError`] unless the allowed edits lead from `plan`, that of the model called `name`, to the
-    target, not met yet.
-
-    A student may have the depth that is asked for, to be healed without an edit.
-    """
+    target. A student that has this depth already is healed without an edit."""
     setting, budget = TARGETS[goal.budget.unit], goal.budget
     if heal and budget == Budget("depth", plan.depth) and plan.blocks != goal.original.blocks:
         return
@@ -284,7 +266,7 @@ def check_saving(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         except Exception as error:  # what transformers, or a class of the user's, cannot write
             reason = " ".join(str(error).split())
             raise LayerPruneError(
-                f"students cannot be saved, correct the model's config, generation_config or tokenizer: {reason}"
+                f"students cannot be saved; correct the model's config, generation_config or tokenizer: {reason}"
             ) from error
 
 

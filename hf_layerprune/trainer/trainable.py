@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import PreTrainedModel, SchedulerType, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from .._trl import restore_forward
-from ..errors import LayerPruneError, NotANumber, first_line
+from ..errors import LayerPruneError, NotANumber
 from ..plan import Edit, LayerPlan, edits_between
 from ..surgery import unshare_parameters
 from .config import IterativeLayerDistillConfig
@@ -27,13 +27,7 @@ def check_trained_layers(trained_layers: str | tuple[int, ...], plan: LayerPlan,
 
 
 def trained_blocks(plan: LayerPlan, edits: list[Edit], trained_layers: str | tuple[int, ...]) -> list[int]:
-    """Positions of the blocks whose weights healing changes.
-
-    Args:
-        plan ([`LayerPlan`]): the student's.
-        edits (`list[Edit]`): this round's; if there are none, all gaps of the plan count.
-        trained_layers (`str` or `tuple[int, ...]`): `"neighbours"`, `"all"`, or teacher layers; one must be left.
-    """
+    """Positions of the blocks whose weights healing changes; without `edits` all gaps of the student's plan count."""
     if trained_layers == "neighbours":
         return touched_blocks(plan, edits or edits_between(LayerPlan.identity(plan.num_teacher_layers), plan))
     if trained_layers == "all":
@@ -68,14 +62,8 @@ def lora_config(r: int | None, alpha: int = 32) -> Any:
 def make_trainable(
     student: PreTrainedModel, blocks: list[int], everything: bool, peft_config: Any | None = None
 ) -> nn.Module:
-    """Switch on the gradients of what healing trains, and give it memory of its own.
-
-    Args:
-        student ([`~transformers.PreTrainedModel`]): may share its weights with the teacher.
-        blocks (`list[int]`): positions of the blocks to train.
-        everything (`bool`): train all blocks, embeddings, norms and head.
-        peft_config ([`~peft.PeftConfig`], *optional*): train adapters on `blocks` instead, and on nothing else.
-    """
+    """Switch on the gradients of `blocks`, or of everything, and give these weights memory of their own; with a
+    `peft_config` train adapters on `blocks` instead, and nothing else."""
     in_blocks = [p for position in blocks for p in student.base_model.layers[position].parameters()]
     trained = list(student.parameters()) if everything and peft_config is None else in_blocks
     unshare_parameters(trained)  # merging adapters changes them in place too
@@ -86,54 +74,35 @@ def make_trainable(
     return student
 
 
-def check_healing(model: PreTrainedModel, args: IterativeLayerDistillConfig, peft_config: Any | None) -> None:
-    """Raise [`LayerPruneError`] unless the adapters and the learning-rate schedule of a healing can be made, and the
-    weights be trained: DeepSpeed alone keeps those of float16 in float32 too."""
-    _check_scheduler(args)
+def check_healing(
+    model: PreTrainedModel, args: IterativeLayerDistillConfig, peft_config: Any | None, optimizer: Any | None
+) -> None:
+    """Raise an error unless a healing can be made: try its adapters, the `optimizer` (class and options) and schedule.
+
+    Weights in float16 cannot be trained either: DeepSpeed alone keeps them in float32 too.
+    """
     if peft_config is not None:
-        _check_adapters(model, peft_config)
-        if getattr(peft_config, "target_modules", ()) is None and "parallelize" in args.edits:
-            raise LayerPruneError(
-                "PEFT has no target_modules of its own for layers that run in parallel; name them, such as q_proj and "
-                "v_proj"
-            )
-    elif model.dtype == torch.float16 and args.deepspeed_plugin is None:
-        raise LayerPruneError(
-            "the model is in float16, in which training ends in weights that are not numbers; load it in float32 or "
-            "bfloat16 (dtype), or train adapters"
-        )
-
-
-def check_optimizer(made_of: tuple[Any, Any]) -> None:
-    """Make the optimizer of a class and its options, of nothing: it raises a `ValueError` for what it refuses."""
-    kind, options = made_of
-    if not {"params", "optimizer_dict", "model"} & options.keys():  # with which it brings the weights itself
-        kind([nn.Parameter(torch.zeros(1))], **options)
-
-
-def _check_scheduler(args: TrainingArguments) -> None:
-    """Raise [`LayerPruneError`] unless the learning-rate schedule can be made."""
-    nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-    options = {"num_warmup_steps": 1, "num_training_steps": 2, "scheduler_specific_kwargs": args.lr_scheduler_kwargs}
-    try:
-        get_scheduler(args.lr_scheduler_type, nothing, **options)
-    except (ValueError, TypeError) as error:
-        name = SchedulerType(args.lr_scheduler_type).value
-        raise LayerPruneError(
-            f"lr_scheduler_type={name!r} with lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {first_line(error)}"
-        ) from error
-
-
-def _check_adapters(model: PreTrainedModel, peft_config: Any) -> None:
-    """Raise [`LayerPruneError`] unless adapters can be put on the layers of `model`; tried without its weights."""
-    with torch.device("meta"):
-        empty = type(model)(copy.deepcopy(model.config))
-    try:
+        with torch.device("meta"):
+            empty = type(model)(copy.deepcopy(model.config))
         _check_targets(empty, getattr(peft_config, "target_modules", None))
         with suppress(RuntimeError):  # of those that begin with values computed from the weights
             _with_adapters(empty, list(range(len(empty.base_model.layers))), peft_config)
-    except (ValueError, ImportError) as error:  # what PEFT says of the settings
-        raise LayerPruneError(f"the adapters cannot be made: {first_line(error)}") from error
+        if getattr(peft_config, "target_modules", ()) is None and "parallelize" in args.edits:
+            raise LayerPruneError(
+                "PEFT has no target_modules for layers that run in parallel; name them, such as q_proj and v_proj"
+            )
+    elif model.dtype == torch.float16 and args.deepspeed_plugin is None:
+        raise LayerPruneError(
+            "the model is in float16, which training turns into NaN; load it in float32 or bfloat16, or train adapters"
+        )
+    kind, options = optimizer or (torch.optim.SGD, {})
+    if not {"params", "optimizer_dict", "model"} & options.keys():  # with which it brings the weights itself
+        kind([nn.Parameter(torch.zeros(1))], **options)
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        get_scheduler(args.lr_scheduler_type, nothing, 1, 2, args.lr_scheduler_kwargs)
+    except TypeError as error:
+        raise LayerPruneError(f"lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {error}") from error
 
 
 def _check_targets(model: PreTrainedModel, names: Any) -> None:
@@ -145,8 +114,7 @@ def _check_targets(model: PreTrainedModel, names: Any) -> None:
     wrong = sorted(name for name in names if not any(full.endswith(f".{name}") for full in found))
     if wrong and len(wrong) < len(names):  # of none that is found it says so itself
         raise LayerPruneError(
-            f"target_modules names {', '.join(wrong)}, which the layers do not have; adapters are put on layers, and "
-            "modules_to_save trains embeddings or head whole"
+            f"target_modules names {', '.join(wrong)}, which the layers do not have; modules_to_save trains the head"
         )
 
 
@@ -155,8 +123,7 @@ def _with_adapters(student: PreTrainedModel, blocks: list[int], peft_config: Any
 
     if getattr(peft_config, "layers_to_transform", ()) is not None:
         raise LayerPruneError(
-            f"a {type(peft_config).__name__} must have layers_to_transform, and leave it unset: layers move as others "
-            "are removed; say which to heal with trained_layers"
+            f"a {type(peft_config).__name__} must have layers_to_transform, and leave it unset; set trained_layers"
         )
     changes: dict[str, Any] = {"layers_to_transform": blocks}
     if peft_config.target_modules == "all-linear":  # PEFT would name each in full, and ignore layers_to_transform
@@ -189,7 +156,6 @@ def merge_and_round(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
         parameter.copy_(parameter.to(dtype))
         if not torch.isfinite(parameter).all():
             raise NotANumber(
-                f"healing left weights that are not numbers in {dtype} after its last step; lower the learning rate "
-                "or train in higher precision"
+                f"healing left NaN in {dtype} after its last step; lower the learning rate or train more precisely"
             )
     return student.requires_grad_(False)
