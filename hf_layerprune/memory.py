@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -142,7 +143,8 @@ class StepMeter:
         way back; and what a block and the frozen layer add to each.
         """
         live, after = self.live, []
-        with live:
+        with live, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has another name for checkpointing
             teacher, student, weights = self.models(way.lora_r, way.dtype, blocks, width)
             layers = student.base_model.layers
             if way.gradient_checkpointing:
