@@ -49,13 +49,11 @@ class BenchmarkReport:
     Attributes:
         prefill_tokens_per_second (`float`): prompt tokens over the time to the first new token.
         decode_tokens_per_second (`float`): new tokens after the first over the time they took.
-        peak_memory_bytes (`int`): the weights and the most memory that generating adds; on a GPU measured, elsewhere
-            the KV cache, which is what must fit at least.
+        peak_memory_bytes (`int`): the weights and what generating adds: on a GPU measured, elsewhere the KV cache.
         kv_bytes_per_token (`int`): size of the KV cache per token of context.
         batch_size (`int`): prompts at once; the speeds count the tokens of all of them.
         time_to_first_token (`float`): seconds from the call to the first new token.
-        prefill_ratio (`float`): prefill speed over that of the first model measured, run by run; 1.0 for itself.
-        decode_ratio (`float`): decode speed over that of the first model measured, run by run; 1.0 for itself.
+        prefill_ratio, decode_ratio (`float`): speed over that of the first model measured, run by run.
     """
 
     prefill_tokens_per_second: float
@@ -78,12 +76,11 @@ class Load:
     Args:
         prompt_tokens (`int`, *optional*, defaults to `128`): prompt length.
         new_tokens (`int`, *optional*, defaults to `64`): tokens generated, at least 2.
-        batch_size (`int`, *optional*, defaults to `1`): prompts at once; speeds count the tokens of all of them.
+        batch_size (`int`, *optional*, defaults to `1`): prompts at once.
         repeats (`int`, *optional*, defaults to `3`): timed runs of each model.
-        cache_implementation (`str`, *optional*): KV cache: `"static"`, as long as prompt and new tokens from the
-            start, or `"dynamic"`, which grows and is the default.
-        compile (`bool`, *optional*, defaults to `False`): whether `generate` decodes with `torch.compile` (the prompt
-            is never compiled); needs the static cache. Drops what was compiled before in this process.
+        cache_implementation (`str`, *optional*): KV cache: `"dynamic"`, which grows, by default; or `"static"`.
+        compile (`bool`, *optional*, defaults to `False`): whether `generate` decodes with `torch.compile`; needs the
+            static cache. Drops what was compiled before in this process.
 
     Raises:
         [`LayerPruneError`]: for a setting that cannot work.
@@ -112,13 +109,10 @@ def benchmark_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Benchm
 def benchmark_models(
     models: Sequence[PreTrainedModel], *args: Any, on_run: Callable[[], None] = lambda: None, **kwargs: Any
 ) -> list[BenchmarkReport]:
-    """Time greedy `generate` of several models, interleaved, after a warm-up each; medians over `repeats`.
+    """Time greedy `generate` of several models on random tokens, interleaved, after a warm-up each.
 
-    Args:
-        models (`Sequence[PreTrainedModel]`): models with one vocabulary size each; prompts are random tokens. Ratios
-            are to the first.
-        on_run (`Callable[[], None]`, *optional*): called after each of the `num_runs`, for progress bars.
-        args, kwargs: the settings of [`Load`].
+    Numbers are medians over `repeats`. `args` and `kwargs` are the settings of [`Load`]; `on_run` is called after each
+    of the [`num_runs`].
 
     Raises:
         [`LayerPruneError`]: for a setting that cannot work.
@@ -165,13 +159,12 @@ def num_runs(num_models: int, repeats: int, compile: bool = False) -> int:
 def _as_loaded(models: Sequence[PreTrainedModel]) -> Iterator[None]:
     """Let every parameter require gradients, as `from_pretrained` leaves it, and freeze it again afterwards.
 
-    On a CPU torch multiplies part of a batch by a frozen matrix in a way that copies the matrix: each prompt would pay
-    for a copy of the head.
+    On a CPU torch copies a frozen matrix before it multiplies part of a batch: each prompt would pay for the head.
     """
     frozen = [p for model in models for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
         yield
     finally:
         for parameter in frozen:
@@ -180,10 +173,7 @@ def _as_loaded(models: Sequence[PreTrainedModel]) -> Iterator[None]:
 
 @contextmanager
 def _compiling(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Compile a graph for every model and batch size, and free what was compiled.
-
-    After 8 graphs of one function dynamo would go on uncompiled without a word, so the limit is lifted.
-    """
+    """Compile a graph for every model and batch size, past dynamo's silent limit of 8, and free what was compiled."""
     torch.compiler.reset()
     try:
         with torch._dynamo.config.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16):
@@ -277,10 +267,10 @@ def load_shape(name_or_path: str) -> PretrainedConfig:
 
 
 def shape_plan(config: PretrainedConfig, num_layers: int, num_blocks: int | None = None) -> LayerPlan:
-    """Plan `num_layers` layers in `num_blocks` blocks: neighbours run in parallel pairs where there are fewer blocks.
+    """Plan `num_layers` layers in `num_blocks` blocks; where these are fewer, neighbours run in parallel pairs.
 
-    The pairs are one stretch in the later middle, as in https://huggingface.co/papers/2502.02790: an eighth of the
-    layers after it stay single, or half of the single ones if those are fewer.
+    The pairs are one stretch in the later middle, as in https://huggingface.co/papers/2502.02790, before an eighth of
+    the layers, or half of the single ones if those are fewer.
     """
     depth, blocks = len(plan_of(config).layers), num_layers if num_blocks is None else num_blocks
     pairs, single = num_layers - blocks, 2 * blocks - num_layers
@@ -300,10 +290,9 @@ def random_models(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
 ) -> list[PreTrainedModel]:
-    """Make models that compute finite nonsense as fast as trained ones compute sense.
+    """Make models of random weights, as fast as trained ones; what they have in common is in memory once.
 
-    `sizes` are the number of layers, and of the blocks that hold them, of each model, see [`shape_plan`]; by default
-    there is one, of the blocks of `config`. What the models have in common is in memory once.
+    `sizes` are the number of layers and of blocks of each, see [`shape_plan`]; by default there is one, of `config`.
     """
     check_supported(config)
     if not sizes:

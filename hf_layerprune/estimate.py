@@ -96,8 +96,8 @@ class RunSizes:
         self.students = [self.parameters - self.layer_parameters * edits * self.removed for edits in done]
 
     def steps(self, way: Way) -> list[StepShape]:
-        """List the steps that may need most: of the first round, its gaps as low as can be, so that gradients pass
-        every layer; and of the last one, where layers healed before are no longer the teacher's."""
+        """List the steps that may need most: of the first round, where gradients pass every layer, and of the last
+        one, where layers healed before are no longer the teacher's."""
         last = (self.rounds - 1) * self.args.layers_per_round if self.edits and way.trained == "neighbours" else 0
         return [self._step(way, edits) for edits in dict.fromkeys((0, last))]
 
@@ -173,10 +173,9 @@ class RunSizes:
 
 
 def estimate_run(run: RunSizes, memory: int, dtype: str, lora_r: int | None, tflops: float | None) -> Estimate:
-    """Estimate every way to heal, and what the run takes on a device with so many bytes of `memory`.
+    """Estimate what a run takes on a device with `memory` bytes that reaches `tflops` (assumed where not given).
 
-    Next to the `dtype` and `lora_r` that are asked for, bfloat16 and LoRA of rank 16 are estimated anyway. `tflops` is
-    what the device reaches, in 10^12 operations per second; it is assumed where not given.
+    Next to the `dtype` and `lora_r` that are asked for, bfloat16 and LoRA of rank 16 are estimated too.
     """
     args, rank, settings, best = run.args, lora_r or 16, [], None
     rows = [n for n in sorted({*ROWS, args.per_device_train_batch_size}) if run.per_step % n == 0]

@@ -1,6 +1,4 @@
-"""The terminal during a verb: what is happening and the time left; a line about each round of a run; and how Ctrl-C
-ends one.
-"""
+"""The terminal during a verb: what is happening, the time left, a line about each round, and how Ctrl-C ends a run."""
 
 from __future__ import annotations
 
@@ -37,10 +35,9 @@ def say(console: Console, text: str) -> None:
 
 class Phases:
     """Say on stderr what a verb is doing: in a terminal by a bar with the time left, elsewhere by a line per phase
-    and, within a long one, a line every 30 seconds.
+    and, within a long one, every 30 seconds.
 
-    `quiet` says nothing, as one of several processes. `out` is for results that are printed meanwhile: stdout, through
-    the bar where both are one terminal.
+    `out` is for results: stdout, through the bar where both are one terminal. `quiet` says nothing.
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
@@ -144,8 +141,7 @@ class RunProgress(LayerDistillCallback):
     def on_phase_step(self, *_: Any, **__: Any) -> None:
         self.phases.step()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.phases.step()
+    on_step_end = on_phase_step
 
     def on_round_end(self, *_: Any, record: RoundRecord, **__: Any) -> None:
         edits = ", ".join(map(str, record.edits)) or ("on policy" if record.is_on_policy else "no edit")
@@ -164,8 +160,8 @@ class RunProgress(LayerDistillCallback):
 
 
 class StopOnSignal(LayerDistillCallback):
-    """End a run on Ctrl-C or SIGTERM where it can resume, with a `KeyboardInterrupt`: after the step of a healing, of
-    which a checkpoint is saved, or after the batch of a scoring. A second signal ends it at once. A context manager.
+    """Raise `KeyboardInterrupt` on Ctrl-C or SIGTERM where a run can resume: after a step of a healing, with a
+    checkpoint of it, or after a batch of a scoring. A second signal ends it at once. A context manager.
     """
 
     def __init__(self) -> None:

@@ -34,6 +34,10 @@ def recipe(tmp_path):
         (["score", "--qqq"], "unknown setting --qqq; see hf-layerprune score --help"),
         (["score", "embedded"], "unknown setting embedded; did you mean --model embedded?"),
         (["score", "Qwen/Qwen2.5-0.5B"], "unknown setting Qwen/Qwen2.5-0.5B; did you mean --model Qwen/Qwen2.5-0.5B?"),
+        (
+            ["compress", "--torch_compile", "true"],
+            "unknown setting --torch_compile; it compiles a whole model; --compile_layers true compiles every layer",
+        ),
         (["compress", "--use_liger_kernel", "true"], "unknown setting --use_liger_kernel; see hf-layerprune compress"),
         (
             ["compress", "--config", "{recipe}"],

@@ -11,8 +11,6 @@ import gc
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -75,25 +73,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(verb: str, argv: list[str]) -> None:
     name = verb.replace("-", "_")
+    gc.disable()  # looking through what imports make takes a third of their time
     if {"-h", "--help", "--help-all"} & set(argv):
-        with _quick_imports():
-            parser = import_module(".parsing", __name__).Parser(verb)
+        parser = import_module(".parsing", __name__).Parser(verb)
+        gc.enable()
         sys.stdout.write(parser.help_text(everything="--help-all" in argv))
         return
-    with _quick_imports():
-        module = import_module(f".{name}", __name__)
-        _silence_libraries()
+    module = import_module(f".{name}", __name__)
+    _silence_libraries()
+    gc.enable()
     getattr(module, name)(argv)
-
-
-@contextmanager
-def _quick_imports() -> Iterator[None]:
-    """Keep the garbage collector from looking through what imports make, which takes a third of their time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _users_mistake(error: Exception) -> str | None:
@@ -133,7 +122,6 @@ class OncePerKind(logging.Filter):
         self.seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        beginning = record.getMessage()[:60]
-        is_new = beginning not in self.seen
-        self.seen.add(beginning)
-        return is_new
+        before = len(self.seen)
+        self.seen.add(record.getMessage()[:60])
+        return len(self.seen) > before

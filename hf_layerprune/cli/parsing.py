@@ -148,6 +148,8 @@ class Parser(TrlParser):
         hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
         if "model" in self.settings and not name.startswith("-") and ("/" in name or name == "embedded"):
             hint = f"did you mean --model {name}?"
+        if word == "torch_compile" and "compile_layers" in self.settings:
+            hint = "it compiles a whole model; --compile_layers true compiles every layer"
         return LayerPruneError(f"unknown setting {name}; {hint}")
 
 

@@ -1,7 +1,7 @@
 """Tasks as batches of tokens, and how what models did with them becomes costs.
 
 Shapes: C models, B rows of a batch, T positions, E examples of a chunk (an example may be several rows). Position `t`
-predicts token `t + 1`; labels are -100 where nothing is scored. A lower cost is better. The mean cost of a task is the
+predicts token `t + 1`; labels are -100 where nothing is scored. A lower cost is better; the mean cost of a task is the
 sum of its costs over the sum of their weights.
 """
 
@@ -31,10 +31,8 @@ METRICS = ("exact_match", "prefix", "rouge1", "rouge2", "rougeL", "bleu", "chrf"
 class Chunk:
     """Whole examples of a task.
 
-    Attributes:
-        batch (`dict[str, Tensor]`):
-            `input_ids` and `attention_mask`, each `(B, T)`; with `labels` and padded on the right if they are scored,
-            padded on the left if a model continues them.
+    `batch` holds `input_ids` and `attention_mask`, each `(B, T)`: with `labels` and padded on the right to be scored,
+    or padded on the left to be continued.
     """
 
     batch: dict[str, Tensor] = field(repr=False)
@@ -186,18 +184,15 @@ class PreparedTask:
     """A task in tokens.
 
     Attributes:
-        name (`str`): name of the task.
         weight (`float`): its weight among others.
         measure (`str`): `"accuracy"`, `"perplexity"`, `"kl"`, a metric's name, or the `"score"` of lm-eval.
         chunks (`list[Chunk]`): its examples.
-        vocab_size (`int`): of the smallest vocabulary that its tokens are known to be in; 0 before they are checked.
     """
 
     name: str
     weight: float
     measure: str
     chunks: list[Chunk] = field(repr=False)
-    vocab_size: int = field(default=0, repr=False)
 
     @property
     def statistic(self) -> Literal["kl", "nll"]:
@@ -224,10 +219,7 @@ class Example:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a prompt, after the tokenizer's begin token if it has one.
-
-    The empty prompt is the begin token or else the end token, after which training texts start.
-    """
+    """Tokens of a prompt, after the tokenizer's begin token if it has one; of no text, else, the end token."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None:
         return [tokenizer.bos_token_id, *ids]
@@ -243,10 +235,9 @@ def cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) ->
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, max_length: int) -> Encoded:
-    """Tokens of `prompt + continuation`, tokenized as one text, as the model would write it.
+    """Tokenize `prompt + continuation` as one text, of which the tokens that differ from the prompt's are scored.
 
-    Tokens that differ from the prompt's own are scored. A row longer than `max_length` loses the beginning of its
-    prompt, but not the begin token.
+    A row longer than `max_length` loses the beginning of its prompt, but not the begin token.
 
     Raises:
         [`LayerPruneError`]: if the continuation has no token, or does not fit.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """How good a model is on several tasks.
-
-    Attributes:
-        results (`dict[str, TaskResult]`): one per task, by name.
-    """
+    """How good a model is on several tasks, by their names."""
 
     results: dict[str, TaskResult]
 
@@ -72,7 +68,7 @@ def load_tasks(spec: str) -> list[Task]:
         spec (`str`):
             `"default"` (perplexity, KL, minimal pairs and copying on text that comes with the package), `"paper"` (the
             seven data sets of https://huggingface.co/papers/2511.05085, from the Hub), a YAML file, `"lm_eval:NAME"`
-            for a task of lm-eval or a task's YAML file of its format, or several of these with commas between.
+            for a task of lm-eval or a file in its format, or several of these with commas between.
 
     Raises:
         [`LayerPruneError`]: if there is no such preset or file, or a setting is unknown or wrong.
@@ -122,7 +118,7 @@ def prepare_tasks(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 8,
 ) -> list[PreparedTask]:
-    """Tasks tokenized for a model, unless they are already; arguments as in [`evaluate_tasks`].
+    """Tasks tokenized for a model, unless they already are; arguments as in [`evaluate_tasks`].
 
     Raises:
         [`LayerPruneError`]: if data does not fit its task or the model, two tasks have one name, or there is none.
@@ -137,10 +133,8 @@ def prepare_tasks(
     prepared = []
     for task in tasks:
         task = task if isinstance(task, PreparedTask) else task.prepare(tokenizer, batch_size, longest)
-        if not 0 < task.vocab_size <= vocab_size:
-            batches = [chunk.batch for chunk in task.chunks if chunk.batch]
-            check_batches(batches, vocab_size, f"task {task.name}", required=False)
-            task = replace(task, vocab_size=vocab_size)
+        batches = [chunk.batch for chunk in task.chunks if chunk.batch]
+        check_batches(batches, vocab_size, f"task {task.name}", required=False)
         prepared.append(task)
     return prepared
 
@@ -153,16 +147,15 @@ def evaluate_tasks(
     batch_size: int = 8,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> TaskReport:
-    """Measure a causal language model on tasks.
+    """Measure a causal language model with an output head `lm_head` on tasks.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): any causal language model with an output head `lm_head`.
         tasks (`str`, `Iterable[Task]` or `Iterable[PreparedTask]`):
             what to measure it on, or its name, see [`load_tasks`]; names of tasks must differ.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own.
         teacher ([`~transformers.PreTrainedModel`], *optional*): needed for a [`KLTask`].
         batch_size (`int`, *optional*, defaults to 8): rows at a time.
-        on_chunk (`Callable[[], None]`, *optional*): called after every chunk, for progress bars.
+        on_chunk (`Callable[[], None]`, *optional*): called after every chunk.
 
     Raises:
         [`LayerPruneError`]: if data does not fit its task, two tasks have one name, or a teacher is missing.
@@ -205,10 +198,10 @@ def sums_by_row(
     statistic: str,
     teacher: PreTrainedModel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Nats summed over each row's scored tokens, `(C, B)`, and the number of these tokens, `(B,)`.
+    """Nats summed over each row's scored tokens, `(C, B)`, and the number of these tokens, `(B,)`; on the CPU.
 
-    Runs inside [`~forward.inference`]; the result is in float64, on the CPU. `states` are the final states `(B, T, H)`
-    of `model` itself, then of other models with its head. `statistic` is `"nll"`, or `"kl"` to `teacher`.
+    Runs inside [`~forward.inference`]. `states` are the final states `(B, T, H)` of `model` itself, then of others
+    with its head. `statistic` is `"nll"`, or `"kl"` to `teacher`.
     """
     valid, labels = valid_next_tokens(batch)
     counts, row_of_token = valid.sum(1).cpu().double(), valid.nonzero()[:, 0].cpu()

@@ -36,9 +36,9 @@ FEW_SHOT_SEED = 1234  # lm-eval's own
 class PerplexityTask(PromptedTask):
     """Nats per token of text; the cost is weighted by tokens.
 
-    Without a prompt, texts are joined end to end, an end token after each, and cut into windows of `max_length`
-    tokens, each of which is an example; the last, shorter one counts too. `limit` is then the number of windows, taken
-    from the beginning of the data. With a prompt, each row is an example, of which only the text is scored.
+    Without a prompt, texts are joined, an end token after each, and cut into windows of `max_length` tokens, each an
+    example; `limit` is then the number of windows, from the beginning. With a prompt, each row is an example, of which
+    only the text is scored.
 
     Args:
         text (`str`, *optional*, defaults to `"{text}"`): template of a text over the row's columns.
@@ -204,15 +204,9 @@ class GenerationTask(PromptedTask):
 
 @dataclass(frozen=True)
 class LmEvalChunk(ModelChunk):
-    """A whole task, which lm-eval runs itself, one model at a time; its `batch` is empty.
+    """A whole task, which lm-eval runs itself, one model at a time; its `batch` is empty."""
 
-    Attributes:
-        loaded (`dict[str, Any]`): the task with its data, or the several of a group, as lm-eval's manager loads them.
-        limit (`int`, *optional*): most examples, of each task of a group.
-        batch_size (`int`): rows at a time.
-    """
-
-    loaded: dict[str, Any] = field(repr=False)
+    loaded: dict[str, Any] = field(repr=False)  # as lm-eval's manager loads a task, or the several of a group
     limit: int | None
     batch_size: int
 
@@ -232,9 +226,7 @@ class LmEvalChunk(ModelChunk):
 
 
 def costs_of_samples(samples: dict[str, list[dict[str, Any]]]) -> Tensor:
-    """The costs `(E,)` of the samples lm-eval logged, by task (a group has several).
-
-    A task of several filters logs every example once by each; the first filter counts.
+    """The costs `(E,)` of the samples lm-eval logged, by task (a group has several) and, in it, by filter.
 
     Raises:
         [`LayerPruneError`]: if the first metric of a task is not a number in [0, 1] per example.
@@ -242,7 +234,7 @@ def costs_of_samples(samples: dict[str, list[dict[str, Any]]]) -> Tensor:
     scores = []
     for name, rows in samples.items():
         for row in rows:
-            if row["filter"] != rows[0]["filter"]:  # the same answer, read in another way
+            if row["filter"] != rows[0]["filter"]:  # the same answer, read another way
                 continue
             metric = row["metrics"][0]
             if not isinstance(row[metric], (int, float)) or not 0 <= row[metric] <= 1:
@@ -258,10 +250,9 @@ def costs_of_samples(samples: dict[str, list[dict[str, Any]]]) -> Tensor:
 class LmEvalTask(Task):
     """A task of [lm-eval](https://github.com/EleutherAI/lm-evaluation-harness), which is an extra of this package.
 
-    `dataset` is its name (`"arc_easy"`) or a YAML file in lm-eval's format.
-    It is judged by the task's first metric and first filter, and run by lm-eval itself on the model in memory, one
-    model at a time. `limit` takes the first examples, of each task if the name is that of a group. Such a YAML file
-    can name Python functions, which lm-eval runs: use only files you trust.
+    `dataset` is its name (`"arc_easy"`) or a YAML file in lm-eval's format, which can name Python functions that are
+    run: use only files you trust. The task's first metric and first filter count. `limit` takes the first examples, of
+    each task of a group.
     """
 
     kind: ClassVar[str] = "lm_eval"

@@ -68,13 +68,10 @@ class Task:
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, max_length: int | None = None
     ) -> PreparedTask:
-        """Read the data and tokenize it.
+        """Read the data and tokenize it with the model's tokenizer.
 
-        Args:
-            tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's own.
-            batch_size (`int`, *optional*, defaults to 8):
-                rows per chunk; an example of more rows than that makes a larger chunk.
-            max_length (`int`, *optional*): T at most; defaults to the tokenizer's `model_max_length`.
+        A chunk has `batch_size` rows (more for an example that has more) of at most `max_length` tokens, by default
+        the tokenizer's `model_max_length`.
 
         Raises:
             [`LayerPruneError`]: if the data cannot be read, or a row does not fit the task; it names the row.
