@@ -21,8 +21,9 @@ os.environ.update(
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import drawn  # noqa: F401
+import forked
 import pytest
+import quick  # noqa: F401
 import torch
 from datasets import Dataset
 from tokenizers.pre_tokenizers import ByteLevel
@@ -79,6 +80,10 @@ def random_batches(count: int = 2, rows: int = 3, length: int = 12, padded: bool
             mask[1, :3] = 0
         batches.append({"input_ids": ids, "attention_mask": mask})
     return batches
+
+
+def pytest_sessionstart() -> None:
+    forked.SERVERS["package"] = forked.Server()
 
 
 @pytest.fixture
@@ -143,7 +148,13 @@ def write(tmp_path: Path) -> Callable[[str, str | list], str]:
 
 @pytest.fixture(scope="session")
 def texts() -> Dataset:
-    return embedded_dataset("calibration").select(range(12))
+    return short_texts()
+
+
+def short_texts(count: int = 12) -> Dataset:
+    """The beginnings of embedded texts."""
+    beginnings = [text[:400] for text in embedded_dataset("calibration").select(range(count))["text"]]
+    return Dataset.from_dict({"text": beginnings})
 
 
 def tiny_config(output_dir: Path, **changes) -> IterativeLayerDistillConfig:

@@ -17,9 +17,9 @@ from hf_layerprune import data
 
 data.EMBEDDED_MODEL = os.environ.get("EMBEDDED_MODEL", data.EMBEDDED_MODEL)  # before anything imports it from there
 
-import drawn  # noqa: E402, F401
+import quick  # noqa: E402, F401
 
-from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, embedded_dataset  # noqa: E402
+from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli  # noqa: E402
 from hf_layerprune.demo import DemoSettings, ModelEntry, open_catalog  # noqa: E402
 from hf_layerprune.demo.space import push_space  # noqa: E402
 from hf_layerprune.hub import load_run, push_run  # noqa: E402
@@ -76,9 +76,9 @@ def call(request):
 
 def train(model, output_dir, **changes):
     """A run of one round by the trainer, which pushes; then once more, otherwise."""
-    from conftest import tiny_config
+    from conftest import short_texts, tiny_config
 
-    texts = embedded_dataset("calibration").select(range(8))
+    texts = short_texts(8)
     args = tiny_config(output_dir, target_num_layers=5, max_steps=1, measure_speed=False, **changes)
     trainer = IterativeLayerDistillTrainer(model=model, args=args, train_dataset=texts)
     trainer.train()

@@ -333,10 +333,10 @@ QUICK = ("--max_length", 32, "--num_calibration_samples", 2, "--max_steps", 1, "
          "--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2, "--save_strategy", "no",
          "--report_to", "none", "--measure_speed", "false")  # fmt: skip
 OF_A_BRANCH = """
-from conftest import embedded_dataset, tiny_config
+from conftest import short_texts, tiny_config
 from hf_layerprune import IterativeLayerDistillTrainer
 args = tiny_config({folder!r}, target_num_layers=2, model_init_kwargs={{"revision": "side"}})
-texts = embedded_dataset("calibration").select(range(12))
+texts = short_texts()
 trainer = IterativeLayerDistillTrainer(model="me/aside", args=args, train_dataset=texts)
 assert len(trainer.processing_class) == 257
 """

@@ -167,7 +167,7 @@ import conftest, torch
 from pathlib import Path
 from hf_layerprune import IterativeLayerDistillTrainer
 torch.set_num_threads(1)
-texts = conftest.embedded_dataset("calibration").select(range(12))
+texts = conftest.short_texts()
 args = conftest.tiny_config(Path({str(tmp_path / "run")!r}), save_strategy="steps", save_steps=2, measure_speed=False)
 trainer = IterativeLayerDistillTrainer(model=conftest.tiny_model(), args=args, train_dataset=texts, eval_dataset=texts,
                                        processing_class=conftest.byte_tokenizer())

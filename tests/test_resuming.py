@@ -240,7 +240,7 @@ from pathlib import Path
 from hf_layerprune import IterativeLayerDistillTrainer
 from hf_layerprune.trainer.healing import HealingTrainer
 args = conftest.tiny_config(Path({str(tmp_path / "run")!r}), save_strategy="steps", save_steps=1, target_num_layers=4)
-texts = conftest.embedded_dataset("calibration").select(range(12))
+texts = conftest.short_texts()
 trainer = IterativeLayerDistillTrainer(model=conftest.tiny_model(), args=args, train_dataset=texts,
                                        processing_class=conftest.byte_tokenizer())
 whole = HealingTrainer.compute_loss
