@@ -104,6 +104,8 @@ def _main(folder: Path, code: str | Path, arguments: tuple[str, ...], environmen
             exec(compile(code, "<forked>", "exec"), {"__name__": "__main__"})
         threading._shutdown()  # wait for threads, as an interpreter does
     except SystemExit as stop:
+        if isinstance(stop.code, str):
+            sys.stderr.write(f"{stop.code}\n")
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 

@@ -15,7 +15,10 @@ import warnings
 
 from hf_layerprune import data
 
-data.EMBEDDED_MODEL = os.environ.get("EMBEDDED_MODEL", data.EMBEDDED_MODEL)  # before anything imports it from there
+embedded_dataset = data.embedded_dataset
+if "EMBEDDED_MODEL" in os.environ:  # with less text; before anything imports them from there
+    data.EMBEDDED_MODEL = os.environ["EMBEDDED_MODEL"]
+    data.embedded_dataset = lambda name: embedded_dataset(name).select(range(100))
 
 import quick  # noqa: E402, F401
 
@@ -64,9 +67,10 @@ def call(request):
             exec(request["code"], {})
         return {}
     if request["argv"][0] == "demo":
-        from hf_layerprune.demo import page
+        from hf_layerprune.demo import page, service
 
         page.launch_page = lambda built, **options: None  # else it serves until it is interrupted
+        service.SECONDS_FOR_EXAMPLE = 0
     out, err = io.StringIO(), io.StringIO()
     token = without("HF_TOKEN") if request["without_token"] else contextlib.nullcontext()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), token:
