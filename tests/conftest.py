@@ -21,10 +21,12 @@ os.environ.update(
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import drawn  # noqa: F401
+import forked
 import pytest
+import quick  # noqa: F401
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -79,6 +81,10 @@ def random_batches(count: int = 2, rows: int = 3, length: int = 12, padded: bool
             mask[1, :3] = 0
         batches.append({"input_ids": ids, "attention_mask": mask})
     return batches
+
+
+def pytest_sessionstart() -> None:
+    forked.SERVERS["package"] = forked.Server()
 
 
 @pytest.fixture
@@ -143,7 +149,13 @@ def write(tmp_path: Path) -> Callable[[str, str | list], str]:
 
 @pytest.fixture(scope="session")
 def texts() -> Dataset:
-    return embedded_dataset("calibration").select(range(12))
+    return short_texts()
+
+
+def short_texts(count: int = 12) -> Dataset:
+    """The beginnings of embedded texts."""
+    beginnings = [text[:400] for text in embedded_dataset("calibration").select(range(count))["text"]]
+    return Dataset.from_dict({"text": beginnings})
 
 
 def tiny_config(output_dir: Path, **changes) -> IterativeLayerDistillConfig:
@@ -200,6 +212,23 @@ def make(tmp_path, tokenizer, texts):
     return build
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tokenizer: Qwen2Tokenizer, texts: Dataset) -> Callable[..., Path]:
+    """The folder of a run that nothing ends early, made once for equal settings; only to be read."""
+    folders = {}
+
+    def build(num_layers: int = 5, peft_config: PeftConfig | None = None, **changes) -> Path:
+        key = repr((num_layers, peft_config, sorted(changes.items())))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("whole") / "run"
+            args = tiny_config(folders[key], **changes)
+            data = {"train_dataset": texts, "eval_dataset": texts, "processing_class": tokenizer}
+            IterativeLayerDistillTrainer(tiny_model(num_layers), args, peft_config=peft_config, **data).train()
+        return folders[key]
+
+    return build
+
+
 @pytest.fixture
 def healings(monkeypatch):
     """Every healing of the test, in order."""
@@ -221,6 +250,24 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     make_service(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator:
+    """A Hub on loopback, which tests of several files share."""
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def worker(hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """A process with the Hub's client."""
+    from hub_client import Worker
+
+    with Worker(hub, tmp_path_factory.mktemp("cache")) as process:
+        yield process
 
 
 def errors_of(capsys) -> str:

@@ -15,11 +15,14 @@ import warnings
 
 from hf_layerprune import data
 
-data.EMBEDDED_MODEL = os.environ.get("EMBEDDED_MODEL", data.EMBEDDED_MODEL)  # before anything imports it from there
+embedded_dataset = data.embedded_dataset
+if "EMBEDDED_MODEL" in os.environ:  # with less text; before anything imports them from there
+    data.EMBEDDED_MODEL = os.environ["EMBEDDED_MODEL"]
+    data.embedded_dataset = lambda name: embedded_dataset(name).select(range(100))
 
-import drawn  # noqa: E402, F401
+import quick  # noqa: E402, F401
 
-from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli, embedded_dataset  # noqa: E402
+from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, cli  # noqa: E402
 from hf_layerprune.demo import DemoSettings, ModelEntry, open_catalog  # noqa: E402
 from hf_layerprune.hub import load_run, push_run  # noqa: E402
 
@@ -59,9 +62,10 @@ def call(request):
             exec(request["code"], {})
         return {}
     if request["argv"][0] == "demo":
-        from hf_layerprune.demo import page
+        from hf_layerprune.demo import page, service
 
         page.launch_page = lambda built, **options: None  # else it serves until it is interrupted
+        service.SECONDS_FOR_EXAMPLE = 0
     out, err = io.StringIO(), io.StringIO()
     token = without("HF_TOKEN") if request["without_token"] else contextlib.nullcontext()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), token:
@@ -71,9 +75,9 @@ def call(request):
 
 def train(model, output_dir, **changes):
     """A run of one round by the trainer, which pushes; then once more, otherwise."""
-    from conftest import tiny_config
+    from conftest import short_texts, tiny_config
 
-    texts = embedded_dataset("calibration").select(range(8))
+    texts = short_texts(8)
     args = tiny_config(output_dir, target_num_layers=5, max_steps=1, measure_speed=False, **changes)
     trainer = IterativeLayerDistillTrainer(model=model, args=args, train_dataset=texts)
     trainer.train()

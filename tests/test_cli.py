@@ -23,12 +23,13 @@ QUICK = [
 ]  # fmt: skip
 
 
+STORY = "\n".join(f"Once upon a time, {n} times over, there was a small house in a wood." for n in range(60))
+
+
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "story.txt"
-    path.write_text(
-        "\n".join(f"Once upon a time, {n} times over, there was a small house in a wood." for n in range(60))
-    )
+    path.write_text(STORY)
     return path
 
 
@@ -194,20 +195,20 @@ def test_settings_that_cannot_work_are_one_line_before_anything_is_loaded(tmp_pa
     assert set(tmp_path.iterdir()) == {bad, broken}
 
 
-@pytest.mark.parametrize("name", bad_requests())
-def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_path, model_folder, text_file, capsys):
-    files = {"text": text_file, "empty": tmp_path / "empty", "gpt2": tmp_path / "gpt2", "used": tmp_path / "used",
-             "no_text": tmp_path / "no_text.csv",
-             "other_vocabulary": tmp_path / "other",
-             "no_tokenizer": tmp_path / "bare", "number": tmp_path / "number.jsonl", "null": tmp_path / "null.jsonl",
-             "blank": tmp_path / "blank.jsonl", "nothing": tmp_path / "nothing.jsonl",
-             "saved": tmp_path / "saved"}  # fmt: skip
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory, saved_model):
+    """What `bad_requests` names, and a text that is long enough."""
+    folder = tmp_path_factory.mktemp("bad")
+    files = {"text": folder / "story.txt", "empty": folder / "empty", "gpt2": folder / "gpt2", "used": folder / "used",
+             "no_text": folder / "no_text.csv", "other_vocabulary": folder / "other", "no_tokenizer": folder / "bare",
+             "number": folder / "number.jsonl", "null": folder / "null.jsonl", "blank": folder / "blank.jsonl",
+             "nothing": folder / "nothing.jsonl", "saved": folder / "saved"}  # fmt: skip
     files["nothing"].write_text("")
     files["number"].write_text('{"text": 5}\n' * 20)
     files["null"].write_text('{"text": null}\n' * 20)
     DatasetDict({"train": Dataset.from_dict({"text": ["word"] * 20})}).save_to_disk(files["saved"])
     files["blank"].write_text('{"text": " "}\n' * 400)
-    text_file.write_text(text_file.read_text() + "\n" + "long " * 60)
+    files["text"].write_text(STORY + "\n" + "long " * 60)
     files["empty"].mkdir()
     GPT2Config().save_pretrained(files["gpt2"])
     (files["gpt2"] / "config.toml").write_text("")
@@ -215,20 +216,28 @@ def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_pa
     (files["used"] / "run_state.json").write_text("{}")
     files["no_text"].write_text("number\n1\n2\n")
     tiny_model(vocab_size=200, eos_token_id=0).save_pretrained(files["other_vocabulary"])
-    shutil.copy(model_folder / "tokenizer.json", files["other_vocabulary"])
+    shutil.copy(saved_model / "tokenizer.json", files["other_vocabulary"])
     tiny_model().save_pretrained(files["no_tokenizer"])
+    return files
 
+
+@pytest.mark.parametrize("name", bad_requests())
+def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(name, tmp_path, saved_model, bad_files, capsys):
     extra, expected = bad_requests()[name]
-    defaults = {"--model": model_folder, "--dataset": text_file, "--output_dir": tmp_path / "out"}
+    defaults = {"--model": saved_model, "--dataset": bad_files["text"], "--output_dir": tmp_path / "out"}
     arguments = [part for pair in defaults.items() if pair[0] not in extra for part in pair]
-    extra = [] if None in extra else [argument.format(**files) for argument in extra]
-    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    extra = [] if None in extra else [argument.format(**bad_files) for argument in extra]
+
+    def everything():
+        return sorted(str(path) for folder in (tmp_path, bad_files["text"].parent) for path in folder.rglob("*"))
+
+    before = everything()
     capsys.readouterr()
     status = run("compress", *QUICK, *arguments, *extra)
     error = errors_of(capsys)
     assert status == 2, error
     assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and expected in error
-    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    assert everything() == before
 
 
 def test_an_empty_folder_of_the_users_stays(tmp_path, model_folder, text_file):

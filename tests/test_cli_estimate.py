@@ -65,15 +65,16 @@ def test_a_run_that_only_heals_scores_and_removes_nothing(tmp_path, capsys):
     for depth in (4, 6):
         tiny_model(depth).config.save_pretrained(tmp_path / str(depth))
         shapes[depth] = tmp_path / str(depth) / "config.json"
-    common = ["--model", shapes[4], "--teacher", shapes[6], "--gpu_memory", "24GiB", "--output_file", file, *QUICK]
+    common = ["--model", shapes[4], "--teacher", shapes[6], "--gpu_memory", "24GiB", "--output_file", file]
+    common += [*QUICK[:3], 1]
     assert run(*common, "--target_num_layers", 4) == 0, errors_of(capsys)
     heals = json.loads(file.read_text())
     assert heals["seconds_of_scoring"] == 0 and heals["rounds"] == 1
     assert heals["student_parameters"] == heals["parameters"] == tiny_model(4).num_parameters()
     configs = [tiny_model(depth).config for depth in (4, 6)]
-    args = tiny_config(tmp_path, target_num_layers=3, max_length=32, per_device_train_batch_size=2)
+    args = tiny_config(tmp_path, target_num_layers=3, max_length=32, per_device_train_batch_size=1)
     removes = RunSizes(configs[0], args, configs[1])
-    setting = removes.setting(Way("all", None, "float32", False), 2, StepMeter(configs[0], args, [2]))
+    setting = removes.setting(Way("all", None, "float32", False), 1, StepMeter(configs[0], args, [1]))
 
     def gradients(trained):
         return next(s["optimizer"] for s in heals["settings"] if s["trained"] == trained and not s["lora_r"])
@@ -106,7 +107,10 @@ def test_what_lies_here_is_not_the_shape_of_its_name(tmp_path, monkeypatch, name
 
 
 def test_nothing_fits_is_an_answer(shape, capsys):
-    assert run("--model", shape, "--target_num_layers", 3, "--gpu_memory", "64KiB", *QUICK[:3], 1) == 0
+    assert (
+        run("--model", shape, "--target_num_layers", 3, "--gpu_memory", "64KiB", "--dtype", "bfloat16", *QUICK[:3], 1)
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "Nothing fits" in printed and "--max_length" in printed and "neighbours" in printed
 

@@ -107,7 +107,7 @@ import sys
 sys.modules["gradio"] = None
 import hf_layerprune, hf_layerprune.demo, hf_layerprune.cli.demo, hf_layerprune.demo.space
 """
-    process = forked.run(code)
+    process = forked.run(code, server="libraries")
     assert process.wait() == 0, process.stderr
 
 

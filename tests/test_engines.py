@@ -11,10 +11,10 @@ from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DynamoBackend, is_deepspeed_available
-from conftest import byte_tokenizer, read_report, tiny_config, tiny_model
+from conftest import byte_tokenizer, read_report, short_texts, tiny_config, tiny_model
 from forked import CLI, accelerate_launch, run, run_ranks
 
-from hf_layerprune import LayerPruneError, embedded_dataset, prune
+from hf_layerprune import LayerPruneError, prune
 from hf_layerprune.loading import load_model
 from hf_layerprune.trainer.engines import check_engine
 
@@ -180,7 +180,7 @@ def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
     tiny_model(tie_word_embeddings=False).save_pretrained(folder / "teacher")
     byte_tokenizer().save_pretrained(folder / "teacher")
-    embedded_dataset("calibration").select(range(12)).to_json(folder / "texts.jsonl")
+    short_texts().to_json(folder / "texts.jsonl")
     data = (folder / "teacher", folder / "texts.jsonl")
     return *data, *launch(*data, folder / "one", None, per_device_train_batch_size=4)
 

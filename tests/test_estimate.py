@@ -55,12 +55,9 @@ CASTS = {"bf16": True, "gradient_checkpointing": True}  # of float32 weights; no
     [
         ("neighbours", None, 4, LOWEST_GAPS),
         ("all", None, 2, LOWEST_GAPS),
-        ("neighbours", 4, 4, LOWEST_GAPS),
-        ("2,5", None, 4, LOWEST_GAPS),
         ("all", None, 4, LOWEST_PAIRS),
         ("neighbours", 4, 4, LOWEST_PAIRS),
         ("2,5", None, 1, LOWEST_GAPS | CASTS),
-        ("all", None, 1, LOWEST_GAPS | CASTS),
     ],
 )
 def test_the_estimated_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained, lora_r, rows, edits):

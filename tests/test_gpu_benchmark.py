@@ -7,12 +7,14 @@ import re
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from forked import CLI, accelerate_launch, run
+from test_commands import narrow_teacher
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -30,8 +32,9 @@ def gpu():
     sys.path[:] = before
 
 
-def start(*words):
-    """Python's command line in a forked process, for `gpu_sections.engines.start`."""
+def start(teacher, *words):
+    """Python's command line in a forked process with a narrow `teacher`, for `gpu_sections.engines.start`."""
+    words = [teacher if word == "embedded" else word for word in words]
     if words[1] == "accelerate.commands.launch":
         accelerate_launch(*words[2:])
     else:
@@ -44,7 +47,7 @@ def results(gpu, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "start", start)
+        patch.setattr(engines, "start", partial(start, narrow_teacher(folder / "teacher")))
         gpu.main(["--device", "cpu", "--tiny", "--seconds", "3000", "--output", str(folder)])
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 

@@ -57,9 +57,14 @@ def step(trainer):
     return batches, found
 
 
-@pytest.mark.parametrize("rows, steps", [(8, 1), (2, 4)])
+IN_MICRO_BATCHES = [*ALONE, TOGETHER | {"lora": True}, TOGETHER | {"trained_layers": "all"}]
+AT_ONCE = [{}, TOGETHER]
+
+
 @pytest.mark.parametrize(
-    "switches", [*ALONE, TOGETHER | {"lora": True}, TOGETHER | {"trained_layers": "all"}], ids=str
+    "rows, steps, switches",
+    [*((2, 4, switches) for switches in IN_MICRO_BATCHES), *((8, 1, switches) for switches in AT_ONCE)],
+    ids=str,
 )
 def test_a_step_is_that_of_the_plain_formula(tmp_path, tokenizer, switches, rows, steps):
     split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from conftest import byte_tokenizer, tiny_model
-from hub_client import TOKEN, USER, Worker, environment
-from hub_server import Fault, HubServer
+from hub_client import TOKEN, USER, environment
+from hub_server import Fault
 from test_report import ROUNDS, RUN
 from transformers import AutoModelForCausalLM
 
@@ -50,36 +50,9 @@ def runs(tmp_path_factory):
     return home
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def lfs_hub():
-    with HubServer(lfs_suffixes=(".safetensors",)) as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
-def fresh(request):
-    for name in {"hub", "lfs_hub"} & set(request.fixturenames):
-        request.getfixturevalue(name).reset()
-
-
-@pytest.fixture(scope="module")
-def worker(hub, tmp_path_factory):
-    """A client with its default way to upload."""
-    with Worker(hub, tmp_path_factory.mktemp("cache")) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def lfs_worker(lfs_hub, tmp_path_factory):
-    """A client that sends large files by LFS."""
-    with Worker(lfs_hub, tmp_path_factory.mktemp("cache"), HF_HUB_DISABLE_XET="1") as process:
-        yield process
+def fresh(hub):
+    hub.reset()
 
 
 # -- what arrives ----------------------------------------------------------------------------------------------------
@@ -227,15 +200,25 @@ def main_card(repo):
     return repo.files()["README.md"].decode()
 
 
-def test_large_files_by_lfs(lfs_hub, lfs_worker, runs):
-    lfs_hub.store.clear()
-    assert "oid" in lfs_worker.push(runs / "plain")
-    repo = lfs_hub.repos["me/student"]
+@pytest.fixture
+def by_lfs(hub, worker, monkeypatch):
+    """A Hub and a client that move large files by LFS, without Xet."""
+    switch = "from huggingface_hub import constants; constants.HF_HUB_DISABLE_XET = {}"
+    monkeypatch.setattr(hub, "lfs_suffixes", (".safetensors",))
+    worker("python", code=switch.format(True))
+    yield
+    worker("python", code=switch.format(False))
+
+
+def test_large_files_by_lfs(hub, worker, by_lfs, runs):
+    hub.store.clear()
+    assert "oid" in worker.push(runs / "plain")
+    repo = hub.repos["me/student"]
     assert repo.commits[repo.branches["main"]].tree["model.safetensors"].lfs
     assert repo.files()["model.safetensors"] == (runs / "plain" / "model" / "model.safetensors").read_bytes()
-    lfs_hub.log.clear()
-    lfs_worker.push(runs / "plain", tags=["again"])
-    assert not any("PUT" in line for line in lfs_hub.log)  # what is there is not sent twice
+    hub.log.clear()
+    worker.push(runs / "plain", tags=["again"])
+    assert not any("PUT" in line for line in hub.log)  # what is there is not sent twice
 
 
 def test_weights_in_several_files(hub, worker, runs, tmp_path):
@@ -295,28 +278,28 @@ sys.path += {paths}
 assert importlib.util.find_spec("hf_layerprune") is None or sys.modules.setdefault("hf_layerprune", None) is None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code={trust}, revision="{revision}")
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", revision="{revision}")
-ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
-with torch.no_grad():
-    torch.save((type(model).__name__, ids, model(ids).logits), "{out}")
+for name in ("plain", "paired"):
+    model = AutoModelForCausalLM.from_pretrained(f"me/{{name}}", trust_remote_code=name == "paired")
+    ids = AutoTokenizer.from_pretrained(f"me/{{name}}")("Once upon a time", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.save((type(model).__name__, ids, model(ids).logits), name + ".pt")
 """
 
 
-@pytest.mark.parametrize("name, kind", [("plain", "Qwen2ForCausalLM"), ("paired", "PrunedQwen2ForCausalLM")])
-def test_a_stranger_computes_the_same_to_the_bit(hub, worker, runs, tmp_path, name, kind):
-    worker.push(runs / name)
+def test_a_stranger_computes_the_same_to_the_bit(hub, worker, runs, tmp_path):
+    for name in ("plain", "paired"):
+        worker.push(runs / name, f"me/{name}")
     paths = list({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    fields = {"paths": paths, "repo_id": "me/student", "trust": name == "paired", "out": tmp_path / "out.pt"}
-    script = STRANGER.format(**fields, revision="main")
+    script = STRANGER.format(paths=paths)
     command = [sys.executable, "-I", "-S", "-c", script]  # without site-packages' path files, so without the package
     env = environment(hub, tmp_path / "empty") | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     result = subprocess.run(command, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    loaded, ids, logits = torch.load(tmp_path / "out.pt")
-    student = AutoModelForCausalLM.from_pretrained(runs / name / "model")
-    with torch.no_grad():
-        assert loaded == kind and torch.equal(logits, student(ids).logits)
+    for name, kind in (("plain", "Qwen2ForCausalLM"), ("paired", "PrunedQwen2ForCausalLM")):
+        loaded, ids, logits = torch.load(tmp_path / f"{name}.pt")
+        student = AutoModelForCausalLM.from_pretrained(runs / name / "model")
+        with torch.no_grad():
+            assert loaded == kind and torch.equal(logits, student(ids).logits)
 
 
 def test_plan_and_report_come_back(hub, worker, runs):
@@ -333,10 +316,10 @@ QUICK = ("--max_length", 32, "--num_calibration_samples", 2, "--max_steps", 1, "
          "--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 2, "--save_strategy", "no",
          "--report_to", "none", "--measure_speed", "false")  # fmt: skip
 OF_A_BRANCH = """
-from conftest import embedded_dataset, tiny_config
+from conftest import short_texts, tiny_config
 from hf_layerprune import IterativeLayerDistillTrainer
 args = tiny_config({folder!r}, target_num_layers=2, model_init_kwargs={{"revision": "side"}})
-texts = embedded_dataset("calibration").select(range(12))
+texts = short_texts()
 trainer = IterativeLayerDistillTrainer(model="me/aside", args=args, train_dataset=texts)
 assert len(trainer.processing_class) == 257
 """

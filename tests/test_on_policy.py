@@ -65,29 +65,24 @@ def on_policy_blocks(trainer):
     return sorted({n for gap in gaps for n in (gap - 1, gap) if 0 <= n < len(layers)})
 
 
-def test_answers_grow(make, prompts, monkeypatch):
+def test_answers_grow_and_the_loss_is_the_reverse_kl_on_them(make, prompts, monkeypatch):
+    """The plain formula, on the answers that the trainer drew."""
     lengths, generate = [], DistillationTrainer._generate_single_turn
+    seen, compute = [], DistillationTrainer._compute_loss
 
-    def remember(self, *args, **kwargs):
+    def remember_length(self, *args, **kwargs):
         lengths.append(self.generation_config.max_new_tokens)
         return generate(self, *args, **kwargs)
 
-    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", remember)
-    make(prompt_dataset=prompts, **on_policy_settings(on_policy_steps=4, on_policy_tokens=16)).train()
-    assert lengths == [2, 7, 11, 16]
-
-
-def test_the_loss_is_the_reverse_kl_on_the_answers(make, prompts, monkeypatch):
-    """The plain formula, on the answers that the trainer drew."""
-    seen, compute = [], DistillationTrainer._compute_loss
-
-    def remember(self, model, inputs, num_items_in_batch):
+    def remember_loss(self, model, inputs, num_items_in_batch):
         loss = compute(self, model, inputs, num_items_in_batch)
         seen.append((loss[0].item(), expected_loss(self, inputs)))
         return loss
 
-    monkeypatch.setattr(DistillationTrainer, "_compute_loss", remember)
-    make(prompt_dataset=prompts, **on_policy_settings()).train()
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", remember_length)
+    monkeypatch.setattr(DistillationTrainer, "_compute_loss", remember_loss)
+    make(prompt_dataset=prompts, **on_policy_settings(on_policy_steps=4, on_policy_tokens=16)).train()
+    assert lengths == [2, 7, 11, 16] and len(seen) == 4
     for loss, expected in seen:
         assert loss == pytest.approx(expected, rel=1e-4) and loss > 0
 

@@ -48,9 +48,8 @@ class KillAt(LayerDistillCallback):
         ("on_round_end", 2),  # all is done
     ],
 )
-def test_resume_continues_where_it_was_and_ends_the_same(make, tmp_path, event, count):
+def test_resume_continues_where_it_was_and_ends_the_same(make, whole, tmp_path, event, count):
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
-    make(folder="whole", **settings).train()
     with pytest.raises(Killed):
         make(folder="cut", callbacks=[KillAt(event, count)], **settings).train()
     started = []
@@ -63,13 +62,14 @@ def test_resume_continues_where_it_was_and_ends_the_same(make, tmp_path, event, 
     resumed.train(resume_from_checkpoint=True)
     if (event, count) == ("on_step_end", 4):
         assert started[0] == 3, "the healing did not go on from its checkpoint"
-    whole, cut = read_report(tmp_path / "whole"), read_report(tmp_path / "cut")
-    for a, b in zip(whole["rounds"], cut["rounds"], strict=True):
+    folder = whole(**settings)
+    cut = read_report(tmp_path / "cut")
+    for a, b in zip(read_report(folder)["rounds"], cut["rounds"], strict=True):
         assert a["removed_layers"] == b["removed_layers"]
         assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-5)
         assert a["train_tokens"] == b["train_tokens"]
-    for a, b in zip(load(tmp_path / "whole" / "model").parameters(), load(tmp_path / "cut" / "model").parameters(),
-                    strict=True):  # fmt: skip
+    models = load(folder / "model"), load(tmp_path / "cut" / "model")
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert not (tmp_path / "cut" / "healing").exists()
     assert resumed.model.config.num_hidden_layers == 3
@@ -107,8 +107,7 @@ def assert_same_weights(*models):
 
 
 @pytest.mark.parametrize("moment", ["before", "after", "recorded"])
-def test_killed_while_a_healed_student_is_saved(make, tmp_path, monkeypatch, moment):
-    make(folder="whole", **WITH_CHECKPOINTS).train()
+def test_killed_while_a_healed_student_is_saved(make, whole, tmp_path, monkeypatch, moment):
     name = {"before": "replace_folder", "after": "save_student", "recorded": "rmtree"}[moment]
     module = {"replace_folder": run_module, "save_student": rounds, "rmtree": shutil}[name]
     act = getattr(module, name)
@@ -131,11 +130,12 @@ def test_killed_while_a_healed_student_is_saved(make, tmp_path, monkeypatch, mom
 
     make(callbacks=[Watch()], **WITH_CHECKPOINTS).train(resume_from_checkpoint=True)
     assert steps == ([] if moment == "recorded" else [2]), "more was healed again than the last steps"
-    assert_same_weights(load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model"))
+    folder = whole(**WITH_CHECKPOINTS)
+    assert_same_weights(load(folder / "model"), load(tmp_path / "run" / "model"))
     assert [path.name for path in (tmp_path / "run" / "rounds").iterdir()] == ["01"]
     assert not (tmp_path / "run" / "healing").exists()
-    whole, cut = (read_report(tmp_path / name)["rounds"][0] for name in ("whole", "run"))
-    assert cut["train_tokens"] == whole["train_tokens"] and cut["seconds_healing"] > 0
+    of_whole, cut = (read_report(path)["rounds"][0] for path in (folder, tmp_path / "run"))
+    assert cut["train_tokens"] == of_whole["train_tokens"] and cut["seconds_healing"] > 0
 
 
 def kill_at_save(monkeypatch, killed_step):
@@ -240,7 +240,7 @@ from pathlib import Path
 from hf_layerprune import IterativeLayerDistillTrainer
 from hf_layerprune.trainer.healing import HealingTrainer
 args = conftest.tiny_config(Path({str(tmp_path / "run")!r}), save_strategy="steps", save_steps=1, target_num_layers=4)
-texts = conftest.embedded_dataset("calibration").select(range(12))
+texts = conftest.short_texts()
 trainer = IterativeLayerDistillTrainer(model=conftest.tiny_model(), args=args, train_dataset=texts,
                                        processing_class=conftest.byte_tokenizer())
 whole = HealingTrainer.compute_loss
@@ -318,7 +318,7 @@ def test_a_target_above_what_is_reached_changes_nothing(make, tmp_path):
 
 
 @pytest.mark.parametrize("count", [4, 6])  # behind a checkpoint; at the start of round 2
-def test_lora_resumes_inside_its_healing(make, tmp_path, count):
+def test_lora_resumes_inside_its_healing(make, whole, tmp_path, count):
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     settings = {
         "max_steps": 5,
@@ -326,10 +326,10 @@ def test_lora_resumes_inside_its_healing(make, tmp_path, count):
         "save_steps": 2,
         "peft_config": config,
     }
-    make(folder="whole", **settings).train()
+    folder = whole(**settings)
     with pytest.raises(Killed):
         make(callbacks=[KillAt("on_step_end", count)], **settings).train()
     make(**settings).train(resume_from_checkpoint=True)
-    whole, cut = load(tmp_path / "whole" / "model"), load(tmp_path / "run" / "model")
-    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+    expected, cut = load(folder / "model"), load(tmp_path / "run" / "model")
+    for a, b in zip(expected.parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_client import Worker
-from hub_server import HubServer
 
 from hf_layerprune.demo import read_settings, settings_of
 from hf_layerprune.demo.space import write_space
@@ -51,18 +49,6 @@ def test_its_front_matter_is_complete_and_its_list_is_read():
     assert told["models"] == told["preload_from_hub"] == [real.run, real.teacher]
     assert (SPACE / "requirements.txt").read_text().startswith("hf-layerprune[demo]")
     assert len((SPACE / "app.py").read_text().splitlines()) < 15
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def worker(hub, tmp_path_factory):
-    with Worker(hub, tmp_path_factory.mktemp("cache")) as process:
-        yield process
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 import hf_layerprune
@@ -28,7 +29,8 @@ def test_help_imports_neither_torch_nor_transformers(command):
 
 def test_importing_the_package_registers_its_models():
     code = "import hf_layerprune; from transformers import AutoConfig; AutoConfig.for_model('pruned_qwen2')"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    process = forked.run(code, server="libraries")
+    assert process.wait() == 0, process.stderr
 
 
 def test_public_names_are_those_of_the_stub():

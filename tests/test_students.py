@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import END, VOCAB_SIZE, byte_tokenizer, embedded_dataset, tiny_config
+from conftest import END, VOCAB_SIZE, byte_tokenizer, short_texts, tiny_config
 from families import family_model, pruned_qwen2
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -79,7 +79,7 @@ def student(request, source, tmp_path_factory):
     if way in COMMANDS:
         assert cli.main([*COMMANDS[way], "--model", str(source), "--output_dir", str(out)]) == 0
         return out / "model"
-    texts = embedded_dataset("calibration").select(range(12))
+    texts = short_texts()
     args = tiny_config(out, target_num_layers=4, trained_layers="neighbours", max_steps=1)
     IterativeLayerDistillTrainer(model=str(source), args=args, train_dataset=texts, eval_dataset=texts).train()
     assert config_of(out / "rounds" / "01") == config_of(out / "model")

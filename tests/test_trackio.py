@@ -5,7 +5,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from conftest import byte_tokenizer, embedded_dataset, tiny_config, tiny_model
+from conftest import byte_tokenizer, short_texts, tiny_config, tiny_model
 
 from hf_layerprune import IterativeLayerDistillTrainer, load_run
 from hf_layerprune.hub import run_card
@@ -16,7 +16,7 @@ URL = "https://huggingface.co/spaces/me/runs"
 
 def trainer_of(folder, **changes):
     changes = {"target_num_layers": 4, "max_steps": 1, "measure_speed": False} | changes
-    texts = embedded_dataset("calibration").select(range(12))
+    texts = short_texts()
     args = tiny_config(folder, **changes)
     return IterativeLayerDistillTrainer(tiny_model(6), args, texts, processing_class=byte_tokenizer())
 
