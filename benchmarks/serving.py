@@ -14,7 +14,10 @@ from statistics import median
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that the engine's time is this process's
 
+import vllm
 from vllm import LLM, SamplingParams
+
+from hf_layerprune.environment import environment
 
 PROMPT = {"prompt_token_ids": list(range(100, 132))}
 FEW, MANY = 2, 66
@@ -58,7 +61,13 @@ def main() -> None:
         print(f"{name}: {row['tokens_per_second']:.1f} tokens/s, {row['ratio']:.2f}x")
     if args.output:
         settings = {"threads": os.environ.get("VLLM_CPU_OMP_THREADS_BIND"), "clock": clock.__name__, **engine}
-        args.output.write_text(json.dumps({"settings": settings, "models": found, "rounds": rounds}, indent=2) + "\n")
+        result = {
+            "environment": environment() | {"vllm": vllm.__version__},
+            "settings": settings,
+            "models": found,
+            "rounds": rounds,
+        }
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

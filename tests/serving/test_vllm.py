@@ -4,6 +4,7 @@
 `runs/models`) holds folders that `recipes/get_model.py` made.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,16 +40,16 @@ EDITS = {
 }
 
 
-def environment():
-    return os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+def environment(**changes):
+    return os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"} | changes
 
 
-def offline(folder, prompts, **engine):
+def offline(folder, prompts, variables=None, **engine):
     """What vLLM's `LLM.generate` gives, in a process of its own."""
     engine = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True} | engine
     asked = json.dumps({"prompts": prompts, "new_tokens": NEW_TOKENS, "engine": engine})
     output = folder.parent / "found.json"
-    subprocess.run([sys.executable, WORKER, folder, output, asked], check=True, env=environment())
+    subprocess.run([sys.executable, WORKER, folder, output, asked], check=True, env=environment(**variables or {}))
     return json.loads(output.read_text())
 
 
@@ -75,12 +77,30 @@ def saved(model, tokenizer, folder):
     return folder
 
 
+def wide(family):
+    """A random model with three layers in parallel, and with two."""
+    return apply_plan(family_model(family, num_layers=7, **SIZES), LayerPlan(BLOCKS, 7)).eval()
+
+
+def random_prompts():
+    return random_batches(1, rows=2, length=9, padded=False)[0]["input_ids"].tolist()
+
+
 @pytest.mark.parametrize("engine", [{}, {"enforce_eager": False}], ids=["eager", "compiled"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_wide_blocks_of_every_family(family, engine, tmp_path):
-    model = apply_plan(family_model(family, num_layers=7, **SIZES), LayerPlan(BLOCKS, 7)).eval()
-    prompts = random_batches(1, rows=2, length=9, padded=False)[0]["input_ids"].tolist()
+    model, prompts = wide(family), random_prompts()
     check(offline(saved(model, byte_tokenizer(), tmp_path / "student"), prompts, **engine), model, prompts)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_tensor_parallelism(family, tmp_path):
+    """Two processes, each with half of the heads and of the MLP of every block."""
+    cores = sorted(os.sched_getaffinity(0))
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}  # where there are no two NUMA nodes
+    model, prompts = wide(family), random_prompts()
+    folder = saved(model, byte_tokenizer(), tmp_path / "student")
+    check(offline(folder, prompts, bound, tensor_parallel_size=2), model, prompts)
 
 
 @pytest.fixture(scope="module", params=[(name, edit) for name in REAL for edit in EDITS], ids="-".join)
@@ -103,30 +123,68 @@ def test_students_offline(student):
     check(offline(folder, prompts), model, prompts)
 
 
+def test_wide_blocks_behind_the_openai_api(tmp_path):
+    model, tokenizer = wide("qwen2"), byte_tokenizer()
+    with served(saved(model, tokenizer, tmp_path / "student"), "--trust-remote-code") as address:
+        check_answer(ask(address, tmp_path / "student"), model, tokenizer)
+
+
 def test_students_behind_the_openai_api(student):
     model, tokenizer, folder = student
+    options = ["--trust-remote-code"] if "auto_map" in json.loads((folder / "config.json").read_text()) else []
+    with served(folder, *options) as address:
+        check_answer(ask(address, folder), model, tokenizer)
+
+
+@contextmanager
+def served(folder, *options):
+    """The address of `vllm serve` of a folder, which is stopped in the end and leaves no process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--trust-remote-code", "--dtype", "float32", "--max-model-len", "128", "--enforce-eager",
-               "--kv-cache-memory-bytes", str(2**28), "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
-    # what `vllm serve` runs; that command itself fails in the build for CPUs, whose package is not called vllm
-    serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder,
-             "--served-model-name", "student", *options]  # fmt: skip
-    with subprocess.Popen(serve, env=environment()) as server:
+    command = [Path(sys.executable).with_name("vllm"), "serve", folder, *options, "--dtype", "float32",
+               "--max-model-len", "128", "--enforce-eager", "--kv-cache-memory-bytes", str(2**28),
+               "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    variables = environment(PYTHONPATH=os.pathsep.join([named_vllm(folder.parent), os.environ.get("PYTHONPATH", "")]))
+    address = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, env=variables, start_new_session=True) as server:
         try:
-            check_answer(ask(server, port), model, tokenizer)
+            while subprocess.run(["curl", "--silent", "--fail", f"{address}/health"]).returncode:
+                assert server.poll() is None, f"the server ended with status {server.returncode}"
+                time.sleep(1)
+            yield address
         finally:
             server.terminate()
+        assert server.wait(60) == 0
+    assert ended(server.pid), "the server left processes"
 
 
-def ask(server, port):
-    """What `curl` gets of `/v1/completions` once the server is up."""
-    address = f"http://127.0.0.1:{port}"
-    while subprocess.run(["curl", "--silent", "--fail", f"{address}/health"]).returncode:
-        assert server.poll() is None, f"the server ended with status {server.returncode}"
+def ended(group, seconds=30):
+    """Whether all processes of a group end in time."""
+    for _ in range(seconds):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
         time.sleep(1)
-    body = {"model": "student", "prompt": TEXTS[0], "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1,
+    return False
+
+
+def named_vllm(folder):
+    """A folder in which `vllm` finds its own version; the build for CPUs is called vllm-cpu, and its command fails."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        version = importlib.metadata.version("vllm-cpu") + "+cpu"
+        metadata = folder / "names" / f"vllm-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    return str(folder / "names")
+
+
+def ask(address, folder):
+    """What `curl` gets of `/v1/completions`."""
+    body = {"model": str(folder), "prompt": TEXTS[0], "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1,
             "ignore_eos": True, "return_token_ids": True}  # fmt: skip
     curl = ["curl", "--silent", "--fail-with-body", f"{address}/v1/completions",
             "-H", "Content-Type: application/json", "-d", json.dumps(body)]  # fmt: skip
