@@ -110,16 +110,15 @@ def _main(folder: Path, code: str | Path, arguments: tuple[str, ...], environmen
     return 0
 
 
-assert "hf_layerprune" not in sys.modules, "import forked first"
-for library in LIBRARIES:
-    with suppress(ImportError):
-        importlib.import_module(library)
-SERVERS["libraries"] = Server()
+if "hf_layerprune" not in sys.modules:  # else it is not the tests' process; see `conftest.pytest_sessionstart`
+    for library in LIBRARIES:
+        with suppress(ImportError):
+            importlib.import_module(library)
+    SERVERS["libraries"] = Server()
 
 
 class Process:
-    """What the tests need of `subprocess.Popen`; the server is that of `conftest.pytest_sessionstart`, or the one
-    without the package, "libraries"."""
+    """What the tests need of `subprocess.Popen`; `server` is "package", or "libraries" without the package."""
 
     def __init__(
         self, code: str | Path, *arguments: object, environment: Mapping[str, str] = os.environ, server="package"

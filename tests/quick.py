@@ -3,10 +3,9 @@
 import os
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import jinja2
-from accelerate.utils import imports, memory
+from accelerate.utils import imports
 
 from hf_layerprune import report
 from hf_layerprune.record import RunRecord
@@ -39,7 +38,6 @@ def compile_once(environment: jinja2.Environment, source: str, *names: object) -
 report.save_run_plots = draw_once
 jinja2.Environment.compile = compile_once
 imports._is_package_available = cache(imports._is_package_available)  # reads metadata of PEFT several times a step
-memory.gc = SimpleNamespace(collect=lambda: 0)  # six times a run; `conftest.quick_collections` does it once a file
 os.fsync = lambda file: None  # only a machine without power loses by it, no process that is killed
 SPEED_OF_USERS = (trainer_run.PROMPT_TOKENS, trainer_run.NEW_TOKENS)
 trainer_run.PROMPT_TOKENS, trainer_run.NEW_TOKENS, trainer_run.REPEATS = 8, 4, 1
