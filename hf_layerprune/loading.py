@@ -214,6 +214,8 @@ def load_model(
         [`LayerPruneError`]: if there is no model, its architecture is not supported, or its weights do not fit its
             config (no tensor is ever left random).
     """
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise LayerPruneError(f"dtype={dtype!r} is unknown; choose auto, float32, bfloat16 or float16")
     keep_models_whole()
     config = load_config(name_or_path, **beside_weights(kwargs))
     name, source, options = _source(name_or_path, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -182,7 +183,9 @@ def _score_cell(record: RoundRecord, edit: Edit) -> str:
 
 def save_plot(figure: Figure, path: Path) -> None:
     """Write a plot as PNG."""
-    figure.savefig(path, dpi=150)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomically(path, buffer.getvalue())
 
 
 def save_run_plots(folder: Path, run: RunRecord) -> None:

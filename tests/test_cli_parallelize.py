@@ -137,6 +137,9 @@ def test_a_student_is_saved_in_the_checkpoints_dtype_and_measured_as_it_is_saved
         (["--pairs", "1-2"], "--pairs '1-2' is not a group"),
         (["--pairs", "1,9"], "layer 9 is not in the plan"),
         (["--pairs", "1,2", "--plan", "plan.json"], "choose one"),
+        (["--pairs", "1,2", "--target_num_layers", "3"], "--target_num_layers has no meaning with --pairs"),
+        (["--plan", "plan.json", "--criterion", "loss"], "--criterion has no meaning with --plan"),
+        (["--search", "range", "--edits", "remove,parallelize"], "--edits has no meaning with --search range"),
         (["--plan", "nowhere.json"], "nowhere.json"),
         (["--plan", "{broken}"], "not JSON"),
         (["--plan", "{other}"], "teacher of 9 layers"),
@@ -159,11 +162,11 @@ def test_bad_input_is_one_line_and_exit_status_2_and_writes_nothing(run, tmp_pat
     (tmp_path / "used" / "file").write_text("")
     files = {"broken": tmp_path / "broken.json", "other": tmp_path / "other.json", "text": tmp_path / "text.txt",
              "used": tmp_path / "used"}  # fmt: skip
-    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
     status, error = run(*(argument.format(**files) for argument in extra))
     assert status == 2, error
     assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and message in error
-    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
 COMPRESS = ["--max_steps", "1", "--max_length", "32", "--num_calibration_samples", "4", "--num_eval_samples", "4",
@@ -207,3 +210,4 @@ def test_what_cannot_be_saved_is_known_before_the_search(run, tmp_path, monkeypa
     monkeypatch.setattr("transformers.Qwen2Tokenizer.save_pretrained", refuse)
     status, error = run("--target_num_layers", 3)
     assert status == 2 and "students cannot be saved" in error and "no template" in error
+    assert not (tmp_path / "out").exists()

@@ -68,15 +68,22 @@ def test_folders_in_the_list_are_relative_to_it(tmp_path):
     ("text", "told"),
     [
         ("models: 3", 'a list "models"'),
+        ("models: []", "empty"),
         ("[", "models.yaml: while parsing"),
-        ("models: [{name: a, run: b, colour: red}]", "unexpected keyword argument 'colour'"),
-        ("models: [a]", "must be a mapping, not str"),
-        ("models: [{name: a, run: b}]\nlimit: {max_models: 2}", "unexpected keyword argument 'limit'"),
+        (
+            "models: [{name: a, run: b, colour: red}]",
+            r"models\[0\] has an unknown key 'colour'; choose from name, run",
+        ),
+        ("models: [{name: a, rnu: b}]", r"unknown key 'rnu'; did you mean 'run'\?"),
+        ("models: [a]", r"models\[0\] must be keys and values, not 'a'"),
+        ("models: [{name: a, run: b}]\nlimit: {max_models: 2}", "unknown key 'limit'; did you mean 'limits'"),
         ("models: [{run: b}]", "missing 1 required positional argument: 'name'"),
         ("models: [{name: a}]", "exactly one of run, student and plan"),
         ("models: [{name: a, student: b}]", "name the teacher"),
         ("models: [{name: a, run: b}, {name: a, run: c}]", "the same name"),
+        ("models: [{name: a, run: b}]\nlimits: {max_new_tokens: 0}", "max_new_tokens=0"),
         ("models: [{name: a, run: b}]\nlimits: {max_models: many}", "'max_models' expected int, got str"),
+        ("models: [{name: a, run: b}]\ndtype: int8", "dtype='int8'"),
         ("models: [{name: a, run: b}]\ntitle: 2024", "'title' expected str, got int"),
     ],
 )
@@ -110,15 +117,14 @@ def test_names_on_the_command_line(demo_folder):
         (["a", "--models", "list.yaml"], "both given"),
         (["embedded", "nowhere"], "there is no 'nowhere'"),
         (["--server_port", "70000"], "server_port=70000 is out of range"),
-        (["--dtype", "int8"], "it's not a floating-point dtype"),
+        (["--dtype", "int8"], "dtype='int8'"),
     ],
     ids=str,
 )
 def test_mistakes_on_the_command_line(argv, told, capsys):
     assert cli.main(["demo", *argv]) == 2
     error = capsys.readouterr().err
-    *before, last = error.splitlines()
-    assert told in last and len(before) == ("--dtype" in argv)  # which the loading of the model finds out
+    assert told in error and error.count("\n") == 1
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):

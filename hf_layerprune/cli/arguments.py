@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import LayerPruneError
-from ..settings import option
+from ..settings import check_at_least, option
 
 AUTO = "the checkpoint's own, or float32 on a CPU that would emulate it"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,7 +42,9 @@ class DataArguments:
     )
     dataset_config: str | None = option(None, "Configuration of a data set on the Hub.")
     dataset_split: str = option("train", "Split to read, or a slice of it or of a file, such as 'train[:1000]'.")
-    gguf_file: str | None = option(None, "GGUF file in the folder or repository that --model names.")
+    gguf_file: str | None = option(
+        None, "GGUF file in the folder or repository that --model names, such as model-q8_0.gguf."
+    )
 
     def __post_init__(self) -> None:
         if self.gguf_file is not None:
@@ -55,22 +57,34 @@ class DataArguments:
 class CompressArguments(DataArguments):
     """Settings of `compress`, next to those of the trainer."""
 
-    eval_dataset: str | None = option(None, "Text to evaluate on; by default a tenth of --dataset, up to 1,000 rows.")
+    eval_dataset: str | None = option(
+        None, "Text to evaluate on; by default a tenth of --dataset, at most 1,000 rows."
+    )
     calibration_dataset: str | None = option(None, "Text to score the layers on; by default rows of --dataset.")
     resume: bool = option(False, "Resume the run in output_dir.")
-    prompts: str | None = option(None, "Prompts of --on_policy_steps: a data set of 'messages', 'prompt' or 'text'.")
+    prompts: str | None = option(
+        None, "Prompts that the student answers in --on_policy_steps: 'messages', 'prompt' or 'text'."
+    )
     teacher: str | None = option(None, "If --model is already a student: its original, to score and heal against.")
     dtype: str = option("float32", "dtype of the weights in memory.", choices=DTYPES)
     lora_r: int | None = option(None, "Heal with LoRA adapters of this rank instead of full weights.")
     lora_alpha: int = option(32, "Scale of the LoRA adapters.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, {"lora_r": 1})
 
 
 @dataclass
 class EstimateArguments(CompressArguments):
     """Settings of `estimate`, next to those of the run; `model` may be a named shape such as Qwen2.5-3B."""
 
-    gpu_memory: str | None = option(None, "Memory that healing must fit in, such as 24GiB; by default this GPU's.")
-    device_tflops: float | None = option(None, "TFLOP/s the device reaches, for the rough time; assumed by default.")
+    gpu_memory: str | None = option(
+        None, "Memory that healing must fit in, such as 24GiB; by default that of this GPU."
+    )
+    device_tflops: float | None = option(
+        None, "TFLOP/s the device reaches, for the rough time; by default an assumed rate."
+    )
     output_file: str | None = option(None, "File to write every number to, as JSON.")
 
     def __post_init__(self) -> None:
@@ -100,7 +114,9 @@ class ScoreArguments(MeasureArguments):
         "function of your own, module:function.",
     )
     tasks: str | None = option(None, f"Score by data sets, which bring their own text: {TASKS}.")
-    race_confidence: float | None = option(None, "Stop scoring layers that are worse with this confidence: 0.95.")
+    race_confidence: float | None = option(
+        None, "Stop scoring layers that are worse with this confidence, such as 0.95."
+    )
     offload: bool = option(False, "Leave the layers on disk, for models larger than memory.")
     output_dir: str = option("layerprune-scores", "Folder to write scores and plot to.")
 
@@ -121,7 +137,9 @@ class ParallelizeArguments(MeasureArguments):
     pairs: list[str] = option([], "Layers to run in parallel, such as '4,5 6,7'. Without it they are searched for.")
     plan: str | None = option(None, "Instead: the plan.json of a run or a search.")
     search: str = option(
-        "greedy", "'greedy': cheapest edit each time; 'range': best range of pairs.", choices=("greedy", "range")
+        "greedy",
+        "'greedy' makes the cheapest edit each time; 'range' takes the best range of adjacent pairs.",
+        choices=("greedy", "range"),
     )
     edits: str = option("parallelize", "What the search may do: 'parallelize' or 'remove,parallelize'.")
     target_num_layers: int | None = option(None, "Depth to reach; by default three quarters of the model's.")
@@ -134,7 +152,9 @@ class ParallelizeArguments(MeasureArguments):
     dtype: str = option(
         "auto", f"dtype in memory, not of the saved weights; 'auto' is {AUTO}.", choices=("auto", *DTYPES)
     )
-    eval_dataset: str | None = option(None, "Text to evaluate on; by default the next rows of --dataset.")
+    eval_dataset: str | None = option(
+        None, "Text to evaluate on; by default the rows of --dataset after those that calibrate."
+    )
     num_eval_samples: int = option(32, "Rows of text to evaluate on.")
     measure_speed: bool = option(True, "Whether to time the model before and after.")
     output_dir: str = option("layerprune-parallel", "Folder for model, plan and report.")
@@ -155,9 +175,13 @@ class BenchmarkArguments:
     models: list[str] = option(
         [], "Folders, GGUF files or Hub ids; all are compared with the first. Default: embedded.", positional=True
     )
-    shape: str | None = option(None, "Instead of models: random weights of a shape (Qwen2.5-3B) or a config.json.")
+    shape: str | None = option(
+        None, "Instead of models: random weights of this shape, such as Qwen2.5-3B, or of a config.json."
+    )
     layers: list[str] = option(
-        [], "Depths of the shape: N layers, or N/B for N layers in B blocks, some of them pairs; by default all."
+        [],
+        "Depths of the shape: N layers, or N/B for N layers in B blocks, some of them pairs that run in parallel. "
+        "Default: all layers.",
     )
     dtype: str = option("auto", f"dtype of the weights; 'auto' is {AUTO}.", choices=("auto", *DTYPES))
     prompt_tokens: int = option(128, "Tokens of the prompt.")
@@ -193,9 +217,13 @@ class PushArguments:
     revision: str | None = option(None, "Branch to push to; main by default.")
     round: int | None = option(None, "Push the student of this round, such as 5; the last by default.")
     depth_tags: bool = option(False, "Push every round up to that one, each with a tag such as 28-layers.")
-    collection: bool = option(False, "Push every round up to that one to user/name-28-layers, in a Collection.")
+    collection: bool = option(
+        False, "Push every round up to that one to a repository of its own, user/name-28-layers, in a Collection."
+    )
     base_model: str | None = option(None, "Hub id of the model the run started from, if the run does not say.")
-    evaluation: str | None = option(None, "evaluation.json of the student; its gsm8k becomes .eval_results.")
+    evaluation: str | None = option(
+        None, "evaluation.json of the student: benchmarks in it (gsm8k) become .eval_results."
+    )
 
 
 @dataclass
@@ -203,7 +231,9 @@ class DemoArguments:
     """Settings of `demo`."""
 
     names: list[str] = option(
-        [], "A run, or an original and a run or student. Default: the embedded teacher and a copy.", positional=True
+        [],
+        "A run, or an original and a run or student. Default: the embedded teacher and a copy in parallel layers.",
+        positional=True,
     )
     models: str | None = option(None, "Instead: a YAML file with the list of models that visitors choose from.")
     dtype: str | None = option(None, f"dtype of the weights: auto ({AUTO}), float32, bfloat16 or float16.")

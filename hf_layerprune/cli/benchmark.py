@@ -19,7 +19,7 @@ from ..loading import EMBEDDED
 from ..progress import Phases, say
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments
-from .common import device, load_on_device, make_folder, print_table
+from .common import device, load_on_device, made, print_table
 from .parsing import parse
 
 SETTINGS = ("prompt_tokens", "new_tokens", "repeats", "cache_implementation", "compile")
@@ -39,9 +39,9 @@ def benchmark(argv: list[str]) -> None:
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     loads = [Load(batch_size=batch_size, **settings) for batch_size in arguments.batch_size]  # checked before loading
     settings |= {"dtype": arguments.dtype, "random_weights": arguments.shape is not None}
-    folder = None if arguments.output_dir is None else make_folder(arguments.output_dir)
+    folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     entries: list[dict[str, Any]] = []
-    with Phases() as phases:
+    with made(folder), Phases() as phases:
         models = list(_models(arguments, phases))
         for load in loads:
             runs = num_runs(len(models), load.repeats, load.compile)

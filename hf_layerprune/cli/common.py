@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def load_on_device(name: str, dtype: str, phases: Phases, **kwargs: Any) -> PreT
 
 
 def check_sources(arguments: DataArguments, *others: str | None) -> None:
-    """Refuse a model without text, or a split that neither the text nor `others`, further data sets, have."""
+    """Refuse to read no text for a model that brings none, or a split that none of the texts has; `others` are the
+    further data sets that the settings name."""
     if arguments.dataset is None and resolve(arguments.model) != EMBEDDED_MODEL:
         raise LayerPruneError(
             f"--dataset is missing: which text is {arguments.model} to read? (The English books that come with the "
@@ -81,9 +83,9 @@ def text_batches(
 
 
 def write_recipe(folder: Path, given: dict[str, Any], **changed: Any) -> None:
-    """Write `recipe.yaml`, with which `--config` repeats the run from any folder, on any machine.
+    """Write `recipe.yaml`: `--config` repeats the run, from any folder, on any machine.
 
-    It holds what was `given`, some of it `changed`, and nothing that was derived here, such as `bf16`.
+    It holds what was `given`, some of it `changed`; what was derived from that here, such as `bf16`, is derived again.
     """
     content = given | changed | {"output_dir": str(folder)}
     content = {name: value for name, value in content.items() if name not in ("gguf_file", "resume")}
@@ -97,13 +99,24 @@ def check_new_folder(folder: Path, instead: str = "") -> None:
         raise LayerPruneError(f"output_dir={folder} is not empty; {instead}choose another folder")
 
 
-def make_folder(name: str | Path) -> Path:
-    """Make a folder that can be written, before the work that fills it."""
-    folder = Path(name)
+@contextmanager
+def made(folder: Path | None) -> Iterator[None]:
+    """Make a folder that can be written, if there is to be one, before the work that fills it; an error that leaves it
+    empty removes it again."""
+    if folder is None:
+        yield
+        return
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    return folder
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # something lies in it
+                folder.rmdir()
+        raise
 
 
 def print_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from ..progress import Phases, say
 from ..surgery import plan_of
 from ..tasks import KLTask, Task, TaskReport, evaluate_tasks, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments
-from .common import check_text, load_on_device, make_folder, print_table, text_batches
+from .common import check_text, load_on_device, made, print_table, text_batches
 from .parsing import parse
 
 
@@ -25,8 +26,8 @@ def evaluate(argv: list[str]) -> None:
     tasks = load_tasks(arguments.tasks) if arguments.tasks else []
     if arguments.teacher is None:
         tasks = _without_teacher(tasks)
-    folder = None if arguments.output_dir is None else make_folder(arguments.output_dir)
-    with Phases() as phases:
+    folder = None if arguments.output_dir is None else Path(arguments.output_dir)
+    with made(folder), Phases() as phases:
         report, of_tasks = _measure(arguments, tasks, phases)
     if of_tasks is not None:
         print_table(("task", "measure", "quality", "cost", "error", "examples"), _rows(of_tasks))
@@ -54,7 +55,8 @@ def _measure(
         teacher = load_on_device(arguments.teacher, arguments.dtype, phases)
     model = load_on_device(arguments.model, arguments.dtype, phases)
     prepared = prepare_tasks(tasks, model, tokenizer, arguments.batch_size) if tasks else []
-    report, of_tasks = {}, None
+    report: dict[str, Any] = {}
+    of_tasks: TaskReport | None = None
     if batches:
         phases.phase("evaluating", len(batches))
         report = evaluate_model(model, batches, teacher, phases.step).to_dict()

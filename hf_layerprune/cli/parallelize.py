@@ -30,8 +30,15 @@ from ..trainer.callbacks import hub_tags
 from ..trainer.run import check_saving, save_student, speed_runs, with_speed
 from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments, default_depth
-from .common import check_new_folder, check_text, load_on_device, make_folder, print_run, text_batches, write_recipe
+from .common import check_new_folder, check_text, load_on_device, made, print_run, text_batches, write_recipe
 from .parsing import Parser
+
+OF_GREEDY = {
+    "edits", "max_group_size", "criterion", "protect_first_layers", "protect_last_layers", "target_latency",
+    "target_num_parameters",
+}  # fmt: skip
+OF_SEARCH = OF_GREEDY | {"search", "target_num_layers"}
+"""Settings of each search, which mean nothing without it."""
 
 Step = tuple[tuple[Edit, ...], tuple[Scores[Edit], ...], LayerPlan]
 """Edits, the scores they were chosen by, and the plan they led to."""
@@ -45,17 +52,20 @@ def parallelize(argv: list[str]) -> None:
         raise LayerPruneError("--pairs and --plan are both given; choose one")
     if "merge" in arguments.edits:
         raise LayerPruneError("--edits merge makes no parallel layers; run compress --edits merge --heal false")
+    named = "--pairs" if arguments.pairs else "--plan" if arguments.plan else None
+    unused = OF_SEARCH if named else OF_GREEDY if arguments.search == "range" else set()
+    if unused := sorted(unused & parser.given.keys()):
+        raise LayerPruneError(f"--{unused[0]} has no meaning with {named or '--search range'}; leave it out")
     folder = Path(arguments.output_dir)
     check_new_folder(folder)
     config = load_config(arguments.model)
     check_text(arguments, config, arguments.eval_dataset)
     targets = {unit: target for unit, name in TARGETS.items() if (target := getattr(arguments, name)) is not None}
     budget = Budget.of(targets or {"depth": default_depth(config.num_hidden_layers)})
-    if arguments.search == "range" and not (arguments.pairs or arguments.plan):
+    if arguments.search == "range" and named is None:
         parallel_ranges(plan_of(config), budget.target)  # refuses a depth that no range has
     tokenizer = load_tokenizer(arguments.model)
-    make_folder(folder)
-    with Phases() as phases:
+    with made(folder), Phases() as phases:
         phases.phase("reading the text")
         calibration, evaluation = _batches(arguments, tokenizer)
         model, dtype = load_on_device(arguments.model, arguments.dtype, phases), saved_dtype(arguments.model)

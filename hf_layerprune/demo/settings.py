@@ -3,8 +3,10 @@
 # no `from __future__ import annotations`: `strict` reads the types of the fields
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -14,6 +16,8 @@ from ..errors import LayerPruneError
 from ..hub.paths import hub_id
 from ..loading import EMBEDDED
 from ..record import REPORT_FILE
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @strict
@@ -28,6 +32,12 @@ class Limits:
     max_seconds: int = 120  # for one answer
     max_waiting: int = 40  # visitors in the queue
     max_models: int = 4  # in memory; the least recently used goes first
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 2 if name == "max_models" else 1
+            if value < least:
+                raise LayerPruneError(f"{name}={value} must be at least {least}")
 
 
 @strict
@@ -62,29 +72,47 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         names = [entry.name for entry in self.models]
+        if not names:
+            raise LayerPruneError("the list of models is empty; give at least one")
         if len(set(names)) < len(names):
             raise LayerPruneError(f"two models have the same name; give each its own: {', '.join(names)}")
+        if self.dtype not in DTYPES:
+            raise LayerPruneError(f"dtype={self.dtype!r} is unknown; choose {', '.join(DTYPES)}")
 
 
 def read_settings(path: str | Path) -> DemoSettings:
     """Read the list of models, `models.yaml`. Folders in it are relative to the file."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(content.get("models"), list):
-            raise LayerPruneError('it needs a list "models"')
-        models = [ModelEntry(**item) for item in content["models"]]
-        limits = Limits(**content.get("limits", {}))
-        settings = DemoSettings(**content | {"models": models, "limits": limits})
+        return _settings(yaml.safe_load(path.read_text(encoding="utf-8")), path.parent)
     except OSError as error:
         raise LayerPruneError(f"{path} cannot be read: {error.strerror or error}") from None
     except (TypeError, ValueError, yaml.YAMLError, StrictDataclassError) as error:
         raise LayerPruneError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _settings(content: Any, folder: Path) -> DemoSettings:
+    if not isinstance(content, dict) or not isinstance(content.get("models"), list):
+        raise LayerPruneError('it needs a list "models"')
+    models = [_fields(ModelEntry, item, f"models[{n}]") for n, item in enumerate(content["models"])]
     for entry in models:
         for key in ("run", "teacher", "student"):
-            if (name := getattr(entry, key)) and (path.parent / name).is_dir():
-                setattr(entry, key, str(path.parent / name))
-    return settings
+            if (name := getattr(entry, key)) and (folder / name).is_dir():
+                setattr(entry, key, str(folder / name))
+    limits = _fields(Limits, content.get("limits", {}), "limits")
+    return _fields(DemoSettings, content | {"models": models, "limits": limits}, "the list")
+
+
+def _fields(kind: type, values: Any, where: str) -> Any:
+    """A dataclass of what stands in a file."""
+    if not isinstance(values, dict):
+        raise LayerPruneError(f"{where} must be keys and values, not {values!r:.50}")
+    known = [f.name for f in fields(kind)]
+    for key in values.keys() - set(known):
+        close = get_close_matches(str(key), known, 1)
+        meant = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+        raise LayerPruneError(f"{where} has an unknown key {key!r}; {meant}")
+    return kind(**values)
 
 
 def settings_of(names: Sequence[str]) -> DemoSettings:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import yaml
 from huggingface_hub import CommitInfo, HfApi, SpaceCard, SpaceCardData, get_token, hf_hub_url
@@ -110,10 +111,18 @@ def _checked_wheel(wheel: Path, private: bool | None) -> Path:
 
 
 def models_yaml(settings: DemoSettings) -> str:
-    """The list of models as `read_settings` takes it."""
-    given = asdict(settings, dict_factory=lambda items: {name: value for name, value in items if value})
-    content = {"title": settings.title} | given
+    """The list of models as `read_settings` takes it, without the defaults."""
+    content = {"title": settings.title} | _changed(settings)
+    content["models"] = [_changed(entry) for entry in settings.models]
+    if "limits" in content:
+        content["limits"] = _changed(settings.limits)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+
+
+def _changed(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(settings)}
+    return {name: getattr(settings, name) for name in defaults if getattr(settings, name) != defaults[name]}
 
 
 def _checked(api: HfApi, entry: ModelEntry, listed: bool, on_message: Callable[[str], None]) -> ModelEntry:

@@ -230,6 +230,8 @@ def read_evaluation(path: str | Path, run: Run, numbers: Sequence[int]) -> dict[
     of_plan = [number for number in numbers if run.record.rounds[number - 1].plan == plan]
     if not of_plan:
         raise LayerPruneError(f"evaluation {path} is of a student with other layers than those that are pushed")
+    if run.record.teacher.tasks and (chose := sorted(results.keys() & run.record.teacher.tasks.results.keys())):
+        raise LayerPruneError(f"evaluation {path} holds {', '.join(chose)}, which chose the layers; leave it out")
     known = {name: f"{name} on {benchmark.num_examples:,} examples" for name, benchmark in BENCHMARKS.items()}
     for name, result in results.items():
         if (measured := f"{name} on {result.num_examples:,} examples") != known.get(name):

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError  # of the HTTP library that the client uses
 
 from ..budget import TARGETS
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, first_line
 from ..files import round_folder
 from ..loading import load_config, one_revision, resolve
 from ..plan import LayerPlan
@@ -92,8 +92,7 @@ def load_run(name: str | Path, revision: str | None = None, token: str | None = 
     """
     folder, commit, settings = Path(name), None, {}
     if folder.is_dir():
-        recipe = folder / RECIPE_FILE
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+        settings = _read_recipe(folder / RECIPE_FILE)
     else:
         with hub_errors(f"reading {name}"):
             wanted, source = one_revision(str(name), revision), resolve(str(name))
@@ -105,3 +104,12 @@ def load_run(name: str | Path, revision: str | None = None, token: str | None = 
     if record.teacher is None or not record.rounds:
         raise LayerPruneError(f"{name} holds a run without a finished round; resume it")
     return Run(resolve(str(name)), folder, record, settings, commit)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise LayerPruneError(f"{path} is not a list of settings: {first_line(error)}") from None

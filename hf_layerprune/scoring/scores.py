@@ -122,6 +122,7 @@ class Scores(Generic[Key]):
         savings (`dict[Key, float]`): what each saves, above 0; empty if all save the same.
         margin (`float`, *optional*): how far the best is ahead of the second, in standard errors of their paired
             difference; `nan` if there is too little data, `None` if there was nothing to compare.
+        contenders (`tuple[Key, ...]`): the best two; one if a race dropped all others.
     """
 
     criterion: str
@@ -132,6 +133,7 @@ class Scores(Generic[Key]):
     dropped: dict[Key, float] = field(default_factory=dict)
     savings: dict[Key, float] = field(default_factory=dict)
     margin: float | None = None
+    contenders: tuple[Key, ...] = ()
 
     @classmethod
     def of(
@@ -153,7 +155,9 @@ class Scores(Generic[Key]):
             dropped={keys[number - 1]: share for number, share in (dropped or {}).items()},
             savings={} if savings is None else dict(zip(keys, savings, strict=True)),
         )
-        if len(scores.contenders) < 2:
+        ranked = [key for key in scores.ranking if key not in scores.dropped and math.isfinite(scores.values[key])]
+        scores = replace(scores, contenders=tuple(ranked[:2]))
+        if len(ranked) < 2:
             return scores
         saved = [scores.savings.get(key, 1.0) for key in scores.contenders]
         prices, errors = evidence.compare([index[key] for key in scores.contenders], saved)
@@ -176,12 +180,6 @@ class Scores(Generic[Key]):
             return math.isnan(price), -self.dropped.get(key, 1.0), price, -_depth_of(key)
 
         return tuple(key for key, _ in sorted(zip(self.values, prices, strict=True), key=order))
-
-    @property
-    def contenders(self) -> tuple[Key, ...]:
-        """The best two; one if a race dropped all others."""
-        left = [key for key in self.ranking if key not in self.dropped and math.isfinite(self.values[key])]
-        return tuple(left[:2])
 
     @property
     def safest(self) -> Key:
@@ -216,7 +214,7 @@ class Scores(Generic[Key]):
             for name, value in vars(self).items()
             if isinstance(value, dict)
         }
-        return vars(self) | by_label | {"certainty": self.certainty}
+        return vars(self) | by_label | {"contenders": list(map(_label, self.contenders)), "certainty": self.certainty}
 
 
 def _depth_of(key: int | Edit | LayerPlan) -> int:

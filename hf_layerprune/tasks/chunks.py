@@ -219,7 +219,7 @@ class Example:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a prompt, after the tokenizer's begin token if it has one; of no text, else, the end token."""
+    """Tokens of a prompt, after the begin token if there is one; an empty prompt without one is the end token."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None:
         return [tokenizer.bos_token_id, *ids]

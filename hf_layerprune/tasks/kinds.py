@@ -226,7 +226,9 @@ class LmEvalChunk(ModelChunk):
 
 
 def costs_of_samples(samples: dict[str, list[dict[str, Any]]]) -> Tensor:
-    """The costs `(E,)` of the samples lm-eval logged, by task (a group has several) and, in it, by filter.
+    """The costs `(E,)` of the samples lm-eval logged, by task; a group has several.
+
+    A task of several filters logs every example once by each; the first filter counts.
 
     Raises:
         [`LayerPruneError`]: if the first metric of a task is not a number in [0, 1] per example.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class IterativeLayerDistillConfig(SFTConfig):
     target_num_layers: int | None = option(
         None, "Depth at which to stop. On the command line three quarters of the model's, if no target is given."
     )
-    target_latency: float | None = option(None, "Instead: share of the teacher's time per generated token to reach.")
+    target_latency: float | None = option(None, "Instead: time per generated token to reach, as a share of the teacher's.")
     target_num_parameters: int | None = option(None, "Instead: number of parameters to reach.")
     plan: str | None = option(
         None, "Of a student made elsewhere: plan.json with its layers; by default they are found."
@@ -194,6 +195,14 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError("loss_preset='paper' is the authors' own loss; leave out beta and lm_weight")
         if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
             raise LayerPruneError("kl_weight, hidden_weight and lm_weight are all 0; healing needs one of them")
+        if self.num_repair_samples is not None and self.compensation == "none" and "merge" not in self.edits:
+            raise LayerPruneError(
+                f"num_repair_samples={self.num_repair_samples} has no effect without compensation='least_squares' or "
+                "edits='merge'"
+            )
+        template = self.chat_template_path or ""
+        if template.endswith((".jinja", ".j2")) and not Path(template).is_file():  # TRL would look for it on the Hub
+            raise LayerPruneError(f"chat_template_path={template!r} does not exist; give a file, or a model with one")
         if self.activation_offloading and self.use_cpu:
             raise LayerPruneError("activation_offloading moves activations off a GPU, and there is none; leave it out")
         for name in ("label_smoothing_factor", "loss_type", "neftune_noise_alpha"):
