@@ -269,8 +269,8 @@ def load_shape(name_or_path: str) -> PretrainedConfig:
 def shape_plan(config: PretrainedConfig, num_layers: int, num_blocks: int | None = None) -> LayerPlan:
     """Plan `num_layers` layers in `num_blocks` blocks; where these are fewer, neighbours run in parallel pairs.
 
-    The pairs are one stretch in the later middle, as in https://huggingface.co/papers/2502.02790, before an eighth of
-    the layers, or half of the single ones if those are fewer.
+    The pairs are one stretch in the later middle, as in https://huggingface.co/papers/2502.02790, followed by an
+    eighth of the layers, or half of the single ones if those are fewer.
     """
     depth, blocks = len(plan_of(config).layers), num_layers if num_blocks is None else num_blocks
     pairs, single = num_layers - blocks, 2 * blocks - num_layers

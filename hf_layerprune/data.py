@@ -100,8 +100,8 @@ def _checked(batch: Any, vocab_size: int, where: str) -> Batch:
 
 
 def valid_next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """A boolean mask `(B, T)` of the positions that count and the labels `(N,)` that follow them: both tokens are not
-    padding and of one document, and the next one is scored."""
+    """A boolean mask `(B, T)` of the positions that count and the labels `(N,)` that follow them: neither token is
+    padding, both are of one document, and the next one is scored."""
     ids, positions = batch["input_ids"], batch.get("position_ids")
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     target = ids[:, 1:] if labels is None else labels[:, 1:]

@@ -52,8 +52,8 @@ class Divergence(torch.autograd.Function):
     """[`divergence`], with its gradient computed in the forward pass, a chunk of positions at a time.
 
     The result is one number, so the backward pass only scales the gradients. No logits are kept, and none are computed
-    twice, as in TRL's chunked kernel (`benchmarks/kl.py`). Nor is a head needed in the backward pass, when FSDP2 may
-    have split its weights again.
+    twice, unlike in TRL's chunked kernel (`benchmarks/kl.py`). Nor is a head needed in the backward pass, when FSDP2
+    may have split its weights again.
     """
 
     @staticmethod
@@ -135,7 +135,7 @@ def hidden_state_mse(student: Tensor, teacher: Tensor) -> Tensor:
 def relative_hidden_state_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """`hidden_state_mse` over the teacher's own mean square: 0 is equal, 1 as far off as the zero vector, `(N,)`.
 
-    So every layer and model has the same unit, where hidden states differ by orders of magnitude.
+    Hidden states differ by orders of magnitude between layers and models; the ratio has one unit for all.
     """
     scale = teacher.float().pow(2).mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return hidden_state_mse(student, teacher) / scale

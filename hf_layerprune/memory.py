@@ -1,8 +1,8 @@
 """Memory of a healing step, before it is taken.
 
 A small copy of the model, of three layers, takes a few steps on the CPU. One factor divides its widths and the length
-of its rows, so that weights and activations take the square of it less. Memory is linear in layers and rows, so these
-steps give every other step.
+of its rows, so its weights and activations are smaller by the square of the factor. Memory is linear in layers and
+rows, so these steps give every other step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LEAST_WIDTH = 48  # of the small model's hidden states: norms and biases, which 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made, `now` and at their `peak`, until they are freed.
 
-    Without `products`, results of matrix products are left as they lie in memory, where only their size matters.
+    Without `products`, matrix products are not computed; their results have the right size and no values.
     """
 
     def __init__(self, products: bool = True) -> None:
@@ -104,10 +104,14 @@ class StepMeter:
     `rows` of a micro-batch, ascending. `config` is the teacher's."""
 
     def __init__(self, config: PretrainedConfig, args: IterativeLayerDistillConfig, rows: Sequence[int]) -> None:
-        self.config, self.args, self.few, self.many = config, args, rows[0], rows[-1]
+        self.config, self.args, self.few, self.many = config, args, rows[0], max(rows[-1], rows[0] + 1)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.factor = 2 ** int(math.log2(max(1, min(config.hidden_size / LEAST_WIDTH, head_dim / 2))))
-        self.length = math.ceil((args.max_length or DEFAULT_LENGTH) / self.factor)
+        self.factor = 1
+        while config.hidden_size >= 2 * self.factor * LEAST_WIDTH and head_dim % (4 * self.factor) == 0:
+            self.factor *= 2  # rotary positions turn halves of a head
+        whole = args.max_length or DEFAULT_LENGTH
+        self.length = math.ceil(whole / self.factor)
+        self.rounding = whole / (self.length * self.factor)  # what a row should take over what it takes
         self.small = copy.deepcopy(config)
         self.small.pad_token_id, self.small.head_dim = None, head_dim // self.factor
         for name in ("hidden_size", "intermediate_size", "vocab_size"):
@@ -118,10 +122,13 @@ class StepMeter:
     def needs(self, way: Way, shape: StepShape, rows: int, accumulates: bool) -> StepNeeds:
         """Solve for a step; one that `accumulates` begins with the gradients of other micro-batches."""
         few, many = (self._solve(way, shape, number) for number in (self.few, self.many))
-        solved = few + (many - few) * (rows - self.few) / max(1, self.many - self.few)
-        weights, trained, live, peak, of_last_block = (int(size) * self.factor**2 for size in solved)
+        solved = few + (many - few) * (rows * self.rounding - self.few) / (self.many - self.few)
+        weights, trained, live, peak, of_last_block = (int(size * self.factor**2) for size in solved)
+        if way.lora_r is not None:  # the small copy's adapters have whole ranks
+            whole, trained = trained, int(trained * way.lora_r / (self._rank(way.lora_r) * self.factor))
+            weights += trained - whole
         embedding = self.config.vocab_size * self.config.hidden_size * getattr(torch, way.dtype).itemsize
-        logits = self.logits(rows * self.length, way.dtype, way.everything) * self.factor**2
+        logits = self.logits(round(rows * self.rounding * self.length), way.dtype, way.everything) * self.factor**2
         most = max(live + logits, peak + way.everything * embedding)
         return StepNeeds(
             weights, trained, weights + 2 * trained + max(most + accumulates * trained, of_last_block + trained)
@@ -185,7 +192,7 @@ class StepMeter:
         if width > 1:
             plan = plan.with_pairs(range(width * n, width * (n + 1)) for n in range(blocks))
         student = apply_plan(teacher, plan, share_weights=True)
-        adapters = None if lora_r is None else lora_config(max(1, lora_r // self.factor))
+        adapters = None if lora_r is None else lora_config(self._rank(lora_r))
         make_trainable(student, list(range(blocks)), False, adapters).train()
         return teacher, student, self.live.now - before
 
@@ -204,6 +211,10 @@ class StepMeter:
             towers = run_towers(student, teacher, batch, valid, compared, 0)
             parts = parts_of_loss(towers, student.lm_head, teacher.lm_head, valid[0], hidden_only)
             return parts["hidden"] + parts["final_hidden"], self.live.now  # with the casts that autocast keeps
+
+    def _rank(self, lora_r: int) -> int:
+        """Rank of the small copy's adapters."""
+        return max(1, round(lora_r / self.factor))
 
     def _autocast(self) -> torch.autocast:
         half = torch.float16 if self.args.fp16 else torch.bfloat16

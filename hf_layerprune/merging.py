@@ -208,7 +208,7 @@ def _kept_part(
 def _strongest_groups(
     heads: Tensor, output: Tensor, num_groups: int, num_layers: int, *, of_one_layer: bool
 ) -> Tensor:
-    """As many groups of heads as one layer has, perhaps all `of_one_layer`, that add most to the residual stream."""
+    """The groups of heads that add most to the residual stream: as many as a layer has, perhaps all `of_one_layer`."""
     size = len(heads) // num_groups
     parts = [slice(start, start + size) for start in range(0, len(heads), size)]
     added = torch.stack([(output[:, p].float() @ heads[p, p] * output[:, p].float()).sum() for p in parts])

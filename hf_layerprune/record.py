@@ -31,6 +31,7 @@ from .tasks import TaskReport
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+MAX_WHOLE = 2**63
 LABEL = re.compile(r"\d{1,5}((\|\d{1,5})*|(\+\d{1,5})*)")
 WANTED = {int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "an object"}
 
@@ -203,7 +204,7 @@ def _read(path: Path, name: str, parse: Callable[[str], Any]) -> Any:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LayerPruneError(f"{name} cannot be read: {error.strerror}") from None
-    except (ValueError, OverflowError, RecursionError) as error:  # not text, not JSON, or a LayerPruneError
+    except (ValueError, RecursionError) as error:  # not text, not JSON, or a LayerPruneError
         raise LayerPruneError(f"{name}: {error}") from None
 
 
@@ -250,7 +251,7 @@ def from_json_value(kind: Any, data: Any, name: str) -> Any:
             for key, item in items
         }
     if origin is float and (data in ("nan", "inf", "-inf") or type(data) is int):
-        return float(data)
+        return float(_checked(int, data, name)) if type(data) is int else float(data)
     return _checked(origin, data, name)
 
 
@@ -268,7 +269,7 @@ def _dataclass(kind: Any, data: dict[str, Any], name: str) -> Any:
 
 
 def _checked(kind: type, data: Any, name: str) -> Any:
-    if type(data) is not kind:
+    if type(data) is not kind or (kind is int and abs(data) >= MAX_WHOLE):
         _refuse(name, data, WANTED[kind])
     return data
 

@@ -65,7 +65,8 @@ def next_edit(
             size = min(num_removals, len(edits))
             layers = contiguous_stretch(student, batches, size, [edit.layers[0] for edit in edits])
             order = [Edit.remove(layer) for layer in reversed(layers)]
-            scores = replace(scores, margin=None)  # single layers say nothing certain about the best stretch
+            # single layers say nothing certain about the best stretch
+            scores = replace(scores, margin=None, contenders=())
     if order:
         left = [edit for edit in order if edit.layers[0] in plan.layers]
         if not left:
@@ -158,6 +159,10 @@ def parallel_ranges(plan: LayerPlan, target_depth: int | None = None) -> list[La
     for count in range(1, (plan.depth - 2) // 2 + 1):
         for start in reversed(range(1, plan.depth - 2 * count)):  # the order decides between equal ones
             plans.append(plan.with_pairs(layers[n : n + 2] for n in range(start, start + 2 * count, 2)))
+    if not plans:
+        raise LayerPruneError(
+            f"the model has {plan.depth} layers; a range of pairs between the first and the last needs at least 4"
+        )
     wanted = [paired for paired in plans if target_depth in (None, paired.depth)]
     if not wanted:
         raise LayerPruneError(

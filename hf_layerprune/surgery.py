@@ -189,10 +189,11 @@ def check_made_from(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         check_model(model)
         check_in_memory(model)
         values = {"layers": plan_of(model).num_teacher_layers} | {n: getattr(model.config, n, None) for n in names}
-        values["weights of a layer"] = sorted(name for name, _ in model.base_model.layers[0].named_parameters())
-        found.append(values)
-    ours, theirs = found
-    if differences := [f"{name} {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]:
+        found.append((values, {name for name, _ in model.base_model.layers[0].named_parameters()}))
+    (ours, weights), (theirs, others) = found
+    differences = [f"{name} {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    differences += [f"{name} in one of them only" for name in sorted(weights ^ others)]
+    if differences:
         raise LayerPruneError(f"the student was not made from this teacher: {', '.join(differences)}")
 
 

@@ -119,7 +119,7 @@ def test_certainty_in_words():
     assert text.startswith("7 and 4 cannot be told apart (0.") and "more calibration data" in text
     clear = evidence_of([[0.0] * 6, [1.0, 1, 2, 1, 1, 2], [9.0, 9, 9, 8, 9, 9]], [1] * 6)
     assert Scores.of("kl", [7, 4], clear).certainty.startswith("7 is ahead of 4 by")
-    scores = Scores("kl", {7: 1.0, 4: 0.5}, 0.0, 10, {7: 0.1, 4: 0.1}, dropped={4: 0.25})
+    scores = Scores("kl", {7: 1.0, 4: 0.5}, 0.0, 10, {7: 0.1, 4: 0.1}, dropped={4: 0.25}, contenders=(7,))
     assert scores.safest == 7  # never one that a race dropped, however low its cost was by then
     assert scores.certainty == "7 won the race against 4 after 25% of the data"
 
@@ -141,6 +141,7 @@ def test_certainty_is_about_the_best_two_by_what_they_save():
     edits = [Edit.remove(n) for n in (5, 6, 7)]
     scores = Scores.of("kl", edits, evidence, savings=[1.0, 1.0, 10.0])
     assert scores.contenders == (edits[2], edits[0]) and scores.certainty.startswith("7 is ahead of 5 by")
+    assert scores.to_dict()["contenders"] == ["7", "5"]
 
 
 def test_one_price_ranks_says_how_sure_and_races_where_edits_gain():

@@ -90,6 +90,8 @@ def test_files(tmp_path):
         (("teacher",), [], "the run.teacher=[] must be an object"),
         (("teacher", "quality", "loss"), "low", "quality.loss='low' must be a number"),
         (("teacher", "name"), 3, "the run.teacher.name=3 must be a text"),
+        (("rounds", 0, "number"), 10**400, "must be a whole number"),
+        (("rounds", 0, "quality", "perplexity"), 10**400, "must be a whole number"),
         (("rounds", 0, "edits"), ["two"], "edits='two' must be a label such as"),
         (("rounds", 0, "plan"), {}, "the keys"),
         (("rounds", 0, "plan"), {"num_teacher_layers": 999_999_999_999, "blocks": [[0]]}, "a teacher may have 10000"),

@@ -101,11 +101,10 @@ class PrunedQwen2Config(Qwen2Config):
                 f"{had['num_teacher_layers']}"
             )
         merged = sorted(block for block in had.get("merged", []) if not {*block}.isdisjoint(wanted))
-        if sorted(plan.get("merged", [])) != merged:
-            raise ValueError(
-                f"layer_plan has merged={plan.get('merged', [])}, but the model has merged {merged} of its layers; "
-                "hf_layerprune.merge merges others, which takes data"
-            )
+        if new := [block for block in plan.get("merged", []) if block not in merged]:
+            raise ValueError(f"layer_plan merges layers {new}, which takes data: hf_layerprune.merge does it")
+        if apart := [block for block in merged if block not in plan.get("merged", [])]:
+            raise ValueError(f"layer_plan takes apart layers {apart}, which the model has merged into one")
         first = [position_of[block[0]] for block in plan["blocks"]]
         values = config.to_dict() | older_rope(config) | cls.attention_of(config)
         values |= {"layer_plan": plan, "num_hidden_layers": len(plan["blocks"])}

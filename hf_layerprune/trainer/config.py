@@ -89,7 +89,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         trained_layers (`str`, *optional*, defaults to `"neighbours"`):
             What healing trains: `"neighbours"`, the layers before and after each layer removed in the round (as in
             the paper) and the blocks made in it; `"all"` parameters; or named teacher layers, such as `"3,4,10"`.
-        kl_weight (`float`, *optional*, defaults to `1.0`): weight of the divergence `beta`, nats per token.
+        kl_weight (`float`, *optional*, defaults to `1.0`): weight of the divergence that `beta` chooses.
         beta (`float`, *optional*, defaults to `0.0`):
             Divergence of the next-token distributions: 0 is KL(teacher || student), 1 KL(student || teacher), between
             them the generalized Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
@@ -106,7 +106,7 @@ class IterativeLayerDistillConfig(SFTConfig):
             Optimizer steps of a last round without an edit, in which the student answers the prompts of
             `prompt_dataset` and is healed on its own answers by [`~trl.DistillationTrainer`]
             ([on-policy distillation](https://huggingface.co/papers/2306.13649)).
-        on_policy_tokens (`int`, *optional*, defaults to `128`): longest of these answers; the first have an eighth.
+        on_policy_tokens (`int`, *optional*, defaults to `128`): longest of them; the first have an eighth of it.
         on_policy_learning_rate (`float`, *optional*, defaults to `1e-5`): peak learning rate of that round.
         measure_speed (`bool`, *optional*, defaults to `True`): time the teacher and every depth at the end of a run.
         compile_layers (`bool`, *optional*, defaults to `False`):
@@ -120,7 +120,9 @@ class IterativeLayerDistillConfig(SFTConfig):
     target_num_layers: int | None = option(
         None, "Depth at which to stop. On the command line three quarters of the model's, if no target is given."
     )
-    target_latency: float | None = option(None, "Instead: time per generated token to reach, as a share of the teacher's.")
+    target_latency: float | None = option(
+        None, "Instead: time per generated token to reach, as a share of the teacher's."
+    )
     target_num_parameters: int | None = option(None, "Instead: number of parameters to reach.")
     plan: str | None = option(
         None, "Of a student made elsewhere: plan.json with its layers; by default they are found."
@@ -205,9 +207,14 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(f"chat_template_path={template!r} does not exist; give a file, or a model with one")
         if self.activation_offloading and self.use_cpu:
             raise LayerPruneError("activation_offloading moves activations off a GPU, and there is none; leave it out")
-        for name in ("label_smoothing_factor", "loss_type", "neftune_noise_alpha"):
+        for name in ("label_smoothing_factor", "loss_type"):
             if (value := getattr(self, name)) != getattr(SFTConfig, name):
                 raise LayerPruneError(f"{name}={value!r} has no effect on distillation; leave it out")
+        if self.neftune_noise_alpha and self.trained_layers != "all":
+            raise LayerPruneError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} adds noise to the embedding, which the teacher runs "
+                "for both models; leave it out, or set trained_layers='all'"
+            )
 
     def _settle_criterion(self) -> None:
         """Let `tasks` imply their criterion, and check that the criterion can choose as asked."""

@@ -36,7 +36,8 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
     needs_whole += [name for name in ("compile_layers", "on_policy_steps") if getattr(args, name)]
     if splits_model(accelerator) and needs_whole:
         raise LayerPruneError(
-            f"{' and '.join(needs_whole)} cannot work where FSDP or DeepSpeed splits the student; leave one out"
+            f"{' and '.join(needs_whole)} cannot work where FSDP or DeepSpeed splits the student; leave either out "
+            "(every round is measured before and after its healing anyway)"
         )
 
 

@@ -54,7 +54,7 @@ from .healing import without_adapters
 from .on_policy import prompts_to_answer
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_made_of, check_saving, decisive_settings, make_unpruned_student
-from .trainable import check_healing, check_trained_layers
+from .trainable import check_healing, check_optimizer, check_trained_layers
 
 
 class IterativeLayerDistillTrainer(SFTTrainer):
@@ -120,6 +120,10 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name, **files)
         self._check_request(args)
+        if args.heal:
+            with arguments_in_one_line():
+                check_healing(self.start, args, peft_config)
+        check_tokenizer(processing_class, self.start, self.model_name or "the model")
         self._text_field = args.dataset_text_field if formatting_func is None else None
         given = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
         texts = {
@@ -147,11 +151,10 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 formatting_func=formatting_func,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
-            if args.heal:  # known before a layer is scored
-                own = None if optimizer_cls_and_kwargs else self.get_optimizer_cls_and_kwargs(args, self.model)
-                check_healing(self.start, args, peft_config, own)
+            if args.heal and optimizer_cls_and_kwargs is None:  # known before a layer is scored
+                check_optimizer(*self.get_optimizer_cls_and_kwargs(args, self.model))
         check_engine(self.accelerator, args)
-        check_tokenizer(self.processing_class, self.start, self.model_name or "the model")
+        check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)
         use_trackio_rounds(self.callback_handler.callbacks)
         self._make_batches(self.eval_dataset or {})

@@ -106,7 +106,7 @@ def lock_run(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise LayerPruneError(
-            f"output_dir={folder} is in use: another run is working in it; wait, or choose another"
+            f"output_dir={folder} is in use: another run is working in it; wait, or choose another folder"
         ) from None
     return lock
 
@@ -125,7 +125,8 @@ def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any]
         return
     if not resume:
         raise LayerPruneError(
-            f"output_dir={folder} holds another run; resume it (--resume, resume_from_checkpoint) or choose another"
+            f"output_dir={folder} holds another run; resume it (--resume, resume_from_checkpoint) or choose another "
+            "folder"
         )
     for key in found.settings | settings:
         if key not in OF_OPTIMIZER and found.settings.get(key) != settings.get(key):

@@ -74,13 +74,9 @@ def make_trainable(
     return student
 
 
-def check_healing(
-    model: PreTrainedModel, args: IterativeLayerDistillConfig, peft_config: Any | None, optimizer: Any | None
-) -> None:
-    """Raise an error unless a healing can be made: try its adapters, the `optimizer` (class and options) and schedule.
-
-    Weights in float16 cannot be trained either: DeepSpeed alone keeps them in float32 too.
-    """
+def check_healing(model: PreTrainedModel, args: IterativeLayerDistillConfig, peft_config: Any | None) -> None:
+    """Raise an error unless the adapters and the schedule of a healing can be made, and the weights be trained:
+    DeepSpeed alone keeps those of float16 in float32 too."""
     if peft_config is not None:
         with torch.device("meta"):
             empty = type(model)(copy.deepcopy(model.config))
@@ -95,14 +91,17 @@ def check_healing(
         raise LayerPruneError(
             "the model is in float16, which training turns into NaN; load it in float32 or bfloat16, or train adapters"
         )
-    kind, options = optimizer or (torch.optim.SGD, {})
-    if not {"params", "optimizer_dict", "model"} & options.keys():  # with which it brings the weights itself
-        kind([nn.Parameter(torch.zeros(1))], **options)
     nothing = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     try:
         get_scheduler(args.lr_scheduler_type, nothing, 1, 2, args.lr_scheduler_kwargs)
     except TypeError as error:
         raise LayerPruneError(f"lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {error}") from error
+
+
+def check_optimizer(kind: Any, options: dict[str, Any]) -> None:
+    """Raise the optimizer's own error unless it can be made with these options."""
+    if not {"params", "optimizer_dict", "model"} & options.keys():  # with which it brings the weights itself
+        kind([nn.Parameter(torch.zeros(1))], **options)
 
 
 def _check_targets(model: PreTrainedModel, names: Any) -> None:
