@@ -70,10 +70,11 @@ def _watch(folder: Path, *given: object) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             code = _main(folder, *given)
         except BaseException:
-            traceback.print_exc()
+            os.write(2, traceback.format_exc().encode())
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with suppress(ValueError):  # what is closed
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
     _write(folder / "pid", process)
     _write(folder / "exitcode", os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
