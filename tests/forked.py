@@ -93,7 +93,7 @@ def _main(folder: Path, code: str | Path, arguments: tuple[str, ...], environmen
         setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))
     for logger in filter(lambda logger: hasattr(logger, "handlers"), logging.root.manager.loggerDict.values()):
         for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler):
+            if type(handler) is logging.StreamHandler:  # others own their stream, and close it
                 handler.setStream(sys.stderr)
     os.environ.clear()
     os.environ.update(environment)
