@@ -70,10 +70,11 @@ def _watch(folder: Path, *given: object) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             code = _main(folder, *given)
         except BaseException:
-            traceback.print_exc()
+            os.write(2, traceback.format_exc().encode())
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with suppress(ValueError):  # what is closed
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
     _write(folder / "pid", process)
     _write(folder / "exitcode", os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
@@ -92,7 +93,7 @@ def _main(folder: Path, code: str | Path, arguments: tuple[str, ...], environmen
         setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))
     for logger in filter(lambda logger: hasattr(logger, "handlers"), logging.root.manager.loggerDict.values()):
         for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler):
+            if type(handler) is logging.StreamHandler:  # others own their stream, and close it
                 handler.setStream(sys.stderr)
     os.environ.clear()
     os.environ.update(environment)
