@@ -152,7 +152,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
             if args.heal and optimizer_cls_and_kwargs is None:  # known before a layer is scored
-                check_optimizer(*self.get_optimizer_cls_and_kwargs(args, self.model))
+                check_optimizer(self.get_optimizer_cls_and_kwargs(args, self.model))
         check_engine(self.accelerator, args)
         check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)

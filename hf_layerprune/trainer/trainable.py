@@ -98,8 +98,9 @@ def check_healing(model: PreTrainedModel, args: IterativeLayerDistillConfig, pef
         raise LayerPruneError(f"lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {error}") from error
 
 
-def check_optimizer(kind: Any, options: dict[str, Any]) -> None:
-    """Raise the optimizer's own error unless it can be made with these options."""
+def check_optimizer(made_of: tuple[Any, Any]) -> None:
+    """Make an optimizer of its class and options, for no weights of a model: it raises what it refuses."""
+    kind, options = made_of
     if not {"params", "optimizer_dict", "model"} & options.keys():  # with which it brings the weights itself
         kind([nn.Parameter(torch.zeros(1))], **options)
 
