@@ -1,8 +1,8 @@
 """Memory of a healing step, before it is taken.
 
-A small copy of the model, of three layers, takes a few steps on the CPU. One factor divides its widths and the length
-of its rows, so its weights and activations are smaller by the square of the factor. Memory is linear in layers and
-rows, so these steps give every other step.
+A small copy of the model, of three or four layers, takes a few steps on the CPU. One factor divides its widths and the
+length of its rows, so its weights and activations are smaller by the square of the factor. Memory is linear in layers
+and rows, so these steps give every other step.
 """
 
 from __future__ import annotations
@@ -136,18 +136,20 @@ class StepMeter:
 
     def _solve(self, way: Way, shape: StepShape, rows: int) -> np.ndarray:
         """Add what further blocks and layers take to what a step of two trained blocks and a frozen layer does."""
-        two, block, layer = self.measure(replace(way, trained="neighbours"), 2, shape.width, rows)
+        full = replace(way, trained="neighbours")
+        (two, layer), (three, _) = (self.measure(full, blocks, shape.width, rows) for blocks in (2, 3))
+        block = three - two
         values = two + (shape.trained - 2) * block + (shape.frozen - 1) * layer
         values[0] += shape.idle * layer[0]
         if way.everything:
             values[:2] += two[0] - 2 * block[0] - layer[0]  # embedding, head and norm
         return np.append(values, two[3] - block[3])
 
-    def _measure(self, way: Way, blocks: int, width: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _measure(self, way: Way, blocks: int, width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Run a step of `blocks` trained blocks below a frozen layer, whose gradients are in memory before.
 
         Returns the bytes of weights, of those trained, of all else before the divergence, and of the most of it on the
-        way back; and what a block and the frozen layer add to each.
+        way back; and what the frozen layer adds to each.
         """
         live, after = self.live, []
         with live, warnings.catch_warnings():
@@ -171,11 +173,9 @@ class StepMeter:
             for parameter in trained:
                 parameter.grad = None
         size = sum(parameter.nbytes for parameter in trained)
-        of_block, of_layer = (sum(weight.nbytes for weight in layers[n].parameters()) for n in (0, -1))
-        in_block, in_layer = np.diff(after)[blocks - 2 : blocks]
+        of_layer, in_layer = sum(weight.nbytes for weight in layers[-1].parameters()), after[-1] - after[-2]
         return (
             np.array([weights, size, at_divergence - before, live.peak - before]),
-            np.array([of_block + width * of_layer, size // blocks, in_block, in_block]),
             np.array([of_layer, 0, in_layer, in_layer]),
         )
 
