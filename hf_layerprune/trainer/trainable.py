@@ -64,6 +64,8 @@ def make_trainable(
 ) -> nn.Module:
     """Switch on the gradients of `blocks`, or of everything, and give these weights memory of their own; with a
     `peft_config` train adapters on `blocks` instead, and nothing else."""
+    # a model read from a file would not train its padding token, which often is its end token
+    student.get_input_embeddings().padding_idx = None
     in_blocks = [p for position in blocks for p in student.base_model.layers[position].parameters()]
     trained = list(student.parameters()) if everything and peft_config is None else in_blocks
     unshare_parameters(trained)  # merging adapters changes them in place too
