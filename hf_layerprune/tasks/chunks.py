@@ -187,12 +187,14 @@ class PreparedTask:
         weight (`float`): its weight among others.
         measure (`str`): `"accuracy"`, `"perplexity"`, `"kl"`, a metric's name, or the `"score"` of lm-eval.
         chunks (`list[Chunk]`): its examples.
+        vocab_size (`int`): of the smallest vocabulary that its tokens are known to be in; 0 before they are checked.
     """
 
     name: str
     weight: float
     measure: str
     chunks: list[Chunk] = field(repr=False)
+    vocab_size: int = field(default=0, repr=False)
 
     @property
     def statistic(self) -> Literal["kl", "nll"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,10 @@ def prepare_tasks(
     prepared = []
     for task in tasks:
         task = task if isinstance(task, PreparedTask) else task.prepare(tokenizer, batch_size, longest)
-        batches = [chunk.batch for chunk in task.chunks if chunk.batch]
-        check_batches(batches, vocab_size, f"task {task.name}", required=False)
+        if not 0 < task.vocab_size <= vocab_size:
+            batches = [chunk.batch for chunk in task.chunks if chunk.batch]
+            check_batches(batches, vocab_size, f"task {task.name}", required=False)
+            task = replace(task, vocab_size=vocab_size)
         prepared.append(task)
     return prepared
 
