@@ -98,6 +98,7 @@ class RoundWork:
 
     edits: tuple[Edit, ...] = ()  # in the order in which they were made
     scores: tuple[Scores[Edit], ...] = ()  # what every possible edit cost, for each choice that was scored
+    seconds_scoring: float = 0.0
     unhealed: EvaluationReport | None = None  # the teacher after all edits of the run, without any training
     before_healing: EvaluationReport | None = None  # the student after this round's edits
     healing: Healing | None = None  # `None` for a round without healing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -137,12 +138,14 @@ class Rounds:
         if current.phase != "choosing" or self.goal.met(plan_of(student)):
             return None
         self._phase("scoring", num_layers=plan_of(student).depth)
+        start = time.perf_counter()
         with autocast(self.trainer.accelerator):  # all candidates are rounded alike, in half of the time
             step = broadcast_from_main(self._choice(student))
         self.file.record = replace(self.run, order=step.order)
         self._change_round(
             edits=(*current.edits, step.edit),
             scores=current.scores if step.scores is None else (*current.scores, step.scores),
+            seconds_scoring=current.seconds_scoring + time.perf_counter() - start,
         )
         return step.edit
 
@@ -279,7 +282,7 @@ class Rounds:
             raise LayerPruneError(
                 f"round {number}: the student's loss is {quality.loss}{advice}. The rounds before it are kept"
             )
-        names = ("edits", "scores", "unhealed", "before_healing", "healing")
+        names = ("edits", "scores", "seconds_scoring", "unhealed", "before_healing", "healing")
         record = RoundRecord.of(
             student,
             quality,
