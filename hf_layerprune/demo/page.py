@@ -173,7 +173,6 @@ class DemoPage:
 
     def lay_out(self) -> None:
         """Place the widgets on the page that is being built."""
-        self.moves = gr.State(0)  # of the depth; each stops what runs, and lets another student answer
         _render(self.shown, self.headline)
         with gr.Row():
             _render(self.model, self.depth, self.mode)
@@ -217,15 +216,16 @@ class DemoPage:
                 self._compare_again, asked, given, **STREAMED
             ),
         ]
-        redone = self.moves.change(self._redo, [*chosen, self.shown], answered, **STREAMED)
+        moved = self.depth.input(
+            self._on_depth, [*chosen, self.shown], [*answered, *inside], cancels=running, **AT_ONCE
+        )
+        redone = moved.then(self._redo, [*chosen, self.shown], answered, **STREAMED)
         found = [self.distance, self.found, self.positions, self.strip, *self.expected]
         looking = [self.inspect.click, self.text.submit]
         inspected = gr.on(
             looking, self._inspect, [self.text, *chosen], found, show_progress_on=self.inspect, **PRIVATE
         )
         running += [redone, inspected]
-        before, after = [*chosen, self.shown, self.moves], [*answered, *inside, self.moves]
-        self.depth.input(self._on_depth, before, after, cancels=running, **AT_ONCE)
         ends = [  # what runs is cancelled first: its last words would be shown over what follows
             (self.stop.click, self._stop, [*chosen, self.shown], answered),
             (self.fresh.click, self._empty, chosen, everything),
@@ -287,7 +287,7 @@ class DemoPage:
             before = replace(shown, turns=shown.turns[:-1])
             yield from self._compare(shown.turns[-1][0], model, depth, mode, before, *sampling)
 
-    def _on_depth(self, model: str, depth: int, mode: str, shown: Shown, moves: int) -> list[Any]:
+    def _on_depth(self, model: str, depth: int, mode: str, shown: Shown) -> list[Any]:
         """Show the other student at once, without its words; the original's answer stays if it is whole."""
         _, *look = self._look(self.service.pairing(model), depth, mode == CHAT, "")
         blank, original = self.service.blank(self.service.pairing(model), depth), shown.comparison.original
@@ -295,7 +295,7 @@ class DemoPage:
         if original.ended:
             turns = tuple((prompt, said, "") for prompt, said, _ in shown.turns)
             now = replace(shown, turns=turns, comparison=replace(blank, original=original))
-        return [*self._view(self.service.pairing(model), depth, now), *look[3:8], moves + 1]
+        return [*self._view(self.service.pairing(model), depth, now), *look[3:8]]
 
     def _redo(self, model: str, depth: int, mode: str, shown: Shown) -> Iterator[list[Any]]:
         """Let the other student answer all that was asked, and the original nothing again."""
