@@ -56,6 +56,8 @@ def main() -> None:
     costs = {" ".join(map(str, edit.layers)): value for edit, value in scores.values.items()}
     print(f"merges scored in {seconds_scoring:.0f} s: {costs}", flush=True)
     results: list[dict[str, Any]] = []
+    content = {"model": Path(args.model).name, "rows": args.rows, "score_rows": args.score_rows, "costs": costs}
+    content |= {"seconds_scoring": seconds_scoring, "environment": environment(), "results": results}
 
     def measure(way: str, layers: list[Any], make: Callable[[], PreTrainedModel]) -> None:
         start = time.perf_counter()
@@ -67,6 +69,7 @@ def main() -> None:
             found |= {f"kl_{kind}": quality["kl"], f"kl_{kind}_se": quality["kl_se"]}
         results.append(found)
         print(found, flush=True)
+        write_atomically(args.output, to_json(content))  # what is measured stays if the rest takes too long
         if args.save and way == "merged":
             student.save_pretrained(args.save / str(found["depth"]))
             tokenizer.save_pretrained(args.save / str(found["depth"]))
@@ -86,9 +89,6 @@ def main() -> None:
         measure_removed([second for _, second in pairs])
     for layers in args.removed:
         measure_removed(layers)
-    content = {"model": Path(args.model).name, "rows": args.rows, "score_rows": args.score_rows, "costs": costs}
-    content |= {"seconds_scoring": seconds_scoring, "results": results, "environment": environment()}
-    write_atomically(args.output, to_json(content))
 
 
 if __name__ == "__main__":
