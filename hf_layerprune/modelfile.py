@@ -1,7 +1,7 @@
 """The Modelfile by which Ollama runs a GGUF file.
 
-Ollama renders chats by a Go template. It recognises the chat templates of some families in a GGUF file and gives any
-other model the bare prompt, so the template is written here wherever a chat is a plain sequence of messages.
+Ollama renders chats by a Go template. It recognises the chat templates of some families in a GGUF file and leaves any
+other to llama.cpp, so a template is written here wherever a chat is a plain sequence of messages.
 """
 
 from __future__ import annotations
