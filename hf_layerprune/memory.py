@@ -11,7 +11,6 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -35,6 +34,7 @@ from .trainer.trainable import lora_config, make_trainable
 
 DEFAULT_LENGTH = 1024  # tokens per row where `max_length` sets no bound
 LEAST_WIDTH = 48  # of the small model's hidden states: norms and biases, which shrink by the factor alone, stay few
+PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37)  # rows of the small model: one that divides none of its sizes
 
 
 class LiveBytes(TorchDispatchMode):
@@ -57,13 +57,28 @@ class LiveBytes(TorchDispatchMode):
         for part in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(part, Tensor) and (storage := part.untyped_storage()) not in self.storages:
                 size = self.storages[storage] = storage.nbytes()
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._release, size)
+                self._count(size)
+                weakref.finalize(storage, self._count, -size)
         return result
 
-    def _release(self, size: int) -> None:
-        self.now -= size
+    def _count(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class LiveBytesByRows(LiveBytes):
+    """Counts apart what stays and what grows with the rows of a batch, `(2,)`: what their number, a prime, divides.
+
+    Any number of rows can be solved for: `moments` has the bytes after every change. Computes no products.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(products=False)
+        self.rows, self.now, self.moments = rows, np.zeros(2), []
+
+    def _count(self, size: int) -> None:
+        self.now = self.now + (np.array([size, 0]) if size % self.rows else np.array([0, size / self.rows]))
+        self.moments.append(self.now)
 
 
 @dataclass(frozen=True)
@@ -100,11 +115,10 @@ class StepNeeds(NamedTuple):
 
 
 class StepMeter:
-    """Solves for the memory of steps on a GPU, from a few that are measured: with the first and the last number of
-    `rows` of a micro-batch, ascending. `config` is the teacher's."""
+    """Solves for the memory of steps on a GPU, from a few that are measured. `config` is the teacher's."""
 
-    def __init__(self, config: PretrainedConfig, args: IterativeLayerDistillConfig, rows: Sequence[int]) -> None:
-        self.config, self.args, self.few, self.many = config, args, rows[0], max(rows[-1], rows[0] + 1)
+    def __init__(self, config: PretrainedConfig, args: IterativeLayerDistillConfig) -> None:
+        self.config, self.args = config, args
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.factor = 1
         while config.hidden_size >= 2 * self.factor * LEAST_WIDTH and head_dim % (4 * self.factor) == 0:
@@ -116,13 +130,15 @@ class StepMeter:
         self.small.pad_token_id, self.small.head_dim = None, head_dim // self.factor
         for name in ("hidden_size", "intermediate_size", "vocab_size"):
             setattr(self.small, name, getattr(config, name) // self.factor)
-        self.live = LiveBytes(products=False)
+        heads = (config.num_attention_heads, config.num_key_value_heads, self.small.head_dim)
+        sizes = (self.length, self.small.hidden_size, self.small.intermediate_size, self.small.vocab_size, *heads)
+        self.rows = next(prime for prime in PRIMES if all(size % prime for size in sizes))
+        self.live = LiveBytesByRows(self.rows)
         self.models, self.measure, self.logits = cache(self._models), cache(self._measure), cache(self._logits)
 
     def needs(self, way: Way, shape: StepShape, rows: int, accumulates: bool) -> StepNeeds:
         """Solve for a step; one that `accumulates` begins with the gradients of other micro-batches."""
-        few, many = (self._solve(way, shape, number) for number in (self.few, self.many))
-        solved = few + (many - few) * (rows * self.rounding - self.few) / (self.many - self.few)
+        solved = self._solve(way, shape, rows * self.rounding)
         weights, trained, live, peak, of_last_block = (int(size * self.factor**2) for size in solved)
         if way.lora_r is not None:  # the small copy's adapters have whole ranks
             whole, trained = trained, int(trained * way.lora_r / (self._rank(way.lora_r) * self.factor))
@@ -134,10 +150,10 @@ class StepMeter:
             weights, trained, weights + 2 * trained + max(most + accumulates * trained, of_last_block + trained)
         )
 
-    def _solve(self, way: Way, shape: StepShape, rows: int) -> np.ndarray:
+    def _solve(self, way: Way, shape: StepShape, rows: float) -> np.ndarray:
         """Add what further blocks and layers take to what a step of two trained blocks and a frozen layer does."""
         full = replace(way, trained="neighbours")
-        (two, layer), (three, _) = (self.measure(full, blocks, shape.width, rows) for blocks in (2, 3))
+        (two, layer), (three, _) = (self.step(full, blocks, shape.width, rows) for blocks in (2, 3))
         block = three - two
         values = two + (shape.trained - 2) * block + (shape.frozen - 1) * layer
         values[0] += shape.idle * layer[0]
@@ -145,12 +161,18 @@ class StepMeter:
             values[:2] += two[0] - 2 * block[0] - layer[0]  # embedding, head and norm
         return np.append(values, two[3] - block[3])
 
-    def _measure(self, way: Way, blocks: int, width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Run a step of `blocks` trained blocks below a frozen layer, whose gradients are in memory before.
+    def step(self, way: Way, blocks: int, width: int, rows: float) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluate a step of `blocks` trained blocks below a frozen layer, whose gradients are in memory before.
 
         Returns the bytes of weights, of those trained, of all else before the divergence, and of the most of it on the
         way back; and what the frozen layer adds to each.
         """
+        at_divergence, moments, layer = (part @ [1, rows] for part in self.measure(way, blocks, width))
+        return np.append(at_divergence, moments.max()), layer
+
+    def _measure(self, way: Way, blocks: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Run a step. Returns fixed bytes and bytes per row: of what [`step`] returns, and of all moments of the way
+        back for the most of it."""
         live, after = self.live, []
         with live, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has another name for checkpointing
@@ -165,8 +187,8 @@ class StepMeter:
                 parameter.grad = torch.empty_like(parameter)
             before = live.now
             hooks = [layer.register_forward_hook(lambda *_: after.append(live.now)) for layer in layers]
-            loss, at_divergence = self._forward(teacher, student, blocks, rows)
-            live.peak = live.now
+            loss, at_divergence = self._forward(teacher, student, blocks)
+            live.moments = [live.now]
             loss.backward()
             for hook in hooks:
                 hook.remove()
@@ -175,13 +197,14 @@ class StepMeter:
         size = sum(parameter.nbytes for parameter in trained)
         of_layer, in_layer = sum(weight.nbytes for weight in layers[-1].parameters()), after[-1] - after[-2]
         return (
-            np.array([weights, size, at_divergence - before, live.peak - before]),
-            np.array([of_layer, 0, in_layer, in_layer]),
+            np.array([weights, [size, 0], at_divergence - before]),
+            np.array(live.moments) - before,
+            np.array([[of_layer, 0], [0, 0], in_layer, in_layer]),
         )
 
     def _models(
         self, lora_r: int | None, dtype: str, blocks: int, width: int
-    ) -> tuple[PreTrainedModel, PreTrainedModel, int]:
+    ) -> tuple[PreTrainedModel, PreTrainedModel, np.ndarray]:
         """Make a small teacher and its student, and count the bytes of both."""
         before, depth = self.live.now, blocks * width + 1
         config, plan = copy.deepcopy(self.small), LayerPlan.identity(depth)
@@ -196,12 +219,10 @@ class StepMeter:
         make_trainable(student, list(range(blocks)), False, adapters).train()
         return teacher, student, self.live.now - before
 
-    def _forward(
-        self, teacher: PreTrainedModel, student: PreTrainedModel, blocks: int, rows: int
-    ) -> tuple[Tensor, int]:
+    def _forward(self, teacher: PreTrainedModel, student: PreTrainedModel, blocks: int) -> tuple[Tensor, np.ndarray]:
         """Run both models. Returns the loss without logits, and the bytes alive before these would be made."""
-        batch = {"input_ids": torch.zeros(rows, self.length, dtype=torch.long)}
-        valid = torch.ones(rows, self.length).nonzero(as_tuple=True)
+        batch = {"input_ids": torch.zeros(self.rows, self.length, dtype=torch.long)}
+        valid = torch.ones(self.rows, self.length).nonzero(as_tuple=True)
         if not (self.args.packing and self.args.packing_strategy == "wrapped"):  # whose rows are full and need no mask
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             batch["attention_mask"][:, -1] = 0
@@ -223,7 +244,7 @@ class StepMeter:
     def _logits(self, tokens: int, dtype: str, trains_head: bool) -> int:
         """Run the divergence and the next-token loss alone, in chunks as on a GPU, and count what they take at most,
         with their gradients. Once there are several chunks, memory is linear in `tokens`."""
-        args, live, size = self.args, self.live, (self.small.hidden_size, self.small.vocab_size)
+        args, live, size = self.args, LiveBytes(products=False), (self.small.hidden_size, self.small.vocab_size)
         chunk = max(MIN_ROWS_PER_CHUNK, MAX_LOGITS_PER_CHUNK["cuda"] // self.config.vocab_size)
         chunk = max(1, round(chunk / self.factor))
         if tokens > 4 * chunk:
