@@ -166,12 +166,6 @@ WATCH = """() => {
     new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
 }"""
 """Remember every length that the answers have had."""
-WATCH_STATUS = """() => {
-    window.told = '';
-    const look = () => window.told += document.querySelector('#lp-status').innerText;
-    new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
-}"""
-"""Remember all that the status has said."""
 
 
 def test_both_models_stream_and_are_measured(visit):
@@ -264,22 +258,6 @@ def test_another_depth_asks_the_student_alone(visit):
     page.get_by_label("6, the original").check()
     expect(page.locator("#lp-status")).to_contain_text("Both gave the same answer")
     assert words(page, 0) == words(page, 1) == original
-
-
-def test_the_last_of_two_depths_is_asked_while_the_first_still_writes(visit):
-    page = visit()
-    choose(page, "tiny run")
-    set_sampling(page, "max_new_tokens", 500)
-    ask(page, "It was")
-    finished(page, "It was")
-    page.evaluate(WATCH_STATUS)
-    page.locator("#lp-depth input[value='5']").check()
-    expect(page.locator("#lp-status")).to_contain_text("in turn")  # it writes
-    page.locator("#lp-depth input[value='4']").check()
-    expect(page.locator(SIDES[1])).to_contain_text("4 layers")
-    page.wait_for_timeout(SECONDS)
-    finished(page, "It was")
-    assert "ahead" not in page.evaluate("() => window.told")
 
 
 def test_what_is_inside_and_what_comes_next(visit):

@@ -45,7 +45,7 @@ def estimate(argv: list[str]) -> None:
     run = RunSizes(config, args, teacher)
     _check(arguments.model, run, plan_of(teacher or config))
     with Phases() as phases:
-        phases.phase("measuring steps of a small copy")
+        phases.phase("measuring on tensors without memory")
         found = estimate_run(run, memory, arguments.dtype, arguments.lora_r, arguments.device_tflops)
     console = Console()
     say(console, f"{arguments.model}: {config.num_hidden_layers} layers, {_target(found, args)}")

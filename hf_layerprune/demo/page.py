@@ -173,8 +173,7 @@ class DemoPage:
 
     def lay_out(self) -> None:
         """Place the widgets on the page that is being built."""
-        self.shown.render()
-        self.headline.render()
+        _render(self.shown, self.headline)
         with gr.Row():
             _render(self.model, self.depth, self.mode)
         with gr.Tab("Compare"):
@@ -226,7 +225,6 @@ class DemoPage:
         inspected = gr.on(
             looking, self._inspect, [self.text, *chosen], found, show_progress_on=self.inspect, **PRIVATE
         )
-        self.depth.input(None, cancels=[redone, inspected], **AT_ONCE)
         running += [redone, inspected]
         ends = [  # what runs is cancelled first: its last words would be shown over what follows
             (self.stop.click, self._stop, [*chosen, self.shown], answered),
