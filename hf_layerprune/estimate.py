@@ -179,7 +179,7 @@ def estimate_run(run: RunSizes, memory: int, dtype: str, lora_r: int | None, tfl
     """
     args, rank, settings, best = run.args, lora_r or 16, [], None
     rows = [n for n in sorted({*ROWS, args.per_device_train_batch_size}) if run.per_step % n == 0]
-    meter = StepMeter(run.config, args, rows)
+    meter = StepMeter(run.config, args)
     trained = dict.fromkeys([(args.trained_layers, lora_r), ("neighbours", None), ("all", None), ("neighbours", rank)])
     for how, name, twice in product(trained, dict.fromkeys([dtype, "bfloat16"]), (False, True)):
         of_way = [run.setting(Way(*how, name, twice), n, meter) for n in rows]

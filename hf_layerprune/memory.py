@@ -1,7 +1,7 @@
 """Memory of a healing step, before it is taken.
 
 Steps of students of two and three layers run on tensors that have shapes and no memory. Memory is linear in layers and
-rows, so these give every other step.
+rows, so these give every other step. What grows with the rows is counted apart, so one number of rows is enough.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from .trainer.healing import compared_states, run_towers
 from .trainer.trainable import lora_config, make_trainable
 
 DEFAULT_LENGTH = 1024  # tokens per row where `max_length` sets no bound
+PRIMES = (101, 103, 107, 109, 113, 127, 131, 137, 139)  # rows of a step: one that divides no size of the model
 
 
 class LiveBytes(TorchDispatchMode):
@@ -49,13 +49,28 @@ class LiveBytes(TorchDispatchMode):
         for part in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(part, Tensor) and (storage := part.untyped_storage()) not in self.storages:
                 size = self.storages[storage] = storage.nbytes()
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._release, size)
+                self._count(size)
+                weakref.finalize(storage, self._count, -size)
         return result
 
-    def _release(self, size: int) -> None:
-        self.now -= size
+    def _count(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class LiveBytesByRows(LiveBytes):
+    """Counts apart the bytes that stay and those that grow with the rows of a batch, `(2,)`.
+
+    A tensor grows if the number of rows, a prime, divides its size. `moments` has the bytes after every change.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.now, self.moments = rows, np.zeros(2), []
+
+    def _count(self, size: int) -> None:
+        self.now = self.now + (np.array([size, 0]) if size % self.rows else np.array([0, size / self.rows]))
+        self.moments.append(self.now)
 
 
 @dataclass(frozen=True)
@@ -92,22 +107,20 @@ class StepNeeds(NamedTuple):
 
 
 class StepMeter:
-    """Solves for the memory of steps on a GPU, from a few that are measured: with the first and the last number of
-    `rows` of a micro-batch, ascending. `config` is the teacher's."""
+    """Solves for the memory of steps on a GPU, from a few that are measured. `config` is the teacher's."""
 
-    def __init__(self, config: PretrainedConfig, args: IterativeLayerDistillConfig, rows: Sequence[int]) -> None:
-        self.config, self.args = config, copy.copy(args)
-        self.few, self.many, self.length = rows[0], rows[-1], args.max_length or DEFAULT_LENGTH
+    def __init__(self, config: PretrainedConfig, args: IterativeLayerDistillConfig) -> None:
+        self.config, self.args, self.length = config, copy.copy(args), args.max_length or DEFAULT_LENGTH
+        sizes = [value for value in config.to_dict().values() if type(value) is int and value > 1]
+        self.rows = next(n for n in PRIMES if all(size % n for size in (*sizes, self.length)))
         # `_logits` measures these two
         self.args.kl_weight, self.args.lm_weight, self.args.loss_preset = 0, 0, None
-        self.losses, self.fake, self.live = args, FakeTensorMode(), LiveBytes()
+        self.losses, self.fake, self.live = args, FakeTensorMode(), LiveBytesByRows(self.rows)
         self.models, self.measure, self.logits = cache(self._models), cache(self._measure), cache(self._logits)
 
     def needs(self, way: Way, shape: StepShape, rows: int, accumulates: bool) -> StepNeeds:
         """Solve for a step; one that `accumulates` begins with the gradients of other micro-batches."""
-        few, many = (self._solve(way, shape, number) for number in (self.few, self.many))
-        solved = few + (many - few) * (rows - self.few) / max(1, self.many - self.few)
-        weights, trained, live, peak, of_last_block = map(int, solved)
+        weights, trained, live, peak, of_last_block = map(int, self._solve(way, shape, rows))
         embedding = self.config.vocab_size * self.config.hidden_size * getattr(torch, way.dtype).itemsize
         logits = self.logits(rows * (self.length - 1), way.dtype, way.everything)
         most = max(live + logits, peak + way.everything * embedding)
@@ -118,10 +131,10 @@ class StepMeter:
     def _solve(self, way: Way, shape: StepShape, rows: int) -> np.ndarray:
         """Add what further blocks and layers take to what a step of one trained and one frozen block does."""
         full = replace(way, trained="neighbours", lora_r=None)
-        (base, layer), (two, _) = (self.measure(full, blocks, shape.width, rows) for blocks in (1, 2))
+        (base, layer), (two, _) = (self.step(full, blocks, shape.width, rows) for blocks in (1, 2))
         of_layer, block = base[1] // shape.width, two - base
         if way.lora_r is not None:
-            adapted, _ = self.measure(replace(full, lora_r=way.lora_r), 1, shape.width, rows)
+            adapted, _ = self.step(replace(full, lora_r=way.lora_r), 1, shape.width, rows)
             block = block + (adapted - base)[[0, 1, 2, 2]]  # on the way back, one block at a time takes more
             base = adapted
         values = base + (shape.trained - 1) * block + (shape.frozen - 1) * np.array([of_layer, 0, layer, layer])
@@ -131,12 +144,17 @@ class StepMeter:
             values[:2] += outside
         return np.append(values, base[3])
 
-    def _measure(self, way: Way, blocks: int, width: int, rows: int) -> tuple[np.ndarray, int]:
-        """Run a step of `blocks` trained blocks below a frozen layer, whose gradients are in memory before.
+    def step(self, way: Way, blocks: int, width: int, rows: int) -> tuple[np.ndarray, int]:
+        """Evaluate a step of `blocks` trained blocks below a frozen layer, whose gradients are in memory before.
 
         Returns the bytes of weights, of those trained, of all else before the divergence, and of the most of it on the
         way back; and what the frozen layer adds to these two.
         """
+        before_divergence, moments, layer = (part @ [1, rows] for part in self.measure(way, blocks, width))
+        return np.append(before_divergence, moments.max()), layer
+
+    def _measure(self, way: Way, blocks: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Run a step. Returns fixed bytes and bytes per row, `(..., 2)`, of what `step` evaluates."""
         live, after = self.live, []
         with self.fake, live, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of the other name that checkpointing has had
@@ -152,20 +170,20 @@ class StepMeter:
             hooks = [
                 layer.register_forward_hook(lambda *_: after.append(live.now)) for layer in student.base_model.layers
             ]
-            loss, at_divergence = self._forward(teacher, student, blocks, rows)
-            live.peak = live.now
+            loss, at_divergence = self._forward(teacher, student, blocks)
+            live.moments = [live.now]
             loss.backward()
             for hook in hooks:
                 hook.remove()
             for parameter in trained:
                 parameter.grad = None
         size = sum(parameter.nbytes for parameter in trained)
-        values = np.array([weights, size, at_divergence - before, live.peak - before])
-        return values, after[blocks] - after[blocks - 1]
+        before_divergence = np.array([weights, [size, 0], at_divergence - before])
+        return before_divergence, np.array(live.moments) - before, after[blocks] - after[blocks - 1]
 
     def _models(
         self, lora_r: int | None, dtype: str, blocks: int, width: int
-    ) -> tuple[PreTrainedModel, PreTrainedModel, int]:
+    ) -> tuple[PreTrainedModel, PreTrainedModel, np.ndarray]:
         """Make a teacher and a student, and count the bytes of both."""
         before, depth = self.live.now, blocks * width + 1
         config, plan = copy.deepcopy(self.config), LayerPlan.identity(depth)
@@ -184,11 +202,9 @@ class StepMeter:
             make_trainable(student, list(range(blocks)), False, lora_config(lora_r)).train()
         return teacher, student, self.live.now - before
 
-    def _forward(
-        self, teacher: PreTrainedModel, student: PreTrainedModel, blocks: int, rows: int
-    ) -> tuple[Tensor, int]:
+    def _forward(self, teacher: PreTrainedModel, student: PreTrainedModel, blocks: int) -> tuple[Tensor, np.ndarray]:
         """Run both models on full rows. Returns the loss and the bytes that live before the divergence."""
-        args, length = self.args, self.length - 1
+        args, rows, length = self.args, self.rows, self.length - 1
         ids = torch.zeros(rows, self.length, dtype=torch.long)
         valid = torch.arange(rows).repeat_interleave(length), torch.arange(length).repeat(rows)
         compared = compared_states(plan_of(student), plan_of(teacher), range(blocks))
@@ -204,7 +220,7 @@ class StepMeter:
     def _logits(self, tokens: int, dtype: str, trains_head: bool) -> int:
         """Run the divergence and the next-token loss alone, in chunks as on a GPU, and count what they take at most,
         with their gradients. Once there are several chunks, memory is linear in `tokens`."""
-        args, live, size = self.losses, self.live, (self.config.hidden_size, self.config.vocab_size)
+        args, live, size = self.losses, LiveBytes(), (self.config.hidden_size, self.config.vocab_size)
         chunk = max(MIN_ROWS_PER_CHUNK, MAX_LOGITS_PER_CHUNK["cuda"] // size[1])
         if tokens > 4 * chunk:
             three, four = (self.logits(number * chunk, dtype, trains_head) for number in (3, 4))

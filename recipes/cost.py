@@ -58,7 +58,7 @@ def cost_of(path: Path, processes: int) -> Cost:
     if args.trained_layers == "all":
         step = StepShape(depth - run.removed, 0, run.removed)
     way = Way(args.trained_layers, None, arguments.dtype, bool(args.gradient_checkpointing))
-    needs = StepMeter(config, args, [rows]).needs(way, step, rows, accumulates=run.per_step > rows)
+    needs = StepMeter(config, args).needs(way, step, rows, accumulates=run.per_step > rows)
     flops = rows * run.healing_flops(way, step, needs.trained // getattr(torch, arguments.dtype).itemsize)
     micro_batches = args.gradient_accumulation_steps * processes * args.max_steps * run.rounds
     hours = 3600 * SHARE * PEAK

@@ -74,7 +74,7 @@ def test_a_run_that_only_heals_scores_and_removes_nothing(tmp_path, capsys):
     configs = [tiny_model(depth).config for depth in (4, 6)]
     args = tiny_config(tmp_path, target_num_layers=3, max_length=32, per_device_train_batch_size=1)
     removes = RunSizes(configs[0], args, configs[1])
-    setting = removes.setting(Way("all", None, "float32", False), 1, StepMeter(configs[0], args, [1]))
+    setting = removes.setting(Way("all", None, "float32", False), 1, StepMeter(configs[0], args))
 
     def gradients(trained):
         return next(s["optimizer"] for s in heals["settings"] if s["trained"] == trained and not s["lora_r"])

@@ -75,7 +75,7 @@ def test_the_estimated_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained
         ).train()
     run = RunSizes(model.config, args)
     way = Way(args.trained_layers, lora_r, "float32", args.gradient_checkpointing)
-    setting = run.setting(way, rows, StepMeter(model.config, args, [rows]))
+    setting = run.setting(way, rows, StepMeter(model.config, args))
     assert len(watch.peaks) == run.rounds == 2 and setting.accumulation == 4 // rows
     assert setting.peak == pytest.approx(max(watch.peaks), rel=0.05), (trained, watch.peaks, setting)
     assert setting.peak == setting.weights + setting.optimizer + setting.activations
@@ -85,7 +85,7 @@ def test_a_pruned_qwen2_without_pairs_needs_what_the_plain_model_does(tmp_path):
     args, model = tiny_config(tmp_path, trained_layers="neighbours", target_num_layers=6), tiny_model(8, **SIZES)
     way = Way("neighbours", None, "float32", False)
     plain, paired = (
-        RunSizes(config, args).setting(way, 2, StepMeter(config, args, [2]))
+        RunSizes(config, args).setting(way, 2, StepMeter(config, args))
         for config in (model.config, pruned_qwen2(model).config)
     )
     assert paired.weights == plain.weights and paired.peak == pytest.approx(plain.peak, rel=0.05)

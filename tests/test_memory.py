@@ -21,9 +21,9 @@ MORE = {"lm_weight": 0.5}
 def check_solved(folder, config, way, shape, **settings):
     """Compare what is solved with the same step measured at its whole depth."""
     args = tiny_config(folder, **{"max_length": 128, "bf16": False} | settings)
-    solved = StepMeter(config, args, [1, 4]).needs(way, shape, 3, accumulates=True)
-    meter = StepMeter(config, args, [3])
-    (weights, trained, live, peak), _ = meter.measure(way, shape.trained, shape.width, 3)
+    solved = StepMeter(config, args).needs(way, shape, 3, accumulates=True)
+    meter = StepMeter(config, args)
+    (weights, trained, live, peak), _ = meter.step(way, shape.trained, shape.width, 3)
     whole = weights + 3 * trained + max(live + meter.logits(3 * 127, way.dtype, way.everything), peak)
     assert solved[:2] == pytest.approx((weights, trained), rel=0.01) and 0.97 < solved.peak / whole < 1.1
 
@@ -50,7 +50,7 @@ def test_every_family_and_pairs(tmp_path, family):
 
 def test_gradients_of_other_micro_batches_and_idle_layers_take_memory(tmp_path):
     model = tiny_model(8, **SIZES, tie_word_embeddings=False)
-    meter = StepMeter(model.config, tiny_config(tmp_path, max_length=64), [1, 4])
+    meter = StepMeter(model.config, tiny_config(tmp_path, max_length=64))
     way, layer = Way("neighbours", None, "float32", False), sum(p.nbytes for p in model.model.layers[0].parameters())
     alone = meter.needs(way, StepShape(2, 4), 2, accumulates=False)
     more = meter.needs(way, StepShape(2, 4, idle=3), 2, accumulates=True)
@@ -61,13 +61,13 @@ def test_gradients_of_other_micro_batches_and_idle_layers_take_memory(tmp_path):
 def test_operations_are_those_of_a_step(tmp_path):
     config = tiny_model(6, **SIZES).config
     args = tiny_config(tmp_path, max_length=16, kl_weight=0)
-    run, meter = RunSizes(config, args), StepMeter(config, args, [2])
+    run, meter = RunSizes(config, args), StepMeter(config, args)
     for lora_r in (None, 4):
         with FlopCounterMode(display=False) as counter:
-            meter.measure(Way("neighbours", lora_r, "float32", False), 5, 1, 2)
-        (_, trained, *_), _ = meter.measure(Way("neighbours", lora_r, "float32", False), 5, 1, 2)
+            (_, trained, *_), _ = meter.step(Way("neighbours", lora_r, "float32", False), 5, 1, 2)
         way, shape = Way("neighbours", lora_r, "float32", False), StepShape(5, 1)
-        assert 2 * run.healing_flops(way, shape, trained // 4) == pytest.approx(counter.get_total_flops(), rel=0.06)
+        flops = meter.rows * run.healing_flops(way, shape, trained // 4)
+        assert flops == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
 def test_bytes_are_counted_while_they_live():
@@ -101,7 +101,7 @@ def test_chunks_of_logits_take_what_they_do(tmp_path, monkeypatch, trains_head, 
         monkeypatch.setitem(MAX_LOGITS_PER_CHUNK, device, 80 * vocabulary)
     args = tiny_config(tmp_path, **{"bf16": False} | settings)
     config = tiny_model(2, hidden_size=hidden, vocab_size=vocabulary).config
-    solved = StepMeter(config, args, [1]).logits(tokens, dtype, trains_head)
+    solved = StepMeter(config, args).logits(tokens, dtype, trains_head)
     with LiveBytes() as live:
         teacher = nn.Linear(hidden, vocabulary, bias=False, dtype=getattr(torch, dtype)).requires_grad_(False)
         student = copy.deepcopy(teacher).requires_grad_() if trains_head else teacher

@@ -54,7 +54,7 @@ def compare(run: Run, way: Way) -> dict[str, Any]:
     shape = StepShape(2, depth - middle - 2, middle)
     if way.trained == "all":
         shape = StepShape(depth - 1, 0, 1)
-    expected = StepMeter(config, args, [rows]).needs(way, shape, rows, accumulates=False)
+    expected = StepMeter(config, args).needs(way, shape, rows, accumulates=False)
     measured = peak(run, config, way, args, middle)
     ratio = expected.peak / measured
     found = {"estimated_bytes": expected.peak, "measured_bytes": measured, "estimated_over_measured": ratio}
