@@ -48,12 +48,14 @@ def main() -> None:
         kl = {kind: evaluate_model(student, rows, teacher).kl for kind, rows in held_out.items()}
         points.append({"way": way, "layers": depth} | kl)
         print(points[-1], flush=True)
+        content = {"points": points, "removed": gone, "environment": environment()}
+        write_atomically(args.output, to_json(content))  # what is measured stays if the rest takes too long
 
     run = read_run(args.run / "report.json")
+    gone = [edit.layers[0] for edit in run.edits]
     for record in run.rounds:
         student = load_model(str(round_folder(args.run, record.number)), "float32").to(teacher.device).eval()
         measure("healed", record.depth, student)
-    gone = [edit.layers[0] for edit in run.edits]
     plan = run.rounds[-1].plan
     for way in ("layers alone", "with the layer before"):
         back: set[int] = set()
@@ -61,7 +63,6 @@ def main() -> None:
             back |= {layer} | set(before_gap(plan, layer) if way != "layers alone" else [])
             deeper = restore(student, teacher, sorted(back))
             measure(way, deeper.config.num_hidden_layers, deeper)
-    write_atomically(args.output, to_json({"points": points, "removed": gone, "environment": environment()}))
 
 
 if __name__ == "__main__":
