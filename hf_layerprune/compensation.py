@@ -46,7 +46,8 @@ def find_repairs(
 ) -> dict[int, Repair]:
     """For each of `layers` alone, which run in no parallel block, the repair that removing it from `model` needs.
 
-    One pass over the data serves all, as each has another block before it; there is no repair for the first layer.
+    One pass over the data fits all of them, since no two change the same block. The first layer has no block before it
+    and gets no repair.
     Arguments as in [`compensate`].
     """
     teacher = model if teacher is None else teacher

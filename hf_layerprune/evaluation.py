@@ -50,7 +50,8 @@ def evaluate_model(
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
 
     Raises:
-        [`LayerPruneError`]: if there is no token to score, no `lm_head`, or the teacher has another vocabulary.
+        [`LayerPruneError`]: if there is no token to score, the model has no `lm_head`, or the teacher has another
+            vocabulary.
     """
     models = [model] if teacher is None else [model, teacher]
     check_same_vocabulary(model, model if teacher is None else teacher)

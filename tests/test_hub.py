@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune import LayerPruneError, cli, load_run, prune
 from hf_layerprune.cli.parsing import parse
 from hf_layerprune.hub.paths import absolute_if_local, hub_id
+from hf_layerprune.hub.push import read_evaluation
 from hf_layerprune.hub.runs import hub_errors
 from hf_layerprune.report import write_report
+from hf_layerprune.tasks import TaskReport, TaskResult
 
 WHOLE = {
     "README.md", "config.json", "generation_config.json", "layers.png", "model.safetensors", "plan.json",
@@ -194,6 +196,15 @@ def test_a_number_no_leaderboard_takes_is_refused(hub, worker, runs, tmp_path, c
     refused(
         hub, worker.push(runs / "plain", evaluation=str(runs / "diary.txt")), "is not an evaluation.json with tasks"
     )
+
+
+def test_a_benchmark_that_chose_the_layers_is_refused(runs, tmp_path):
+    run, number = load_run(runs / "plain"), 3
+    tasks = TaskReport({"gsm8k": TaskResult("score", 0.3, 0.7, 0.01, 1319, 1.0)})
+    chosen = replace(run, record=replace(run.record, teacher=replace(run.record.teacher, tasks=tasks)))
+    assert read_evaluation(evaluation(runs, tmp_path), run, [number]).keys() == {number}
+    with pytest.raises(LayerPruneError, match="holds gsm8k, which chose the layers"):
+        read_evaluation(evaluation(runs, tmp_path), chosen, [number])
 
 
 def main_card(repo):

@@ -41,7 +41,7 @@ class Target:
 
 
 def base_facts(base: str, token: str | None = None) -> tuple[ModelCardData, str]:
-    """What a student inherits from the card of a model, license and languages; and why there is no license, if so."""
+    """The license and languages that a student inherits from a model's card, and a note if it inherits no license."""
     try:
         data = ModelCard.load(hub_id(base) or Path(resolve(base)) / "README.md", token=token).data
     except Exception as error:  # no card, no network, broken metadata: each library has errors of its own
