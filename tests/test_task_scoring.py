@@ -64,6 +64,24 @@ def test_the_error_of_one_task_is_that_of_its_report(tokenizer):
     assert scores.standard_errors[2] == pytest.approx(report.standard_error)
 
 
+def test_a_prompt_with_choices_of_one_letter_is_run_once(tokenizer):
+    rows = Dataset.from_dict({"q": ["one", "three three"], "options": [["a", "b", "c", "d"]] * 2, "right": ["B", "D"]})
+    task = MultipleChoiceTask(rows, prompt="{q}:", choices="options", choice="{letter}", answer="right")
+    model, other = tiny_model(4), prune(tiny_model(4), [2])
+    shapes = []
+    with model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape))):
+        scores = score_layers(model, None, "tasks", tasks=[task], tokenizer=tokenizer)
+        report = evaluate_tasks(model, [task], tokenizer)
+    assert shapes == [(2, 13)] * 2  # two prompts, not eight rows
+    prepared = task.prepare(tokenizer)
+    for student, cost in ((model, report.results["multiple_choice"].cost), (other, scores.values[2])):
+        batch = prepared.chunks[0].batch
+        logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+        last = batch["attention_mask"].sum(1) - 1
+        likelihood = logits[range(8), last - 1, batch["input_ids"][range(8), last]].view(2, 4)
+        assert cost == (likelihood.argmax(1) != torch.tensor([1, 3])).double().mean()
+
+
 def test_tasks_after_repair(tokenizer, batches):
     model, tasks = tiny_model(5), [all_kinds()[2], all_kinds()[4]]
     scores = score_layers(model, batches, "tasks", tasks=tasks, tokenizer=tokenizer, compensation="least_squares")

@@ -28,7 +28,7 @@ from ..data import Batch, split_rows
 from ..forward import record, replay, to_device
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of
-from ..tasks.chunks import Chunk, ModelChunk
+from ..tasks.chunks import Chunk, ModelChunk, distinct_rows
 from ..tasks.evaluation import sums_by_row
 
 MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time; rows beyond it run one after the other
@@ -117,8 +117,10 @@ class CandidateRuns:
         states_of_row = len(self.model.base_model.layers) + 1 + len(which)
         found = []
         for part in split_rows(data.batch, max(1, MAX_STATE_BYTES // (bytes_of_row * states_of_row))):
-            part = to_device(part, self.model.device)
-            found.append(sums_by_row(self.model, self.final_states(part, which, fold), part, statistic, self.teacher))
+            rows, places = distinct_rows(part)
+            rows, part = (to_device(each, self.model.device) for each in (rows, part))
+            states = (state[places] for state in self.final_states(rows, which, fold))
+            found.append(sums_by_row(self.model, states, part, statistic, self.teacher))
         sums, counts = zip(*found, strict=True)
         return data.reduce(torch.cat(sums, dim=1), torch.cat(counts))
 

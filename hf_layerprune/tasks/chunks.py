@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data import Batch
 from ..errors import LayerPruneError, first_line, needs_extra
-from ..forward import to_device
+from ..forward import to_device, unpadded
 
 METRICS = ("exact_match", "prefix", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
 """Metrics that need no network; others are those of the `evaluate` library."""
@@ -45,6 +46,20 @@ class TokenChunk(Chunk):
     def reduce(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """`(C, B)` summed nats and `(B,)` scored tokens per row to `(C, E)` costs and `(E,)` weights."""
         return sums, counts
+
+
+def distinct_rows(batch: Batch) -> tuple[Batch, list[int]]:
+    """The rows of a batch that a model must read, and for each row of `batch` which of them gives its states.
+
+    Rows that differ in their last tokens alone, as choices of one letter do, have equal states before them, and
+    nothing follows those.
+    """
+    found: dict[tuple[tuple[int, ...], ...], int] = {}
+    pairs = zip(batch["input_ids"], unpadded(batch), strict=True)
+    rows = [(tuple(ids[mask][:-1].tolist()), tuple(mask.tolist())) for ids, mask in pairs]
+    places = [found.setdefault(row, len(found)) for row in rows]
+    first = [places.index(place) for place in range(len(found))]
+    return {key: value[first] for key, value in batch.items()}, places
 
 
 @dataclass(frozen=True)

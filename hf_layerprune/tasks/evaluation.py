@@ -17,7 +17,7 @@ from ..data import ASSETS, Batch, check_batches, valid_next_tokens
 from ..errors import LayerPruneError, first_line
 from ..forward import check_same_vocabulary, final_states, inference, to_device
 from ..losses import perplexity_of, token_statistics
-from .chunks import ModelChunk, PreparedTask
+from .chunks import ModelChunk, PreparedTask, distinct_rows
 from .kinds import TASK_KINDS, LmEvalTask
 from .task import Task, located
 
@@ -183,8 +183,9 @@ def _evaluate(
         if isinstance(chunk, ModelChunk):
             found.append(chunk.reduce([model], tokenizer))
         else:
-            batch = to_device(chunk.batch, model.device)
-            states = [final_states(model, batch)]
+            rows, places = distinct_rows(chunk.batch)
+            rows, batch = (to_device(part, model.device) for part in (rows, chunk.batch))
+            states = [final_states(model, rows)[places]]
             found.append(chunk.reduce(*sums_by_row(model, states, batch, task.statistic, teacher)))
         on_chunk()
     costs, weights = torch.cat([cost[0] for cost, _ in found]), torch.cat([weight for _, weight in found])
