@@ -7,9 +7,10 @@ one row). Position `t` predicts token `t + 1`.
 
 from __future__ import annotations
 
+import gzip
 import json
 import lzma
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from glob import escape
 from importlib.resources import files
 from pathlib import Path
@@ -196,6 +197,8 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
         pattern = escape(source) if path.is_file() else source  # the name of a file may have [brackets]
         options = {"encoding": "utf-8-sig"} if suffix == ".txt" else {}  # the others leave out the mark themselves
         dataset = load_dataset(FILE_BUILDERS[suffix], data_files=pattern, split=split, **options)
+        if suffix == ".csv" and path.is_file():
+            _check_fields(path, dataset.column_names)
         return dataset.filter(lambda row: bool(row["text"].strip())) if suffix == ".txt" else dataset
     if path.is_file():
         raise LayerPruneError(f"its type {path.suffix!r} is not one of {', '.join(FILE_BUILDERS)}")
@@ -208,6 +211,15 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
         return load_dataset(source, config_name, split=split)
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _check_fields(path: Path, columns: Sequence[str]) -> None:
+    """Raise [`LayerPruneError`] if the rows of a CSV file have more fields than its header, as a text with commas that
+    is not in quotes has: pandas takes the first of them for an index, and the last piece for the text."""
+    if (index := "__index_level_0__") in columns:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            if index not in file.readline():
+                raise LayerPruneError("its rows have more fields than its header; put text with commas in quotes")
 
 
 def num_positions(config: PretrainedConfig) -> int:
