@@ -36,7 +36,10 @@ from .errors import LayerPruneError, first_line, is_out_of_memory, needs_extra
 from .plan import LayerPlan
 from .surgery import plan_of, prune
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError,
+    AttributeError, TypeError,  # of a dtype that torch lacks, of a file that holds no settings
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 BESIDE_WEIGHTS = (
     "revision", "trust_remote_code", "token", "gguf_file", "cache_dir", "local_files_only", "subfolder",
@@ -224,15 +227,19 @@ def load_model(
     if dtype == "auto" and for_device is not None:
         dtype = native_dtype(config.dtype, torch.device(for_device)) or "auto"
     options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are reported here, by name
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise
         raise LayerPruneError(f"{name} cannot be loaded as a model: {_reason(error, source, options)}") from error
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
+    wrong = [f"{key} has shape {(*found,)} in place of {(*wanted,)}" for key, found, wanted in info["mismatched_keys"]]
+    wrong += [f"{key} is missing" for key in info["missing_keys"]]
+    wrong += [f"{key} has no place" for key in info["unexpected_keys"]]
     if wrong:
-        raise LayerPruneError(f"{name}: weights do not fit the config: {', '.join(wrong[:5])}")
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise LayerPruneError(f"{name}: weights do not fit the config: {', '.join(sorted(wrong)[:5])}{more}")
     if is_packed:
         model.name_or_path = model.config.name_or_path = name
         with torch.no_grad():

@@ -98,11 +98,42 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path, monkeypatch):
     assert "folder" not in str(raised.value)
 
 
-def test_config_field_of_the_wrong_type(model, tmp_path):
-    fields = json.loads(model.config.to_json_string()) | {"hidden_size": "wide"}
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": "wide"}, "field 'hidden_size': TypeError: .*expected int, got str"),
+        ({"layer_types": ["full_attention"]}, "'validate_layer_type': ValueError: "),
+        ({"dtype": "torch.bfloat16"}, "'torch' has no attribute 'torch.bfloat16'"),
+        ({"model_type": ["qwen2"]}, "unhashable type"),
+        ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "'mrope' is unknown"),
+        ({"hidden_act": "silly"}, "'silly' is unknown"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_transformers_cannot_read(model, tmp_path, changes, message):
+    fields = json.loads(model.config.to_json_string()) | changes
+    model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(LayerPruneError, match="cannot be loaded as a model.*hidden_size"):
-        load_config(str(tmp_path))
+    with pytest.raises(LayerPruneError, match=f"{tmp_path} cannot be loaded as a model: .*{message}"):
+        load_model(str(tmp_path))
+
+
+def test_options_that_transformers_does_not_know(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(LayerPruneError, match="cannot be loaded as a model: .*unexpected keyword argument 'load_in_8"):
+        load_model(str(tmp_path), load_in_8bit=True)
+
+
+def test_weights_that_do_not_fit_the_config_are_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    weights, path = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+    norm = weights.pop("model.norm.weight")
+    save_file(weights | {"v_head.weight": norm}, path, metadata={"format": "pt"})
+    with pytest.raises(LayerPruneError, match=r": model\.norm\.weight is missing, v_head\.weight has no place$"):
+        load_model(str(tmp_path))
+    save_file(weights | {"model.norm.weight": norm.repeat(2)}, path, metadata={"format": "pt"})
+    with pytest.raises(LayerPruneError, match=r": model\.norm\.weight has shape \(64,\) in place of \(32,\)$"):
+        load_model(str(tmp_path))
 
 
 def test_name_that_is_nowhere():
