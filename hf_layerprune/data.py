@@ -144,11 +144,11 @@ def may_have(source: str, split: str) -> bool:
     return not is_one_split or split.partition("[")[0] == "train"
 
 
-def load_text_dataset(source: str, split: str = "train", config_name: str | None = None) -> Dataset:
+def load_text_dataset(source: str | Path, split: str = "train", config_name: str | None = None) -> Dataset:
     """A [`~datasets.Dataset`] from what a user names: an embedded text, a local file or folder, or a Hub id.
 
     Args:
-        source (`str`):
+        source (`str` or `Path`):
             `"embedded:calibration"` and the like, see [`embedded_dataset`]; the path of a `.txt` (one text a line),
             `.json`, `.jsonl`, `.csv`, `.parquet` or `.arrow` file, gzipped or not; a folder that `save_to_disk` wrote
             or `datasets.load_dataset` understands; or the id of a data set on the Hub.
@@ -157,7 +157,7 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
             rows are read.
         config_name (`str`, *optional*): configuration of a data set that has some.
     """
-    verbosity = datasets_logging.get_verbosity()
+    source, verbosity = str(source), datasets_logging.get_verbosity()
     try:
         datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what it raises is said below, once
         dataset = _open_dataset(source, split if may_have(source, split) else "train", config_name)

@@ -114,10 +114,10 @@ def name_of(model: PreTrainedModel) -> str:
     return EMBEDDED if name == EMBEDDED_MODEL else name
 
 
-def _source(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+def _source(name_or_path: str | Path, kwargs: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """The full name of a model, its folder or Hub id, and the options of `from_pretrained`, with its revision."""
     options = {"trust_remote_code": False} | kwargs
-    name = gguf_name(name_or_path, options.pop("gguf_file", None))
+    name = gguf_name(str(name_or_path), options.pop("gguf_file", None))
     bare, revision = split_revision(name)[0], one_revision(name, options.pop("revision", None))
     if revision is not None:
         options["revision"] = revision
@@ -138,7 +138,7 @@ def _source(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[str, str, dic
     return name, str(path.parent), options | {"gguf_file": str(path)}
 
 
-def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
+def load_config(name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
     """Load the config of a model; [`LayerPruneError`] if there is none, or its architecture is not supported."""
     name, source, options = _source(name_or_path, kwargs)
     try:
@@ -197,7 +197,7 @@ def _complete(config: PretrainedConfig, path: str) -> None:
 
 
 def load_model(
-    name_or_path: str,
+    name_or_path: str | Path,
     dtype: str | torch.dtype = "auto",
     for_device: str | torch.device | None = None,
     **kwargs: Any,
@@ -205,8 +205,9 @@ def load_model(
     """Load a causal language model from a folder or the Hub: safetensors, or a GGUF file, dequantized to bfloat16.
 
     Args:
-        name_or_path (`str`): folder, Hub id, perhaps with a revision (`"user/name@28-layers"`), or GGUF file: a path,
-            or `"user/name/file.gguf"` for one on the Hub (`gguf_file="file.gguf"` means the same).
+        name_or_path (`str` or `Path`):
+            Folder, Hub id, perhaps with a revision (`"user/name@28-layers"`), or GGUF file: a path, or
+            `"user/name/file.gguf"` for one on the Hub (`gguf_file="file.gguf"` means the same).
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights in memory; `"auto"` is
             the checkpoint's own, and bfloat16 for a GGUF file.
         for_device (`str` or `torch.device`, *optional*): where the model will compute; there `"auto"` is float32 on a
@@ -248,7 +249,7 @@ def load_model(
     return model
 
 
-def saved_dtype(name_or_path: str, **kwargs: Any) -> torch.dtype:
+def saved_dtype(name_or_path: str | Path, **kwargs: Any) -> torch.dtype:
     """The dtype of a checkpoint: what its config says or, where it says nothing, what its weights have."""
     options = beside_weights(kwargs)
     return load_config(name_or_path, **options).dtype or load_model(name_or_path, device_map="meta", **options).dtype
@@ -265,7 +266,7 @@ def keep_models_whole() -> None:
         )
 
 
-def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; [`LayerPruneError`] if there is none."""
     if not name_or_path:  # of a model made in memory; an empty path would be the current folder
         raise LayerPruneError("the model was not loaded by a name, so its tokenizer is unknown; give processing_class")

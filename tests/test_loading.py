@@ -9,14 +9,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config
 
 from hf_layerprune import (
+    HealingDataConfig,
     IterativeLayerDistillConfig,
     IterativeLayerDistillTrainer,
     LayerPruneError,
     cli,
     export_gguf,
+    generate_healing_data,
     prune,
 )
 from hf_layerprune.benchmark import load_shape
+from hf_layerprune.data import load_text_dataset
 from hf_layerprune.loading import load_config, load_model, load_tokenizer
 from hf_layerprune.surgery import plan_of
 
@@ -43,6 +46,18 @@ def test_the_config_and_the_tokenizer_come_from_where_the_weights_do(model, toke
     where = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
     load_model(str(tmp_path), **where)
     assert where.items() <= seen[0].items()
+
+
+def test_whatever_is_named_may_be_a_path(model_folder, texts, tmp_path):
+    assert load_model(model_folder).config.num_hidden_layers == 5
+    assert len(load_tokenizer(model_folder)) == len(byte_tokenizer())
+    texts.to_json(tmp_path / "texts.jsonl")
+    assert load_text_dataset(tmp_path / "texts.jsonl")["text"] == texts["text"]
+    trainer = IterativeLayerDistillTrainer(model_folder, tiny_config(tmp_path / "run"), texts, teacher=model_folder)
+    assert trainer.model_name == trainer.teacher_name == str(model_folder)
+    few = HealingDataConfig(num_prompts=2, max_new_tokens=2)
+    report = generate_healing_data(model_folder, tmp_path / "texts.jsonl", tmp_path / "answers.jsonl", few)
+    assert report.num_rows + report.num_empty == 2
 
 
 def test_folder_that_is_no_model(tmp_path):
