@@ -15,11 +15,15 @@ from hf_layerprune import (
     LayerPruneError,
     PrunedQwen2ForCausalLM,
     apply_plan,
+    compensate,
     find_parallel_range,
+    merge,
+    parallelize,
     prune,
     score,
     score_layers,
     search_plan,
+    unparallelize,
 )
 from hf_layerprune.surgery import plan_of, to_plain, unshare_parameters
 
@@ -138,6 +142,18 @@ def test_bad_requests_are_refused(model, tmp_path):
     model.config.layer_plan = {"num_teacher_layers": 9, "blocks": [[0], [1]]}
     with pytest.raises(LayerPruneError, match="2 blocks"):
         plan_of(model)
+
+
+def test_layers_and_groups_of_layers_that_are_none_are_refused(model, batches):
+    pair, student = parallelize(model, [(1, 2)]), prune(model, [1])
+    for pairs in (3, [1, 2], ["1,2"]):
+        for act, *given in ((parallelize, model, pairs), (merge, model, pairs, batches), (unparallelize, pair, pairs)):
+            with pytest.raises(LayerPruneError, match="must be a list of "):
+                act(*given)
+    with pytest.raises(LayerPruneError, match="pairs=None must be a list of groups of layers, such as"):
+        parallelize(model, None)
+    with pytest.raises(LayerPruneError, match="gaps=1 must be a list of layer indices"):
+        compensate(student, batches, "least_squares", model, gaps=1)
 
 
 @pytest.mark.parametrize(
