@@ -45,7 +45,7 @@ from ..loading import (
 from ..record import RunRecord, read_plan
 from ..rows import column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
-from ..surgery import plan_of, prune, unshare_parameters
+from ..surgery import check_in_memory, plan_of, prune, unshare_parameters
 from ..tasks import prepare_tasks
 from .callbacks import hub_tags, use_trackio_rounds
 from .config import IterativeLayerDistillConfig
@@ -171,6 +171,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if not isinstance(args, IterativeLayerDistillConfig):
             raise LayerPruneError(f"args is of type {type(args).__name__}; give an IterativeLayerDistillConfig")
         keep_models_whole()
+        check_in_memory(*(one for one in (model, teacher) if isinstance(one, PreTrainedModel)))
         init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         file, files = init.pop("gguf_file", None), beside_weights(init)
         if isinstance(model, (str, Path)):
