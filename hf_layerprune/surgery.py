@@ -264,6 +264,7 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
         config.max_window_layers = sum(position < config.max_window_layers for position in kept)
     config.num_hidden_layers = len(kept)
     config.layer_plan = wanted.to_dict()
+    vars(config).pop("auto_map", None)  # names code that is not saved; a class of remote code writes its own
     config.tie_word_embeddings = is_tied(student)
     _write_rope_twice(config)
     return student
