@@ -43,7 +43,7 @@ from ..loading import (
     with_plan,
 )
 from ..record import RunRecord, read_plan
-from ..rows import column_names, select_text_column, warn_of_dropped_rows
+from ..rows import check_needs_no_end, column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
 from ..surgery import check_in_memory, plan_of, prune, unshare_parameters
 from ..tasks import prepare_tasks
@@ -128,11 +128,10 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         check_tokenizer(processing_class, self.start, self.model_name or "the model")
         self._text_field = args.dataset_text_field if formatting_func is None else None
         given = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
-        texts = {
-            name: select_text_column(rows, self._text_field, f"{name}_dataset")
-            for name, rows in given.items()
-            if rows is not None
-        }
+        given = {name: rows for name, rows in given.items() if rows is not None}
+        texts = {name: select_text_column(rows, self._text_field, f"{name}_dataset") for name, rows in given.items()}
+        if (args.eos_token or processing_class.eos_token) is None:
+            check_needs_no_end(texts)
         self.file: RunFile | None = None
         self.goal: Goal | None = None  # what students are measured by; made when the run is opened
         self._opened = False
