@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 from trl import SFTConfig, TrlParser
 
@@ -78,6 +79,17 @@ def test_settings_are_values():
     config = IterativeLayerDistillConfig(output_dir="x", target_latency=0.5, race_confidence=0.9)
     assert config.trained_layers == "neighbours" and config.budget == Budget("latency", 0.5)
     assert config.race == Race(0.9, config.seed)
+
+
+def test_numbers_may_be_numpys_and_layers_any_that_can_be_listed():
+    for layers in (range(3, 5), {4, 3}, np.array([3, 4]), (np.int64(3), 4)):
+        assert IterativeLayerDistillConfig(output_dir="x", trained_layers=layers).trained_layers == (3, 4)
+    budget = IterativeLayerDistillConfig(output_dir="x", target_num_layers=np.int64(3)).budget
+    assert budget == Budget("depth", 3) and type(budget.target) is int
+    assert type(Budget("latency", np.float32(0.5)).target) is float
+    for target in (0, 2.5, True, "3"):
+        with pytest.raises(LayerPruneError, match="depth=.* is out of range; target_num_layers must be a whole"):
+            IterativeLayerDistillConfig(output_dir="x", target_num_layers=target)
 
 
 @pytest.mark.filterwarnings("error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ AT_LEAST = {
 
 def as_words(value: Any) -> str:
     """Several values as the command line takes them: `"3,4"`."""
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return str(value) if isinstance(value, str) or not isinstance(value, Iterable) else ",".join(map(str, value))
 
 
 @dataclass
