@@ -38,6 +38,7 @@ def test_every_own_field_is_documented_twice():
         {"learning_rate": float("nan")},
         {"on_policy_learning_rate": -1e-5},
         {"max_length": 0},
+        {"max_steps": 0},
         {"per_device_train_batch_size": 0},
         {"per_device_eval_batch_size": 0},
         {"gradient_accumulation_steps": 0},
@@ -64,6 +65,12 @@ def test_every_own_field_is_documented_twice():
 def test_values_out_of_range_are_refused(tmp_path, changes):
     with pytest.raises(LayerPruneError):
         IterativeLayerDistillConfig(output_dir=str(tmp_path), **changes)
+
+
+def test_kernels_that_are_not_installed_are_missed_before_a_layer_is_scored(monkeypatch):
+    monkeypatch.setattr("hf_layerprune.trainer.config.is_liger_kernel_available", lambda: False)
+    with pytest.raises(LayerPruneError, match="use_liger_kernel needs the package liger-kernel"):
+        IterativeLayerDistillConfig(output_dir="x", use_liger_kernel=True)
 
 
 def test_checkpointing_is_never_reentrant():
