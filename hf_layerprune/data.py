@@ -138,7 +138,7 @@ def embedded_dataset(name: str) -> Dataset:
 
 def may_have(source: str, split: str) -> bool:
     """Whether the data set a user names may have this split: a file, an embedded text or a saved `Dataset` is one,
-    `"train"`, of which slices can be taken (`"train[:100]"`)."""
+    `"train"`, of which slices can be taken (`"train[:100]"`); it has no configurations either."""
     path = Path(source)
     is_one_split = source.startswith("embedded:") or path.is_file() or (path / "state.json").is_file()
     return not is_one_split or split.partition("[")[0] == "train"
@@ -261,7 +261,10 @@ def tokenized_batches(
         [`LayerPruneError`]: if there is no such column, a row that cannot be read, or not enough text for one row.
     """
     if min(num_rows, batch_size) < 1 or max_length < 2:
-        raise LayerPruneError(f"rows={num_rows} of {max_length} tokens, {batch_size} at a time: all must be positive")
+        raise LayerPruneError(
+            f"rows={num_rows} of {max_length} tokens, {batch_size} at a time: all must be positive, and a row has at "
+            "least 2 tokens"
+        )
     with arguments_in_one_line():
         stream = select_text_column(_as_stream(dataset), text_field, "the data")
         columns = column_names(stream)
