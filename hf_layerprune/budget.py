@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 from transformers import PreTrainedModel
 
@@ -35,11 +36,14 @@ class Budget:
         if self.unit not in TARGETS:
             raise LayerPruneError(f"a budget is in one of {', '.join(TARGETS)}, not {self.unit!r}")
         if self.unit == "latency":
-            fits, form = isinstance(self.target, float) and 0 < self.target < 1, "a share of the original's, 0..1"
+            fits, form = isinstance(self.target, Real) and 0 < self.target < 1, "a share of the original's, 0..1"
         else:
-            fits, form = type(self.target) is int and self.target >= 1, "a whole number of at least 1"
-        if not fits:
-            raise LayerPruneError(f"{self.unit}={self.target!r} is out of range; it must be {form}")
+            fits, form = isinstance(self.target, Integral) and self.target >= 1, "a whole number of at least 1"
+        if not fits or isinstance(self.target, bool):
+            setting = TARGETS[self.unit]
+            raise LayerPruneError(f"{self.unit}={self.target!r} is out of range; {setting} must be {form}")
+        number = float if self.unit == "latency" else int
+        object.__setattr__(self, "target", number(self.target))  # also of NumPy's
 
     @classmethod
     def of(cls, budget: Budget | Mapping[str, float | None]) -> Budget:

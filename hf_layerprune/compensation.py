@@ -21,7 +21,7 @@ from .architectures import architecture_of, mlp_output
 from .data import Batch, check_batches
 from .errors import LayerPruneError
 from .forward import Recording, inference, record, to_device, unpadded
-from .plan import LayerPlan
+from .plan import LayerPlan, layer_indices
 from .surgery import apply_plan, check_made_from, plan_of
 
 COMPENSATIONS = ("none", "least_squares")
@@ -115,7 +115,7 @@ def compensate(
             token.
     """
     plan = plan_of(student)
-    layers = sorted(set(plan.removed_layers if gaps is None else gaps))
+    layers = sorted(set(plan.removed_layers if gaps is None else layer_indices(gaps, "gaps")))
     if wrong := sorted(set(layers) - set(plan.removed_layers)):
         raise LayerPruneError(f"gaps={layers}: layers {wrong} are not missing; {list(plan.removed_layers)} are")
     _check_method(method)

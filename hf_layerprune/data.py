@@ -7,9 +7,10 @@ one row). Position `t` predicts token `t + 1`.
 
 from __future__ import annotations
 
+import gzip
 import json
 import lzma
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from glob import escape
 from importlib.resources import files
 from pathlib import Path
@@ -137,17 +138,17 @@ def embedded_dataset(name: str) -> Dataset:
 
 def may_have(source: str, split: str) -> bool:
     """Whether the data set a user names may have this split: a file, an embedded text or a saved `Dataset` is one,
-    `"train"`, of which slices can be taken (`"train[:100]"`)."""
+    `"train"`, of which slices can be taken (`"train[:100]"`); it has no configurations either."""
     path = Path(source)
     is_one_split = source.startswith("embedded:") or path.is_file() or (path / "state.json").is_file()
     return not is_one_split or split.partition("[")[0] == "train"
 
 
-def load_text_dataset(source: str, split: str = "train", config_name: str | None = None) -> Dataset:
+def load_text_dataset(source: str | Path, split: str = "train", config_name: str | None = None) -> Dataset:
     """A [`~datasets.Dataset`] from what a user names: an embedded text, a local file or folder, or a Hub id.
 
     Args:
-        source (`str`):
+        source (`str` or `Path`):
             `"embedded:calibration"` and the like, see [`embedded_dataset`]; the path of a `.txt` (one text a line),
             `.json`, `.jsonl`, `.csv`, `.parquet` or `.arrow` file, gzipped or not; a folder that `save_to_disk` wrote
             or `datasets.load_dataset` understands; or the id of a data set on the Hub.
@@ -156,7 +157,7 @@ def load_text_dataset(source: str, split: str = "train", config_name: str | None
             rows are read.
         config_name (`str`, *optional*): configuration of a data set that has some.
     """
-    verbosity = datasets_logging.get_verbosity()
+    source, verbosity = str(source), datasets_logging.get_verbosity()
     try:
         datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what it raises is said below, once
         dataset = _open_dataset(source, split if may_have(source, split) else "train", config_name)
@@ -196,6 +197,8 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
         pattern = escape(source) if path.is_file() else source  # the name of a file may have [brackets]
         options = {"encoding": "utf-8-sig"} if suffix == ".txt" else {}  # the others leave out the mark themselves
         dataset = load_dataset(FILE_BUILDERS[suffix], data_files=pattern, split=split, **options)
+        if suffix == ".csv" and path.is_file():
+            _check_fields(path, dataset.column_names)
         return dataset.filter(lambda row: bool(row["text"].strip())) if suffix == ".txt" else dataset
     if path.is_file():
         raise LayerPruneError(f"its type {path.suffix!r} is not one of {', '.join(FILE_BUILDERS)}")
@@ -208,6 +211,15 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
         return load_dataset(source, config_name, split=split)
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _check_fields(path: Path, columns: Sequence[str]) -> None:
+    """Raise [`LayerPruneError`] if the rows of a CSV file have more fields than its header, as a text with commas that
+    is not in quotes has: pandas takes the first of them for an index, and the last piece for the text."""
+    if (index := "__index_level_0__") in columns:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            if index not in file.readline():
+                raise LayerPruneError("its rows have more fields than its header; put text with commas in quotes")
 
 
 def num_positions(config: PretrainedConfig) -> int:
@@ -249,7 +261,10 @@ def tokenized_batches(
         [`LayerPruneError`]: if there is no such column, a row that cannot be read, or not enough text for one row.
     """
     if min(num_rows, batch_size) < 1 or max_length < 2:
-        raise LayerPruneError(f"rows={num_rows} of {max_length} tokens, {batch_size} at a time: all must be positive")
+        raise LayerPruneError(
+            f"rows={num_rows} of {max_length} tokens, {batch_size} at a time: all must be positive, and a row has at "
+            "least 2 tokens"
+        )
     with arguments_in_one_line():
         stream = select_text_column(_as_stream(dataset), text_field, "the data")
         columns = column_names(stream)

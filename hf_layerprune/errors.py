@@ -27,11 +27,14 @@ def needs_extra(package: str, extra: str) -> LayerPruneError:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what another library's error says; of one in a YAML file, what is wrong in which line."""
+    """The first line of what another library's error says, and what follows its colon; of one in a YAML file, what is
+    wrong in which line."""
     if (mark := getattr(error, "problem_mark", None)) is not None:
         return f"line {mark.line + 1}: {getattr(error, 'problem', None)}"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if isinstance(error, KeyError) and error.args and str(error.args[0]).isidentifier():  # of a table of choices
+        return f"{error.args[0]!r} is unknown"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
 
 @contextmanager

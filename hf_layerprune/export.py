@@ -20,7 +20,7 @@ from .errors import LayerPruneError
 from .gguf_vocabulary import vocabulary_of
 from .loading import require_gguf
 from .models import PrunedQwen2Config
-from .surgery import check_model, plan_of
+from .surgery import check_in_memory, check_model, plan_of
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -83,6 +83,7 @@ def export_gguf(
         raise LayerPruneError(f"outtype={outtype!r} is unknown; choose {', '.join(OUTTYPES)}")
     require_gguf()
     check_model(model)
+    check_in_memory(model)
     check_exportable(model.config)
     vocabulary, path = vocabulary_of(tokenizer, model.config), Path(path)
     from gguf import GGUFWriter

@@ -59,8 +59,8 @@ class HealingDataReport:
 
 
 def generate_healing_data(
-    model: str | PreTrainedModel,
-    prompts: str | Dataset,
+    model: str | Path | PreTrainedModel,
+    prompts: str | Path | Dataset,
     output_file: str | Path,
     config: HealingDataConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -74,8 +74,8 @@ def generate_healing_data(
     its first row: on the same device, with the same libraries and `batch_size`, the file is always identical.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]): the teacher; by name it is loaded in its own dtype.
-        prompts (`str` or [`~datasets.Dataset`]):
+        model (`str`, `Path` or [`~transformers.PreTrainedModel`]): the teacher; by name it is loaded in its own dtype.
+        prompts (`str`, `Path` or [`~datasets.Dataset`]):
             Rows with messages, prompts or text; or a file, a Hub id or an embedded text, see [`load_text_dataset`].
         output_file (`str` or `Path`): file of JSON lines to write or to continue.
         config ([`HealingDataConfig`], *optional*): which prompts, how to sample, what to keep.
@@ -90,12 +90,12 @@ def generate_healing_data(
     config, state, path = config or HealingDataConfig(), processes(), Path(output_file)
     if path.suffix != ".jsonl":
         raise LayerPruneError(f"output_file={path} must be a file whose name ends in .jsonl")
-    name = model if isinstance(model, str) else name_of(model)
+    name = str(model) if isinstance(model, (str, Path)) else name_of(model)
     tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
-    dataset = load_text_dataset(prompts) if isinstance(prompts, str) else prompts
+    dataset = load_text_dataset(prompts) if isinstance(prompts, (str, Path)) else prompts
     if not isinstance(dataset, Dataset):
         raise LayerPruneError(f"prompts are of type {type(dataset).__name__}, which cannot be resumed; give a Dataset")
-    if isinstance(model, str):
+    if isinstance(model, (str, Path)):
         model = load_model(model, for_device=state.device).to(state.device)
     check_tokenizer(tokenizer, model, name)
     sampling = _sampling(model, tokenizer, config)

@@ -36,7 +36,10 @@ from .errors import LayerPruneError, first_line, is_out_of_memory, needs_extra
 from .plan import LayerPlan
 from .surgery import plan_of, prune
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
+LOADING_ERRORS = (
+    OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError,
+    AttributeError, TypeError,  # of a dtype that torch lacks, of a file that holds no settings
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 BESIDE_WEIGHTS = (
     "revision", "trust_remote_code", "token", "gguf_file", "cache_dir", "local_files_only", "subfolder",
@@ -111,10 +114,10 @@ def name_of(model: PreTrainedModel) -> str:
     return EMBEDDED if name == EMBEDDED_MODEL else name
 
 
-def _source(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+def _source(name_or_path: str | Path, kwargs: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """The full name of a model, its folder or Hub id, and the options of `from_pretrained`, with its revision."""
     options = {"trust_remote_code": False} | kwargs
-    name = gguf_name(name_or_path, options.pop("gguf_file", None))
+    name = gguf_name(str(name_or_path), options.pop("gguf_file", None))
     bare, revision = split_revision(name)[0], one_revision(name, options.pop("revision", None))
     if revision is not None:
         options["revision"] = revision
@@ -135,7 +138,7 @@ def _source(name_or_path: str, kwargs: Mapping[str, Any]) -> tuple[str, str, dic
     return name, str(path.parent), options | {"gguf_file": str(path)}
 
 
-def load_config(name_or_path: str, **kwargs: Any) -> PretrainedConfig:
+def load_config(name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
     """Load the config of a model; [`LayerPruneError`] if there is none, or its architecture is not supported."""
     name, source, options = _source(name_or_path, kwargs)
     try:
@@ -194,7 +197,7 @@ def _complete(config: PretrainedConfig, path: str) -> None:
 
 
 def load_model(
-    name_or_path: str,
+    name_or_path: str | Path,
     dtype: str | torch.dtype = "auto",
     for_device: str | torch.device | None = None,
     **kwargs: Any,
@@ -202,8 +205,9 @@ def load_model(
     """Load a causal language model from a folder or the Hub: safetensors, or a GGUF file, dequantized to bfloat16.
 
     Args:
-        name_or_path (`str`): folder, Hub id, perhaps with a revision (`"user/name@28-layers"`), or GGUF file: a path,
-            or `"user/name/file.gguf"` for one on the Hub (`gguf_file="file.gguf"` means the same).
+        name_or_path (`str` or `Path`):
+            Folder, Hub id, perhaps with a revision (`"user/name@28-layers"`), or GGUF file: a path, or
+            `"user/name/file.gguf"` for one on the Hub (`gguf_file="file.gguf"` means the same).
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): dtype of the weights in memory; `"auto"` is
             the checkpoint's own, and bfloat16 for a GGUF file.
         for_device (`str` or `torch.device`, *optional*): where the model will compute; there `"auto"` is float32 on a
@@ -224,15 +228,19 @@ def load_model(
     if dtype == "auto" and for_device is not None:
         dtype = native_dtype(config.dtype, torch.device(for_device)) or "auto"
     options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are reported here, by name
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise
         raise LayerPruneError(f"{name} cannot be loaded as a model: {_reason(error, source, options)}") from error
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
+    wrong = [f"{key} has shape {(*found,)} in place of {(*wanted,)}" for key, found, wanted in info["mismatched_keys"]]
+    wrong += [f"{key} is missing" for key in info["missing_keys"]]
+    wrong += [f"{key} has no place" for key in info["unexpected_keys"]]
     if wrong:
-        raise LayerPruneError(f"{name}: weights do not fit the config: {', '.join(wrong[:5])}")
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise LayerPruneError(f"{name}: weights do not fit the config: {', '.join(sorted(wrong)[:5])}{more}")
     if is_packed:
         model.name_or_path = model.config.name_or_path = name
         with torch.no_grad():
@@ -241,7 +249,7 @@ def load_model(
     return model
 
 
-def saved_dtype(name_or_path: str, **kwargs: Any) -> torch.dtype:
+def saved_dtype(name_or_path: str | Path, **kwargs: Any) -> torch.dtype:
     """The dtype of a checkpoint: what its config says or, where it says nothing, what its weights have."""
     options = beside_weights(kwargs)
     return load_config(name_or_path, **options).dtype or load_model(name_or_path, device_map="meta", **options).dtype
@@ -258,7 +266,7 @@ def keep_models_whole() -> None:
         )
 
 
-def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; [`LayerPruneError`] if there is none."""
     if not name_or_path:  # of a model made in memory; an empty path would be the current folder
         raise LayerPruneError("the model was not loaded by a name, so its tokenizer is unknown; give processing_class")

@@ -35,7 +35,7 @@ from .data import Batch
 from .errors import LayerPruneError
 from .forward import inference, inputs_of, record, to_device, unpadded
 from .models.modeling_pruned_qwen2 import HEAD_NORMS, join_layers
-from .plan import Edit, layer_indices
+from .plan import Edit, layer_groups
 from .surgery import apply_plan, check_in_memory, check_model, plan_of
 
 LEVERAGE_RIDGE = 10.0  # in mean eigenvalues of the activations' Gram matrix
@@ -75,7 +75,7 @@ def merge(
         [`LayerPruneError`]: for an unsupported architecture, layers that are no neighbours, or data without a token.
     """
     check_model(model)
-    groups = sorted(tuple(layer_indices(pair, "a group of layers")) for pair in pairs)
+    groups = sorted(layer_groups(pairs))
     teacher = model if teacher is None else teacher
     batches = check_repairable(model, batches, teacher, sum(groups, ()))
     student = apply_plan(model, plan_of(model), share_weights=share_weights)

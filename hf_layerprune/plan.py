@@ -34,6 +34,13 @@ def layer_indices(layers: Iterable[int], what: str = "layers") -> list[int]:
         raise LayerPruneError(f"{what}={layers!r:.200} must be a list of layer indices, such as [4, 9]") from None
 
 
+def layer_groups(groups: Iterable[Iterable[int]], what: str = "pairs") -> list[tuple[int, ...]]:
+    """Groups of layer indices as tuples of integers, or a [`LayerPruneError`]."""
+    if not isinstance(groups, Iterable):
+        raise LayerPruneError(f"{what}={groups!r:.200} must be a list of groups of layers, such as [(4, 5)]")
+    return [tuple(layer_indices(group, f"a group of {what}")) for group in groups]
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """Which teacher layers a student consists of.
@@ -184,8 +191,8 @@ class LayerPlan:
     def with_pairs(self, pairs: Iterable[Iterable[int]]) -> LayerPlan:
         """The plan with each of `pairs` (or longer groups) of neighbouring layers run in parallel as one block."""
         plan = self
-        for pair in pairs:
-            plan = plan.parallelize(*layer_indices(pair, "a group of layers"))
+        for pair in layer_groups(pairs):
+            plan = plan.parallelize(*pair)
         return plan
 
     def to_dict(self) -> dict[str, Any]:

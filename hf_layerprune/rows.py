@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -91,6 +91,17 @@ def warn_of_dropped_rows(name: str, dropped: int, total: int, max_length: int | 
     if dropped == total:
         raise LayerPruneError(f"{message}; raise it, or shorten the prompts that fill it")
     logger.warning(f"{message} and are left out; raise it, or shorten the prompts that fill it")
+
+
+def check_needs_no_end(datasets: Mapping[str, Dataset | IterableDataset]) -> None:
+    """Raise [`LayerPruneError`] if TRL would end rows of text with the end token, which the tokenizer lacks."""
+    for name, dataset in datasets.items():
+        row = next(iter(dataset), {})
+        if "input_ids" not in row and any(isinstance(value, str) for value in row.values()):
+            raise LayerPruneError(
+                f"the tokenizer has no end token, with which each text of {name}_dataset is to end; name one of its "
+                "tokens with eos_token"
+            )
 
 
 def _text_columns(columns: Sequence[str], text_field: str, name: str) -> list[str]:

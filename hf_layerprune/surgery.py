@@ -20,7 +20,7 @@ from .errors import LayerPruneError
 from .models import PrunedQwen2Config, PrunedQwen2ForCausalLM
 from .models.configuration_pruned_qwen2 import older_rope
 from .models.modeling_pruned_qwen2 import adopt_weights, is_tied
-from .plan import LayerPlan, layer_indices
+from .plan import LayerPlan, layer_groups, layer_indices
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -111,7 +111,7 @@ def unparallelize(model: PreTrainedModel, pairs: Iterable[Iterable[int]] | None 
     plan = plan_of(model)
     apart = set(plan.parallel_pairs)
     if pairs is not None:
-        apart = {tuple(layer_indices(pair, "a group of pairs")) for pair in pairs}
+        apart = {*layer_groups(pairs)}
     if unknown := sorted(apart - set(plan.parallel_pairs)):
         raise LayerPruneError(f"{unknown} are not parallel blocks; the model's are {list(plan.parallel_pairs)}")
     blocks: list[tuple[int, ...]] = []
@@ -264,6 +264,7 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
         config.max_window_layers = sum(position < config.max_window_layers for position in kept)
     config.num_hidden_layers = len(kept)
     config.layer_plan = wanted.to_dict()
+    vars(config).pop("auto_map", None)  # names code that is not saved; a class of remote code writes its own
     config.tie_word_embeddings = is_tied(student)
     _write_rope_twice(config)
     return student

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import byte_tokenizer, rounds_of, tiny_config, tiny_model
+from conftest import END, byte_tokenizer, rounds_of, tiny_config, tiny_model
 from datasets import Dataset, IterableDataset
 
 from hf_layerprune import (
@@ -254,6 +254,21 @@ def test_an_optimizer_that_is_given_is_the_one_that_is_checked(tmp_path):
     IterativeLayerDistillTrainer(tiny_model(), tiny_config(tmp_path, optim="lion_8bit", heal=False), **settings)
     with pytest.raises(LayerPruneError, match="install `bitsandbytes`"):
         IterativeLayerDistillTrainer(tiny_model(), args, **settings)
+
+
+def test_a_text_needs_a_token_to_end_with(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token, tokenizer.chat_template = None, CHAT
+    for form in ("text", "prompt and completion", "messages", "token ids"):
+        rows, settings = Dataset.from_list([FORMS[form]] * 8), {"processing_class": tokenizer}
+        if form in ("text", "prompt and completion"):
+            with pytest.raises(LayerPruneError, match="has no end token, .* name one of its tokens with eos_token"):
+                IterativeLayerDistillTrainer(tiny_model(), tiny_config(tmp_path), rows, **settings)
+        else:
+            IterativeLayerDistillTrainer(tiny_model(), tiny_config(tmp_path), rows, **settings)
+    args, rows = tiny_config(tmp_path, eos_token=END, packing=False), Dataset.from_list([FORMS["text"]] * 8)
+    trainer = IterativeLayerDistillTrainer(tiny_model(), args, rows, processing_class=tokenizer)
+    assert trainer.calibration_batches[0]["input_ids"][0][-1] == tokenizer.convert_tokens_to_ids(END)
 
 
 def test_a_chat_template_with_tokens_that_the_model_lacks_is_refused_before_the_first_step(tmp_path):

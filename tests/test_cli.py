@@ -149,6 +149,7 @@ def bad_requests():
         "text that is null": (["--dataset", "{null}"], "only blank rows"),
         "no text for a model of the user's": (["--dataset", None], "--dataset is missing"),
         "split of a file": (["--dataset_split", "test"], "dataset_split='test' is not in"),
+        "configuration of a file": (["--dataset_config", "main"], "dataset_config='main': "),
         "split that is not there": (["--dataset", "{saved}", "--dataset_split", "test"], 'Unknown split "test"'),
         "rows longer than the model": (["--max_length", "257"], "max_length=257 but"),
         "text that is blank": (["--dataset", "{blank}"], "only blank rows"),
@@ -380,6 +381,7 @@ def test_what_a_verb_cannot_read_is_one_line(tmp_path, model_folder, text_file, 
     monkeypatch.chdir(tmp_path)
     text = ["--dataset", text_file]
     cases = [([], "--dataset is missing"), ([*text, "--dataset_split", "test"], "dataset_split='test' is not in")]
+    cases += [([*text, "--dataset_config", "main"], "dataset_config='main': .* has no configurations")]
     if verb == "estimate":
         cases = [(["--max_length", "300", "--gpu_memory", "24GiB"], "max_length=300 but .* has 256 positions")]
     elif verb != "generate":

@@ -43,6 +43,8 @@ def recipe(tmp_path):
             ["compress", "--config", "{recipe}"],
             "--config {recipe}: unknown setting target_layers; did you mean target_num_layers?",
         ),
+        (["score", "--model", ""], "model is empty; give it a value, or leave it out"),
+        (["benchmark", "embedded", ""], "models is empty; give it a value, or leave it out"),
         (["score", "--num_samples", "few"], "invalid int value: 'few'; see hf-layerprune score --help"),
         (["compress", "--weight_decay=-1"], "weight_decay=-1.0 must be a number of at least 0"),
         (["demo", "--server_port", "99999"], "server_port=99999 is out of range; choose 1..65535"),
@@ -102,6 +104,15 @@ def test_yaml_is_read_as_the_command_line_is(tmp_path):
         settings.write_text(text)
         with pytest.raises(LayerPruneError, match=f"--config {settings}: argument --.*{message}"):
             parse("compress", ["--config", str(settings)])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "settings.yaml").write_text("models: [~/one, two~/]\noutput_dir: ~/out\n")
+    (arguments,) = parse("benchmark", ["--config", str(tmp_path / "settings.yaml")])
+    assert (arguments.models, arguments.output_dir) == (["/home/me/one", "two~/"], "/home/me/out")
+    (arguments,) = parse("score", ["--model=~/one", "--dataset", "~", "--output_dir=~/out"])
+    assert (arguments.model, arguments.dataset, arguments.output_dir) == ("/home/me/one", "~", "/home/me/out")
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -148,6 +149,16 @@ def test_a_file_is_read_whatever_its_name(tmp_path, name):
     else:
         rows.to_json(str(path), compression="gzip" if name.endswith("gz") else None)
     assert load_text_dataset(str(path))["text"] == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["texts [1].csv", "texts.csv.gz"])
+def test_a_csv_file_whose_rows_have_more_fields_than_columns_is_refused(tmp_path, name):
+    path, write_bytes = tmp_path / name, gzip.compress if name.endswith("gz") else bytes
+    path.write_bytes(write_bytes(b"text\nIt was the best of times, it was the worst\nOnce upon a time, there was\n"))
+    with pytest.raises(LayerPruneError, match="rows have more fields than its header; put text with"):
+        load_text_dataset(str(path))
+    path.write_bytes(write_bytes(b"text,__index_level_0__\nIt was the best of times,7\n"))
+    assert load_text_dataset(str(path))["text"] == ["It was the best of times"]
 
 
 @pytest.mark.parametrize("kind", ["file", "Dataset", "DatasetDict", "embedded"])

@@ -9,14 +9,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config
 
 from hf_layerprune import (
+    HealingDataConfig,
     IterativeLayerDistillConfig,
     IterativeLayerDistillTrainer,
     LayerPruneError,
     cli,
     export_gguf,
+    generate_healing_data,
     prune,
 )
 from hf_layerprune.benchmark import load_shape
+from hf_layerprune.data import load_text_dataset
 from hf_layerprune.loading import load_config, load_model, load_tokenizer
 from hf_layerprune.surgery import plan_of
 
@@ -43,6 +46,18 @@ def test_the_config_and_the_tokenizer_come_from_where_the_weights_do(model, toke
     where = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
     load_model(str(tmp_path), **where)
     assert where.items() <= seen[0].items()
+
+
+def test_whatever_is_named_may_be_a_path(model_folder, texts, tmp_path):
+    assert load_model(model_folder).config.num_hidden_layers == 5
+    assert len(load_tokenizer(model_folder)) == len(byte_tokenizer())
+    texts.to_json(tmp_path / "texts.jsonl")
+    assert load_text_dataset(tmp_path / "texts.jsonl")["text"] == texts["text"]
+    trainer = IterativeLayerDistillTrainer(model_folder, tiny_config(tmp_path / "run"), texts, teacher=model_folder)
+    assert trainer.model_name == trainer.teacher_name == str(model_folder)
+    few = HealingDataConfig(num_prompts=2, max_new_tokens=2)
+    report = generate_healing_data(model_folder, tmp_path / "texts.jsonl", tmp_path / "answers.jsonl", few)
+    assert report.num_rows + report.num_empty == 2
 
 
 def test_folder_that_is_no_model(tmp_path):
@@ -98,11 +113,42 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path, monkeypatch):
     assert "folder" not in str(raised.value)
 
 
-def test_config_field_of_the_wrong_type(model, tmp_path):
-    fields = json.loads(model.config.to_json_string()) | {"hidden_size": "wide"}
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": "wide"}, "field 'hidden_size': TypeError: .*expected int, got str"),
+        ({"layer_types": ["full_attention"]}, "'validate_layer_type': ValueError: "),
+        ({"dtype": "torch.bfloat16"}, "'torch' has no attribute 'torch.bfloat16'"),
+        ({"model_type": ["qwen2"]}, "unhashable type"),
+        ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "'mrope' is unknown"),
+        ({"hidden_act": "silly"}, "'silly' is unknown"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_that_transformers_cannot_read(model, tmp_path, changes, message):
+    fields = json.loads(model.config.to_json_string()) | changes
+    model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(LayerPruneError, match="cannot be loaded as a model.*hidden_size"):
-        load_config(str(tmp_path))
+    with pytest.raises(LayerPruneError, match=f"{tmp_path} cannot be loaded as a model: .*{message}"):
+        load_model(str(tmp_path))
+
+
+def test_options_that_transformers_does_not_know(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(LayerPruneError, match="cannot be loaded as a model: .*unexpected keyword argument 'load_in_8"):
+        load_model(str(tmp_path), load_in_8bit=True)
+
+
+def test_weights_that_do_not_fit_the_config_are_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    weights, path = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+    norm = weights.pop("model.norm.weight")
+    save_file(weights | {"v_head.weight": norm}, path, metadata={"format": "pt"})
+    with pytest.raises(LayerPruneError, match=r": model\.norm\.weight is missing, v_head\.weight has no place$"):
+        load_model(str(tmp_path))
+    save_file(weights | {"model.norm.weight": norm.repeat(2)}, path, metadata={"format": "pt"})
+    with pytest.raises(LayerPruneError, match=r": model\.norm\.weight has shape \(64,\) in place of \(32,\)$"):
+        load_model(str(tmp_path))
 
 
 def test_name_that_is_nowhere():

@@ -60,12 +60,16 @@ def change_config(folder, **changes):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A Llama in bfloat16 with scaled positions; its config names no dtype and hides that the head is not tied."""
+    """A Llama in bfloat16 with scaled positions; its config names no dtype, hides that the head is not tied and, like
+    its tokenizer, names code that a stock class does not need."""
     folder = tmp_path_factory.mktemp("source")
     rope = SCALING | {"rope_theta": 5e3}
     family_model("llama", tie_word_embeddings=False, rope_parameters=rope).bfloat16().save_pretrained(folder)
-    change_config(folder, tie_word_embeddings=True, dtype=None)
+    change_config(folder, tie_word_embeddings=True, dtype=None, auto_map={"AutoConfig": "theirs.Config"})
     byte_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    auto_map = {"AutoTokenizer": [None, "theirs.Tokenizer"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
     return folder
 
 
@@ -91,6 +95,13 @@ def test_a_head_of_its_own_is_kept_and_the_config_says_so(source, student):
     assert config_of(student)["tie_word_embeddings"] is False
     assert torch.equal(load_file(student / "model.safetensors")["lm_head.weight"], head)
     assert torch.equal(load(student).lm_head.weight, head)
+
+
+def test_code_that_is_named_is_there(student):
+    named = config_of(student).get("auto_map", {}).values()
+    assert all((student / f"{name.split('.')[0]}.py").is_file() for name in named)
+    tokenizer = student / "tokenizer_config.json"
+    assert not tokenizer.exists() or "auto_map" not in json.loads(tokenizer.read_text())
 
 
 def test_weights_are_saved_in_their_own_dtype(student):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import random_batches, tiny_model
+from conftest import random_batches, tiny_config, tiny_model
 from families import pruned_qwen2
 from forked import run_without_package
 from peft import LoraConfig, get_peft_model
@@ -11,16 +11,24 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from hf_layerprune import (
     Edit,
+    IterativeLayerDistillTrainer,
     LayerPlan,
     LayerPruneError,
     PrunedQwen2ForCausalLM,
     apply_plan,
+    compensate,
+    export_gguf,
     find_parallel_range,
+    load_model,
+    merge,
+    parallelize,
     prune,
     score,
     score_layers,
     search_plan,
+    unparallelize,
 )
+from hf_layerprune.cli.score import device_map
 from hf_layerprune.surgery import plan_of, to_plain, unshare_parameters
 
 
@@ -140,6 +148,18 @@ def test_bad_requests_are_refused(model, tmp_path):
         plan_of(model)
 
 
+def test_layers_and_groups_of_layers_that_are_none_are_refused(model, batches):
+    pair, student = parallelize(model, [(1, 2)]), prune(model, [1])
+    for pairs in (3, [1, 2], ["1,2"]):
+        for act, *given in ((parallelize, model, pairs), (merge, model, pairs, batches), (unparallelize, pair, pairs)):
+            with pytest.raises(LayerPruneError, match="must be a list of "):
+                act(*given)
+    with pytest.raises(LayerPruneError, match="pairs=None must be a list of groups of layers, such as"):
+        parallelize(model, None)
+    with pytest.raises(LayerPruneError, match="gaps=1 must be a list of layer indices"):
+        compensate(student, batches, "least_squares", model, gaps=1)
+
+
 @pytest.mark.parametrize(
     "act",
     [
@@ -157,6 +177,19 @@ def test_what_is_no_whole_plain_language_model_is_refused(model, batches, act):
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(LayerPruneError, match="PeftModelForCausalLM is not a plain.*merge its adapters"):
         act(adapted, batches)
+
+
+def test_a_model_on_disk_is_refused_where_its_weights_are_needed(model, texts, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    where = device_map(str(tmp_path / "model"), torch.device("cpu"))
+    offloaded = load_model(tmp_path / "model", device_map=where, offload_folder=str(tmp_path / "offload"))
+    needs = {"train_dataset": texts, "processing_class": tokenizer}
+    partly = "a model is partly on disk or in CPU memory; load it whole"
+    for start, teacher in ((offloaded, None), (model, offloaded)):
+        with pytest.raises(LayerPruneError, match=partly):
+            IterativeLayerDistillTrainer(start, tiny_config(tmp_path / "run"), **needs, teacher=teacher)
+    with pytest.raises(LayerPruneError, match=partly):
+        export_gguf(offloaded, tokenizer, tmp_path / "model.gguf")
 
 
 def test_reloaded_student_continues_from_its_plan(model, tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 from trl import SFTConfig, TrlParser
 
@@ -37,6 +38,7 @@ def test_every_own_field_is_documented_twice():
         {"learning_rate": float("nan")},
         {"on_policy_learning_rate": -1e-5},
         {"max_length": 0},
+        {"max_steps": 0},
         {"per_device_train_batch_size": 0},
         {"per_device_eval_batch_size": 0},
         {"gradient_accumulation_steps": 0},
@@ -65,6 +67,12 @@ def test_values_out_of_range_are_refused(tmp_path, changes):
         IterativeLayerDistillConfig(output_dir=str(tmp_path), **changes)
 
 
+def test_kernels_that_are_not_installed_are_missed_before_a_layer_is_scored(monkeypatch):
+    monkeypatch.setattr("hf_layerprune.trainer.config.is_liger_kernel_available", lambda: False)
+    with pytest.raises(LayerPruneError, match="use_liger_kernel needs the package liger-kernel"):
+        IterativeLayerDistillConfig(output_dir="x", use_liger_kernel=True)
+
+
 def test_checkpointing_is_never_reentrant():
     config = IterativeLayerDistillConfig(output_dir="x", gradient_checkpointing_kwargs={"use_reentrant": True})
     assert config.gradient_checkpointing_kwargs == config.activation_checkpointing_kwargs == {"use_reentrant": False}
@@ -78,6 +86,17 @@ def test_settings_are_values():
     config = IterativeLayerDistillConfig(output_dir="x", target_latency=0.5, race_confidence=0.9)
     assert config.trained_layers == "neighbours" and config.budget == Budget("latency", 0.5)
     assert config.race == Race(0.9, config.seed)
+
+
+def test_numbers_may_be_numpys_and_layers_any_that_can_be_listed():
+    for layers in (range(3, 5), {4, 3}, np.array([3, 4]), (np.int64(3), 4)):
+        assert IterativeLayerDistillConfig(output_dir="x", trained_layers=layers).trained_layers == (3, 4)
+    budget = IterativeLayerDistillConfig(output_dir="x", target_num_layers=np.int64(3)).budget
+    assert budget == Budget("depth", 3) and type(budget.target) is int
+    assert type(Budget("latency", np.float32(0.5)).target) is float
+    for target in (0, 2.5, True, "3"):
+        with pytest.raises(LayerPruneError, match="depth=.* is out of range; target_num_layers must be a whole"):
+            IterativeLayerDistillConfig(output_dir="x", target_num_layers=target)
 
 
 @pytest.mark.filterwarnings("error")

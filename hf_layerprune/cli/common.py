@@ -55,6 +55,9 @@ def check_sources(arguments: DataArguments, *others: str | None) -> None:
             f"dataset_split={split!r} is not in {' and '.join(named) or 'the embedded text'}: a local file takes "
             "'train' or a slice such as 'train[:100]'; leave it out"
         )
+    if (name := arguments.dataset_config) is not None and not any(may_have(source, "") for source in named):
+        text = " and ".join(named) or "the embedded text"
+        raise LayerPruneError(f"dataset_config={name!r}: {text} has no configurations; leave it out")
 
 
 def check_text(arguments: MeasureArguments, config: PretrainedConfig, *others: str | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from ..budget import TARGETS, Budget, EditSpace
@@ -30,7 +32,7 @@ AT_LEAST = {
 
 def as_words(value: Any) -> str:
     """Several values as the command line takes them: `"3,4"`."""
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return str(value) if isinstance(value, str) or not isinstance(value, Iterable) else ",".join(map(str, value))
 
 
 @dataclass
@@ -191,6 +193,10 @@ class IterativeLayerDistillConfig(SFTConfig):
             if (value := getattr(self, name)) not in choices:
                 raise LayerPruneError(f"{name}={value!r} is unknown; choose {' or '.join(map(str, choices))}")
         check_at_least(self, AT_LEAST)
+        if self.heal and self.max_steps == 0:  # of which a `Trainer` makes one step
+            raise LayerPruneError("max_steps=0 heals nothing; give at least 1, or set heal to False")
+        if self.heal and self.use_liger_kernel and not is_liger_kernel_available():
+            raise LayerPruneError("use_liger_kernel needs the package liger-kernel, which is not installed")
         if not (0 < self.temperature < math.inf and 0 <= self.beta <= 1):
             raise LayerPruneError(f"temperature={self.temperature} must be above 0, beta={self.beta} between 0 and 1")
         if self.loss_preset == "paper" and (self.beta or self.lm_weight):

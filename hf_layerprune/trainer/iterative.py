@@ -43,9 +43,9 @@ from ..loading import (
     with_plan,
 )
 from ..record import RunRecord, read_plan
-from ..rows import column_names, select_text_column, warn_of_dropped_rows
+from ..rows import check_needs_no_end, column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
-from ..surgery import plan_of, prune, unshare_parameters
+from ..surgery import check_in_memory, plan_of, prune, unshare_parameters
 from ..tasks import prepare_tasks
 from .callbacks import hub_tags, use_trackio_rounds
 from .config import IterativeLayerDistillConfig
@@ -55,6 +55,8 @@ from .on_policy import prompts_to_answer
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_made_of, check_saving, decisive_settings, make_unpruned_student
 from .trainable import check_healing, check_optimizer, check_trained_layers
+
+Named = str | Path | PreTrainedModel
 
 
 class IterativeLayerDistillTrainer(SFTTrainer):
@@ -66,7 +68,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
     is found or made before the training starts, and the last student is pushed when the run is done.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
+        model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             The model to compress, by name (see [`load_model`]) or loaded; its weights are never changed, but a loaded
             model is moved to `args.device`. Loaded by name it is held in float32 and the students are saved in the
             checkpoint's own dtype; the numbers reported are those of the saved students.
@@ -77,7 +79,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         calibration_dataset ([`~datasets.Dataset`], *optional*):
             Text to score layers on. By default the first rows of `train_dataset`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): by default the model's own tokenizer.
-        teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        teacher (`str`, `Path` or [`~transformers.PreTrainedModel`], *optional*):
             Model to score and heal against, where `model` is a student already. By default `model` itself.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Heal with adapters on the trained layers; they are merged at the end of each round.
@@ -101,13 +103,13 @@ class IterativeLayerDistillTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: Named,
         args: IterativeLayerDistillConfig,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | None = None,
         calibration_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        teacher: str | PreTrainedModel | None = None,
+        teacher: Named | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         data_collator: DataCollator | None = None,
@@ -126,11 +128,10 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         check_tokenizer(processing_class, self.start, self.model_name or "the model")
         self._text_field = args.dataset_text_field if formatting_func is None else None
         given = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
-        texts = {
-            name: select_text_column(rows, self._text_field, f"{name}_dataset")
-            for name, rows in given.items()
-            if rows is not None
-        }
+        given = {name: rows for name, rows in given.items() if rows is not None}
+        texts = {name: select_text_column(rows, self._text_field, f"{name}_dataset") for name, rows in given.items()}
+        if (args.eos_token or processing_class.eos_token) is None:
+            check_needs_no_end(texts)
         self.file: RunFile | None = None
         self.goal: Goal | None = None  # what students are measured by; made when the run is opened
         self._opened = False
@@ -164,22 +165,21 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             self.tasks = prepare_tasks(args.tasks, self.start, processing_class, args.per_device_eval_batch_size)
         self.seconds_before = time.perf_counter() - began
 
-    def _load(
-        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, args: IterativeLayerDistillConfig
-    ) -> dict[str, Any]:
+    def _load(self, model: Named, teacher: Named | None, args: IterativeLayerDistillConfig) -> dict[str, Any]:
         """Load what is given by name; returns how the files next to the model's weights are read."""
         if not isinstance(args, IterativeLayerDistillConfig):
             raise LayerPruneError(f"args is of type {type(args).__name__}; give an IterativeLayerDistillConfig")
         keep_models_whole()
+        check_in_memory(*(one for one in (model, teacher) if isinstance(one, PreTrainedModel)))
         init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
         file, files = init.pop("gguf_file", None), beside_weights(init)
-        if isinstance(model, str):
-            self.model_name = absolute_if_local(gguf_name(model, file))
+        if isinstance(model, (str, Path)):
+            self.model_name = absolute_if_local(gguf_name(str(model), file))
             model = load_model(self.model_name, for_device=args.device, **init)
             self.save_dtype = saved_dtype(self.model_name, **files)
         else:
             self.model_name, self.save_dtype = absolute_if_local(name_of(model)), model.dtype
-        if isinstance(teacher, str):
+        if isinstance(teacher, (str, Path)):
             init = {name: value for name, value in init.items() if name not in ("revision", "subfolder")}
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
         if teacher is None and args.plan is not None:

@@ -234,6 +234,8 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if tokenizer._auto_class is None:
+        values.pop("auto_map", None)  # names code that is not saved
     if "extra_special_tokens" in values:
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
     ids = tokenizer("a").input_ids  # in tokenizer.json, but transformers 4 adds a BOS token to Llama's by default
