@@ -260,6 +260,28 @@ def test_another_depth_asks_the_student_alone(visit):
     assert words(page, 0) == words(page, 1) == original
 
 
+@pytest.mark.parametrize("both_answered", [True, False])
+def test_the_last_of_two_depths_is_asked_while_the_first_still_writes(visit, both_answered):
+    page = visit()
+    choose(page, "tiny chat")
+    set_sampling(page, "max_new_tokens", 100)
+    ask(page, "Hello")
+    finished(page, "Hello")
+    ask(page, "And then?")
+    expect(page.locator("#lp-status")).to_contain_text("in turn")
+    if both_answered:
+        finished(page, "And then?")
+    for depth in (5, 4):
+        page.locator(f"#lp-depth input[value='{depth}']").check()
+        expect(page.locator(SIDES[1])).to_contain_text(f"{depth} layers")
+        expect(page.locator("#lp-status")).to_contain_text("in turn")
+        page.wait_for_timeout(SECONDS)
+    finished(page, "And then?")
+    expect(page.locator(SIDES[1])).to_contain_text("4 layers")
+    assert facts(page, 0)["tokens"] == facts(page, 1)["tokens"] == "100"
+    assert all("Hello" in words(page, side) for side in (0, 1))
+
+
 def test_what_is_inside_and_what_comes_next(visit):
     page = visit()
     choose(page, "tiny run")
