@@ -10,14 +10,12 @@ import warnings
 from dataclasses import replace
 
 import pytest
+from demo_browser import CONTRAST, SIDES, TEACHER, WATCH, ask, facts, set_sampling, words
 from demo_models import make_service
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 EXECUTABLES = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1>${window.hacked=1}{{window.hacked}}\x07"
-SIDES = tuple(f"#lp-answers section[aria-label={side}]" for side in ("Original", "Compressed"))
-SAMPLING = ["max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed"]
-TEACHER = "The old man looked out of the window and"
 
 
 def skip_loudly(reason):
@@ -109,24 +107,10 @@ def _foreign(address, url):
     return not address.startswith((url, "data:", "blob:", url.replace("http", "ws")))
 
 
-def ask(page, prompt=TEACHER):
-    page.fill("#lp-prompt textarea", prompt)
-    page.click("#lp-run")
-
-
-def words(page, side):
-    return page.locator(f"{SIDES[side]} .lp-words").inner_text()
-
-
 def finished(page, prompt=TEACHER):
     """Wait for both answers to a prompt."""
     expect(page.locator(SIDES[1])).to_contain_text(prompt)  # with it the facts of the last comparison go
     expect(page.locator("#lp-status")).to_contain_text(re.compile("answers part|same answer|same words"))
-
-
-def facts(page, side):
-    cells = page.locator(f"{SIDES[side]} dl div").all_inner_texts()
-    return dict(cell.split("\n") for cell in cells)
 
 
 def choose(page, name):
@@ -136,20 +120,6 @@ def choose(page, name):
     page.wait_for_timeout(SECONDS)  # and drawn
 
 
-def set_sampling(page, name, value):
-    fields = page.locator("#lp-sampling input[type=number]")
-    if not fields.first.is_visible():
-        page.click("#lp-sampling button")
-    field = fields.nth(SAMPLING.index(name))
-    for _ in range(20):  # a page that has not drawn all of it yet takes the value back
-        field.fill(str(value))
-        field.press("Tab")
-        page.wait_for_timeout(500)
-        if field.input_value() == str(value):
-            return
-    raise AssertionError(f"{name} is {field.input_value()}, not {value}")
-
-
 def test_the_first_view_explains_itself(visit):
     """Names, numbers and an answered example are there before anything is done."""
     page = visit()
@@ -157,15 +127,6 @@ def test_the_first_view_explains_itself(visit):
     assert words(page, 0).startswith(TEACHER) and len(words(page, 1)) > len(TEACHER) + 10
     assert page.locator("mark").count() == 2 and "layers instead of 16" in page.inner_text("#lp-status")
     assert page.title() and page.locator("meta[name=description]").last.get_attribute("content")
-
-
-WATCH = """() => {
-    window.lengths = {};
-    const look = () => document.querySelectorAll('#lp-answers section').forEach(card =>
-        (window.lengths[card.ariaLabel] ??= new Set()).add(card.querySelector('.lp-words')?.textContent.length));
-    new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
-}"""
-"""Remember every length that the answers have had."""
 
 
 def test_both_models_stream_and_are_measured(visit):
@@ -399,19 +360,3 @@ def test_two_visitors_do_not_see_each_other(visit):
     finished(first, "The first visitor")
     finished(second, "The second visitor")
     assert words(first, 0).startswith("The first visitor") and words(second, 0).startswith("The second visitor")
-
-
-CONTRAST = """element => {
-  const parse = color => {
-    const [r, g, b, a = 1] = (color.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number)
-    return [r, g, b, a]
-  }
-  const layers = []
-  for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor))
-  let behind = [255, 255, 255]
-  for (const [r, g, b, a] of layers.reverse()) behind = [r, g, b].map((v, i) => a * v + (1 - a) * behind[i])
-  const linear = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4
-  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b)
-  const both = [light(parse(getComputedStyle(element).color)), light(behind)]
-  return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05)
-}"""
