@@ -81,8 +81,8 @@ def visit(chromium, url):
     """Opens the page; at the end there was no error on the console, and no request to any other host."""
     problems, contexts = [], []
 
-    def opened(width=1280, height=900, theme="light", url=url):
-        context = chromium.new_context(viewport={"width": width, "height": height})
+    def opened(width=1280, height=900, theme="light", url=url, **options):
+        context = chromium.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
@@ -181,6 +181,7 @@ def test_a_full_line_is_reported_and_stop_takes_back_who_waits(visit, crowded):
 
 def test_by_keyboard_alone(visit):
     page = visit()
+    expect(page.get_by_text("Enter sends")).to_be_visible()
     page.locator("#lp-prompt textarea").focus()
     page.keyboard.press("Control+a")
     page.keyboard.type("It was")
@@ -245,15 +246,18 @@ def test_the_last_of_two_depths_is_asked_while_the_first_still_writes(visit, bot
 
 def test_what_is_inside_and_what_comes_next(visit):
     page = visit()
-    choose(page, "tiny run")
     page.get_by_role("tab", name="Look inside").click()
-    for plot in ("#lp-map", "#lp-quality"):
-        expect(page.locator(f"{plot} img")).to_be_visible()
+    expect(page.locator("#lp-layers")).to_contain_text("in parallel, as one layer")
+    plots = page.locator("#lp-map img, #lp-quality img").filter(visible=True)
+    expect(plots).to_have_count(0)  # without a run there is nothing to draw
+    choose(page, "tiny run")
+    expect(plots).to_have_count(2)
     expect(page.locator("#lp-positions")).to_have_count(0)  # nothing before it was asked for
     page.fill("#lp-text textarea", "It was a night")
     page.click("#lp-inspect")
     tokens = page.locator("#lp-positions .token")
     expect(tokens).to_have_count(14)
+    expect(page.locator("#lp-positions")).to_contain_text(re.compile(r"full red is \d\.\d\d or more"))
     expect(page.locator("#lp-distance")).to_contain_text("0 = identical")
     expected = page.get_by_test_id("label-output-value")
     expect(expected).to_have_count(2)
@@ -293,7 +297,8 @@ def test_a_chat_goes_on_and_begins_again(visit):
     finished(page, "And then?")
     assert words(page, 0).count("And then?") == 1
     set_sampling(page, "temperature", 0)
-    expect(page.locator("#lp-again")).not_to_be_visible()  # a seed means nothing now
+    for seed in (page.locator("#lp-again"), page.locator("#lp-sampling").get_by_text("Seed", exact=True)):
+        expect(seed).not_to_be_visible()  # it means nothing now
     page.click("#lp-new")
     for side in SIDES:
         expect(page.locator(side)).not_to_contain_text("Hello")
@@ -324,7 +329,7 @@ def test_a_link_brings_the_prompt_and_the_settings_back(visit):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_words_can_be_read(visit, theme):
     """Contrast of at least 4.5 to 1 between words and what is behind them."""
-    page = visit(390, 844, theme)
+    page = visit(390, 844, theme, is_mobile=True, has_touch=True)
     set_sampling(page, "max_new_tokens", 12)
     ask(page, "word" * 300)
     finished(page, "word")
@@ -342,6 +347,17 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_words_can_be_read(visit
     page.click("#lp-inspect")
     expect(page.locator("#lp-positions .token").first).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.get_by_text("Enter sends").filter(visible=True).count() == 0  # there are no such keys
+
+
+def test_answers_can_be_copied_and_the_page_has_an_icon(visit):
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    page.click("#lp-copy")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == "\n\n".join(
+        f"{name}:\n{words(page, side)}" for side, name in enumerate(("Original", "Compressed"))
+    )
+    assert "<svg" in page.request.get(f"{page.url.partition('?')[0]}favicon.ico").text()
 
 
 def test_the_page_is_as_wide_before_the_answers_as_after(visit):

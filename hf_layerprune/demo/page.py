@@ -191,7 +191,7 @@ class DemoPage:
         with gr.Tab("Look inside"):
             _render(self.layers, self.layer_map, self.quality)
             text, limit = self.service.pairing().prompts(chat=False)[0], self.service.limits.max_inspected_tokens
-            about = {"label": "Where do they expect different words?", "info": f"at most {limit} tokens; {KEYS}"}
+            about = {"label": "Where do they expect different words?", "info": f"at most {limit} tokens"}
             self.text = gr.Textbox(text, **about, lines=1, max_lines=8, elem_id="lp-text")
             self.inspect = gr.Button("Compare next tokens", variant="primary", elem_id="lp-inspect")
             self.distance.render()
