@@ -20,6 +20,7 @@ from .record import REPORT_FILE, ModelRecord, RoundRecord, RunRecord
 from .scoring import CRITERION_UNITS, Scores
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -31,7 +32,8 @@ EXPLANATION = (
 SPEED_EXPLANATION = " Speed is that of decoding, next to the original's: the median of the ratios run by run."
 
 PLOTS = ("quality.png", "layers.png")
-KEPT, REMOVED, PARALLEL, MERGED, ABSENT, OTHER = "#1f6f8b", "#c44e52", "#dd8452", "#8172b3", "#aaaaaa", "#b8cdd6"
+KEPT, REMOVED, PARALLEL, MERGED, ABSENT = "#1f6f8b", "#c44e52", "#dd8452", "#8172b3", "#aaaaaa"
+OTHER, OTHER_LINE = "#b8cdd6", "#6d8b97"  # of an edit that was not made: a bar, and a line, which may cross bars
 UNHEALED = {"color": REMOVED, "linestyle": ":", "marker": "v"}
 BEFORE_HEALING = {"color": PARALLEL, "linestyle": "--", "marker": "s"}
 FINAL = {"color": KEPT, "linestyle": "-", "marker": "o", "linewidth": 2}
@@ -266,21 +268,26 @@ def layer_map_text(plan: LayerPlan, width: int = 20) -> str:
 def plot_layer_map(run: RunRecord) -> Figure:
     """What became of each of the teacher's layers, and what each edit cost when it was measured last.
 
-    A bar is a layer, as high as removing it costs; a line is layers that become one block. Edits not made are pale.
+    A bar is a layer, as high as removing it costs; a line is layers that become one block. Edits not made are pale;
+    layers that became one share a bar above their numbers.
     """
     plan, criterion, made = run.rounds[-1].plan, run.rounds[-1].criterion, set(run.edits)
     every = (cost for record in run.rounds for scores in record.scores for cost in scores.values.items())
     costs = {edit: cost for edit, cost in every if math.isfinite(cost)}  # of each edit the last one
     figure, axes = _axes(min(12.0, max(5.0, 0.32 * plan.num_teacher_layers)), 3.0 if costs else 1.0)
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     states = [_state(layer, plan, made) for layer in range(plan.num_teacher_layers)]
     for edit, cost in costs.items():
-        color = EDITS[edit.kind] if edit in made else OTHER
         if edit.kind == "remove":
-            axes.bar(edit.layers[0], cost, 0.72, color=color)
+            axes.bar(edit.layers[0], cost, 0.72, color=REMOVED if edit in made else OTHER)
         else:
+            color = EDITS[edit.kind] if edit in made else OTHER_LINE
             axes.hlines(cost, edit.layers[0] - 0.36, edit.layers[-1] + 0.36, colors=color, linewidths=3)
+    for block in filter(lambda block: block[1:], plan.blocks):  # a bar above the numbers of what became one
+        color, ends = STATES[states[block[0]]], (block[0] - 0.4, block[-1] + 0.4)
+        axes.hlines(0, *ends, colors=color, linewidths=5, transform=axes.get_xaxis_transform(), clip_on=False)
     axes.set_xticks(range(len(states)))
     for label, state in zip(axes.get_xticklabels(), states, strict=True):
         label.set_bbox({"facecolor": STATES[state], "edgecolor": "none", "boxstyle": "round,pad=0.25"})
@@ -290,10 +297,12 @@ def plot_layer_map(run: RunRecord) -> Figure:
         axes.set_yscale("log")
     measures = {"kl": "how much predictions change\n(KL, nats per token)", "loss": "loss it costs\n(nats per token)"}
     axes.set_ylabel(measures.get(criterion, f"cost ({criterion})"), fontsize=8)
-    axes.tick_params("y", labelsize=7)
+    axes.tick_params("y", which="both", labelsize=7)
     axes.yaxis.set_visible(bool(costs))
     axes.spines[["top", "right"]].set_visible(False)
-    handles = [Patch(color=color, label=state) for state, color in STATES.items() if state in states]
+    handles: list[Artist] = [Patch(color=color, label=state) for state, color in STATES.items() if state in states]
+    if any(edit.kind != "remove" for edit in costs):
+        handles.append(Line2D([], [], color=OTHER_LINE, linewidth=3, label="cost of layers as one"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return figure
 

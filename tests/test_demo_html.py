@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from demo_models import make_service
 
-from hf_layerprune import LayerPlan
+from hf_layerprune import Edit, LayerPlan, Scores
 from hf_layerprune.demo import html
 from hf_layerprune.demo.comparison import Comparison
 from hf_layerprune.demo.generation import Answer
@@ -107,3 +107,19 @@ def test_the_strip_of_layers_has_all_states_in_use():
     shown = html.layer_strip(plan)
     assert re.findall(r'<li class="lp-(\w+)"', shown.split("<ul")[0]) == ["kept", "gone", "parallel", "gone"]
     assert "5 layers of the original became 2" in shown and "merged" not in shown
+
+
+@pytest.mark.parametrize(
+    "edits, criterion, caption",
+    [
+        (["1", "2"], "kl", "How much predictions change if this layer is removed; log scale"),
+        (["1|2", "3|4"], "kl", "How much predictions change if these layers become one; log scale"),
+        (["1+2", "3"], "kl", "How much predictions change if this layer is removed (bars), or these layers become one "
+         "(lines); log scale"),
+        (["1"], "loss", "What it costs if this layer is removed"),
+    ],
+)  # fmt: skip
+def test_the_caption_of_the_layer_map_is_of_the_edits_in_it(pairing, edits, criterion, caption):
+    costs = {Edit.from_label(label): 0.1 for label in edits}
+    record = replace(pairing.run.rounds[-1], scores=(Scores(criterion, costs),), criterion=criterion)
+    assert html.map_label(replace(pairing, run=replace(pairing.run, rounds=(record,)))) == caption

@@ -36,7 +36,7 @@ THREE = LayerPlan(((0,), (1,), (2,)), 4)
         (entry(1, THREE, ["3"], {"1": -0.1, "2": 0.0}), {"kept", "removed"}),
         (
             entry(1, LayerPlan(((0,), (1, 2)), 5), ["1|2"], {"1|2": 0.1, "0": 3.0}),
-            {"kept", "removed before this run", "in parallel, as one layer"},
+            {"kept", "removed before this run", "in parallel, as one layer", "cost of layers as one"},
         ),
     ],
 )
@@ -46,4 +46,6 @@ def test_picture(record, handles):
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert labels == [str(layer) for layer in range(record.plan.num_teacher_layers)]
     assert figure.axes[0].yaxis.get_visible() == bool(record.scores)
+    shared = [lines for lines in figure.axes[0].collections if lines.get_linewidth() == [5]]
+    assert len(shared) == sum(len(block) > 1 for block in record.plan.blocks)  # of the layers that became one
     figure.canvas.draw()

@@ -10,14 +10,12 @@ import warnings
 from dataclasses import replace
 
 import pytest
+from demo_browser import CONTRAST, SIDES, TEACHER, WATCH, ask, facts, set_sampling, words
 from demo_models import make_service
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 EXECUTABLES = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1>${window.hacked=1}{{window.hacked}}\x07"
-SIDES = tuple(f"#lp-answers section[aria-label={side}]" for side in ("Original", "Compressed"))
-SAMPLING = ["max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed"]
-TEACHER = "The old man looked out of the window and"
 
 
 def skip_loudly(reason):
@@ -83,8 +81,8 @@ def visit(chromium, url):
     """Opens the page; at the end there was no error on the console, and no request to any other host."""
     problems, contexts = [], []
 
-    def opened(width=1280, height=900, theme="light", url=url):
-        context = chromium.new_context(viewport={"width": width, "height": height})
+    def opened(width=1280, height=900, theme="light", url=url, **options):
+        context = chromium.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
@@ -109,24 +107,10 @@ def _foreign(address, url):
     return not address.startswith((url, "data:", "blob:", url.replace("http", "ws")))
 
 
-def ask(page, prompt=TEACHER):
-    page.fill("#lp-prompt textarea", prompt)
-    page.click("#lp-run")
-
-
-def words(page, side):
-    return page.locator(f"{SIDES[side]} .lp-words").inner_text()
-
-
 def finished(page, prompt=TEACHER):
     """Wait for both answers to a prompt."""
     expect(page.locator(SIDES[1])).to_contain_text(prompt)  # with it the facts of the last comparison go
     expect(page.locator("#lp-status")).to_contain_text(re.compile("answers part|same answer|same words"))
-
-
-def facts(page, side):
-    cells = page.locator(f"{SIDES[side]} dl div").all_inner_texts()
-    return dict(cell.split("\n") for cell in cells)
 
 
 def choose(page, name):
@@ -136,20 +120,6 @@ def choose(page, name):
     page.wait_for_timeout(SECONDS)  # and drawn
 
 
-def set_sampling(page, name, value):
-    fields = page.locator("#lp-sampling input[type=number]")
-    if not fields.first.is_visible():
-        page.click("#lp-sampling button")
-    field = fields.nth(SAMPLING.index(name))
-    for _ in range(20):  # a page that has not drawn all of it yet takes the value back
-        field.fill(str(value))
-        field.press("Tab")
-        page.wait_for_timeout(500)
-        if field.input_value() == str(value):
-            return
-    raise AssertionError(f"{name} is {field.input_value()}, not {value}")
-
-
 def test_the_first_view_explains_itself(visit):
     """Names, numbers and an answered example are there before anything is done."""
     page = visit()
@@ -157,15 +127,6 @@ def test_the_first_view_explains_itself(visit):
     assert words(page, 0).startswith(TEACHER) and len(words(page, 1)) > len(TEACHER) + 10
     assert page.locator("mark").count() == 2 and "layers instead of 16" in page.inner_text("#lp-status")
     assert page.title() and page.locator("meta[name=description]").last.get_attribute("content")
-
-
-WATCH = """() => {
-    window.lengths = {};
-    const look = () => document.querySelectorAll('#lp-answers section').forEach(card =>
-        (window.lengths[card.ariaLabel] ??= new Set()).add(card.querySelector('.lp-words')?.textContent.length));
-    new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
-}"""
-"""Remember every length that the answers have had."""
 
 
 def test_both_models_stream_and_are_measured(visit):
@@ -220,6 +181,7 @@ def test_a_full_line_is_reported_and_stop_takes_back_who_waits(visit, crowded):
 
 def test_by_keyboard_alone(visit):
     page = visit()
+    expect(page.get_by_text("Enter sends")).to_be_visible()
     page.locator("#lp-prompt textarea").focus()
     page.keyboard.press("Control+a")
     page.keyboard.type("It was")
@@ -260,17 +222,42 @@ def test_another_depth_asks_the_student_alone(visit):
     assert words(page, 0) == words(page, 1) == original
 
 
+@pytest.mark.parametrize("both_answered", [True, False])
+def test_the_last_of_two_depths_is_asked_while_the_first_still_writes(visit, both_answered):
+    page = visit()
+    choose(page, "tiny chat")
+    set_sampling(page, "max_new_tokens", 100)
+    ask(page, "Hello")
+    finished(page, "Hello")
+    ask(page, "And then?")
+    expect(page.locator("#lp-status")).to_contain_text("in turn")
+    if both_answered:
+        finished(page, "And then?")
+    for depth in (5, 4):
+        page.locator(f"#lp-depth input[value='{depth}']").check()
+        expect(page.locator(SIDES[1])).to_contain_text(f"{depth} layers")
+        expect(page.locator("#lp-status")).to_contain_text("in turn")
+        page.wait_for_timeout(SECONDS)
+    finished(page, "And then?")
+    expect(page.locator(SIDES[1])).to_contain_text("4 layers")
+    assert facts(page, 0)["tokens"] == facts(page, 1)["tokens"] == "100"
+    assert all("Hello" in words(page, side) for side in (0, 1))
+
+
 def test_what_is_inside_and_what_comes_next(visit):
     page = visit()
-    choose(page, "tiny run")
     page.get_by_role("tab", name="Look inside").click()
-    for plot in ("#lp-map", "#lp-quality"):
-        expect(page.locator(f"{plot} img")).to_be_visible()
+    expect(page.locator("#lp-layers")).to_contain_text("in parallel, as one layer")
+    plots = page.locator("#lp-map img, #lp-quality img").filter(visible=True)
+    expect(plots).to_have_count(0)  # without a run there is nothing to draw
+    choose(page, "tiny run")
+    expect(plots).to_have_count(2)
     expect(page.locator("#lp-positions")).to_have_count(0)  # nothing before it was asked for
     page.fill("#lp-text textarea", "It was a night")
     page.click("#lp-inspect")
     tokens = page.locator("#lp-positions .token")
     expect(tokens).to_have_count(14)
+    expect(page.locator("#lp-positions")).to_contain_text(re.compile(r"full red is \d\.\d\d or more"))
     expect(page.locator("#lp-distance")).to_contain_text("0 = identical")
     expected = page.get_by_test_id("label-output-value")
     expect(expected).to_have_count(2)
@@ -310,7 +297,8 @@ def test_a_chat_goes_on_and_begins_again(visit):
     finished(page, "And then?")
     assert words(page, 0).count("And then?") == 1
     set_sampling(page, "temperature", 0)
-    expect(page.locator("#lp-again")).not_to_be_visible()  # a seed means nothing now
+    for seed in (page.locator("#lp-again"), page.locator("#lp-sampling").get_by_text("Seed", exact=True)):
+        expect(seed).not_to_be_visible()  # it means nothing now
     page.click("#lp-new")
     for side in SIDES:
         expect(page.locator(side)).not_to_contain_text("Hello")
@@ -341,7 +329,7 @@ def test_a_link_brings_the_prompt_and_the_settings_back(visit):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_words_can_be_read(visit, theme):
     """Contrast of at least 4.5 to 1 between words and what is behind them."""
-    page = visit(390, 844, theme)
+    page = visit(390, 844, theme, is_mobile=True, has_touch=True)
     set_sampling(page, "max_new_tokens", 12)
     ask(page, "word" * 300)
     finished(page, "word")
@@ -359,6 +347,17 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_words_can_be_read(visit
     page.click("#lp-inspect")
     expect(page.locator("#lp-positions .token").first).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.get_by_text("Enter sends").filter(visible=True).count() == 0  # there are no such keys
+
+
+def test_answers_can_be_copied_and_the_page_has_an_icon(visit):
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    page.click("#lp-copy")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == "\n\n".join(
+        f"{name}:\n{words(page, side)}" for side, name in enumerate(("Original", "Compressed"))
+    )
+    assert "<svg" in page.request.get(f"{page.url.partition('?')[0]}favicon.ico").text()
 
 
 def test_the_page_is_as_wide_before_the_answers_as_after(visit):
@@ -377,19 +376,3 @@ def test_two_visitors_do_not_see_each_other(visit):
     finished(first, "The first visitor")
     finished(second, "The second visitor")
     assert words(first, 0).startswith("The first visitor") and words(second, 0).startswith("The second visitor")
-
-
-CONTRAST = """element => {
-  const parse = color => {
-    const [r, g, b, a = 1] = (color.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number)
-    return [r, g, b, a]
-  }
-  const layers = []
-  for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor))
-  let behind = [255, 255, 255]
-  for (const [r, g, b, a] of layers.reverse()) behind = [r, g, b].map((v, i) => a * v + (1 - a) * behind[i])
-  const linear = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4
-  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b)
-  const both = [light(parse(getComputedStyle(element).color)), light(behind)]
-  return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05)
-}"""

@@ -70,6 +70,10 @@ def layer_strip(plan: LayerPlan) -> str:
 
 def map_label(pairing: Pairing) -> str:
     """What the bars and lines of the layer map mean."""
-    groups = pairing.run and any(edit.kind != "remove" for edit in pairing.run.edits)
-    lines = " (bars), or these become one (lines)" if groups else ""
-    return f"How much predictions change if this layer is removed{lines}; log scale"
+    rounds = pairing.run.rounds if pairing.run else ()
+    edits = {edit for record in rounds for scores in record.scores for edit in scores.values}
+    removed, one = "this layer is removed", "these layers become one"
+    kinds = {edit.kind == "remove" for edit in edits}
+    what = f"{removed} (bars), or {one} (lines)" if len(kinds) == 2 else removed if True in kinds else one
+    is_kl = bool(rounds) and rounds[-1].criterion == "kl"
+    return f"How much predictions change if {what}; log scale" if is_kl else f"What it costs if {what}"

@@ -122,6 +122,7 @@ class DemoPage:
         self.service, first = service, service.pairing()
         shown, *widgets = self._look(first, first.depths[-1], first.can_chat)
         self.shown = gr.State(shown, render=False)
+        self.wanted = gr.State({}, render=False)  # the depth chosen last, which what runs must see change
         self.headline, self.answers, self.told, *widgets = widgets
         self.layers, self.layer_map, self.quality, self.distance, self.found, *widgets = widgets
         self.model, self.depth, self.mode, self.prompt, self.again, self.examples, *self.sampling = widgets
@@ -173,7 +174,7 @@ class DemoPage:
 
     def lay_out(self) -> None:
         """Place the widgets on the page that is being built."""
-        _render(self.shown, self.headline)
+        _render(self.shown, self.wanted, self.headline)
         with gr.Row():
             _render(self.model, self.depth, self.mode)
         with gr.Tab("Compare"):
@@ -190,7 +191,7 @@ class DemoPage:
         with gr.Tab("Look inside"):
             _render(self.layers, self.layer_map, self.quality)
             text, limit = self.service.pairing().prompts(chat=False)[0], self.service.limits.max_inspected_tokens
-            about = {"label": "Where do they expect different words?", "info": f"at most {limit} tokens; {KEYS}"}
+            about = {"label": "Where do they expect different words?", "info": f"at most {limit} tokens"}
             self.text = gr.Textbox(text, **about, lines=1, max_lines=8, elem_id="lp-text")
             self.inspect = gr.Button("Compare next tokens", variant="primary", elem_id="lp-inspect")
             self.distance.render()
@@ -216,10 +217,9 @@ class DemoPage:
                 self._compare_again, asked, given, **STREAMED
             ),
         ]
-        moved = self.depth.input(
-            self._on_depth, [*chosen, self.shown], [*answered, *inside], cancels=running, **AT_ONCE
-        )
-        redone = moved.then(self._redo, [*chosen, self.shown], answered, **STREAMED)
+        now = [*chosen, self.shown, self.wanted]
+        moved = self.depth.input(self._on_depth, now, [*answered, *inside], cancels=running, **AT_ONCE)
+        redone = moved.then(self._redo, now, answered, trigger_mode="multiple", **STREAMED)
         found = [self.distance, self.found, self.positions, self.strip, *self.expected]
         looking = [self.inspect.click, self.text.submit]
         inspected = gr.on(
@@ -287,29 +287,33 @@ class DemoPage:
             before = replace(shown, turns=shown.turns[:-1])
             yield from self._compare(shown.turns[-1][0], model, depth, mode, before, *sampling)
 
-    def _on_depth(self, model: str, depth: int, mode: str, shown: Shown) -> list[Any]:
-        """Show the other student at once, without its words; the original's answer stays if it is whole."""
-        _, *look = self._look(self.service.pairing(model), depth, mode == CHAT, "")
-        blank, original = self.service.blank(self.service.pairing(model), depth), shown.comparison.original
-        now = Shown(comparison=blank, chat=shown.chat)
-        if original.ended:
-            turns = tuple((prompt, said, "") for prompt, said, _ in shown.turns)
-            now = replace(shown, turns=turns, comparison=replace(blank, original=original))
-        return [*self._view(self.service.pairing(model), depth, now), *look[3:8]]
+    def _on_depth(self, model: str, depth: int, mode: str, shown: Shown, wanted: dict[str, int]) -> list[Any]:
+        """Show the other student at once, without its words; the original's answer stays."""
+        wanted["depth"], pairing = depth, self.service.pairing(model)
+        _, *look = self._look(pairing, depth, mode == CHAT, "")
+        turns = tuple((prompt, said, "") for prompt, said, _ in shown.turns)
+        comparison = replace(self.service.blank(pairing, depth), original=shown.comparison.original)
+        return [*self._view(pairing, depth, replace(shown, turns=turns, comparison=comparison)), *look[3:8]]
 
-    def _redo(self, model: str, depth: int, mode: str, shown: Shown) -> Iterator[list[Any]]:
-        """Let the other student answer all that was asked, and the original nothing again."""
-        pairing, done = self.service.pairing(model), replace(shown, turns=())
+    def _redo(self, model: str, depth: int, mode: str, shown: Shown, wanted: dict[str, int]) -> Iterator[list[Any]]:
+        """Let the other student answer all that was asked, until a third is wanted. The original answers again only
+        what it has not answered to the end."""
+        pairing, turns, last = self.service.pairing(model), shown.turns, shown.comparison.original
         yield [gr.skip()] * 4  # without a word Gradio empties what waits for one
-        for prompt, said, _ in shown.turns:
-            is_last = len(done.turns) + 1 == len(shown.turns)
-            original = shown.comparison.original if is_last else Answer(text=said, ending="end")
+        for number, (prompt, said, _) in enumerate(turns, 1):
+            asked, is_last = replace(shown, turns=turns[: number - 1]), number == len(turns)
+            original = last if is_last else Answer(text=said, ending="end")
             try:
-                for now in self._answers(pairing, depth, prompt, done, original):
-                    yield self._view(pairing, depth, now)
-                done = now
+                for now in self._answers(pairing, depth, prompt, asked, original):
+                    if wanted["depth"] != depth:
+                        yield [gr.skip()] * 4  # Gradio shows once more what came last
+                        return
+                    turns = (*now.turns, *turns[number:])
+                    comparison = now.comparison if is_last else replace(now.comparison, original=last)
+                    yield self._view(pairing, depth, replace(now, turns=turns, comparison=comparison))
             except LayerPruneError as error:
                 yield _refused(error)
+                return
 
     def _stop(self, model: str, depth: int, mode: str, shown: Shown) -> list[Any]:
         stopped = replace(shown, comparison=shown.comparison.stopped()) if shown.turns else shown
