@@ -40,19 +40,16 @@ def find_repairs(
     model: PreTrainedModel,
     batches: Iterable[Batch],
     layers: Iterable[int],
-    method: str,
     teacher: PreTrainedModel | None = None,
     ridge: float = DEFAULT_RIDGE,
 ) -> dict[int, Repair]:
     """For each of `layers` alone, which run in no parallel block, the repair that removing it from `model` needs.
 
     One pass over the data fits all of them, since no two change the same block. The first layer has no block before it
-    and gets no repair.
-    Arguments as in [`compensate`].
+    and gets no repair. Arguments as in [`compensate`].
     """
     teacher = model if teacher is None else teacher
     plan, layers = plan_of(model), list(dict.fromkeys(layers))
-    _check_method(method)
     batches = check_repairable(model, batches, teacher, layers)
     gaps = {layer: _gap(layer, plan.remove(layer), plan_of(teacher)) for layer in layers}
     gaps = {layer: gap for layer, gap in gaps.items() if gap.position >= 0}
@@ -118,7 +115,7 @@ def compensate(
     layers = sorted(set(plan.removed_layers if gaps is None else layer_indices(gaps, "gaps")))
     if wrong := sorted(set(layers) - set(plan.removed_layers)):
         raise LayerPruneError(f"gaps={layers}: layers {wrong} are not missing; {list(plan.removed_layers)} are")
-    _check_method(method)
+    check_method(method)
     batches = check_repairable(student, batches, teacher, layers)
     repaired = apply_plan(student, plan, share_weights=share_weights)
     if method == "least_squares":
@@ -128,7 +125,8 @@ def compensate(
     return repaired
 
 
-def _check_method(method: str) -> None:
+def check_method(method: str) -> None:
+    """Raise [`LayerPruneError`] unless there is this compensation."""
     if method not in COMPENSATIONS:
         raise LayerPruneError(f"compensation={method!r} is unknown; choose one of {', '.join(COMPENSATIONS)}")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from glob import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import (
@@ -29,6 +29,7 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging as datasets_logging
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -319,3 +320,18 @@ def _padded(
     warn_of_dropped_rows("the data", dropped, dropped + len(examples), max_length)
     collator = DataCollatorForLanguageModeling(pad_token_id=0)
     return [collator(examples[n : n + batch_size]) for n in range(0, len(examples), batch_size)]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill rows with; it is masked, so any will do."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def padded(rows: Sequence[Sequence[int]], padding: int, side: Literal["left", "right"]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, each `(B, T)`."""
+    ids = [torch.tensor(row) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding, padding_side=side),
+        "attention_mask": pad_sequence(masks, batch_first=True, padding_side=side),
+    }

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .data import Batch, check_batches, valid_next_tokens
-from .forward import check_same_vocabulary, final_states, inference, to_device
+from .forward import check_same_vocabulary, final_states, inference, to_device, unpadded
 from .losses import perplexity_of, token_statistics
 
 
@@ -76,3 +78,45 @@ def evaluate_model(
     means = {name: total / num_tokens for name, total in totals.items()}
     loss = means["nll"]
     return EvaluationReport(loss, perplexity_of(loss), means.get("kl"), means.get("agreement"), num_tokens)
+
+
+def sums_by_row(
+    model: PreTrainedModel,
+    states: Iterable[Tensor],
+    batch: Batch,
+    statistic: str,
+    teacher: PreTrainedModel | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Nats summed over each row's scored tokens, `(C, B)`, and the number of these tokens, `(B,)`; on the CPU.
+
+    Runs inside [`~forward.inference`]. `states` are the final states `(B, T, H)` of `model` itself, then of others
+    with its head. `statistic` is `"nll"`, or `"kl"` to `teacher`.
+    """
+    valid, labels = valid_next_tokens(batch)
+    counts, row_of_token = valid.sum(1).cpu().double(), valid.nonzero()[:, 0].cpu()
+    hidden = [each[valid] for each in states]
+    if not len(labels):
+        return counts.new_zeros(len(hidden), len(counts)), counts
+    reference = ()
+    if statistic == "kl":
+        teacher_states = hidden[0] if teacher is model else final_states(teacher, batch)[valid]
+        reference = (teacher_states, teacher.lm_head)
+    sums = []
+    for statistics in token_statistics(hidden, model.lm_head, labels, *reference):
+        values = getattr(statistics, statistic).cpu().double()
+        sums.append(torch.zeros_like(counts).index_add_(0, row_of_token, values))
+    return torch.stack(sums), counts
+
+
+def distinct_rows(batch: Batch) -> tuple[Batch, list[int]]:
+    """The rows of a batch that a model must read, and for each row of `batch` which of them gives its states.
+
+    Rows that differ in their last tokens alone, as choices of one letter do, have equal states before them, and
+    nothing follows those.
+    """
+    found: dict[tuple[tuple[int, ...], ...], int] = {}
+    pairs = zip(batch["input_ids"], unpadded(batch), strict=True)
+    rows = [(tuple(ids[mask][:-1].tolist()), tuple(mask.tolist())) for ids, mask in pairs]
+    places = [found.setdefault(row, len(found)) for row in rows]
+    first = [places.index(place) for place in range(len(found))]
+    return {key: value[first] for key, value in batch.items()}, places

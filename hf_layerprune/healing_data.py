@@ -24,16 +24,15 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import load_text_dataset, num_positions
+from .data import load_text_dataset, num_positions, pad_id, padded
 from .environment import fingerprint, fingerprint_model
 from .errors import LayerPruneError, first_line
 from .files import write_atomically
 from .forward import check_tokenizer, inference, to_device
 from .loading import load_model, load_tokenizer, name_of
+from .processes import gathered, shard
 from .rows import is_message
-from .scoring.measure import gathered, shard
 from .settings import HealingDataConfig
-from .tasks.chunks import pad_id, padded
 
 PROMPT_COLUMNS = ("messages", "prompt", "text")
 
@@ -170,8 +169,11 @@ def read_prompts(
         prompts.append(Prompt(row, content, _encode(content, tokenizer, row)))
     short = [prompt for prompt in prompts if len(prompt.ids) <= longest]
     if not short:
-        found = f"only prompts of more than {longest} tokens" if prompts else "no text"
-        raise LayerPruneError(f"the prompts hold {found} in column {column!r}; give at least one row with text")
+        raise LayerPruneError(
+            f"every prompt in column {column!r} is longer than {longest} tokens; raise max_prompt_tokens"
+            if prompts
+            else f"the prompts hold no text in column {column!r}; give at least one row with text"
+        )
     return short, len(prompts) - len(short)
 
 

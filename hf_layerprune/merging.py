@@ -72,7 +72,7 @@ def merge(
         A model of the same class, a layer less deep for each pair, its `config.layer_plan` set.
 
     Raises:
-        [`LayerPruneError`]: for an unsupported architecture, layers that are no neighbours, or data without a token.
+        [`LayerPruneError`]: for an unsupported architecture, layers that are not neighbours, or data without a token.
     """
     check_model(model)
     groups = sorted(layer_groups(pairs))
@@ -126,7 +126,7 @@ def find_merges(
         layers = list(model.base_model.layers[start : last + 1])
         merges.append(_Merge(group, start, layers, target_state(start, after, teacher_plan)))
     num_tokens = sum(int(unpadded(batch).sum()) for batch in batches)
-    num_bytes = [sum(4 * size**2 for size in _sizes(merge.layers)) for merge in merges]
+    num_bytes = [sum(4 * size**2 for size in _sizes(one.layers)) for one in merges]
     at_once = max(1, MAX_BYTES // max(num_bytes, default=1))
     found = {}
     with inference(model, teacher):
@@ -134,8 +134,8 @@ def find_merges(
             some, is_last = merges[first : first + at_once], first + at_once >= len(merges)
             narrow = _cut_back(model, batches, some, num_tokens, ridge)
             fits = _fits(model, teacher, batches, some, narrow, num_tokens, on_batch if is_last else lambda: None)
-            for merge, tensors, fit in zip(some, narrow, fits, strict=True):
-                found[merge.group] = Repair(merge.start, tensors | {DOWN: fit.solve(ridge)})
+            for one, tensors, fit in zip(some, narrow, fits, strict=True):
+                found[one.group] = Repair(one.start, tensors | {DOWN: fit.solve(ridge)})
     return found
 
 
@@ -149,12 +149,12 @@ def _cut_back(
     model: PreTrainedModel, batches: Sequence[Batch], merges: Sequence[_Merge], num_tokens: int, ridge: float
 ) -> list[dict[str, Tensor]]:
     """The layer of each merge, with the heads and neurons that are kept, and `down_proj` as it was."""
-    grams = [[torch.zeros(n, n, device=model.device) for n in _sizes(merge.layers)] for merge in merges]
+    grams = [[torch.zeros(n, n, device=model.device) for n in _sizes(one.layers)] for one in merges]
     for batch in batches:
         batch = to_device(batch, model.device)
-        run, valid = record(model, batch, {merge.start for merge in merges}, stop=True), unpadded(batch)
-        for merge, both in zip(merges, grams, strict=True):
-            read = _side_by_side(merge.layers, run.states[merge.start], run.arguments[merge.start])
+        run, valid = record(model, batch, {one.start for one in merges}, stop=True), unpadded(batch)
+        for one, both in zip(merges, grams, strict=True):
+            read = _side_by_side(one.layers, run.states[one.start], run.arguments[one.start])
             for gram, rows in zip(both, (part[valid].float() for part in read), strict=True):
                 gram.addmm_(rows.T, rows)  # in place, so that autocast leaves it in float32
     with torch.autocast(model.device.type, enabled=False):
@@ -243,15 +243,15 @@ def _fits(
 ) -> list[Regression]:
     """The regressions that find the `down_proj` of each of the `narrow` layers."""
     fits = [Regression(tensors[DOWN], num_tokens) for tensors in narrow]
-    starts, targets = {merge.start for merge in merges}, {merge.target for merge in merges}
+    starts, targets = {one.start for one in merges}, {one.target for one in merges}
     for batch in batches:
         run, wanted = run_both(model, teacher, batch, starts, targets)
         valid = unpadded(batch).to(model.device)
-        for merge, tensors, fit in zip(merges, narrow, fits, strict=True):
-            layer = merge.layers[0]  # of the right shape
+        for one, tensors, fit in zip(merges, narrow, fits, strict=True):
+            layer = one.layers[0]  # of the right shape
             with inputs_of(layer.mlp.down_proj) as read:
-                state = (run.states[merge.start],)
-                output = functional_call(layer, tensors, state, run.arguments[merge.start])
-            fit.add(read[0][valid].float(), wanted[merge.target][valid].float() - output[valid].float())
+                state = (run.states[one.start],)
+                output = functional_call(layer, tensors, state, run.arguments[one.start])
+            fit.add(read[0][valid].float(), wanted[one.target][valid].float() - output[valid].float())
         on_batch()
     return fits

@@ -76,13 +76,12 @@ class LayerPlan:
                 f"layer plan holds {layers!r:.200}; layer indices are integers from 0 and must ascend without repeats"
             )
         depth = layers[-1] + 1 if self.num_teacher_layers is None else self.num_teacher_layers
-        if type(depth) is not int or not layers[-1] < depth <= MAX_LAYERS:
-            raise LayerPruneError(
-                f"layer plan uses layer {layers[-1]!r:.200} of a teacher of {depth!r:.200} layers; a teacher may have "
-                f"{MAX_LAYERS}"
-            )
+        if type(depth) is not int or not 1 <= depth <= MAX_LAYERS:
+            raise LayerPruneError(f"layer plan has a teacher of {depth!r:.200} layers; it may have 1 to {MAX_LAYERS}")
+        if layers[-1] >= depth:
+            raise LayerPruneError(f"layer plan uses layer {layers[-1]}, but the teacher has layers 0 to {depth - 1}")
         if unknown := [block for block in merged if len(block) < 2 or block not in blocks]:
-            raise LayerPruneError(f"layer plan has merged={unknown!r:.200}, which are no blocks of several layers")
+            raise LayerPruneError(f"layer plan has merged={unknown!r:.200}, which are not blocks of several layers")
         object.__setattr__(self, "blocks", blocks)
         object.__setattr__(self, "num_teacher_layers", depth)
         object.__setattr__(self, "merged", tuple(sorted(set(merged))))
@@ -252,7 +251,7 @@ class Edit:
         return cls("merge", layers)
 
     def apply(self, plan: LayerPlan) -> LayerPlan:
-        """The plan after this edit; a [`LayerPruneError`] if the layers are not there, or no neighbours."""
+        """The plan after this edit; a [`LayerPruneError`] if the layers are not there, or not neighbours."""
         return getattr(plan, self.kind)(*self.layers)  # a kind of edit is a method of `LayerPlan`
 
     @property

@@ -226,7 +226,7 @@ def _to_json_value(value: Any) -> Any:
 def from_json_value(kind: Any, data: Any, name: str) -> Any:
     """Turn what [`_to_json_value`] made back into a value of type `kind`; errors call it `name`.
 
-    Fields with defaults may be missing, and entries that are no fields are ignored.
+    Fields with defaults may be missing, and entries that are not fields are ignored.
     """
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if origin is Any:

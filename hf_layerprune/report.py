@@ -98,7 +98,7 @@ def edits_of(record: RoundRecord) -> str:
     return "on policy" if record.is_on_policy else ", ".join(edit.label for edit in record.edits)
 
 
-def measured(run: RunRecord) -> str:
+def perplexity_caption(run: RunRecord) -> str:
     """What the columns of perplexity hold."""
     return "perplexity (unhealed, before healing, healed)" if run.is_healed else "perplexity (without training)"
 
@@ -145,9 +145,10 @@ def summary(run: RunRecord) -> str:
 
 def quality_table(run: RunRecord) -> str:
     """The result as a Markdown table, and the sentences that explain it."""
-    text = f"{measured(run).capitalize()} on {run.teacher.quality.num_tokens:,} tokens of {run.teacher.evaluated_on}."
+    teacher, caption = run.teacher, perplexity_caption(run).capitalize()
+    text = f"{caption} on {teacher.quality.num_tokens:,} tokens of {teacher.evaluated_on}."
     merges = " Layers such as 4+5 were merged into one." if any(edit.kind == "merge" for edit in run.edits) else ""
-    explanation = f"{text} {EXPLANATION}{merges}" + (SPEED_EXPLANATION if run.teacher.speed else "")
+    explanation = f"{text} {EXPLANATION}{merges}" + (SPEED_EXPLANATION if teacher.speed else "")
     return f"{markdown_table(table_rows(run))}\n\n{explanation}"
 
 

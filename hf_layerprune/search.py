@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,15 +23,14 @@ class SearchStep:
     """One edit of a search."""
 
     edit: Edit
-    scores: Scores[Edit] | None  # what it was chosen by, unless it was taken from an order
+    scores: Scores[Edit]  # what it was chosen by
     plan: LayerPlan  # after it
     size: float  # of that plan, in the budget's unit
-    order: tuple[Edit, ...] = ()  # all edits that the same scores chose, if they chose several
 
     @property
-    def cost(self) -> float | None:
-        """The criterion after this edit; `None` if it was taken from an order."""
-        return None if self.scores is None else self.scores.values[self.edit]
+    def cost(self) -> float:
+        """The criterion after this edit."""
+        return self.scores.values[self.edit]
 
 
 def next_edit(
@@ -41,8 +40,6 @@ def next_edit(
     criterion: str = "kl",
     teacher: PreTrainedModel | None = None,
     race: Race | None = None,
-    order: Sequence[Edit] = (),
-    num_removals: int | None = None,
     **options: Any,
 ) -> SearchStep:
     """Choose the next edit of `student`: of all useful edits the one that costs least per unit saved.
@@ -51,39 +48,38 @@ def next_edit(
         student ([`~transformers.PreTrainedModel`]): the model as it is; never changed.
         batches, criterion, teacher, race, options: see [`score`].
         goal ([`Goal`]): where the edits should lead. There is no race between edits that save nothing.
-        order (`Sequence[Edit]`, *optional*): removals chosen before; the next of them is taken without scoring.
-        num_removals (`int`, *optional*):
-            Choose an order of removals with one scoring: the cheapest layer first, or by `"angular_distance"` the
-            best stretch of so many layers, from its top down.
     """
-    plan, scores = plan_of(student), None
-    if not order and num_removals is not None:
-        edits = [edit for edit in goal.space.edits(plan) if edit.kind == "remove"]
-        scores = score(student, batches, edits, criterion, teacher, **options)
-        order = scores.ranking
-        if criterion == "angular_distance":
-            size = min(num_removals, len(edits))
-            layers = contiguous_stretch(student, batches, size, [edit.layers[0] for edit in edits])
-            order = [Edit.remove(layer) for layer in reversed(layers)]
-            # single layers say nothing certain about the best stretch
-            scores = replace(scores, margin=None, contenders=())
-    if order:
-        left = [edit for edit in order if edit.layers[0] in plan.layers]
-        if not left:
-            raise LayerPruneError(
-                f"criterion={criterion!r} with one_shot=True chose a stretch of {len(order)} layers, which are gone; "
-                "a new run with the lower target chooses another"
-            )
-        edit = left[0]
-    else:
-        edits = goal.useful_edits(plan)
-        savings: list[float] | None = goal.savings(edits, plan)
-        if not all(saving > 0 for saving in savings):
-            race = savings = None
-        scores = score(student, batches, edits, criterion, teacher, race=race, savings=savings, **options)
-        edit = scores.safest
-    after = edit.apply(plan)
-    return SearchStep(edit, scores, after, goal.size(after), tuple(order))
+    plan = plan_of(student)
+    edits = goal.useful_edits(plan)
+    savings: list[float] | None = goal.savings(edits, plan)
+    if not all(saving > 0 for saving in savings):
+        race = savings = None
+    scores = score(student, batches, edits, criterion, teacher, race=race, savings=savings, **options)
+    after = scores.safest.apply(plan)
+    return SearchStep(scores.safest, scores, after, goal.size(after))
+
+
+def order_of_removals(
+    student: PreTrainedModel,
+    batches: Iterable[Batch] | None,
+    space: EditSpace,
+    criterion: str,
+    teacher: PreTrainedModel | None,
+    size: int,
+    **options: Any,
+) -> tuple[Scores[Edit], tuple[Edit, ...]]:
+    """The layers of `student` in the order in which to remove them, by one scoring, and what it found.
+
+    The cheapest layer is the first; by `"angular_distance"` they are the best stretch of `size` layers, from its top
+    down. Arguments as in [`next_edit`].
+    """
+    edits = [edit for edit in space.edits(plan_of(student)) if edit.kind == "remove"]
+    scores = score(student, batches, edits, criterion, teacher, **options)
+    if criterion != "angular_distance":
+        return scores, scores.ranking
+    layers = contiguous_stretch(student, batches, min(size, len(edits)), [edit.layers[0] for edit in edits])
+    # single layers say nothing certain about the best stretch
+    return replace(scores, margin=None, contenders=()), tuple(Edit.remove(layer) for layer in reversed(layers))
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def restore(
     plan, teacher_plan, back = plan_of(student), plan_of(teacher), {*layer_indices(layers)}
     if missing := sorted(back - {block[0] for block in teacher_plan.blocks if len(block) == 1}):
         raise LayerPruneError(
-            f"layers {missing} are no single layers of the teacher; it has {list(teacher_plan.blocks)}"
+            f"layers {missing} are not single layers of the teacher; it has {list(teacher_plan.blocks)}"
         )
     kept = {b: layer for b, layer in zip(plan.blocks, student.base_model.layers, strict=True) if not back & {*b}}
     if apart := sorted(block for block in plan.blocks if back & {*block} and not {*block} <= back):

@@ -7,7 +7,7 @@ import torch
 from conftest import random_batches, tiny_model
 from families import family_model
 
-from hf_layerprune import LayerPlan, LayerPruneError, compensation, evaluate_model, prune
+from hf_layerprune import LayerPlan, LayerPruneError, compensation, evaluate_model, prune, score_layers
 from hf_layerprune.compensation import DEFAULT_RIDGE, Regression, apply_repair, compensate, find_repairs
 from hf_layerprune.forward import final_states
 from hf_layerprune.surgery import apply_plan
@@ -56,7 +56,7 @@ def dense_refit(model, batches, position, target, ridge):
 @pytest.mark.parametrize("num_batches, layer", [(1, 1), (2, 1), (2, 3), (2, 4)])  # 27 or 54 tokens for 48 neurons
 def test_refit_is_the_dense_least_squares_solution(model, num_batches, layer):
     batches = random_batches(num_batches)
-    repair = find_repairs(model, batches, [layer], "least_squares", ridge=0.02)[layer]
+    repair = find_repairs(model, batches, [layer], ridge=0.02)[layer]
     target = stacked(model, batches)[0][layer + 1]
     assert repair.position == layer - 1
     expected = dense_refit(model, batches, layer - 1, target, 0.02)
@@ -93,7 +93,7 @@ def test_refit_of_a_pruned_and_parallel_student_meets_the_original_teacher(batch
     teacher = tiny_model(num_layers=8)
     student = apply_plan(teacher, LayerPlan(((0,), (1, 2), (4,), (6, 7)), 8))  # lacks 3 and 5
     targets = stacked(teacher, batches)[0]
-    repair = find_repairs(student, batches, [4], "least_squares", teacher, ridge=0.02)[4]
+    repair = find_repairs(student, batches, [4], teacher, ridge=0.02)[4]
     assert repair.tensors["mlp.down_proj.weight"].shape == (32, 2 * 48)
     torch.testing.assert_close(
         repair.tensors["mlp.down_proj.weight"],
@@ -117,7 +117,7 @@ def test_refit_of_a_pruned_and_parallel_student_meets_the_original_teacher(batch
 def test_one_pass_for_all_layers_is_compensating_each(model, batches, monkeypatch, max_bytes):
     monkeypatch.setattr(compensation, "MAX_BYTES", max_bytes)
     method = "least_squares"
-    repairs = find_repairs(model, batches, range(5), method)
+    repairs = find_repairs(model, batches, range(5))
     assert list(repairs) == [1, 2, 3, 4]
     for layer, repair in repairs.items():
         student = prune(model, [layer], share_weights=True)
@@ -163,7 +163,7 @@ def test_nobody_else_is_touched(model, batches, method):
     assert same(model, before) and same(student, plain)
     assert same(repaired, plain) == (method == "none")
     sharing = prune(model, [1], share_weights=True)
-    apply_repair(sharing, find_repairs(model, batches, [1], "least_squares")[1])
+    apply_repair(sharing, find_repairs(model, batches, [1])[1])
     assert same(model, before) and [p.requires_grad for p in model.parameters()] == modes
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
@@ -183,7 +183,7 @@ def test_padding_does_not_matter(model):
 @pytest.mark.parametrize("num_batches", [1, 2])
 def test_bfloat16_is_solved_in_float32(model, num_batches):
     batches, half = random_batches(num_batches), copy.deepcopy(model).to(torch.bfloat16)
-    repair = find_repairs(half, batches, [2], "least_squares")[2]
+    repair = find_repairs(half, batches, [2])[2]
     expected = dense_refit(half, batches, 1, stacked(half, batches)[0][3], DEFAULT_RIDGE)
     assert repair.tensors["mlp.down_proj.weight"].dtype == torch.bfloat16
     torch.testing.assert_close(repair.tensors["mlp.down_proj.weight"].float(), expected, atol=1e-3, rtol=2**-8)
@@ -197,12 +197,12 @@ def test_mistakes_are_one_clear_line(model, batches):
     ]
     student = prune(model, [1])
     for call, message in [
-        (lambda: find_repairs(model, batches, [1], "magic"), "compensation='magic' is unknown"),
-        (lambda: find_repairs(model, padding, [1], "least_squares"), "no token"),
-        (lambda: find_repairs(model, batches, [9], "least_squares"), "layers \\[9\\] are not in the teacher"),
-        (lambda: find_repairs(student, batches, [1], "least_squares", model), "layer 1 is not in the plan"),
-        (lambda: find_repairs(model, batches, [1], "least_squares", ridge=-1), "ridge=-1 is too small"),
-        (lambda: find_repairs(model, batches, [1], "least_squares", tiny_model(6)), "was not made from this teacher"),
+        (lambda: score_layers(model, batches, compensation="magic"), "compensation='magic' is unknown"),
+        (lambda: find_repairs(model, padding, [1]), "no token"),
+        (lambda: find_repairs(model, batches, [9]), "layers \\[9\\] are not in the teacher"),
+        (lambda: find_repairs(student, batches, [1], model), "layer 1 is not in the plan"),
+        (lambda: find_repairs(model, batches, [1], ridge=-1), "ridge=-1 is too small"),
+        (lambda: find_repairs(model, batches, [1], tiny_model(6)), "was not made from this teacher"),
         (lambda: compensate(student, batches, "least_squares", model, gaps=[2]), "layers \\[2\\] are not missing"),
         (lambda: compensate(student, batches, "least_squares", student), "layers \\[1\\] are not in the teacher"),
     ]:
@@ -214,4 +214,4 @@ def test_mistakes_are_one_clear_line(model, batches):
 def test_states_that_are_not_finite_are_an_error(model, batches):
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(LayerPruneError, match="not finite"):
-        find_repairs(model, batches, [2], "least_squares")
+        find_repairs(model, batches, [2])

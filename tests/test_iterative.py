@@ -221,7 +221,7 @@ def test_adapters_on_every_linear_module_of_a_few_layers(make, tmp_path):
         (LoraConfig(target_modules=["query"]), "'query'.* not found"),
         (LoraConfig(target_modules=["q_proj", "lm_head"]), "target_modules names lm_head, which the layers"),
         (LoraConfig(target_modules=["self_attn.q_proj", "up_projection"]), "target_modules names up_projection"),
-        (PromptTuningConfig(num_virtual_tokens=4), "PromptTuningConfig must have layers_to_transform"),
+        (PromptTuningConfig(num_virtual_tokens=4), "PromptTuningConfig must support layers_to_transform"),
     ],
 )
 def test_adapters_that_cannot_be_made_are_refused_before_a_layer_is_scored(make, config, message):

@@ -12,7 +12,7 @@ from hf_layerprune.data import valid_next_tokens
 from hf_layerprune.evaluation import evaluate_model
 from hf_layerprune.plan import Edit
 from hf_layerprune.scoring import Race, Scores, contiguous_stretch, score
-from hf_layerprune.scoring.measure import collect, quantile
+from hf_layerprune.scoring.race import collect, quantile
 from hf_layerprune.scoring.scores import Evidence
 
 

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 from task_reference import nll
 
 from hf_layerprune import LayerPruneError
+from hf_layerprune.evaluation import sums_by_row
 from hf_layerprune.forward import final_states
 from hf_layerprune.tasks import (
     GenerationTask,
@@ -20,7 +21,7 @@ from hf_layerprune.tasks import (
     evaluate_tasks,
 )
 from hf_layerprune.tasks import task as module
-from hf_layerprune.tasks.evaluation import standard_error, sums_by_row
+from hf_layerprune.tasks.evaluation import standard_error
 from hf_layerprune.tasks.task import render
 
 BLIMP = [

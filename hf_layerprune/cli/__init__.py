@@ -40,9 +40,9 @@ usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
 {}
 
-hf-layerprune <verb> --help lists the settings of a verb, --version prints the version. --debug after a verb shows the
-traceback of an error that is otherwise one line. Without --model, verbs that need a model use the small English
-teacher that comes with the package.
+hf-layerprune <verb> --help lists the settings of a verb, --version prints the version. Add --debug to see the
+traceback of an error. Without --model, verbs that need a model use the small English teacher that comes with the
+package.
 """.format("\n".join(f"  {verb:12} {text}" for verb, text in VERBS.items()))
 
 

@@ -63,7 +63,7 @@ class CompressArguments(DataArguments):
     calibration_dataset: str | None = option(None, "Text to score the layers on; by default rows of --dataset.")
     resume: bool = option(False, "Resume the run in output_dir.")
     prompts: str | None = option(
-        None, "Prompts that the student answers in --on_policy_steps: 'messages', 'prompt' or 'text'."
+        None, "Prompts for --on_policy_steps: a data set with a column 'messages', 'prompt' or 'text'."
     )
     teacher: str | None = option(None, "If --model is already a student: its original, to score and heal against.")
     dtype: str = option("float32", "dtype of the weights in memory.", choices=DTYPES)

@@ -19,7 +19,7 @@ from ..loading import EMBEDDED
 from ..progress import Phases, say
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments
-from .common import device, load_on_device, made, print_table
+from .common import device, load_on_device, print_table, writable
 from .parsing import parse
 
 SETTINGS = ("prompt_tokens", "new_tokens", "repeats", "cache_implementation", "compile")
@@ -41,7 +41,7 @@ def benchmark(argv: list[str]) -> None:
     settings |= {"dtype": arguments.dtype, "random_weights": arguments.shape is not None}
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     entries: list[dict[str, Any]] = []
-    with made(folder), Phases() as phases:
+    with writable(folder), Phases() as phases:
         models = list(_models(arguments, phases))
         for load in loads:
             runs = num_runs(len(models), load.repeats, load.compile)

@@ -25,7 +25,7 @@ from ..hub.paths import with_absolute_paths
 from ..loading import load_model, resolve
 from ..progress import Phases, say
 from ..record import RunRecord
-from ..report import measured, table_rows
+from ..report import perplexity_caption, table_rows
 from .arguments import DataArguments, MeasureArguments
 
 
@@ -103,7 +103,7 @@ def check_new_folder(folder: Path, instead: str = "") -> None:
 
 
 @contextmanager
-def made(folder: Path | None) -> Iterator[None]:
+def writable(folder: Path | None) -> Iterator[None]:
     """Make a folder that can be written, if there is to be one, before the work that fills it; an error that leaves it
     empty removes it again."""
     if folder is None:
@@ -143,7 +143,7 @@ def print_table(
 def print_run(run: RunRecord, console: Console, files: dict[str, Path]) -> None:
     """Print what came of a run, and where its `files` are."""
     rows = table_rows(run)
-    print_table(list(rows[0]), [list(row.values()) for row in rows], measured(run), "edit", console)
+    print_table(list(rows[0]), [list(row.values()) for row in rows], perplexity_caption(run), "edit", console)
     say_files(console, files)
 
 

@@ -20,7 +20,7 @@ from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig, IterativeLayerDistillTrainer
 from ..trainer.trainable import lora_config
 from .arguments import CompressArguments, default_depth
-from .common import check_new_folder, check_sources, made, print_run, read_dataset, write_recipe
+from .common import check_new_folder, check_sources, print_run, read_dataset, writable, write_recipe
 from .parsing import Parser
 
 
@@ -38,7 +38,7 @@ def compress(argv: list[str]) -> None:
     config.disable_tqdm = True
     config.model_init_kwargs = {"dtype": arguments.dtype} | init_kwargs
     with Phases(quiet=config.process_index != 0) as phases:
-        with made(folder):
+        with writable(folder):
             trainer = _trainer(arguments, config, phases)
             say(phases.console, headline(arguments, config, plan_of(trainer.start).depth))
             trainer.seconds_before = time.perf_counter() - began

@@ -16,7 +16,7 @@ from ..progress import Phases, say
 from ..surgery import plan_of
 from ..tasks import KLTask, Task, TaskReport, evaluate_tasks, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments
-from .common import check_text, load_on_device, made, print_table, text_batches
+from .common import check_text, load_on_device, print_table, text_batches, writable
 from .parsing import parse
 
 
@@ -27,7 +27,7 @@ def evaluate(argv: list[str]) -> None:
     if arguments.teacher is None:
         tasks = _without_teacher(tasks)
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
-    with made(folder), Phases() as phases:
+    with writable(folder), Phases() as phases:
         report, of_tasks = _measure(arguments, tasks, phases)
     if of_tasks is not None:
         print_table(("task", "measure", "quality", "cost", "error", "examples"), _rows(of_tasks))

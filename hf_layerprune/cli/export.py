@@ -12,7 +12,7 @@ from ..gguf_vocabulary import vocabulary_of
 from ..loading import is_gguf, load_config, load_model, load_tokenizer, require_gguf, split_revision
 from ..modelfile import HEAD, modelfile
 from ..progress import Phases, say
-from .common import made
+from .common import writable
 from .parsing import parse
 
 
@@ -32,7 +32,7 @@ def export(argv: list[str]) -> None:
         vocabulary_of(tokenizer, config)
     except LayerPruneError as error:
         raise LayerPruneError(f"{arguments.student}: {error}") from error
-    with made(path.parent), Phases() as phases:
+    with writable(path.parent), Phases() as phases:
         phases.phase(f"loading {arguments.student}")
         model = load_model(arguments.student)
         phases.phase(f"writing {path}", len(list(model.parameters())))

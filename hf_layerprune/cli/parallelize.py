@@ -30,7 +30,7 @@ from ..trainer.callbacks import hub_tags
 from ..trainer.run import check_saving, save_student, speed_runs, with_speed
 from ..trainer.trainable import round_weights
 from .arguments import ParallelizeArguments, default_depth
-from .common import check_new_folder, check_text, load_on_device, made, print_run, text_batches, write_recipe
+from .common import check_new_folder, check_text, load_on_device, print_run, text_batches, writable, write_recipe
 from .parsing import Parser
 
 OF_GREEDY = {
@@ -65,7 +65,7 @@ def parallelize(argv: list[str]) -> None:
     if arguments.search == "range" and named is None:
         parallel_ranges(plan_of(config), budget.target)  # refuses a depth that no range has
     tokenizer = load_tokenizer(arguments.model)
-    with made(folder), Phases() as phases:
+    with writable(folder), Phases() as phases:
         phases.phase("reading the text")
         calibration, evaluation = _batches(arguments, tokenizer)
         model, dtype = load_on_device(arguments.model, arguments.dtype, phases), saved_dtype(arguments.model)

@@ -89,7 +89,7 @@ class Parser(TrlParser):
                 raise LayerPruneError(f"--config {file}: {first_line(error)}") from error
         if TARGETS & line.keys():
             recipe = {name: value for name, value in recipe.items() if name not in TARGETS}
-        self.given = {name: _whole(name, value) for name, value in (recipe | line).items()}
+        self.given = {name: _as_typed(name, value) for name, value in (recipe | line).items()}
         try:
             return tuple(
                 kind(**{item.name: self.given[item.name] for item in fields(kind) if item.name in self.given})
@@ -154,10 +154,10 @@ class Parser(TrlParser):
         return LayerPruneError(f"unknown setting {name}; {hint}")
 
 
-def _whole(name: str, value: Any) -> Any:
-    """A value as the shell would hand it on: `~/` is the home folder, also in a recipe and after `--name=`."""
+def _as_typed(name: str, value: Any) -> Any:
+    """A value as the shell hands it on: `~/` is the home folder, also in a recipe and after `--name=`."""
     if isinstance(value, list):
-        return [_whole(name, part) for part in value]
+        return [_as_typed(name, part) for part in value]
     if value == "":  # the current folder, where a model or a data set is meant
         raise LayerPruneError(f"{name} is empty; give it a value, or leave it out")
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value

@@ -18,7 +18,7 @@ from ..report import has_plots, plot_scores, save_plot
 from ..scoring import CRITERION_UNITS, Race, Scores, criterion_of, score_layers
 from ..tasks import Task, load_tasks, prepare_tasks
 from .arguments import ScoreArguments
-from .common import check_text, device, load_on_device, made, print_table, say_files, text_batches
+from .common import check_text, device, load_on_device, print_table, say_files, text_batches, writable
 from .parsing import parse
 
 WITHOUT_TEXT = ("tail", "random")
@@ -39,7 +39,7 @@ def score(argv: list[str]) -> None:
     elif arguments.criterion not in WITHOUT_TEXT:
         check_text(arguments, load_config(arguments.model))
     folder, console = Path(arguments.output_dir), Console()
-    with made(folder), Phases() as phases:
+    with writable(folder), Phases() as phases:
         scores = _scores(arguments, tasks, phases)
     unit = "examples" if scores.criterion == "tasks" else "tokens"
     seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""

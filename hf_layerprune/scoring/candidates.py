@@ -25,11 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, apply_plan_and_repair
 from ..data import Batch, split_rows
+from ..evaluation import distinct_rows, sums_by_row
 from ..forward import record, replay, to_device
 from ..plan import LayerPlan
 from ..surgery import apply_plan, plan_of
-from ..tasks.chunks import Chunk, ModelChunk, distinct_rows
-from ..tasks.evaluation import sums_by_row
+from ..tasks.chunks import Chunk, ModelChunk
 
 MAX_STATE_BYTES = 4 * 2**30  # of hidden states held at a time; rows beyond it run one after the other
 
@@ -107,7 +107,7 @@ class CandidateRuns:
         ]
 
     def measure(self, data: Chunk, statistic: str, fold: int, which: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Measure the model, and the candidates `which`, on a chunk of text or of a task; see [`~measure.Measure`].
+        """Measure the model, and the candidates `which`, on a chunk of text or of a task; see [`~race.Measure`].
 
         `statistic` is the field of [`TokenStatistics`] to sum over each row's scored tokens.
         """
@@ -151,7 +151,7 @@ def sweep(
     statistic: str,
     teacher: PreTrainedModel,
 ) -> tuple[Tensor, Tensor]:
-    """Measure `model`, and plans that leave out blocks of it, on all batches at once; see [`~measure.Measure`].
+    """Measure `model`, and plans that leave out blocks of it, on all batches at once; see [`~race.Measure`].
 
     If the states of all candidates take more than `MAX_STATE_BYTES`, there are several sweeps.
     """

@@ -20,8 +20,8 @@ from ..errors import LayerPruneError
 from ..forward import final_states, inference, record, to_device, unpadded
 from ..losses import next_token_loss
 from ..plan import LayerPlan
+from ..processes import gathered, shard
 from ..surgery import check_model, plan_of
-from .measure import gathered, shard
 from .scores import Evidence, Key, Scores
 
 MEASURED = ("kl", "loss", "tasks")
@@ -80,8 +80,8 @@ def estimate(
         if (layer := lone_removal(plan, after)) is None:
             what = f"removing layer {key}" if isinstance(key, int) else f"'{key}'"
             raise LayerPruneError(
-                f"criterion={name!r} tells nothing about {what}, only about removing a layer that runs alone; choose "
-                f"one of {', '.join(MEASURED)}"
+                f"criterion={name!r} can only score removing a layer that runs alone, not {what}; choose one of "
+                f"{', '.join(MEASURED)}"
             )
         blocks.append(plan.position_of(layer))
     criterion = criterion_of(criterion)

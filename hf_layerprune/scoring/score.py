@@ -8,18 +8,19 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..compensation import Repair, find_repairs
+from ..compensation import Repair, check_method, find_repairs
 from ..data import Batch, Batches, check_batches, split_rows
 from ..errors import LayerPruneError
 from ..forward import check_same_vocabulary, inference
 from ..merging import find_merges
 from ..plan import Edit, LayerPlan, layer_indices
+from ..processes import shard
 from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
 from .candidates import CandidateRuns, is_offloaded, sweep
 from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate, lone_removal
-from .measure import Race, collect, shard
+from .race import Race, collect
 from .scores import Key, Scores
 
 CHUNKS_OF_A_RACE = 16  # at least as many, if there are as many rows
@@ -149,6 +150,7 @@ def _check_request(
 ) -> None:
     """Raise [`LayerPruneError`] unless the criterion can do what is asked."""
     criterion_of(criterion)
+    check_method(compensation)
     if criterion not in MEASURED and (race is not None or compensation != "none"):
         raise LayerPruneError(
             f"criterion={criterion!r} sees each layer once, as it is; races and compensation are for "
@@ -216,7 +218,7 @@ def _fitted(
             "other"
         )
     for fold in reversed(folds):
-        repairs = find_repairs(model, fold, removals, compensation, teacher) if compensation != "none" else {}
+        repairs = find_repairs(model, fold, removals, teacher) if compensation != "none" else {}
         made = find_merges(model, fold, merges, teacher) if merges else {}
         found.append(
             {removals[layer]: repair for layer, repair in repairs.items()}

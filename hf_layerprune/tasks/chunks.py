@@ -17,12 +17,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Batch
+from ..data import pad_id, padded
 from ..errors import LayerPruneError, first_line, needs_extra
-from ..forward import to_device, unpadded
+from ..forward import to_device
 
 METRICS = ("exact_match", "prefix", "rouge1", "rouge2", "rougeL", "bleu", "chrf")
 """Metrics that need no network; others are those of the `evaluate` library."""
@@ -46,20 +45,6 @@ class TokenChunk(Chunk):
     def reduce(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """`(C, B)` summed nats and `(B,)` scored tokens per row to `(C, E)` costs and `(E,)` weights."""
         return sums, counts
-
-
-def distinct_rows(batch: Batch) -> tuple[Batch, list[int]]:
-    """The rows of a batch that a model must read, and for each row of `batch` which of them gives its states.
-
-    Rows that differ in their last tokens alone, as choices of one letter do, have equal states before them, and
-    nothing follows those.
-    """
-    found: dict[tuple[tuple[int, ...], ...], int] = {}
-    pairs = zip(batch["input_ids"], unpadded(batch), strict=True)
-    rows = [(tuple(ids[mask][:-1].tolist()), tuple(mask.tolist())) for ids, mask in pairs]
-    places = [found.setdefault(row, len(found)) for row in rows]
-    first = [places.index(place) for place in range(len(found))]
-    return {key: value[first] for key, value in batch.items()}, places
 
 
 @dataclass(frozen=True)
@@ -292,18 +277,3 @@ def scored(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
     starts = torch.tensor([[row.start] for row in rows])
     is_scored = (torch.arange(batch["input_ids"].shape[1]) >= starts) & batch["attention_mask"].bool()
     return batch | {"labels": batch["input_ids"].where(is_scored, -100)}
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill rows with; it is masked, so any will do."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-
-
-def padded(rows: Sequence[Sequence[int]], padding: int, side: Literal["left", "right"]) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, each `(B, T)`."""
-    ids = [torch.tensor(row) for row in rows]
-    masks = [torch.ones_like(row) for row in ids]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding, padding_side=side),
-        "attention_mask": pad_sequence(masks, batch_first=True, padding_side=side),
-    }

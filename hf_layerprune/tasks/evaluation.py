@@ -13,11 +13,12 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import ASSETS, Batch, check_batches, valid_next_tokens
+from ..data import ASSETS, check_batches
 from ..errors import LayerPruneError, first_line
+from ..evaluation import distinct_rows, sums_by_row
 from ..forward import check_same_vocabulary, final_states, inference, to_device
-from ..losses import perplexity_of, token_statistics
-from .chunks import ModelChunk, PreparedTask, distinct_rows
+from ..losses import perplexity_of
+from .chunks import ModelChunk, PreparedTask
 from .kinds import TASK_KINDS, LmEvalTask
 from .task import Task, located
 
@@ -192,34 +193,6 @@ def _evaluate(
     mean, error = (costs.sum() / weights.sum()).item(), standard_error(costs, weights)
     quality = {"perplexity": perplexity_of(mean), "kl": mean}.get(task.measure, 1 - mean)
     return TaskResult(task.measure, quality, mean, error, len(costs), task.weight)
-
-
-def sums_by_row(
-    model: PreTrainedModel,
-    states: Iterable[Tensor],
-    batch: Batch,
-    statistic: str,
-    teacher: PreTrainedModel | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Nats summed over each row's scored tokens, `(C, B)`, and the number of these tokens, `(B,)`; on the CPU.
-
-    Runs inside [`~forward.inference`]. `states` are the final states `(B, T, H)` of `model` itself, then of others
-    with its head. `statistic` is `"nll"`, or `"kl"` to `teacher`.
-    """
-    valid, labels = valid_next_tokens(batch)
-    counts, row_of_token = valid.sum(1).cpu().double(), valid.nonzero()[:, 0].cpu()
-    hidden = [each[valid] for each in states]
-    if not len(labels):
-        return counts.new_zeros(len(hidden), len(counts)), counts
-    reference = ()
-    if statistic == "kl":
-        teacher_states = hidden[0] if teacher is model else final_states(teacher, batch)[valid]
-        reference = (teacher_states, teacher.lm_head)
-    sums = []
-    for statistics in token_statistics(hidden, model.lm_head, labels, *reference):
-        values = getattr(statistics, statistic).cpu().double()
-        sums.append(torch.zeros_like(counts).index_add_(0, row_of_token, values))
-    return torch.stack(sums), counts
 
 
 def standard_error(costs: Tensor, weights: Tensor) -> float | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data import padded
 from ..errors import LayerPruneError, first_line, needs_extra
 from .chunks import (
     ChoiceChunk,
@@ -24,7 +25,6 @@ from .chunks import (
     check_metric,
     cut_left,
     encode_prompt,
-    padded,
     scored,
 )
 from .task import PromptedTask, Row, Task, cell, located, render

@@ -15,9 +15,9 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data import load_text_dataset, may_have
+from ..data import load_text_dataset, may_have, pad_id
 from ..errors import LayerPruneError
-from .chunks import Chunk, Encoded, Example, PreparedTask, TokenChunk, batched, encode, pad_id, scored
+from .chunks import Chunk, Encoded, Example, PreparedTask, TokenChunk, batched, encode, scored
 
 logger = logging.get_logger(__name__)
 

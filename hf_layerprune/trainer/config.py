@@ -120,14 +120,14 @@ class IterativeLayerDistillConfig(SFTConfig):
     """
 
     target_num_layers: int | None = option(
-        None, "Depth at which to stop. On the command line three quarters of the model's, if no target is given."
+        None, "Depth to stop at. The command line defaults to three quarters of the model's layers."
     )
     target_latency: float | None = option(
         None, "Instead: time per generated token to reach, as a share of the teacher's."
     )
     target_num_parameters: int | None = option(None, "Instead: number of parameters to reach.")
     plan: str | None = option(
-        None, "Of a student made elsewhere: plan.json with its layers; by default they are found."
+        None, "plan.json of a student made elsewhere; by default its layers are found by comparing weights."
     )
     edits: str = option("remove", "What a round may do: one or more of 'remove', 'parallelize' and 'merge'.")
     max_group_size: int = option(2, "Most layers in one block, in parallel or merged.")

@@ -24,8 +24,8 @@ from ..merging import edited, merge
 from ..plan import Edit, LayerPlan
 from ..record import PLAN_FILE, Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
 from ..report import PLOTS
-from ..scoring import MEASURED
-from ..search import SearchStep, next_edit
+from ..scoring import MEASURED, Scores
+from ..search import next_edit, order_of_removals
 from ..surgery import apply_plan, plan_of, share_equal_weights
 from ..tasks import TaskReport, evaluate_tasks
 from .callbacks import LayerDistillCallback, hub_tags
@@ -140,37 +140,38 @@ class Rounds:
         self._phase("scoring", num_layers=plan_of(student).depth)
         start = time.perf_counter()
         with autocast(self.trainer.accelerator):  # all candidates are rounded alike, in half of the time
-            step = broadcast_from_main(self._choice(student))
-        self.file.record = replace(self.run, order=step.order)
+            edit, scores, order = broadcast_from_main(self._choice(student))
+        self.file.record = replace(self.run, order=order)
         self._change_round(
-            edits=(*current.edits, step.edit),
-            scores=current.scores if step.scores is None else (*current.scores, step.scores),
+            edits=(*current.edits, edit),
+            scores=current.scores if scores is None else (*current.scores, scores),
             seconds_scoring=current.seconds_scoring + time.perf_counter() - start,
         )
-        return step.edit
+        return edit
 
-    def _choice(self, student: PreTrainedModel) -> SearchStep:
-        args, depth, num_removals = self.args, plan_of(student).depth, None
-        if args.one_shot:
-            num_removals = depth - int(self.goal.budget.target)
-        elif args.criterion == "angular_distance":
-            num_removals = self.run.current.wanted
-        options: dict[str, Any] = {"seed": args.seed + depth}  # another draw of "random" in every round
+    def _choice(self, student: PreTrainedModel) -> tuple[Edit, Scores[Edit] | None, tuple[Edit, ...]]:
+        """The next edit, the scores it was chosen by if it was scored, and the edits that these chose with it."""
+        args, plan = self.args, plan_of(student)
+        options: dict[str, Any] = {"seed": args.seed + plan.depth}  # another draw of "random" in every round
         if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
             options |= {"compensation": args.compensation, "tasks": self.trainer.tasks}
             options |= {"tokenizer": self.trainer.processing_class}
-        return next_edit(
-            student,
-            self.trainer.calibration_batches,
-            self.goal,
-            args.criterion,
-            self.teacher,
-            race=args.race,
-            order=self.run.order,
-            num_removals=num_removals,
-            on_batch=self._phase_step,
-            **options,
-        )
+        options["on_batch"] = self._phase_step
+        request = (args.criterion, self.teacher)
+        batches, is_stretch = self.trainer.calibration_batches, args.criterion == "angular_distance"
+        if not (args.one_shot or is_stretch):
+            step = next_edit(student, batches, self.goal, *request, race=args.race, **options)
+            return step.edit, step.scores, ()
+        scores, order = None, self.run.order
+        if not order:
+            size = plan.depth - int(self.goal.budget.target) if args.one_shot else self.run.current.wanted
+            scores, order = order_of_removals(student, batches, self.goal.space, *request, size, **options)
+        if not (left := [edit for edit in order if edit.layers[0] in plan.layers]):
+            raise LayerPruneError(
+                f"criterion={args.criterion!r} with one_shot=True chose a stretch of {len(order)} layers, which are "
+                "gone; a new run with the lower target chooses another"
+            )
+        return left[0], scores, order
 
     def _edited(self, student: PreTrainedModel, edit: Edit) -> PreTrainedModel:
         """The student after `edit`, its gap repaired in closed form, in weights that the saved dtype can hold."""

@@ -179,22 +179,22 @@ def decisive_settings(
         "plan": plan_of(start).to_dict(),
         "model": fingerprint_model(start),
         "teacher": fingerprint_model(teacher),
-        "healing_text": fingerprint(_some(rows)),
+        "healing_text": fingerprint(_sample(rows)),
         "tasks_text": fingerprint(
             part for task in tasks for chunk in task.chunks for part in (task, chunk, *chunk.batch.values())
         ),
-        "peft": None if peft_config is None else json.dumps(peft_config.to_dict(), default=_plain, sort_keys=True),
+        "peft": None if peft_config is None else json.dumps(peft_config.to_dict(), default=_to_text, sort_keys=True),
     }
     for use, given in batches.items():
         values[f"{use}_text"] = fingerprint(tensor for batch in given for tensor in batch.values())
     return json.loads(json.dumps(values, default=str))
 
 
-def _plain(value: Any) -> Any:
+def _to_text(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)  # a set prints otherwise in every process
 
 
-def _some(rows: Dataset | IterableDataset) -> list[Any]:
+def _sample(rows: Dataset | IterableDataset) -> list[Any]:
     if isinstance(rows, IterableDataset):
         return list(rows.take(FINGERPRINT_ROWS))
     spread = {number * (len(rows) - 1) // (FINGERPRINT_ROWS - 1) for number in range(FINGERPRINT_ROWS)}

@@ -54,9 +54,11 @@ def touched_blocks(plan: LayerPlan, edits: list[Edit]) -> list[int]:
 
 def lora_config(r: int | None, alpha: int = 32) -> Any:
     """The adapters `compress --lora_r` trains; `None` for none."""
+    if r is None:
+        return None
     from peft import LoraConfig
 
-    return None if r is None else LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def make_trainable(
@@ -125,7 +127,7 @@ def _with_adapters(student: PreTrainedModel, blocks: list[int], peft_config: Any
 
     if getattr(peft_config, "layers_to_transform", ()) is not None:
         raise LayerPruneError(
-            f"a {type(peft_config).__name__} must have layers_to_transform, and leave it unset; set trained_layers"
+            f"a {type(peft_config).__name__} must support layers_to_transform; leave it unset, and set trained_layers"
         )
     changes: dict[str, Any] = {"layers_to_transform": blocks}
     if peft_config.target_modules == "all-linear":  # PEFT would name each in full, and ignore layers_to_transform

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from ..errors import LayerPruneError
+from ..processes import gathered
 from .scores import Evidence
 
 LEAST_ROWS = 6  # the spread of fewer is too uncertain to drop a candidate by
@@ -54,7 +51,7 @@ def collect(
     """Measure the unchanged model (index 0) and its candidates (1, 2, ...).
 
     `kinds` has the weight and the chunks of each kind of data, `savings` what each candidate saves, as a race is for
-    the lowest price; for `processes` see [`shard`].
+    the lowest price; for `processes` see [`~processes.shard`].
 
     Returns:
         The evidence, and the share of the data that each candidate that the race dropped had seen.
@@ -114,25 +111,3 @@ def quantile(probability: float, rows: int) -> float:
     """One-sided quantile of Student's t with `rows - 1` degrees of freedom (Cornish-Fisher, to second order)."""
     z, n = NormalDist().inv_cdf(probability), max(1, rows - 1)
     return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-
-
-def shard(model: PreTrainedModel) -> tuple[int, int]:
-    """Which share of the data is this process's, and how many there are: `(rank, number of processes)`.
-
-    A model that is itself split over the processes (tensor parallelism) is run by all of them on all data.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def gathered(results: list[Any], processes: tuple[int, int]) -> list[Any]:
-    """The results of all items in order, if each process has those of `items[rank::number of processes]`."""
-    _, count = processes
-    if count == 1:
-        return results
-    everyone: list[Any] = [None] * count
-    dist.all_gather_object(everyone, results)
-    return [everyone[n % count][n // count] for n in range(sum(map(len, everyone)))]
