@@ -143,6 +143,9 @@ class EditSpace:
             raise LayerPruneError(
                 f"max_group_size={self.max_group_size!r} is out of range; it must be a whole number of at least 2"
             )
+        for name, number in (("first", self.protect_first), ("last", self.protect_last)):
+            if not isinstance(number, Integral) or number < 0:
+                raise LayerPruneError(f"protect_{name}_layers={number!r} must be a whole number of at least 0")
         object.__setattr__(self, "kinds", kinds)
 
     def edits(self, plan: LayerPlan) -> list[Edit]:

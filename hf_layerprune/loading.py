@@ -161,6 +161,8 @@ def _reason(error: Exception, source: str, options: Mapping[str, Any]) -> str:
     folder = Path(source, options.get("subfolder", ""))
     if not folder.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
         return "the folder does not exist"
+    if folder.is_file() and folder.suffix != ".json":
+        return "it is a file; name the folder that it is in"
     if "gguf_file" in options or not folder.is_dir() or any(folder.glob("model*.safetensors")):
         return first_line(error)
     if (folder / "adapter_config.json").is_file():
@@ -278,7 +280,7 @@ def load_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokeniz
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        reason = first_line(error)
+        reason = "it is a file, not the folder of a model" if folder.is_file() and not is_packed else first_line(error)
         if (folder / "tokenizer.model").is_file() and not (is_sentencepiece_available() and is_protobuf_available()):
             reason = "its tokenizer.model is read with pip install sentencepiece protobuf"
         raise LayerPruneError(

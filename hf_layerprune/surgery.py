@@ -27,7 +27,8 @@ def check_model(model: PreTrainedModel) -> None:
     """Raise [`LayerPruneError`] unless `model` is a causal language model of a supported family, without a wrapper."""
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "lm_head"):
         raise LayerPruneError(
-            f"{type(model).__name__} is not a plain causal language model; unwrap it, or merge its adapters into it"
+            f"{type(model).__name__} is not a plain causal language model; unwrap it, or merge its adapters into it; "
+            "load one by name with hf_layerprune.load_model"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise LayerPruneError("the model carries adapters; merge them into it first")

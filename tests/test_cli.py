@@ -181,6 +181,7 @@ def test_settings_that_cannot_work_are_one_line_before_anything_is_loaded(tmp_pa
     for extra, expected in [
         (["--streaming", "true"], "--streaming"),
         (["--lora_r", "0"], "lora_r=0"),
+        (["--lora_r", "4", "--lora_alpha", "0"], "lora_alpha=0"),
         (["--hidden_weight", "inf"], "hidden_weight=inf"),
         (["--label_smoothing_factor", "0.1"], "unknown setting --label_smoothing_factor"),
         (["--config"], "--config"),

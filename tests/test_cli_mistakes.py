@@ -46,6 +46,7 @@ def recipe(tmp_path):
         (["score", "--model", ""], "model is empty; give it a value, or leave it out"),
         (["benchmark", "embedded", ""], "models is empty; give it a value, or leave it out"),
         (["score", "--num_samples", "few"], "invalid int value: 'few'; see hf-layerprune score --help"),
+        (["compress", "--model_init_kwargs", "{{subfolder: x}}"], "model_init_kwargs={{subfolder: x}} is not JSON: "),
         (["compress", "--weight_decay=-1"], "weight_decay=-1.0 must be a number of at least 0"),
         (["demo", "--server_port", "99999"], "server_port=99999 is out of range; choose 1..65535"),
         (["score", "--config", "nowhere.yaml"], "nowhere.yaml cannot be used: No such file or directory"),

@@ -133,6 +133,13 @@ def test_a_config_that_transformers_cannot_read(model, tmp_path, changes, messag
         load_model(str(tmp_path))
 
 
+def test_a_file_of_a_model_is_not_its_folder(model_folder):
+    with pytest.raises(LayerPruneError, match="cannot be loaded as a model: it is a file; name the folder"):
+        load_config(model_folder / "model.safetensors")
+    with pytest.raises(LayerPruneError, match="has no tokenizer .*it is a file, not the folder of a model"):
+        load_tokenizer(model_folder / "config.json")
+
+
 def test_options_that_transformers_does_not_know(model, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(LayerPruneError, match="cannot be loaded as a model: .*unexpected keyword argument 'load_in_8"):

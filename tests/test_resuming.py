@@ -194,7 +194,7 @@ def test_runs_are_not_mixed_up(make, tmp_path):
     ):
         with pytest.raises(LayerPruneError, match=message):
             make(target_num_layers=3, **{"teacher": None, **changes}).train(resume_from_checkpoint=True)
-    with pytest.raises(LayerPruneError, match="holds no run"):
+    with pytest.raises(LayerPruneError, match="no run to resume; name the run's folder with output_dir if it was"):
         make(folder="other").train(resume_from_checkpoint=True)
     with pytest.raises(LayerPruneError, match="must be the output_dir of the run"):
         make(target_num_layers=3).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))

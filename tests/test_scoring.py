@@ -130,6 +130,12 @@ def test_ties_go_to_the_deeper_layer_and_nan_comes_last():
 def test_bad_requests_are_refused(model, batches):
     with pytest.raises(LayerPruneError, match="criterion='cosine'"):
         score_layers(model, batches, "cosine")
+    with pytest.raises(LayerPruneError, match="criterion=None is unknown"):
+        score_layers(model, batches, None)
+    with pytest.raises(LayerPruneError, match="race=0.9 is of type float; give a hf_layerprune.Race"):
+        score_layers(model, batches, race=0.9)
+    with pytest.raises(LayerPruneError, match="str is not a plain .* loaded with hf_layerprune.load_model"):
+        score_layers("embedded", batches)
     with pytest.raises(LayerPruneError, match="not in the plan"):
         score_layers(model, batches, layers=[7])
     with pytest.raises(LayerPruneError, match="vocabulary"):

@@ -72,7 +72,7 @@ class CompressArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, {"lora_r": 1})
+        check_at_least(self, {"lora_r": 1, "lora_alpha": 1})
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from argparse import SUPPRESS, Namespace
 from dataclasses import Field, fields, make_dataclass
@@ -90,6 +91,9 @@ class Parser(TrlParser):
         if TARGETS & line.keys():
             recipe = {name: value for name, value in recipe.items() if name not in TARGETS}
         self.given = {name: _as_typed(name, value) for name, value in (recipe | line).items()}
+        for name, value in self.given.items():
+            if isinstance(value, str) and value.startswith("{") and dict in self.kinds[name]:
+                self._check_json(name, value)
         try:
             return tuple(
                 kind(**{item.name: self.given[item.name] for item in fields(kind) if item.name in self.given})
@@ -97,6 +101,13 @@ class Parser(TrlParser):
             )
         except (ValueError, ImportError) as error:  # of TRL and transformers
             raise LayerPruneError(str(error)) from error
+
+    def _check_json(self, name: str, value: str) -> None:
+        """Raise [`LayerPruneError`] if a mapping is not JSON: transformers would not say which setting it is."""
+        try:
+            json.loads(value)
+        except ValueError as error:
+            raise LayerPruneError(f"{name}={value} is not JSON: {error}") from error
 
     def help_text(self, everything: bool) -> str:
         """What `--help` prints: without the settings of TRL, unless `everything` is asked for."""

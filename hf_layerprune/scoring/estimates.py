@@ -54,7 +54,7 @@ def criterion_of(criterion: str | Criterion) -> str | Criterion:
     """A criterion by its name: one of `CRITERIA`, or a function named as `"module:function"`."""
     if callable(criterion) or criterion in CRITERIA:
         return criterion
-    if ":" in criterion:
+    if isinstance(criterion, str) and ":" in criterion:
         try:
             found = resolve_name(criterion)
         except (ImportError, AttributeError, ValueError) as error:

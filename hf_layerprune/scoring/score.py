@@ -151,6 +151,8 @@ def _check_request(
     """Raise [`LayerPruneError`] unless the criterion can do what is asked."""
     criterion_of(criterion)
     check_method(compensation)
+    if race is not None and not isinstance(race, Race):
+        raise LayerPruneError(f"race={race!r} is of type {type(race).__name__}; give a hf_layerprune.Race")
     if criterion not in MEASURED and (race is not None or compensation != "none"):
         raise LayerPruneError(
             f"criterion={criterion!r} sees each layer once, as it is; races and compensation are for "

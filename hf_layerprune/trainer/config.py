@@ -193,8 +193,13 @@ class IterativeLayerDistillConfig(SFTConfig):
             if (value := getattr(self, name)) not in choices:
                 raise LayerPruneError(f"{name}={value!r} is unknown; choose {' or '.join(map(str, choices))}")
         check_at_least(self, AT_LEAST)
-        if self.heal and self.max_steps == 0:  # of which a `Trainer` makes one step
-            raise LayerPruneError("max_steps=0 heals nothing; give at least 1, or set heal to False")
+        if self.heal and (self.max_steps < -1 or self.max_steps == 0):  # by 0 a `Trainer` makes a step
+            raise LayerPruneError(
+                f"max_steps={self.max_steps} heals nothing; give at least 1, or -1 for num_train_epochs, or set heal "
+                "to False"
+            )
+        if self.heal and self.max_steps == -1 and not self.num_train_epochs > 0:
+            raise LayerPruneError(f"num_train_epochs={self.num_train_epochs} must be above 0, or set max_steps")
         if self.heal and self.use_liger_kernel and not is_liger_kernel_available():
             raise LayerPruneError("use_liger_kernel needs the package liger-kernel, which is not installed")
         if not (0 < self.temperature < math.inf and 0 <= self.beta <= 1):

@@ -117,7 +117,10 @@ def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any]
         raise LayerPruneError(f"resume_from_checkpoint={resume!r} must be the output_dir of the run, {folder}")
     if found is None:
         if resume:
-            raise LayerPruneError(f"{folder} holds no run to resume; start without --resume (resume_from_checkpoint)")
+            raise LayerPruneError(
+                f"{folder} holds no run to resume; name the run's folder with output_dir if it was moved, or start "
+                "without --resume (resume_from_checkpoint)"
+            )
         if foreign := [name for name in REPLACED if (folder / name).exists()]:
             raise LayerPruneError(
                 f"output_dir={folder} holds {' and '.join(foreign)}, which a run would replace; choose another folder"
