@@ -256,7 +256,7 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer):
     report = generate_healing_data(model, texts, path, config(max_prompt_tokens=10), tokenizer)
     assert [row["prompt"] for row in rows_of(path)] == ["short"]
     assert (report.num_rows, report.num_empty, report.num_too_long) == (1, 0, 1)
-    with pytest.raises(LayerPruneError, match="only prompts of more than 4 tokens in column 'prompt'"):
+    with pytest.raises(LayerPruneError, match="every prompt in column 'prompt' is longer than 4 tokens"):
         generate_healing_data(model, texts, tmp_path / "b.jsonl", config(max_prompt_tokens=4), tokenizer)
 
 

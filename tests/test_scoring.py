@@ -255,7 +255,7 @@ def test_plans_of_layers_the_model_lacks_are_refused(model, batches):
         score(student, batches, [Edit.parallelize(0, 3)])
     with pytest.raises(LayerPruneError, match="nothing to score"):
         score(model, batches, [])
-    with pytest.raises(LayerPruneError, match="only about removing a layer that runs alone"):
+    with pytest.raises(LayerPruneError, match="can only score removing a layer that runs alone"):
         score(model, batches, [LayerPlan.identity(5).parallelize(1, 2)], "block_influence")
 
 
