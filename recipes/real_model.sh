@@ -81,8 +81,7 @@ run() {
   case $1 in
     ours) compress ours recipe ;;
     on_policy) compress on_policy recipe --on_policy_steps "${ON_POLICY:-32}" --prompts "$out/data/prompts.jsonl" ;;
-    paper) compress paper baseline --criterion kl --race_confidence 0.95 --trained_layers neighbours --loss_preset paper \
-      --learning_rate 1e-4 ;;
+    paper) compress paper baseline --criterion kl --race_confidence 0.95 --trained_layers neighbours --loss_preset paper ;;
     kl) compress kl baseline --criterion kl --race_confidence 0.95 ;;
     block_influence) compress block_influence baseline ;;
     shortgpt) compress shortgpt baseline --one_shot true ;;
