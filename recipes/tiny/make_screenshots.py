@@ -31,12 +31,16 @@ def main() -> None:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for name, (width, theme) in PAGES.items():
-            page = browser.new_context(viewport={"width": width, "height": 844}).new_page()
+            is_phone = width < 500  # it says nothing of keys
+            page = browser.new_page(viewport={"width": width, "height": 844}, is_mobile=is_phone, has_touch=is_phone)
             page.goto(f"{url}?__theme={theme}")
             page.fill("#lp-prompt textarea", prompt)
             page.click("#lp-run")
-            expect(page.locator("#lp-facts p")).to_contain_text("answer", timeout=300_000)
-            page.screenshot(path=Path(folder, f"{name}.png"), full_page=True)
+            expect(page.locator("#lp-answers")).to_contain_text(prompt, timeout=300_000)
+            expect(page.get_by_text("Link to this comparison")).to_be_visible(timeout=300_000)
+            height = page.evaluate("document.documentElement.scrollHeight")
+            page.set_viewport_size({"width": width, "height": height})  # a full page would not be a phone's
+            page.screenshot(path=Path(folder, f"{name}.png"))
         browser.close()
         demo.terminate()
 
