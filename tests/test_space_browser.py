@@ -334,7 +334,11 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_words_can_be_read(visit
     ask(page, "word" * 300)
     finished(page, "word")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.get_by_text("Enter sends").filter(visible=True).count() == 0  # there are no such keys
     boxes = [page.locator(side).bounding_box() for side in SIDES]
+    choices = [page.locator(choice).bounding_box() for choice in ("#lp-model", "#lp-depth")]
+    assert choices[1]["y"] >= choices[0]["y"] + choices[0]["height"]
+    assert page.locator("h1").bounding_box()["height"] < 80  # two lines
     assert boxes[1]["y"] >= boxes[0]["y"] + boxes[0]["height"] and all(box["width"] > 300 for box in boxes)
     for part in (
         "#lp-run", "[role=tab][aria-selected=true]", "#lp-status p", ".lp-tile p", ".lp-good strong", ".lp-card dt",
@@ -347,7 +351,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_words_can_be_read(visit
     page.click("#lp-inspect")
     expect(page.locator("#lp-positions .token").first).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.get_by_text("Enter sends").filter(visible=True).count() == 0  # there are no such keys
+    assert page.get_by_text("Enter sends").filter(visible=True).count() == 0
 
 
 def test_answers_can_be_copied_and_the_page_has_an_icon(visit):

@@ -146,6 +146,7 @@ class DemoPage:
         samples: dict[str, Any] = {"components": ["textbox"], "component_props": [{}], "headers": [""]}
         samples["samples"] = [[text] for text in pairing.prompts(chat)]
         mode, off = (CHAT if chat else TEXT), {"render": False}
+        choice = {"min_width": 200, **off}  # below each other on a phone
         return [
             shown,
             gr.HTML(headline, elem_id="lp-headline", **off),
@@ -156,9 +157,11 @@ class DemoPage:
             gr.Plot(quality, visible=bool(quality), show_label=False, elem_id="lp-quality", **off),
             gr.HTML("", elem_id="lp-distance", **off),
             gr.Column(visible=False, **off),
-            gr.Dropdown(names, value=pairing.name, label="Model", visible=len(names) > 1, elem_id="lp-model", **off),
-            gr.Radio(depths, value=depth, label=kept, visible=len(depths) > 1, elem_id="lp-depth", **off),
-            gr.Radio([TEXT, CHAT], value=mode, label="Mode", visible=pairing.can_chat, elem_id="lp-mode", **off),
+            gr.Dropdown(
+                names, value=pairing.name, label="Model", visible=len(names) > 1, elem_id="lp-model", **choice
+            ),
+            gr.Radio(depths, value=depth, label=kept, visible=len(depths) > 1, elem_id="lp-depth", **choice),
+            gr.Radio([TEXT, CHAT], value=mode, label="Mode", visible=pairing.can_chat, elem_id="lp-mode", **choice),
             gr.Textbox(prompt, label="Prompt", **writing, elem_id="lp-prompt", **off),
             gr.Button("Another seed", elem_id="lp-again", visible=drawn, **off),
             gr.Dataset(**samples, layout="gallery", label="Examples", elem_id="lp-examples", **off),

@@ -1,6 +1,9 @@
 """Pictures of the demo for docs/images: a run in a real browser, as `hf-layerprune demo` shows it.
 
-    python recipes/tiny/make_screenshots.py RUN "Write a Python function that adds two numbers." docs/images
+    python recipes/tiny/make_screenshots.py RUN docs/images
+    python recipes/tiny/make_screenshots.py RUN docs/images "Write a Python function that adds two numbers."
+
+Without a prompt they show the first view, with the example that was answered while the demo started.
 
 Needs Playwright and a Chromium. Run it on a quiet machine: the pictures show speeds.
 """
@@ -19,9 +22,9 @@ PAGES = {"demo-light": (1440, "light"), "demo-dark": (1440, "dark"), "demo-phone
 
 
 def main() -> None:
-    if len(sys.argv) != 4:
+    if len(sys.argv) not in (3, 4):
         raise SystemExit(__doc__)
-    run, prompt, folder = sys.argv[1:]
+    run, folder, *prompts = sys.argv[1:]
     command = [sys.executable, "-m", "hf_layerprune.cli", "demo", run]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo,
@@ -31,12 +34,17 @@ def main() -> None:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for name, (width, theme) in PAGES.items():
-            page = browser.new_context(viewport={"width": width, "height": 844}).new_page()
+            is_phone = width < 500  # it says nothing of keys
+            page = browser.new_page(viewport={"width": width, "height": 844}, is_mobile=is_phone, has_touch=is_phone)
             page.goto(f"{url}?__theme={theme}")
-            page.fill("#lp-prompt textarea", prompt)
-            page.click("#lp-run")
-            expect(page.locator("#lp-facts p")).to_contain_text("answer", timeout=300_000)
-            page.screenshot(path=Path(folder, f"{name}.png"), full_page=True)
+            for prompt in prompts:
+                page.fill("#lp-prompt textarea", prompt)
+                page.click("#lp-run")
+                expect(page.locator("#lp-answers")).to_contain_text(prompt, timeout=300_000)
+            expect(page.get_by_text("Link to this comparison")).to_be_visible(timeout=300_000)
+            height = page.evaluate("document.documentElement.scrollHeight")
+            page.set_viewport_size({"width": width, "height": height})  # a full page would not be a phone's
+            page.screenshot(path=Path(folder, f"{name}.png"))
         browser.close()
         demo.terminate()
 
