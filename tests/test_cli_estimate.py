@@ -127,6 +127,7 @@ def test_nothing_fits_is_an_answer(shape, capsys):
         (["--gpu_memory", "1GiB", "--heal", "false"], "heal"),
         (["--gpu_memory", "1GiB", "--device_tflops", "0"], "device_tflops=0"),
         (["--gpu_memory", "1GiB", "--trained_layers", "3,9"], "[9]"),
+        (["--model", "{missing}"], "missing"),  # which is said before memory is asked for
         ([], "--gpu_memory"),
     ],
 )
