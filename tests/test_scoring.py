@@ -134,7 +134,7 @@ def test_bad_requests_are_refused(model, batches):
         score_layers(model, batches, None)
     with pytest.raises(LayerPruneError, match="race=0.9 is of type float; give a hf_layerprune.Race"):
         score_layers(model, batches, race=0.9)
-    with pytest.raises(LayerPruneError, match="str is not a plain .* loaded with hf_layerprune.load_model"):
+    with pytest.raises(LayerPruneError, match="str is not a plain .* load one by name with hf_layerprune.load_model"):
         score_layers("embedded", batches)
     with pytest.raises(LayerPruneError, match="not in the plan"):
         score_layers(model, batches, layers=[7])
