@@ -12,6 +12,7 @@ from .architectures import check_parallel
 from .benchmark import benchmark_models
 from .errors import LayerPruneError
 from .plan import DEFAULT_KINDS, EDIT_KINDS, Edit, LayerPlan
+from .settings import check_at_least
 from .surgery import apply_plan, plan_of
 
 TARGETS = {"depth": "target_num_layers", "latency": "target_latency", "parameters": "target_num_parameters"}
@@ -36,12 +37,15 @@ class Budget:
         if self.unit not in TARGETS:
             raise LayerPruneError(f"a budget is in one of {', '.join(TARGETS)}, not {self.unit!r}")
         if self.unit == "latency":
-            fits, form = isinstance(self.target, Real) and 0 < self.target < 1, "a share of the original's, 0..1"
+            fits, form = (
+                isinstance(self.target, Real) and 0 < self.target < 1,
+                "a share of the original's, between 0 and 1",
+            )
         else:
             fits, form = isinstance(self.target, Integral) and self.target >= 1, "a whole number of at least 1"
         if not fits or isinstance(self.target, bool):
-            setting = TARGETS[self.unit]
-            raise LayerPruneError(f"{self.unit}={self.target!r} is out of range; {setting} must be {form}")
+            name = TARGETS[self.unit]
+            raise LayerPruneError(f"{self.unit}={self.target!r} ({name}) is out of range; it must be {form}")
         number = float if self.unit == "latency" else int
         object.__setattr__(self, "target", number(self.target))  # also of NumPy's
 
@@ -139,13 +143,9 @@ class EditSpace:
         kinds = tuple(str(kind).strip() for kind in kinds)
         if not kinds or not set(kinds) <= set(EDIT_KINDS):
             raise LayerPruneError(f"edits={','.join(kinds)!r}: choose one or more of {', '.join(EDIT_KINDS)}")
-        if kinds != ("remove",) and (type(self.max_group_size) is not int or self.max_group_size < 2):
-            raise LayerPruneError(
-                f"max_group_size={self.max_group_size!r} is out of range; it must be a whole number of at least 2"
-            )
-        for name, number in (("first", self.protect_first), ("last", self.protect_last)):
-            if not isinstance(number, Integral) or number < 0:
-                raise LayerPruneError(f"protect_{name}_layers={number!r} must be a whole number of at least 0")
+        numbers = {"max_group_size": self.max_group_size} if kinds != ("remove",) else {}
+        numbers |= {"protect_first_layers": self.protect_first, "protect_last_layers": self.protect_last}
+        check_at_least(numbers, {"max_group_size": 2, "protect_first_layers": 0, "protect_last_layers": 0})
         object.__setattr__(self, "kinds", kinds)
 
     def edits(self, plan: LayerPlan) -> list[Edit]:

@@ -137,12 +137,16 @@ def embedded_dataset(name: str) -> Dataset:
     return Dataset.from_dict({"text": text.split("\n\n")})
 
 
-def may_have(source: str, split: str) -> bool:
-    """Whether the data set a user names may have this split: a file, an embedded text or a saved `Dataset` is one,
-    `"train"`, of which slices can be taken (`"train[:100]"`); it has no configurations either."""
+def is_one_split(source: str) -> bool:
+    """Whether the data set a user names is a file, an embedded text or a saved `Dataset`: it has no configurations,
+    and one split, `"train"`."""
     path = Path(source)
-    is_one_split = source.startswith("embedded:") or path.is_file() or (path / "state.json").is_file()
-    return not is_one_split or split.partition("[")[0] == "train"
+    return source.startswith("embedded:") or path.is_file() or (path / "state.json").is_file()
+
+
+def may_have(source: str, split: str) -> bool:
+    """Whether the data set a user names may have this split, or the one that slices of it are taken of."""
+    return not is_one_split(source) or split.partition("[")[0] == "train"
 
 
 def load_text_dataset(source: str | Path, split: str = "train", config_name: str | None = None) -> Dataset:
@@ -220,7 +224,10 @@ def _check_fields(path: Path, columns: Sequence[str]) -> None:
     if (index := "__index_level_0__") in columns:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             if index not in file.readline():
-                raise LayerPruneError("its rows have more fields than its header; put text with commas in quotes")
+                raise LayerPruneError(
+                    "its rows have more fields than its header; put text with commas in quotes, and name every column "
+                    "in the header"
+                )
 
 
 def num_positions(config: PretrainedConfig) -> int:

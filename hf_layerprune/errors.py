@@ -27,12 +27,12 @@ def needs_extra(package: str, extra: str) -> LayerPruneError:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what another library's error says, and what follows its colon; of one in a YAML file, what is
+    """The first line of another library's error, and the next one if it ends in a colon; of an error in YAML, what is
     wrong in which line."""
     if (mark := getattr(error, "problem_mark", None)) is not None:
         return f"line {mark.line + 1}: {getattr(error, 'problem', None)}"
-    if isinstance(error, KeyError) and error.args and str(error.args[0]).isidentifier():  # of a table of choices
-        return f"{error.args[0]!r} is unknown"
+    if isinstance(error, KeyError) and error.args and str(error.args[0]).isidentifier():
+        return f"there is no {error.args[0]!r}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 

@@ -111,12 +111,14 @@ def sums_by_row(
 def distinct_rows(batch: Batch) -> tuple[Batch, list[int]]:
     """The rows of a batch that a model must read, and for each row of `batch` which of them gives its states.
 
-    Rows that differ in their last tokens alone, as choices of one letter do, have equal states before them, and
-    nothing follows those.
+    Rows that differ in their last tokens alone, as choices of one letter do, have equal states before these, and the
+    states of last tokens predict nothing that is scored.
     """
     found: dict[tuple[tuple[int, ...], ...], int] = {}
-    pairs = zip(batch["input_ids"], unpadded(batch), strict=True)
-    rows = [(tuple(ids[mask][:-1].tolist()), tuple(mask.tolist())) for ids, mask in pairs]
+    mask = unpadded(batch)
+    places = batch.get("position_ids", mask)
+    parts = zip(batch["input_ids"], mask, places, strict=True)
+    rows = [(tuple(ids[m][:-1].tolist()), tuple(m.tolist()), tuple(place.tolist())) for ids, m, place in parts]
     places = [found.setdefault(row, len(found)) for row in rows]
     first = [places.index(place) for place in range(len(found))]
     return {key: value[first] for key, value in batch.items()}, places

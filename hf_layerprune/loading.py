@@ -237,9 +237,9 @@ def load_model(
         if is_out_of_memory(error):
             raise
         raise LayerPruneError(f"{name} cannot be loaded as a model: {_reason(error, source, options)}") from error
-    wrong = [f"{key} has shape {(*found,)} in place of {(*wanted,)}" for key, found, wanted in info["mismatched_keys"]]
+    wrong = [f"{key} has shape {(*found,)} instead of {(*wanted,)}" for key, found, wanted in info["mismatched_keys"]]
     wrong += [f"{key} is missing" for key in info["missing_keys"]]
-    wrong += [f"{key} has no place" for key in info["unexpected_keys"]]
+    wrong += [f"{key} is not in the model" for key in info["unexpected_keys"]]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise LayerPruneError(f"{name}: weights do not fit the config: {', '.join(sorted(wrong)[:5])}{more}")

@@ -38,7 +38,7 @@ def layer_groups(groups: Iterable[Iterable[int]], what: str = "pairs") -> list[t
     """Groups of layer indices as tuples of integers, or a [`LayerPruneError`]."""
     if not isinstance(groups, Iterable):
         raise LayerPruneError(f"{what}={groups!r:.200} must be a list of groups of layers, such as [(4, 5)]")
-    return [tuple(layer_indices(group, f"a group of {what}")) for group in groups]
+    return [tuple(layer_indices(group, f"a group in {what}")) for group in groups]
 
 
 @dataclass(frozen=True)

@@ -93,14 +93,17 @@ def warn_of_dropped_rows(name: str, dropped: int, total: int, max_length: int | 
     logger.warning(f"{message} and are left out; raise it, or shorten the prompts that fill it")
 
 
-def check_needs_no_end(datasets: Mapping[str, Dataset | IterableDataset]) -> None:
-    """Raise [`LayerPruneError`] if TRL would end rows of text with the end token, which the tokenizer lacks."""
+def check_end_token(datasets: Mapping[str, Dataset | IterableDataset]) -> None:
+    """Raise [`LayerPruneError`] if TRL would put the end token, which the tokenizer lacks, after rows of text."""
     for name, dataset in datasets.items():
         row = next(iter(dataset), {})
-        if "input_ids" not in row and any(isinstance(value, str) for value in row.values()):
+        is_text = not row.keys() & {"input_ids", "messages", "conversations"} and any(
+            isinstance(value, str) for value in row.values()
+        )
+        if is_text:
             raise LayerPruneError(
-                f"the tokenizer has no end token, with which each text of {name}_dataset is to end; name one of its "
-                "tokens with eos_token"
+                f"the tokenizer has no end token to put after each text of {name}_dataset; name one of its tokens "
+                "with eos_token"
             )
 
 

@@ -68,10 +68,10 @@ def order_of_removals(
     size: int,
     **options: Any,
 ) -> tuple[Scores[Edit], tuple[Edit, ...]]:
-    """The layers of `student` in the order in which to remove them, by one scoring, and what it found.
+    """The scores of every layer of `student`, and the order in which to remove them.
 
-    The cheapest layer is the first; by `"angular_distance"` they are the best stretch of `size` layers, from its top
-    down. Arguments as in [`next_edit`].
+    The cheapest layer is the first. By `"angular_distance"` the order is the best stretch of `size` layers, from its
+    top down; other criteria do not read `size`. Arguments as in [`next_edit`].
     """
     edits = [edit for edit in space.edits(plan_of(student)) if edit.kind == "remove"]
     scores = score(student, batches, edits, criterion, teacher, **options)

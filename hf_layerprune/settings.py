@@ -20,10 +20,12 @@ def option(default: Any, help: str, **more: Any) -> Any:
 def check_at_least(settings: Any, bounds: Mapping[str, float]) -> None:
     """Raise [`LayerPruneError`] for a number below its bound; if that is a whole number, the setting must be one too.
     A setting that is `None` is not set."""
+    values = settings if isinstance(settings, dict) else vars(settings)
     for name, least in bounds.items():
-        value = getattr(settings, name)
+        value = values.get(name)
         kind, words = (int, "a whole number") if isinstance(least, int) else ((int, float), "a number")
-        if value is not None and not (isinstance(value, kind) and least <= value < math.inf):
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if value is not None and not (is_number and least <= value < math.inf):
             raise LayerPruneError(f"{name}={value!r} must be {words} of at least {least:g}")
 
 

@@ -259,10 +259,12 @@ def test_an_optimizer_that_is_given_is_the_one_that_is_checked(tmp_path):
 def test_a_text_needs_a_token_to_end_with(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token, tokenizer.chat_template = None, CHAT
-    for form in ("text", "prompt and completion", "messages", "token ids"):
-        rows, settings = Dataset.from_list([FORMS[form]] * 8), {"processing_class": tokenizer}
+    forms = {form: FORMS[form] for form in ("text", "prompt and completion", "messages", "token ids")}
+    forms["messages and tools"] = FORMS["messages"] | {"tools": "[]"}
+    for form, row in forms.items():
+        rows, settings = Dataset.from_list([row] * 8), {"processing_class": tokenizer}
         if form in ("text", "prompt and completion"):
-            with pytest.raises(LayerPruneError, match="has no end token, .* name one of its tokens with eos_token"):
+            with pytest.raises(LayerPruneError, match="has no end token to put after .* name one of its tokens with eos_token"):
                 IterativeLayerDistillTrainer(tiny_model(), tiny_config(tmp_path), rows, **settings)
         else:
             IterativeLayerDistillTrainer(tiny_model(), tiny_config(tmp_path), rows, **settings)

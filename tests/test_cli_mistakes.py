@@ -47,6 +47,9 @@ def recipe(tmp_path):
         (["benchmark", "embedded", ""], "models is empty; give it a value, or leave it out"),
         (["score", "--num_samples", "few"], "invalid int value: 'few'; see hf-layerprune score --help"),
         (["compress", "--model_init_kwargs", "{{subfolder: x}}"], "model_init_kwargs={{subfolder: x}} is not JSON: "),
+        (["compress", "--model_init_kwargs", "subfolder=x"], "model_init_kwargs=subfolder=x is not JSON: "),
+        (["score", "--config="], "config is empty; give it a value, or leave it out"),
+        (["score", "--config=~/nowhere.yaml"], "/home/me/nowhere.yaml cannot be used: No such file or directory"),
         (["compress", "--weight_decay=-1"], "weight_decay=-1.0 must be a number of at least 0"),
         (["demo", "--server_port", "99999"], "server_port=99999 is out of range; choose 1..65535"),
         (["score", "--config", "nowhere.yaml"], "nowhere.yaml cannot be used: No such file or directory"),
@@ -54,7 +57,8 @@ def recipe(tmp_path):
         (["push", "one"], "which run, and where to? hf-layerprune push OUTPUT_DIR --repo_id user/name"),
     ],
 )
-def test_a_wrong_name_is_one_line_with_the_nearest_right_one(words, expected, recipe, capsys):
+def test_a_wrong_name_is_one_line_with_the_nearest_right_one(words, expected, recipe, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
     assert run(*(word.format(recipe=recipe) for word in words)) == 2
     error = capsys.readouterr().err
     assert error.startswith("hf-layerprune: ") and expected.format(recipe=recipe) in error

@@ -117,6 +117,7 @@ def test_the_strip_of_layers_has_all_states_in_use():
         (["1+2", "3"], "kl", "How much predictions change if this layer is removed (bars), or these layers become one "
          "(lines); log scale"),
         (["1"], "loss", "What it costs if this layer is removed"),
+        ([], "kl", "What became of each layer"),
     ],
 )  # fmt: skip
 def test_the_caption_of_the_layer_map_is_of_the_edits_in_it(pairing, edits, criterion, caption):

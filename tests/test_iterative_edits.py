@@ -152,7 +152,7 @@ def test_a_paired_student_is_compressed_further_in_the_same_indices(make, tmp_pa
             {"target_num_layers": None, "target_num_parameters": 10},
             "parameters=10 is out of reach: parallelize can go from",
         ),
-        ({"criterion": "block_influence"}, "block_influence'? can only score|needs a criterion that is measured"),
+        ({"criterion": "block_influence"}, "block_influence'? cannot score|needs a criterion that is measured"),
     ],
 )
 def test_requests_that_cannot_work_are_refused(make, tmp_path, changes, message):

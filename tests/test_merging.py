@@ -159,7 +159,7 @@ def test_what_cannot_be_merged_is_refused(batches):
         (lambda: find_parallel_range(merged, batches), "one block"),
         (lambda: merge(model, [()], batches), "neighbouring"),
         (lambda: score(model, batches, [LayerPlan.identity(6).merge(1, 2).remove(4)]), "score one merge"),
-        (lambda: score(model, batches, [Edit.merge(1, 2)], "block_influence"), "can only score"),
+        (lambda: score(model, batches, [Edit.merge(1, 2)], "block_influence"), "cannot score"),
         (lambda: score(model, [{"input_ids": batches[0]["input_ids"][1:2]}], [Edit.merge(1, 2)]), "two rows"),
     ]:
         with pytest.raises(LayerPruneError, match=words):

@@ -504,7 +504,7 @@ def test_budgets_that_are_none_are_refused():
         ({"budget": {"depth": 4}, "criterion": "tasks"}, "needs the model's tokenizer"),
         ({"budget": {"depth": 4}, "tasks": [PerplexityTask("none")]}, "tasks are for criterion='tasks'"),
         ({"budget": {"depth": 4}, "batches": None}, "no token to score"),
-        ({"budget": {"depth": 4}, "criterion": "block_influence"}, "not 'parallelize"),
+        ({"budget": {"depth": 4}, "criterion": "block_influence"}, "cannot score 'parallelize"),
         ({"budget": {"depth": 4}, "teacher": SimpleNamespace()}, "vocabulary"),
         ({"budget": {"latency": 0.9}, "latency": BlockCosts(1.0, (1.0,))}, "latency knows blocks of up to 1 "),
     ],

@@ -99,7 +99,7 @@ def test_numbers_may_be_numpys_and_layers_any_that_can_be_listed():
     assert budget == Budget("depth", 3) and type(budget.target) is int
     assert type(Budget("latency", np.float32(0.5)).target) is float
     for target in (0, 2.5, True, "3"):
-        with pytest.raises(LayerPruneError, match="depth=.* is out of range; target_num_layers must be a whole"):
+        with pytest.raises(LayerPruneError, match="depth=.*target_num_layers.* is out of range; it must be a whole"):
             IterativeLayerDistillConfig(output_dir="x", target_num_layers=target)
 
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import EMBEDDED_MODEL, Batch, check_length, load_text_dataset, may_have, tokenized_batches
+from ..data import EMBEDDED_MODEL, Batch, check_length, is_one_split, load_text_dataset, may_have, tokenized_batches
 from ..errors import LayerPruneError
 from ..files import write_atomically
 from ..hub.paths import with_absolute_paths
@@ -42,8 +42,8 @@ def load_on_device(name: str, dtype: str, phases: Phases, **kwargs: Any) -> PreT
 
 
 def check_sources(arguments: DataArguments, *others: str | None) -> None:
-    """Refuse to read no text for a model that brings none, or a split that none of the texts has; `others` are the
-    further data sets that the settings name."""
+    """Refuse to read no text for a model that brings none, or a split or configuration that none of the texts has;
+    `others` are the further data sets that the settings name."""
     if arguments.dataset is None and resolve(arguments.model) != EMBEDDED_MODEL:
         raise LayerPruneError(
             f"--dataset is missing: which text is {arguments.model} to read? (The English books that come with the "
@@ -55,7 +55,7 @@ def check_sources(arguments: DataArguments, *others: str | None) -> None:
             f"dataset_split={split!r} is not in {' and '.join(named) or 'the embedded text'}: a local file takes "
             "'train' or a slice such as 'train[:100]'; leave it out"
         )
-    if (name := arguments.dataset_config) is not None and not any(may_have(source, "") for source in named):
+    if (name := arguments.dataset_config) is not None and all(map(is_one_split, named)):
         text = " and ".join(named) or "the embedded text"
         raise LayerPruneError(f"dataset_config={name!r}: {text} has no configurations; leave it out")
 

@@ -116,7 +116,7 @@ def _datasets(arguments: CompressArguments, text_field: str, seed: int) -> tuple
     def load(source: str) -> Any:
         return select_text_column(read_dataset(arguments, source), text_field, source)
 
-    check_sources(arguments, arguments.eval_dataset, arguments.calibration_dataset)
+    check_sources(arguments, arguments.eval_dataset, arguments.calibration_dataset, arguments.prompts)
     if arguments.dataset is None:
         train, held_out = load("embedded:healing"), load(arguments.eval_dataset or "embedded:held_out")
         return train, held_out, load(arguments.calibration_dataset or "embedded:calibration")

@@ -70,7 +70,7 @@ class Parser(TrlParser):
         self.of_trl = set(OF_TRL) - {item.name for item in fields(self.types[0])} - MOST_USED
         options = [(item.name, item.type, item) for item in self.settings.values() if not _is_positional(item)]
         options.sort(key=lambda setting: setting[0] in self.of_trl)
-        epilog = "--debug shows the traceback of an error that is otherwise one line."
+        epilog = "Add --debug to see the traceback of an error."
         epilog += " --help-all lists the settings of TRL's trainer too." if self.settings.keys() & self.of_trl else ""
         super().__init__(
             make_dataclass("Settings", options), allow_abbrev=False, prog=f"hf-layerprune {verb}", epilog=epilog
@@ -82,18 +82,18 @@ class Parser(TrlParser):
 
     def read(self, argv: list[str]) -> tuple[Any, ...]:
         """Parse a command line and the YAML file it names into the dataclasses."""
-        line, recipe = self._read_words(argv), {}
+        line, recipe = _expanded(self._read_words(argv)), {}
         if (file := line.pop("config", None)) is not None:
             try:
-                recipe = self._read_file(Path(file))
+                recipe = _expanded(self._read_file(Path(file)))
             except (ValueError, yaml.YAMLError) as error:
                 raise LayerPruneError(f"--config {file}: {first_line(error)}") from error
         if TARGETS & line.keys():
             recipe = {name: value for name, value in recipe.items() if name not in TARGETS}
-        self.given = {name: _as_typed(name, value) for name, value in (recipe | line).items()}
+        self.given = recipe | line
         for name, value in self.given.items():
-            if isinstance(value, str) and value.startswith("{") and dict in self.kinds[name]:
-                self._check_json(name, value)
+            if isinstance(value, str) and dict in self.kinds[name]:
+                _check_json(name, value)
         try:
             return tuple(
                 kind(**{item.name: self.given[item.name] for item in fields(kind) if item.name in self.given})
@@ -101,13 +101,6 @@ class Parser(TrlParser):
             )
         except (ValueError, ImportError) as error:  # of TRL and transformers
             raise LayerPruneError(str(error)) from error
-
-    def _check_json(self, name: str, value: str) -> None:
-        """Raise [`LayerPruneError`] if a mapping is not JSON: transformers would not say which setting it is."""
-        try:
-            json.loads(value)
-        except ValueError as error:
-            raise LayerPruneError(f"{name}={value} is not JSON: {error}") from error
 
     def help_text(self, everything: bool) -> str:
         """What `--help` prints: without the settings of TRL, unless `everything` is asked for."""
@@ -165,13 +158,26 @@ class Parser(TrlParser):
         return LayerPruneError(f"unknown setting {name}; {hint}")
 
 
-def _as_typed(name: str, value: Any) -> Any:
-    """A value as the shell hands it on: `~/` is the home folder, also in a recipe and after `--name=`."""
-    if isinstance(value, list):
-        return [_as_typed(name, part) for part in value]
-    if value == "":  # the current folder, where a model or a data set is meant
-        raise LayerPruneError(f"{name} is empty; give it a value, or leave it out")
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+def _expanded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the home folder in place of `~/`, which the shell does not expand everywhere; an empty one would
+    be the current folder, where a model or a data set is meant, and is refused."""
+
+    def one(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [one(name, part) for part in value]
+        if value == "":
+            raise LayerPruneError(f"{name} is empty; give it a value, or leave it out")
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+    return {name: one(name, value) for name, value in settings.items()}
+
+
+def _check_json(name: str, value: str) -> None:
+    """Raise [`LayerPruneError`] if a mapping is not JSON: transformers would not say which setting it is."""
+    try:
+        json.loads(value)
+    except ValueError as error:
+        raise LayerPruneError(f"{name}={value} is not JSON: {error}") from error
 
 
 def _kinds(hint: Any) -> set[type]:

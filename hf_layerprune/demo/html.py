@@ -72,6 +72,8 @@ def map_label(pairing: Pairing) -> str:
     """What the bars and lines of the layer map mean."""
     rounds = pairing.run.rounds if pairing.run else ()
     edits = {edit for record in rounds for scores in record.scores for edit in scores.values}
+    if not edits:
+        return "What became of each layer"
     removed, one = "this layer is removed", "these layers become one"
     kinds = {edit.kind == "remove" for edit in edits}
     what = f"{removed} (bars), or {one} (lines)" if len(kinds) == 2 else removed if True in kinds else one

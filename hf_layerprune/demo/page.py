@@ -122,7 +122,7 @@ class DemoPage:
         self.service, first = service, service.pairing()
         shown, *widgets = self._look(first, first.depths[-1], first.can_chat)
         self.shown = gr.State(shown, render=False)
-        self.wanted = gr.State({}, render=False)  # the depth chosen last, which what runs must see change
+        self.wanted = gr.State({}, render=False)  # the depth chosen last, by which an older answer knows to stop
         self.headline, self.answers, self.told, *widgets = widgets
         self.layers, self.layer_map, self.quality, self.distance, self.found, *widgets = widgets
         self.model, self.depth, self.mode, self.prompt, self.again, self.examples, *self.sampling = widgets
@@ -292,23 +292,25 @@ class DemoPage:
 
     def _on_depth(self, model: str, depth: int, mode: str, shown: Shown, wanted: dict[str, int]) -> list[Any]:
         """Show the other student at once, without its words; the original's answer stays."""
-        wanted["depth"], pairing = depth, self.service.pairing(model)
+        wanted |= {"depth": depth, "number": wanted.get("number", 0) + 1}
+        pairing = self.service.pairing(model)
         _, *look = self._look(pairing, depth, mode == CHAT, "")
         turns = tuple((prompt, said, "") for prompt, said, _ in shown.turns)
         comparison = replace(self.service.blank(pairing, depth), original=shown.comparison.original)
         return [*self._view(pairing, depth, replace(shown, turns=turns, comparison=comparison)), *look[3:8]]
 
     def _redo(self, model: str, depth: int, mode: str, shown: Shown, wanted: dict[str, int]) -> Iterator[list[Any]]:
-        """Let the other student answer all that was asked, until a third is wanted. The original answers again only
-        what it has not answered to the end."""
+        """Let the other student answer all that was asked, until yet another depth is chosen. The original answers
+        again only what it has not answered to the end."""
         pairing, turns, last = self.service.pairing(model), shown.turns, shown.comparison.original
+        mine = wanted | {"depth": depth}
         yield [gr.skip()] * 4  # without a word Gradio empties what waits for one
         for number, (prompt, said, _) in enumerate(turns, 1):
             asked, is_last = replace(shown, turns=turns[: number - 1]), number == len(turns)
             original = last if is_last else Answer(text=said, ending="end")
             try:
                 for now in self._answers(pairing, depth, prompt, asked, original):
-                    if wanted["depth"] != depth:
+                    if wanted != mine:
                         yield [gr.skip()] * 4  # Gradio shows once more what came last
                         return
                     turns = (*now.turns, *turns[number:])

@@ -80,7 +80,7 @@ def estimate(
         if (layer := lone_removal(plan, after)) is None:
             what = f"removing layer {key}" if isinstance(key, int) else f"'{key}'"
             raise LayerPruneError(
-                f"criterion={name!r} can only score removing a layer that runs alone, not {what}; choose one of "
+                f"criterion={name!r} cannot score {what}, only the removal of a layer that runs alone; choose one of "
                 f"{', '.join(MEASURED)}"
             )
         blocks.append(plan.position_of(layer))

@@ -195,8 +195,8 @@ class IterativeLayerDistillConfig(SFTConfig):
         check_at_least(self, AT_LEAST)
         if self.heal and (self.max_steps < -1 or self.max_steps == 0):  # by 0 a `Trainer` makes a step
             raise LayerPruneError(
-                f"max_steps={self.max_steps} heals nothing; give at least 1, or -1 for num_train_epochs, or set heal "
-                "to False"
+                f"max_steps={self.max_steps} must be at least 1, or -1 for num_train_epochs; to heal nothing, set "
+                "heal to False"
             )
         if self.heal and self.max_steps == -1 and not self.num_train_epochs > 0:
             raise LayerPruneError(f"num_train_epochs={self.num_train_epochs} must be above 0, or set max_steps")

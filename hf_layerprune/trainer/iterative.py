@@ -43,7 +43,7 @@ from ..loading import (
     with_plan,
 )
 from ..record import RunRecord, read_plan
-from ..rows import check_needs_no_end, column_names, select_text_column, warn_of_dropped_rows
+from ..rows import check_end_token, column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
 from ..surgery import check_in_memory, plan_of, prune, unshare_parameters
 from ..tasks import prepare_tasks
@@ -56,7 +56,7 @@ from .rounds import Rounds
 from .run import RunFile, check_budget, check_made_of, check_saving, decisive_settings, make_unpruned_student
 from .trainable import check_healing, check_optimizer, check_trained_layers
 
-Named = str | Path | PreTrainedModel
+Model = str | Path | PreTrainedModel
 
 
 class IterativeLayerDistillTrainer(SFTTrainer):
@@ -103,13 +103,13 @@ class IterativeLayerDistillTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: Named,
+        model: Model,
         args: IterativeLayerDistillConfig,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | None = None,
         calibration_dataset: Dataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        teacher: Named | None = None,
+        teacher: Model | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         data_collator: DataCollator | None = None,
@@ -130,8 +130,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         given = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
         given = {name: rows for name, rows in given.items() if rows is not None}
         texts = {name: select_text_column(rows, self._text_field, f"{name}_dataset") for name, rows in given.items()}
-        if (args.eos_token or processing_class.eos_token) is None:
-            check_needs_no_end(texts)
+        if (args.eos_token or processing_class.eos_token or args.chat_template_path) is None:  # of a model with one
+            check_end_token(texts)
         self.file: RunFile | None = None
         self.goal: Goal | None = None  # what students are measured by; made when the run is opened
         self._opened = False
@@ -165,7 +165,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             self.tasks = prepare_tasks(args.tasks, self.start, processing_class, args.per_device_eval_batch_size)
         self.seconds_before = time.perf_counter() - began
 
-    def _load(self, model: Named, teacher: Named | None, args: IterativeLayerDistillConfig) -> dict[str, Any]:
+    def _load(self, model: Model, teacher: Model | None, args: IterativeLayerDistillConfig) -> dict[str, Any]:
         """Load what is given by name; returns how the files next to the model's weights are read."""
         if not isinstance(args, IterativeLayerDistillConfig):
             raise LayerPruneError(f"args is of type {type(args).__name__}; give an IterativeLayerDistillConfig")

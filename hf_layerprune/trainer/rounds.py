@@ -150,7 +150,7 @@ class Rounds:
         return edit
 
     def _choice(self, student: PreTrainedModel) -> tuple[Edit, Scores[Edit] | None, tuple[Edit, ...]]:
-        """The next edit, the scores it was chosen by if it was scored, and the edits that these chose with it."""
+        """The next edit; the scores it was chosen by, if this call scored; and the whole order, if those chose one."""
         args, plan = self.args, plan_of(student)
         options: dict[str, Any] = {"seed": args.seed + plan.depth}  # another draw of "random" in every round
         if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
