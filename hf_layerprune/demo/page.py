@@ -293,8 +293,7 @@ class DemoPage:
     def _on_depth(self, model: str, depth: int, mode: str, shown: Shown, wanted: dict[str, int]) -> list[Any]:
         """Show the other student at once, without its words; the original's answer stays."""
         wanted |= {"depth": depth, "number": wanted.get("number", 0) + 1}
-        pairing = self.service.pairing(model)
-        _, *look = self._look(pairing, depth, mode == CHAT, "")
+        _, *look = self._look(pairing := self.service.pairing(model), depth, mode == CHAT, "")
         turns = tuple((prompt, said, "") for prompt, said, _ in shown.turns)
         comparison = replace(self.service.blank(pairing, depth), original=shown.comparison.original)
         return [*self._view(pairing, depth, replace(shown, turns=turns, comparison=comparison)), *look[3:8]]
