@@ -88,9 +88,9 @@ class Parser(TrlParser):
                 recipe = _expanded(self._read_file(Path(file)))
             except (ValueError, yaml.YAMLError) as error:
                 raise LayerPruneError(f"--config {file}: {first_line(error)}") from error
-        if TARGETS & line.keys():
-            recipe = {name: value for name, value in recipe.items() if name not in TARGETS}
-        self.given = recipe | line
+        replaced = {*TARGETS} if TARGETS & line.keys() else set()
+        replaced |= {"dataset_config"} if "dataset" in line else set()  # it is of the recipe's own data
+        self.given = {name: value for name, value in recipe.items() if name not in replaced} | line
         for name, value in self.given.items():
             if isinstance(value, str) and dict in self.kinds[name]:
                 _check_json(name, value)
