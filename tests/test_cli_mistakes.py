@@ -228,6 +228,8 @@ def test_a_warning_of_every_row_is_shown_once():
 def test_the_configuration_of_a_recipes_own_data_is_not_that_of_other_data(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("dataset: user/texts\ndataset_config: main\ndataset_split: test\n")
-    (own,), (other,) = (parse("score", ["--config", str(recipe), *words]) for words in ([], ["--dataset", "mine.jsonl"]))
+    (own,), (other,) = (
+        parse("score", ["--config", str(recipe), *words]) for words in ([], ["--dataset", "mine.jsonl"])
+    )
     assert (own.dataset, own.dataset_config, own.dataset_split) == ("user/texts", "main", "test")
     assert (other.dataset, other.dataset_config, other.dataset_split) == ("mine.jsonl", None, "test")
