@@ -36,18 +36,14 @@ class Budget:
     def __post_init__(self) -> None:
         if self.unit not in TARGETS:
             raise LayerPruneError(f"a budget is in one of {', '.join(TARGETS)}, not {self.unit!r}")
-        if self.unit == "latency":
-            fits, form = (
-                isinstance(self.target, Real) and 0 < self.target < 1,
-                "a share of the original's, between 0 and 1",
-            )
-        else:
-            fits, form = isinstance(self.target, Integral) and self.target >= 1, "a whole number of at least 1"
-        if not fits or isinstance(self.target, bool):
+        is_share = self.unit == "latency"
+        kind = Real if is_share else Integral  # NumPy's too
+        is_number = isinstance(self.target, kind) and not isinstance(self.target, bool)
+        if not is_number or not (0 < self.target < 1 if is_share else self.target >= 1):
+            form = "a share of the original's, between 0 and 1" if is_share else "a whole number of at least 1"
             name = TARGETS[self.unit]
             raise LayerPruneError(f"{self.unit}={self.target!r} ({name}) is out of range; it must be {form}")
-        number = float if self.unit == "latency" else int
-        object.__setattr__(self, "target", number(self.target))  # also of NumPy's
+        object.__setattr__(self, "target", float(self.target) if is_share else int(self.target))
 
     @classmethod
     def of(cls, budget: Budget | Mapping[str, float | None]) -> Budget:

@@ -17,14 +17,15 @@ CONTRAST = """element => {
   }
   const layers = []
   for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor))
-  let behind = [255, 255, 255]
-  for (const [r, g, b, a] of layers.reverse()) behind = [r, g, b].map((v, i) => a * v + (1 - a) * behind[i])
+  let background = [255, 255, 255]
+  for (const [r, g, b, a] of layers.reverse())
+    background = [r, g, b].map((v, i) => a * v + (1 - a) * background[i])
   const linear = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4
   const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b)
-  const both = [light(parse(getComputedStyle(element).color)), light(behind)]
+  const both = [light(parse(getComputedStyle(element).color)), light(background)]
   return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05)
 }"""
-"""Contrast between the words of an element and what is behind them."""
+"""The contrast of an element's text against its background, as WCAG defines it."""
 
 
 def ask(page, prompt=TEACHER):

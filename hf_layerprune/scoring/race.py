@@ -1,7 +1,7 @@
 """Measure candidates on data: all of them on all of it, or in a race that drops the worse ones early.
 
-In a race, after each chunk of data, those are dropped that are worse than the best beyond doubt, by paired differences
-over rows. It ends when one is left or the data ends.
+In a race, each chunk of data drops the candidates that are worse than the best beyond doubt, by paired differences
+over rows. The race ends when one candidate is left, or when the data ends.
 """
 
 from __future__ import annotations
