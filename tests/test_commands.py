@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 import shutil
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 WHOLE_COMMAND = re.compile(r"`(hf-layerprune [\w-]+ --[^`<]*)`")  # within a sentence
 DEFAULT_FOLDERS = {"compress": "trainer_output", "parallelize": "layerprune-parallel"}
+SETS_A_VARIABLE = re.compile(r"\w+=")
 STANDS_FOR_SOMETHING = re.compile(r"[A-Z]+|user/name")
 
 MODELS = sorted({"Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-3B-Instruct"} | {content_of(path)["model"] for path in RECIPES})
@@ -81,10 +82,12 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
+    """The words of each command that a page gives, without the variables set before it."""
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     found = [words for line in lines if (words := shlex.split(line, comments=True))]
     whole = [shlex.split(command) for command in WHOLE_COMMAND.findall(FENCE.sub("", page.read_text()))]
-    return found + [words for words in whole if not any(map(STANDS_FOR_SOMETHING.fullmatch, words))]
+    found += [words for words in whole if not any(map(STANDS_FOR_SOMETHING.fullmatch, words))]
+    return [list(dropwhile(SETS_A_VARIABLE.match, words)) for words in found]
 
 
 def of_the_package(words: list[str]) -> list[str] | None:
