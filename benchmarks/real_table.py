@@ -22,16 +22,23 @@ NAMES = {
     "teacher": "teacher",
     "ours": "KL after repair (ours)",
     "ours_seed1": "KL after repair (ours), seed 1",
-    "paper": "KL, neighbours, the paper's loss",
+    "paper": "the paper's recipe (KL, neighbours)",
     "kl": "KL (ours)",
-    "block_influence": "block influence, every round",
+    "block_influence": "block influence",
     "block_influence2": "block influence, rounds of two layers",
     "shortgpt": "block influence, one shot (ShortGPT)",
     "tail": "last layers",
     "lora": "KL, one shot, LoRA",
-    "parallel": "groups in parallel",
+    "parallel": "layers in parallel",
     "merge": "merged layers",
     "on_policy": "KL after repair (ours), own answers last",
+}
+DRAWN = {  # in the picture; the table has all
+    "paper": "tab:red",
+    "block_influence": "tab:gray",
+    "ours": "tab:blue",
+    "merge": "tab:green",
+    "parallel": "tab:orange",
 }
 STATES = {"unhealed": "never healed", "repaired": "repaired only", "": "healed"}
 COLUMNS = ("layers", "method", "", "KL text", "KL chat", "ppl text", "ppl chat", "task mean", "kept")
@@ -93,20 +100,17 @@ def tasks(entries: list[Entry]) -> str:
 
 
 def draw(entries: list[Entry], teacher: Entry, path: Path) -> None:
-    """KL on chat answers and task mean against depth, a line per method and state; those of one depth stand apart."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    lines: dict[tuple[str, str], list[Entry]] = {}
-    for entry in entries:
-        if entry is not teacher:
-            lines.setdefault((entry["method"], entry["state"]), []).append(entry)
-    for number, ((method, state), points) in enumerate(lines.items()):
-        apart = 0.9 * (number / max(1, len(lines) - 1) - 0.5)
-        style = {"": "-", "repaired": "-.", "unhealed": ":"}[state]
-        look = {"ls": style, "marker": "o", "ms": 4, "capsize": 3, "label": f"{NAMES[method]}, {STATES[state]}"}
+    """KL on chat answers and task mean against depth, a line for each of `DRAWN`, healed; markers stand apart."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    drawn = [method for method in DRAWN if any(entry["method"] == method for entry in entries)]
+    for number, method in enumerate(drawn):
+        points = [entry for entry in entries if entry["method"] == method and not entry["state"]]
+        apart = 0.12 * (number - (len(drawn) - 1) / 2)
+        look = {"color": DRAWN[method], "marker": "o", "ms": 5, "capsize": 3, "label": NAMES[method]}
         depths = [depth(point) + apart for point in points]
         left.errorbar(depths, *zip(*((p["chat"]["kl"], p["chat"]["kl_se"]) for p in points), strict=True), **look)
         means = [(100 * p["task_mean"], 100 * p["task_mean_se"]) for p in (teacher, *points)]
-        right.errorbar([depth(teacher), *depths], *zip(*means, strict=True), **look)
+        right.errorbar([depth(teacher) + apart, *depths], *zip(*means, strict=True), **look)
     left.set_yscale("log")
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
@@ -116,7 +120,7 @@ def draw(entries: list[Entry], teacher: Entry, path: Path) -> None:
         axes.set_xticks(sorted({depth(entry) for entry in entries if axes is right or entry is not teacher}))
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
+    figure.legend(*left.get_legend_handles_labels(), ncols=len(drawn), loc="outside lower center")
     figure.savefig(path, dpi=140)
 
 
