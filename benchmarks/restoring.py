@@ -1,11 +1,13 @@
-"""The teacher's layers put back into a healed student, one after the other: KL to the teacher at every depth.
+"""The teacher's layers put back into healed students, one after the other: KL to the teacher at every depth.
 
-    python benchmarks/restoring.py --teacher MODEL --run runs/smollm2-135m-instruct/ours \
-        --data runs/smollm2-135m-instruct/data --output benchmarks/results/restoring.json
+    python benchmarks/restoring.py --teacher MODEL --data runs/smollm2-135m-instruct/data \
+        --removed 15,17,14,5,6,7,9,13,26,28 --output_file recipes/smollm2-135m-instruct/results/restoring.json \
+        "KL=runs/losses/KL/model" "KL + hidden=runs/losses/KL_+_hidden/model"
 
-`--data` is the folder that recipes/data/mix.py wrote. The layers that the run removed last come back first. Two ways:
-the layers alone, or with each also the teacher's own layer before the gap it fills, which was repaired or healed to do
-its work. The students that the run healed at their own depths stand next to them.
+The students are those of `benchmarks/losses.py`, which differ in their loss. The layers that were removed last come
+back first, in two ways: alone, or each with the teacher's own layer before its gap, which was repaired and healed to
+do the missing layer's work. Measured as by `benchmarks/real_models.py`, which has the students healed at the depths in
+between.
 """
 
 from __future__ import annotations
@@ -13,56 +15,52 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from real_models import a_device
+from real_models import a_device, rows_of_text, text_quality
+from repair import numbers
+from transformers import PreTrainedModel
 
-from hf_layerprune import LayerPlan, evaluate_model, load_model, load_tokenizer, restore, tokenized_batches
-from hf_layerprune.data import load_text_dataset
+from hf_layerprune import load_model, load_tokenizer, restore
 from hf_layerprune.environment import environment
-from hf_layerprune.files import round_folder, to_json, write_atomically
-from hf_layerprune.record import read_run
+from hf_layerprune.files import to_json, write_atomically
+from hf_layerprune.surgery import plan_of
 
 
-def before_gap(plan: LayerPlan, layer: int) -> list[int]:
-    """The layer that `plan` has before the missing `layer`."""
-    return [max(kept for kept in plan.layers if kept < layer)] if layer > plan.layers[0] else []
+def before_gap(layers: set[int], missing: int) -> set[int]:
+    """The last of `layers` before one that is missing."""
+    return {max(kept for kept in layers if kept < missing)} if missing > min(layers) else set()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("students", nargs="+", metavar="LOSS=FOLDER")
     parser.add_argument("--teacher", required=True)
-    parser.add_argument("--run", type=Path, required=True, help="output folder of compress, with removals only")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=16, help="rows of 256 tokens of each kind of text")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--removed", type=numbers, required=True, help="teacher layers in the order of their removal")
+    parser.add_argument("--data", type=Path, required=True, help="folder that recipes/data/mix.py wrote")
+    parser.add_argument("--output_file", type=Path, required=True)
     args = parser.parse_args()
     teacher, tokenizer = load_model(args.teacher, "float32").to(a_device()).eval(), load_tokenizer(args.teacher)
-    held_out = {
-        kind: tokenized_batches(
-            load_text_dataset(str(args.data / f"held_out_{kind}.jsonl")), tokenizer, max_length=256, num_rows=args.rows
-        )
-        for kind in ("text", "chat")
-    }
-    points = []
+    texts = {kind: rows_of_text(args.data / f"held_out_{kind}.jsonl", tokenizer) for kind in ("text", "chat")}
+    points: list[dict] = []
 
-    def measure(way: str, depth: int, student: object) -> None:
-        kl = {kind: evaluate_model(student, rows, teacher).kl for kind, rows in held_out.items()}
-        points.append({"way": way, "layers": depth} | kl)
-        print(points[-1], flush=True)
-        content = {"points": points, "removed": gone, "environment": environment()}
-        write_atomically(args.output, to_json(content))  # what is measured stays if the rest takes too long
+    def measure(loss: str, way: str, student: PreTrainedModel) -> None:
+        point = {"loss": loss, "way": way, "layers": student.config.num_hidden_layers}
+        for kind, rows in texts.items():
+            found = text_quality(student.eval(), teacher, rows)
+            point |= {f"kl_{kind}": found["kl"], f"kl_{kind}_se": found["kl_se"]}
+        points.append(point)
+        print(point, flush=True)
+        content = {"removed": args.removed, "environment": environment(), "points": points}
+        write_atomically(args.output_file, to_json(content))  # what is measured stays if the rest takes too long
 
-    run = read_run(args.run / "report.json")
-    gone = [edit.layers[0] for edit in run.edits]
-    for record in run.rounds:
-        student = load_model(str(round_folder(args.run, record.number)), "float32").to(teacher.device).eval()
-        measure("healed", record.depth, student)
-    plan = run.rounds[-1].plan
-    for way in ("layers alone", "with the layer before"):
-        back: set[int] = set()
-        for layer in reversed(gone[1:]):  # the last one makes the teacher
-            back |= {layer} | set(before_gap(plan, layer) if way != "layers alone" else [])
-            deeper = restore(student, teacher, sorted(back))
-            measure(way, deeper.config.num_hidden_layers, deeper)
+    for loss, _, folder in (item.partition("=") for item in args.students):
+        student = load_model(folder, "float32").to(teacher.device)
+        measure(loss, "healed", student)
+        kept = set(plan_of(student).layers)
+        for way in ("layers alone", "with the layer before"):
+            back: set[int] = set()
+            for layer in reversed(args.removed[1:]):  # the last one makes the teacher
+                back |= {layer} | (set() if way == "layers alone" else before_gap(kept, layer))
+                measure(loss, way, restore(student, teacher, sorted(back)))
 
 
 if __name__ == "__main__":
