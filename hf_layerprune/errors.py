@@ -38,6 +38,15 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say where an error is."""
+    try:
+        yield
+    except LayerPruneError as error:
+        raise LayerPruneError(f"{where}: {error}") from error.__cause__
+
+
+@contextmanager
 def arguments_in_one_line() -> Iterator[None]:
     """Turn what TRL and transformers say of arguments and data, and whatever a chat template raises over a row, into a
     [`LayerPruneError`]; let a bug through."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .architectures import architecture_of
 from .data import Batch, check_batches, valid_next_tokens
 from .forward import check_same_vocabulary, final_states, inference, to_device, unpadded
 from .losses import perplexity_of, token_statistics
@@ -46,17 +47,19 @@ def evaluate_model(
     """Measure a causal language model on token batches; padding never counts.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): any causal language model with an output head `lm_head`.
+        model ([`~transformers.PreTrainedModel`]): a causal language model of a supported family.
         batches (`Iterable[dict[str, Tensor]]`): `input_ids` `(B, T)`, *optional* `attention_mask` and `labels`.
         teacher ([`~transformers.PreTrainedModel`], *optional*): model to compare the next-token distributions with.
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
 
     Raises:
-        [`LayerPruneError`]: if there is no token to score, the model has no `lm_head`, or the teacher has another
+        [`LayerPruneError`]: if there is no token to score, the model is of another family, or the teacher has another
             vocabulary.
     """
     models = [model] if teacher is None else [model, teacher]
     check_same_vocabulary(model, model if teacher is None else teacher)
+    for one in models:
+        architecture_of(one.config)  # others may scale their logits
     batches = check_batches(batches, model.config.vocab_size, "evaluation data")
     totals = dict.fromkeys(["nll"] if teacher is None else ["nll", "kl", "agreement"], 0.0)
     num_tokens = 0

@@ -35,7 +35,7 @@ def unpadded(batch: Batch) -> Tensor:
 def final_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Hidden states after the final norm: `(B, T, H)`."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return model.base_model(**{"use_cache": False} | inputs).last_hidden_state
+    return model.base_model(**{"use_cache": False, "return_dict": True} | inputs).last_hidden_state
 
 
 @dataclass

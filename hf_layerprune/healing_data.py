@@ -26,12 +26,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .data import load_text_dataset, num_positions, pad_id, padded
 from .environment import fingerprint, fingerprint_model
-from .errors import LayerPruneError, first_line
+from .errors import LayerPruneError, first_line, located
 from .files import write_atomically
 from .forward import check_tokenizer, inference, to_device
 from .loading import load_model, load_tokenizer, name_of
 from .processes import gathered, shard
-from .rows import is_message
+from .rows import is_message, joined_parts
 from .settings import HealingDataConfig
 
 PROMPT_COLUMNS = ("messages", "prompt", "text")
@@ -152,8 +152,8 @@ def read_prompts(
     longest = room if config.max_prompt_tokens is None else config.max_prompt_tokens
     if not 1 <= longest <= room:
         raise LayerPruneError(
-            f"max_new_tokens={config.max_new_tokens} leaves {max(room, 0)} of the model's {positions} positions for a "
-            f"prompt of up to {max(longest, 1)} tokens; lower one of them"
+            f"an answer of up to {config.max_new_tokens} tokens leaves {max(room, 0)} of the model's {positions} "
+            f"positions for a prompt of up to {max(longest, 1)}; lower one of them"
         )
     column, prompts = column_of_prompts(dataset, config), []
     rows = dataset if config.num_prompts is None else dataset.take(config.num_prompts)
@@ -170,7 +170,8 @@ def read_prompts(
     short = [prompt for prompt in prompts if len(prompt.ids) <= longest]
     if not short:
         raise LayerPruneError(
-            f"every prompt in column {column!r} is longer than {longest} tokens; raise max_prompt_tokens"
+            f"every prompt in column {column!r} is longer than {longest} tokens; "
+            f"{'allow shorter answers' if longest == room else 'raise max_prompt_tokens'}, or give shorter prompts"
             if prompts
             else f"the prompts hold no text in column {column!r}; give at least one row with text"
         )
@@ -181,6 +182,8 @@ def _open_chat(value: Any, row: int) -> list[dict[str, Any]]:
     """The messages up to the last that is not the assistant's."""
     if not isinstance(value, list) or not all(map(is_message, value)):
         raise LayerPruneError(f"prompts: row {row} is {value!r:.80}; it must be a text or a list of messages")
+    with located(f"prompts: row {row}"):
+        value = joined_parts(value)
     messages = [{key: part for key, part in message.items() if part is not None} for message in value]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()

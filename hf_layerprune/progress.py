@@ -130,7 +130,7 @@ class RunProgress(LayerDistillCallback):
     def on_phase_begin(self, *_: Any, phase: str, num_layers: int = 0, num_runs: int = 0, **__: Any) -> None:
         self.name = phase
         if num_layers:
-            of_rounds = f"/{self.rounds}" if self.rounds else ""
+            of_rounds = f"/{max(self.rounds, self.number)}" if self.rounds else ""
             self.name = f"round {self.number}{of_rounds}, {num_layers} layers: {phase}"
         if not phase.startswith("healing"):  # whose steps are known when it starts
             self.phases.phase(self.name, num_runs or self.steps.get(phase))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .errors import LayerPruneError
+from .errors import LayerPruneError, located
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
 
 logger = logging.get_logger(__name__)
 
@@ -56,6 +60,13 @@ def select_text_column(
         first, dataset = _as_messages(first), dataset.map(_as_messages, remove_columns=kept)
         kept = ["messages"]
     is_chat = isinstance(first["prompt"], list) if "prompt" in kept else kept != [text_field]
+    if is_chat and _may_have_parts(first, kept, dataset):
+
+        def as_text(row: dict[str, Any]) -> dict[str, Any]:
+            with located(name):
+                return row | {column: joined_parts(row[column]) for column in kept}
+
+        first, dataset = as_text(first), dataset.map(as_text)
     _check_row(first, kept, is_chat, name)
 
     def says_something(row: dict[str, Any]) -> bool:
@@ -76,6 +87,29 @@ def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": turns}
 
 
+def _may_have_parts(row: dict[str, Any], columns: Sequence[str], dataset: Dataset | IterableDataset) -> bool:
+    """Whether messages may say something else than text: those of a row, or of any in a column of mixed types."""
+    turns = [turn for column in columns if isinstance(row[column], list) for turn in row[column]]
+    return any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns) or "Json" in str(
+        dataset.features
+    )
+
+
+def joined_parts(messages: Any) -> Any:
+    """Messages whose content is text, where it was a list of parts of text, which not every chat template reads."""
+
+    def joined(message: Any) -> Any:
+        parts = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(parts, list):
+            return message
+        texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+        if wrong := [part for part, text in zip(parts, texts, strict=True) if not isinstance(text, str)]:
+            raise LayerPruneError(f"a message holds {wrong[0]!r:.80}, which is not text")
+        return message | {"content": "".join(texts)}
+
+    return [joined(message) for message in messages] if isinstance(messages, list) else messages
+
+
 def is_message(value: Any) -> bool:
     """Whether this has a role and says something: text, parts, tool calls or thoughts, as its chat template knows."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
@@ -93,8 +127,17 @@ def warn_of_dropped_rows(name: str, dropped: int, total: int, max_length: int | 
     logger.warning(f"{message} and are left out; raise it, or shorten the prompts that fill it")
 
 
-def check_end_token(datasets: Mapping[str, Dataset | IterableDataset]) -> None:
-    """Raise [`LayerPruneError`] if TRL would put the end token, which the tokenizer lacks, after rows of text."""
+def check_special_tokens(
+    datasets: Mapping[str, Dataset | IterableDataset], tokenizer: PreTrainedTokenizerBase, args: SFTConfig
+) -> None:
+    """Raise [`LayerPruneError`] if TRL needs what the tokenizer lacks: a chat template to tell who speaks, or an end
+    token to put after rows of text."""
+    if args.assistant_only_loss and tokenizer.chat_template is None and args.chat_template_path is None:
+        raise LayerPruneError(
+            "assistant_only_loss needs a chat template, which the tokenizer lacks; name one with chat_template_path"
+        )
+    if args.eos_token or tokenizer.eos_token or args.chat_template_path:  # a template's model has one
+        return
     for name, dataset in datasets.items():
         row = next(iter(dataset), {})
         is_text = not row.keys() & {"input_ids", "messages", "conversations"} and any(

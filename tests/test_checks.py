@@ -116,12 +116,17 @@ def test_a_column_of_text_that_is_named_is_the_one_that_counts(row):
     assert rows.column_names == ["body"]
 
 
-@pytest.mark.parametrize("content", ["Hi", [{"type": "text", "text": "Hi"}]])
-def test_a_row_that_the_chat_template_refuses_is_one_line(tmp_path, content):
-    rows, tokenizer = Dataset.from_list([{"messages": [{"role": "system", "content": content}]}] * 4), byte_tokenizer()
+def test_a_chat_template_is_needed_to_tell_who_speaks(tmp_path):
+    rows, args = Dataset.from_list([{"messages": TURNS}] * 4), tiny_config(tmp_path, assistant_only_loss=True)
+    with pytest.raises(LayerPruneError, match="assistant_only_loss needs a chat template, which the tokenizer lacks"):
+        IterativeLayerDistillTrainer(tiny_model(), args, rows, processing_class=byte_tokenizer())
+
+
+def test_a_row_that_the_chat_template_refuses_is_one_line(tmp_path):
+    rows, tokenizer = Dataset.from_list([{"messages": [{"role": "system", "content": "Hi"}]}] * 4), byte_tokenizer()
     refusal = "raise_exception('no system') if m['role'] == 'system'"
     tokenizer.chat_template = "{% for m in messages %}{{ 'said: ' + m['content'] }}{{ " + refusal + " }}{% endfor %}"
-    message = "a row does not fit the chat template: (no system|can only concatenate)"
+    message = "a row does not fit the chat template: no system"
     with pytest.raises(LayerPruneError, match=message):
         tokenized_batches(rows, tokenizer, max_length=32)
     with pytest.raises(LayerPruneError, match=message):

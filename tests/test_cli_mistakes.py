@@ -48,6 +48,16 @@ def recipe(tmp_path):
         (["score", "--num_samples", "few"], "invalid int value: 'few'; see hf-layerprune score --help"),
         (["compress", "--model_init_kwargs", "{{subfolder: x}}"], "model_init_kwargs={{subfolder: x}} is not JSON: "),
         (["compress", "--model_init_kwargs", "subfolder=x"], "model_init_kwargs=subfolder=x is not JSON: "),
+        (["compress", "--model_init_kwargs", "5"], "model_init_kwargs=5 is not a mapping; write it as {{"),
+        (["compress", "--lora_alpha", "16"], "lora_alpha=16 has no effect without lora_r; leave it out"),
+        (
+            ["compress", "--on_policy_tokens", "9"],
+            "on_policy_tokens=9 has no effect without on_policy_steps; leave it",
+        ),
+        (
+            ["score", "--config", "a.yaml", "--config", "b.yaml"],
+            "--config is given 2 times; put all settings into one",
+        ),
         (["score", "--config="], "config is empty; give it a value, or leave it out"),
         (["score", "--config=~/nowhere.yaml"], "/home/me/nowhere.yaml cannot be used: No such file or directory"),
         (["compress", "--weight_decay=-1"], "weight_decay=-1.0 must be a number of at least 0"),

@@ -202,6 +202,18 @@ def test_a_target_on_the_command_line_replaces_that_of_the_recipe(tmp_path, mode
     assert "give exactly one of" in errors_of(capsys)
 
 
+def test_a_student_is_whole_when_its_timing_is_interrupted(run, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_layerprune.cli.parallelize.with_speed", interrupted)
+    status, error = run("--pairs", "1,2")
+    assert status == 130 and "is whole but for its speed" in error
+    (record,) = read_run(tmp_path / "out" / "report.json").rounds
+    assert record.depth == 4 and record.speed is None
+    assert (tmp_path / "out" / "model" / "README.md").is_file()
+
+
 def test_what_cannot_be_saved_is_known_before_the_search(run, tmp_path, monkeypatch):
     def refuse(self, *_, **__):
         raise ValueError("no template")

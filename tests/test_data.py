@@ -195,6 +195,12 @@ def test_what_is_no_data_set_is_refused_in_one_line(tmp_path, name, content):
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_bytes_that_are_not_utf_8_are_named_with_their_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff\xfe"}\n')
+    with pytest.raises(LayerPruneError, match="a.jsonl cannot be loaded: line 2 is not UTF-8: invalid start byte"):
+        load_text_dataset(str(tmp_path / "a.jsonl"))
+
+
 @pytest.mark.parametrize(
     "name, content, line",
     [("a.jsonl", '{"text": "a"}\n\n{"text":\n', 3), ("a.json", '[{"text": "a"},\n {"text" "b"}]', 2)],

@@ -202,6 +202,8 @@ def test_a_broken_entry_is_left_out_with_a_message_and_alone_it_is_an_error(tmp_
 def test_models_of_other_vocabularies_cannot_be_compared(demo_folder):
     with pytest.raises(LayerPruneError, match="vocabulary"):
         open_catalog(settings_of(["embedded", str(demo_folder / "text" / "teacher")]))
+    with pytest.raises(LayerPruneError, match="vocabulary"):
+        open_catalog(settings_of(["embedded", str(demo_folder / "text" / "run")]))
 
 
 def test_the_teacher_of_a_run_is_the_model_it_was_made_from(tmp_path, monkeypatch):
@@ -215,6 +217,9 @@ def test_the_teacher_of_a_run_is_the_model_it_was_made_from(tmp_path, monkeypatc
         open_catalog(settings_of([str(run)]))
     entry = ModelEntry("named", run=str(run), teacher=str(tmp_path / "teacher"))
     assert open_catalog(DemoSettings([entry]))["named"].teacher.name == str(tmp_path / "teacher")
+    (tmp_path / "teacher").rename(tmp_path / "another")
+    other = open_catalog(settings_of([str(tmp_path / "another"), str(run)]))["run"]
+    assert other.names(other.depths[-1]) == ("another", "run")
 
 
 # -- models in memory ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import random_batches, tiny_model
 from peft import LoraConfig, get_peft_model
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from hf_layerprune import LayerPruneError, evaluate_model
 
@@ -44,6 +45,25 @@ def test_modes_come_back_even_after_an_error(model):
         model.model.rotary_emb.register_buffer("inv_freq", torch.ones(3), persistent=False)
         evaluate_model(model, [{"input_ids": torch.tensor([[1, 2, 3]]), "position_ids": positions}])
     assert model.training
+
+
+def test_a_config_that_asks_for_tuples_changes_nothing(model, batches):
+    before = evaluate_model(model, batches).loss
+    model.config.return_dict = False
+    assert evaluate_model(model, batches).loss == before
+
+
+def test_a_family_that_scales_its_logits_is_refused(batches):
+    config = GraniteConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        logits_scaling=8,
+    )
+    with pytest.raises(LayerPruneError, match="model_type='granite' is not supported"):
+        evaluate_model(GraniteForCausalLM(config), batches)
 
 
 def test_other_vocabularies_are_refused(model, batches):

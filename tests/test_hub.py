@@ -105,6 +105,20 @@ def test_a_round(hub, worker, runs):
     assert repo.files() == {} and set(repo.branches) == {"main", "experiments/two"}
 
 
+def test_the_base_model_that_is_named_is_that_of_card_recipe_and_report(hub, worker, runs):
+    status, _, err = worker.run("push", runs / "plain", "--repo_id", "me/student", "--base_model", "Qwen/Qwen2.5-0.5B")
+    assert status == 0, err
+    files = hub.repos["me/student"].files()
+    assert yaml.safe_load(files["recipe.yaml"])["model"] == "Qwen/Qwen2.5-0.5B"
+    assert json.loads(files["report.json"])["teacher"]["name"] == "Qwen/Qwen2.5-0.5B"
+    assert "base_model: Qwen/Qwen2.5-0.5B\n" in files["README.md"].decode()
+
+
+def test_the_folder_that_a_local_card_names_is_found(runs):
+    folder = runs / "plain"
+    assert load_run(folder / "model").plan == load_run(folder).plan
+
+
 def test_a_tag_for_every_depth(hub, worker, runs):
     worker.push(runs / "plain", depth_tags=True)
     repo = hub.repos["me/student"]

@@ -15,7 +15,7 @@ from hf_layerprune.hub.paths import (
     with_absolute_paths,
     without_local_paths,
 )
-from hf_layerprune.trainer.run import DECISIVE, OF_OPTIMIZER
+from hf_layerprune.trainer.run import CHANGEABLE, DECISIVE
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_every_setting_of_a_recipe_was_looked_at():
     private = {"output_dir", "run_name", "report_to", "push_to_hub", "hub_model_id", "hub_private_repo", "project",
                "trackio_space_id", "resume", "gguf_file"}  # fmt: skip
     assert known - PUBLIC == private
-    assert {*DECISIVE, *OF_OPTIMIZER} <= PUBLIC
+    assert {*DECISIVE, *CHANGEABLE} <= PUBLIC
 
 
 def test_what_a_hub_id_is(tmp_path, monkeypatch):

@@ -229,6 +229,17 @@ def test_adapters_that_cannot_be_made_are_refused_before_a_layer_is_scored(make,
         make(peft_config=config)
 
 
+def test_biases_of_layers_that_are_not_trained_stay_the_teachers(make):
+    with pytest.raises(LayerPruneError, match="bias='all' trains biases of every layer; use 'lora_only', or"):
+        make(peft_config=LoraConfig(target_modules=["q_proj"], bias="all"), trained_layers="neighbours")
+    teacher = tiny_model()
+    before = copy.deepcopy(teacher.state_dict())
+    for bias, trained_layers in (("all", "all"), ("lora_only", "neighbours")):
+        config, settings = LoraConfig(target_modules=["q_proj"], bias=bias), {"trained_layers": trained_layers}
+        make(teacher, folder=bias, target_num_layers=4, peft_config=config, **settings).train()
+        assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
 def test_an_optimizer_that_cannot_be_made_is_refused_before_a_layer_is_scored(make):
     with pytest.raises(LayerPruneError, match="Invalid beta parameter at index 1: 2"):
         make(adam_beta2=2.0)

@@ -107,6 +107,10 @@ def test_a_finished_run_can_be_finished_on_policy(make, prompts, tmp_path):
     again = make(prompt_dataset=prompts, **on_policy_settings())
     again.train(resume_from_checkpoint=True)
     assert again.run.rounds == trainer.run.rounds
+    more = on_policy_settings()
+    more["on_policy_steps"] += 1
+    with pytest.raises(LayerPruneError, match="holds a run with on_policy_steps="):
+        make(prompt_dataset=prompts, **more).train(resume_from_checkpoint=True)
 
 
 def test_a_chat_template_makes_texts_messages(tokenizer, tmp_path):

@@ -196,8 +196,9 @@ def test_runs_are_not_mixed_up(make, tmp_path):
             make(target_num_layers=3, **{"teacher": None, **changes}).train(resume_from_checkpoint=True)
     with pytest.raises(LayerPruneError, match="no run to resume; name the run's folder with output_dir if it was"):
         make(folder="other").train(resume_from_checkpoint=True)
-    with pytest.raises(LayerPruneError, match="must be the output_dir of the run"):
-        make(target_num_layers=3).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+    for elsewhere in (tmp_path / "elsewhere", str(tmp_path / "elsewhere")):
+        with pytest.raises(LayerPruneError, match="must be the output_dir of the run"):
+            make(target_num_layers=3).train(resume_from_checkpoint=elsewhere)
     (tmp_path / "run" / "run_state.json").write_text("{")
     with pytest.raises(LayerPruneError, match="damaged"):
         make(target_num_layers=3).train(resume_from_checkpoint=True)
@@ -311,10 +312,31 @@ def test_weights_ruined_by_the_very_last_step_are_noticed(make, tmp_path):
     assert not (tmp_path / "run" / "rounds" / "01" / "config.json").exists()
 
 
-def test_a_target_above_what_is_reached_changes_nothing(make, tmp_path):
+def test_a_target_above_what_is_reached_is_refused_and_changes_nothing(make, tmp_path):
     make(target_num_layers=3).train()
-    make(target_num_layers=4).train(resume_from_checkpoint=True)
-    assert [record["num_layers"] for record in read_report(tmp_path / "run")["rounds"]] == [4, 3]
+    before = (tmp_path / "run" / "report.json").read_text()
+    with pytest.raises(LayerPruneError, match="a run that is at 3 layers, beyond target_num_layers=4; lower"):
+        make(target_num_layers=4).train(resume_from_checkpoint=True)
+    assert (tmp_path / "run" / "report.json").read_text() == before
+
+
+def test_other_layers_are_named_once_all_that_were_trained_are_gone(make, tmp_path):
+    gone = make(target_num_layers=4, heal=False, folder="asked")
+    gone.train()
+    (edit,) = gone.run.edits
+    (layer,) = edit.layers
+    with pytest.raises(LayerPruneError, match="all of them have been removed; name others"):
+        make(target_num_layers=4, trained_layers=[layer]).train()
+    other = 0 if layer else 4
+    make(target_num_layers=4, trained_layers=[other]).train(resume_from_checkpoint=True)
+    assert read_report(tmp_path / "run")["settings"]["trained_layers"] == [other]
+
+
+def test_a_finished_run_keeps_the_settings_it_was_made_with(make, tmp_path):
+    make().train()
+    before = read_report(tmp_path / "run")["settings"]
+    make(learning_rate=0.5).train(resume_from_checkpoint=True)
+    assert read_report(tmp_path / "run")["settings"] == before
 
 
 @pytest.mark.parametrize("count", [4, 6])  # behind a checkpoint; at the start of round 2

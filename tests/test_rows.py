@@ -2,9 +2,10 @@
 
 import pytest
 from conftest import rounds_of, tiny_config, tiny_model
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List, Value
 
 from hf_layerprune import IterativeLayerDistillTrainer, LayerPruneError, evaluate_model, tokenized_batches
+from hf_layerprune.rows import select_text_column
 
 TEXTS = [f"{n} times it was the best of times." for n in range(10)]
 PAIR = {"prompt": "Which times?", "completion": "The best."}
@@ -49,6 +50,20 @@ def test_padding_of_tokenized_rows_changes_nothing(trainer_of, tokenizer, side):
         measured = evaluate_model(tiny_model(), tokenized_batches(data, tokenizer, max_length=32, num_rows=4))
         runs[-1] += [trainer.run.teacher.quality.loss - measured.loss, record["train_tokens"]]
     assert runs[1] == pytest.approx(runs[0], abs=1e-4) and runs[2][:5] == pytest.approx(runs[0][:5], abs=1e-4)
+
+
+@pytest.mark.parametrize("others", ["parts", "strings"])
+def test_parts_of_text_are_read_as_text(others):
+    plain = [{"role": "user", "content": "Which times?"}, {"role": "assistant", "content": "The best."}]
+    parts = [turn | {"content": [{"type": "text", "text": part} for part in turn["content"]]} for turn in plain]
+    rows = Dataset.from_list([{"messages": parts}] * 2)
+    if others == "strings":  # of one column
+        features = Features({"messages": List({"role": Value("string"), "content": Json()})})
+        rows = Dataset.from_list([{"messages": plain}, {"messages": parts}], features=features)
+    assert select_text_column(rows, "text", "rows")["messages"][:] == [plain, plain]
+    seen = [{"role": "user", "content": [{"type": "image", "text": None}]}]
+    with pytest.raises(LayerPruneError, match="rows: a message holds .*image.*, which is not text"):
+        select_text_column(Dataset.from_list([{"messages": seen}]), "text", "rows")
 
 
 @pytest.mark.parametrize("packing", [False, True])

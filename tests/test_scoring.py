@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 
@@ -471,6 +472,16 @@ def test_a_criterion_of_ones_own_goes_through_scores_and_rounds(tmp_path, tokeni
             score_layers(model, None, name)
     with pytest.raises(LayerPruneError, match="criterion='math:pi' is of type float, not a function"):
         score_layers(model, None, "math:pi")
+    partial = functools.partial(weight_norm)
+    assert score_layers(model, None, partial).values == by_name.values
+    for wrong in ([1.0], None, torch.ones(5, 2), dict.fromkeys(range(5), 1.0)):
+        with pytest.raises(LayerPruneError, match=r"returned .*; it must return a number for each of 5 blocks"):
+            score_layers(model, None, lambda *_, wrong=wrong: wrong)
+    modes = []
+    score_layers(model.train(), None, lambda model, *_: modes.append(model.training) or range(5))
+    assert modes == [False] and model.training
+    with pytest.raises(LayerPruneError, match="must be a name, so that a run can resume"):
+        tiny_config(tmp_path, criterion=weight_norm)
     args = tiny_config(tmp_path, criterion=by_name.criterion, target_num_layers=4, max_steps=1)
     IterativeLayerDistillTrainer(model=model, args=args, train_dataset=texts, processing_class=tokenizer).train()
     assert json.loads((tmp_path / "report.json").read_text())["rounds"][0]["edits"] == ["2"]

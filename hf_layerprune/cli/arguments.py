@@ -73,6 +73,8 @@ class CompressArguments(DataArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, {"lora_r": 1, "lora_alpha": 1})
+        if self.lora_r is None and self.lora_alpha != type(self).lora_alpha:
+            raise LayerPruneError(f"lora_alpha={self.lora_alpha} has no effect without lora_r; leave it out")
 
 
 @dataclass

@@ -43,7 +43,7 @@ def compress(argv: list[str]) -> None:
             say(phases.console, headline(arguments, config, plan_of(trainer.start).depth))
             trainer.seconds_before = time.perf_counter() - began
             trainer.open_run(arguments.resume)
-        if config.should_save:
+        if config.should_save and not trainer.file.is_done:
             kept = {name: value for name, value in init_kwargs.items() if name != "token"}  # that is the user's alone
             changed = {"model_init_kwargs": kept} if init_kwargs else {}
             write_recipe(folder, parser.given, model=arguments.model, **changed)

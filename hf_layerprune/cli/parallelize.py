@@ -82,12 +82,14 @@ def parallelize(argv: list[str]) -> None:
             content = {"original": perplexity_of(found.baseline), "runs": runs}
             write_atomically(folder / "range.json", to_json(content))
         run = _measured(arguments, model, dtype, steps, evaluation, phases)
-        write_report(folder, run)
-        card = run_card(load_run(folder), len(run.rounds), f"{folder.name}/model")
-        write_atomically(folder / "README.md", str(card))
-        for name in ("README.md", *PLOTS):
-            if (folder / name).is_file():
-                write_atomically(folder / "model" / name, (folder / name).read_bytes())
+        _write_pages(folder, run)
+        if arguments.measure_speed:
+            phases.phase("measuring speed", speed_runs(run))
+            try:
+                run = with_speed(run, model, dtype, phases.step)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"{folder} is whole but for its speed") from None
+            _write_pages(folder, run)
         files = {"model": folder / "model", "report": folder / "report.md", "plot": folder / "quality.png"}
         print_run(run, phases.out, files)
 
@@ -176,7 +178,7 @@ def _measured(
     batches: list[Batch],
     phases: Phases,
 ) -> RunRecord:
-    """The quality of the model and of every step, and their speed if asked for."""
+    """The quality of the model and of every step."""
     phases.phase("evaluating the model and every step", len(batches) * (1 + len(steps)))
     quality = evaluate_model(model, batches, on_batch=phases.step)
     name = without_local_paths(absolute_if_local(arguments.model))
@@ -193,7 +195,14 @@ def _measured(
         report = evaluate_model(student, batches, model, phases.step)
         details = {"number": number, "edits": edits, "criterion": criterion, "scores": scores}
         run = run.with_round(RoundRecord.of(student, report, **details))
-    if arguments.measure_speed:
-        phases.phase("measuring speed", speed_runs(run))
-        run = with_speed(run, model, dtype, phases.step)
     return run
+
+
+def _write_pages(folder: Path, run: RunRecord) -> None:
+    """Write the report, and the card next to it and next to the model."""
+    write_report(folder, run)
+    card = run_card(load_run(folder), len(run.rounds), f"{folder.name}/model")
+    write_atomically(folder / "README.md", str(card))
+    for name in ("README.md", *PLOTS):
+        if (folder / name).is_file():
+            write_atomically(folder / "model" / name, (folder / name).read_bytes())

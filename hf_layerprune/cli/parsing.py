@@ -75,7 +75,8 @@ class Parser(TrlParser):
         super().__init__(
             make_dataclass("Settings", options), allow_abbrev=False, prog=f"hf-layerprune {verb}", epilog=epilog
         )
-        self.add_argument("--config", help="YAML file of settings; those on the command line win.")
+        text = "YAML file of settings; those on the command line win."
+        self.add_argument("--config", action="append", default=SUPPRESS, help=text)
         for item in filter(_is_positional, self.settings.values()):
             count = "*" if get_origin(item.type) is list else "?"
             self.add_argument(item.name, nargs=count, default=SUPPRESS, help=item.metadata["help"])
@@ -83,7 +84,10 @@ class Parser(TrlParser):
     def read(self, argv: list[str]) -> tuple[Any, ...]:
         """Parse a command line and the YAML file it names into the dataclasses."""
         line, recipe = _expanded(self._read_words(argv)), {}
-        if (file := line.pop("config", None)) is not None:
+        if files := line.pop("config", None):
+            if len(files) > 1:
+                raise LayerPruneError(f"--config is given {len(files)} times; put all settings into one file")
+            (file,) = files
             try:
                 recipe = _expanded(self._read_file(Path(file)))
             except (ValueError, yaml.YAMLError) as error:
@@ -113,7 +117,7 @@ class Parser(TrlParser):
         raise LayerPruneError(f"{message}; see {self.prog} --help")
 
     def _read_words(self, words: list[str]) -> dict[str, Any]:
-        unset = Namespace(**dict.fromkeys([*self.settings, "config"], UNSET))
+        unset = Namespace(**dict.fromkeys(self.settings, UNSET))
         found, unknown = self.parse_known_intermixed_args(words, unset)
         if unknown:
             raise self._unknown(unknown[0])
@@ -175,9 +179,11 @@ def _expanded(settings: dict[str, Any]) -> dict[str, Any]:
 def _check_json(name: str, value: str) -> None:
     """Raise [`LayerPruneError`] if a mapping is not JSON: transformers would not say which setting it is."""
     try:
-        json.loads(value)
+        content = json.loads(value)
     except ValueError as error:
         raise LayerPruneError(f"{name}={value} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LayerPruneError(f'{name}={value} is not a mapping; write it as {{"name": value}}')
 
 
 def _kinds(hint: Any) -> set[type]:

@@ -64,6 +64,7 @@ class Pairing:
     tokenizer: PreTrainedTokenizerBase  # of all of them
     context: int  # positions that a prompt and its answer share
     samplings: tuple[Sampling, ...]  # of a text to continue and of a chat, as the teacher's checkpoint says
+    original: str = ""  # what to call the teacher
     run: RunRecord | None = None
     description: str = ""
     examples: tuple[str, ...] = ()  # prompts to click
@@ -100,8 +101,7 @@ class Pairing:
 
     def names(self, depth: int) -> tuple[str, str]:
         """What to call the two models: their Hub ids, or the last part of a folder."""
-        teacher = public_name(self.run.teacher.name if self.run else self.teacher.name)
-        student = self.student(depth)
+        teacher, student = self.original, self.student(depth)
         if student == self.teacher:
             return teacher, teacher
         if student.base is not None:
@@ -139,7 +139,9 @@ def _open(entry: ModelEntry, limits: Limits) -> Pairing:
     name = str(entry.teacher) if run is None else teacher_of(entry, run)
     config, own = load_config(name), _generation_config(name)
     context, teacher = config.max_position_embeddings, DemoModel(name, plan_of(config))
-    students = [_student(entry, teacher, config)] if run is None else _students(run)
+    students = [_student(entry, teacher)] if run is None else _students(run)
+    if entry.teacher is not None and students[0].base is None:
+        check_vocabulary(students[0].name, name, config)
     by_depth = {student.plan.depth: student for student in (teacher, *students)}  # of one depth the later
     return Pairing(
         name=entry.name,
@@ -148,23 +150,27 @@ def _open(entry: ModelEntry, limits: Limits) -> Pairing:
         tokenizer=load_tokenizer(name),
         context=context,
         samplings=tuple(Sampling.of_checkpoint(own, limits, context, chat) for chat in (False, True)),
+        original=public_name(name if run is None or entry.teacher else run.record.teacher.name),
         run=run and run.record,
         description=entry.description,
         examples=tuple(entry.examples),
     )
 
 
-def _student(entry: ModelEntry, teacher: DemoModel, config: PretrainedConfig) -> DemoModel:
+def _student(entry: ModelEntry, teacher: DemoModel) -> DemoModel:
     """The one student of an entry without a run."""
     if entry.plan is not None:
         return DemoModel(teacher.name, LayerPlan(entry.plan, teacher.plan.num_teacher_layers), base=teacher)
-    student = load_config(str(entry.student))
-    if student.vocab_size != config.vocab_size:
+    return DemoModel(str(entry.student), plan_of(load_config(str(entry.student))))
+
+
+def check_vocabulary(student: str, teacher: str, config: PretrainedConfig) -> None:
+    """Raise [`LayerPruneError`] unless a student has as many tokens as the teacher with this config."""
+    if (size := load_config(student).vocab_size) != config.vocab_size:
         raise LayerPruneError(
-            f"{entry.student} has a vocabulary of {student.vocab_size} tokens and {teacher.name} one of "
-            f"{config.vocab_size}; compare models with the same tokenizer"
+            f"{student} has a vocabulary of {size} tokens and {teacher} one of {config.vocab_size}; compare models "
+            "with the same tokenizer"
         )
-    return DemoModel(str(entry.student), plan_of(student))
 
 
 def _students(run: Run) -> list[DemoModel]:

@@ -14,8 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import LayerPruneError
 from ..hub.paths import hub_id
+from ..hub.runs import run_of
 from ..loading import EMBEDDED
-from ..record import REPORT_FILE
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -127,17 +127,10 @@ def settings_of(names: Sequence[str]) -> DemoSettings:
     if not names:
         return DemoSettings([embedded_entry()])
     teacher, last = names[0] if len(names) == 2 else None, names[-1]
-    run = run_of(last)
+    run = run_of(Path(last))
     if run is None and teacher is not None:
         return DemoSettings([ModelEntry(f"{_short(teacher)} and {_short(last)}", teacher=teacher, student=last)])
-    return DemoSettings([ModelEntry(_short(run or last), run=run or last, teacher=teacher)])
-
-
-def run_of(name: str) -> str | None:
-    """The run whose folder, or whose `model` folder, has this name."""
-    folder = Path(name)
-    folders = (folder, folder.parent) if folder.name == "model" else (folder,)
-    return next((str(one) for one in folders if (one / REPORT_FILE).is_file()), None)
+    return DemoSettings([ModelEntry(_short(str(run or last)), run=str(run or last), teacher=teacher)])
 
 
 def embedded_entry() -> ModelEntry:

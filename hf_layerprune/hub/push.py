@@ -22,7 +22,7 @@ from ..record import PLAN_FILE, REPORT_FILE, RunRecord, from_json_value
 from ..report import PLOTS, write_report
 from ..tasks import TaskResult
 from .card import Target, base_facts, run_card
-from .paths import check_nothing_local
+from .paths import check_nothing_local, hub_id
 from .runs import RECIPE_FILE, Run, hub_errors, load_run
 
 
@@ -103,6 +103,8 @@ def push_run(
     if not Path(output_dir).is_dir():
         raise LayerPruneError(f"{output_dir} is not a folder; give the output folder of a run")
     run, api, branch = load_run(output_dir), HfApi(token=token), revision or MAIN
+    if run.settings and hub_id(base_model):
+        run = run.started_from(base_model)
     record = run.record.until(len(run.record.rounds) if round is None else round)
     repo_id, source = full_name(api, repo_id), base_model or run.settings.get("model")
     targets = _targets(record, repo_id, branch, depth_tags, collection)

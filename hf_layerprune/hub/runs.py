@@ -66,6 +66,13 @@ class Run:
                 return folder
         raise LayerPruneError(f"{self.folder} no longer holds the student of round {number}; choose another round")
 
+    def started_from(self, model: str) -> Run:
+        """The run with the Hub id `model` in place of the name on this disk, in its recipe and its report."""
+        record = self.record
+        if not self.settings.get("teacher"):
+            record = replace(record, teacher=replace(record.teacher, name=model))
+        return replace(self, record=record, settings=self.settings | {"model": model})
+
     def public_record(self, number: int) -> RunRecord:
         """The record as it was after a round, with the settings that may be pushed."""
         return replace(self.record.until(number), settings=public_settings(self.record.settings))
@@ -83,7 +90,8 @@ def load_run(name: str | Path, revision: str | None = None, token: str | None = 
     """Read a run: that of a pushed student, or one on this machine. Its weights are not read.
 
     Args:
-        name (`str` or `Path`): Hub id, maybe with `@revision`; the output folder of a run; or a downloaded student.
+        name (`str` or `Path`): Hub id, maybe with `@revision`; the output folder of a run, or `model` in it; or a
+            downloaded student.
         revision (`str`, *optional*): branch, tag (such as `28-layers`) or commit on the Hub; main by default.
         token (`str`, *optional*): for a private repository; by default `HF_TOKEN` or the stored login.
 
@@ -91,6 +99,7 @@ def load_run(name: str | Path, revision: str | None = None, token: str | None = 
         [`LayerPruneError`]: if the run does not exist, has no finished round, or has an invalid report.
     """
     folder, commit, settings = Path(name), None, {}
+    folder = run_of(folder) or folder
     if folder.is_dir():
         settings = _read_recipe(folder / RECIPE_FILE)
     else:
@@ -104,6 +113,12 @@ def load_run(name: str | Path, revision: str | None = None, token: str | None = 
     if record.teacher is None or not record.rounds:
         raise LayerPruneError(f"{name} holds a run without a finished round; resume it")
     return Run(resolve(str(name)), folder, record, settings, commit)
+
+
+def run_of(folder: Path) -> Path | None:
+    """The folder of a run on this machine, from its own name or that of `model` in it."""
+    folders = (folder, folder.parent) if folder.name == "model" else (folder,)
+    return next((one for one in folders if (one / REPORT_FILE).is_file()), None)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pkgutil import resolve_name
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +77,8 @@ def estimate(
     on_batch: Callable[[], None],
 ) -> Scores[Key]:
     """What a criterion that runs no candidate says of removing layers that run alone."""
-    plan, name, blocks = plan_of(model), criterion if isinstance(criterion, str) else criterion.__name__, []
+    plan, blocks = plan_of(model), []
+    name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
     for key, after in candidates.items():
         if (layer := lone_removal(plan, after)) is None:
             what = f"removing layer {key}" if isinstance(key, int) else f"'{key}'"
@@ -86,8 +89,8 @@ def estimate(
         blocks.append(plan.position_of(layer))
     criterion = criterion_of(criterion)
     if callable(criterion):
-        with torch.no_grad():
-            costs = criterion(model, batches, blocks)
+        with inference(model):
+            costs = _numbers(criterion(model, batches, blocks), len(blocks), name)
     elif criterion in ANGLES:
         costs = measure_angles(model, batches, [(block, block + 1) for block in blocks], criterion, on_batch)
     elif criterion == "taylor":
@@ -100,6 +103,16 @@ def estimate(
         return Scores.of(name, list(candidates), costs)
     num_tokens = sum(len(valid_next_tokens(batch)[1]) for batch in batches)
     return Scores(name, dict(zip(candidates, map(float, costs), strict=True)), num_tokens=num_tokens)
+
+
+def _numbers(costs: Any, count: int, name: str) -> list[float]:
+    """What a criterion of the user's returned, which must be as many numbers."""
+    with suppress(TypeError, ValueError, RuntimeError):
+        found = [] if isinstance(costs, Mapping) else [float(cost) for cost in costs]
+        if len(found) == count:
+            return found
+    what = " ".join(repr(costs).split())[:60]
+    raise LayerPruneError(f"criterion={name!r} returned {what}; it must return a number for each of {count} blocks")
 
 
 def lone_removal(plan: LayerPlan, after: LayerPlan) -> int | None:

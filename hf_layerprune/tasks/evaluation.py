@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import ASSETS, check_batches
-from ..errors import LayerPruneError, first_line
+from ..errors import LayerPruneError, first_line, located
 from ..evaluation import distinct_rows, sums_by_row
 from ..forward import check_same_vocabulary, final_states, inference, to_device
 from ..losses import perplexity_of
 from .chunks import ModelChunk, PreparedTask
 from .kinds import TASK_KINDS, LmEvalTask
-from .task import Task, located
+from .task import Task
 
 LM_EVAL = "lm_eval:"
 
@@ -91,7 +91,7 @@ def _load(spec: str) -> Iterator[Task]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise LayerPruneError(f"tasks {path} cannot be read as YAML: {first_line(error)}") from error
-    if not isinstance(content, list):
+    if not isinstance(content, list) or not content:
         raise LayerPruneError(f"tasks {path} must be a list of tasks, each with `kind:` and `dataset:`")
     for number, item in enumerate(content, 1):
         with located(f"tasks {path}, task {number}"):
@@ -107,9 +107,13 @@ def _task(item: Any, home: Path) -> Task:
     local = home / str(settings.get("dataset"))
     if local.is_file():
         settings["dataset"] = str(local)
+    task = TASK_KINDS[str(kind)]
+    known = [item.name for item in fields(task)]
+    if unknown := sorted({*settings} - {*known}):
+        raise LayerPruneError(f"{unknown[0]} is no setting of {kind}; choose one of {', '.join(known)}")
     try:
-        return TASK_KINDS[str(kind)](**settings)
-    except TypeError as error:  # an unknown or missing setting, or a wrong type
+        return task(**settings)
+    except TypeError as error:  # a missing setting, or a wrong type
         raise LayerPruneError(str(error).partition(" Errors:")[0]) from error
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import padded
-from ..errors import LayerPruneError, first_line, needs_extra
+from ..errors import LayerPruneError, first_line, located, needs_extra
 from .chunks import (
     ChoiceChunk,
     Chunk,
@@ -27,7 +27,7 @@ from .chunks import (
     encode_prompt,
     scored,
 )
-from .task import PromptedTask, Row, Task, cell, located, render
+from .task import PromptedTask, Row, Task, cell, render
 
 FEW_SHOT_SEED = 1234  # lm-eval's own
 

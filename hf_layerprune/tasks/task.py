@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data import load_text_dataset, may_have, pad_id
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, located
 from .chunks import Chunk, Encoded, Example, PreparedTask, TokenChunk, batched, encode, scored
 
 logger = logging.get_logger(__name__)
@@ -179,15 +178,6 @@ class PromptedTask(Task):
 
     def _group(self, row: Row) -> str:
         return "" if self.few_shot_group is None else str(cell(row, self.few_shot_group))
-
-
-@contextmanager
-def located(where: str) -> Iterator[None]:
-    """Say where an error is."""
-    try:
-        yield
-    except LayerPruneError as error:
-        raise LayerPruneError(f"{where}: {error}") from error.__cause__
 
 
 def cell(row: Row, name: str) -> Any:

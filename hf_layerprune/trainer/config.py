@@ -204,6 +204,10 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError("use_liger_kernel needs the package liger-kernel, which is not installed")
         if not (0 < self.temperature < math.inf and 0 <= self.beta <= 1):
             raise LayerPruneError(f"temperature={self.temperature} must be above 0, beta={self.beta} between 0 and 1")
+        if not self.on_policy_steps:
+            for name in ("on_policy_tokens", "on_policy_learning_rate"):
+                if (value := getattr(self, name)) != getattr(type(self), name):
+                    raise LayerPruneError(f"{name}={value} has no effect without on_policy_steps; leave it out")
         if self.loss_preset == "paper" and (self.beta or self.lm_weight):
             raise LayerPruneError("loss_preset='paper' is the authors' own loss; leave out beta and lm_weight")
         if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
@@ -229,6 +233,11 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     def _settle_criterion(self) -> None:
         """Let `tasks` imply their criterion, and check that the criterion can choose as asked."""
+        if not isinstance(self.criterion, str):
+            raise LayerPruneError(
+                f"criterion={self.criterion!r:.80} must be a name, so that a run can resume; put the function into a "
+                "module and give 'module:function'"
+            )
         criterion_of(self.criterion)
         if self.tasks is not None and self.criterion == type(self).criterion:
             self.criterion = "tasks"

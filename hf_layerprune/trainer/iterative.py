@@ -43,7 +43,7 @@ from ..loading import (
     with_plan,
 )
 from ..record import RunRecord, read_plan
-from ..rows import check_end_token, column_names, select_text_column, warn_of_dropped_rows
+from ..rows import check_special_tokens, column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
 from ..surgery import check_in_memory, plan_of, prune, unshare_parameters
 from ..tasks import prepare_tasks
@@ -130,8 +130,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         given = {"train": train_dataset, "eval": eval_dataset, "calibration": calibration_dataset}
         given = {name: rows for name, rows in given.items() if rows is not None}
         texts = {name: select_text_column(rows, self._text_field, f"{name}_dataset") for name, rows in given.items()}
-        if (args.eos_token or processing_class.eos_token or args.chat_template_path) is None:  # of a model with one
-            check_end_token(texts)
+        check_special_tokens(texts, processing_class, args)
         self.file: RunFile | None = None
         self.goal: Goal | None = None  # what students are measured by; made when the run is opened
         self._opened = False
@@ -313,7 +312,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             goal = Goal.of(args.budget, args.edit_space, teacher, plan_of(teacher), run.latency)
             self.goal = broadcast_from_main(goal)
             check_budget(self.model_name, self.goal, plan_of(start), args.heal)
-            self.file.save(latency=self.goal.latency)
+            self.file.begin_run(self.goal, args.on_policy_steps > 0)
         except BaseException:
             self.file.close()
             raise

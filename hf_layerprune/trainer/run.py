@@ -44,10 +44,11 @@ DECISIVE = (
     "packing_strategy", "completion_only_loss", "assistant_only_loss", "seed", "data_seed",
 )  # fmt: skip
 # May change when a run resumes, so that a healing that diverged or could not start can be tried again.
-OF_OPTIMIZER = (
+CHANGEABLE = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim",
     "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16",
 )  # fmt: skip
+ON_POLICY = ("on_policy_steps", "on_policy_tokens", "on_policy_learning_rate")  # may, until that round is done
 
 
 class RunFile:
@@ -56,17 +57,36 @@ class RunFile:
     def __init__(self, folder: Path, writes: bool, device: torch.device, seconds: float = 0.0) -> None:
         self.folder, self.record = folder, RunRecord(environment=environment(device))
         self.phase = "starting"
+        self.is_done = False  # nothing is left of the run but to write it
         self._writes, self._lock = writes, None
+        self._found: RunRecord | None = None
         self._since = time.perf_counter() - seconds
 
-    def open(self, settings: dict[str, Any], resume: str | bool | None) -> None:
+    def open(self, settings: dict[str, Any], resume: str | Path | bool | None) -> None:
         """Lock the folder and start a run in it, or continue the one that is there; see [`check_resume`]."""
         self._lock = lock_run(self.folder)  # before anything is read: what is read stays true
-        found = read_state(self.folder)
+        found = self._found = read_state(self.folder)
         if found is not None:
             self.record = replace(found, environment=self.record.environment)
         check_resume(self.folder, found, settings, resume)
         self.record = replace(self.record, settings=settings)
+
+    def begin_run(self, goal: Goal, on_policy: bool) -> None:
+        """Save what the run goes on with; the settings of one that has nothing left to do stay those it was made with.
+
+        Raises [`LayerPruneError`] if the run went beyond its target before its last edit.
+        """
+        done, target = [record.plan for record in self.record.rounds], goal.budget.target
+        earlier = [plan for plan in done if plan != done[-1]]
+        if done and goal.budget.unit == "depth" and done[-1].depth < target or any(map(goal.met, earlier)):
+            raise LayerPruneError(
+                f"{self.folder} holds a run that is at {done[-1].depth} layers, beyond "
+                f"{TARGETS[goal.budget.unit]}={target:g}; lower the target, or choose another output_dir"
+            )
+        on_policy = on_policy and bool(done) and not self.record.rounds[-1].is_on_policy
+        self.is_done = bool(done) and goal.met(done[-1]) and self.record.current is None and not on_policy
+        made_with = self._found.settings if self.is_done and self._found else self.record.settings
+        self.save(latency=goal.latency, settings=made_with)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -111,9 +131,11 @@ def lock_run(folder: Path) -> FileLock:
     return lock
 
 
-def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any], resume: str | bool | None) -> None:
+def check_resume(
+    folder: Path, found: RunRecord | None, settings: dict[str, Any], resume: str | Path | bool | None
+) -> None:
     """Raise [`LayerPruneError`] unless the run `found` in `folder` is the one that `settings` describe."""
-    if isinstance(resume, str) and Path(resume).resolve() != folder.resolve():
+    if isinstance(resume, (str, Path)) and Path(resume).resolve() != folder.resolve():
         raise LayerPruneError(f"resume_from_checkpoint={resume!r} must be the output_dir of the run, {folder}")
     if found is None:
         if resume:
@@ -131,8 +153,15 @@ def check_resume(folder: Path, found: RunRecord | None, settings: dict[str, Any]
             f"output_dir={folder} holds another run; resume it (--resume, resume_from_checkpoint) or choose another "
             "folder"
         )
+    may_change = {*CHANGEABLE}
+    if not (found.rounds and found.rounds[-1].is_on_policy):
+        may_change |= {*ON_POLICY}
+    edits = [*found.edits, *(found.current.edits if found.current else ())]
+    removed = {layer for edit in edits if edit.kind == "remove" for layer in edit.layers}
+    if isinstance(named := found.settings.get("trained_layers"), list) and removed.issuperset(named):
+        may_change |= {"trained_layers"}  # the run stopped because nothing is left to train
     for key in found.settings | settings:
-        if key not in OF_OPTIMIZER and found.settings.get(key) != settings.get(key):
+        if key not in may_change and found.settings.get(key) != settings.get(key):
             raise LayerPruneError(
                 f"{folder} holds a run with {key}={found.settings.get(key)!r}, now it is {settings.get(key)!r}; "
                 "resume with the same settings, model and data, or choose another output_dir"
@@ -174,7 +203,7 @@ def decisive_settings(
 ) -> dict[str, Any]:
     """The settings of a run's record, and short fingerprints of models and data, as JSON values; `batches` by their
     use. Of the rows to heal on some from all over enter, of a stream the first."""
-    values = {name: getattr(args, name, None) for name in (*DECISIVE, *OF_OPTIMIZER)}
+    values = {name: getattr(args, name, None) for name in (*DECISIVE, *CHANGEABLE, *ON_POLICY)}
     values |= {
         "bf16": args.given_bf16,  # what was derived from the hardware here is nothing to repeat elsewhere
         "target": args.budget.unit,

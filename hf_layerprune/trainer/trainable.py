@@ -82,6 +82,8 @@ def check_healing(model: PreTrainedModel, args: IterativeLayerDistillConfig, pef
     """Raise an error unless the adapters and the schedule of a healing can be made, and the weights be trained:
     DeepSpeed alone keeps those of float16 in float32 too."""
     if peft_config is not None:
+        if getattr(peft_config, "bias", "none") == "all" and args.trained_layers != "all":
+            raise LayerPruneError("bias='all' trains biases of every layer; use 'lora_only', or trained_layers='all'")
         with torch.device("meta"):
             empty = type(model)(copy.deepcopy(model.config))
         _check_targets(empty, getattr(peft_config, "target_modules", None))
