@@ -66,7 +66,8 @@ def main() -> None:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--removed", type=numbers, required=True, help="teacher layers, such as 11,12")
     parser.add_argument("--rows", type=int, default=192, help="rows of 256 tokens that the repairs are fitted to")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60, help="of healing, for each loss")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
@@ -101,7 +102,7 @@ def main() -> None:
         write_atomically(args.results, to_json(content))  # what is measured stays if the rest takes too long
 
     measure("none", repaired)
-    for loss, settings in LOSSES.items():
+    for loss, settings in ((name, LOSSES[name]) for name in args.losses):
         folder = args.output_dir / loss.replace(" ", "_").replace(",", "")
         command = ["compress", "--config", args.recipe, "--model", str(repaired), "--teacher", args.teacher]
         command += ["--target_num_layers", str(teacher.config.num_hidden_layers - len(args.removed))]
