@@ -102,9 +102,10 @@ def tasks(entries: list[Entry]) -> str:
 def draw(entries: list[Entry], teacher: Entry, path: Path) -> None:
     """KL on chat answers and task mean against depth, a line for each of `DRAWN`, healed; markers stand apart."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    drawn = [method for method in DRAWN if any(entry["method"] == method for entry in entries)]
+    healed = [entry for entry in entries if not entry["state"]]
+    drawn = [method for method in DRAWN if any(entry["method"] == method for entry in healed)]
     for number, method in enumerate(drawn):
-        points = [entry for entry in entries if entry["method"] == method and not entry["state"]]
+        points = [entry for entry in healed if entry["method"] == method]
         apart = 0.12 * (number - (len(drawn) - 1) / 2)
         look = {"color": DRAWN[method], "marker": "o", "ms": 5, "capsize": 3, "label": NAMES[method]}
         depths = [depth(point) + apart for point in points]
@@ -120,7 +121,7 @@ def draw(entries: list[Entry], teacher: Entry, path: Path) -> None:
         axes.set_xticks(sorted({depth(entry) for entry in entries if axes is right or entry is not teacher}))
         axes.invert_xaxis()
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), ncols=len(drawn), loc="outside lower center")
+    figure.legend(*left.get_legend_handles_labels(), ncols=max(1, len(drawn)), loc="outside lower center")
     figure.savefig(path, dpi=140)
 
 

@@ -166,7 +166,7 @@ def load_text_dataset(source: str | Path, split: str = "train", config_name: str
     try:
         datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what it raises is said below, once
         dataset = _open_dataset(source, split if may_have(source, split) else "train", config_name)
-    except (DatasetsError, OSError, ValueError, RuntimeError, ImportError, StopIteration) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError, ImportError, StopIteration, EOFError) as error:
         cause = error.__cause__ or error  # datasets itself only says that an error occurred
         reason = _fault(Path(source)) or first_line(cause)
         raise LayerPruneError(f"dataset {source} cannot be loaded: {reason}") from error

@@ -17,6 +17,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .architectures import architecture_of
 from .data import Batch
 from .errors import LayerPruneError
 
@@ -156,13 +157,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
 
 
 def check_same_vocabulary(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless both are causal language models of one vocabulary, without adapters."""
+    """Raise [`LayerPruneError`] unless both are causal language models of a supported family, which may not scale its
+    logits, of one vocabulary, and without adapters."""
     for one in (model, teacher):
         check_causal(one)
         if is_peft_model(one):  # its `base_model` is not the decoder
             raise LayerPruneError(
                 f"{type(one).__name__} carries adapters; merge them into the model first (merge_and_unload)"
             )
+        architecture_of(one.config)
     if teacher.config.vocab_size != model.config.vocab_size:
         raise LayerPruneError(
             f"the teacher's vocabulary has {teacher.config.vocab_size} entries and the student's "

@@ -153,7 +153,8 @@ def read_prompts(
     if not 1 <= longest <= room:
         raise LayerPruneError(
             f"an answer of up to {config.max_new_tokens} tokens leaves {max(room, 0)} of the model's {positions} "
-            f"positions for a prompt of up to {max(longest, 1)}; lower one of them"
+            f"positions for a prompt of up to {max(longest, 1)}; lower "
+            "max_new_tokens (on_policy_tokens) or max_prompt_tokens"
         )
     column, prompts = column_of_prompts(dataset, config), []
     rows = dataset if config.num_prompts is None else dataset.take(config.num_prompts)
@@ -169,12 +170,10 @@ def read_prompts(
         prompts.append(Prompt(row, content, _encode(content, tokenizer, row)))
     short = [prompt for prompt in prompts if len(prompt.ids) <= longest]
     if not short:
-        raise LayerPruneError(
-            f"every prompt in column {column!r} is longer than {longest} tokens; "
-            f"{'allow shorter answers' if longest == room else 'raise max_prompt_tokens'}, or give shorter prompts"
-            if prompts
-            else f"the prompts hold no text in column {column!r}; give at least one row with text"
-        )
+        if not prompts:
+            raise LayerPruneError(f"the prompts hold no text in column {column!r}; give at least one row with text")
+        way = "lower max_new_tokens (on_policy_tokens)" if longest == room else "raise max_prompt_tokens"
+        raise LayerPruneError(f"every prompt in column {column!r} is longer than {longest} tokens; {way}")
     return short, len(prompts) - len(short)
 
 

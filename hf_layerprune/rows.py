@@ -56,11 +56,12 @@ def select_text_column(
     first = next((row for row in dataset if not _is_blank(row, kept)), None)
     if first is None:
         raise LayerPruneError(f"{name}: column {' and '.join(map(repr, kept))} holds no text, only blank rows")
+    may_differ = dataset.features is None or "Json" in str(dataset.features)  # from row to row
     if kept == ["conversations"]:
         first, dataset = _as_messages(first), dataset.map(_as_messages, remove_columns=kept)
         kept = ["messages"]
     is_chat = isinstance(first["prompt"], list) if "prompt" in kept else kept != [text_field]
-    if is_chat and _may_have_parts(first, kept, dataset):
+    if is_chat and (may_differ or _has_parts(first, kept)):
 
         def as_text(row: dict[str, Any]) -> dict[str, Any]:
             with located(name):
@@ -87,12 +88,10 @@ def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": turns}
 
 
-def _may_have_parts(row: dict[str, Any], columns: Sequence[str], dataset: Dataset | IterableDataset) -> bool:
-    """Whether messages may say something else than text: those of a row, or of any in a column of mixed types."""
+def _has_parts(row: dict[str, Any], columns: Sequence[str]) -> bool:
+    """Whether messages of a row hold parts instead of text."""
     turns = [turn for column in columns if isinstance(row[column], list) for turn in row[column]]
-    return any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns) or "Json" in str(
-        dataset.features
-    )
+    return any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns)
 
 
 def joined_parts(messages: Any) -> Any:
@@ -102,7 +101,7 @@ def joined_parts(messages: Any) -> Any:
         parts = message.get("content") if isinstance(message, dict) else None
         if not isinstance(parts, list):
             return message
-        texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
         if wrong := [part for part, text in zip(parts, texts, strict=True) if not isinstance(text, str)]:
             raise LayerPruneError(f"a message holds {wrong[0]!r:.80}, which is not text")
         return message | {"content": "".join(texts)}
@@ -132,7 +131,8 @@ def check_special_tokens(
 ) -> None:
     """Raise [`LayerPruneError`] if TRL needs what the tokenizer lacks: a chat template to tell who speaks, or an end
     token to put after rows of text."""
-    if args.assistant_only_loss and tokenizer.chat_template is None and args.chat_template_path is None:
+    is_chat = any({"messages", "prompt"} & {*column_names(rows)} for rows in datasets.values())
+    if is_chat and args.assistant_only_loss and not (tokenizer.chat_template or args.chat_template_path):
         raise LayerPruneError(
             "assistant_only_loss needs a chat template, which the tokenizer lacks; name one with chat_template_path"
         )

@@ -15,8 +15,8 @@ TREES = {path: ast.parse(path.read_text()) for path in MODULES}
 JSON_IS_PASSED_ON = {
     "environment.py environment", "hub/runs.py Run.recipe",
     "hub/paths.py public_settings", "hub/paths.py with_absolute_paths", "cli/common.py write_recipe",
-    "trainer/run.py RunFile.open", "trainer/run.py check_resume",
-    "trainer/run.py decisive_settings", "demo/service.py DemoService.stream",
+    "trainer/run.py RunFile.open", "trainer/run.py RunFile.begin_run", "trainer/run.py check_resume",
+    "trainer/run.py check_same", "trainer/run.py decisive_settings", "demo/service.py DemoService.stream",
 }  # fmt: skip
 A_LIBRARY_WANTS_IT = {
     "loading.py beside_weights", "tasks/kinds.py costs_of_samples",

@@ -208,7 +208,7 @@ def test_a_student_is_whole_when_its_timing_is_interrupted(run, tmp_path, monkey
 
     monkeypatch.setattr("hf_layerprune.cli.parallelize.with_speed", interrupted)
     status, error = run("--pairs", "1,2")
-    assert status == 130 and "is whole but for its speed" in error
+    assert status == 130 and "is complete except for the speed" in error
     (record,) = read_run(tmp_path / "out" / "report.json").rounds
     assert record.depth == 4 and record.speed is None
     assert (tmp_path / "out" / "model" / "README.md").is_file()

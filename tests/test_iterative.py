@@ -230,7 +230,7 @@ def test_adapters_that_cannot_be_made_are_refused_before_a_layer_is_scored(make,
 
 
 def test_biases_of_layers_that_are_not_trained_stay_the_teachers(make):
-    with pytest.raises(LayerPruneError, match="bias='all' trains biases of every layer; use 'lora_only', or"):
+    with pytest.raises(LayerPruneError, match="bias='all' trains the biases of every layer; set bias='lora_only', or"):
         make(peft_config=LoraConfig(target_modules=["q_proj"], bias="all"), trained_layers="neighbours")
     teacher = tiny_model()
     before = copy.deepcopy(teacher.state_dict())

@@ -332,6 +332,24 @@ def test_other_layers_are_named_once_all_that_were_trained_are_gone(make, tmp_pa
     assert read_report(tmp_path / "run")["settings"]["trained_layers"] == [other]
 
 
+@pytest.mark.parametrize("unit", ["target_num_layers", "target_num_parameters"])
+def test_a_target_that_a_round_went_beyond_is_refused(make, unit):
+    def target(depth):
+        return depth if unit == "target_num_layers" else tiny_model(depth).num_parameters()
+
+    settings = {"target_num_layers": None, "layers_per_round": 2}
+    make(**settings | {unit: target(3)}).train()
+    with pytest.raises(LayerPruneError, match=f"a run that is at 3 layers, beyond {unit}="):
+        make(**settings | {unit: target(4)}).train(resume_from_checkpoint=True)
+
+
+def test_a_target_that_a_round_in_progress_went_beyond_is_refused(make):
+    with pytest.raises(Killed):
+        make(callbacks=[KillAt("on_step_end", 4)], target_num_layers=3).train()  # in the second round
+    with pytest.raises(LayerPruneError, match="a run that is at 3 layers, beyond target_num_layers=4"):
+        make(target_num_layers=4).train(resume_from_checkpoint=True)
+
+
 def test_a_finished_run_keeps_the_settings_it_was_made_with(make, tmp_path):
     make().train()
     before = read_report(tmp_path / "run")["settings"]

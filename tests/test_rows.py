@@ -52,18 +52,23 @@ def test_padding_of_tokenized_rows_changes_nothing(trainer_of, tokenizer, side):
     assert runs[1] == pytest.approx(runs[0], abs=1e-4) and runs[2][:5] == pytest.approx(runs[0][:5], abs=1e-4)
 
 
-@pytest.mark.parametrize("others", ["parts", "strings"])
-def test_parts_of_text_are_read_as_text(others):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parts_of_text_are_read_as_text(streaming):
     plain = [{"role": "user", "content": "Which times?"}, {"role": "assistant", "content": "The best."}]
     parts = [turn | {"content": [{"type": "text", "text": part} for part in turn["content"]]} for turn in plain]
-    rows = Dataset.from_list([{"messages": parts}] * 2)
-    if others == "strings":  # of one column
-        features = Features({"messages": List({"role": Value("string"), "content": Json()})})
-        rows = Dataset.from_list([{"messages": plain}, {"messages": parts}], features=features)
-    assert select_text_column(rows, "text", "rows")["messages"][:] == [plain, plain]
-    seen = [{"role": "user", "content": [{"type": "image", "text": None}]}]
+    shared = [{"from": "human", "value": ["Which ", "times?"]}, {"from": "gpt", "value": "The best."}]
+    mixed = Features({"messages": List({"role": Value("string"), "content": Json()})})
+    of_shared = Features({"conversations": List({"from": Value("string"), "value": Json()})})
+    for rows in (
+        Dataset.from_list([{"messages": parts}] * 2),
+        Dataset.from_list([{"messages": plain}, {"messages": parts}], features=mixed),
+        Dataset.from_list([{"conversations": shared}] * 2, features=of_shared),
+    ):
+        rows = rows.to_iterable_dataset() if streaming else rows
+        assert [row["messages"] for row in select_text_column(rows, "text", "rows")] == [plain, plain]
+    seen = Dataset.from_list([{"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}]}])
     with pytest.raises(LayerPruneError, match="rows: a message holds .*image.*, which is not text"):
-        select_text_column(Dataset.from_list([{"messages": seen}]), "text", "rows")
+        select_text_column(seen.to_iterable_dataset() if streaming else seen, "text", "rows")
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -24,6 +24,7 @@ from hf_layerprune.cli.score import device_map
 from hf_layerprune.loading import load_model
 from hf_layerprune.plan import Edit
 from hf_layerprune.scoring import CRITERIA, candidates, score
+from hf_layerprune.scoring.estimates import measure_angles
 from hf_layerprune.surgery import apply_plan, plan_of
 
 STUDENTS = {  # of a teacher of six layers
@@ -460,6 +461,10 @@ def weight_norm(model, batches, blocks):
     return [sum(float(p.norm()) for p in model.base_model.layers[block].parameters()) for block in blocks]
 
 
+def angles_of_their_own(model, batches, blocks):
+    return measure_angles(model, batches, [(block, block + 1) for block in blocks], "angular_distance")
+
+
 def test_a_criterion_of_ones_own_goes_through_scores_and_rounds(tmp_path, tokenizer, texts, batches):
     model = tiny_model()
     with torch.no_grad():
@@ -474,13 +479,15 @@ def test_a_criterion_of_ones_own_goes_through_scores_and_rounds(tmp_path, tokeni
         score_layers(model, None, "math:pi")
     partial = functools.partial(weight_norm)
     assert score_layers(model, None, partial).values == by_name.values
+    angles = score_layers(model, batches, angles_of_their_own)
+    assert angles.values == score_layers(model, batches, "angular_distance").values and angles.standard_errors
     for wrong in ([1.0], None, torch.ones(5, 2), dict.fromkeys(range(5), 1.0)):
         with pytest.raises(LayerPruneError, match=r"returned .*; it must return a number for each of 5 blocks"):
             score_layers(model, None, lambda *_, wrong=wrong: wrong)
     modes = []
     score_layers(model.train(), None, lambda model, *_: modes.append(model.training) or range(5))
     assert modes == [False] and model.training
-    with pytest.raises(LayerPruneError, match="must be a name, so that a run can resume"):
+    with pytest.raises(LayerPruneError, match="is a function, which a run cannot record"):
         tiny_config(tmp_path, criterion=weight_norm)
     args = tiny_config(tmp_path, criterion=by_name.criterion, target_num_layers=4, max_steps=1)
     IterativeLayerDistillTrainer(model=model, args=args, train_dataset=texts, processing_class=tokenizer).train()

@@ -42,7 +42,7 @@ def test_tasks_of_a_yaml_file(write, tokenizer):
         ("- {kind: [kl], dataset: a}", r"task 1: kind \['kl'\] is unknown"),
         ("- {kind: {kl: 1}, dataset: a}", "task 1: kind {'kl': 1} is unknown"),
         ("[]", "must be a list of tasks"),
-        ("- {kind: kl, dataset: a, limt: 3}", "task 1: limt is no setting of kl; choose one of dataset, "),
+        ("- {kind: kl, dataset: a, limt: 3}", "task 1: kl has no setting limt; choose one of dataset, "),
         ("- {kind: kl}", "task 1: .*missing 1 required positional argument: 'dataset'"),
         ("- {kind: kl, dataset: a, limit: 0}", "task 1: task a: limit=0"),
         ("- {kind: kl, dataset: a, limit: ten}", "task 1: Field 'limit' with value 'ten' doesn't match any type"),

@@ -88,7 +88,7 @@ def parallelize(argv: list[str]) -> None:
             try:
                 run = with_speed(run, model, dtype, phases.step)
             except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"{folder} is whole but for its speed") from None
+                raise KeyboardInterrupt(f"{folder} is complete except for the speed") from None
             _write_pages(folder, run)
         files = {"model": folder / "model", "report": folder / "report.md", "plot": folder / "quality.png"}
         print_run(run, phases.out, files)

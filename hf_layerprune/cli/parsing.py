@@ -94,6 +94,8 @@ class Parser(TrlParser):
                 raise LayerPruneError(f"--config {file}: {first_line(error)}") from error
         replaced = {*TARGETS} if TARGETS & line.keys() else set()
         replaced |= {"dataset_config"} if "dataset" in line else set()  # it is of the recipe's own data
+        if line.get("on_policy_steps") == 0:
+            replaced |= {"prompts", "on_policy_tokens", "on_policy_learning_rate"}
         self.given = {name: value for name, value in recipe.items() if name not in replaced} | line
         for name, value in self.given.items():
             if isinstance(value, str) and dict in self.kinds[name]:

@@ -59,12 +59,12 @@ class Pairing:
     """A teacher and the students that it is compared with."""
 
     name: str  # what the visitor chooses by
+    original: str  # what to call the teacher
     teacher: DemoModel
     students: tuple[DemoModel, ...]  # deepest first, beginning with the original itself
     tokenizer: PreTrainedTokenizerBase  # of all of them
     context: int  # positions that a prompt and its answer share
     samplings: tuple[Sampling, ...]  # of a text to continue and of a chat, as the teacher's checkpoint says
-    original: str = ""  # what to call the teacher
     run: RunRecord | None = None
     description: str = ""
     examples: tuple[str, ...] = ()  # prompts to click
@@ -141,7 +141,7 @@ def _open(entry: ModelEntry, limits: Limits) -> Pairing:
     context, teacher = config.max_position_embeddings, DemoModel(name, plan_of(config))
     students = [_student(entry, teacher)] if run is None else _students(run)
     if entry.teacher is not None and students[0].base is None:
-        check_vocabulary(students[0].name, name, config)
+        _check_vocabulary(students[0].name, name, config)
     by_depth = {student.plan.depth: student for student in (teacher, *students)}  # of one depth the later
     return Pairing(
         name=entry.name,
@@ -164,7 +164,7 @@ def _student(entry: ModelEntry, teacher: DemoModel) -> DemoModel:
     return DemoModel(str(entry.student), plan_of(load_config(str(entry.student))))
 
 
-def check_vocabulary(student: str, teacher: str, config: PretrainedConfig) -> None:
+def _check_vocabulary(student: str, teacher: str, config: PretrainedConfig) -> None:
     """Raise [`LayerPruneError`] unless a student has as many tokens as the teacher with this config."""
     if (size := load_config(student).vocab_size) != config.vocab_size:
         raise LayerPruneError(

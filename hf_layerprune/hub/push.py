@@ -103,7 +103,7 @@ def push_run(
     if not Path(output_dir).is_dir():
         raise LayerPruneError(f"{output_dir} is not a folder; give the output folder of a run")
     run, api, branch = load_run(output_dir), HfApi(token=token), revision or MAIN
-    if run.settings and hub_id(base_model):
+    if hub_id(base_model):
         run = run.started_from(base_model)
     record = run.record.until(len(run.record.rounds) if round is None else round)
     repo_id, source = full_name(api, repo_id), base_model or run.settings.get("model")

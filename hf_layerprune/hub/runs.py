@@ -68,10 +68,13 @@ class Run:
 
     def started_from(self, model: str) -> Run:
         """The run with the Hub id `model` in place of the name on this disk, in its recipe and its report."""
-        record = self.record
-        if not self.settings.get("teacher"):
+        record, of_run = self.record, self.record.settings
+        searched = record.verb == "parallelize"  # of which `of_run` holds names, of `compress` fingerprints
+        if searched or of_run.get("model") == of_run.get("teacher"):
             record = replace(record, teacher=replace(record.teacher, name=model))
-        return replace(self, record=record, settings=self.settings | {"model": model})
+        if searched:
+            record = replace(record, settings=of_run | {"model": model})
+        return replace(self, record=record, settings=self.settings and self.settings | {"model": model})
 
     def public_record(self, number: int) -> RunRecord:
         """The record as it was after a round, with the settings that may be pushed."""

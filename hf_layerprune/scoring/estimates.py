@@ -90,7 +90,8 @@ def estimate(
     criterion = criterion_of(criterion)
     if callable(criterion):
         with inference(model):
-            costs = _numbers(criterion(model, batches, blocks), len(blocks), name)
+            costs = criterion(model, batches, blocks)
+        costs = costs if isinstance(costs, Evidence) else _numbers(costs, len(blocks), name)
     elif criterion in ANGLES:
         costs = measure_angles(model, batches, [(block, block + 1) for block in blocks], criterion, on_batch)
     elif criterion == "taylor":
@@ -106,7 +107,7 @@ def estimate(
 
 
 def _numbers(costs: Any, count: int, name: str) -> list[float]:
-    """What a criterion of the user's returned, which must be as many numbers."""
+    """What a user's criterion returned, as `count` numbers."""
     with suppress(TypeError, ValueError, RuntimeError):
         found = [] if isinstance(costs, Mapping) else [float(cost) for cost in costs]
         if len(found) == count:

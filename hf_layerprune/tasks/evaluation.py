@@ -110,7 +110,7 @@ def _task(item: Any, home: Path) -> Task:
     task = TASK_KINDS[str(kind)]
     known = [item.name for item in fields(task)]
     if unknown := sorted({*settings} - {*known}):
-        raise LayerPruneError(f"{unknown[0]} is no setting of {kind}; choose one of {', '.join(known)}")
+        raise LayerPruneError(f"{kind} has no setting {unknown[0]}; choose one of {', '.join(known)}")
     try:
         return task(**settings)
     except TypeError as error:  # a missing setting, or a wrong type
@@ -154,7 +154,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> TaskReport:
-    """Measure a causal language model with an output head `lm_head` on tasks.
+    """Measure a causal language model of a supported family on tasks.
 
     Args:
         tasks (`str`, `Iterable[Task]` or `Iterable[PreparedTask]`):
@@ -168,9 +168,9 @@ def evaluate_tasks(
         [`LayerPruneError`]: if data does not fit its task, two tasks have one name, or a teacher is missing.
     """
     prepared = prepare_tasks(tasks, model, tokenizer, batch_size)
-    if teacher is not None:
-        check_same_vocabulary(model, teacher)
-    elif of_kl := [task.name for task in prepared if task.statistic == "kl"]:
+    check_same_vocabulary(model, model if teacher is None else teacher)
+    of_kl = [task.name for task in prepared if task.statistic == "kl"]
+    if teacher is None and of_kl:
         raise LayerPruneError(f"task {of_kl[0]}: KL needs a teacher to compare with; give one or leave out the task")
     with inference(*(one for one in (model, teacher) if one is not None)):
         return TaskReport({task.name: _evaluate(model, task, tokenizer, teacher, on_chunk) for task in prepared})

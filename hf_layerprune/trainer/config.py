@@ -233,10 +233,11 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     def _settle_criterion(self) -> None:
         """Let `tasks` imply their criterion, and check that the criterion can choose as asked."""
-        if not isinstance(self.criterion, str):
+        if callable(self.criterion):
+            name = getattr(self.criterion, "__name__", type(self.criterion).__name__)
             raise LayerPruneError(
-                f"criterion={self.criterion!r:.80} must be a name, so that a run can resume; put the function into a "
-                "module and give 'module:function'"
+                f"criterion={name} is a function, which a run cannot record; put it into a module and give "
+                "'module:function'"
             )
         criterion_of(self.criterion)
         if self.tasks is not None and self.criterion == type(self).criterion:

@@ -259,14 +259,14 @@ class IterativeLayerDistillTrainer(SFTTrainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | Path | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Run the rounds until the student meets its target.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
+            resume_from_checkpoint (`str`, `Path` or `bool`, *optional*):
                 `True` (or the output folder) continues the run in `args.output_dir`, inside the round it was in.
 
         Raises:
@@ -293,7 +293,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             self.teacher.train(was_training)
             self.file.close()
 
-    def open_run(self, resume_from_checkpoint: str | bool | None = None) -> None:
+    def open_run(self, resume_from_checkpoint: str | Path | bool | None = None) -> None:
         """Start a run in `args.output_dir`, or open the one that is there; `train()` does it if you do not.
 
         Raises:
@@ -312,7 +312,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             goal = Goal.of(args.budget, args.edit_space, teacher, plan_of(teacher), run.latency)
             self.goal = broadcast_from_main(goal)
             check_budget(self.model_name, self.goal, plan_of(start), args.heal)
-            self.file.begin_run(self.goal, args.on_policy_steps > 0)
+            self.file.begin_run(settings, self.goal)
         except BaseException:
             self.file.close()
             raise

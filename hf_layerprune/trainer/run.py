@@ -6,8 +6,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,7 +49,8 @@ CHANGEABLE = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim",
     "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16",
 )  # fmt: skip
-ON_POLICY = ("on_policy_steps", "on_policy_tokens", "on_policy_learning_rate")  # may, until that round is done
+# may change until the on-policy round is done
+ON_POLICY = ("on_policy_steps", "on_policy_tokens", "on_policy_learning_rate")
 
 
 class RunFile:
@@ -59,34 +61,35 @@ class RunFile:
         self.phase = "starting"
         self.is_done = False  # nothing is left of the run but to write it
         self._writes, self._lock = writes, None
-        self._found: RunRecord | None = None
         self._since = time.perf_counter() - seconds
 
     def open(self, settings: dict[str, Any], resume: str | Path | bool | None) -> None:
         """Lock the folder and start a run in it, or continue the one that is there; see [`check_resume`]."""
         self._lock = lock_run(self.folder)  # before anything is read: what is read stays true
-        found = self._found = read_state(self.folder)
+        found = read_state(self.folder)
         if found is not None:
             self.record = replace(found, environment=self.record.environment)
         check_resume(self.folder, found, settings, resume)
-        self.record = replace(self.record, settings=settings)
 
-    def begin_run(self, goal: Goal, on_policy: bool) -> None:
-        """Save what the run goes on with; the settings of one that has nothing left to do stay those it was made with.
+    def begin_run(self, settings: dict[str, Any], goal: Goal) -> None:
+        """Save the settings the run continues with; a finished run keeps those it was made with.
 
-        Raises [`LayerPruneError`] if the run went beyond its target before its last edit.
+        Raises [`LayerPruneError`] if the run is beyond the target, or has been healed on policy with other settings.
         """
-        done, target = [record.plan for record in self.record.rounds], goal.budget.target
-        earlier = [plan for plan in done if plan != done[-1]]
-        if done and goal.budget.unit == "depth" and done[-1].depth < target or any(map(goal.met, earlier)):
+        run, current = self.record, self.record.current
+        edits, start = (*run.edits, *(current.edits if current else ())), LayerPlan.from_dict(settings["plan"])
+        plans = [*accumulate(edits, lambda plan, edit: edit.apply(plan), initial=start)]
+        if any(map(goal.met, plans[:-1])):
             raise LayerPruneError(
-                f"{self.folder} holds a run that is at {done[-1].depth} layers, beyond "
-                f"{TARGETS[goal.budget.unit]}={target:g}; lower the target, or choose another output_dir"
+                f"{self.folder} holds a run that is at {plans[-1].depth} layers, beyond "
+                f"{TARGETS[goal.budget.unit]}={goal.budget.target:g}; lower the target, or choose another output_dir"
             )
-        on_policy = on_policy and bool(done) and not self.record.rounds[-1].is_on_policy
-        self.is_done = bool(done) and goal.met(done[-1]) and self.record.current is None and not on_policy
-        made_with = self._found.settings if self.is_done and self._found else self.record.settings
-        self.save(latency=goal.latency, settings=made_with)
+        is_there, on_policy = goal.met(plans[-1]), bool(run.rounds) and run.rounds[-1].is_on_policy
+        if is_there and on_policy:
+            check_same(self.folder, run.settings, settings, ON_POLICY)
+        left = settings["on_policy_steps"] and not on_policy
+        self.is_done = bool(run.rounds) and current is None and is_there and not left
+        self.save(latency=goal.latency, settings=run.settings if self.is_done else settings)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -153,18 +156,21 @@ def check_resume(
             f"output_dir={folder} holds another run; resume it (--resume, resume_from_checkpoint) or choose another "
             "folder"
         )
-    may_change = {*CHANGEABLE}
-    if not (found.rounds and found.rounds[-1].is_on_policy):
-        may_change |= {*ON_POLICY}
+    may_change = {*CHANGEABLE, *ON_POLICY}
     edits = [*found.edits, *(found.current.edits if found.current else ())]
     removed = {layer for edit in edits if edit.kind == "remove" for layer in edit.layers}
     if isinstance(named := found.settings.get("trained_layers"), list) and removed.issuperset(named):
         may_change |= {"trained_layers"}  # the run stopped because nothing is left to train
-    for key in found.settings | settings:
-        if key not in may_change and found.settings.get(key) != settings.get(key):
+    check_same(folder, found.settings, settings, [key for key in found.settings | settings if key not in may_change])
+
+
+def check_same(folder: Path, found: dict[str, Any], settings: dict[str, Any], keys: Iterable[str]) -> None:
+    """Raise [`LayerPruneError`] if a setting in `keys` is not what the run in `folder` was `found` with."""
+    for key in keys:
+        if found.get(key) != settings.get(key):
             raise LayerPruneError(
-                f"{folder} holds a run with {key}={found.settings.get(key)!r}, now it is {settings.get(key)!r}; "
-                "resume with the same settings, model and data, or choose another output_dir"
+                f"{folder} holds a run with {key}={found.get(key)!r}, now it is {settings.get(key)!r}; resume with "
+                "the same settings, model and data, or choose another output_dir"
             )
 
 

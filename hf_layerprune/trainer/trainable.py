@@ -83,7 +83,9 @@ def check_healing(model: PreTrainedModel, args: IterativeLayerDistillConfig, pef
     DeepSpeed alone keeps those of float16 in float32 too."""
     if peft_config is not None:
         if getattr(peft_config, "bias", "none") == "all" and args.trained_layers != "all":
-            raise LayerPruneError("bias='all' trains biases of every layer; use 'lora_only', or trained_layers='all'")
+            raise LayerPruneError(
+                "bias='all' trains the biases of every layer; set bias='lora_only', or trained_layers='all'"
+            )
         with torch.device("meta"):
             empty = type(model)(copy.deepcopy(model.config))
         _check_targets(empty, getattr(peft_config, "target_modules", None))
