@@ -24,7 +24,7 @@ case $name in
   qwen2.5-coder-0.5b-instruct)
     drawn="--max_new_tokens 144 --temperature 0.7 --top_k 20 --top_p 0.8"
     fifth=19 fifth_round=01 third=16 third_round=02 repair_rows=128
-    baselines="paper block_influence tail" ;;
+    baselines="paper block_influence tail parallel" ;;
   *) echo "no recipe '$name'; choose smollm2-135m-instruct or qwen2.5-coder-0.5b-instruct" >&2
      exit 2 ;;
 esac
