@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("students", nargs="+", metavar="LOSS=FOLDER")
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--removed", type=numbers, required=True, help="teacher layers in the order of their removal")
+    parser.add_argument("--back", type=numbers, help="how many are put back, such as 2,4; by default every number")
     parser.add_argument("--data", type=Path, required=True, help="folder that recipes/data/mix.py wrote")
     parser.add_argument("--output_file", type=Path, required=True)
     args = parser.parse_args()
@@ -57,9 +58,10 @@ def main() -> None:
         kept = set(plan_of(student).layers)
         for way in ("layers alone", "with the layer before"):
             back: set[int] = set()
-            for layer in reversed(args.removed):
+            for count, layer in enumerate(reversed(args.removed), 1):
                 back |= {layer} | (set() if way == "layers alone" else before_gap(kept, layer))
-                measure(loss, way, restore(student, teacher, sorted(back)))
+                if args.back is None or count in args.back:
+                    measure(loss, way, restore(student, teacher, sorted(back)))
 
 
 if __name__ == "__main__":
