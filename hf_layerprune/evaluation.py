@@ -52,8 +52,8 @@ def evaluate_model(
         on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
 
     Raises:
-        [`LayerPruneError`]: if there is no token to score, the model is of another family, or the teacher has another
-            vocabulary.
+        [`LayerPruneError`]: if there is no token to score, a model's family is not supported, or the vocabularies
+            differ.
     """
     models = [model] if teacher is None else [model, teacher]
     check_same_vocabulary(model, model if teacher is None else teacher)

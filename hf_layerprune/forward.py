@@ -157,8 +157,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
 
 
 def check_same_vocabulary(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless both are causal language models of a supported family, which may not scale its
-    logits, of one vocabulary, and without adapters."""
+    """Raise [`LayerPruneError`] unless both are causal language models of one vocabulary, without adapters, and of
+    supported families: others may scale their logits."""
     for one in (model, teacher):
         check_causal(one)
         if is_peft_model(one):  # its `base_model` is not the decoder

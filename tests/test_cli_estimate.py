@@ -88,7 +88,7 @@ def test_a_recipe_is_read_as_compress_reads_it(tmp_path, shape, capsys):
     recipe = {
         "model": str(shape), "output_dir": "x", "target_num_layers": 3, "trained_layers": "2,3", "max_length": 32,
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "num_train_epochs": 2, "report_to": "none",
-        "dtype": "bfloat16", "lora_alpha": 8,
+        "dtype": "bfloat16",
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert run("--config", tmp_path / "recipe.yaml", "--gpu_memory", "1GiB") == 0
