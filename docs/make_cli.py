@@ -26,7 +26,7 @@ HEAD = """\
 
 Made by `python docs/make_cli.py` from the dataclasses; do not edit. `hf-layerprune COMMAND --help-all` says the same.
 
-Every setting can stand on the command line (`--criterion kl`) or in a YAML file given with `--config`; the command
+Every setting can be given on the command line (`--criterion kl`) or in a YAML file given with `--config`; the command
 line wins, and an unknown key is an error. A switch takes `true` or `false`. An empty default is none.
 """
 OF_TRL_TEXT = f"""\

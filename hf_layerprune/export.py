@@ -65,7 +65,7 @@ def export_gguf(
     name: str | None = None,
     on_tensor: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a model and its tokenizer as a GGUF file, which takes the place of any file at `path` when it is complete.
+    """Write a model and its tokenizer as a GGUF file, which replaces any file at `path` once it is complete.
 
     Args:
         model (`PreTrainedModel`): a plain Qwen2, Qwen3, Llama or Mistral; students with removed or merged layers are.

@@ -59,7 +59,7 @@ NUMBERS_PER_TENSOR = 2**16  # that are compared, from all over it
 
 
 def resolve(name_or_path: str) -> str:
-    """Where a named model lies: the package's own folder for `"embedded"`, `model` in the output folder of a run, else
+    """Where a named model is: the package's own folder for `"embedded"`, `model` in the output folder of a run, else
     the name without its `@revision`."""
     if name_or_path == EMBEDDED:
         return EMBEDDED_MODEL

@@ -19,7 +19,7 @@ QUESTION = "The last question"
 class ChatFormat:
     """A chat as a plain sequence of messages."""
 
-    around: dict[str, tuple[str, str]]  # what stands before and after a message, by its role
+    around: dict[str, tuple[str, str]]  # what comes before and after a message, by its role
     opening: str  # what begins the answer
     system: str | None  # the message of the system that a chat without one begins with
 

@@ -209,7 +209,7 @@ def plot_quality(run: RunRecord) -> Figure:
     def draw(name: str, states: str, style: dict[str, object]) -> None:
         measured = {record.depth: getattr(record, states) for record in run.rounds if getattr(record, states)}
         curve = {run.teacher.depth: run.teacher.quality} | measured
-        line = {} if len(run.rounds) > 1 else {"linestyle": "none"}  # two points are no curve
+        line = {} if len(run.rounds) > 1 else {"linestyle": "none"}  # two points do not make a curve
         axes.plot(list(curve), [quality.perplexity for quality in curve.values()], label=name, **style | line)
 
     if run.is_healed:

@@ -177,7 +177,7 @@ def _parameter_pairs(
 
 
 def check_in_memory(*models: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] if weights lie on disk or are moved to the device when they are needed."""
+    """Raise [`LayerPruneError`] if weights are on disk or are moved to the device when they are needed."""
     if any(parameter.is_meta for model in models for parameter in model.parameters()):
         raise LayerPruneError("a model is partly on disk or in CPU memory; load it whole, on one device")
 

@@ -1,7 +1,7 @@
 """`hf-layerprune <verb>`: the library on the command line.
 
-Every setting of a verb can stand in a YAML file (`--config`) or on the command line, which wins. A user's mistake is
-one line on stderr and exit status 2; anything else keeps its traceback. Only the verb that runs is imported.
+Every setting of a verb can be given in a YAML file (`--config`) or on the command line, which wins. A user's mistake
+is one line on stderr and exit status 2; anything else keeps its traceback. Only the verb that runs is imported.
 """
 
 from __future__ import annotations

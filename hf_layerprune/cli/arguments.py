@@ -11,7 +11,7 @@ AUTO = "the checkpoint's own, or float32 on a CPU that would emulate it"
 DTYPES = ("float32", "bfloat16", "float16")
 TASKS = "'default', 'paper', a YAML file or 'lm_eval:NAME'"
 TARGETS = {"target_num_layers", "target_latency", "target_num_parameters"}
-"""One of them ends a run; on the command line it takes the place of the one in a recipe."""
+"""One of them ends a run; on the command line it replaces the one in a recipe."""
 OF_TRL = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",

@@ -117,7 +117,7 @@ def writable(folder: Path | None) -> Iterator[None]:
         yield
     except BaseException:
         if new:
-            with suppress(OSError):  # something lies in it
+            with suppress(OSError):  # it is not empty
                 folder.rmdir()
         raise
 

@@ -97,7 +97,7 @@ def _target(found: Estimate, args: IterativeLayerDistillConfig) -> str:
 
 
 def _print_settings(settings: list[HealingSetting], memory: int) -> None:
-    """Print a line for each way to heal; what its peak is made of stands in --output_file."""
+    """Print a line for each way to heal; --output_file has the parts of its peak."""
     lines = []
     for _, group in groupby(settings, lambda one: (one.trained, one.lora_r, one.dtype, one.gradient_checkpointing)):
         of_way = list(group)

@@ -18,7 +18,7 @@ def push_space(argv: list[str]) -> None:
     if arguments.repo_id is None or bool(arguments.runs) == (arguments.models is not None):
         raise LayerPruneError(
             "what should it show, and where? hf-layerprune push-space RUN ... --repo_id user/name, or --models with "
-            "a YAML file in place of the Hub ids of runs"
+            "a YAML file instead of the Hub ids of runs"
         )
     commit = push(
         arguments.repo_id,

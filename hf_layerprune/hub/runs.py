@@ -67,7 +67,7 @@ class Run:
         raise LayerPruneError(f"{self.folder} no longer holds the student of round {number}; choose another round")
 
     def started_from(self, model: str) -> Run:
-        """The run with the Hub id `model` in place of the name on this disk, in its recipe and its report."""
+        """The run with the Hub id `model` instead of the name on this disk, in its recipe and its report."""
         record, of_run = self.record, self.record.settings
         searched = record.verb == "parallelize"  # of which `of_run` holds names, of `compress` fingerprints
         if searched or of_run.get("model") == of_run.get("teacher"):

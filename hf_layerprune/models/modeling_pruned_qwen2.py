@@ -183,7 +183,7 @@ def checked(load, name, *args, **kwargs):
     model, info = load(name, *args, **kwargs)
     wrong = [f"{tensor} is missing" for tensor in sorted(info["missing_keys"])]
     for tensor, found, expected in sorted(info["mismatched_keys"]):
-        wrong.append(f"{tensor} has shape {tuple(found)} in place of {tuple(expected)}")
+        wrong.append(f"{tensor} has shape {tuple(found)} instead of {tuple(expected)}")
     layers = sorted(tensor for tensor in info["unexpected_keys"] if re.search(r"\blayers\.\d+\.", tensor))
     wrong += [f"{tensor} belongs to no block" for tensor in layers]
     if wrong:
@@ -228,7 +228,7 @@ class PrunedQwen2Loading:
             for name in {"layer_plan", "num_hidden_layers", "layer_types", "max_window_layers"} & recorded.keys():
                 setattr(config, name, recorded[name])  # Llama's has only the first two
         kind = recorded.get("model_type")
-        if layer_plan is None and kind in PLAIN_MODELS and kind != "qwen2":  # whose config is no PrunedQwen2's
+        if layer_plan is None and kind in PLAIN_MODELS and kind != "qwen2":  # whose config is not PrunedQwen2's
             blocks = [[layer] for layer in range(recorded["num_hidden_layers"])]
             layer_plan = recorded.get("layer_plan") or {"num_teacher_layers": len(blocks), "blocks": blocks}
         if layer_plan is None:
@@ -255,7 +255,7 @@ class PrunedQwen2Loading:
 
         Raises:
             `ValueError`: if the plan does not fit `model`; if that is of a kind whose layers cannot be rearranged,
-                quantized, carries adapters, or lies on several devices.
+                quantized, carries adapters, or is spread over several devices.
         """
         config = PrunedQwen2Config.from_plain(model.config, layer_plan)
         config.tie_word_embeddings = is_tied(model)
@@ -264,7 +264,7 @@ class PrunedQwen2Loading:
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError("the model carries adapters; merge them into it first")
         if len(devices := {parameter.device for parameter in model.parameters()}) > 1:
-            raise ValueError(f"the model lies on {len(devices)} devices or is offloaded; load it on one")
+            raise ValueError(f"the model is spread over {len(devices)} devices or is offloaded; load it on one")
         with torch.device("meta"):
             rebuilt = cls(config)
         tensors = rearrange(model.state_dict(), plan_in(model.config)["blocks"], config.layer_plan["blocks"])

@@ -4,7 +4,7 @@ A plan that leaves out layer i, or runs i next to i+1, changes the states from l
 per batch, its states are kept, and each candidate runs from its first change on: leaving out every layer in turn takes
 L(L-1)/2 + L layer passes instead of L(L-1) + L, with the same numbers.
 
-A model whose layers lie on disk or in CPU memory is measured in one sweep through its weights: while a layer is
+A model whose layers are on disk or in CPU memory is measured in one sweep through its weights: while a layer is
 loaded, every candidate and batch passes it. The states of all calibration tokens are held instead, for each candidate;
 if that is too much, candidates are split over several sweeps.
 """

@@ -38,7 +38,7 @@ class Race:
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1:
-            raise LayerPruneError(f"confidence={self.confidence} is out of range; it must lie between 0 and 1")
+            raise LayerPruneError(f"confidence={self.confidence} is out of range; it must be between 0 and 1")
 
 
 def collect(

@@ -83,7 +83,7 @@ class KLTask(PerplexityTask):
 class MultipleChoiceTask(PromptedTask):
     """Which of several continuations is the likeliest; the cost of an example is 1 if it is not the right one.
 
-    Two fields may stand in templates next to the columns. In `prompt`: `{lettered_choices}`, the choices as lines
+    Next to the columns, templates can use two fields. In `prompt`: `{lettered_choices}`, the choices as lines
     `A. ...`. In `choice`: `{choice}`, its text, and `{letter}`, its letter. MMLU compares letters:
     `prompt="{question}\\n{lettered_choices}\\nAnswer:"`, `choice=" {letter}"`.
     [BLiMP](https://huggingface.co/papers/1912.00582) compares sentences: `prompt=""`, `choice="{choice}"`,

@@ -22,7 +22,7 @@ WRAPPER = "_checkpoint_wrapped_module."  # what FSDP's own activation checkpoint
 
 
 def splits_model(accelerator: Accelerator) -> bool:
-    """Whether the processes may hold parts of a model's weights or optimizer states in place of the whole."""
+    """Whether the processes may hold parts of a model's weights or optimizer states instead of all of them."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
