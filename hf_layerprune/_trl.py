@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,18 @@ def restore_forward(model: PreTrainedModel) -> None:
     leave on a model: this library computes its loss from hidden states, and a patched model neither copies nor
     pickles."""
     model.__dict__.pop("forward", None)
+
+
+@contextmanager
+def forward_put_back(model: PreTrainedModel) -> Iterator[None]:
+    """Give `model` back the forward it had, which accelerate replaces for good."""
+    before = dict(vars(model))
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+            vars(model).update({name: before[name]} if name in before else {})
 
 
 def set_model(trainer: SFTTrainer, model: nn.Module) -> None:

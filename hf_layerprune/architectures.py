@@ -78,10 +78,10 @@ def check_supported(config: PretrainedConfig) -> None:
         )
     kinds = set(getattr(config, "layer_types", None) or ())
     if "sliding_attention" in kinds or architecture.sliding(config):
-        hint = "; load it with use_sliding_window=False" if getattr(config, "use_sliding_window", False) else ""
+        off = '"use_sliding_window": false' if hasattr(config, "use_sliding_window") else '"sliding_window": null'
         raise LayerPruneError(
             f"this {architecture.name} model uses sliding-window attention (sliding_window={config.sliding_window}), "
-            f"which is not supported{hint}"
+            f"which is not supported; for full attention write {off} into its config.json, and remove layer_types"
         )
     if other := kinds - {"full_attention"}:
         raise LayerPruneError(

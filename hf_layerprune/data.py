@@ -92,6 +92,8 @@ def _checked(batch: Any, vocab_size: int, where: str) -> Batch:
         if not isinstance(value, Tensor) or value.shape != ids.shape:
             raise LayerPruneError(f"{where}: {key} must be a tensor of the shape of input_ids, {(*ids.shape,)}")
     labels = batch.get("labels", ids)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise LayerPruneError(f"{where}: labels are {labels.dtype}; give token ids, and -100 where none is scored")
     tokens = torch.cat([ids.flatten(), labels[labels != -100]])
     if len(wrong := tokens[(tokens < 0) | (tokens >= vocab_size)]):
         raise LayerPruneError(

@@ -36,7 +36,7 @@ from .errors import LayerPruneError
 from .forward import inference, inputs_of, record, to_device, unpadded
 from .models.modeling_pruned_qwen2 import HEAD_NORMS, join_layers
 from .plan import Edit, layer_groups
-from .surgery import apply_plan, check_in_memory, check_model, plan_of
+from .surgery import apply_plan, check_in_memory, check_model, copy_requires_grad, plan_of
 
 LEVERAGE_RIDGE = 10.0  # in mean eigenvalues of the activations' Gram matrix
 DOWN = "mlp.down_proj.weight"
@@ -78,12 +78,12 @@ def merge(
     groups = sorted(layer_groups(pairs))
     teacher = model if teacher is None else teacher
     batches = check_repairable(model, batches, teacher, sum(groups, ()))
-    student = apply_plan(model, plan_of(model), share_weights=share_weights)
+    student = start = apply_plan(model, plan_of(model), share_weights=share_weights)
     for group in groups:
         found = find_merges(student, batches, [group], teacher, ridge, on_batch)
         student = apply_plan_and_repair(student, plan_of(student).merge(*group), found[group])
-    trained = not share_weights and any(parameter.requires_grad for parameter in model.parameters())
-    return student.requires_grad_(trained)
+    copy_requires_grad(start, student)
+    return student
 
 
 def edited(
@@ -149,7 +149,8 @@ def _cut_back(
     model: PreTrainedModel, batches: Sequence[Batch], merges: Sequence[_Merge], num_tokens: int, ridge: float
 ) -> list[dict[str, Tensor]]:
     """The layer of each merge, with the heads and neurons that are kept, and `down_proj` as it was."""
-    grams = [[torch.zeros(n, n, device=model.device) for n in _sizes(one.layers)] for one in merges]
+    kind = {"dtype": torch.float32, "device": model.device}
+    grams = [[torch.zeros(n, n, **kind) for n in _sizes(one.layers)] for one in merges]
     for batch in batches:
         batch = to_device(batch, model.device)
         run, valid = record(model, batch, {one.start for one in merges}, stop=True), unpadded(batch)

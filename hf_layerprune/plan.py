@@ -238,6 +238,13 @@ class Edit:
     kind: str
     layers: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if self.kind not in EDIT_KINDS or (self.kind == "remove" and len(self.layers) != 1):
+            raise LayerPruneError(
+                f"{self.kind!r} of layers {self.layers} is not an edit; remove takes one layer, "
+                f"{' and '.join(SEPARATORS)} take two or more"
+            )
+
     @classmethod
     def remove(cls, layer: int) -> Edit:
         return cls("remove", (layer,))

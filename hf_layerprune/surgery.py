@@ -8,6 +8,7 @@ on data, and is in `merging.py`.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 
@@ -27,12 +28,26 @@ def check_model(model: PreTrainedModel) -> None:
     """Raise [`LayerPruneError`] unless `model` is a causal language model of a supported family, without a wrapper."""
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "lm_head"):
         raise LayerPruneError(
-            f"{type(model).__name__} is not a plain causal language model; unwrap it, or merge its adapters into it; "
-            "load one by name with hf_layerprune.load_model"
+            f"{type(model).__name__} is not a plain causal language model; unwrap it, merge its adapters into it "
+            "(merge_and_unload), or load one by name with hf_layerprune.load_model"
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise LayerPruneError("the model carries adapters; merge them into it first")
+    if getattr(model, "_hf_peft_config_loaded", False) or _has_adapters(model):
+        raise LayerPruneError("the model carries adapters; merge them into it first (PEFT's merge_and_unload)")
     check_supported(model.config)
+    if (found := len(model.base_model.layers)) != model.config.num_hidden_layers:
+        raise LayerPruneError(
+            f"the model has {found} layers but its config says num_hidden_layers={model.config.num_hidden_layers}; "
+            "take layers out with prune, or correct the config (layer_types too)"
+        )
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    """Whether PEFT has put adapters into `model`, which it does in place: also the base of a `PeftModel` has them."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def plan_of(model: PreTrainedModel | PretrainedConfig) -> LayerPlan:
@@ -42,6 +57,11 @@ def plan_of(model: PreTrainedModel | PretrainedConfig) -> LayerPlan:
     if recorded is None:
         return LayerPlan.identity(config.num_hidden_layers)
     plan = LayerPlan.from_dict(recorded)
+    if plan.parallel_pairs and config.model_type != PrunedQwen2Config.model_type:
+        raise LayerPruneError(
+            f"layer_plan in config.json has {plan.parallel_pairs[0]} in parallel, which a model of type "
+            f"{config.model_type} cannot; correct it, or list merged layers under 'merged'"
+        )
     if plan.depth != config.num_hidden_layers:
         raise LayerPruneError(
             f"config.json records a plan of {plan.depth} blocks but num_hidden_layers={config.num_hidden_layers}"
@@ -238,9 +258,18 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     student = student if plan.parallel_pairs else to_plain(student)
     if share_weights:
         return student.requires_grad_(False)
+    copy_requires_grad(model, student)
     theirs = {parameter.data_ptr() for parameter in model.parameters()}
     unshare_parameters(parameter for parameter in student.parameters() if parameter.data_ptr() in theirs)
-    return student.requires_grad_(any(parameter.requires_grad for parameter in model.parameters()))
+    return student
+
+
+def copy_requires_grad(model: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Let what `student` shares with `model` require gradients as it does there, and what is new as any layer does."""
+    theirs = {parameter.data_ptr(): parameter.requires_grad for parameter in model.parameters()}
+    of_new = any(parameter.requires_grad for parameter in model.base_model.layers.parameters())
+    for parameter in student.parameters():
+        parameter.requires_grad_(theirs.get(parameter.data_ptr(), of_new))
 
 
 def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, share_weights: bool) -> PreTrainedModel:
@@ -254,6 +283,10 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
         memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
         memo |= {id(buffer): buffer for buffer in model.buffers()}
     student = copy.deepcopy(model, memo)
+    for module in student.modules():
+        if not hasattr(module, "_hf_hook"):  # accelerate's, which knows its module
+            vars(module).pop("forward", None)  # put there by TRL or a user, it would go on to run the original's
+            vars(module).pop("_original_forward", None)
 
     config, student_decoder = student.config, student.base_model
     student_decoder.layers = nn.ModuleList(student_decoder.layers[position] for position in kept)

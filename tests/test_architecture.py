@@ -20,6 +20,7 @@ JSON_IS_PASSED_ON = {
 }  # fmt: skip
 A_LIBRARY_WANTS_IT = {
     "loading.py beside_weights", "tasks/kinds.py costs_of_samples",
+    "trainer/config.py IterativeLayerDistillConfig.init_kwargs",
     "trainer/healing.py HealingTrainer.compute_loss", "trainer/healing.py HealingTrainer.training_step",
 }  # fmt: skip
 """Keyword arguments of `transformers`, and signatures of `Trainer` and lm-eval."""

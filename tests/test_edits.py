@@ -221,3 +221,11 @@ def test_groups_that_are_none_are_refused(size):
 
 def test_the_size_of_groups_does_not_matter_where_none_are_made():
     assert labels(EditSpace("remove", 1).edits(LayerPlan.identity(2))) == ["0", "1"]
+
+
+@pytest.mark.parametrize("kind, layers", [("drop", (1,)), ("remove", (1, 2)), ("remove", ())])
+def test_what_is_not_an_edit_is_refused(kind, layers):
+    with pytest.raises(
+        LayerPruneError, match="is not an edit; remove takes one layer, parallelize and merge take two"
+    ):
+        Edit(kind, layers)

@@ -153,3 +153,12 @@ def test_an_interrupt_leaves_no_checkpoint_that_nothing_reads(make, prompts, tmp
     again = make(prompt_dataset=prompts, **on_policy_settings(target_num_layers=3))  # and is not done before an edit
     again.train(resume_from_checkpoint=True)
     assert [len(record.edits) for record in again.run.rounds] == [1, 1, 0] and again.run.rounds[-1].is_on_policy
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_teacher_is_left_as_it_was(make, prompts, bf16):
+    teacher = tiny_model()
+    ids = torch.arange(12)[None]
+    before = teacher(ids).logits
+    make(teacher, prompt_dataset=prompts, **on_policy_settings(bf16=bf16, on_policy_learning_rate=1e-4)).train()
+    assert torch.equal(teacher(ids).logits, before) and "forward" not in vars(teacher)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from ..budget import TARGETS, Budget
+from ..budget import TARGETS
 from ..data import ASSETS
 from ..errors import LayerPruneError, first_line
 from ..loading import beside_weights, load_config
@@ -62,7 +62,8 @@ def with_default_recipe(argv: list[str]) -> list[str]:
 def set_default_target(config: IterativeLayerDistillConfig, depth: int) -> None:
     """Where no target is given, three quarters of the depth."""
     if config.budget is None:
-        config.budget = Budget("depth", default_depth(depth))
+        config.target_num_layers = default_depth(depth)
+        config.settle()
 
 
 def headline(arguments: CompressArguments, config: IterativeLayerDistillConfig, depth: int) -> str:

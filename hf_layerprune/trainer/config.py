@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ..scoring import CRITERIA, MEASURED, Race, criterion_of
 from ..settings import check_at_least, option
 
 TRAINED_LAYERS = ("neighbours", "all")
+METRICS = ("loss", "perplexity", "kl", "agreement")  # that `evaluate` gives
 CHOICES = {"compensation": COMPENSATIONS, "loss_preset": (None, "paper")}
 AT_LEAST = {
     "layers_per_round": 1, "num_calibration_samples": 1, "num_repair_samples": 1, "num_eval_samples": 1,
@@ -173,11 +175,22 @@ class IterativeLayerDistillConfig(SFTConfig):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         self.report_to = self.report_to or "none"  # `null` in a recipe
+        if (metric := self.metric_for_best_model) is not None:
+            if (name := metric.removeprefix("eval_")) not in METRICS:
+                raise LayerPruneError(
+                    f"metric_for_best_model={metric!r} is not measured; choose one of {', '.join(METRICS)}"
+                )
+            if self.greater_is_better is None:
+                self.greater_is_better = name == "agreement"
         super().__post_init__()
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
         # the reentrant kind gives layers after frozen ones no gradient; transformers reads the second name
         kwargs = (self.gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}
         self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs = kwargs
+        self.settle()
+
+    def settle(self) -> None:
+        """Check the settings and derive what follows from them; again where some were changed since."""
         self._check_values()
         self.trained_layers = parsed_layers(self.trained_layers)
         protected = (self.protect_first_layers, self.protect_last_layers)
@@ -187,6 +200,17 @@ class IterativeLayerDistillConfig(SFTConfig):
         self.budget = Budget.of(targets) if targets else None
         self.race = None if self.race_confidence is None else Race(self.race_confidence, self.seed)
         self._settle_criterion()
+
+    def init_kwargs(self, is_loaded: bool) -> dict[str, Any]:
+        """How models given by name are loaded; refuse `model_init_kwargs` where all are loaded already."""
+        given = dict(self.model_init_kwargs or {})
+        if given and is_loaded:
+            raise LayerPruneError(
+                f"model_init_kwargs={given} has no effect on a loaded model; give its name, or leave it out"
+            )
+        if "torch_dtype" in given:
+            given["dtype"] = given.pop("torch_dtype")
+        return {"dtype": torch.float32, "trust_remote_code": self.trust_remote_code} | given
 
     def _check_values(self) -> None:
         for name, choices in CHOICES.items():
@@ -257,6 +281,15 @@ class IterativeLayerDistillConfig(SFTConfig):
                 f"{asked[0]} needs a criterion that is measured in every round; choose one of {', '.join(MEASURED)} "
                 f"(now {self.criterion!r}), and leave out one_shot"
             )
+
+
+def settled(args: IterativeLayerDistillConfig) -> IterativeLayerDistillConfig:
+    """A copy of the settings that a trainer may change, checked again: some may have been set since they were made."""
+    if not isinstance(args, IterativeLayerDistillConfig):
+        raise LayerPruneError(f"args is of type {type(args).__name__}; give an IterativeLayerDistillConfig")
+    args = copy.copy(args)
+    args.settle()
+    return args
 
 
 def parsed_layers(trained_layers: Any) -> str | tuple[int, ...]:

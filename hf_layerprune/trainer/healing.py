@@ -24,6 +24,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
+from trl import SFTTrainer
 
 from .._trl import keep_weights_in_place, redirect_forward, set_model
 from ..data import Batch, valid_next_tokens
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from .iterative import IterativeLayerDistillTrainer
 
 COMPILER = "inductor"  # the backend of `torch.compile`
+NOT_CALLED = ("compute_loss", "training_step", "create_optimizer", "create_scheduler", "get_train_dataloader")
+"""Methods of an [`IterativeLayerDistillTrainer`] that no healing calls."""
 
 
 class HealingTrainer(Trainer):
@@ -107,9 +110,11 @@ class HealingTrainer(Trainer):
         self.accelerator.free_memory()
         if self.args.compile_layers:
             compile_layers([self.model, self.teacher])
+        rounds_before = self.owner.state.log_history
         try:
             output = self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
+            self.state.log_history = rounds_before + self.state.log_history
             self.owner.state, self.owner.control = self.state, self.control
             if self.args.compile_layers:
                 uncompile_layers([self.accelerator.unwrap_model(self.model), self.teacher])
@@ -156,7 +161,8 @@ class HealingTrainer(Trainer):
         if step < self.state.max_steps:
             if self.args.should_save:
                 sync_folder(self.folder / f"checkpoint-{step}")
-            self.on_checkpoint(step, self.so_far)
+            if not self.args.save_only_model:  # from which no healing can continue
+                self.on_checkpoint(step, self.so_far)
             if self.args.should_save:
                 rotate_checkpoints(str(self.folder), limit, self.state.best_model_checkpoint, use_mtime=True)
 
@@ -224,6 +230,15 @@ def compared_states(plan: LayerPlan, teacher_plan: LayerPlan, blocks: Sequence[i
             if teacher_plan.position_of(last) != reader:  # else the teacher has no state between them
                 compared.append((position, reader - 1))
     return compared
+
+
+def check_overrides(kind: type[SFTTrainer]) -> None:
+    """Refuse a trainer with methods of its own that would never be called: a [`HealingTrainer`] trains each round."""
+    if own := [name for name in NOT_CALLED if getattr(kind, name) is not getattr(SFTTrainer, name)]:
+        raise LayerPruneError(
+            f"{kind.__name__} overrides {', '.join(own)}, but every round is healed by a trainer of its own; use the "
+            "weights of the loss, optimizer_cls_and_kwargs or callbacks"
+        )
 
 
 def without_adapters(student: nn.Module) -> PreTrainedModel:

@@ -7,7 +7,6 @@ teacher.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,12 +44,12 @@ from ..loading import (
 from ..record import RunRecord, read_plan
 from ..rows import check_special_tokens, column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
-from ..surgery import check_in_memory, plan_of, prune, unshare_parameters
+from ..surgery import check_in_memory, check_model, plan_of, prune, unshare_parameters
 from ..tasks import prepare_tasks
 from .callbacks import hub_tags, use_trackio_rounds
-from .config import IterativeLayerDistillConfig
+from .config import IterativeLayerDistillConfig, settled
 from .engines import broadcast_from_main, check_engine, on_main, splits_model
-from .healing import without_adapters
+from .healing import check_overrides, without_adapters
 from .on_policy import prompts_to_answer
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_made_of, check_saving, decisive_settings, make_unpruned_student
@@ -118,6 +117,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         prompt_dataset: Dataset | None = None,
     ) -> None:
         began = time.perf_counter()
+        check_overrides(type(self))
+        args = settled(args)  # the user's own stays as it is
         files = self._load(model, teacher, args)
         if processing_class is None:
             processing_class = load_tokenizer(self.model_name, **files)
@@ -133,10 +134,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         check_special_tokens(texts, processing_class, args)
         self.file: RunFile | None = None
         self.goal: Goal | None = None  # what students are measured by; made when the run is opened
-        self._opened = False
-        self._peft_config = peft_config
+        self._opened, self._peft_config = False, peft_config
         self.round = 0  # the round in progress, from 1
-        args = copy.copy(args)  # the user's own stays as it is
         args.model_init_kwargs = None  # they have done their work; SFTTrainer would warn of them
         args.run_name = args.run_name or Path(args.output_dir).absolute().name  # one run of a tracker for all rounds
         with arguments_in_one_line():
@@ -159,18 +158,18 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         use_trackio_rounds(self.callback_handler.callbacks)
         self._make_batches(self.eval_dataset or {})
         self.prompts = prompts_to_answer(prompt_dataset, self.processing_class, self.start, args)
-        self.tasks = []
-        if args.tasks:
-            self.tasks = prepare_tasks(args.tasks, self.start, processing_class, args.per_device_eval_batch_size)
+        named, size = args.tasks, args.per_device_eval_batch_size
+        self.tasks = prepare_tasks(named, self.start, processing_class, size) if named else []
         self.seconds_before = time.perf_counter() - began
 
     def _load(self, model: Model, teacher: Model | None, args: IterativeLayerDistillConfig) -> dict[str, Any]:
         """Load what is given by name; returns how the files next to the model's weights are read."""
-        if not isinstance(args, IterativeLayerDistillConfig):
-            raise LayerPruneError(f"args is of type {type(args).__name__}; give an IterativeLayerDistillConfig")
         keep_models_whole()
-        check_in_memory(*(one for one in (model, teacher) if isinstance(one, PreTrainedModel)))
-        init = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        loaded = [one for one in (model, teacher) if isinstance(one, PreTrainedModel)]
+        check_in_memory(*loaded)
+        for one in loaded:
+            check_model(one)
+        init = args.init_kwargs(is_loaded=isinstance(model, PreTrainedModel) and teacher in (None, *loaded))
         file, files = init.pop("gguf_file", None), beside_weights(init)
         if isinstance(model, (str, Path)):
             self.model_name = absolute_if_local(gguf_name(str(model), file))
@@ -339,6 +338,9 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise LayerPruneError("predict would keep the logits of every token; evaluate(eval_dataset=...) measures")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the current student so that `from_pretrained` loads it."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer
 
+from .._trl import forward_put_back
 from ..data import num_positions
 from ..errors import LayerPruneError, NotANumber
 from ..healing_data import read_prompts
@@ -96,13 +97,15 @@ def heal_on_policy(
         "generation_kwargs": {"remove_invalid_values": True},  # what diverged shows in the loss
     }
     settings = DistillationConfig(**shared | OFF | own)
-    trainer = OnPolicyTrainer(trained, owner.teacher, settings, owner.prompts, processing_class=tokenizer)
-    trainer.callback_handler.callbacks = owner.callback_handler.callbacks
-    began = time.perf_counter()
-    try:
-        trainer.train()
-    finally:
-        owner.state, owner.control = trainer.state, trainer.control
+    with forward_put_back(owner.teacher):
+        trainer = OnPolicyTrainer(trained, owner.teacher, settings, owner.prompts, processing_class=tokenizer)
+        trainer.callback_handler.callbacks = owner.callback_handler.callbacks
+        began, rounds_before = time.perf_counter(), owner.state.log_history
+        try:
+            trainer.train()
+        finally:
+            trainer.state.log_history = rounds_before + trainer.state.log_history
+            owner.state, owner.control = trainer.state, trainer.control
     healed = merge_and_round(
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), owner.save_dtype
     )
