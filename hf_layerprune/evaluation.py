@@ -73,7 +73,7 @@ def evaluate_model(
             )
             num_tokens += len(labels)
             for name in totals:
-                totals[name] += getattr(statistics, name).double().sum().item()
+                totals[name] += statistics[name].double().sum().item()
             on_batch()
     means = {name: total / num_tokens for name, total in totals.items()}
     loss = means["nll"]
@@ -103,8 +103,7 @@ def sums_by_row(
         reference = (teacher_states, teacher.lm_head)
     sums = []
     for statistics in token_statistics(hidden, model.lm_head, labels, *reference):
-        values = getattr(statistics, statistic).cpu().double()
-        sums.append(torch.zeros_like(counts).index_add_(0, row_of_token, values))
+        sums.append(torch.zeros_like(counts).index_add_(0, row_of_token, statistics[statistic].cpu().double()))
     return torch.stack(sums), counts
 
 

@@ -194,15 +194,6 @@ def loss_of_parts(parts: dict[str, Tensor], args: Any) -> Tensor:
     return total + args.lm_weight * parts["lm"] if "lm" in parts else total
 
 
-@dataclass
-class TokenStatistics:
-    """Measurements of one model at N positions, `(N,)` each; the last two are comparisons with a teacher."""
-
-    nll: Tensor  # negative log-likelihood of the next token, nats
-    kl: Tensor | None = None  # KL(teacher || model), nats
-    agreement: Tensor | None = None  # whether both models rank the same token first
-
-
 @torch.no_grad()
 def token_statistics(
     hidden: list[Tensor],
@@ -211,10 +202,13 @@ def token_statistics(
     teacher_hidden: Tensor | None = None,
     teacher_head: nn.Linear | None = None,
     with_agreement: bool = False,
-) -> list[TokenStatistics]:
+) -> list[dict[str, Tensor]]:
     """Measure several final hidden states `(N, H)` of the same positions at once, against those of a teacher, if there
-    is one: it is projected once for all. `labels` `(N,)` follow the positions."""
-    parts: list[list[TokenStatistics]] = [[] for _ in hidden]
+    is one: it is projected once for all. `labels` `(N,)` follow the positions.
+
+    For each: `nll` of the labels, nats; `kl` (teacher || model), nats; `agreement` on the first token; `(N,)` each.
+    """
+    parts: list[list[dict[str, Tensor]]] = [[] for _ in hidden]
     for rows in _chunks(labels, head.out_features):
         target = labels[rows].unsqueeze(-1)
         if teacher_hidden is not None:
@@ -225,25 +219,17 @@ def token_statistics(
         for states, collected in zip(hidden, parts, strict=True):
             logits = head(states[rows]).float()
             log_z = logits.logsumexp(-1)
-            statistics = TokenStatistics(nll=log_z - logits.gather(-1, target).squeeze(-1))
+            statistics = {"nll": log_z - logits.gather(-1, target).squeeze(-1)}
             if teacher_hidden is not None:
                 if with_agreement:
-                    statistics.agreement = logits.argmax(-1) == favourite
+                    statistics["agreement"] = logits.argmax(-1) == favourite
                 # No matrix product: on a CPU that adds up in one float32, which is off by 1e-3 at 150,000 tokens.
-                statistics.kl = negative_entropy - logits.sub_(log_z.unsqueeze(-1)).mul_(probabilities).sum(-1)
+                statistics["kl"] = negative_entropy - logits.sub_(log_z.unsqueeze(-1)).mul_(probabilities).sum(-1)
             collected.append(statistics)
-    return [_concatenate(collected) for collected in parts]
+    return [{name: torch.cat([part[name] for part in collected]) for name in collected[0]} for collected in parts]
 
 
 def _chunks(rows: Tensor, vocabulary: int) -> Iterator[slice]:
     limit = MAX_LOGITS_PER_CHUNK.get(rows.device.type, MAX_LOGITS_PER_CHUNK["cuda"])
     step = max(MIN_ROWS_PER_CHUNK, limit // vocabulary)
     return (slice(start, start + step) for start in range(0, len(rows), step))
-
-
-def _concatenate(parts: list[TokenStatistics]) -> TokenStatistics:
-    def join(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
-    return TokenStatistics(join("nll"), join("kl"), join("agreement"))

@@ -109,7 +109,7 @@ class CandidateRuns:
     def measure(self, data: Chunk, statistic: str, fold: int, which: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Measure the model, and the candidates `which`, on a chunk of text or of a task; see [`~race.Measure`].
 
-        `statistic` is the field of [`TokenStatistics`] to sum over each row's scored tokens.
+        `statistic` is the one of [`~losses.token_statistics`] to sum over each row's scored tokens.
         """
         if isinstance(data, ModelChunk):
             return data.reduce([self.model, *map(self.student, which)], self.tokenizer)

@@ -27,7 +27,7 @@ from ..surgery import check_model, plan_of
 from .scores import Evidence, Key, Scores
 
 MEASURED = ("kl", "loss", "tasks")
-TOKEN_MEASURES = {"kl": "kl", "loss": "nll"}  # criterion -> field of `TokenStatistics`
+TOKEN_MEASURES = {"kl": "kl", "loss": "nll"}  # criterion -> name in `token_statistics`
 ANGLES: dict[str, Callable[[Tensor], Tensor]] = {
     "block_influence": lambda cosine: 1 - cosine,
     "angular_distance": lambda cosine: torch.arccos(cosine.clamp(-1, 1)) / math.pi,

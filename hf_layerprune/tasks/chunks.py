@@ -198,7 +198,7 @@ class PreparedTask:
 
     @property
     def statistic(self) -> Literal["kl", "nll"]:
-        """The field of [`~losses.TokenStatistics`] whose sums per row token and choice chunks take."""
+        """Which of [`~losses.token_statistics`] token and choice chunks take the sums of, per row."""
         return "kl" if self.measure == "kl" else "nll"
 
 
