@@ -203,7 +203,7 @@ def check_in_memory(*models: PreTrainedModel) -> None:
 
 
 def check_made_from(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless both are in memory, and alike in all but which of the layers they have."""
+    """Raise [`LayerPruneError`] unless both are in memory, and alike in all but the layers that the student lacks."""
     names = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     found = []
     for model in (student, teacher):
@@ -214,8 +214,12 @@ def check_made_from(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     (ours, weights), (theirs, others) = found
     differences = [f"{name} {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     differences += [f"{name} in one of them only" for name in sorted(weights ^ others)]
+    extra = sorted({*plan_of(student).layers} - {*plan_of(teacher).layers})
+    differences += [f"layers {extra} in the student only"] if extra else []
     if differences:
-        raise LayerPruneError(f"the student was not made from this teacher: {', '.join(differences)}")
+        raise LayerPruneError(
+            f"the student was not made from this teacher: {', '.join(differences)}; use the model it was pruned from"
+        )
 
 
 def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool = False) -> PreTrainedModel:

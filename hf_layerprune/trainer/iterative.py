@@ -44,7 +44,7 @@ from ..loading import (
 from ..record import RunRecord, read_plan
 from ..rows import check_special_tokens, column_names, select_text_column, warn_of_dropped_rows
 from ..scoring import MEASURED
-from ..surgery import check_in_memory, check_model, plan_of, prune, unshare_parameters
+from ..surgery import check_in_memory, check_made_from, plan_of, prune, unshare_parameters
 from ..tasks import prepare_tasks
 from .callbacks import hub_tags, use_trackio_rounds
 from .config import IterativeLayerDistillConfig, settled
@@ -52,7 +52,7 @@ from .engines import broadcast_from_main, check_engine, on_main, splits_model
 from .healing import check_overrides, without_adapters
 from .on_policy import prompts_to_answer
 from .rounds import Rounds
-from .run import RunFile, check_budget, check_made_of, check_saving, decisive_settings, make_unpruned_student
+from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
 from .trainable import check_healing, check_optimizer, check_trained_layers
 
 Model = str | Path | PreTrainedModel
@@ -167,8 +167,6 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         keep_models_whole()
         loaded = [one for one in (model, teacher) if isinstance(one, PreTrainedModel)]
         check_in_memory(*loaded)
-        for one in loaded:
-            check_model(one)
         init = args.init_kwargs(is_loaded=isinstance(model, PreTrainedModel) and teacher in (None, *loaded))
         file, files = init.pop("gguf_file", None), beside_weights(init)
         if isinstance(model, (str, Path)):
@@ -208,7 +206,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 f"criterion={args.criterion!r} judges single layers, but {list(plan.parallel_pairs)} run in parallel; "
                 f"choose one of {', '.join(MEASURED)}"
             )
-        check_made_of(plan, teacher_plan)
+        check_made_from(self.start, self.teacher)
         check_trained_layers(args.trained_layers, plan, name)
         if args.budget.unit != "latency":  # which is measured when the run is opened
             check_budget(name, Goal.of(args.budget, args.edit_space, self.teacher, teacher_plan), plan, args.heal)

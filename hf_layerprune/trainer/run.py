@@ -174,15 +174,6 @@ def check_same(folder: Path, found: dict[str, Any], settings: dict[str, Any], ke
             )
 
 
-def check_made_of(plan: LayerPlan, teacher_plan: LayerPlan) -> None:
-    """Raise [`LayerPruneError`] unless a student of `plan` can have been made from a teacher of `teacher_plan`."""
-    if plan.num_teacher_layers != teacher_plan.num_teacher_layers or {*plan.layers} - {*teacher_plan.layers}:
-        raise LayerPruneError(
-            f"the student's layers {list(plan.layers)} of {plan.num_teacher_layers} are not all layers of the teacher "
-            f"({list(teacher_plan.layers)} of {teacher_plan.num_teacher_layers}); use the model it was pruned from"
-        )
-
-
 def check_budget(name: str, goal: Goal, plan: LayerPlan, heal: bool) -> None:
     """Raise [`LayerPruneError`] unless the allowed edits lead from `plan`, that of the model called `name`, to the
     target. A student that has this depth already is healed without an edit."""
