@@ -235,13 +235,8 @@ def _cache_bytes(cache: Cache) -> int:
     return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
 
 
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Count the bytes of parameters and buffers; what is shared counts once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
-
-
 def _peak_memory(model: PreTrainedModel, load: Load, cache: StaticCache | None) -> int:
-    weights = weight_bytes(model)
+    weights = model.get_memory_footprint()
     if model.device.type != "cuda":
         return weights + kv_bytes_per_token(model) * load.batch_size * (load.prompt_tokens + load.new_tokens)
     torch.cuda.reset_peak_memory_stats(model.device)  # other models may be there too: what generating adds counts

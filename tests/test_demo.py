@@ -14,7 +14,7 @@ from demo_models import chat_tokenizer, make_run, make_service
 from transformers import GenerationConfig
 
 from hf_layerprune import LayerPruneError, cli
-from hf_layerprune.benchmark import kv_bytes_per_token, weight_bytes
+from hf_layerprune.benchmark import kv_bytes_per_token
 from hf_layerprune.demo import (
     DemoService,
     DemoSettings,
@@ -319,7 +319,8 @@ def test_both_models_answer_and_are_measured(service):
         assert (answer.num_tokens, answer.num_layers, answer.ending) == (12, layers, "length")
         assert answer.dtype == str(model.dtype).removeprefix("torch.")
         assert answer.num_parameters == model.num_parameters()
-        assert answer.memory_bytes == weight_bytes(model) + 18 * kv_bytes_per_token(model)  # 6 tokens of the prompt
+        cache = 18 * kv_bytes_per_token(model)  # 6 tokens of the prompt
+        assert answer.memory_bytes == model.get_memory_footprint() + cache
         assert answer.tokens_per_second > 0 and answer.time_to_first_token > 0
     assert "4 layers instead of 6" in comparison.to_dict()["summary"]
 

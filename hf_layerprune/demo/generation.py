@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..benchmark import kv_bytes_per_token, weight_bytes
+from ..benchmark import kv_bytes_per_token
 from ..errors import LayerPruneError
 from ..surgery import plan_of
 from .settings import Limits
@@ -155,7 +155,8 @@ def write(
     ids = torch.tensor([prompt], device=model.device)  # (1, T)
     parameters, dtype = model.num_parameters(), str(model.dtype).removeprefix("torch.")
     blank = replace(blank, num_parameters=parameters, num_layers=plan_of(model).depth, dtype=dtype)
-    weights, cache, ends = weight_bytes(model), kv_bytes_per_token(model), model.generation_config.eos_token_id
+    weights, cache = model.get_memory_footprint(), kv_bytes_per_token(model)
+    ends = model.generation_config.eos_token_id
     list(islice(sample(model, ids[:, -WARM_UP_TOKENS:], Sampling()), 2))
     yield blank
     growing, tokens, seconds, ending = sample(model, ids, sampling), [], [], ""
