@@ -238,7 +238,7 @@ class DemoArguments:
         positional=True,
     )
     models: str | None = option(None, "Instead: a YAML file with the list of models that visitors choose from.")
-    dtype: str | None = option(None, f"dtype of the weights: auto ({AUTO}), float32, bfloat16 or float16.")
+    dtype: str | None = option(None, f"dtype of the weights; 'auto' is {AUTO}.", choices=("auto", *DTYPES))
     server_name: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is all of them.")
     server_port: int | None = option(None, "Port; by default the first free one from 7860.")
     inbrowser: bool = option(False, "Open the page in a browser.")

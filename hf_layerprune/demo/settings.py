@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -16,8 +16,7 @@ from ..errors import LayerPruneError
 from ..hub.paths import hub_id
 from ..hub.runs import run_of
 from ..loading import EMBEDDED
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from ..settings import check_at_least
 
 
 @strict
@@ -34,10 +33,7 @@ class Limits:
     max_models: int = 4  # in memory; the least recently used goes first
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 2 if name == "max_models" else 1
-            if value < least:
-                raise LayerPruneError(f"{name}={value} must be at least {least}")
+        check_at_least(self, dict.fromkeys(vars(self), 1) | {"max_models": 2})
 
 
 @strict
@@ -67,7 +63,7 @@ class DemoSettings:
 
     models: list[ModelEntry]
     title: str = "Original and compressed, side by side"
-    dtype: str = "auto"  # of the weights; each checkpoint's own
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; each checkpoint's own
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -76,8 +72,6 @@ class DemoSettings:
             raise LayerPruneError("the list of models is empty; give at least one")
         if len(set(names)) < len(names):
             raise LayerPruneError(f"two models have the same name; give each its own: {', '.join(names)}")
-        if self.dtype not in DTYPES:
-            raise LayerPruneError(f"dtype={self.dtype!r} is unknown; choose {', '.join(DTYPES)}")
 
 
 def read_settings(path: str | Path) -> DemoSettings:
