@@ -11,8 +11,6 @@ import gc
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -74,30 +72,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: list[str]) -> None:
-    name = verb.replace("-", "_")
-    if {"-h", "--help", "--help-all"} & set(argv):
-        with _quick_imports():
-            parser = import_module(".parsing", __name__).Parser(verb)
-        sys.stdout.write(parser.help_text(everything="--help-all" in argv))
-        return
-    with _quick_imports():
-        module = import_module(f".{name}", __name__)
-        _silence_libraries()
-    getattr(module, name)(argv)
-
-
-@contextmanager
-def _quick_imports() -> Iterator[None]:
-    """Keep the garbage collector from looking through what imports make: during them that takes a third of their time,
-    and at the end of the process seconds."""
-    gc.disable()
+    name, wants_help = verb.replace("-", "_"), {"-h", "--help", "--help-all"} & set(argv)
     is_first = "torch" not in sys.modules  # else what is garbage now would be kept too
+    gc.disable()  # to look through what imports make takes a third of their time, and seconds when the process ends
     try:
-        yield
+        if wants_help:
+            parser = import_module(".parsing", __name__).Parser(verb)
+        else:
+            module = import_module(f".{name}", __name__)
+            _silence_libraries()
         if is_first:
             gc.freeze()
     finally:
         gc.enable()
+    if wants_help:
+        sys.stdout.write(parser.help_text(everything="--help-all" in argv))
+    else:
+        getattr(module, name)(argv)
 
 
 def _users_mistake(error: Exception) -> str | None:
