@@ -1,4 +1,4 @@
-"""Run a causal language model, or a part of it, and record what its blocks are called with.
+"""Run a causal language model, or a part of it, record what its blocks are called with, and share out the work.
 
 Shapes: B batch, T positions, H hidden, L blocks of the model. A hidden state is numbered by the block that reads it:
 state 0 is the embedding, block p turns state p into state p + 1, and the final norm reads state L.
@@ -13,8 +13,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures import architecture_of
@@ -135,6 +137,28 @@ def inference(*models: PreTrainedModel) -> Iterator[None]:
     finally:
         for model, mode in zip(models, modes, strict=True):
             model.train(mode)
+
+
+def shard(model: PreTrainedModel) -> tuple[int, int]:
+    """Which share of the data is this process's, and how many there are: `(rank, number of processes)`.
+
+    A model that is itself split over the processes (tensor parallelism) is run by all of them on all data.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gathered(results: list[Any], processes: tuple[int, int]) -> list[Any]:
+    """The results of all items in order, if each process has those of `items[rank::number of processes]`."""
+    _, count = processes
+    if count == 1:
+        return results
+    everyone: list[Any] = [None] * count
+    dist.all_gather_object(everyone, results)
+    return [everyone[n % count][n // count] for n in range(sum(map(len, everyone)))]
 
 
 def check_causal(model: PreTrainedModel) -> None:

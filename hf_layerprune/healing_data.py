@@ -28,9 +28,8 @@ from .data import load_text_dataset, num_positions, pad_id, padded
 from .environment import fingerprint, fingerprint_model
 from .errors import LayerPruneError, first_line, located
 from .files import write_atomically
-from .forward import check_tokenizer, inference, to_device
+from .forward import check_tokenizer, gathered, inference, shard, to_device
 from .loading import load_model, load_tokenizer, name_of
-from .processes import gathered, shard
 from .rows import is_message, joined_parts
 from .settings import HealingDataConfig
 

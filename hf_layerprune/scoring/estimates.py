@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 
 from ..data import Batch, check_batches, split_rows, valid_next_tokens
 from ..errors import LayerPruneError
-from ..forward import final_states, inference, record, to_device, unpadded
+from ..forward import final_states, gathered, inference, record, shard, to_device, unpadded
 from ..losses import next_token_loss
 from ..plan import LayerPlan
-from ..processes import gathered, shard
 from ..surgery import check_model, plan_of
 from .scores import Evidence, Key, Scores
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayerPruneError
-from ..processes import gathered
+from ..forward import gathered
 from .scores import Evidence
 
 LEAST_ROWS = 6  # the spread of fewer is too uncertain to drop a candidate by
@@ -51,7 +51,7 @@ def collect(
     """Measure the unchanged model (index 0) and its candidates (1, 2, ...).
 
     `kinds` has the weight and the chunks of each kind of data, `savings` what each candidate saves, as a race is for
-    the lowest price; for `processes` see [`~processes.shard`].
+    the lowest price; for `processes` see [`~forward.shard`].
 
     Returns:
         The evidence, and the share of the data that each candidate that the race dropped had seen.

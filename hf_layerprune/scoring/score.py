@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..compensation import Repair, check_method, find_repairs
 from ..data import Batch, Batches, check_batches, split_rows
 from ..errors import LayerPruneError
-from ..forward import check_same_vocabulary, inference
+from ..forward import check_same_vocabulary, inference, shard
 from ..merging import find_merges
 from ..plan import Edit, LayerPlan, layer_indices
-from ..processes import shard
 from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
