@@ -44,26 +44,16 @@ PUBLISHERS = re.compile(r"^(Qwen|meta-llama|mistralai|HuggingFaceTB)/")
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """How fast a model generates, and the memory it takes.
+    """How fast a model generates, and the memory it takes."""
 
-    Attributes:
-        prefill_tokens_per_second (`float`): prompt tokens over the time to the first new token.
-        decode_tokens_per_second (`float`): new tokens after the first over the time they took.
-        peak_memory_bytes (`int`): the weights and what generating adds: on a GPU measured, elsewhere the KV cache.
-        kv_bytes_per_token (`int`): size of the KV cache per token of context.
-        batch_size (`int`): prompts at once; the speeds count the tokens of all of them.
-        time_to_first_token (`float`): seconds from the call to the first new token.
-        prefill_ratio, decode_ratio (`float`): speed over that of the first model measured, run by run.
-    """
-
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    peak_memory_bytes: int
-    kv_bytes_per_token: int
-    batch_size: int
-    time_to_first_token: float
-    prefill_ratio: float
-    decode_ratio: float
+    prefill_tokens_per_second: float  # prompt tokens over the time to the first new token
+    decode_tokens_per_second: float  # new tokens after the first over the time they took
+    peak_memory_bytes: int  # the weights and what generating adds: on a GPU measured, elsewhere the KV cache
+    kv_bytes_per_token: int  # of context
+    batch_size: int  # prompts at once; the speeds count the tokens of all of them
+    time_to_first_token: float  # seconds from the call to the first new token
+    prefill_ratio: float  # speed over that of the first model measured, run by run
+    decode_ratio: float  # likewise
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

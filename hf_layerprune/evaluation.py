@@ -17,21 +17,13 @@ from .losses import perplexity_of, token_statistics
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """How good a model is on token batches.
+    """How good a model is on token batches; without a teacher, `kl` and `agreement` are `None`."""
 
-    Attributes:
-        loss (`float`): mean next-token loss, nats per token.
-        perplexity (`float`): `exp(loss)`.
-        kl (`float`, *optional*): mean KL(teacher || model), nats per token.
-        agreement (`float`, *optional*): share of positions where both models rank the same token first.
-        num_tokens (`int`): positions that were scored.
-    """
-
-    loss: float
-    perplexity: float
-    kl: float | None
-    agreement: float | None
-    num_tokens: int
+    loss: float  # mean next-token loss, nats per token
+    perplexity: float  # exp(loss)
+    kl: float | None  # mean KL(teacher || model), nats per token
+    agreement: float | None  # share of positions where both models rank the same token first
+    num_tokens: int  # positions that were scored
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -109,31 +109,20 @@ def _errors(deviations: Sequence[Tensor], unseen: Sequence[float] | None = None)
 
 @dataclass(frozen=True)
 class Scores(Generic[Key]):
-    """The cost of each candidate (a layer to remove, an edit or a plan), and which costs least for what it saves.
+    """The cost of each candidate (a layer to remove, an edit or a plan), and which costs least for what it saves."""
 
-    Attributes:
-        criterion (`str`): what was measured.
-        values (`dict[Key, float]`): the measure after each candidate; lower is better.
-        baseline (`float`): the measure of the unchanged model.
-        num_tokens (`int`): positions that were scored; rows, if `criterion` is `"tasks"`.
-        standard_errors (`dict[Key, float]`): of each value, over rows of data; `nan` with one row, and empty for a
-            criterion that is only an estimate.
-        dropped (`dict[Key, float]`): what a race dropped, and the share of the data that its values are over.
-        savings (`dict[Key, float]`): what each saves, above 0; empty if all save the same.
-        margin (`float`, *optional*): how far the best is ahead of the second, in standard errors of their paired
-            difference; `nan` if there is too little data, `None` if there was nothing to compare.
-        contenders (`tuple[Key, ...]`): the best two; one if a race dropped all others.
-    """
-
-    criterion: str
-    values: dict[Key, float]
-    baseline: float = 0.0
-    num_tokens: int = 0
+    criterion: str  # what was measured
+    values: dict[Key, float]  # the measure after each candidate; lower is better
+    baseline: float = 0.0  # the measure of the unchanged model
+    num_tokens: int = 0  # positions that were scored; rows, if `criterion` is "tasks"
+    # of each value, over rows of data; `nan` with one row, empty for a criterion that is only an estimate
     standard_errors: dict[Key, float] = field(default_factory=dict)
-    dropped: dict[Key, float] = field(default_factory=dict)
-    savings: dict[Key, float] = field(default_factory=dict)
+    dropped: dict[Key, float] = field(default_factory=dict)  # by a race, with the share of the data each had seen
+    savings: dict[Key, float] = field(default_factory=dict)  # of each, above 0; empty if all save the same
+    # how far the best is ahead of the second, in standard errors of their paired difference; `nan` if there is too
+    # little data, `None` if there was nothing to compare
     margin: float | None = None
-    contenders: tuple[Key, ...] = ()
+    contenders: tuple[Key, ...] = ()  # the best two; one if a race dropped all others
 
     @classmethod
     def of(

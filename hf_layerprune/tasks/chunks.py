@@ -49,17 +49,11 @@ class TokenChunk(Chunk):
 
 @dataclass(frozen=True)
 class ChoiceChunk(Chunk):
-    """Examples with a row per choice; the cost is 0 if the answer's row is the likeliest, else 1.
+    """Examples with a row per choice; the cost is 0 if the answer's row is the likeliest, else 1."""
 
-    Attributes:
-        sizes (`tuple[int, ...]` of length E): rows per example; they add up to B.
-        answers (`tuple[int, ...]` of length E): the right row within each example.
-        divisors (`tuple[int, ...]` of length B): divide each row's log-likelihood before they are compared.
-    """
-
-    sizes: tuple[int, ...]
-    answers: tuple[int, ...]
-    divisors: tuple[int, ...]
+    sizes: tuple[int, ...]  # (E,), rows per example; they add up to B
+    answers: tuple[int, ...]  # (E,), the right row within each example
+    divisors: tuple[int, ...]  # (B,), of each row's log-likelihood before they are compared
 
     def reduce(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """`(C, B)` summed nats and `(B,)` scored tokens per row to `(C, E)` costs, 0 or 1, and `(E,)` weights, 1.
@@ -181,20 +175,13 @@ def _loaded(metric: str) -> Any:
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task in tokens.
-
-    Attributes:
-        weight (`float`): its weight among others.
-        measure (`str`): `"accuracy"`, `"perplexity"`, `"kl"`, a metric's name, or the `"score"` of lm-eval.
-        chunks (`list[Chunk]`): its examples.
-        vocab_size (`int`): of the smallest vocabulary that its tokens are known to be in; 0 before they are checked.
-    """
+    """A task in tokens."""
 
     name: str
-    weight: float
-    measure: str
-    chunks: list[Chunk] = field(repr=False)
-    vocab_size: int = field(default=0, repr=False)
+    weight: float  # among others
+    measure: str  # "accuracy", "perplexity", "kl", a metric's name, or the "score" of lm-eval
+    chunks: list[Chunk] = field(repr=False)  # its examples
+    vocab_size: int = field(default=0, repr=False)  # the smallest its tokens are known to be in; 0 before a check
 
     @property
     def statistic(self) -> Literal["kl", "nll"]:

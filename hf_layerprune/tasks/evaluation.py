@@ -27,23 +27,14 @@ LM_EVAL = "lm_eval:"
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How good a model is on one task.
+    """How good a model is on one task."""
 
-    Attributes:
-        measure (`str`): what `quality` is: `"accuracy"`, `"perplexity"`, `"kl"` (nats per token), or a metric's name.
-        quality (`float`): the measure; of perplexity and KL, lower is better.
-        cost (`float`): mean cost, lower is better: 1 - accuracy, 1 - mean score of the texts, or nats per token.
-        standard_error (`float`, *optional*): of the mean cost, over examples; none for a single example.
-        num_examples (`int`): examples that were scored.
-        weight (`float`): weight of the task among the others.
-    """
-
-    measure: str
-    quality: float
-    cost: float
-    standard_error: float | None
-    num_examples: int
-    weight: float
+    measure: str  # what `quality` is: "accuracy", "perplexity", "kl" (nats per token), or a metric's name
+    quality: float  # of perplexity and KL, lower is better
+    cost: float  # mean, lower is better: 1 - accuracy, 1 - mean score of the texts, or nats per token
+    standard_error: float | None  # of the mean cost, over examples; none for a single example
+    num_examples: int  # that were scored
+    weight: float  # among the other tasks
 
 
 @dataclass(frozen=True)
