@@ -104,8 +104,7 @@ def compensate(
         ridge (`float`, *optional*, defaults to `5.0`):
             How firmly the present weights are held: as if `ridge` tokens of mean energy had found them right.
         on_batch (`Callable[[], None]`, *optional*): called after every batch of every gap, for progress bars.
-        share_weights (`bool`, *optional*, defaults to `False`): whether what is not changed shares memory with
-            `student`; see [`apply_plan`].
+        share_weights: see [`apply_plan`].
 
     Raises:
         [`LayerPruneError`]: for an unknown method, a layer that `student` has or `teacher` lacks, or data without a

@@ -78,8 +78,7 @@ def generate_healing_data(
         output_file (`str` or `Path`): file of JSON lines to write or to continue.
         config ([`HealingDataConfig`], *optional*): which prompts, how to sample, what to keep.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): by default the model's own.
-        on_rows (`Callable[[int, int], None]`, *optional*):
-            Called at the start and after each batch with the number of prompts that have an answer, and of all.
+        on_rows (`Callable[[int, int], None]`, *optional*): called with the prompts answered so far, and with all.
 
     Raises:
         [`LayerPruneError`]: if model, prompts and settings do not fit together, `output_file` holds rows of another

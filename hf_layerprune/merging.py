@@ -54,19 +54,17 @@ def merge(
 ) -> PreTrainedModel:
     """A new model with neighbouring layers merged into one layer, without training; `model` is left untouched.
 
-    After [FlattenGPT](https://huggingface.co/papers/2602.08858), from the bottom up, so that each merge sees those
-    below it.
+    They are merged from the bottom up, so that each merge sees those below it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a Qwen2, Qwen3, Llama or Mistral, possibly pruned before.
         pairs (`Iterable[tuple[int, ...]]`):
             Teacher layer indices, 0-based. Each pair (or longer group) must be neighbours in `model`, none in a
             parallel block, and name all layers of a block that was merged before.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score_layers`]. Padding never counts.
+        batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score`].
         teacher ([`~transformers.PreTrainedModel`], *optional*): whose states are to be matched; `model` by default.
-        ridge (`float`, *optional*, defaults to `5.0`): see [`compensate`].
-        on_batch (`Callable[[], None]`, *optional*): called after every batch of every pair, for progress bars.
-        share_weights (`bool`, *optional*, defaults to `False`): see [`apply_plan`].
+        ridge, on_batch: see [`compensate`].
+        share_weights: see [`apply_plan`].
 
     Returns:
         A model of the same class, a layer less deep for each pair, its `config.layer_plan` set.

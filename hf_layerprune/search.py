@@ -113,11 +113,8 @@ def search_plan(
         budget ([`Budget`] or `dict`):
             Where to stop: `{"depth": blocks}`, `{"latency": share of the original's time per token}` or
             `{"parameters": count}`. Its unit is what edits are weighed by. Latency is measured on `model`'s device.
-        edits (`Iterable[str]`, *optional*, defaults to `("remove", "parallelize")`):
-            Some of `"remove"`, `"parallelize"` and `"merge"`.
-        max_group_size (`int`, *optional*, defaults to `2`): most layers in one parallel or merged block.
-        protect_first_layers, protect_last_layers (`int`, *optional*, defaults to `0`):
-            Number of first and last teacher layers that no edit touches.
+        edits (`Iterable[str]`, *optional*, defaults to `("remove", "parallelize")`): kinds of edit, see [`Edit`].
+        max_group_size, protect_first_layers, protect_last_layers: see [`IterativeLayerDistillConfig`].
         latency ([`BlockCosts`], *optional*): measured before; saves the time to measure it.
         on_step (`Callable[[SearchStep], None]`, *optional*): called after every step.
 
@@ -176,17 +173,12 @@ def find_parallel_range(
 ) -> Scores[LayerPlan]:
     """Score every contiguous range of parallel pairs by loss; the first and the last layer stay alone.
 
-    The search of [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790), which pairs up
-    consecutive layers from a start to an end.
+    The search of [Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790).
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model, possibly pruned before, without parallel blocks.
-        batches (`Iterable[dict[str, Tensor]]`): calibration data, as in [`score_layers`].
+        batches, on_batch: see [`score`].
         target_depth (`int`, *optional*): number of blocks; by default all starts and ends are tried.
-        on_batch (`Callable[[], None]`, *optional*): called after every batch, for progress bars.
-
-    Returns:
-        [`Scores`]: the loss of every range that was tried; `safest` is the best plan.
 
     Raises:
         [`LayerPruneError`]: if no range of pairs leads to `target_depth`, or the model has parallel blocks.

@@ -36,20 +36,17 @@ class HealingDataConfig:
 
     Parameters:
         prompt_column (`str`, *optional*):
-            Column of the prompts: lists of messages, whose last answers are left out, or text. By default the first of
-            `"messages"`, `"prompt"` and `"text"` that exists.
-        as_chat (`bool`, *optional*, defaults to `False`):
-            Turn each text into a user's message, for the chat template; by default the teacher continues the text.
+            Messages, whose last answers are left out, or text; by default the first of messages, prompt and text.
+        as_chat (`bool`, *optional*, defaults to `False`): make each text a user's message instead of continuing it.
         prompt_tokens (`int`, *optional*, defaults to `32`):
-            The prompt of a text is the words in its first so many tokens; a column named `"prompt"` is used whole.
+            Tokens at the beginning of a text whose words are its prompt; a column named `"prompt"` is used whole.
         num_prompts (`int`, *optional*): rows to use, from the first; all by default.
         max_prompt_tokens (`int`, *optional*):
-            Longest prompt in tokens, chat template included; longer ones are left out and counted. By default what
-            `max_new_tokens` leaves of the model's positions.
+            Leave out longer prompts, chat template included; by default what `max_new_tokens` leaves of the positions.
         max_new_tokens (`int`, *optional*, defaults to `256`): longest answer in tokens.
         temperature (`float`, *optional*):
-            Sampling temperature; 0 is greedy. By default, as for `top_p` and `top_k`, the checkpoint's own; a
-            checkpoint whose generation config does not sample is sampled at temperature 1 from all tokens.
+            0 is greedy. By default, as for `top_p` and `top_k`, the checkpoint's own, or 1 and all tokens if its
+            generation config does not sample.
         top_p (`float`, *optional*): share of the probability to sample from.
         top_k (`int`, *optional*): number of tokens to sample from; 0 is all.
         seed (`int`, *optional*, defaults to `42`): seed of the sampling.

@@ -73,11 +73,10 @@ def prune(model: PreTrainedModel, layers: Iterable[int], *, share_weights: bool 
     """A new model without some layers; `model` is left untouched.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            A causal language model of a supported family. One that was pruned before keeps its teacher's indices:
-            layer 7 of a student that lacks layer 3 is the teacher's layer 7.
-        layers (`Iterable[int]`): teacher layer indices to remove, 0-based.
-        share_weights (`bool`, *optional*, defaults to `False`): see [`apply_plan`].
+        model ([`~transformers.PreTrainedModel`]): a causal language model of a supported family.
+        layers (`Iterable[int]`):
+            Teacher layer indices to remove, 0-based: layer 7 of a student that lacks layer 3 is the teacher's layer 7.
+        share_weights: see [`apply_plan`].
 
     Returns:
         A model of the same class (a plain one if no parallel block is left), dtype, device and mode, its
@@ -106,7 +105,7 @@ def parallelize(
         pairs (`Iterable[tuple[int, ...]]`):
             Teacher layer indices, 0-based. Each pair (or longer group) must be neighbours in `model`, and name all
             layers of a block that runs in parallel already.
-        share_weights (`bool`, *optional*, defaults to `False`): see [`apply_plan`].
+        share_weights: see [`apply_plan`].
 
     Returns:
         [`PrunedQwen2ForCausalLM`] with `config.layer_plan` set.
@@ -159,7 +158,7 @@ def restore(
             Teacher layer indices, 0-based. One that the student lacks is put in; one that it has, healed or repaired,
             becomes the teacher's own again. Name the layer before a gap too if it was repaired or healed to do the
             missing layers' work, and all layers of a parallel or merged block.
-        share_weights (`bool`, *optional*, defaults to `False`): whether the result shares memory with both models.
+        share_weights: see [`apply_plan`]; here with both models.
     """
     check_made_from(student, teacher)
     plan, teacher_plan, back = plan_of(student), plan_of(teacher), {*layer_indices(layers)}

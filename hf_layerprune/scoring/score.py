@@ -73,20 +73,12 @@ def score(
             initialized, give every process all data; each measures its share, and all return the same scores.
         candidates (`Iterable[int]`, or of [`Edit`] or [`LayerPlan`]):
             Layers to leave out, edits of the model's plan, or whole plans made of its layers.
-        criterion (`str` or `Callable`, *optional*, defaults to `"kl"`): measured, with everything else left as it is,
-            - `"kl"`: KL(teacher || model without the layer) of the next-token distributions, nats per token.
-            - `"loss"`: next-token loss of the model without the layer, nats per token.
-            - `"tasks"`: weighted mean cost on `tasks`: 1 - accuracy or score, or nats per token, as in
-              [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085).
-
-            or estimated, for layers that run in no parallel block,
-            - `"block_influence"`: 1 - cos(layer input, layer output) ([paper](https://huggingface.co/papers/2403.03853)).
-            - `"angular_distance"`: the angle between them over pi ([paper](https://huggingface.co/papers/2403.17887)).
-            - `"taylor"`: sum of |weight x gradient of the loss| ([paper](https://huggingface.co/papers/2402.02834)).
-            - `"tail"`: the last layer first ([paper](https://huggingface.co/papers/2411.15558)).
-            - `"random"`: drawn by `seed`.
-            - a function of your own, or its name as `"module:function"`: `f(model, batches, blocks)` returns a cost
-              for each of `blocks`, positions in `model.base_model.layers`.
+        criterion (`str` or `Callable`, *optional*, defaults to `"kl"`):
+            Measured: `"kl"` and `"loss"`, nats per token, and `"tasks"`, the weighted mean cost on `tasks`. Estimated,
+            for layers that run in no parallel block: `"block_influence"`, `"angular_distance"`, `"taylor"`, `"tail"`
+            and `"random"`. docs/scoring.md defines each and names its paper. Or a function of your own, or its name
+            as `"module:function"`: `f(model, batches, blocks)` returns a cost for each of `blocks`, positions in
+            `model.base_model.layers`.
         teacher ([`~transformers.PreTrainedModel`], *optional*):
             The model `"kl"` compares with; the ORIGINAL teacher when `model` is a student. Defaults to `model`.
         on_batch (`Callable[[], None]`, *optional*):

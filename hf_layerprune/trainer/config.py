@@ -51,71 +51,59 @@ class IterativeLayerDistillConfig(SFTConfig):
 
     Parameters:
         target_num_layers (`int`, *optional*):
-            Depth at which to stop: rounds of score, remove, heal, evaluate go on until the student has this many
-            layers (parallel ones count as one). A student that has this depth already is healed in one round.
+            Depth at which to stop; a block of parallel layers counts as one. A student that has it already is healed
+            in one round.
         target_latency (`float`, *optional*):
-            Instead: time per generated token to reach, as a share of the teacher's, measured on this machine in the
-            dtype in memory. Edits are then weighed by what they save of it.
+            Instead: time per generated token to reach, as a share of the teacher's, measured on this machine.
         target_num_parameters (`int`, *optional*): instead: number of parameters; parallel layers save next to none.
         plan (`str`, *optional*):
-            File such as `plan.json` that says which of its teacher's layers a student holds, if its config does not;
-            by default they are found by comparing weights.
+            `plan.json` of a student whose config has none; by default its layers are found by comparing weights.
         edits (`str`, *optional*, defaults to `"remove"`):
-            What a round may do: `"remove"` a layer, `"parallelize"` two neighbours
-            ([Leveraging the True Depth of LLMs](https://huggingface.co/papers/2502.02790)), `"merge"` two neighbours
-            into one layer ([`merge`]), or several with commas between, whichever costs less for what it saves.
+            What a round may do, whichever costs less for what it saves: `"remove"` a layer, `"parallelize"` two
+            neighbours ([paper](https://huggingface.co/papers/2502.02790)), `"merge"` two ([`merge`]); or several.
         max_group_size (`int`, *optional*, defaults to `2`): most layers in one block, in parallel or merged.
         layers_per_round (`int`, *optional*, defaults to `1`): layers removed (edits made) between two healings.
         criterion (`str`, *optional*, defaults to `"kl"`):
-            What a layer costs: `"kl"`, `"loss"`, `"tasks"` as in the paper, or an estimate to compare them with, such
-            as `"block_influence"` or your own function as `"module:function"`; see [`score`]. `"angular_distance"`
-            removes the layers of a round as one contiguous stretch.
-        tasks (`str`, *optional*):
-            Data sets that score layers, with `criterion="tasks"`, which is implied: `"default"`, `"paper"`, a YAML
-            file, `"lm_eval:NAME"`, or several with commas between; see [`load_tasks`].
-        one_shot (`bool`, *optional*, defaults to `False`):
-            Score once, on the model the run starts from, and remove in that order; by default every round scores the
-            healed student again.
+            What a layer costs; see [`score`]. `"angular_distance"` removes the layers of a round as one stretch.
+        tasks (`str`, *optional*): data sets that score layers, see [`load_tasks`]; they imply `criterion="tasks"`.
+        one_shot (`bool`, *optional*, defaults to `False`): score once and remove in that order.
         race_confidence (`float`, *optional*):
-            Let layers race: those worse than the best beyond doubt see only the first part of the calibration data.
-            This is the probability of the choice that all data would make, such as 0.95.
+            Let layers race: the probability, such as 0.95, of the choice that all calibration data would make.
         protect_first_layers (`int`, *optional*, defaults to `0`): number of first teacher layers that no edit touches.
         protect_last_layers (`int`, *optional*, defaults to `0`): number of last teacher layers that no edit touches.
         num_calibration_samples (`int`, *optional*, defaults to `64`): rows of calibration data that score the layers.
         num_repair_samples (`int`, *optional*):
-            Rows of calibration data to fit repairs and merges to; by default those that score. A repair costs two
-            passes over them, scoring one per layer: many rows are cheap here, and help.
+            Rows to fit repairs and merges to; by default those that score. A repair takes two passes over them,
+            scoring one per layer: many rows are cheap here, and help.
         num_eval_samples (`int`, *optional*): rows of `eval_dataset` that measure quality; all by default.
         compensation (`str`, *optional*, defaults to `"none"`):
-            Repair the student in closed form after each removal, before it is healed: `"least_squares"`, see
-            [`compensate`]. Measured scores are taken after the repair.
+            `"least_squares"`: repair each removal before healing, see [`compensate`], and score after the repair.
         heal (`bool`, *optional*, defaults to `True`): whether rounds heal; without it layers are only removed.
         trained_layers (`str`, *optional*, defaults to `"neighbours"`):
-            What healing trains: `"neighbours"`, the layers before and after each layer removed in the round (as in
-            the paper) and the blocks made in it; `"all"` parameters; or named teacher layers, such as `"3,4,10"`.
+            What healing trains: `"neighbours"` of the layers removed in the round (as in the paper) and the blocks
+            made in it; `"all"` parameters; or named teacher layers, such as `"3,4,10"`.
         kl_weight (`float`, *optional*, defaults to `1.0`): weight of the divergence that `beta` chooses.
         beta (`float`, *optional*, defaults to `0.0`):
-            Divergence of the next-token distributions: 0 is KL(teacher || student), 1 KL(student || teacher), between
-            them the generalized Jensen-Shannon divergence of [GKD](https://huggingface.co/papers/2306.13649).
+            0 is KL(teacher || student), 1 KL(student || teacher), between them the generalized Jensen-Shannon
+            divergence of [GKD](https://huggingface.co/papers/2306.13649).
         hidden_weight (`float`, *optional*, defaults to `10.0`):
-            Weight of the hidden-state part: the squared distance of the healed layers' outputs and of the final state
-            from the teacher's, over the teacher's mean square, averaged over tokens and over the states compared.
+            Weight of the squared distance of the healed layers' outputs and of the final state from the teacher's,
+            over the teacher's mean square: the mean over tokens and states.
         lm_weight (`float`, *optional*, defaults to `0.0`): weight of the next-token loss on the data, nats per token.
         temperature (`float`, *optional*, defaults to `1.0`): temperature of both distributions in the KL part.
         loss_preset (`str`, *optional*):
-            `"paper"`: the loss of [Iterative Layer-wise Distillation](https://huggingface.co/papers/2511.05085) in its
-            authors' own units, KL summed over all tokens of a micro-batch / 100 + MSE of the last healed layer + MSE
-            of the final state. It depends on the batch shape; of the settings of the loss only `temperature` counts.
+            `"paper"`: the loss of https://huggingface.co/papers/2511.05085 in its authors' units, which depends on the
+            batch shape: KL summed over a micro-batch / 100 + MSE of the last healed layer + MSE of the final state. Of
+            the settings of the loss only `temperature` counts.
         on_policy_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps of a last round without an edit, in which the student answers the prompts of
-            `prompt_dataset` and is healed on its own answers by [`~trl.DistillationTrainer`]
-            ([on-policy distillation](https://huggingface.co/papers/2306.13649)).
+            Steps of a last round without an edit, in which [`~trl.DistillationTrainer`] heals the student on its own
+            answers to `prompt_dataset` ([paper](https://huggingface.co/papers/2306.13649)).
         on_policy_tokens (`int`, *optional*, defaults to `128`): longest of them; the first have an eighth of it.
         on_policy_learning_rate (`float`, *optional*, defaults to `1e-5`): peak learning rate of that round.
         measure_speed (`bool`, *optional*, defaults to `True`): time the teacher and every depth at the end of a run.
         compile_layers (`bool`, *optional*, defaults to `False`):
-            Compile the layers of student and teacher, one by one, while a student heals. On a GPU a step then takes
-            half of the memory and less time. `torch_compile`, which compiles a whole model, is refused.
+            Compile the layers of student and teacher while a student heals: half the memory of a GPU, and less time.
+            `torch_compile`, which compiles a whole model, is refused.
 
     Raises:
         [`LayerPruneError`]: for a value out of range.
