@@ -167,7 +167,6 @@ def _text_columns(columns: Sequence[str], text_field: str, name: str) -> list[st
 
 
 def _is_blank(row: dict[str, Any], columns: Sequence[str]) -> bool:
-    """Whether a cell of these columns is empty."""
     cells = (row.get(column) for column in columns)
     return any(cell is None or not (cell.strip() if isinstance(cell, str) else cell) for cell in cells)
 

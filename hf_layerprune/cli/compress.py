@@ -95,7 +95,6 @@ def _check_report_to(names: list[str]) -> None:
 def _trainer(
     arguments: CompressArguments, config: IterativeLayerDistillConfig, phases: Phases
 ) -> IterativeLayerDistillTrainer:
-    """Read the text and load the models."""
     phases.phase("reading the text")
     train, held_out, calibration = _datasets(arguments, config.dataset_text_field, config.seed)
     phases.phase(f"loading {arguments.model}")

@@ -178,7 +178,6 @@ def _measured(
     batches: list[Batch],
     phases: Phases,
 ) -> RunRecord:
-    """The quality of the model and of every step."""
     phases.phase("evaluating the model and every step", len(batches) * (1 + len(steps)))
     quality = evaluate_model(model, batches, on_batch=phases.step)
     name = without_local_paths(absolute_if_local(arguments.model))

@@ -55,7 +55,6 @@ def score(argv: list[str]) -> None:
 
 
 def _scores(arguments: ScoreArguments, tasks: list[Task], phases: Phases) -> Scores[int]:
-    """Read the text, load the model and score it."""
     tokenizer, batches = load_tokenizer(arguments.model), []
     if not tasks and arguments.criterion not in WITHOUT_TEXT:
         phases.phase("reading the text")

@@ -165,7 +165,6 @@ def _student(entry: ModelEntry, teacher: DemoModel) -> DemoModel:
 
 
 def _check_vocabulary(student: str, teacher: str, config: PretrainedConfig) -> None:
-    """Raise [`LayerPruneError`] unless a student has as many tokens as the teacher with this config."""
     if (size := load_config(student).vocab_size) != config.vocab_size:
         raise LayerPruneError(
             f"{student} has a vocabulary of {size} tokens and {teacher} one of {config.vocab_size}; compare models "

@@ -98,7 +98,6 @@ def _settings(content: Any, folder: Path) -> DemoSettings:
 
 
 def _fields(kind: type, values: Any, where: str) -> Any:
-    """A dataclass of what a file holds."""
     if not isinstance(values, dict):
         raise LayerPruneError(f"{where} must be keys and values, not {values!r:.50}")
     known = [f.name for f in fields(kind)]

@@ -139,7 +139,6 @@ def score(
 def _check_request(
     model: PreTrainedModel, criterion: str | Criterion, race: Race | None, compensation: str, tasks: Sequence[Any]
 ) -> None:
-    """Raise [`LayerPruneError`] unless the criterion can do what is asked."""
     criterion_of(criterion)
     check_method(compensation)
     if race is not None and not isinstance(race, Race):
@@ -156,7 +155,6 @@ def _check_request(
 
 
 def _plan_after(candidate: int | Edit | LayerPlan, plan: LayerPlan) -> LayerPlan:
-    """What `plan` becomes by a candidate."""
     if isinstance(candidate, LayerPlan):
         if missing := set(candidate.layers) - set(plan.layers):
             raise LayerPruneError(f"layers {sorted(missing)} are not in the model; it has {list(plan.layers)}")

@@ -191,7 +191,6 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         return files
 
     def _check_request(self, args: IterativeLayerDistillConfig) -> None:
-        """Raise [`LayerPruneError`] unless the model can be compressed as the settings ask."""
         name = self.model_name or type(self.start).__name__
         plan, teacher_plan = plan_of(self.start), plan_of(self.teacher)
         if args.budget is None:
@@ -212,7 +211,6 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             check_budget(name, Goal.of(args.budget, args.edit_space, self.teacher, teacher_plan), plan, args.heal)
 
     def _make_batches(self, datasets: dict[str, Dataset]) -> None:
-        """Set the rows and batches of every use."""
         args, self.all_train_rows = self.args, self.train_dataset
         if args.heal and isinstance(self.all_train_rows, Dataset) and not len(self.all_train_rows):
             raise LayerPruneError("the training data makes no row; give more text, or a smaller max_length")
