@@ -61,9 +61,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         return next(ARCHITECTURES[kind] for kind, fields in PLAIN_MODELS.items() if fields == attention)
     if config.model_type not in ARCHITECTURES:
         names = ", ".join(row.name for row in ARCHITECTURES.values())
-        raise LayerPruneError(
-            f"model_type={config.model_type!r} is not supported; hf_layerprune works on dense decoders: {names}"
-        )
+        raise LayerPruneError(f"model_type={config.model_type!r} is not supported; use a dense decoder: {names}")
     return ARCHITECTURES[config.model_type]
 
 

@@ -186,9 +186,7 @@ def check_same_vocabulary(model: PreTrainedModel, teacher: PreTrainedModel) -> N
     for one in (model, teacher):
         check_causal(one)
         if is_peft_model(one):  # its `base_model` is not the decoder
-            raise LayerPruneError(
-                f"{type(one).__name__} carries adapters; merge them into the model first (merge_and_unload)"
-            )
+            raise LayerPruneError(f"{type(one).__name__} carries adapters; merge them first (merge_and_unload)")
         architecture_of(one.config)
     if teacher.config.vocab_size != model.config.vocab_size:
         raise LayerPruneError(

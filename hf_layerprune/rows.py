@@ -133,9 +133,7 @@ def check_special_tokens(
     token to put after rows of text."""
     is_chat = any({"messages", "prompt"} & {*column_names(rows)} for rows in datasets.values())
     if is_chat and args.assistant_only_loss and not (tokenizer.chat_template or args.chat_template_path):
-        raise LayerPruneError(
-            "assistant_only_loss needs a chat template, which the tokenizer lacks; name one with chat_template_path"
-        )
+        raise LayerPruneError("assistant_only_loss needs a chat template; name one with chat_template_path")
     if args.eos_token or tokenizer.eos_token or args.chat_template_path:  # a template's model has one
         return
     for name, dataset in datasets.items():

@@ -168,9 +168,7 @@ def restore(
         )
     kept = {b: layer for b, layer in zip(plan.blocks, student.base_model.layers, strict=True) if not back & {*b}}
     if apart := sorted(block for block in plan.blocks if back & {*block} and not {*block} <= back):
-        raise LayerPruneError(
-            f"layers {sorted(back)} take {list(apart[0])} apart, which are one block; name all of them"
-        )
+        raise LayerPruneError(f"layers {sorted(back)} take {list(apart[0])} apart, which are one block; name them all")
     blocks = sorted([*kept, *((layer,) for layer in back)])
     after = LayerPlan(blocks, plan.num_teacher_layers, [block for block in plan.merged if block in kept])
     restored = apply_plan(teacher, after.shape, share_weights=share_weights)
@@ -243,8 +241,7 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
     current = plan_of(model)
     if plan.num_teacher_layers != current.num_teacher_layers:
         raise LayerPruneError(
-            f"the plan is for a teacher of {plan.num_teacher_layers} layers; the model's has "
-            f"{current.num_teacher_layers}"
+            f"the plan is for a teacher of {plan.num_teacher_layers} layers, not of {current.num_teacher_layers}"
         )
     if new := sorted(set(plan.merged) - set(current.merged)):
         raise LayerPruneError(

@@ -118,7 +118,7 @@ def test_a_column_of_text_that_is_named_is_the_one_that_counts(row):
 
 def test_a_chat_template_is_needed_to_tell_who_speaks(tmp_path):
     rows, args = Dataset.from_list([{"messages": TURNS}] * 4), tiny_config(tmp_path, assistant_only_loss=True)
-    with pytest.raises(LayerPruneError, match="assistant_only_loss needs a chat template, which the tokenizer lacks"):
+    with pytest.raises(LayerPruneError, match="assistant_only_loss needs a chat template; name one"):
         IterativeLayerDistillTrainer(tiny_model(), args, rows, processing_class=byte_tokenizer())
 
 

@@ -138,7 +138,7 @@ def test_a_second_run_in_the_folder_is_refused(recipe, tmp_path, capsys):
     process = start(recipe, folder)
     until(lambda: (folder / "run_state.json").is_file(), process)
     assert run(recipe, folder, "--resume") == 2
-    assert "another run is working in it" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "in use by another run" in capsys.readouterr().err.strip().splitlines()[-1]
     process.kill()
     process.wait()
     assert run(recipe, folder, "--resume", "--target_num_layers", "4") == 0  # a lock dies with its process

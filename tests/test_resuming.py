@@ -275,7 +275,7 @@ def test_what_is_on_disk_is_read_behind_the_lock(make, tmp_path, monkeypatch):
     folder, read_state, locked = tmp_path / "run", run_module.read_state, []
 
     def load(folder):
-        with pytest.raises(LayerPruneError, match="another run is working in it"):
+        with pytest.raises(LayerPruneError, match="in use by another run"):
             run_module.lock_run(folder)
         locked.append(folder)
         return read_state(folder)

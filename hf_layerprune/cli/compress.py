@@ -125,9 +125,7 @@ def _datasets(arguments: CompressArguments, text_field: str, seed: int) -> tuple
     if arguments.eval_dataset:
         return train, load(arguments.eval_dataset), calibration
     if len(train) < 2:
-        raise LayerPruneError(
-            f"dataset {arguments.dataset} has one row; give --eval_dataset or more rows to hold some out"
-        )
+        raise LayerPruneError(f"dataset {arguments.dataset} has one row; give more, or --eval_dataset")
     split = train.train_test_split(test_size=max(1, min(1000, len(train) // 10)), seed=seed)
     return split["train"], split["test"], calibration
 

@@ -195,18 +195,14 @@ def cleaned(text: object, limits: Limits) -> str:
     if not isinstance(text, str) or not text.strip():
         raise LayerPruneError("the prompt is empty; write something, or choose an example")
     if len(text) > limits.max_prompt_characters:
-        raise LayerPruneError(
-            f"the prompt has {len(text):,} characters; at most {limits.max_prompt_characters:,} are read"
-        )
+        raise LayerPruneError(f"the prompt has {len(text):,} characters; at most {limits.max_prompt_characters:,} fit")
     return text.encode("utf-8", "replace").decode()  # half a surrogate pair is not a character
 
 
 def check_length(ids: list[int], most: int) -> None:
     """Raise [`LayerPruneError`] unless the prompt has 1 to `most` tokens."""
     if not 1 <= len(ids) <= most:
-        raise LayerPruneError(
-            f"the prompt has {len(ids):,} tokens; 1 to {most:,} are read. Shorten it, or start over."
-        )
+        raise LayerPruneError(f"the prompt has {len(ids):,} tokens; 1 to {most:,} are read; shorten it, or start over")
 
 
 def encode(

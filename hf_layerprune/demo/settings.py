@@ -114,9 +114,7 @@ def settings_of(names: Sequence[str]) -> DemoSettings:
         raise LayerPruneError(f"{' '.join(names)} are {len(names)} names; give one run, or a teacher and a student")
     for name in names:
         if name != EMBEDDED and not Path(name).exists() and hub_id(name) is None:
-            raise LayerPruneError(
-                f"there is no {name!r}; name the output folder of a run, a model's folder or a Hub id"
-            )
+            raise LayerPruneError(f"there is no {name!r}; name the output folder of a run, a model folder or a Hub id")
     if not names:
         return DemoSettings([embedded_entry()])
     teacher, last = names[0] if len(names) == 2 else None, names[-1]

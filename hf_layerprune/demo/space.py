@@ -100,13 +100,9 @@ def write_space(
 
 def _checked_wheel(wheel: Path, private: bool | None) -> Path:
     if not (wheel.is_file() and wheel.match(WHEELS)):
-        raise LayerPruneError(
-            f"wheel={wheel} is not a wheel of hf-layerprune; `make dist` in a clone writes one to dist/"
-        )
+        raise LayerPruneError(f"wheel={wheel} is not a wheel of hf-layerprune; `make dist` in a clone writes one")
     if private:
-        raise LayerPruneError(
-            "a private Space cannot install a wheel that it holds; make it public, or leave out wheel"
-        )
+        raise LayerPruneError("a private Space cannot install a wheel it holds; make it public, or leave out wheel")
     return wheel
 
 

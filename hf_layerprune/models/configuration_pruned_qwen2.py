@@ -55,9 +55,7 @@ class PrunedQwen2Config(Qwen2Config):
         kwargs["head_dim"] = kwargs.get("head_dim") or self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs | {"per_layer_config": self._wide_blocks()})
         if len(self.layer_types) != len(blocks):
-            raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries but layer_plan has {len(blocks)} blocks"
-            )
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries, layer_plan {len(blocks)} blocks")
         if "sliding_attention" in self.layer_types and any(width(self.layer_plan, n) > 1 for n in range(len(blocks))):
             raise ValueError("layer_plan runs layers in parallel, which sliding-window attention does not support")
 

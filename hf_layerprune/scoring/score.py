@@ -167,9 +167,7 @@ def _new_merge(plan: LayerPlan, after: LayerPlan) -> tuple[int, ...] | None:
     """The layers that `after` merges into one; `None` where it merges none that `plan` does not."""
     new = [block for block in after.merged if block not in plan.merged]
     if new and (len(new) > 1 or plan.merge(*new[0]) != after):
-        raise LayerPruneError(
-            f"a plan that merges {list(new[0])} and makes other edits cannot be scored; score one merge"
-        )
+        raise LayerPruneError(f"a plan that merges {list(new[0])} and does more cannot be scored; score one merge")
     return new[0] if new else None
 
 
@@ -205,8 +203,7 @@ def _fitted(
     folds, found = _halves(batches) if in_halves else [batches], []
     if not all(folds):
         raise LayerPruneError(
-            "repairs and merges need two rows of calibration data: they are fitted to one half and measured on the "
-            "other"
+            "repairs and merges need two rows of calibration data, to fit them to one and measure them on the other"
         )
     for fold in reversed(folds):
         repairs = find_repairs(model, fold, removals, teacher) if compensation != "none" else {}

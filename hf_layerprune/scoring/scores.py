@@ -175,9 +175,7 @@ class Scores(Generic[Key]):
         """The candidate that costs least for what it saves, or a [`LayerPruneError`] if none has a finite cost."""
         key = self.ranking[0]
         if not math.isfinite(self.values[key]):
-            raise LayerPruneError(
-                f"every {self.criterion} score is {self.values[key]}; the model's outputs are broken"
-            )
+            raise LayerPruneError(f"every {self.criterion} score is {self.values[key]}; the model's output is broken")
         return key
 
     @property

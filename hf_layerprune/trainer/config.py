@@ -248,8 +248,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         if callable(self.criterion):
             name = getattr(self.criterion, "__name__", type(self.criterion).__name__)
             raise LayerPruneError(
-                f"criterion={name} is a function, which a run cannot record; put it into a module and give "
-                "'module:function'"
+                f"criterion={name} is a function, which a run cannot record; give it as 'module:function'"
             )
         criterion_of(self.criterion)
         if self.tasks is not None and self.criterion == type(self).criterion:

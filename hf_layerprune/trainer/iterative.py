@@ -179,9 +179,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             init = {name: value for name, value in init.items() if name not in ("revision", "subfolder")}
             teacher = load_model(teacher, **init | {"dtype": model.dtype})
         if teacher is None and args.plan is not None:
-            raise LayerPruneError(
-                f"plan={args.plan!r} says which layers of a teacher the model holds; give the teacher"
-            )
+            raise LayerPruneError(f"plan={args.plan!r} says which layers of a teacher the model has; give the teacher")
         self.teacher_name = self.model_name
         if teacher is not None:
             self.teacher_name = absolute_if_local(name_of(teacher))

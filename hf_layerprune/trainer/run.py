@@ -128,9 +128,7 @@ def lock_run(folder: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise LayerPruneError(
-            f"output_dir={folder} is in use: another run is working in it; wait, or choose another folder"
-        ) from None
+        raise LayerPruneError(f"output_dir={folder} is in use by another run; wait or choose another folder") from None
     return lock
 
 
@@ -153,8 +151,7 @@ def check_resume(
         return
     if not resume:
         raise LayerPruneError(
-            f"output_dir={folder} holds another run; resume it (--resume, resume_from_checkpoint) or choose another "
-            "folder"
+            f"output_dir={folder} holds another run; resume it (--resume, resume_from_checkpoint) or choose another"
         )
     may_change = {*CHANGEABLE, *ON_POLICY}
     edits = [*found.edits, *(found.current.edits if found.current else ())]

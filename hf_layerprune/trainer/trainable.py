@@ -166,7 +166,5 @@ def merge_and_round(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     for parameter in trained:
         parameter.copy_(parameter.to(dtype))
         if not torch.isfinite(parameter).all():
-            raise NotANumber(
-                f"healing left NaN in {dtype} after its last step; lower learning_rate or train in higher precision"
-            )
+            raise NotANumber(f"healing left NaN in {dtype}; lower learning_rate or train in higher precision")
     return student.requires_grad_(False)
