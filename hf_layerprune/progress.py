@@ -7,14 +7,15 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import datasets
+import rich.console
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -26,6 +27,20 @@ from .trainer import IterativeLayerDistillTrainer, LayerDistillCallback
 
 SECONDS_BETWEEN_LINES = 30
 SPEED_SECONDS = 600  # the time left is estimated from the speed of the last ten minutes
+
+
+class Console(rich.console.Console):
+    """A console that no work stops for: where its stream is closed or full it goes quiet."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # what the stream still holds goes there
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
 
 
 def say(console: Console, text: str) -> None:
@@ -43,7 +58,8 @@ class Phases:
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Console(stderr=True, quiet=quiet)
         self.in_terminal = self.console.is_terminal
-        self.out = self.console if console or (self.in_terminal and sys.stdout.isatty()) else Console(quiet=quiet)
+        share = self.in_terminal and sys.stdout is not None and sys.stdout.isatty()
+        self.out = self.console if console or share else Console(quiet=quiet)
         self.bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
@@ -180,7 +196,8 @@ class StopOnSignal(LayerDistillCallback):
         self.requested = True
         self.__exit__()
         if int(os.environ.get("RANK", 0)) == 0:  # straight to the terminal: the handler may interrupt another print
-            os.write(2, b"\nhf-layerprune: stopping after this step; Ctrl-C again stops now\n")
+            with suppress(OSError):
+                os.write(2, b"\nhf-layerprune: stopping after this step; Ctrl-C again stops now\n")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if dist.is_available() and dist.is_initialized():  # all processes must stop at the same step

@@ -208,6 +208,32 @@ def test_a_full_disk_is_one_line(recipe, tmp_path, whole):
     assert_same_result(folder, whole)
 
 
+CLOSED = "ends = os.pipe(); os.dup2(ends[1], 1); [os.close(end) for end in ends]; "
+OPENED = "sys.stdout = open(1, 'w', closefd=False, encoding="
+OUTPUTS = {
+    "closed": f"{CLOSED}{OPENED}'utf-8')",
+    "both closed": f"{CLOSED}os.dup2(1, 2); {OPENED}'utf-8')",
+    "full": f"os.dup2(os.open('/dev/full', os.O_WRONLY), 1); {OPENED}'utf-8')",
+    "ascii": f"{OPENED}'ascii')",
+    "none": "sys.stdout = None",
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("verb", ["score", "evaluate", "compress"])
+def test_an_output_that_cannot_be_written_loses_no_work(verb, output, recipe, place, tmp_path):
+    given = words(recipe, tmp_path / "out")
+    if verb != "compress":
+        given = [verb, "--model", place / "tiny-model", "--dataset", place / "texts.jsonl", "--num_samples", 2]
+        given += ["--max_length", 32, "--output_dir", tmp_path / "out"]
+    process = forked.run(f"import os, sys; {OUTPUTS[output]}\n{forked.CLI}", *given)
+    assert process.wait() == (2 if output == "full" else 0), process.stderr
+    file = {"score": "scores.json", "evaluate": "evaluation.json", "compress": "model/model.safetensors"}[verb]
+    assert (tmp_path / "out" / file).is_file()
+    if output == "full":
+        assert process.stderr.endswith("stdout cannot be written: No space left on device; what was saved is whole\n")
+
+
 @pytest.fixture
 def make(tmp_path, tokenizer):
     def build(**changes):

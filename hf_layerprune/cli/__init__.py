@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import os
 import sys
 import traceback
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 
 from .. import __version__
@@ -55,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"hf-layerprune: unknown verb {verb!r}; choose one of {', '.join(VERBS)}\n")
         return 2
     try:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a character that it cannot show
         _run(verb, rest)
+        _finish_printing()
     except KeyboardInterrupt as stop:
         how = str(stop) or ("what is done is kept; run the same command to continue" if verb == "generate" else "")
         sys.stderr.write(f"hf-layerprune: stopped{'; ' if how else ''}{how}\n")
@@ -89,6 +94,17 @@ def _run(verb: str, argv: list[str]) -> None:
         sys.stdout.write(parser.help_text(everything="--help-all" in argv))
     else:
         getattr(module, name)(argv)
+
+
+def _finish_printing() -> None:
+    """Write what stdout still holds; raise [`LayerPruneError`] if it cannot be written, as on a full disk."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
+        if error.errno != errno.EPIPE:  # else nobody reads on, as after `| head`
+            raise LayerPruneError(f"stdout cannot be written: {error.strerror}; what was saved is whole") from error
 
 
 def _users_mistake(error: Exception) -> str | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from ..benchmark import Load, benchmark_models, load_shape, num_runs, random_models, short_name
@@ -16,7 +15,7 @@ from ..environment import environment, native_dtype
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import EMBEDDED
-from ..progress import Phases, say
+from ..progress import Console, Phases, say
 from ..surgery import plan_of
 from .arguments import BenchmarkArguments
 from .common import device, load_on_device, print_table, writable

@@ -13,7 +13,6 @@ import torch
 import yaml
 from datasets import Dataset
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +22,7 @@ from ..errors import LayerPruneError
 from ..files import write_atomically
 from ..hub.paths import with_absolute_paths
 from ..loading import load_model, resolve
-from ..progress import Phases, say
+from ..progress import Console, Phases, say
 from ..record import RunRecord
 from ..report import perplexity_caption, table_rows
 from .arguments import DataArguments, MeasureArguments

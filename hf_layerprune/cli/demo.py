@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from rich.console import Console
-
 from ..demo import launch, read_settings, settings_of
 from ..errors import LayerPruneError
-from ..progress import say
+from ..progress import Console, say
 from .parsing import parse
 
 

@@ -8,7 +8,6 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import PretrainedConfig
 
 from ..architectures import check_parallel
@@ -20,7 +19,7 @@ from ..estimate import SPARE, Estimate, HealingSetting, RunSizes, estimate_run, 
 from ..files import to_json, write_atomically
 from ..loading import is_gguf, load_config
 from ..plan import LayerPlan
-from ..progress import Phases, say
+from ..progress import Console, Phases, say
 from ..report import millions
 from ..surgery import plan_of
 from ..trainer import IterativeLayerDistillConfig

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_tokenizer
-from ..progress import Phases, say
+from ..progress import Console, Phases, say
 from ..surgery import plan_of
 from ..tasks import KLTask, Task, TaskReport, evaluate_tasks, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments
@@ -29,15 +27,17 @@ def evaluate(argv: list[str]) -> None:
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     with writable(folder), Phases() as phases:
         report, of_tasks = _measure(arguments, tasks, phases)
-    if of_tasks is not None:
-        print_table(("task", "measure", "quality", "cost", "error", "examples"), _rows(of_tasks))
-    for name, value in report.items():
-        if value is not None:
-            say(Console(), f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}")
-    if folder is not None:
-        results = report if of_tasks is None else report | {"tasks": of_tasks.to_dict()["results"]}
-        results |= {"plan": plan_of(load_config(arguments.model)).to_dict()}
-        write_atomically(folder / "evaluation.json", to_json(results))
+    try:
+        if folder is not None:
+            results = report if of_tasks is None else report | {"tasks": of_tasks.to_dict()["results"]}
+            results = results | {"plan": plan_of(load_config(arguments.model)).to_dict()}
+            write_atomically(folder / "evaluation.json", to_json(results))
+    finally:  # a full disk does not take both
+        if of_tasks is not None:
+            print_table(("task", "measure", "quality", "cost", "error", "examples"), _rows(of_tasks))
+        for name, value in report.items():
+            if value is not None:
+                say(Console(), f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}")
 
 
 def _measure(

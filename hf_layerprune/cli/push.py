@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from rich.console import Console
-
 from ..errors import LayerPruneError
 from ..hub import push_run
 from ..hub.paths import hub_id
-from ..progress import say
+from ..progress import Console, say
 from .parsing import parse
 
 

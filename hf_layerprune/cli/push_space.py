@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from rich.console import Console
-
 from ..demo.space import push_space as push
 from ..errors import LayerPruneError
-from ..progress import say
+from ..progress import Console, say
 from .parsing import parse
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from rich.console import Console
 
 from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_tokenizer
-from ..progress import Phases, say
+from ..progress import Console, Phases, say
 from ..report import has_plots, plot_scores, save_plot
 from ..scoring import CRITERION_UNITS, Race, Scores, criterion_of, score_layers
 from ..tasks import Task, load_tasks, prepare_tasks
@@ -41,16 +40,18 @@ def score(argv: list[str]) -> None:
     folder, console = Path(arguments.output_dir), Console()
     with writable(folder), Phases() as phases:
         scores = _scores(arguments, tasks, phases)
-    unit = "examples" if scores.criterion == "tasks" else "tokens"
-    seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
-    title = CRITERION_UNITS.get(scores.criterion, scores.criterion) + seen
-    print_table(("layer", "cost", "error", ""), _rows(scores), title)
-    if scores.certainty:
-        say(console, scores.certainty)
-    write_atomically(folder / "scores.json", to_json(scores.to_dict()))
-    if has_plots():
-        title = f"{Path(arguments.model).name}: importance of its layers"
-        save_plot(plot_scores(scores, title), folder / "scores.png")
+    try:
+        write_atomically(folder / "scores.json", to_json(scores.to_dict()))
+        if has_plots():
+            title = f"{Path(arguments.model).name}: importance of its layers"
+            save_plot(plot_scores(scores, title), folder / "scores.png")
+    finally:  # a full disk does not take both
+        unit = "examples" if scores.criterion == "tasks" else "tokens"
+        seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
+        title = CRITERION_UNITS.get(scores.criterion, scores.criterion) + seen
+        print_table(("layer", "cost", "error", ""), _rows(scores), title)
+        if scores.certainty:
+            say(console, scores.certainty)
     say_files(console, {"scores": folder / "scores.json", "plot": folder / "scores.png"})
 
 
