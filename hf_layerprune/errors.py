@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from traceback import walk_tb
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-DISK_FULL = ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system")
+DISK_FULL = (
+    "no space left", "file too large", "disk quota", "pytorchstreamwriter failed", "read-only file system",
+    "unexpected pos",
+)  # fmt: skip
 
 
 class LayerPruneError(ValueError):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_model
+from safetensors import SafetensorError
 
 import hf_layerprune
 from hf_layerprune import LayerPruneError, cli
@@ -167,6 +168,10 @@ def test_debug_shows_the_traceback_as_well(capsys):
     [
         (PermissionError(13, "Permission denied", "scores.json"), 2),
         (OSError(28, "No space left on device"), 2),
+        (OSError(28, "No space left on device", str(Path(cli.__file__)), None, "model.tmp/code.py"), 2),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 104064 vs 103956"), 2),
+        (Exception("No space left on device (os error 28)"), 2),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 2),
         (FileNotFoundError(2, "No such file", str(Path(cli.__file__).parent / "gone.jinja")), None),
         (OSError("raised by a library, about nothing the user named"), None),
         (ConnectionRefusedError(111, "Connection refused"), None),

@@ -196,9 +196,11 @@ def test_killed_at_many_random_moments(recipe, tmp_path, seed, name):
     kill_and_resume(recipe, tmp_path / "cut", tmp_path / "whole", phases, seed)
 
 
-def test_a_full_disk_is_one_line(recipe, tmp_path, whole):
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_is_one_line(file, recipe, tmp_path, whole):
+    size = 60_000 if file == "model.safetensors" else 10_000 + (whole / "rounds/01/model.safetensors").stat().st_size
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    limited += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
     folder = tmp_path / "full"
     failed = forked.run(limited + forked.CLI, *words(recipe, folder))
     assert failed.wait() == 2, failed.stderr

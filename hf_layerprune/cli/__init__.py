@@ -17,7 +17,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from .. import __version__
-from ..errors import LayerPruneError, first_line, is_out_of_memory
+from ..errors import LayerPruneError, first_line, is_disk_full, is_out_of_memory
 
 VERBS = {
     "compress": "remove layers one by one, each chosen by measurement and healed by distillation",
@@ -112,8 +112,11 @@ def _users_mistake(error: Exception) -> str | None:
     if isinstance(error, LayerPruneError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and (error.filename is not None or error.errno in OF_THE_DISK):
-        ours = Path(__file__).parent.parent in Path(str(error.filename)).parents  # a file the package lacks is a bug
-        return None if ours else f"{error.filename or 'a file'} cannot be used: {error.strerror}"
+        name = error.filename2 or error.filename or "a file"  # of a copy or a move, where it goes
+        ours = Path(__file__).parent.parent in Path(str(name)).parents and error.errno not in OF_THE_DISK
+        return None if ours else f"{name} cannot be used: {error.strerror}"  # a file the package lacks is a bug
+    if is_disk_full(error):  # what a library raises in place of the operating system's own
+        return f"a file cannot be written: {first_line(error)}"
     if is_out_of_memory(error):
         advice = (
             "give fewer rows at a time (batch_size), shorter ones (max_length), or a smaller model or dtype; a run of "

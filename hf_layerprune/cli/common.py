@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,7 +105,7 @@ def check_new_folder(folder: Path, instead: str = "") -> None:
 @contextmanager
 def writable(folder: Path | None) -> Iterator[None]:
     """Make a folder that can be written, if there is to be one, before the work that fills it; an error that leaves it
-    empty removes it again."""
+    empty, or with halves of what `replace_folder` puts there, removes it again."""
     if folder is None:
         yield
         return
@@ -116,6 +117,8 @@ def writable(folder: Path | None) -> Iterator[None]:
         yield
     except BaseException:
         if new:
+            for half in folder.glob("*.tmp"):
+                shutil.rmtree(half, ignore_errors=True)
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
         raise

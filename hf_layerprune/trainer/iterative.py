@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, HfApi
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
@@ -278,7 +277,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             unshare_parameters(self.model.parameters())  # what the user does with it from here on is theirs
             self.accelerator.wait_for_everyone()
             return output
-        except (SafetensorError, RuntimeError) as error:  # instead of the operating system's own
+        except Exception as error:  # instead of the operating system's own
             if not is_disk_full(error):
                 raise
             raise LayerPruneError(f"{self.args.output_dir} cannot be written: {first_line(error)}") from error
