@@ -182,6 +182,12 @@ def test_the_verb_writes_a_file_and_says_how_to_run_it(student, tmp_path, monkey
     assert {path.name for path in tmp_path.iterdir()} == {"small-q8_0.gguf", "Modelfile"}
     assert run(student, "--outtype", "f16", "--output_file", "deep/er/x.gguf") == 0
     assert (tmp_path / "deep" / "er" / "Modelfile").is_file()
+    assert run(student, "--outtype", "f16") == 0  # another file, next to the first
+    assert "ollama create small -f small-f16.Modelfile" in capsys.readouterr().out
+    assert "FROM ./small-q8_0.gguf\n" in (tmp_path / "Modelfile").read_text()
+    assert "FROM ./small-f16.gguf\n" in (tmp_path / "small-f16.Modelfile").read_text()
+    (tmp_path / "small-q8_0.gguf").unlink()
+    assert run(student, "--outtype", "q8_0") == 0 and "-f Modelfile &&" in capsys.readouterr().out
 
 
 def test_the_round_trip(student, tmp_path, monkeypatch, capsys):

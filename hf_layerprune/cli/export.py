@@ -23,8 +23,7 @@ def export(argv: list[str]) -> None:
         raise LayerPruneError("which student? hf-layerprune export STUDENT, a run's folder, a model or a Hub id")
     name = _short_name(arguments.student)
     path = Path(arguments.output_file or f"{name}-{arguments.outtype}.gguf")
-    instructions = path.parent / "Modelfile"
-    _check_free(path, instructions)
+    instructions = _free_modelfile(path)
     require_gguf()
     config, tokenizer = load_config(arguments.student), load_tokenizer(arguments.student)
     try:
@@ -59,11 +58,17 @@ def _short_name(student: str) -> str:
     return parts[-1] + (f"-{revision}" if revision else "")
 
 
-def _check_free(path: Path, instructions: Path) -> None:
-    """Refuse to write over a file that this verb has not made."""
+def _free_modelfile(path: Path) -> Path:
+    """Where the Modelfile of a new file goes: next to it, under a name that no other file's has; refuse to write over
+    a file that this verb has not made."""
     if path.exists():
         raise LayerPruneError(f"{path} exists; remove it, or choose another --output_file")
     if path.suffix.lower() != ".gguf":
         raise LayerPruneError(f"output_file={path} must end in .gguf, by which it is recognised")
-    if instructions.exists() and not instructions.read_bytes().startswith(HEAD.encode()):
-        raise LayerPruneError(f"{instructions} exists and is your own; choose an --output_file in another folder")
+    for instructions in (path.with_name("Modelfile"), path.with_suffix(".Modelfile")):
+        text = instructions.read_bytes() if instructions.exists() else None
+        if text is not None and not text.startswith(HEAD.encode()):
+            raise LayerPruneError(f"{instructions} exists and is your own; choose an --output_file in another folder")
+        if text is None or f"\nFROM ./{path.name}\n".encode() in text:
+            break
+    return instructions
