@@ -2,6 +2,7 @@
 
 import json
 
+import forked
 import pytest
 import torch
 from conftest import errors_of, read_report, tiny_model
@@ -62,6 +63,42 @@ def test_a_depth_that_no_range_has_is_refused_before_weights_are_read(run, monke
     monkeypatch.setattr("hf_layerprune.cli.parallelize.load_on_device", pytest.fail)
     status, error = run("--search", "range", "--target_num_layers", 2)
     assert status == 2 and "depth=2: no range of pairs" in error and "choose one of [4]" in error
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--plan", "{plan}"], "merges layers [(1, 2)], which takes data; run compress --edits merge --heal false"),
+        (["--num_samples", "0"], "num_samples=0 must be a whole number of at least 1"),
+        (["--num_eval_samples", "-3"], "num_eval_samples=-3 must be a whole number of at least 1"),
+        (["--batch_size", "0"], "batch_size=0 must be a whole number of at least 1"),
+    ],
+)
+def test_what_cannot_be_built_or_measured_is_refused_before_text_is_read(run, tmp_path, monkeypatch, extra, message):
+    (tmp_path / "plan.json").write_text(LayerPlan(((0,), (1, 2), (3,), (4,)), 5, ((1, 2),)).to_json())
+    monkeypatch.setattr("hf_layerprune.cli.parallelize.text_batches", pytest.fail)
+    status, error = run(*(word.format(plan=tmp_path / "plan.json") for word in extra))
+    assert status == 2 and message in error
+
+
+def test_the_batch_size_changes_no_row_that_is_measured(run, tmp_path):
+    found = []
+    for size in (2, 3, 4, 8):
+        words = ("--dataset", "embedded:calibration", "--num_samples", 3, "--num_eval_samples", 2)
+        assert run(*words, "--batch_size", size, "--measure_speed", "false", folder=str(size)) == (0, "")
+        report = read_report(tmp_path / str(size))
+        found.append([report["teacher"]["loss"], *report["rounds"][0]["scores"].values()])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path, model_folder):
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)); "
+    words = ["parallelize", "--model", model_folder, *TEXTS, *QUICK, "--output_dir", tmp_path / "out"]
+    failed = forked.run(limited + forked.CLI, *words, "--pairs", "1,2")
+    assert failed.wait() == 2 and "Traceback" not in failed.stderr, failed.stderr
+    assert "File too large" in failed.stderr.splitlines()[-1] and not (tmp_path / "out").exists()
 
 
 def test_named_pairs_and_a_plan_of_an_earlier_run_give_the_same(run, tmp_path):
@@ -144,7 +181,7 @@ def test_a_student_is_saved_in_the_checkpoints_dtype_and_measured_as_it_is_saved
         (["--plan", "{broken}"], "not JSON"),
         (["--plan", "{other}"], "teacher of 9 layers"),
         (["--target_num_layers", "0"], "depth=0"),
-        (["--num_eval_samples", "0"], "all must be positive"),
+        (["--num_eval_samples", "0"], "num_eval_samples=0 must be"),
         (["--target_num_layers", "2"], "out of reach"),
         (["--target_num_layers", "5"], "meets depth=5 already"),
         (["--target_latency", "1.5"], "latency=1.5"),

@@ -105,6 +105,10 @@ class MeasureArguments(DataArguments):
     dataset_text_field: str = option("text", "Column that holds the text.")
     dtype: str = option("float32", f"dtype of the weights; 'auto' is {AUTO}.", choices=("auto", *DTYPES))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, {"max_length": 2, "num_samples": 1, "batch_size": 1, "num_eval_samples": 1})
+
 
 @dataclass
 class ScoreArguments(MeasureArguments):

@@ -60,9 +60,10 @@ def parallelize(argv: list[str]) -> None:
     check_new_folder(folder)
     config = load_config(arguments.model)
     check_text(arguments, config, arguments.eval_dataset)
+    wanted = _named_plan(arguments, plan_of(config))
     targets = {unit: target for unit, name in TARGETS.items() if (target := getattr(arguments, name)) is not None}
     budget = Budget.of(targets or {"depth": default_depth(config.num_hidden_layers)})
-    if arguments.search == "range" and named is None:
+    if arguments.search == "range" and wanted is None:
         parallel_ranges(plan_of(config), budget.target)  # refuses a depth that no range has
     tokenizer = load_tokenizer(arguments.model)
     with writable(folder), Phases() as phases:
@@ -70,7 +71,7 @@ def parallelize(argv: list[str]) -> None:
         calibration, evaluation = _batches(arguments, tokenizer)
         model, dtype = load_on_device(arguments.model, arguments.dtype, phases), saved_dtype(arguments.model)
         check_saving(prune(model, [], share_weights=True), tokenizer)
-        steps, found = _steps(arguments, budget, model, calibration, phases)
+        steps, found = _steps(arguments, budget, model, wanted, calibration, phases)
         phases.phase(f"writing {folder / 'model'}")
         student = _as_saved(model, steps[-1][-1], dtype)
         save_student(student, tokenizer, dtype, folder / "model")  # first: the rest only measures it
@@ -95,37 +96,54 @@ def parallelize(argv: list[str]) -> None:
 
 
 def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Batch], list[Batch]]:
-    """Calibration and evaluation text; of one data set, the batches after those that calibrate."""
+    """Calibration and evaluation text; of one data set, the rows after those that calibrate."""
     calibration, num_rows = arguments.dataset or "embedded:calibration", arguments.num_samples
     evaluation = arguments.eval_dataset or (None if arguments.dataset else "embedded:held_out")
     if evaluation is not None:
         batches = text_batches(arguments, tokenizer, calibration, num_rows)
         return batches, text_batches(arguments, tokenizer, evaluation, arguments.num_eval_samples)
-    num_batches = -(-num_rows // max(1, arguments.batch_size))
-    num_rows = num_batches * arguments.batch_size
     batches = text_batches(arguments, tokenizer, calibration, num_rows + arguments.num_eval_samples)
-    if len(batches) <= num_batches:
+    full, rest = divmod(num_rows, arguments.batch_size)
+    if rest and len(batches) > full:  # the rows that calibrate end within a batch
+        cut = batches.pop(full)
+        parts = ({key: cut[key][rows] for key in cut} for rows in (slice(rest), slice(rest, None)))
+        batches[full:full] = [part for part in parts if len(part["input_ids"])]
+        full += 1
+    if len(batches) <= full:
         raise LayerPruneError(
             f"dataset {arguments.dataset} is used up by {num_rows} calibration rows of {arguments.max_length} tokens; "
             "lower num_samples or give --eval_dataset"
         )
-    return batches[:num_batches], batches[num_batches:]
+    return batches[:full], batches[full:]
+
+
+def _named_plan(arguments: ParallelizeArguments, plan: LayerPlan) -> LayerPlan | None:
+    """The plan that `--pairs` or `--plan` names for a model of another plan."""
+    if arguments.pairs:
+        return plan.with_pairs([_pair(text) for words in arguments.pairs for text in words.split()])
+    wanted = read_plan(arguments.plan) if arguments.plan else None
+    if wanted is not None and (new := sorted({*wanted.merged} - {*plan.merged})):
+        raise LayerPruneError(
+            f"--plan {arguments.plan} merges layers {new}, which takes data; run compress --edits merge --heal false"
+        )
+    return wanted
 
 
 def _steps(
-    arguments: ParallelizeArguments, budget: Budget, model: PreTrainedModel, batches: list[Batch], phases: Phases
+    arguments: ParallelizeArguments,
+    budget: Budget,
+    model: PreTrainedModel,
+    wanted: LayerPlan | None,
+    batches: list[Batch],
+    phases: Phases,
 ) -> tuple[list[Step], Scores[LayerPlan] | None]:
-    """The steps to the plan that was named or searched for, and the losses of all ranges of pairs if tried."""
+    """The steps to the plan that is `wanted` or searched for, and the losses of all ranges of pairs if tried."""
     plan, found = plan_of(model), None
-    if arguments.pairs:
-        wanted = plan.with_pairs([_pair(text) for words in arguments.pairs for text in words.split()])
-    elif arguments.plan:
-        wanted = read_plan(arguments.plan)
-    elif arguments.search == "range":
+    if wanted is None and arguments.search == "range":
         phases.phase("measuring every range of pairs", len(batches))
         found = find_parallel_range(model, batches, on_batch=phases.step)
         wanted = next(plan for plan in found.ranking if plan.depth == budget.target)
-    else:
+    elif wanted is None:
         return _searched(arguments, model, batches, budget, phases), None
     return [(tuple(edits_between(plan, wanted)), (), wanted)], found
 
