@@ -95,6 +95,16 @@ def test_the_recipe_is_one(hub, worker, runs):
         parse(verb, ["--config", str(path)])
 
 
+def test_a_run_that_is_not_finished_says_so_and_its_recipe_leads_to_what_is_pushed(hub, worker, runs, tmp_path):
+    folder = shutil.copytree(runs / "plain", tmp_path / "plain")
+    write_report(folder, load_run(folder).record.until(2))
+    (folder / "plan.json").unlink()  # the end of a run writes it
+    status, _, err = worker.run("push", folder, "--repo_id", "me/student")
+    assert status == 0 and "holds a run that is not finished: 4 layers are as far as it has come" in err
+    assert yaml.safe_load(hub.repos["me/student"].files()["recipe.yaml"])["target_num_layers"] == 4
+    assert "not finished" not in worker.run("push", runs / "plain", "--repo_id", "me/student")[2]
+
+
 def test_a_round(hub, worker, runs):
     worker.push(runs / "plain", round=2, revision="experiments/two")
     repo = hub.repos["me/student"]
@@ -408,6 +418,18 @@ def refused(hub, answer, *parts):
     assert "\n" not in answer["error"] and TOKEN not in answer["error"]
     log = [line for line in hub.log if line != "POST /api/repos/create"]  # which changes nothing that exists
     assert not any(word in line for line in log for word in ("POST", "PUT", "DELETE")), log
+
+
+def test_a_tag_is_not_called_like_a_branch(hub, worker, runs):
+    refused(
+        hub,
+        worker.push(runs / "plain", revision="3-layers", depth_tags=True),
+        "would make a tag 3-layers, but a branch",
+    )
+    assert hub.repos == {}
+    assert "oid" in worker.push(runs / "plain", revision="3-layers")
+    hub.log.clear()
+    refused(hub, worker.push(runs / "plain", depth_tags=True), "would make a tag 3-layers, but a branch")
 
 
 @pytest.mark.parametrize("name", ["a b", "me/two/three", ""])

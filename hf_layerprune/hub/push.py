@@ -108,7 +108,11 @@ def push_run(
     record = run.record.until(len(run.record.rounds) if round is None else round)
     repo_id, source = full_name(api, repo_id), base_model or run.settings.get("model")
     targets = _targets(record, repo_id, branch, depth_tags, collection)
+    depths = {target.tag for target in targets if depth_tags}
+    _check_tags(depths, {branch})
     students = {target: run.student(target.number) for target in targets}
+    if not run.is_finished:
+        on_message(f"{output_dir} holds a run that is not finished: {run.plan.depth} layers are as far as it has come")
     benchmarks = read_evaluation(evaluation, run, [target.number for target in targets]) if evaluation else {}
     facts, why = base_facts(source, token) if source else (ModelCardData(), "the run does not name it: --base_model")
     if why:
@@ -125,7 +129,7 @@ def push_run(
         with hub_errors(f"pushing to {repo_id}"):
             for name in dict.fromkeys(target.repo_id for target in targets):
                 open_repo(api, name, private=private)
-                _open_branch(api, name, branch)
+                _open_branch(api, name, branch, depths)
             for target, folder in folders.items():
                 depth = target.tag.replace("-", " ")
                 on_message(f"pushing {depth} to {target.repo_id}")
@@ -193,9 +197,20 @@ def check_content(files: Sequence[str], mark: str, what: str) -> None:
         raise LayerPruneError(f"{what} holds something else ({', '.join(other[:3])}, no {mark}); choose another name")
 
 
-def _open_branch(api: HfApi, repo_id: str, branch: str) -> None:
-    """Make a branch, empty until its first student, unless it exists."""
-    if branch in {ref.name for ref in api.list_repo_refs(repo_id).branches}:
+def _check_tags(tags: set[str], branches: set[str]) -> None:
+    """Refuse tags that have the name of a branch: which of the two such a revision means, is for nobody to know."""
+    if taken := tags & branches:
+        raise LayerPruneError(
+            f"depth_tags would make a tag {min(taken)}, but a branch has this name; choose another revision, or push "
+            "without depth_tags"
+        )
+
+
+def _open_branch(api: HfApi, repo_id: str, branch: str, tags: set[str]) -> None:
+    """Make a branch, empty until its first student, unless it exists; check that no branch has the name of a tag."""
+    names = {ref.name for ref in api.list_repo_refs(repo_id).branches}
+    _check_tags(tags, names)
+    if branch in names:
         check_content(api.list_repo_files(repo_id, revision=branch), PLAN_FILE, f"{repo_id}, revision {branch},")
     else:
         first = api.list_repo_commits(repo_id)[-1]

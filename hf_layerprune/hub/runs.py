@@ -19,7 +19,7 @@ from ..errors import LayerPruneError, first_line
 from ..files import round_folder
 from ..loading import load_config, one_revision, resolve
 from ..plan import LayerPlan
-from ..record import REPORT_FILE, RunRecord, read_run
+from ..record import PLAN_FILE, REPORT_FILE, RunRecord, read_plan, read_run
 from ..surgery import plan_of
 from .paths import public_settings
 
@@ -57,6 +57,12 @@ class Run:
         """Which layers of the teacher the last student holds."""
         return self.record.rounds[-1].plan
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last round is the end of the run, which writes its plan then."""
+        path = self.folder / PLAN_FILE
+        return path.is_file() and read_plan(path) == self.plan
+
     def student(self, number: int) -> Path:
         """The folder of a round's student, which must be there."""
         plan = self.record.rounds[number - 1].plan
@@ -82,10 +88,9 @@ class Run:
 
     def recipe(self, number: int) -> dict[str, Any]:
         """The settings that lead to a round's student, of those that may be pushed."""
-        settings = public_settings(self.settings)
-        if number < len(self.record.rounds):
-            depth = self.record.rounds[number - 1].depth
-            settings |= dict.fromkeys(TARGETS.values()) | {"target_num_layers": depth}
+        settings, last = public_settings(self.settings), self.record.rounds[number - 1]
+        if number < len(self.record.rounds) or not self.is_finished:
+            settings |= dict.fromkeys(TARGETS.values()) | {"target_num_layers": last.depth}
         return settings
 
 
