@@ -10,8 +10,9 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from glob import escape
+from glob import escape, glob
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -151,6 +152,11 @@ def may_have(source: str, split: str) -> bool:
     return not is_one_split(source) or split.partition("[")[0] == "train"
 
 
+def of_train(split: str) -> str:
+    """The same slices of the split `"train"`."""
+    return re.sub(r"[^+\[]+(\[[^+]*)?", r"train\1", split)
+
+
 def load_text_dataset(source: str | Path, split: str = "train", config_name: str | None = None) -> Dataset:
     """A [`~datasets.Dataset`] from what a user names: an embedded text, a local file or folder, or a Hub id.
 
@@ -160,14 +166,14 @@ def load_text_dataset(source: str | Path, split: str = "train", config_name: str
             `.json`, `.jsonl`, `.csv`, `.parquet` or `.arrow` file, gzipped or not; a folder that `save_to_disk` wrote
             or `datasets.load_dataset` understands; or the id of a data set on the Hub.
         split (`str`, *optional*, defaults to `"train"`):
-            Split or slices of it, as `datasets` writes them; where the source may not have it, see [`may_have`], all
-            rows are read.
+            Split or slices of it, as `datasets` writes them; where the source may not have it, see [`may_have`],
+            those of its one split are read.
         config_name (`str`, *optional*): configuration of a data set that has some.
     """
     source, verbosity = str(source), datasets_logging.get_verbosity()
     try:
         datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what it raises is said below, once
-        dataset = _open_dataset(source, split if may_have(source, split) else "train", config_name)
+        dataset = _open_dataset(source, split if may_have(source, split) else of_train(split), config_name)
     except (DatasetsError, OSError, ValueError, RuntimeError, ImportError, StopIteration, EOFError) as error:
         cause = error.__cause__ or error  # datasets itself only says that an error occurred
         reason = _fault(Path(source)) or first_line(cause)
@@ -206,8 +212,7 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
         pattern = escape(source) if path.is_file() else source  # the name of a file may have [brackets]
         options = {"encoding": "utf-8-sig"} if suffix == ".txt" else {}  # the others leave out the mark themselves
         dataset = load_dataset(FILE_BUILDERS[suffix], data_files=pattern, split=split, **options)
-        if suffix == ".csv" and path.is_file():
-            _check_fields(path, dataset.column_names)
+        _check_fields(dataset, pattern)
         return dataset.filter(lambda row: bool(row["text"].strip())) if suffix == ".txt" else dataset
     if path.is_file():
         raise LayerPruneError(f"its type {path.suffix!r} is not one of {', '.join(FILE_BUILDERS)}")
@@ -217,7 +222,9 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
         saved = load_from_disk(source)
         splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     else:
-        return load_dataset(source, config_name, split=split)
+        dataset = load_dataset(source, config_name, split=split)
+        _check_fields(dataset, f"{source}/**/*.csv*")
+        return dataset
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
@@ -232,16 +239,19 @@ def _check_encoding(path: Path) -> None:
                 raise LayerPruneError(f"line {number} is not UTF-8: {error.reason}") from None
 
 
-def _check_fields(path: Path, columns: Sequence[str]) -> None:
-    """Raise [`LayerPruneError`] if the rows of a CSV file have more fields than its header, as a text with commas that
+def _check_fields(dataset: Dataset, pattern: str) -> None:
+    """Raise [`LayerPruneError`] if the rows of CSV files have more fields than the header, as a text with commas that
     is not in quotes has: pandas takes the first of them for an index, and the last piece for the text."""
-    if (index := "__index_level_0__") in columns:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            if index not in file.readline():
-                raise LayerPruneError(
-                    "its rows have more fields than its header; put text with commas in quotes, and name every column "
-                    "in the header"
-                )
+    if dataset.info.builder_name != "csv" or (index := "__index_level_0__") not in dataset.column_names:
+        return
+    for path in glob(pattern, recursive=True):
+        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            if index in file.readline():
+                return
+    raise LayerPruneError(
+        "its rows have more fields than its header; put text with commas in quotes, and name every column in the "
+        "header"
+    )
 
 
 def num_positions(config: PretrainedConfig) -> int:

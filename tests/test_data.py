@@ -161,6 +161,19 @@ def test_a_csv_file_whose_rows_have_more_fields_than_columns_is_refused(tmp_path
     assert load_text_dataset(str(path))["text"] == ["It was the best of times"]
 
 
+@pytest.mark.parametrize("source", ["", "*.csv", "*.csv.gz"])
+def test_csv_files_of_a_folder_or_a_pattern_are_held_to_their_headers_too(tmp_path, source):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, write_bytes in (("a.csv", bytes), ("b.csv.gz", gzip.compress)):
+        (folder / name).write_bytes(write_bytes(b"text\nIt was the best, it was the worst\nOnce upon, there was\n"))
+    with pytest.raises(LayerPruneError, match="rows have more fields than its header; put text with"):
+        load_text_dataset(str(folder / source))
+    for name, write_bytes in (("a.csv", bytes), ("b.csv.gz", gzip.compress)):
+        (folder / name).write_bytes(write_bytes(b"text,__index_level_0__\nIt was the best of times,7\n"))
+    assert set(load_text_dataset(str(folder / source))["text"]) == {"It was the best of times"}
+
+
 @pytest.mark.parametrize("kind", ["file", "Dataset", "DatasetDict", "embedded"])
 def test_slices_of_splits(tmp_path, kind):
     rows = Dataset.from_dict({"text": [f"text {n}" for n in range(10)]})
@@ -182,6 +195,7 @@ def test_slices_of_splits(tmp_path, kind):
             load_text_dataset(source, "dev")
     else:
         assert load_text_dataset(source, "test")["text"] == texts  # a source with one split is read whole
+        assert load_text_dataset(source, "test[:2]+test[-1:]")["text"] == texts[:2] + texts[-1:]
 
 
 @pytest.mark.parametrize(
