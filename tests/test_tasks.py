@@ -314,6 +314,8 @@ QUESTION = {"question": "q", "choices": ["x", "y"], "answer": 0}
     [
         (MultipleChoiceTask, {"question": "q"}, {}, "there is no column 'choices'; the columns are question"),
         (MultipleChoiceTask, QUESTION | {"question": None}, {}, "column 'question' is empty"),
+        (MultipleChoiceTask, QUESTION | {"choices": ["x", None]}, {}, "'choices' holds an empty item, .'x', N"),
+        (MultipleChoiceTask, QUESTION | {"l": ["A", None]}, {"labels": "l"}, "column 'l' holds an empty item"),
         (MultipleChoiceTask, QUESTION | {"answer": 2}, {}, "answer 2 is none of the 2 choices"),
         (MultipleChoiceTask, QUESTION | {"answer": -1}, {}, "answer -1 is none"),
         (MultipleChoiceTask, QUESTION | {"answer": "E"}, {}, "answer 'E' is none"),
@@ -347,8 +349,17 @@ def test_too_few_rows(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "task, settings, error, message",
     [
-        (PerplexityTask, {"limit": 0}, LayerPruneError, "task rows: limit=0, weight=1.0; both must be positive"),
-        (PerplexityTask, {"weight": 0}, LayerPruneError, "limit=None, weight=0; both must be positive"),
+        (PerplexityTask, {"limit": 0}, LayerPruneError, "task rows: limit=0 must be a whole number of at least 1"),
+        (PerplexityTask, {"weight": 0}, LayerPruneError, "task rows: weight=0 leaves the task without effect"),
+        (PerplexityTask, {"weight": math.nan}, LayerPruneError, "weight=nan must be a number of at least 0"),
+        (PerplexityTask, {"weight": math.inf}, LayerPruneError, "weight=inf must be a number of at least 0"),
+        (PerplexityTask, {"max_length": 1}, LayerPruneError, "max_length=1 must be a whole number of at least 2"),
+        (MultipleChoiceTask, {"num_few_shot": -1}, LayerPruneError, "num_few_shot=-1 must be a whole number of at"),
+        (GenerationTask, {"max_new_tokens": 0}, LayerPruneError, "max_new_tokens=0 must be a whole number of at"),
+        (GenerationTask, {"stop_strings": ("Q:", "")}, LayerPruneError, "task rows: stop_strings holds an empty text"),
+        (KLTask, {"num_few_shot": 2}, LayerPruneError, "task rows: num_few_shot has no effect without prompt"),
+        (PerplexityTask, {"description": "A"}, LayerPruneError, "task rows: description has no effect without prompt"),
+        (GenerationTask, {"config_name": "en"}, LayerPruneError, "config_name='en', but its data has no config"),
         (PerplexityTask, {"limit": "ten"}, TypeError, "'limit' with value 'ten' doesn't match any type"),
         (
             MultipleChoiceTask,
@@ -370,7 +381,15 @@ def test_too_few_rows(tokenizer, tmp_path):
 )
 def test_a_setting_that_cannot_work(task, settings, error, message):
     with pytest.raises(error, match=message):
-        task("rows.jsonl", **settings)
+        task(Dataset.from_dict({"text": ["a"]}), name="rows", **settings)
+
+
+def test_the_slice_of_a_split_is_that_of_a_file_too(tokenizer, write):
+    path = write("texts.jsonl", [{"text": f"text {n}"} for n in range(9)])
+    task = PerplexityTask(path, prompt="Say: ", split="test[:4]")
+    assert sum(len(chunk.batch["input_ids"]) for chunk in task.prepare(tokenizer).chunks) == 4
+    with pytest.raises(LayerPruneError, match="task texts: config_name='en', but its data has no configurations"):
+        PerplexityTask(path, config_name="en")
 
 
 def test_tasks_are_given_by_name_prepared_or_not(model, tokenizer, write):

@@ -52,6 +52,12 @@ class PerplexityTask(PromptedTask):
     text: str = "{text}"
     max_length: int = 512
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_prompts = ("description", "num_few_shot", "few_shot_split", "few_shot_group")
+        if not self.prompt and (unused := [name for name in of_prompts if getattr(self, name)]):
+            raise LayerPruneError(f"task {self.name}: {unused[0]} has no effect without prompt; leave it out")
+
     def ask(self, row: Row) -> tuple[str, list[str], int]:
         return render(self.prompt, row), [render(self.text, row)], 0
 
@@ -178,6 +184,8 @@ class GenerationTask(PromptedTask):
         super().__post_init__()
         with located(f"task {self.name}"):
             check_metric(self.metric)
+            if "" in self.stop_strings:
+                raise LayerPruneError("stop_strings holds an empty text, which ends every answer; leave it out")
 
     @property
     def measure(self) -> str:

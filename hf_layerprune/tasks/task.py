@@ -14,12 +14,15 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data import load_text_dataset, may_have, pad_id
+from ..data import is_one_split, load_text_dataset, may_have, pad_id
 from ..errors import LayerPruneError, located
+from ..settings import check_at_least
 from .chunks import Chunk, Encoded, Example, PreparedTask, TokenChunk, batched, encode, scored
 
 logger = logging.get_logger(__name__)
 
+LEAST = {"limit": 1, "weight": 0.0, "num_few_shot": 0, "max_length": 2, "max_new_tokens": 1}
+"""The least value of settings of tasks."""
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 """A column in a template, such as `{question}`, or a plain brace, which is written twice."""
 
@@ -61,8 +64,10 @@ class Task:
             type_validator(item.name, value, hints[item.name])
             setattr(self, item.name, value)
         self.name = self.name or (self.kind if isinstance(self.dataset, Dataset) else Path(self.dataset).stem)
-        if self.weight <= 0 or (self.limit is not None and self.limit < 1):
-            raise LayerPruneError(f"task {self.name}: limit={self.limit}, weight={self.weight}; both must be positive")
+        with located(f"task {self.name}"):
+            check_at_least(self, LEAST)
+            if not self.weight:
+                raise LayerPruneError("weight=0 leaves the task without effect; leave the task out")
 
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, max_length: int | None = None
@@ -91,7 +96,7 @@ class PromptedTask(Task):
     Args:
         prompt (`str`): template of the prompt over the row's columns, e.g. `"Question: {question}\\nAnswer:"`.
         description (`str`, *optional*, defaults to `""`): template of a text before everything else.
-        split (`str`, *optional*, defaults to `"test"`): split of a data set that has some.
+        split (`str`, *optional*, defaults to `"test"`): split of a data set that has some, or slices.
         config_name (`str`, *optional*): configuration of a Hub data set.
         num_few_shot (`int`, *optional*, defaults to 0):
             examples with their answers before each prompt: the first rows of the data, which are then not scored.
@@ -112,6 +117,10 @@ class PromptedTask(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.config_name is not None and (isinstance(self.dataset, Dataset) or is_one_split(str(self.dataset))):
+            raise LayerPruneError(
+                f"task {self.name}: config_name={self.config_name!r}, but its data has no configurations; leave it out"
+            )
         for name in self.templates:
             if not any(FIELD.findall(text := getattr(self, name))):
                 raise LayerPruneError(f"task {self.name}: {name} {text!r} must name a column in braces: {{column}}")
@@ -184,9 +193,11 @@ def cell(row: Row, name: str) -> Any:
     """The value of a column; raise [`LayerPruneError`] if there is none."""
     if name not in row:
         raise LayerPruneError(f"there is no column {name!r}; the columns are {', '.join(row)}")
-    if row[name] is None:
-        raise LayerPruneError(f"column {name!r} is empty; give it a value or remove the row")
-    return row[name]
+    value = row[name]
+    if value is None or isinstance(value, list) and None in value:
+        what = "is empty" if value is None else f"holds an empty item, {value!r:.60}"
+        raise LayerPruneError(f"column {name!r} {what}; give it a value or remove the row")
+    return value
 
 
 def render(template: str, row: Row) -> str:
