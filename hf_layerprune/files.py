@@ -25,7 +25,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
+        error.filename = str(path)  # a full disk names none
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

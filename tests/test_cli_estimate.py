@@ -106,6 +106,13 @@ def test_what_lies_here_is_not_the_shape_of_its_name(tmp_path, monkeypatch, name
     assert _config(f"{name}/config.json").num_hidden_layers == load_shape(f"{name}/config.json").num_hidden_layers == 4
 
 
+def test_a_folder_is_no_file_to_write_which_is_said_before_measuring(tmp_path, shape, monkeypatch, capsys):
+    monkeypatch.setattr("hf_layerprune.cli.estimate.estimate_run", pytest.fail)
+    words = ("--model", shape, "--target_num_layers", 2, "--gpu_memory", "24GiB", *QUICK)
+    assert run(*words, "--output_file", tmp_path) == 2
+    assert errors_of(capsys) == f"hf-layerprune: output_file={tmp_path} is a folder; name a file in it\n"
+
+
 def test_nothing_fits_is_an_answer(shape, capsys):
     assert (
         run("--model", shape, "--target_num_layers", 3, "--gpu_memory", "64KiB", "--dtype", "bfloat16", *QUICK[:3], 1)

@@ -73,3 +73,10 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch)
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         write_atomically(path, "new")
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"] and path.read_text() == "old"
+
+
+def test_what_cannot_be_written_is_named_as_the_user_named_it(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere" / "report.json"):
+        with pytest.raises(OSError) as error:
+            write_atomically(path, "new")
+        assert error.value.filename == str(path)

@@ -26,7 +26,7 @@ from ..trainer import IterativeLayerDistillConfig
 from ..trainer.config import as_words
 from ..trainer.run import check_budget
 from ..trainer.trainable import check_trained_layers
-from .common import print_table
+from .common import print_table, writable
 from .compress import set_default_target, with_default_recipe
 from .parsing import Parser
 
@@ -43,7 +43,10 @@ def estimate(argv: list[str]) -> None:
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
     run = RunSizes(config, args, teacher)
     _check(arguments.model, run, plan_of(teacher or config))
-    with Phases() as phases:
+    path = None if arguments.output_file is None else Path(arguments.output_file)
+    if path is not None and path.is_dir():
+        raise LayerPruneError(f"output_file={path} is a folder; name a file in it")
+    with writable(path and path.parent), Phases() as phases:
         phases.phase("measuring on tensors without memory")
         found = estimate_run(run, memory, arguments.dtype, arguments.lora_r, arguments.device_tflops)
     console = Console()
@@ -52,9 +55,7 @@ def estimate(argv: list[str]) -> None:
     say(console, _fitting(found, memory))
     for line in _costs(found, "assumed; see --device_tflops" if arguments.device_tflops is None else "as given"):
         say(console, line)
-    if arguments.output_file is not None:
-        path = Path(arguments.output_file)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if path is not None:
         write_atomically(path, to_json({"model": arguments.model, "memory": memory} | asdict(found)))
         say(console, f"numbers: {path}")
 
