@@ -55,7 +55,8 @@ def select_text_column(
     dataset = dataset.select_columns(kept + more)
     first = next((row for row in dataset if not _is_blank(row, kept)), None)
     if first is None:
-        raise LayerPruneError(f"{name}: column {' and '.join(map(repr, kept))} holds no text, only blank rows")
+        empty = [column for column in kept if all(_is_blank(row, [column]) for row in dataset)] or kept
+        raise LayerPruneError(f"{name}: column {' and '.join(map(repr, empty))} holds no text, only blank rows")
     may_differ = dataset.features is None or "Json" in str(dataset.features)  # from row to row
     if kept == ["conversations"]:
         first, dataset = _as_messages(first), dataset.map(_as_messages, remove_columns=kept)

@@ -26,6 +26,12 @@ def trainer_of(tmp_path, tokenizer):
     return build
 
 
+def test_the_column_that_is_blank_is_the_one_that_is_named():
+    for column in PAIR:
+        with pytest.raises(LayerPruneError, match=f"^mine: column '{column}' holds no text, only blank rows$"):
+            select_text_column(Dataset.from_list([PAIR | {column: ""}] * 2), "text", "mine")
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_of_tokenized_rows_changes_nothing(trainer_of, tokenizer, side):
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]
