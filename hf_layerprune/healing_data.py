@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,10 +32,10 @@ from .errors import LayerPruneError, first_line, located
 from .files import write_atomically
 from .forward import check_tokenizer, gathered, inference, shard, to_device
 from .loading import load_model, load_tokenizer, name_of
-from .rows import is_message, joined_parts
+from .rows import OF_TEMPLATE, as_messages, is_message, joined_parts
 from .settings import HealingDataConfig
 
-PROMPT_COLUMNS = ("messages", "prompt", "text")
+PROMPT_COLUMNS = ("messages", "conversations", "prompt", "text")
 
 Content = str | list[dict[str, Any]]
 """A text to continue, or messages to answer."""
@@ -43,6 +45,7 @@ class Prompt(NamedTuple):
     row: int  # in the data set
     content: Content
     ids: list[int]
+    of_template: dict[str, Any]  # what the chat template is given next to the messages
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,7 @@ def generate_healing_data(
             run, or all answers are blank.
     """
     config, state, path = config or HealingDataConfig(), processes(), Path(output_file)
-    if path.suffix != ".jsonl":
-        raise LayerPruneError(f"output_file={path} must be a file whose name ends in .jsonl")
+    check_output_file(path)
     name = str(model) if isinstance(model, (str, Path)) else name_of(model)
     tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
     dataset = load_text_dataset(prompts) if isinstance(prompts, (str, Path)) else prompts
@@ -97,12 +99,19 @@ def generate_healing_data(
     check_tokenizer(tokenizer, model, name)
     sampling = _sampling(model, tokenizer, config)
     asked, num_too_long = read_prompts(dataset, tokenizer, config, num_positions(model.config))
-    rows = _answer_all(model, tokenizer, asked, sampling, config, path, on_rows)
+    with _locked(path):
+        rows = _answer_all(model, tokenizer, asked, sampling, config, path, on_rows)
     state.wait_for_everyone()
     if not rows:
         raise LayerPruneError("all answers are blank; sample at another temperature, or give other prompts")
     num_truncated, num_tokens = (sum(row[key] for row in rows) for key in ("truncated", "num_tokens"))
     return HealingDataReport(len(rows), len(asked) - len(rows), num_truncated, num_tokens, num_too_long)
+
+
+def check_output_file(path: Path) -> None:
+    """Raise [`LayerPruneError`] if a path cannot be that of a file of JSON lines."""
+    if path.suffix != ".jsonl" or path.is_dir():
+        raise LayerPruneError(f"output_file={path} must be a file whose name ends in .jsonl")
 
 
 def processes() -> PartialState:
@@ -156,16 +165,19 @@ def read_prompts(
         )
     column, prompts = column_of_prompts(dataset, config), []
     rows = dataset if config.num_prompts is None else dataset.take(config.num_prompts)
-    for row, value in enumerate(rows[column]):
+    names = [name for name in OF_TEMPLATE if name in dataset.column_names]
+    for row, (value, *given) in enumerate(zip(rows[column], *(rows[name] for name in names), strict=True)):
         if not value or isinstance(value, str) and not value.strip():
             continue
         if not isinstance(value, str):
-            content = _open_chat(value, row)
+            content = _open_chat(as_messages(value) if column == "conversations" else value, row)
         elif config.as_chat:
             content = [{"role": "user", "content": value}]
         else:
             content = value if column == "prompt" else _opening(value, tokenizer, config.prompt_tokens)
-        prompts.append(Prompt(row, content, _encode(content, tokenizer, row)))
+        of_template = {name: part or OF_TEMPLATE[name] for name, part in zip(names, given, strict=True)}
+        of_template = {} if isinstance(content, str) else of_template
+        prompts.append(Prompt(row, content, _encode(content, tokenizer, row, of_template), of_template))
     short = [prompt for prompt in prompts if len(prompt.ids) <= longest]
     if not short:
         if not prompts:
@@ -200,12 +212,16 @@ def _opening(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
     return words.rstrip() or opening
 
 
-def _encode(content: Content, tokenizer: PreTrainedTokenizerBase, row: int) -> list[int]:
+def _encode(content: Content, tokenizer: PreTrainedTokenizerBase, row: int, of_template: dict[str, Any]) -> list[int]:
     if isinstance(content, str):
         ids = tokenizer(content)["input_ids"]
         return ids[:-1] if ids[1:] and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers end each text
+    tools, options = of_template.get("tools"), of_template.get("chat_template_kwargs", {})
     try:
-        return tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False)
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        return tokenizer.apply_chat_template(
+            content, tools=tools, add_generation_prompt=True, return_dict=False, **options
+        )
     except (TemplateError, ValueError, TypeError) as error:
         raise LayerPruneError(f"prompts: row {row} does not fit the chat template: {first_line(error)}") from error
 
@@ -229,7 +245,6 @@ def _answer_all(
     batches = [prompts[start : start + size] for start in range(done, len(prompts), size)]
     is_main, (rank, count) = processes().is_main_process, shard(model)
     if is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(map(_line, rows)))
     on_rows(done, len(prompts))
     with inference(model):
@@ -248,15 +263,39 @@ def _answer_all(
     return rows
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other runs from writing to a file, as the rows of both would mix."""
+    lock, is_free = FileLock(f"{path}.lock"), True
+    if processes().is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            is_free = False
+    if broadcast_object_list([is_free]) != [True]:
+        raise LayerPruneError(f"output_file={path} is in use: another run is writing it; wait, or choose another file")
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
+            lock.release()
+
+
 def _written(path: Path, run: str) -> list[dict[str, Any]]:
     """Read the whole lines of a file that this run began."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     with suppress(ValueError, TypeError, KeyError):
         rows = [json.loads(line) for line in text.split("\n")[:-1]]  # half a line may follow
-        if all(row["run"] == run for row in rows) and bool(rows) == bool(text):
+        firsts = [row["first_row"] for row in rows]  # there are at most as many rows before them
+        in_order = firsts == sorted(firsts) and all(bisect_left(firsts, first) <= first for first in {*firsts})
+        if all(row["run"] == run for row in rows) and bool(rows) == bool(text) and in_order:
             return rows
     raise LayerPruneError(
-        f"{path} holds rows of another run (model, prompts or settings); delete it, or set another output_file"
+        f"{path} holds rows of another run (model, prompts or settings), or of two that ran at once; delete it, or "
+        "set another output_file"
     )
 
 
@@ -285,8 +324,8 @@ def _answer(
         text = text.rstrip("\ufffd") if truncated else text
         if text.strip():
             completion = text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
-            row = {"prompt": prompt.content, "completion": completion, "truncated": truncated, "num_tokens": end}
-            rows.append(row | {"first_row": prompts[0].row})
+            row = {"prompt": prompt.content, **prompt.of_template, "completion": completion}
+            rows.append(row | {"truncated": truncated, "num_tokens": end, "first_row": prompts[0].row})
     return rows
 
 

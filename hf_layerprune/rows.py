@@ -21,7 +21,9 @@ CHAT_COLUMNS = (["prompt", "completion"], ["messages"], ["conversations"])
 SHAREGPT = {"from": "role", "value": "content"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 """Chat templates leave out, without a word, what roles say that they do not know."""
-NEXT_TO_CHATS = ("tools", "chat_template_kwargs", "image", "images")  # TRL refuses images itself
+OF_TEMPLATE = {"tools": None, "chat_template_kwargs": {}}
+"""Columns that a chat template is given next to the messages, and what stands for nothing in them."""
+NEXT_TO_CHATS = (*OF_TEMPLATE, "image", "images")  # TRL refuses images itself
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
@@ -59,7 +61,11 @@ def select_text_column(
         raise LayerPruneError(f"{name}: column {' and '.join(map(repr, empty))} holds no text, only blank rows")
     may_differ = dataset.features is None or "Json" in str(dataset.features)  # from row to row
     if kept == ["conversations"]:
-        first, dataset = _as_messages(first), dataset.map(_as_messages, remove_columns=kept)
+
+        def with_messages(row: dict[str, Any]) -> dict[str, Any]:
+            return {"messages": as_messages(row["conversations"])}
+
+        first, dataset = with_messages(first), dataset.map(with_messages, remove_columns=kept)
         kept = ["messages"]
     is_chat = isinstance(first["prompt"], list) if "prompt" in kept else kept != [text_field]
     if is_chat and (may_differ or _has_parts(first, kept)):
@@ -80,13 +86,12 @@ def select_text_column(
     return _filtered(dataset, says_something, f"{name}: blank rows left out")
 
 
-def _as_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `conversations` with messages, whatever their keys and roles are called there."""
-    turns = row["conversations"]
+def as_messages(turns: Any) -> Any:
+    """Messages of `conversations`, whatever their keys and roles are called there."""
     if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
         turns = [{SHAREGPT.get(key, key): part for key, part in turn.items() if part is not None} for turn in turns]
         turns = [turn | {"role": SHAREGPT_ROLES.get(turn.get("role"), turn.get("role"))} for turn in turns]
-    return {"messages": turns}
+    return turns
 
 
 def _has_parts(row: dict[str, Any], columns: Sequence[str]) -> bool:

@@ -36,7 +36,8 @@ class HealingDataConfig:
 
     Parameters:
         prompt_column (`str`, *optional*):
-            Messages, whose last answers are left out, or text; by default the first of messages, prompt and text.
+            Messages, whose last answers are left out, or text; by default the first of messages, conversations, prompt
+            and text.
         as_chat (`bool`, *optional*, defaults to `False`): make each text a user's message instead of continuing it.
         prompt_tokens (`int`, *optional*, defaults to `32`):
             Tokens at the beginning of a text whose words are its prompt; a column named `"prompt"` is used whole.
@@ -56,7 +57,9 @@ class HealingDataConfig:
         [`LayerPruneError`]: for a value out of range.
     """
 
-    prompt_column: str | None = option(None, "Column of the prompts; by default 'messages', 'prompt' or 'text'.")
+    prompt_column: str | None = option(
+        None, "Column of the prompts; by default the first of chats, prompts and texts."
+    )
     as_chat: bool = option(False, "Turn each text into a user's message.")
     prompt_tokens: int = option(32, "Tokens at the beginning of a text that are its prompt.")
     num_prompts: int | None = option(None, "Rows to use, from the first; all by default.")

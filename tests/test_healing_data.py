@@ -11,6 +11,7 @@ import torch
 import trained_tokenizers
 from conftest import END, VOCAB_SIZE, byte_tokenizer, errors_of, rounds_of, tiny_config, tiny_model
 from datasets import Dataset, IterableDataset, load_dataset
+from filelock import FileLock
 from tokenizers.processors import TemplateProcessing
 from transformers import Qwen2Tokenizer
 
@@ -22,6 +23,7 @@ from hf_layerprune import (
     generate_healing_data,
     prune,
 )
+from hf_layerprune.data import load_text_dataset, tokenized_batches
 from hf_layerprune.trainer.healing import HealingTrainer
 
 TURN = "<|im_end|>"
@@ -187,6 +189,25 @@ def test_answers_of_two_runs_are_not_mixed(tmp_path, tokenizer, changes):
     assert path.read_bytes() == before
 
 
+def test_two_runs_do_not_write_at_once_and_what_two_wrote_is_refused(tmp_path, tokenizer):
+    path = tmp_path / "out" / "answers.jsonl"
+
+    def call():
+        return generate_healing_data(tiny_model(), text_rows(), path, config(), tokenizer)
+
+    path.parent.mkdir()
+    with FileLock(f"{path}.lock"), pytest.raises(LayerPruneError, match="answers.jsonl is in use: another run is wr"):
+        call()
+    report, lines = call(), path.read_text().splitlines(keepends=True)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    for mixed in (lines + lines, [line for line in lines for _ in range(2)], lines[3:6] + lines[:3] + lines[6:]):
+        path.write_text("".join(mixed))
+        with pytest.raises(LayerPruneError, match="or of two that ran at once; delete it, or set another"):
+            call()
+    path.write_text("".join(lines))
+    assert call() == report and path.read_text() == "".join(lines)
+
+
 def test_what_is_not_ours_stays(tmp_path, tokenizer):
     mine = tmp_path / "mine.jsonl"
     for content in ("{}\n", "text\n", "[1]\n", "text without an end"):
@@ -212,6 +233,34 @@ def test_chats_go_through_the_template_and_come_back_as_messages(tmp_path):
         (answer,) = row["completion"]
         assert answer["role"] == "assistant" and TURN not in answer["content"] and END not in answer["content"]
     assert 0 < report.num_truncated < len(CHATS), "some end by themselves, some are cut"
+
+
+def test_what_a_template_is_given_next_to_chats_comes_along(tmp_path):
+    tokenizer, model, asked = chat_tokenizer(), tiny_model(vocab_size=VOCAB_SIZE + 1), []
+    tokenizer.chat_template = "{% if tools %}{{ tools[0].name }}: {% endif %}{{ style or 'long' }}! " + TEMPLATE
+    whole = model.generate
+    model.generate = lambda **inputs: asked.extend(inputs["input_ids"].tolist()) or whole(**inputs)
+    tools = [{"type": "function", "name": "look_up"}]
+    rows = [{"messages": chat, "tools": None, "chat_template_kwargs": None} for chat in CHATS[:3]]
+    rows[1] |= {"tools": json.dumps(tools), "chat_template_kwargs": {"style": "short"}}
+    path = tmp_path / "chats.jsonl"
+    generate_healing_data(model, Dataset.from_list(rows), path, config(), tokenizer)
+    prompts = [tokenizer.decode(ids).replace(END, "") for ids in asked]
+    assert prompts[0].startswith("long! user: Question 0?") and prompts[1].startswith("look_up: short! user: Q")
+    assert [json.loads(line)["tools"] for line in path.read_text().splitlines()] == [None, json.dumps(tools), None]
+    (batch,) = tokenized_batches(load_text_dataset(path), tokenizer)  # as `compress` reads it
+    read = [tokenizer.decode(ids).replace(END, "") for ids in batch["input_ids"]]
+    assert all(text.startswith(prompt) for text, prompt in zip(read, prompts, strict=True))
+    other = Dataset.from_list([row | {"tools": None} for row in rows])
+    with pytest.raises(LayerPruneError, match="holds rows of another run"):
+        generate_healing_data(model, other, path, config(), tokenizer)
+
+
+def test_sharegpt_rows_are_answered_as_compress_reads_them(tmp_path):
+    turns = [[{"from": "human", "value": f"Question {n}?"}, {"from": "gpt", "value": "No."}] for n in range(3)]
+    model, path = tiny_model(vocab_size=VOCAB_SIZE + 1), tmp_path / "chats.jsonl"
+    generate_healing_data(model, Dataset.from_dict({"conversations": turns}), path, config(), chat_tokenizer())
+    assert rows_of(path)[0]["prompt"] == [{"role": "user", "content": "Question 0?"}]
 
 
 def test_texts_can_be_a_users_messages_or_stay_whole(tmp_path, tokenizer):
@@ -263,7 +312,7 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "prompts, changes, message",
     [
-        ({"title": ["a"]}, {}, r"columns \['title'\] but no 'messages' or 'prompt' or 'text'"),
+        ({"title": ["a"]}, {}, r"columns \['title'\] but no 'messages' or 'conversations' or 'prompt'"),
         ({"text": ["a"]}, {"prompt_column": "body"}, "no 'body'"),
         ({"text": ["", " ", None]}, {}, "hold no text"),
         ({"messages": CHATS}, {}, "row 0 does not fit the chat template: .*chat_template is not set"),
@@ -390,6 +439,13 @@ def test_bad_input_is_one_line_and_exit_status_2(tmp_path, model_folder, write, 
     assert run(*arguments, *(part.format(folder=tmp_path) for part in extra)) == 2
     error = errors_of(capsys)
     assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("name", ["out.txt", "folder.jsonl"])
+def test_a_file_that_cannot_be_written_is_refused_before_text_is_read(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder.jsonl").mkdir()
+    monkeypatch.setattr("hf_layerprune.cli.generate.read_dataset", pytest.fail)
+    assert run("--output_file", tmp_path / name) == 2 and "ends in .jsonl" in errors_of(capsys)
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, model_folder, write, capsys, monkeypatch):

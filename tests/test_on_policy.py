@@ -124,6 +124,17 @@ def test_a_chat_template_makes_texts_messages(tokenizer, tmp_path):
     assert chats.to_dict() == {"prompt": [[{"content": "why?", "role": "user"}]]}
 
 
+def test_what_the_template_would_be_given_for_one_row_is_refused_by_name(tokenizer, tmp_path):
+    tokenizer, args = copy.deepcopy(tokenizer), tiny_config(tmp_path, on_policy_steps=1)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    turns = [{"role": "user", "content": "why?"}]
+    rows = [{"prompt": turns, "tools": None}, {"prompt": turns, "tools": [{"name": "look_up"}]}]
+    with pytest.raises(LayerPruneError, match="prompts: row 1 has tools, which on-policy steps cannot give"):
+        on_policy.prompts_to_answer(Dataset.from_list(rows), tokenizer, tiny_model(), args)
+    kept = on_policy.prompts_to_answer(Dataset.from_list(rows[:1]), tokenizer, tiny_model(), args)
+    assert kept.to_dict() == {"prompt": [[{"content": "why?", "role": "user"}]]}
+
+
 @pytest.mark.parametrize("steps, given", [(2, False), (0, True)])
 def test_steps_and_prompts_belong_together(make, prompts, steps, given):
     with pytest.raises(LayerPruneError, match="on_policy_steps and prompt_dataset"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
-from ..healing_data import column_of_prompts, generate_healing_data, processes
+from ..healing_data import check_output_file, column_of_prompts, generate_healing_data, processes
 from ..loading import load_model, load_tokenizer
 from ..progress import Phases, say
 from .common import check_sources, read_dataset
@@ -15,6 +16,7 @@ def generate(argv: list[str]) -> None:
     """Write the file, or what is missing of it; see [`generate_healing_data`]."""
     arguments, config = parse("generate", argv)
     check_sources(arguments)
+    check_output_file(Path(arguments.output_file))
     state = processes()
     with Phases(quiet=not state.is_main_process) as phases:
         phases.phase("reading the prompts")

@@ -72,6 +72,12 @@ def prompts_to_answer(
         return None
     config = HealingDataConfig(as_chat=tokenizer.chat_template is not None, max_new_tokens=args.on_policy_tokens)
     prompts, _ = read_prompts(rows, tokenizer, config, num_positions(model.config))
+    for prompt in prompts:
+        if found := [name for name, value in prompt.of_template.items() if value]:
+            raise LayerPruneError(
+                f"prompts: row {prompt.row} has {found[0]}, which on-policy steps cannot give to the chat template; "
+                "leave out such rows, or the column"
+            )
     return Dataset.from_list([{"prompt": prompt.content} for prompt in prompts])
 
 
