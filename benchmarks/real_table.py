@@ -23,7 +23,7 @@ NAMES = {
     "ours": "KL after repair (ours)",
     "ours_seed1": "KL after repair (ours), seed 1",
     "paper": "the paper's recipe (KL, neighbours)",
-    "kl": "KL (ours)",
+    "kl": "KL without repair",
     "block_influence": "block influence",
     "block_influence2": "block influence, rounds of two layers",
     "shortgpt": "block influence, one shot (ShortGPT)",
