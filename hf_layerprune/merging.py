@@ -124,7 +124,8 @@ def find_merges(
         layers = list(model.base_model.layers[start : last + 1])
         merges.append(_Merge(group, start, layers, target_state(start, after, teacher_plan)))
     num_tokens = sum(int(unpadded(batch).sum()) for batch in batches)
-    num_bytes = [sum(4 * size**2 for size in _sizes(one.layers)) for one in merges]
+    sizes = [_sizes(one.layers) for one in merges]
+    num_bytes = [4 * (heads**2 + min(num_tokens, neurons) * neurons) for heads, neurons in sizes]
     at_once = max(1, MAX_BYTES // max(num_bytes, default=1))
     found = {}
     with inference(model, teacher):
@@ -147,17 +148,57 @@ def _cut_back(
     model: PreTrainedModel, batches: Sequence[Batch], merges: Sequence[_Merge], num_tokens: int, ridge: float
 ) -> list[dict[str, Tensor]]:
     """The layer of each merge, with the heads and neurons that are kept, and `down_proj` as it was."""
-    kind = {"dtype": torch.float32, "device": model.device}
-    grams = [[torch.zeros(n, n, **kind) for n in _sizes(one.layers)] for one in merges]
+    read = [[_Read(size, num_tokens, model.device) for size in _sizes(one.layers)] for one in merges]
     for batch in batches:
         batch = to_device(batch, model.device)
         run, valid = record(model, batch, {one.start for one in merges}, stop=True), unpadded(batch)
-        for one, both in zip(merges, grams, strict=True):
-            read = _side_by_side(one.layers, run.states[one.start], run.arguments[one.start])
-            for gram, rows in zip(both, (part[valid].float() for part in read), strict=True):
-                gram.addmm_(rows.T, rows)  # in place, so that autocast leaves it in float32
+        for one, both in zip(merges, read, strict=True):
+            parts = _side_by_side(one.layers, run.states[one.start], run.arguments[one.start])
+            for kept, part in zip(both, parts, strict=True):
+                kept.add(part[valid].float())
     with torch.autocast(model.device.type, enabled=False):
-        return [_kept_part(m.layers, *both, num_tokens, ridge) for m, both in zip(merges, grams, strict=True)]
+        return [
+            _kept_part(one.layers, heads.gram(), neurons.leverage(), num_tokens, ridge)
+            for one, (heads, neurons) in zip(merges, read, strict=True)
+        ]
+
+
+class _Read:
+    """What projections read, A `(N, I)`: its Gram matrix A'A or, of fewer tokens than inputs, A itself."""
+
+    def __init__(self, size: int, num_tokens: int, device: torch.device) -> None:
+        self.few_tokens, self.num_added = num_tokens < size, 0
+        self.sums = torch.zeros(min(num_tokens, size), size, dtype=torch.float32, device=device)
+
+    def add(self, rows: Tensor) -> None:
+        if self.few_tokens:
+            self.sums[self.num_added : self.num_added + len(rows)] = rows
+        else:
+            self.sums.addmm_(rows.T, rows)  # in place, so that autocast leaves it in float32
+        self.num_added += len(rows)
+
+    def gram(self) -> Tensor:
+        return self.sums.T @ self.sums if self.few_tokens else self.sums
+
+    def leverage(self) -> Tensor:
+        """Ridge leverage scores, `(I,)`: the diagonal of A'A (A'A + c)^-1 = A' (AA' + c)^-1 A, in the smaller form."""
+        device = "cpu" if self.sums.device.type == "mps" else self.sums.device  # float64 is missing there
+        sums = self.sums.to(device, torch.float64)
+        regular = sums @ sums.T if self.few_tokens else sums.clone()
+        penalty = LEVERAGE_RIDGE * regular.trace() / sums.shape[1]
+        if penalty == 0:  # no neuron is ever active
+            return torch.zeros_like(self.sums[0])
+        regular.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(regular)
+        if failed:
+            raise LayerPruneError(
+                "the activations of the layers are not finite on this data, so they cannot be merged"
+            )
+        if self.few_tokens:
+            scores = (sums * torch.cholesky_solve(sums, factor)).sum(dim=0)
+        else:
+            scores = 1 - penalty * torch.cholesky_inverse(factor).diagonal()
+        return scores.to(self.sums)
 
 
 def _side_by_side(layers: Sequence[nn.Module], state: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -176,9 +217,10 @@ def _side_by_side(layers: Sequence[nn.Module], state: Tensor, arguments: dict[st
 
 
 def _kept_part(
-    layers: Sequence[nn.Module], heads: Tensor, neurons: Tensor, num_tokens: int, ridge: float
+    layers: Sequence[nn.Module], heads: Tensor, scores: Tensor, num_tokens: int, ridge: float
 ) -> dict[str, Tensor]:
-    """The tensors of one layer of the heads and neurons that count, by the Gram matrices of what reads them."""
+    """The tensors of one layer of the heads and neurons that count, by the Gram matrix of what `o_proj` reads and the
+    leverage `scores` of the neurons."""
     wide = join_layers([{name: tensor.detach() for name, tensor in layer.named_parameters()} for layer in layers])
     output, head_dim = wide["self_attn.o_proj.weight"], layers[0].self_attn.head_dim
     num_groups = len(wide["self_attn.k_proj.weight"]) // head_dim  # each a head of keys and values, and its queries
@@ -190,7 +232,7 @@ def _kept_part(
     )
     missing = heads[queries] @ output.float().T - heads[queries][:, queries] @ output[:, queries].float().T
     change = solve_ridge(heads[queries][:, queries], missing, ridge, num_tokens)
-    kept = leverage(neurons).topk(len(neurons) // len(layers)).indices.sort().values
+    kept = scores.topk(len(scores) // len(layers)).indices.sort().values
     rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": kept, "up_proj": kept}
     tensors = {}
     for name, tensor in wide.items():
@@ -215,20 +257,6 @@ def _strongest_groups(
         best = added.view(num_layers, -1).sum(dim=1).argmax()
         return torch.arange(num_groups, device=heads.device).view(num_layers, -1)[best]
     return added.topk(num_groups // num_layers).indices.sort().values
-
-
-def leverage(gram: Tensor) -> Tensor:
-    """Ridge leverage scores of neurons, `(I,)`: the diagonal of G (G + c)^-1 for their Gram matrix G, `(I, I)`."""
-    device = "cpu" if gram.device.type == "mps" else gram.device  # float64 is missing there
-    regular = gram.to(device, torch.float64, copy=True)
-    penalty = LEVERAGE_RIDGE * regular.trace() / len(regular)
-    if penalty == 0:  # no neuron is ever active
-        return torch.zeros_like(gram.diagonal())
-    regular.diagonal().add_(penalty)
-    factor, failed = torch.linalg.cholesky_ex(regular)
-    if failed:
-        raise LayerPruneError("the activations of the layers are not finite on this data, so they cannot be merged")
-    return (1 - penalty * torch.cholesky_inverse(factor).diagonal()).to(gram)
 
 
 def _fits(

@@ -53,6 +53,18 @@ def test_a_merged_layer_is_the_dense_solution(family, layers):
         assert all(torch.equal(t, original[name]) for name, t in merged.model.layers[n].state_dict().items())
 
 
+@pytest.mark.parametrize("num_tokens", [8, 12, 30])
+def test_leverage_is_the_dense_solution_with_few_tokens_and_many(num_tokens):
+    rows = torch.randn(num_tokens, 12, generator=torch.Generator().manual_seed(0))
+    read = merging._Read(12, num_tokens, rows.device)
+    for part in rows.split(5):
+        read.add(part)
+    gram = (rows.T @ rows).double()
+    penalty = merging.LEVERAGE_RIDGE * gram.trace() / 12 * torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(read.gram(), gram.float())
+    torch.testing.assert_close(read.leverage(), torch.linalg.solve(gram + penalty, gram).diagonal().float())
+
+
 @pytest.mark.parametrize("max_bytes", [2**32, 1])
 def test_one_pass_for_all_pairs_is_merging_each(batches, monkeypatch, max_bytes):
     monkeypatch.setattr(merging, "MAX_BYTES", max_bytes)
