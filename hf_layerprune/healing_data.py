@@ -175,8 +175,8 @@ def read_prompts(
             content = [{"role": "user", "content": value}]
         else:
             content = value if column == "prompt" else _opening(value, tokenizer, config.prompt_tokens)
-        of_template = {name: part or OF_TEMPLATE[name] for name, part in zip(names, given, strict=True)}
-        of_template = {} if isinstance(content, str) else of_template
+        is_chat = not isinstance(content, str)
+        of_template = {name: part or OF_TEMPLATE[name] for name, part in zip(names, given, strict=True) if is_chat}
         prompts.append(Prompt(row, content, _encode(content, tokenizer, row, of_template), of_template))
     short = [prompt for prompt in prompts if len(prompt.ids) <= longest]
     if not short:

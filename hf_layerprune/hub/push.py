@@ -198,7 +198,7 @@ def check_content(files: Sequence[str], mark: str, what: str) -> None:
 
 
 def _check_tags(tags: set[str], branches: set[str]) -> None:
-    """Refuse tags that have the name of a branch: which of the two such a revision means, is for nobody to know."""
+    """Refuse tags that have the name of a branch, which would mean two things as a revision."""
     if taken := tags & branches:
         raise LayerPruneError(
             f"depth_tags would make a tag {min(taken)}, but a branch has this name; choose another revision, or push "
