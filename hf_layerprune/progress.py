@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import rich.console
@@ -32,6 +32,8 @@ SPEED_SECONDS = 600  # the time left is estimated from the speed of the last ten
 class Console(rich.console.Console):
     """A console that no work stops for: where its stream is closed or full it goes quiet."""
 
+    lost: ClassVar[OSError | None] = None  # why results were not printed, unless nobody reads them
+
     def on_broken_pipe(self) -> None:
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # what the stream still holds goes there
@@ -39,8 +41,10 @@ class Console(rich.console.Console):
     def print(self, *objects: Any, **options: Any) -> None:
         try:
             super().print(*objects, **options)
-        except OSError:
-            self.quiet = True
+        except OSError as error:
+            if not self.stderr:
+                Console.lost = error
+            self.on_broken_pipe()
 
 
 def say(console: Console, text: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-import os
 import sys
 import traceback
 from importlib import import_module
@@ -60,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a character that it cannot show
         _run(verb, rest)
-        _finish_printing()
     except KeyboardInterrupt as stop:
         how = str(stop) or ("what is done is kept; run the same command to continue" if verb == "generate" else "")
         sys.stderr.write(f"hf-layerprune: stopped{'; ' if how else ''}{how}\n")
@@ -92,19 +90,12 @@ def _run(verb: str, argv: list[str]) -> None:
         gc.enable()
     if wants_help:
         sys.stdout.write(parser.help_text(everything="--help-all" in argv))
-    else:
-        getattr(module, name)(argv)
-
-
-def _finish_printing() -> None:
-    """Write what stdout still holds; raise [`LayerPruneError`] if it cannot be written, as on a full disk."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
-        if error.errno != errno.EPIPE:  # else nobody reads on, as after `| head`
-            raise LayerPruneError(f"stdout cannot be written: {error.strerror}; what was saved is whole") from error
+        return
+    console = import_module("..progress", __name__).Console
+    console.lost = None
+    getattr(module, name)(argv)
+    if console.lost is not None:
+        raise LayerPruneError(f"stdout cannot be written: {console.lost.strerror}; what was saved is whole")
 
 
 def _users_mistake(error: Exception) -> str | None:
