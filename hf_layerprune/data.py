@@ -223,7 +223,7 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
         splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     else:
         dataset = load_dataset(source, config_name, split=split)
-        _check_fields(dataset, f"{source}/**/*.csv*")
+        _check_fields(dataset, f"{escape(source)}/**/*.[ct]sv*")
         return dataset
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
@@ -244,14 +244,15 @@ def _check_fields(dataset: Dataset, pattern: str) -> None:
     is not in quotes has: pandas takes the first of them for an index, and the last piece for the text."""
     if dataset.info.builder_name != "csv" or (index := "__index_level_0__") not in dataset.column_names:
         return
-    for path in glob(pattern, recursive=True):
+    for path in (paths := glob(pattern, recursive=True)):
         with (gzip.open if path.lower().endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             if index in file.readline():
                 return
-    raise LayerPruneError(
-        "its rows have more fields than its header; put text with commas in quotes, and name every column in the "
-        "header"
-    )
+    if paths:  # else they are elsewhere, and their headers not to be seen
+        raise LayerPruneError(
+            "its rows have more fields than its header; put text with commas in quotes, and name every column in the "
+            "header"
+        )
 
 
 def num_positions(config: PretrainedConfig) -> int:

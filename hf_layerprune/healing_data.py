@@ -35,7 +35,7 @@ from .loading import load_model, load_tokenizer, name_of
 from .rows import OF_TEMPLATE, as_messages, is_message, joined_parts
 from .settings import HealingDataConfig
 
-PROMPT_COLUMNS = ("messages", "conversations", "prompt", "text")
+PROMPT_COLUMNS = ("messages", "prompt", "text", "conversations")
 
 Content = str | list[dict[str, Any]]
 """A text to continue, or messages to answer."""
@@ -110,8 +110,10 @@ def generate_healing_data(
 
 def check_output_file(path: Path) -> None:
     """Raise [`LayerPruneError`] if a path cannot be that of a file of JSON lines."""
-    if path.suffix != ".jsonl" or path.is_dir():
-        raise LayerPruneError(f"output_file={path} must be a file whose name ends in .jsonl")
+    if path.is_dir():
+        raise LayerPruneError(f"output_file={path} is a folder; name a file in it")
+    if path.suffix != ".jsonl":
+        raise LayerPruneError(f"output_file={path} must end in .jsonl")
 
 
 def processes() -> PartialState:

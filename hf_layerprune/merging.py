@@ -164,7 +164,7 @@ def _cut_back(
 
 
 class _Read:
-    """What projections read, A `(N, I)`: its Gram matrix A'A or, of fewer tokens than inputs, A itself."""
+    """What projections read, A `(N, I)`: its Gram matrix A'A or, for fewer tokens than inputs, A itself."""
 
     def __init__(self, size: int, num_tokens: int, device: torch.device) -> None:
         self.few_tokens, self.num_added = num_tokens < size, 0
@@ -184,7 +184,7 @@ class _Read:
         """Ridge leverage scores, `(I,)`: the diagonal of A'A (A'A + c)^-1 = A' (AA' + c)^-1 A, in the smaller form."""
         device = "cpu" if self.sums.device.type == "mps" else self.sums.device  # float64 is missing there
         sums = self.sums.to(device, torch.float64)
-        regular = sums @ sums.T if self.few_tokens else sums.clone()
+        regular = sums @ sums.T if self.few_tokens else sums
         penalty = LEVERAGE_RIDGE * regular.trace() / sums.shape[1]
         if penalty == 0:  # no neuron is ever active
             return torch.zeros_like(self.sums[0])

@@ -14,10 +14,13 @@ import json
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from .errors import LayerPruneError
-from .models.configuration_pruned_qwen2 import MAX_LAYERS, checked_plan
+
+MAX_LAYERS = 10_000
+"""Deeper than any teacher; a plan from outside that asks for more is a mistake, or meant to fill the memory."""
 
 
 def layer_indices(layers: Iterable[int], what: str = "layers") -> list[int]:
@@ -60,13 +63,25 @@ class LayerPlan:
     merged: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        depth = MAX_LAYERS if self.num_teacher_layers is None else self.num_teacher_layers
         try:
-            plan = checked_plan({"num_teacher_layers": depth, "blocks": self.blocks, "merged": self.merged})
-        except ValueError as error:
-            raise LayerPruneError(str(error)) from None
-        blocks, merged = (tuple(map(tuple, plan.get(name, ()))) for name in ("blocks", "merged"))
-        depth = blocks[-1][-1] + 1 if self.num_teacher_layers is None else depth
+            blocks, merged = (tuple(map(tuple, value)) for value in (self.blocks, self.merged))
+        except TypeError:
+            given = f"blocks={self.blocks!r:.200}, merged={self.merged!r:.200}"
+            raise LayerPruneError(f"layer plan {given}: both must be lists of lists of layer indices") from None
+        layers = [layer for block in blocks for layer in block]
+        if not blocks or not all(blocks):
+            raise LayerPruneError("layer plan has no blocks or an empty block; a model needs at least one layer")
+        if any(type(layer) is not int for layer in layers) or any(a >= b for a, b in pairwise([-1, *layers])):
+            raise LayerPruneError(
+                f"layer plan holds {layers!r:.200}; layer indices are integers from 0 and must ascend without repeats"
+            )
+        depth = layers[-1] + 1 if self.num_teacher_layers is None else self.num_teacher_layers
+        if type(depth) is not int or not 1 <= depth <= MAX_LAYERS:
+            raise LayerPruneError(f"layer plan has a teacher of {depth!r:.200} layers; it may have 1 to {MAX_LAYERS}")
+        if layers[-1] >= depth:
+            raise LayerPruneError(f"layer plan uses layer {layers[-1]}, but the teacher has layers 0 to {depth - 1}")
+        if unknown := [block for block in merged if len(block) < 2 or block not in blocks]:
+            raise LayerPruneError(f"layer plan has merged={unknown!r:.200}, which are not blocks of several layers")
         object.__setattr__(self, "blocks", blocks)
         object.__setattr__(self, "num_teacher_layers", depth)
         object.__setattr__(self, "merged", tuple(sorted(set(merged))))

@@ -36,11 +36,11 @@ class HealingDataConfig:
 
     Parameters:
         prompt_column (`str`, *optional*):
-            Messages, whose last answers are left out, or text; by default the first of messages, conversations, prompt
-            and text.
+            Messages, whose last answers are left out, or text; by default the first of messages, prompt, text and
+            conversations.
         as_chat (`bool`, *optional*, defaults to `False`): make each text a user's message instead of continuing it.
         prompt_tokens (`int`, *optional*, defaults to `32`):
-            Tokens at the beginning of a text whose words are its prompt; a column named `"prompt"` is used whole.
+            A text's prompt is the words in its first so many tokens; a column named `"prompt"` is used whole.
         num_prompts (`int`, *optional*): rows to use, from the first; all by default.
         max_prompt_tokens (`int`, *optional*):
             Leave out longer prompts, chat template included; by default what `max_new_tokens` leaves of the positions.
@@ -58,7 +58,7 @@ class HealingDataConfig:
     """
 
     prompt_column: str | None = option(
-        None, "Column of the prompts; by default the first of chats, prompts and texts."
+        None, "Column of the prompts; by default the first of messages, prompt, text, conversations."
     )
     as_chat: bool = option(False, "Turn each text into a user's message.")
     prompt_tokens: int = option(32, "Tokens at the beginning of a text that are its prompt.")

@@ -60,7 +60,7 @@ def plan_of(model: PreTrainedModel | PretrainedConfig) -> LayerPlan:
     if plan.parallel_pairs and config.model_type != PrunedQwen2Config.model_type:
         raise LayerPruneError(
             f"layer_plan in config.json has {plan.parallel_pairs[0]} in parallel, which a model of type "
-            f"{config.model_type} cannot; correct it, or list merged layers under 'merged'"
+            f"{config.model_type} cannot have; correct it, or list merged layers under 'merged'"
         )
     if plan.depth != config.num_hidden_layers:
         raise LayerPruneError(
@@ -199,15 +199,19 @@ def check_in_memory(*models: PreTrainedModel) -> None:
         raise LayerPruneError("a model is partly on disk or in CPU memory; load it whole, on one device")
 
 
-def check_made_from(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless both are in memory, and alike in all but the layers that the student lacks."""
+def check_made_from(student: PreTrainedModel, teacher: PreTrainedModel, *, by_layers: bool = False) -> None:
+    """Raise [`LayerPruneError`] unless both are in memory, and alike in all but the layers that the student lacks.
+
+    `by_layers` alone, those it has may be narrower.
+    """
     names = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    found = []
+    found, names = [], names[:2] if by_layers else names
     for model in (student, teacher):
         check_model(model)
         check_in_memory(model)
         values = {"layers": plan_of(model).num_teacher_layers} | {n: getattr(model.config, n, None) for n in names}
-        found.append((values, {name for name, _ in model.base_model.layers[0].named_parameters()}))
+        weights = () if by_layers else model.base_model.layers[0].named_parameters()
+        found.append((values, {name for name, _ in weights}))
     (ours, weights), (theirs, others) = found
     differences = [f"{name} {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     differences += [f"{name} in one of them only" for name in sorted(weights ^ others)]
@@ -265,11 +269,17 @@ def apply_plan(model: PreTrainedModel, plan: LayerPlan, *, share_weights: bool =
 
 
 def copy_requires_grad(model: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Let what `student` shares with `model` require gradients as it does there, and what is new as any layer does."""
+    """Let what `student` shares with `model` require gradients as it does there, and new blocks if a weight of the
+    layers they are made of does."""
     theirs = {parameter.data_ptr(): parameter.requires_grad for parameter in model.parameters()}
-    of_new = any(parameter.requires_grad for parameter in model.base_model.layers.parameters())
-    for parameter in student.parameters():
-        parameter.requires_grad_(theirs.get(parameter.data_ptr(), of_new))
+    blocks = zip(plan_of(model).blocks, model.base_model.layers, strict=True)
+    trained = {n for block, part in blocks for n in block if any(p.requires_grad for p in part.parameters())}
+    for block, part in zip(plan_of(student).blocks, student.base_model.layers, strict=True):
+        for parameter in part.parameters():
+            parameter.requires_grad_(theirs.get(parameter.data_ptr(), not trained.isdisjoint(block)))
+    for part in (student.base_model.embed_tokens, student.base_model.norm, student.lm_head):
+        for parameter in part.parameters():
+            parameter.requires_grad_(theirs.get(parameter.data_ptr(), False))
 
 
 def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, share_weights: bool) -> PreTrainedModel:
@@ -284,7 +294,8 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
         memo |= {id(buffer): buffer for buffer in model.buffers()}
     student = copy.deepcopy(model, memo)
     for module in student.modules():
-        if not hasattr(module, "_hf_hook"):  # accelerate's, which knows its module
+        bound = getattr(vars(module).get("forward"), "__self__", None) is module and module is not student
+        if not (bound or hasattr(module, "_hf_hook")):  # these know the module that they were copied with
             vars(module).pop("forward", None)  # put there by TRL or a user, it would go on to run the original's
             vars(module).pop("_original_forward", None)
 

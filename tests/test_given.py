@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import MethodType
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from hf_layerprune import (
     score_layers,
     unparallelize,
 )
+from hf_layerprune.trainer.config import settled
 
 
 def in_a_trainer(model, tokenizer, folder):
@@ -41,6 +43,17 @@ def with_forwards_of_a_user(model, tokenizer, folder):
     mlp.forward = lambda states: mlp_forward(states)
     model.forward = lambda *args, **kwargs: model_forward(*args, **kwargs)
     return model
+
+
+def test_a_forward_that_is_bound_to_its_module_comes_along():
+    teacher, ids = tiny_model(), random_batches()[0]["input_ids"]
+    mlp = teacher.model.layers[3].mlp
+    mlp.forward = MethodType(lambda self, states: self.down_proj(self.up_proj(states)), mlp)
+    student = prune(teacher, [])
+    assert torch.equal(student(ids).logits, teacher(ids).logits)
+    with torch.no_grad():
+        student.model.layers[3].mlp.up_proj.weight.zero_()
+    assert not torch.equal(student(ids).logits, teacher(ids).logits)
 
 
 @pytest.mark.parametrize("changed", [in_a_trainer, with_forwards_of_a_user])
@@ -105,6 +118,13 @@ def test_frozen_weights_stay_frozen():
     for student in students:
         assert not student.model.embed_tokens.weight.requires_grad
         assert all(parameter.requires_grad for parameter in student.model.layers.parameters())
+    for layer in (1, 2):
+        model.model.layers[layer].requires_grad_(False)
+    for student in (parallelize(model, [(1, 2), (3, 4)]), merge(model, [(1, 2)], random_batches())):
+        states = [all(p.requires_grad for p in layer.parameters()) for layer in student.model.layers]
+        assert states == [True, False, True] + [True] * (len(states) - 3)
+    apart = unparallelize(parallelize(model, [(1, 2)]))
+    assert [layer.mlp.up_proj.weight.requires_grad for layer in apart.model.layers] == [True, False, False, True, True]
     model.requires_grad_(False)
     for student in (parallelize(model, [(3, 4)]), merge(model, [(3, 4)], random_batches())):
         assert not any(parameter.requires_grad for parameter in student.parameters())
@@ -187,8 +207,33 @@ def test_settings_may_be_changed_after_they_are_made(tmp_path, tokenizer, texts)
         IterativeLayerDistillTrainer(tiny_model(), args, **data)
 
 
+def test_what_follows_from_a_setting_follows_its_change(tmp_path):
+    args = tiny_config(tmp_path, criterion="tasks", metric_for_best_model="kl")
+    args.criterion, args.metric_for_best_model = "loss", "agreement"
+    changed = settled(args)
+    assert (changed.criterion, changed.tasks, changed.greater_is_better) == ("loss", None, True)
+    args.metric_for_best_model = "accuracy"
+    with pytest.raises(LayerPruneError, match="metric_for_best_model='accuracy' is not measured"):
+        settled(args)
+    args = tiny_config(tmp_path)
+    args.tasks = ["a.yaml", "b.yaml"]
+    assert (settled(args).criterion, settled(args).tasks) == ("tasks", "a.yaml,b.yaml")
+
+
+def test_a_student_may_be_narrower_than_its_teacher(tmp_path, tokenizer, texts):
+    narrow = tiny_model(4, intermediate_size=40)
+    narrow.config.layer_plan = {"num_teacher_layers": 5, "blocks": [[0], [1], [2], [4]]}
+    data = {"train_dataset": texts, "processing_class": tokenizer, "teacher": tiny_model()}
+    args = tiny_config(tmp_path, target_num_layers=4, trained_layers="all")
+    trainer = IterativeLayerDistillTrainer(narrow, args, **data)
+    trainer.train()
+    assert trainer.run.rounds[-1].plan.depth == 4
+    with pytest.raises(LayerPruneError, match="intermediate_size 40 and 48"):
+        restore(narrow, data["teacher"], [3])
+
+
 def test_options_of_loading_that_load_nothing_are_refused(make, saved_model, tmp_path):
-    with pytest.raises(LayerPruneError, match="has no effect on a loaded model; give its name"):
+    with pytest.raises(LayerPruneError, match="has no effect on a loaded model; name the model"):
         make(model_init_kwargs={"attn_implementation": "eager"})
     for name in ("dtype", "torch_dtype"):
         assert make(str(saved_model), model_init_kwargs={name: "bfloat16"}).start.dtype == torch.bfloat16
@@ -241,5 +286,5 @@ def test_methods_that_no_healing_calls_are_refused(tmp_path, tokenizer, texts, m
 
     with pytest.raises(LayerPruneError, match="Mine overrides compute_loss, but every round is healed by"):
         Mine(tiny_model(), tiny_config(tmp_path, target_num_layers=4), texts, processing_class=tokenizer)
-    with pytest.raises(LayerPruneError, match=r"evaluate\(eval_dataset=...\) measures"):
+    with pytest.raises(LayerPruneError, match=r"use evaluate\(eval_dataset=...\)"):
         make().predict(texts)

@@ -420,16 +420,22 @@ def refused(hub, answer, *parts):
     assert not any(word in line for line in log for word in ("POST", "PUT", "DELETE")), log
 
 
-def test_a_tag_is_not_called_like_a_branch(hub, worker, runs):
+def test_a_tag_is_not_named_like_a_branch(hub, worker, runs):
     refused(
         hub,
         worker.push(runs / "plain", revision="3-layers", depth_tags=True),
-        "would make a tag 3-layers, but a branch",
+        "3-layers would be a tag and a branch",
     )
     assert hub.repos == {}
     assert "oid" in worker.push(runs / "plain", revision="3-layers")
     hub.log.clear()
-    refused(hub, worker.push(runs / "plain", depth_tags=True), "would make a tag 3-layers, but a branch")
+    refused(hub, worker.push(runs / "plain", depth_tags=True), "3-layers would be a tag and a branch")
+
+
+def test_a_branch_is_not_named_like_a_tag(hub, worker, runs):
+    assert "oid" in worker.push(runs / "plain", depth_tags=True)
+    hub.log.clear()
+    refused(hub, worker.push(runs / "plain", revision="3-layers"), "3-layers would be a tag and a branch")
 
 
 @pytest.mark.parametrize("name", ["a b", "me/two/three", ""])

@@ -94,7 +94,7 @@ def test_files(tmp_path):
         (("rounds", 0, "quality", "perplexity"), 10**400, "must be a whole number"),
         (("rounds", 0, "edits"), ["two"], "edits='two' must be a label such as"),
         (("rounds", 0, "plan"), {}, "the keys"),
-        (("rounds", 0, "plan"), {"num_teacher_layers": 999_999_999_999, "blocks": [[0]]}, "a teacher may have 10000"),
+        (("rounds", 0, "plan"), {"num_teacher_layers": 999_999_999_999, "blocks": [[0]]}, "it may have 1 to 10000"),
         (("rounds", 0, "healing"), {}, "rounds.healing lacks num_tokens"),
         (("rounds", 0, "scores"), [{"values": {"x": 1}}], "scores lacks criterion"),
         (("rounds", 0, "scores", 0, "values"), {"x": 1}, "must be a label"),

@@ -95,7 +95,7 @@ def _run(verb: str, argv: list[str]) -> None:
     console.lost = None
     getattr(module, name)(argv)
     if console.lost is not None:
-        raise LayerPruneError(f"stdout cannot be written: {console.lost.strerror}; what was saved is whole")
+        raise LayerPruneError(f"stdout cannot be written: {console.lost.strerror}; what was saved is complete")
 
 
 def _users_mistake(error: Exception) -> str | None:

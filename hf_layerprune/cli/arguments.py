@@ -62,7 +62,9 @@ class CompressArguments(DataArguments):
     )
     calibration_dataset: str | None = option(None, "Text to score the layers on; by default rows of --dataset.")
     resume: bool = option(False, "Resume the run in output_dir.")
-    prompts: str | None = option(None, "Prompts for --on_policy_steps: chats or texts, as generate reads them.")
+    prompts: str | None = option(
+        None, "Prompts for --on_policy_steps: a column messages, prompt, text or conversations."
+    )
     teacher: str | None = option(None, "If --model is already a student: its original, to score and heal against.")
     dtype: str = option("float32", "dtype of the weights in memory.", choices=DTYPES)
     lora_r: int | None = option(None, "Heal with LoRA adapters of this rank instead of full weights.")

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import TARGETS, Budget
-from ..data import Batch
+from ..data import Batch, split_rows
 from ..environment import environment
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
@@ -105,9 +105,7 @@ def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase
     batches = text_batches(arguments, tokenizer, calibration, num_rows + arguments.num_eval_samples)
     full, rest = divmod(num_rows, arguments.batch_size)
     if rest and len(batches) > full:  # the rows that calibrate end within a batch
-        cut = batches.pop(full)
-        parts = ({key: cut[key][rows] for key in cut} for rows in (slice(rest), slice(rest, None)))
-        batches[full:full] = [part for part in parts if len(part["input_ids"])]
+        batches[full : full + 1] = split_rows(batches[full], rest)
         full += 1
     if len(batches) <= full:
         raise LayerPruneError(

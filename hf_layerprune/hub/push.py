@@ -112,7 +112,7 @@ def push_run(
     _check_tags(depths, {branch})
     students = {target: run.student(target.number) for target in targets}
     if not run.is_finished:
-        on_message(f"{output_dir} holds a run that is not finished: {run.plan.depth} layers are as far as it has come")
+        on_message(f"{output_dir} holds a run that is not finished: it has got as far as {run.plan.depth} layers")
     benchmarks = read_evaluation(evaluation, run, [target.number for target in targets]) if evaluation else {}
     facts, why = base_facts(source, token) if source else (ModelCardData(), "the run does not name it: --base_model")
     if why:
@@ -152,7 +152,7 @@ def _targets(record: RunRecord, repo_id: str, branch: str, depth_tags: bool, col
 
 
 def _collect(api: HfApi, repo_id: str, repos: Iterable[str], private: bool | None, teacher: str) -> str:
-    """Put repositories into the Collection that is called like `repo_id`; returns its address."""
+    """Put repositories into the Collection that is named like `repo_id`; returns its address."""
     namespace, title = repo_id.split("/")
     description = f"{teacher} at several depths, made by hf_layerprune"[:150]
     collection = api.create_collection(
@@ -201,15 +201,15 @@ def _check_tags(tags: set[str], branches: set[str]) -> None:
     """Refuse tags that have the name of a branch, which would mean two things as a revision."""
     if taken := tags & branches:
         raise LayerPruneError(
-            f"depth_tags would make a tag {min(taken)}, but a branch has this name; choose another revision, or push "
-            "without depth_tags"
+            f"{min(taken)} would be a tag and a branch; choose another revision, or push without depth_tags"
         )
 
 
 def _open_branch(api: HfApi, repo_id: str, branch: str, tags: set[str]) -> None:
     """Make a branch, empty until its first student, unless it exists; check that no branch has the name of a tag."""
-    names = {ref.name for ref in api.list_repo_refs(repo_id).branches}
-    _check_tags(tags, names)
+    refs = api.list_repo_refs(repo_id)
+    names = {ref.name for ref in refs.branches}
+    _check_tags(tags | ({ref.name for ref in refs.tags} & {branch}), names | {branch})
     if branch in names:
         check_content(api.list_repo_files(repo_id, revision=branch), PLAN_FILE, f"{repo_id}, revision {branch},")
     else:

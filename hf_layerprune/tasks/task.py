@@ -150,7 +150,7 @@ class PromptedTask(Task):
     def examples(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
         """The rows to score, in rows of at most `max_length` tokens."""
         rows, other, dataset = self.read(self.split), self.few_shot_split, self.dataset
-        if other is None or isinstance(dataset, Dataset) or not may_have(str(dataset), other):
+        if other is None or isinstance(dataset, Dataset) or not (may_have(str(dataset), other) or "[" in other):
             shown, rows = self._few_shot(rows)
         else:
             shown, _ = self._few_shot(self.read(other))

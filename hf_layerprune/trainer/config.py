@@ -98,7 +98,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         on_policy_steps (`int`, *optional*, defaults to `0`):
             Steps of a last round without an edit, in which [`~trl.DistillationTrainer`] heals the student on its own
             answers to `prompt_dataset` ([paper](https://huggingface.co/papers/2306.13649)).
-        on_policy_tokens (`int`, *optional*, defaults to `128`): longest of them; the first have an eighth of it.
+        on_policy_tokens (`int`, *optional*, defaults to `128`): longest answer; the first have an eighth.
         on_policy_learning_rate (`float`, *optional*, defaults to `1e-5`): peak learning rate of that round.
         measure_speed (`bool`, *optional*, defaults to `True`): time the teacher and every depth at the end of a run.
         compile_layers (`bool`, *optional*, defaults to `False`):
@@ -157,19 +157,11 @@ class IterativeLayerDistillConfig(SFTConfig):
     gradient_checkpointing: bool | None = option(None, "Recompute activations in the backward pass to save memory.")
 
     def __post_init__(self) -> None:
-        self.tasks = self.tasks and as_words(self.tasks)
-        self.given_bf16 = self.bf16
+        self.given_bf16, self._given_greater, self._tasks_by_default = self.bf16, self.greater_is_better, False
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         self.report_to = self.report_to or "none"  # `null` in a recipe
-        if (metric := self.metric_for_best_model) is not None:
-            if (name := metric.removeprefix("eval_")) not in METRICS:
-                raise LayerPruneError(
-                    f"metric_for_best_model={metric!r} is not measured; choose one of {', '.join(METRICS)}"
-                )
-            if self.greater_is_better is None:
-                self.greater_is_better = name == "agreement"
         super().__post_init__()
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
         # the reentrant kind gives layers after frozen ones no gradient; transformers reads the second name
@@ -180,6 +172,13 @@ class IterativeLayerDistillConfig(SFTConfig):
     def settle(self) -> None:
         """Check the settings and derive what follows from them; again where some were changed since."""
         self._check_values()
+        if (metric := self.metric_for_best_model) is not None:
+            if (name := metric.removeprefix("eval_")) not in METRICS:
+                raise LayerPruneError(
+                    f"metric_for_best_model={metric!r} is not measured; choose one of {', '.join(METRICS)}"
+                )
+            if self._given_greater is None:
+                self.greater_is_better = name == "agreement"
         self.trained_layers = parsed_layers(self.trained_layers)
         protected = (self.protect_first_layers, self.protect_last_layers)
         self.edit_space = EditSpace(self.edits, self.max_group_size, *protected)
@@ -194,7 +193,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         given = dict(self.model_init_kwargs or {})
         if given and is_loaded:
             raise LayerPruneError(
-                f"model_init_kwargs={given} has no effect on a loaded model; give its name, or leave it out"
+                f"model_init_kwargs={given} has no effect on a loaded model; name the model, or leave it out"
             )
         if "torch_dtype" in given:
             given["dtype"] = given.pop("torch_dtype")
@@ -251,9 +250,13 @@ class IterativeLayerDistillConfig(SFTConfig):
                 f"criterion={name} is a function, which a run cannot record; give it as 'module:function'"
             )
         criterion_of(self.criterion)
+        self.tasks = self.tasks and as_words(self.tasks)
+        if self._tasks_by_default and self.criterion != "tasks":  # which it was when the settings were made
+            self.tasks = None
         if self.tasks is not None and self.criterion == type(self).criterion:
             self.criterion = "tasks"
         if self.criterion == "tasks":
+            self._tasks_by_default = self.tasks in (None, "default")
             self.tasks = self.tasks or "default"
         elif self.tasks is not None:
             raise LayerPruneError(f"tasks={self.tasks!r} are for criterion='tasks', not {self.criterion!r}")

@@ -43,7 +43,10 @@ if TYPE_CHECKING:
     from .iterative import IterativeLayerDistillTrainer
 
 COMPILER = "inductor"  # the backend of `torch.compile`
-NOT_CALLED = ("compute_loss", "training_step", "create_optimizer", "create_scheduler", "get_train_dataloader")
+NOT_CALLED = (
+    "compute_loss", "training_step", "create_optimizer", "create_scheduler", "create_optimizer_and_scheduler",
+    "get_train_dataloader", "get_batch_samples", "_get_train_sampler",
+)  # fmt: skip
 """Methods of an [`IterativeLayerDistillTrainer`] that no healing calls."""
 
 

@@ -202,7 +202,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
                 f"criterion={args.criterion!r} judges single layers, but {list(plan.parallel_pairs)} run in parallel; "
                 f"choose one of {', '.join(MEASURED)}"
             )
-        check_made_from(self.start, self.teacher)
+        check_made_from(self.start, self.teacher, by_layers=True)
         check_trained_layers(args.trained_layers, plan, name)
         if args.budget.unit != "latency":  # which is measured when the run is opened
             check_budget(name, Goal.of(args.budget, args.edit_space, self.teacher, teacher_plan), plan, args.heal)
@@ -278,7 +278,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             return output
         except Exception as error:  # instead of the operating system's own
-            if not is_disk_full(error):
+            if not is_disk_full(error) or getattr(error, "filename", None):
                 raise
             raise LayerPruneError(f"{self.args.output_dir} cannot be written: {first_line(error)}") from error
         finally:
@@ -333,7 +333,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        raise LayerPruneError("predict would keep the logits of every token; evaluate(eval_dataset=...) measures")
+        raise LayerPruneError("predict would keep the logits of every token; use evaluate(eval_dataset=...)")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the current student so that `from_pretrained` loads it."""
