@@ -215,7 +215,7 @@ def test_what_is_not_ours_stays(tmp_path, tokenizer):
         with pytest.raises(LayerPruneError, match="holds rows of another run"):
             generate_healing_data(tiny_model(), text_rows(), mine, config(), tokenizer)
         assert mine.read_text() == content
-    with pytest.raises(LayerPruneError, match=r"ends in \.jsonl"):
+    with pytest.raises(LayerPruneError, match=r"must end in \.jsonl"):
         generate_healing_data(tiny_model(), text_rows(), tmp_path / "mine.txt", config(), tokenizer)
 
 
@@ -312,7 +312,7 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "prompts, changes, message",
     [
-        ({"title": ["a"]}, {}, r"columns \['title'\] but no 'messages' or 'conversations' or 'prompt'"),
+        ({"title": ["a"]}, {}, r"columns \['title'\] but no 'messages' or 'prompt' or 'text' or 'conversations'"),
         ({"text": ["a"]}, {"prompt_column": "body"}, "no 'body'"),
         ({"text": ["", " ", None]}, {}, "hold no text"),
         ({"messages": CHATS}, {}, "row 0 does not fit the chat template: .*chat_template is not set"),
@@ -428,7 +428,7 @@ def test_the_command_says_when_a_chat_model_is_not_asked_as_one(tmp_path, write,
         (["--model", "{folder}/nowhere"], "cannot be loaded as a model"),
         (["--dataset", "{folder}/nowhere.jsonl"], "Unable to find"),
         (["--temperature", "-1"], "temperature=-1.0"),
-        (["--output_file", "{folder}/out.txt"], "ends in .jsonl"),
+        (["--output_file", "{folder}/out.txt"], "must end in .jsonl"),
         (["--output_file", "{folder}/texts.txt/out.jsonl"], "texts.txt"),
         (["--sampling", "1"], "--sampling"),
     ],
@@ -441,11 +441,11 @@ def test_bad_input_is_one_line_and_exit_status_2(tmp_path, model_folder, write, 
     assert error.startswith("hf-layerprune: ") and error.count("\n") == 1 and message in error
 
 
-@pytest.mark.parametrize("name", ["out.txt", "folder.jsonl"])
-def test_a_file_that_cannot_be_written_is_refused_before_text_is_read(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name, message", [("out.txt", "must end in .jsonl"), ("folder.jsonl", "is a folder; name a")])
+def test_a_file_that_cannot_be_written_is_refused_before_text_is_read(name, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "folder.jsonl").mkdir()
     monkeypatch.setattr("hf_layerprune.cli.generate.read_dataset", pytest.fail)
-    assert run("--output_file", tmp_path / name) == 2 and "ends in .jsonl" in errors_of(capsys)
+    assert run("--output_file", tmp_path / name) == 2 and message in errors_of(capsys)
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, model_folder, write, capsys, monkeypatch):

@@ -100,7 +100,7 @@ def test_a_run_that_is_not_finished_says_so_and_its_recipe_leads_to_what_is_push
     write_report(folder, load_run(folder).record.until(2))
     (folder / "plan.json").unlink()  # the end of a run writes it
     status, _, err = worker.run("push", folder, "--repo_id", "me/student")
-    assert status == 0 and "holds a run that is not finished: 4 layers are as far as it has come" in err
+    assert status == 0 and "holds a run that is not finished: it has got as far as 4 layers" in err
     assert yaml.safe_load(hub.repos["me/student"].files()["recipe.yaml"])["target_num_layers"] == 4
     assert "not finished" not in worker.run("push", runs / "plain", "--repo_id", "me/student")[2]
 

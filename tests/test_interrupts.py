@@ -235,7 +235,9 @@ def test_an_output_that_cannot_be_written_loses_no_work(verb, output, recipe, pl
     file = {"score": "scores.json", "evaluate": "evaluation.json", "compress": "model/model.safetensors"}[verb]
     assert (tmp_path / "out" / file).is_file()
     if "full" in output:
-        assert process.stderr.endswith("stdout cannot be written: No space left on device; what was saved is whole\n")
+        assert process.stderr.endswith(
+            "stdout cannot be written: No space left on device; what was saved is complete\n"
+        )
 
 
 @pytest.fixture
