@@ -142,7 +142,8 @@ def join(folder: Path, target: Path) -> list[str]:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     with tarfile.open(mode="r|", fileobj=PartReader(folder, manifest["parts"])) as archive:
-        archive.extractall(unfinished, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.10.12 and 3.11.4 on
+        archive.extractall(unfinished, **safely)
     wrong = [name for name, about in manifest["files"].items() if checksum(unfinished / name) != about["sha256"]]
     if wrong:
         return [f"{name} is not what was sent, though its parts are; split it again" for name in wrong]
