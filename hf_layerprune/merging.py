@@ -54,7 +54,8 @@ def merge(
 ) -> PreTrainedModel:
     """A new model with neighbouring layers merged into one layer, without training; `model` is left untouched.
 
-    They are merged from the bottom up, so that each merge sees those below it.
+    After [FlattenGPT](https://huggingface.co/papers/2602.08858), from the bottom up, so that each merge sees those
+    below it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a Qwen2, Qwen3, Llama or Mistral, possibly pruned before.
