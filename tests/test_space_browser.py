@@ -6,6 +6,7 @@ It needs Playwright (in the `dev` extra) and a Chromium (`apt-get install chromi
 import os
 import re
 import shutil
+import time
 import warnings
 from dataclasses import replace
 
@@ -32,7 +33,7 @@ try:
 except ImportError as missing:
     skip_loudly(f"{missing.name} is not installed; install it with: pip install -e '.[dev]'")
 
-from hf_layerprune.demo import DemoService  # noqa: E402
+from hf_layerprune.demo import DemoService, generation  # noqa: E402
 from hf_layerprune.demo.page import build_page, launch_page  # noqa: E402
 
 SECONDS = 1000
@@ -103,6 +104,19 @@ def visit(chromium, url):
     assert problems == []
 
 
+@pytest.fixture
+def unhurried(monkeypatch):
+    """Models that write at most 50 tokens a second, so that there is time to act while they do."""
+    sample = generation.sample
+
+    def slowly(*args):
+        for token in sample(*args):
+            time.sleep(0.02)
+            yield token
+
+    monkeypatch.setattr(generation, "sample", slowly)
+
+
 def _foreign(address, url):
     return not address.startswith((url, "data:", "blob:", url.replace("http", "ws")))
 
@@ -111,6 +125,12 @@ def finished(page, prompt=TEACHER):
     """Wait for both answers to a prompt."""
     expect(page.locator(SIDES[1])).to_contain_text(prompt)  # with it the facts of the last comparison go
     expect(page.locator("#lp-status")).to_contain_text(re.compile("answers part|same answer|same words"))
+
+
+def stop(page):
+    """Press Stop, and wait until the page takes another prompt: when the server has cancelled what ran."""
+    with page.expect_response("**/cancel"):
+        page.click("#lp-stop")
 
 
 def choose(page, name):
@@ -144,12 +164,12 @@ def test_both_models_stream_and_are_measured(visit):
     assert page.locator("mark").count() == 2  # the first different word of each
 
 
-def test_stop_works_and_a_refusal_leaves_the_answers(visit):
+def test_stop_works_and_a_refusal_leaves_the_answers(visit, unhurried):
     page = visit()
     set_sampling(page, "max_new_tokens", 1000)
     ask(page, "It was early")
     expect(page.locator("#lp-status")).to_contain_text("in turn")  # it writes
-    page.click("#lp-stop")
+    stop(page)
     expect(page.locator(SIDES[0])).to_contain_text("stopped after")
     before = words(page, 0)
     page.fill("#lp-prompt textarea", "")
@@ -162,7 +182,7 @@ def test_stop_works_and_a_refusal_leaves_the_answers(visit):
     assert facts(page, 0)["tokens"] == facts(page, 1)["tokens"] == "12"
 
 
-def test_a_full_line_is_reported_and_stop_takes_back_who_waits(visit, crowded):
+def test_a_full_line_is_reported_and_stop_takes_back_who_waits(visit, crowded, unhurried):
     first, second, third = (visit(url=crowded) for _ in range(3))
     set_sampling(first, "max_new_tokens", 1000)
     ask(first, "Asked first")
@@ -171,9 +191,9 @@ def test_a_full_line_is_reported_and_stop_takes_back_who_waits(visit, crowded):
     expect(second.locator("#lp-status")).to_contain_text("1 visitor ahead, about")
     ask(third, "Too many")  # there is room for one
     expect(third.locator("#lp-status")).to_contain_text("1 visitors are waiting already")
-    second.click("#lp-stop")
+    stop(second)
     expect(second.locator(SIDES[0])).to_contain_text("not run")
-    first.click("#lp-stop")
+    stop(first)
     set_sampling(second, "max_new_tokens", 12)
     ask(second, "Asked instead")
     finished(second, "Asked instead")
@@ -223,10 +243,10 @@ def test_another_depth_asks_the_student_alone(visit):
 
 
 @pytest.mark.parametrize("both_answered", [True, False])
-def test_the_last_of_two_depths_is_asked_while_the_first_still_writes(visit, both_answered):
+def test_the_last_of_two_depths_is_asked_while_the_first_still_writes(visit, unhurried, both_answered):
     page = visit()
     choose(page, "tiny chat")
-    set_sampling(page, "max_new_tokens", 100)
+    set_sampling(page, "max_new_tokens", 50)
     ask(page, "Hello")
     finished(page, "Hello")
     ask(page, "And then?")
@@ -240,7 +260,7 @@ def test_the_last_of_two_depths_is_asked_while_the_first_still_writes(visit, bot
         page.wait_for_timeout(SECONDS)
     finished(page, "And then?")
     expect(page.locator(SIDES[1])).to_contain_text("4 layers")
-    assert facts(page, 0)["tokens"] == facts(page, 1)["tokens"] == "100"
+    assert facts(page, 0)["tokens"] == facts(page, 1)["tokens"] == "50"
     assert all("Hello" in words(page, side) for side in (0, 1))
 
 
