@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_layerprune import load_model, load_tokenizer, prune, tokenized_batches
-from hf_layerprune.compensation import DEFAULT_RIDGE, Regression, compensate, target_state
+from hf_layerprune.compensation import DEFAULT_RIDGE, compensate, target_state
 from hf_layerprune.data import Batch, load_text_dataset
 from hf_layerprune.environment import environment
 from hf_layerprune.forward import inference, record, to_device
+from hf_layerprune.regression import Regression
 from hf_layerprune.surgery import plan_of
 
 WAYS = ("refit", "map", "refit and map")

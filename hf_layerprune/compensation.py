@@ -22,6 +22,7 @@ from .data import Batch, check_batches
 from .errors import LayerPruneError
 from .forward import Recording, inference, record, to_device, unpadded
 from .plan import LayerPlan, layer_indices
+from .regression import Regression
 from .surgery import apply_plan, check_made_from, plan_of
 
 COMPENSATIONS = ("none", "least_squares")
@@ -157,62 +158,6 @@ def target_state(position: int, plan: LayerPlan, teacher_plan: LayerPlan) -> int
     """The number of the teacher's state which block `position` of `plan` must hand on: what the next block reads."""
     following = plan.blocks[position + 1][0] if position + 1 < plan.depth else plan.num_teacher_layers
     return sum(block[-1] < following for block in teacher_plan.blocks)
-
-
-class Regression:
-    """Finds the weight W + C, `(H, I)`, for which |E - A C'|^2 + c |C|^2 is least, for inputs A `(N, I)` and what the
-    outputs lack, E `(N, H)`. The penalty, c = ridge |A|^2 / N, holds on to W.
-
-    C' = (A'A + c)^-1 A'E = A' (AA' + c)^-1 E. The first form has I equations, and needs only sums over the tokens. The
-    second has N, and is used if there are fewer tokens than inputs. N is `num_tokens`, over all calls of `add`.
-    """
-
-    def __init__(self, weight: Tensor, num_tokens: int) -> None:
-        outputs, inputs = weight.shape
-        self.weight, self.num_tokens, self.num_added = weight, num_tokens, 0
-        self.few_tokens = num_tokens < inputs
-        size = min(num_tokens, inputs)
-        self.left = weight.new_zeros(size, inputs, dtype=torch.float32)  # A'A; of few tokens A
-        self.right = weight.new_zeros(size, outputs, dtype=torch.float32)  # A'E; of few tokens E
-
-    @staticmethod
-    def num_bytes(weight: Tensor, num_tokens: int) -> int:
-        """What `left` and `right` take."""
-        return 4 * min(num_tokens, weight.shape[1]) * sum(weight.shape)
-
-    def add(self, inputs: Tensor, missing: Tensor) -> None:
-        """Add some tokens: rows of A and of E, in float32."""
-        if self.few_tokens:
-            rows = slice(self.num_added, self.num_added + len(inputs))
-            self.left[rows], self.right[rows] = inputs, missing
-        else:
-            self.left.addmm_(inputs.T, inputs)  # in place, so that autocast leaves it in float32
-            self.right.addmm_(inputs.T, missing)
-        self.num_added += len(inputs)
-
-    def solve(self, ridge: float) -> Tensor:
-        """The new weight `(H, I)`, in the dtype of the present one."""
-        with torch.autocast(self.left.device.type, enabled=False):
-            gram = self.left @ self.left.T if self.few_tokens else self.left
-            solution = solve_ridge(gram, self.right, ridge, self.num_tokens)
-            correction = self.left.T @ solution if self.few_tokens else solution  # (I, H)
-        return (self.weight.float() + correction.T).to(self.weight.dtype)
-
-
-def solve_ridge(gram: Tensor, right: Tensor, ridge: float, num_tokens: int) -> Tensor:
-    """Solve (G + c) X = R for symmetric G, `(I, I)`, where c = ridge trace(G) / `num_tokens`; X and R are `(I, H)`."""
-    device = "cpu" if gram.device.type == "mps" else gram.device  # float64 is missing there
-    regular = gram.to(device, torch.float64, copy=True)
-    if (penalty := ridge * regular.trace() / num_tokens) == 0:  # nothing was read, so nothing can be changed
-        return torch.zeros_like(right)
-    regular.diagonal().add_(penalty)
-    factor, failed = torch.linalg.cholesky_ex(regular)
-    solution = torch.cholesky_solve(right.to(device, torch.float64), factor).to(gram)
-    if failed or not solution.isfinite().all():
-        raise LayerPruneError(
-            f"ridge={ridge} is too small for this data, or the model's states are not finite; choose a larger ridge"
-        )
-    return solution
 
 
 def _refit(

@@ -23,19 +23,17 @@ from .architectures import check_parallel
 from .compensation import (
     DEFAULT_RIDGE,
     MAX_BYTES,
-    Regression,
     Repair,
     apply_plan_and_repair,
     check_repairable,
     run_both,
-    solve_ridge,
     target_state,
 )
 from .data import Batch
-from .errors import LayerPruneError
 from .forward import inference, inputs_of, record, to_device, unpadded
 from .models.modeling_pruned_qwen2 import HEAD_NORMS, join_layers
 from .plan import Edit, layer_groups
+from .regression import Inputs, Regression, solve_ridge
 from .surgery import apply_plan, check_in_memory, check_model, copy_requires_grad, plan_of
 
 LEVERAGE_RIDGE = 10.0  # in mean eigenvalues of the activations' Gram matrix
@@ -149,7 +147,7 @@ def _cut_back(
     model: PreTrainedModel, batches: Sequence[Batch], merges: Sequence[_Merge], num_tokens: int, ridge: float
 ) -> list[dict[str, Tensor]]:
     """The layer of each merge, with the heads and neurons that are kept, and `down_proj` as it was."""
-    read = [[_Read(size, num_tokens, model.device) for size in _sizes(one.layers)] for one in merges]
+    read = [[Inputs(size, num_tokens, model.device) for size in _sizes(one.layers)] for one in merges]
     for batch in batches:
         batch = to_device(batch, model.device)
         run, valid = record(model, batch, {one.start for one in merges}, stop=True), unpadded(batch)
@@ -159,47 +157,9 @@ def _cut_back(
                 kept.add(part[valid].float())
     with torch.autocast(model.device.type, enabled=False):
         return [
-            _kept_part(one.layers, heads.gram(), neurons.leverage(), num_tokens, ridge)
+            _kept_part(one.layers, heads.gram(), neurons.leverage(LEVERAGE_RIDGE), num_tokens, ridge)
             for one, (heads, neurons) in zip(merges, read, strict=True)
         ]
-
-
-class _Read:
-    """What projections read, A `(N, I)`: its Gram matrix A'A or, for fewer tokens than inputs, A itself."""
-
-    def __init__(self, size: int, num_tokens: int, device: torch.device) -> None:
-        self.few_tokens, self.num_added = num_tokens < size, 0
-        self.sums = torch.zeros(min(num_tokens, size), size, dtype=torch.float32, device=device)
-
-    def add(self, rows: Tensor) -> None:
-        if self.few_tokens:
-            self.sums[self.num_added : self.num_added + len(rows)] = rows
-        else:
-            self.sums.addmm_(rows.T, rows)  # in place, so that autocast leaves it in float32
-        self.num_added += len(rows)
-
-    def gram(self) -> Tensor:
-        return self.sums.T @ self.sums if self.few_tokens else self.sums
-
-    def leverage(self) -> Tensor:
-        """Ridge leverage scores, `(I,)`: the diagonal of A'A (A'A + c)^-1 = A' (AA' + c)^-1 A, in the smaller form."""
-        device = "cpu" if self.sums.device.type == "mps" else self.sums.device  # float64 is missing there
-        sums = self.sums.to(device, torch.float64)
-        regular = sums @ sums.T if self.few_tokens else sums
-        penalty = LEVERAGE_RIDGE * regular.trace() / sums.shape[1]
-        if penalty == 0:  # no neuron is ever active
-            return torch.zeros_like(self.sums[0])
-        regular.diagonal().add_(penalty)
-        factor, failed = torch.linalg.cholesky_ex(regular)
-        if failed:
-            raise LayerPruneError(
-                "the activations of the layers are not finite on this data, so they cannot be merged"
-            )
-        if self.few_tokens:
-            scores = (sums * torch.cholesky_solve(sums, factor)).sum(dim=0)
-        else:
-            scores = 1 - penalty * torch.cholesky_inverse(factor).diagonal()
-        return scores.to(self.sums)
 
 
 def _side_by_side(layers: Sequence[nn.Module], state: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ from conftest import random_batches, tiny_model
 from families import family_model
 
 from hf_layerprune import LayerPlan, LayerPruneError, compensation, evaluate_model, prune, score_layers
-from hf_layerprune.compensation import DEFAULT_RIDGE, Regression, apply_repair, compensate, find_repairs
+from hf_layerprune.compensation import DEFAULT_RIDGE, apply_repair, compensate, find_repairs
 from hf_layerprune.forward import final_states
+from hf_layerprune.regression import Regression
 from hf_layerprune.surgery import apply_plan
 
 

@@ -28,6 +28,7 @@ from hf_layerprune import (
     unparallelize,
 )
 from hf_layerprune.budget import EditSpace, count_parameters, measure_latency
+from hf_layerprune.regression import Inputs
 from hf_layerprune.surgery import apply_plan, plan_of
 from hf_layerprune.trainer.rounds import Rounds
 
@@ -56,13 +57,14 @@ def test_a_merged_layer_is_the_dense_solution(family, layers):
 @pytest.mark.parametrize("num_tokens", [8, 12, 30])
 def test_leverage_is_the_dense_solution_with_few_tokens_and_many(num_tokens):
     rows = torch.randn(num_tokens, 12, generator=torch.Generator().manual_seed(0))
-    read = merging._Read(12, num_tokens, rows.device)
+    read = Inputs(12, num_tokens, rows.device)
     for part in rows.split(5):
         read.add(part)
     gram = (rows.T @ rows).double()
     penalty = merging.LEVERAGE_RIDGE * gram.trace() / 12 * torch.eye(12, dtype=torch.float64)
     torch.testing.assert_close(read.gram(), gram.float())
-    torch.testing.assert_close(read.leverage(), torch.linalg.solve(gram + penalty, gram).diagonal().float())
+    expected = torch.linalg.solve(gram + penalty, gram).diagonal().float()
+    torch.testing.assert_close(read.leverage(merging.LEVERAGE_RIDGE), expected)
 
 
 @pytest.mark.parametrize("max_bytes", [2**32, 1])
