@@ -38,6 +38,7 @@ from hf_layerprune.scoring import Race, score
 
 MOST_SETS = 2_000_000  # that are listed one by one; of more, sets are searched by exchanging layers
 STARTS = 400  # of that search
+WAYS = ("fisher", "greedy")
 
 
 def fisher(model: PreTrainedModel, batches: Sequence[Batch], draws: int, seed: int = 0) -> np.ndarray:
@@ -97,6 +98,36 @@ def without(depth: int, layers: Sequence[int]) -> LayerPlan:
     return LayerPlan(tuple((layer,) for layer in range(depth) if layer not in layers), depth)
 
 
+def fisher_choice(
+    teacher: PreTrainedModel, batches: Sequence[Batch], matrix: np.ndarray, left: int, count: int
+) -> dict[str, object]:
+    """The best by measured KL of the sets with the lowest cost that leave `left` layers."""
+    start, depth = time.perf_counter(), len(matrix)
+    sets = best_sets(matrix, depth - left, count)
+    plans = [without(depth, layers) for layers in sets]
+    scores = score(teacher, batches, plans, "kl", race=Race(0.95))
+    place = plans.index(scores.safest)
+    found = {"removed": sets[place], "place": place, "seconds": time.perf_counter() - start}
+    guess = matrix[np.ix_(sets[place], sets[place])].sum() / 2
+    return found | {"guess": guess, "kl": scores.values[plans[place]], "first": sets[0]}
+
+
+def greedy_choices(
+    teacher: PreTrainedModel, batches: Sequence[Batch], depths: Sequence[int]
+) -> dict[int, dict[str, object]]:
+    """What the search by measured KL removes to reach each depth."""
+    start, seconds = time.perf_counter(), {}
+    search = search_plan(
+        teacher, batches, {"depth": min(depths)}, edits="remove", race=Race(0.95),
+        on_step=lambda step: seconds.setdefault(step.plan.depth, time.perf_counter() - start),
+    )  # fmt: skip
+    return {
+        step.plan.depth: {"removed": step.plan.removed_layers, "kl": step.cost, "seconds": seconds[step.plan.depth]}
+        for step in search.steps
+        if step.plan.depth in depths
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True)
@@ -106,6 +137,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="rows of 256 tokens, for the matrix and for measuring")
     parser.add_argument("--draws", type=int, default=2, help="backward passes of each row")
     parser.add_argument("--sets", type=int, default=20, help="sets of each depth that are measured")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--output_file", type=Path, required=True)
     args = parser.parse_args()
 
@@ -114,30 +146,20 @@ def main() -> None:
     batches = tokenized_batches(text, tokenizer, max_length=LENGTH, num_rows=args.rows, batch_size=1)
     batches = [to_device(batch, teacher.device) for batch in batches]
     depth = teacher.config.num_hidden_layers
-    start = time.perf_counter()
-    matrix = fisher(teacher, batches, args.draws)
-    seconds_of_matrix = time.perf_counter() - start
     chosen: dict[tuple[str, int], dict[str, object]] = {}
-    for left in args.depths:
-        start = time.perf_counter()
-        sets = best_sets(matrix, depth - left, args.sets)
-        plans = [without(depth, layers) for layers in sets]
-        scores = score(teacher, batches, plans, "kl", race=Race(0.95))
-        place = plans.index(scores.safest)
-        chosen["fisher", left] = {"removed": sets[place], "place": place, "seconds": time.perf_counter() - start}
-        guess = matrix[np.ix_(sets[place], sets[place])].sum() / 2
-        chosen["fisher", left] |= {"guess": guess, "kl": scores.values[plans[place]], "first": sets[0]}
-        print("fisher", left, chosen["fisher", left], flush=True)
-    start, seconds = time.perf_counter(), {}
-    search = search_plan(
-        teacher, batches, {"depth": min(args.depths)}, edits="remove", race=Race(0.95),
-        on_step=lambda step: seconds.setdefault(step.plan.depth, time.perf_counter() - start),
-    )  # fmt: skip
-    for step in search.steps:
-        if step.plan.depth in args.depths:
-            found = {"removed": step.plan.removed_layers, "kl": step.cost, "seconds": seconds[step.plan.depth]}
-            chosen["greedy", step.plan.depth] = found
-            print("greedy", step.plan.depth, found, flush=True)
+    settings: dict[str, object] = {"teacher": Path(args.teacher).name, "rows": args.rows, "environment": environment()}
+    start = time.perf_counter()
+    if "fisher" in args.ways:
+        matrix = fisher(teacher, batches, args.draws)
+        settings |= {"draws": args.draws, "sets": args.sets, "seconds_of_matrix": time.perf_counter() - start}
+        settings["matrix"] = matrix.round(6).tolist()
+        for left in args.depths:
+            chosen["fisher", left] = fisher_choice(teacher, batches, matrix, left, args.sets)
+            print("fisher", left, chosen["fisher", left], flush=True)
+    if "greedy" in args.ways:
+        for left, found in greedy_choices(teacher, batches, args.depths).items():
+            chosen["greedy", left] = found
+            print("greedy", left, found, flush=True)
     results = []
     for (way, left), found in chosen.items():
         student = apply_plan(teacher, without(depth, found["removed"]), share_weights=True).eval()
@@ -146,9 +168,7 @@ def main() -> None:
             found |= {f"kl_{kind}": quality["kl"], f"kl_{kind}_se": quality["kl_se"]}
         results.append({"way": way, "layers": left} | found)
         print(results[-1], flush=True)
-    settings = {"teacher": Path(args.teacher).name, "rows": args.rows, "draws": args.draws, "sets": args.sets}
-    settings |= {"environment": environment(), "seconds_of_matrix": seconds_of_matrix}
-    settings |= {"matrix": matrix.round(6).tolist(), "results": results}
+    settings["results"] = results
     args.output_file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
