@@ -94,7 +94,8 @@ def export_gguf(
         with closing(GGUFWriter(temporary, ARCHITECTURES[model.config.model_type])) as writer:
             writer.add_name(name or path.stem)
             _add_shape(writer, model.config)
-            vocabulary.write(writer)
+            for name_of_field, value in vocabulary.items():
+                getattr(writer, f"add_{name_of_field}")(value)
             _write_tensors(writer, model, outtype, on_tensor)
         temporary.replace(path)
     finally:
