@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,19 +24,11 @@ from .card import Target, base_facts, run_card
 from .paths import check_nothing_local, hub_id
 from .runs import RECIPE_FILE, Run, hub_errors, load_run
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A data set with a leaderboard, which reads `.eval_results`: https://huggingface.co/docs/hub/eval-results."""
-
-    dataset: str  # its Hub id
-    task: str  # its id in the data set's `eval.yaml`
-    num_examples: int  # rows of its test split; a result on fewer is another number
-
-
 MAIN = "main"
-BENCHMARKS = {"gsm8k": Benchmark("openai/gsm8k", "gsm8k", 1319)}
-"""Name of a task, in lm-eval and in `TaskReport.results`, to the benchmark it measures."""
+BENCHMARKS = {"gsm8k": ("openai/gsm8k", 1319)}
+"""Name of a task, in lm-eval, in `TaskReport.results` and in a data set's `eval.yaml`, to the Hub id of that data set,
+which has a leaderboard, and the rows of its test split; a result on fewer is another number. The leaderboard reads
+`.eval_results`: https://huggingface.co/docs/hub/eval-results."""
 Results = dict[str, TaskResult]
 STUDENT_FILES = [
     "config.json", "generation_config.json", "configuration_pruned_qwen2.py", "modeling_pruned_qwen2.py",
@@ -249,7 +240,7 @@ def read_evaluation(path: str | Path, run: Run, numbers: Sequence[int]) -> dict[
         raise LayerPruneError(f"evaluation {path} is of a student with other layers than those that are pushed")
     if run.record.teacher.tasks and (chose := sorted(results.keys() & run.record.teacher.tasks.results.keys())):
         raise LayerPruneError(f"evaluation {path} holds {', '.join(chose)}, which chose the layers; leave it out")
-    known = {name: f"{name} on {benchmark.num_examples:,} examples" for name, benchmark in BENCHMARKS.items()}
+    known = {name: f"{name} on {num_examples:,} examples" for name, (_, num_examples) in BENCHMARKS.items()}
     for name, result in results.items():
         if (measured := f"{name} on {result.num_examples:,} examples") != known.get(name):
             raise LayerPruneError(
@@ -262,7 +253,7 @@ def write_benchmarks(folder: Path, results: Results) -> None:
     """Write a file for each result, the value in percent as leaderboards show it."""
     for name, result in results.items():
         entry = {
-            "dataset": {"id": BENCHMARKS[name].dataset, "task_id": BENCHMARKS[name].task},
+            "dataset": {"id": BENCHMARKS[name][0], "task_id": name},
             "value": round(100 * result.quality, 2),
             "notes": f"{result.measure}, measured by hf-layerprune evaluate",
         }

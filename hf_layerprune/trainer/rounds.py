@@ -61,7 +61,7 @@ class Rounds:
 
     def train(self) -> TrainOutput:
         """Run rounds until the plan meets the target."""
-        student = self._first_student()
+        student = self._load_student(len(self.run.rounds))
         plan = plan_of(student)
         self._evaluate_teacher()
         only_heals = not self.run.rounds and self.goal.met(plan)  # a student that has the depth already
@@ -90,17 +90,15 @@ class Rounds:
         student = self._healed(student, plan, self._heal_on_policy)
         self._end_round(student, self._evaluate(student))
 
-    def _first_student(self) -> PreTrainedModel:
-        number = len(self.run.rounds)
-        student = self._load_student(number) if number else make_unpruned_student(self.trainer.start)
+    def _load_student(self, number: int) -> PreTrainedModel:
+        """The student of a round, or of round 0 the one that the run starts from."""
+        if number:
+            folder = round_folder(self.file.folder, number)
+            student = load_model(str(folder), dtype=self.trainer.start.dtype).to(self.args.device)
+        else:
+            student = make_unpruned_student(self.trainer.start)
         share_equal_weights(student, self.teacher)
         set_model(self.trainer, student)
-        return student
-
-    def _load_student(self, number: int) -> PreTrainedModel:
-        folder = round_folder(self.file.folder, number)
-        student = load_model(str(folder), dtype=self.trainer.start.dtype).to(self.args.device)
-        share_equal_weights(student, self.teacher)
         return student
 
     def _evaluate_teacher(self) -> None:
@@ -212,7 +210,6 @@ class Rounds:
         trainer, number = self.trainer, self.trainer.round
         if self.run.current.phase == "healed":  # where the run was interrupted
             student = self._load_student(number)
-            set_model(trainer, student)
         else:
             student, healing = heal(student, plan) if heal else (student, None)
             set_model(trainer, student)
