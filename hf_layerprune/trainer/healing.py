@@ -56,8 +56,9 @@ class HealingTrainer(Trainer):
     The teacher is a plain attribute: it is in no state dict, no optimizer and no wrapper. It runs the first
     [`shared_depth`] blocks for both models. The settings, callbacks and teacher are those of `owner`. `student` may
     share weights with the teacher: what is trained, the `blocks` or all weights if the settings say so, is copied.
-    `on_checkpoint` is called with the step of each whole checkpoint in `folder` and what the healing took until then.
-    `frozen_head` is the student's head if an engine splits the model's own and nothing trains it.
+    `on_checkpoint` is called after each whole checkpoint in `folder`, with its step as `checkpoint` and what was taken
+    until then as `healing`. `frozen_head` is the student's head if an engine splits the model's own and nothing trains
+    it.
     """
 
     args: IterativeLayerDistillConfig
@@ -70,7 +71,7 @@ class HealingTrainer(Trainer):
         blocks: list[int],
         rows: Dataset | IterableDataset,
         folder: Path,
-        on_checkpoint: Callable[[int, Healing], None] = lambda step, so_far: None,
+        on_checkpoint: Callable[..., None] = lambda checkpoint, healing: None,
     ) -> None:
         self.owner, self.teacher, self.folder, self.on_checkpoint = owner, owner.teacher, folder, on_checkpoint
         self.compared = compared_states(plan_of(student), plan_of(self.teacher), blocks)
@@ -165,7 +166,7 @@ class HealingTrainer(Trainer):
             if self.args.should_save:
                 sync_folder(self.folder / f"checkpoint-{step}")
             if not self.args.save_only_model:  # from which no healing can continue
-                self.on_checkpoint(step, self.so_far)
+                self.on_checkpoint(checkpoint=step, healing=self.so_far)
             if self.args.should_save:
                 rotate_checkpoints(str(self.folder), limit, self.state.best_model_checkpoint, use_mtime=True)
 

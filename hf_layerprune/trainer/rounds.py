@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from ..hub.paths import without_local_paths
 from ..loading import load_model
 from ..merging import edited, merge
 from ..plan import Edit, LayerPlan
-from ..record import PLAN_FILE, Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
+from ..record import PLAN_FILE, Healing, RoundInProgress, RoundRecord, RoundWork, RunRecord, TeacherRecord
 from ..report import PLOTS
 from ..scoring import MEASURED, Scores
 from ..search import next_edit, order_of_removals
@@ -150,11 +150,11 @@ class Rounds:
     def _choice(self, student: PreTrainedModel) -> tuple[Edit, Scores[Edit] | None, tuple[Edit, ...]]:
         """The next edit; the scores it was chosen by, if this call scored; and the whole order, if those chose one."""
         args, plan = self.args, plan_of(student)
-        options: dict[str, Any] = {"seed": args.seed + plan.depth}  # another draw of "random" in every round
+        # another draw of "random" in every round
+        options: dict[str, Any] = {"seed": args.seed + plan.depth, "on_batch": self._phase_step}
         if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
             options |= {"compensation": args.compensation, "tasks": self.trainer.tasks}
             options |= {"tokenizer": self.trainer.processing_class}
-        options["on_batch"] = self._phase_step
         request = (args.criterion, self.teacher)
         batches, is_stretch = self.trainer.calibration_batches, args.criterion == "angular_distance"
         if not (args.one_shot or is_stretch):
@@ -232,11 +232,7 @@ class Rounds:
         self._phase("healing", num_layers=plan.depth)
         checkpoint = on_main(trainer.accelerator, self._last_checkpoint)
         before = self.run.current.healing.seconds if checkpoint else 0.0
-
-        def on_checkpoint(step: int, so_far: Healing) -> None:
-            self._change_round(checkpoint=step, healing=so_far)
-
-        healing = HealingTrainer(trainer, student, blocks, rows, self.checkpoints, on_checkpoint)
+        healing = HealingTrainer(trainer, student, blocks, rows, self.checkpoints, self._change_round)
         try:
             student, self.output = healing.heal(trainer.save_dtype, checkpoint, before)
         except NotANumber as error:  # it would diverge again from any checkpoint
@@ -270,14 +266,13 @@ class Rounds:
             raise LayerPruneError(
                 f"round {number}: the student's loss is {quality.loss}{advice}. The rounds before it are kept"
             )
-        names = ("edits", "scores", "seconds_scoring", "unhealed", "before_healing", "healing")
         record = RoundRecord.of(
             student,
             quality,
             tasks=self._evaluate_tasks(student),
             number=number,
             criterion=self.args.criterion,
-            **{name: getattr(current, name) for name in names},
+            **{each.name: getattr(current, each.name) for each in fields(RoundWork)},
         )
         self.file.record = self.run.with_round(record)
         self.file.save(order=self.run.order if self.args.one_shot else ())
