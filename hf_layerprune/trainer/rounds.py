@@ -281,13 +281,12 @@ class Rounds:
 
     def _finish(self) -> None:
         """Measure the speed of every depth, and fill in what a user looks for first: the final model and its plan."""
-        is_writer = self.args.should_save and bool(self.run.rounds)
-        if is_writer and self.args.measure_speed and self.run.rounds[-1].speed is None:
+        folder, last, is_writer = self.file.folder, self.run.rounds[-1], self.args.should_save
+        if is_writer and self.args.measure_speed and last.speed is None:
             self._phase("measuring speed", num_runs=speed_runs(self.run))
             self.file.record = with_speed(self.run, self.teacher, self.trainer.save_dtype, self._phase_step)
         self.file.save()
         self._phase("writing")
-        folder, last = self.file.folder, self.run.rounds[-1] if self.run.rounds else None
         if is_writer:
             write_atomically(folder / PLAN_FILE, last.plan.to_json() + "\n")
         self._event("on_run_end", model=self.trainer.model)
