@@ -94,7 +94,8 @@ def export_gguf(
         with closing(GGUFWriter(temporary, ARCHITECTURES[model.config.model_type])) as writer:
             writer.add_name(name or path.stem)
             _add_shape(writer, model.config)
-            vocabulary.write(writer)
+            for name_of_field, value in vocabulary.items():
+                getattr(writer, f"add_{name_of_field}")(value)
             _write_tensors(writer, model, outtype, on_tensor)
         temporary.replace(path)
     finally:
@@ -134,19 +135,24 @@ def _add_shape(writer: GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a file by their names there, as the model has them; a head that is tied is none."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
+def _tensors(model: PreTrainedModel, outtype: str) -> Iterator[tuple[str, torch.Tensor, GGMLQuantizationType]]:
+    """The tensors of a file by their names there, as the model has them, and their types; a head that is tied is none.
+
+    Vectors stay f32; rows that do not divide into the blocks of q8_0 become f16.
+    """
+    from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
 
     config = model.config
     kind = getattr(MODEL_ARCH, ARCHITECTURES[config.model_type].upper())
     names = get_tensor_name_map(kind, config.num_hidden_layers)
     for key, tensor in model.named_parameters():
-        yield names.get_name(key, try_suffixes=(".weight", ".bias")), tensor.detach()
+        matrix_type = "F16" if outtype == "q8_0" and tensor.shape[-1] % 32 else outtype.upper()
+        kept = GGMLQuantizationType["F32" if tensor.ndim == 1 else matrix_type]
+        yield names.get_name(key, try_suffixes=(".weight", ".bias")), tensor.detach(), kept
     if config.rope_parameters.get("rope_type") == "llama3":
         dims = torch.arange(0, _head_dim(config), 2) / _head_dim(config)
         plain = config.rope_parameters["rope_theta"] ** -dims
-        yield "rope_freqs.weight", plain / ROPE_INIT_FUNCTIONS["llama3"](config)[0]
+        yield "rope_freqs.weight", plain / ROPE_INIT_FUNCTIONS["llama3"](config)[0], GGMLQuantizationType.F32
 
 
 def _write_tensors(writer: GGUFWriter, model: PreTrainedModel, outtype: str, on_tensor: Callable[[], None]) -> None:
@@ -156,26 +162,15 @@ def _write_tensors(writer: GGUFWriter, model: PreTrainedModel, outtype: str, on_
     file_type = LlamaFileType.ALL_F32 if outtype == "f32" else LlamaFileType[f"MOSTLY_{outtype.upper()}"]
     writer.add_file_type(file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    for name, tensor in _tensors(model):
-        kept = _type_in_file(tensor, outtype)
+    for name, tensor, kept in _tensors(model, outtype):
         block, size = GGML_QUANT_SIZES[kept]
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.numel() // block * size, kept)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor in _tensors(model):
-        writer.write_tensor_data(_values(name, tensor, model.config, _type_in_file(tensor, outtype)))
+    for name, tensor, kept in _tensors(model, outtype):
+        writer.write_tensor_data(_values(name, tensor, model.config, kept))
         on_tensor()
-
-
-def _type_in_file(tensor: torch.Tensor, outtype: str) -> GGMLQuantizationType:
-    """Vectors stay f32; rows that do not divide into the blocks of q8_0 become f16."""
-    from gguf import GGMLQuantizationType
-
-    if tensor.ndim == 1:
-        return GGMLQuantizationType.F32
-    divides = outtype != "q8_0" or tensor.shape[-1] % 32 == 0
-    return GGMLQuantizationType[outtype.upper() if divides else "F16"]
 
 
 def _values(name: str, tensor: torch.Tensor, config: PretrainedConfig, kept: GGMLQuantizationType) -> np.ndarray:

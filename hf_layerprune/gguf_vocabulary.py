@@ -7,15 +7,11 @@ llama.cpp reads two kinds of tokenizer: `gpt2`, byte-level BPE with merges and t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .errors import LayerPruneError
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens; those of `gguf.TokenType`."""
@@ -32,42 +28,11 @@ SPACE = "▁"
 PREFIXED = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a GGUF file says of a tokenizer."""
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> dict[str, object]:
+    """What a GGUF file says of a tokenizer, by the names of the writer's methods without their `add_`.
 
-    kind: str  # "gpt2" or "llama"
-    pre: str  # llama.cpp's name of the pre-tokenizer
-    tokens: list[str]  # one for every row of the embedding
-    types: list[int]
-    scores: list[float]  # of "llama": of two merges, the one with the higher score comes first
-    merges: list[str]  # of "gpt2", in order
-    special_ids: dict[str, int]  # of those of `bos`, `eos`, `unk` and `pad` that there are
-    add: dict[str, bool]  # whether a text begins with `bos`, and ends with `eos`
-    space_prefix: bool  # whether a text begins with a space that it does not have
-    chat_template: str | list[dict[str, str]] | None
-
-    def write(self, writer: GGUFWriter) -> None:
-        """Add all of it to the metadata of a file."""
-        writer.add_tokenizer_model(self.kind)
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        if self.merges:
-            writer.add_token_merges(self.merges)
-        else:  # a reader of `gpt2` without merges looks for scores
-            writer.add_token_scores(self.scores)
-        for name, index in self.special_ids.items():
-            getattr(writer, f"add_{name}_token_id")(index)
-        writer.add_add_bos_token(self.add["bos"])
-        writer.add_add_eos_token(self.add["eos"])
-        writer.add_add_space_prefix(self.space_prefix)
-        if self.chat_template:
-            writer.add_chat_template(self.chat_template)
-
-
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Vocabulary:
-    """The vocabulary of a model for llama.cpp, or a [`LayerPruneError`] if that would not give the same tokens."""
+    Raises [`LayerPruneError`] if llama.cpp would not give the same tokens.
+    """
     if not tokenizer.is_fast:
         raise _refused(f"it is a {type(tokenizer).__name__}, which has no tokenizer.json")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -81,20 +46,26 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     if strips := next((token for token in added.values() if token["lstrip"] or token["rstrip"]), None):
         raise _refused(f"its token {strips['content']} strips the spaces around it")
     byte_level = not model["byte_fallback"]
-    pre, space_prefix = (_pre_tokenizer(content), False) if byte_level else ("default", _space_prefix(content))
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [UNUSED] * size
     for token, index in known.items():
         tokens[index], types[index] = token, _type_of(token, added.get(index), byte_level, model["unk_token"])
-    merges = [" ".join(pair) for pair in model["merges"]] if byte_level else []
-    scores = [0.0] * size if byte_level else _scores(tokens, model["merges"])
+    found: dict[str, object] = {
+        "tokenizer_model": "gpt2" if byte_level else "llama",
+        "tokenizer_pre": _pre_tokenizer(content) if byte_level else "default",
+        "token_list": tokens,  # one for every row of the embedding
+        "token_types": types,
+        "add_space_prefix": False if byte_level else _space_prefix(content),
+    }
+    if byte_level and model["merges"]:
+        found["token_merges"] = [" ".join(pair) for pair in model["merges"]]
+    else:  # a reader of `gpt2` without merges looks for scores
+        found["token_scores"] = [0.0] * size if byte_level else _scores(tokens, model["merges"])
+    found |= _special_ids(tokenizer, config) | _added_around(tokenizer)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
-    return Vocabulary(
-        "gpt2" if byte_level else "llama", pre, tokens, types, scores, merges, _special_ids(tokenizer, config),
-        _added_around(tokenizer), space_prefix, template,
-    )  # fmt: skip
+    return found | ({"chat_template": template} if template else {})
 
 
 def _refused(why: str) -> LayerPruneError:
@@ -150,7 +121,7 @@ def _type_of(token: str, added: dict[str, Any] | None, byte_level: bool, unknown
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """Scores by which SentencePiece merges in the order of `merges`."""
+    """Scores by which SentencePiece merges in the order of `merges`: of two, the higher one comes first."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
@@ -161,13 +132,13 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 def _special_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> dict[str, int]:
     """Ids by name: the tokenizer's, else those of the config."""
     found = {}
-    for name in ("bos", "eos", "unk", "pad"):
-        index = getattr(tokenizer, f"{name}_token_id")
-        index = getattr(config, f"{name}_token_id", None) if index is None else index
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+        index = getattr(tokenizer, name)
+        index = getattr(config, name, None) if index is None else index
         index = index[0] if isinstance(index, list) else index
         if index is not None:
             found[name] = index
-    if "eos" not in found:  # llama.cpp would take token 11
+    if "eos_token_id" not in found:  # llama.cpp would take token 11
         raise _refused("neither it nor the config names an end token")
     return found
 
@@ -179,4 +150,4 @@ def _added_around(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     after = whole[-1:] != text[-1:] and whole[-1] == tokenizer.eos_token_id
     if whole != [tokenizer.bos_token_id] * before + text + [tokenizer.eos_token_id] * after:
         raise _refused("it adds tokens other than its begin and end token to a text")
-    return {"bos": before, "eos": after}
+    return {"add_bos_token": before, "add_eos_token": after}

@@ -76,26 +76,22 @@ def table_rows(run: RunRecord) -> list[dict[str, str]]:
 
 
 def _row(record: ModelRecord, is_healed: bool) -> dict[str, str]:
-    is_round = isinstance(record, RoundRecord)
-    qualities = {"healed" if is_healed else "ppl": record.quality}
+    edits, qualities = "", {"ppl": record.quality}
+    if isinstance(record, RoundRecord):
+        edits = "on policy" if record.is_on_policy else ", ".join(edit.label for edit in record.edits)
     if is_healed:
-        earlier = (record.unhealed, record.before_healing) if is_round else (None, None)
-        qualities = dict(zip(("unhealed", "before"), earlier, strict=True)) | qualities
+        columns = {"unhealed": "unhealed", "before": "before_healing", "healed": "quality"}
+        qualities = {column: getattr(record, name, None) for column, name in columns.items()}
     speed = record.speed and record.speed.report
     return {
         "layers": str(record.depth),
-        "edit": edits_of(record) if is_round else "",
+        "edit": edits,
         "params": millions(record.num_parameters),
         **{name: "" if quality is None else f"{quality.perplexity:.2f}" for name, quality in qualities.items()},
         "KL": "0" if record.quality.kl is None else f"{record.quality.kl:.4f}",
         "top-1": "100.0 %" if record.quality.agreement is None else f"{100 * record.quality.agreement:.1f} %",
         "speed": f"{speed.decode_ratio:.2f}x" if speed else "",
     }
-
-
-def edits_of(record: RoundRecord) -> str:
-    """The labels of a round's edits, or that it healed the student on its own answers."""
-    return "on policy" if record.is_on_policy else ", ".join(edit.label for edit in record.edits)
 
 
 def perplexity_caption(run: RunRecord) -> str:

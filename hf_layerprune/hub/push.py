@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,19 +24,11 @@ from .card import Target, base_facts, run_card
 from .paths import check_nothing_local, hub_id
 from .runs import RECIPE_FILE, Run, hub_errors, load_run
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A data set with a leaderboard, which reads `.eval_results`: https://huggingface.co/docs/hub/eval-results."""
-
-    dataset: str  # its Hub id
-    task: str  # its id in the data set's `eval.yaml`
-    num_examples: int  # rows of its test split; a result on fewer is another number
-
-
 MAIN = "main"
-BENCHMARKS = {"gsm8k": Benchmark("openai/gsm8k", "gsm8k", 1319)}
-"""Name of a task, in lm-eval and in `TaskReport.results`, to the benchmark it measures."""
+BENCHMARKS = {"gsm8k": ("openai/gsm8k", 1319)}
+"""Name of a task, in lm-eval, in `TaskReport.results` and in a data set's `eval.yaml`, to the Hub id of that data set,
+which has a leaderboard, and the rows of its test split; a result on fewer is another number. The leaderboard reads
+`.eval_results`: https://huggingface.co/docs/hub/eval-results."""
 Results = dict[str, TaskResult]
 STUDENT_FILES = [
     "config.json", "generation_config.json", "configuration_pruned_qwen2.py", "modeling_pruned_qwen2.py",
@@ -123,8 +114,7 @@ def push_run(
         for target, folder in folders.items():  # all of them, before anything is sent
             others = [other for other in targets if other != target]
             card = run_card(run, target.number, target.repo_id, revision=target.revision, others=others, **options)
-            _write_folder(folder, students[target], run, target.number, card)
-            write_benchmarks(folder, benchmarks.get(target.number, {}))
+            _write_folder(folder, students[target], run, target.number, card, benchmarks.get(target.number, {}))
             check_nothing_local(folder, (run.folder, Path.home(), Path.cwd()), token or get_token())
         with hub_errors(f"pushing to {repo_id}"):
             for name in dict.fromkeys(target.repo_id for target in targets):
@@ -165,8 +155,9 @@ def _collect(api: HfApi, repo_id: str, repos: Iterable[str], private: bool | Non
 
 def _upload(api: HfApi, repo_id: str, folder: Path, branch: str, title: str, tag: str | None) -> CommitInfo:
     """Send a folder in one commit, and point a tag to it."""
-    options = {"revision": branch, "commit_message": title, "delete_patterns": OWN}
-    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, revision=branch, commit_message=title, delete_patterns=OWN
+    )
     if tag is not None:
         with suppress(RevisionNotFoundError):
             api.delete_tag(repo_id, tag=tag)  # the Hub cannot move one
@@ -217,8 +208,8 @@ def _open_branch(api: HfApi, repo_id: str, branch: str, tags: set[str]) -> None:
         api.create_branch(repo_id, branch=branch, revision=first.commit_id)
 
 
-def _write_folder(folder: Path, student: Path, run: Run, number: int, card: ModelCard) -> None:
-    """Write the folder to push: the student's files as links, and what says how it was made."""
+def _write_folder(folder: Path, student: Path, run: Run, number: int, card: ModelCard, results: Results) -> None:
+    """Write the folder to push: the student's files as links, what says how it was made, a file for each result."""
     folder.mkdir()
     for path in (path for pattern in STUDENT_FILES for path in student.glob(pattern)):
         try:
@@ -231,6 +222,14 @@ def _write_folder(folder: Path, student: Path, run: Run, number: int, card: Mode
         write_atomically(folder / RECIPE_FILE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     write_report(folder, run.public_record(number))
     write_atomically(folder / "README.md", str(card))
+    for name, result in results.items():
+        entry = {
+            "dataset": {"id": BENCHMARKS[name][0], "task_id": name},
+            "value": round(100 * result.quality, 2),  # in percent, as leaderboards show it
+            "notes": f"{result.measure}, measured by hf-layerprune evaluate",
+        }
+        (folder / ".eval_results").mkdir(exist_ok=True)
+        write_atomically(folder / ".eval_results" / f"{name}.yaml", yaml.safe_dump([entry], sort_keys=False))
 
 
 def read_evaluation(path: str | Path, run: Run, numbers: Sequence[int]) -> dict[int, Results]:
@@ -249,22 +248,10 @@ def read_evaluation(path: str | Path, run: Run, numbers: Sequence[int]) -> dict[
         raise LayerPruneError(f"evaluation {path} is of a student with other layers than those that are pushed")
     if run.record.teacher.tasks and (chose := sorted(results.keys() & run.record.teacher.tasks.results.keys())):
         raise LayerPruneError(f"evaluation {path} holds {', '.join(chose)}, which chose the layers; leave it out")
-    known = {name: f"{name} on {benchmark.num_examples:,} examples" for name, benchmark in BENCHMARKS.items()}
+    known = {name: f"{name} on {num_examples:,} examples" for name, (_, num_examples) in BENCHMARKS.items()}
     for name, result in results.items():
         if (measured := f"{name} on {result.num_examples:,} examples") != known.get(name):
             raise LayerPruneError(
                 f"evaluation {path} holds {measured}, which no leaderboard takes; give {', '.join(known.values())}"
             )
     return {of_plan[-1]: results}
-
-
-def write_benchmarks(folder: Path, results: Results) -> None:
-    """Write a file for each result, the value in percent as leaderboards show it."""
-    for name, result in results.items():
-        entry = {
-            "dataset": {"id": BENCHMARKS[name].dataset, "task_id": BENCHMARKS[name].task},
-            "value": round(100 * result.quality, 2),
-            "notes": f"{result.measure}, measured by hf-layerprune evaluate",
-        }
-        (folder / ".eval_results").mkdir(exist_ok=True)
-        write_atomically(folder / ".eval_results" / f"{name}.yaml", yaml.safe_dump([entry], sort_keys=False))

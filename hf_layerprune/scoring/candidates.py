@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,6 +83,7 @@ def separate_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     return {block[0]: layer for block, layer in zip(singles.blocks, layers, strict=True) if len(block) == 1}
 
 
+@dataclass
 class CandidateRuns:
     """Runs a model as it is, index 0, and by other plans made of its layers, index 1, 2, ..., inside `inference`.
 
@@ -91,19 +91,17 @@ class CandidateRuns:
     merges others into.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        plans: Sequence[LayerPlan],
-        teacher: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        repairs: Sequence[Mapping[LayerPlan, Repair]],
-    ) -> None:
-        self.model, self.plans, self.teacher, self.tokenizer = model, plans, teacher, tokenizer
-        self.repairs = repairs
-        separate = cache(lambda: separate_layers(model))
+    model: PreTrainedModel
+    plans: Sequence[LayerPlan]
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    repairs: Sequence[Mapping[LayerPlan, Repair]]
+
+    def __post_init__(self) -> None:
+        separate = cache(lambda: separate_layers(self.model))
         self.parts = [
-            [changed_part(model, plan, of_fold.get(plan), separate) for plan in plans] for of_fold in repairs
+            [changed_part(self.model, plan, of_fold.get(plan), separate) for plan in self.plans]
+            for of_fold in self.repairs
         ]
 
     def measure(self, data: Chunk, statistic: str, fold: int, which: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -137,11 +135,6 @@ class CandidateRuns:
         """A candidate as a model of its own; it shares the weights that do not change."""
         plan = self.plans[index - 1]
         return apply_plan_and_repair(self.model, plan, self.repairs[0].get(plan)).eval()
-
-
-def is_offloaded(model: PreTrainedModel) -> bool:
-    """Whether accelerate loads weights of layers when they are called (`device_map` with disk or CPU)."""
-    return any(has_offloaded_params(part) for part in model.base_model.layers.modules())
 
 
 def sweep(

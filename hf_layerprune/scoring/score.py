@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from accelerate.utils import has_offloaded_params
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compensation import Repair, check_method, find_repairs
@@ -17,7 +18,7 @@ from ..plan import Edit, LayerPlan, layer_indices
 from ..surgery import check_model, plan_of
 from ..tasks import PreparedTask, Task, prepare_tasks
 from ..tasks.chunks import TokenChunk
-from .candidates import CandidateRuns, is_offloaded, sweep
+from .candidates import CandidateRuns, sweep
 from .estimates import ANGLES, MEASURED, TOKEN_MEASURES, Criterion, criterion_of, estimate, lone_removal
 from .race import Race, collect
 from .scores import Key, Scores
@@ -119,7 +120,8 @@ def score(
     with inference(model, teacher):
         folds, repairs = _fitted(model, batches, plans, compensation, teacher, in_halves=criterion != "tasks")
         only_removals = all(set(after.blocks) <= set(plan.blocks) for after in plans)
-        if is_offloaded(model) and only_removals and criterion != "tasks" and race is None:
+        is_offloaded = any(has_offloaded_params(part) for part in model.base_model.layers.modules())  # disk or CPU
+        if is_offloaded and only_removals and criterion != "tasks" and race is None:
             kinds = [(1.0, [lambda _: sweep(model, batches, plans, TOKEN_MEASURES[criterion], teacher)])]
         else:
             runs = CandidateRuns(model, plans, teacher, tokenizer, repairs)

@@ -166,7 +166,9 @@ class Scores(Generic[Key]):
 
         def order(item: tuple[Key, float]) -> tuple[Any, ...]:
             key, price = item
-            return math.isnan(price), -self.dropped.get(key, 1.0), price, -_depth_of(key)
+            # the first layer that a candidate changes; the same for all plans, which change several
+            layer = key.layers[0] if isinstance(key, Edit) else key if isinstance(key, int) else 0
+            return math.isnan(price), -self.dropped.get(key, 1.0), price, -layer
 
         return tuple(key for key, _ in sorted(zip(self.values, prices, strict=True), key=order))
 
@@ -202,11 +204,6 @@ class Scores(Generic[Key]):
             if isinstance(value, dict)
         }
         return vars(self) | by_label | {"contenders": list(map(_label, self.contenders)), "certainty": self.certainty}
-
-
-def _depth_of(key: int | Edit | LayerPlan) -> int:
-    """The first layer that a candidate changes; the same for all plans, which change several."""
-    return key.layers[0] if isinstance(key, Edit) else key if isinstance(key, int) else 0
 
 
 def _label(key: int | Edit | LayerPlan) -> str:

@@ -47,7 +47,7 @@ class LayerDistillCallback(TrainerCallback):
 
 class TrackioRounds(TrackioCallback, LayerDistillCallback):
     """What `report_to="trackio"` stands for here: one page with the quality of every depth, the plan and the map of
-    the layers. It is transformers' own callback, but the run goes on between healings.
+    the layers. It takes the place of transformers' own callback; the run goes on between healings.
     """
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
@@ -68,11 +68,6 @@ class TrackioRounds(TrackioCallback, LayerDistillCallback):
                 if (path := Path(args.output_dir) / name).is_file():
                     self._trackio.log_artifact(path, name=kind, type=kind)
         TrackioCallback.on_train_end(self, args, state, control, model=model)
-
-
-def use_trackio_rounds(callbacks: list[TrainerCallback]) -> None:
-    """Let [`TrackioRounds`] take the place of the callback that `report_to` has brought, if it has."""
-    callbacks[:] = [TrackioRounds() if type(callback) is TrackioCallback else callback for callback in callbacks]
 
 
 def hub_tags(model: Any, run: RunRecord | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DynamoBackend, broadcast_object_list, is_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from ..errors import LayerPruneError
 
@@ -59,9 +60,14 @@ def outline(student: nn.Module) -> nn.Module:
     return copy.deepcopy(student, memo)
 
 
+def without_adapters(student: nn.Module) -> PreTrainedModel:
+    """The model that adapters were put on; a plain model as it is."""
+    return student.get_base_model() if is_peft_model(student) else student
+
+
 def frozen_head(empty: nn.Module) -> nn.Linear | None:
     """The head of an [`outline`], which holds it whole, unless it is trained."""
-    head = (empty.get_base_model() if is_peft_model(empty) else empty).lm_head
+    head = without_adapters(empty).lm_head
     return None if any(parameter.requires_grad for parameter in head.parameters()) else head
 
 

@@ -19,7 +19,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
@@ -27,6 +26,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints, set_seed
 from trl import SFTTrainer
 
 from .._trl import keep_weights_in_place, redirect_forward, set_model
+from ..compensation import target_state
 from ..data import Batch, valid_next_tokens
 from ..errors import LayerPruneError, NotANumber
 from ..files import sync_folder
@@ -36,7 +36,7 @@ from ..plan import LayerPlan
 from ..record import Healing
 from ..surgery import plan_of
 from .config import IterativeLayerDistillConfig
-from .engines import autocast, fill_outline, frozen_head, outline, splits_model
+from .engines import autocast, fill_outline, frozen_head, outline, splits_model, without_adapters
 from .trainable import make_trainable, merge_and_round
 
 if TYPE_CHECKING:
@@ -56,8 +56,9 @@ class HealingTrainer(Trainer):
     The teacher is a plain attribute: it is in no state dict, no optimizer and no wrapper. It runs the first
     [`shared_depth`] blocks for both models. The settings, callbacks and teacher are those of `owner`. `student` may
     share weights with the teacher: what is trained, the `blocks` or all weights if the settings say so, is copied.
-    `on_checkpoint` is called with the step of each whole checkpoint in `folder` and what the healing took until then.
-    `frozen_head` is the student's head if an engine splits the model's own and nothing trains it.
+    `on_checkpoint` is called after each whole checkpoint in `folder`, with its step as `checkpoint` and what was taken
+    until then as `healing`. `frozen_head` is the student's head if an engine splits the model's own and nothing trains
+    it.
     """
 
     args: IterativeLayerDistillConfig
@@ -70,7 +71,7 @@ class HealingTrainer(Trainer):
         blocks: list[int],
         rows: Dataset | IterableDataset,
         folder: Path,
-        on_checkpoint: Callable[[int, Healing], None] = lambda step, so_far: None,
+        on_checkpoint: Callable[..., None] = lambda checkpoint, healing: None,
     ) -> None:
         self.owner, self.teacher, self.folder, self.on_checkpoint = owner, owner.teacher, folder, on_checkpoint
         self.compared = compared_states(plan_of(student), plan_of(self.teacher), blocks)
@@ -165,7 +166,7 @@ class HealingTrainer(Trainer):
             if self.args.should_save:
                 sync_folder(self.folder / f"checkpoint-{step}")
             if not self.args.save_only_model:  # from which no healing can continue
-                self.on_checkpoint(step, self.so_far)
+                self.on_checkpoint(checkpoint=step, healing=self.so_far)
             if self.args.should_save:
                 rotate_checkpoints(str(self.folder), limit, self.state.best_model_checkpoint, use_mtime=True)
 
@@ -228,10 +229,9 @@ def compared_states(plan: LayerPlan, teacher_plan: LayerPlan, blocks: Sequence[i
     """
     compared = []
     for position in blocks:
-        if position < plan.depth - 1:
-            last, reader = plan.blocks[position][-1], teacher_plan.position_of(plan.blocks[position + 1][0])
-            if teacher_plan.position_of(last) != reader:  # else the teacher has no state between them
-                compared.append((position, reader - 1))
+        reader, end = target_state(position, plan, teacher_plan), teacher_plan.position_of(plan.blocks[position][-1])
+        if position < plan.depth - 1 and reader != end:  # else the teacher has no state between them
+            compared.append((position, reader - 1))
     return compared
 
 
@@ -242,11 +242,6 @@ def check_overrides(kind: type[SFTTrainer]) -> None:
             f"{kind.__name__} overrides {', '.join(own)}, but every round is healed by a trainer of its own; use the "
             "weights of the loss, optimizer_cls_and_kwargs or callbacks"
         )
-
-
-def without_adapters(student: nn.Module) -> PreTrainedModel:
-    """The model that adapters were put on; a plain model as it is."""
-    return student.get_base_model() if is_peft_model(student) else student
 
 
 def compile_layers(models: Sequence[nn.Module]) -> None:

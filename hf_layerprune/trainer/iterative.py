@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, HfApi
 from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import TrackioCallback
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
@@ -45,10 +46,10 @@ from ..rows import check_special_tokens, column_names, select_text_column, warn_
 from ..scoring import MEASURED
 from ..surgery import check_in_memory, check_made_from, plan_of, prune, unshare_parameters
 from ..tasks import prepare_tasks
-from .callbacks import hub_tags, use_trackio_rounds
+from .callbacks import TrackioRounds, hub_tags
 from .config import IterativeLayerDistillConfig, settled
-from .engines import broadcast_from_main, check_engine, on_main, splits_model
-from .healing import check_overrides, without_adapters
+from .engines import broadcast_from_main, check_engine, on_main, splits_model, without_adapters
+from .healing import check_overrides
 from .on_policy import prompts_to_answer
 from .rounds import Rounds
 from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
@@ -154,7 +155,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         check_engine(self.accelerator, args)
         check_tokenizer(self.processing_class, self.start, self.model_name or "the model")  # with its chat template
         restore_forward(self.model)
-        use_trackio_rounds(self.callback_handler.callbacks)
+        callbacks = self.callback_handler.callbacks
+        callbacks[:] = [TrackioRounds() if type(one) is TrackioCallback else one for one in callbacks]
         self._make_batches(self.eval_dataset or {})
         self.prompts = prompts_to_answer(prompt_dataset, self.processing_class, self.start, args)
         named, size = args.tasks, args.per_device_eval_batch_size

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from ..hub.paths import without_local_paths
 from ..loading import load_model
 from ..merging import edited, merge
 from ..plan import Edit, LayerPlan
-from ..record import PLAN_FILE, Healing, RoundInProgress, RoundRecord, RunRecord, TeacherRecord
+from ..record import PLAN_FILE, Healing, RoundInProgress, RoundRecord, RoundWork, RunRecord, TeacherRecord
 from ..report import PLOTS
 from ..scoring import MEASURED, Scores
 from ..search import next_edit, order_of_removals
@@ -61,7 +61,7 @@ class Rounds:
 
     def train(self) -> TrainOutput:
         """Run rounds until the plan meets the target."""
-        student = self._first_student()
+        student = self._load_student(len(self.run.rounds))
         plan = plan_of(student)
         self._evaluate_teacher()
         only_heals = not self.run.rounds and self.goal.met(plan)  # a student that has the depth already
@@ -90,17 +90,15 @@ class Rounds:
         student = self._healed(student, plan, self._heal_on_policy)
         self._end_round(student, self._evaluate(student))
 
-    def _first_student(self) -> PreTrainedModel:
-        number = len(self.run.rounds)
-        student = self._load_student(number) if number else make_unpruned_student(self.trainer.start)
+    def _load_student(self, number: int) -> PreTrainedModel:
+        """The student of a round, or of round 0 the one that the run starts from."""
+        if number:
+            folder = round_folder(self.file.folder, number)
+            student = load_model(str(folder), dtype=self.trainer.start.dtype).to(self.args.device)
+        else:
+            student = make_unpruned_student(self.trainer.start)
         share_equal_weights(student, self.teacher)
         set_model(self.trainer, student)
-        return student
-
-    def _load_student(self, number: int) -> PreTrainedModel:
-        folder = round_folder(self.file.folder, number)
-        student = load_model(str(folder), dtype=self.trainer.start.dtype).to(self.args.device)
-        share_equal_weights(student, self.teacher)
         return student
 
     def _evaluate_teacher(self) -> None:
@@ -152,11 +150,11 @@ class Rounds:
     def _choice(self, student: PreTrainedModel) -> tuple[Edit, Scores[Edit] | None, tuple[Edit, ...]]:
         """The next edit; the scores it was chosen by, if this call scored; and the whole order, if those chose one."""
         args, plan = self.args, plan_of(student)
-        options: dict[str, Any] = {"seed": args.seed + plan.depth}  # another draw of "random" in every round
+        # another draw of "random" in every round
+        options: dict[str, Any] = {"seed": args.seed + plan.depth, "on_batch": self._phase_step}
         if args.criterion in MEASURED:  # the layer that will be repaired is the one to judge
             options |= {"compensation": args.compensation, "tasks": self.trainer.tasks}
             options |= {"tokenizer": self.trainer.processing_class}
-        options["on_batch"] = self._phase_step
         request = (args.criterion, self.teacher)
         batches, is_stretch = self.trainer.calibration_batches, args.criterion == "angular_distance"
         if not (args.one_shot or is_stretch):
@@ -212,7 +210,6 @@ class Rounds:
         trainer, number = self.trainer, self.trainer.round
         if self.run.current.phase == "healed":  # where the run was interrupted
             student = self._load_student(number)
-            set_model(trainer, student)
         else:
             student, healing = heal(student, plan) if heal else (student, None)
             set_model(trainer, student)
@@ -235,11 +232,7 @@ class Rounds:
         self._phase("healing", num_layers=plan.depth)
         checkpoint = on_main(trainer.accelerator, self._last_checkpoint)
         before = self.run.current.healing.seconds if checkpoint else 0.0
-
-        def on_checkpoint(step: int, so_far: Healing) -> None:
-            self._change_round(checkpoint=step, healing=so_far)
-
-        healing = HealingTrainer(trainer, student, blocks, rows, self.checkpoints, on_checkpoint)
+        healing = HealingTrainer(trainer, student, blocks, rows, self.checkpoints, self._change_round)
         try:
             student, self.output = healing.heal(trainer.save_dtype, checkpoint, before)
         except NotANumber as error:  # it would diverge again from any checkpoint
@@ -273,14 +266,13 @@ class Rounds:
             raise LayerPruneError(
                 f"round {number}: the student's loss is {quality.loss}{advice}. The rounds before it are kept"
             )
-        names = ("edits", "scores", "seconds_scoring", "unhealed", "before_healing", "healing")
         record = RoundRecord.of(
             student,
             quality,
             tasks=self._evaluate_tasks(student),
             number=number,
             criterion=self.args.criterion,
-            **{name: getattr(current, name) for name in names},
+            **{each.name: getattr(current, each.name) for each in fields(RoundWork)},
         )
         self.file.record = self.run.with_round(record)
         self.file.save(order=self.run.order if self.args.one_shot else ())
@@ -289,13 +281,12 @@ class Rounds:
 
     def _finish(self) -> None:
         """Measure the speed of every depth, and fill in what a user looks for first: the final model and its plan."""
-        is_writer = self.args.should_save and bool(self.run.rounds)
-        if is_writer and self.args.measure_speed and self.run.rounds[-1].speed is None:
+        folder, last, is_writer = self.file.folder, self.run.rounds[-1], self.args.should_save
+        if is_writer and self.args.measure_speed and last.speed is None:
             self._phase("measuring speed", num_runs=speed_runs(self.run))
             self.file.record = with_speed(self.run, self.teacher, self.trainer.save_dtype, self._phase_step)
         self.file.save()
         self._phase("writing")
-        folder, last = self.file.folder, self.run.rounds[-1] if self.run.rounds else None
         if is_writer:
             write_atomically(folder / PLAN_FILE, last.plan.to_json() + "\n")
         self._event("on_run_end", model=self.trainer.model)
