@@ -259,7 +259,8 @@ def num_positions(config: PretrainedConfig) -> int:
     """Tokens of the longest row a model was made for."""
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
-    return max(config.max_position_embeddings, int(original * (rope.get("factor") or 1)))
+    factor = 1 if rope.get("rope_type") == "llama3" else rope.get("factor") or 1  # Llama's is of wavelengths alone
+    return max(config.max_position_embeddings, int(original * factor))
 
 
 def check_length(max_length: int | None, config: PretrainedConfig, name: str) -> None:

@@ -181,13 +181,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
 
 
 def check_same_vocabulary(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise [`LayerPruneError`] unless both are causal language models of one vocabulary, without adapters, and of
-    supported families: others may scale their logits."""
+    """Raise [`LayerPruneError`] unless both are causal language models of one vocabulary, with weights, without
+    adapters, and of supported families: others may scale their logits."""
     for one in (model, teacher):
         check_causal(one)
         if is_peft_model(one):  # its `base_model` is not the decoder
             raise LayerPruneError(f"{type(one).__name__} carries adapters; merge them first (merge_and_unload)")
         architecture_of(one.config)
+        if all(p.is_meta for p in one.parameters()) and not any(hasattr(m, "_hf_hook") for m in one.modules()):
+            raise LayerPruneError("the model has no weights, it is on the device meta; load it on another")
     if teacher.config.vocab_size != model.config.vocab_size:
         raise LayerPruneError(
             f"the teacher's vocabulary has {teacher.config.vocab_size} entries and the student's "

@@ -241,6 +241,17 @@ def test_tokenized_batches_are_full_rows(tokenizer):
         tokenized_batches(rows, tokenizer, num_rows=0)
 
 
+@pytest.mark.parametrize("kind, positions", [("llama3", 256), ("yarn", 512), ("linear", 512)])
+def test_a_model_has_the_positions_that_its_kind_of_scaling_gives(kind, positions):
+    """Llama 3.2 has 131,072, not its factor of 32 times the original 8,192: that is of wavelengths."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    config = tiny_model(1, rope_parameters=rope).config
+    data.check_length(positions, config, "it")
+    with pytest.raises(LayerPruneError, match=f"it has {positions} positions"):
+        data.check_length(positions + 1, config, "it")
+
+
 @pytest.mark.parametrize("data", [DatasetDict({"train": Dataset.from_list([{"text": "a"}])}), ["a text"]])
 def test_rows_of_the_wrong_kind_are_named(data):
     with pytest.raises(LayerPruneError, match="the data is a .*; give one datasets.Dataset"):

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from conftest import random_batches, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from hf_layerprune import LayerPruneError, evaluate_model
+from hf_layerprune import Budget, LayerPruneError, evaluate_model, score_layers, search_plan
 
 
 def test_perplexity_is_weighted_by_tokens(model):
@@ -76,3 +77,11 @@ def test_models_in_adapters_are_refused_by_name(model, batches, place):
     adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(LayerPruneError, match="PeftModel carries adapters; merge them"):
         evaluate_model(*((adapted, batches) if place == "student" else (model, batches, adapted)))
+
+
+@pytest.mark.parametrize("measure", [evaluate_model, score_layers, partial(search_plan, budget=Budget("depth", 3))])
+def test_models_without_weights_are_refused_in_one_line(measure, batches):
+    with pytest.raises(LayerPruneError, match="no weights, it is on the device meta"):
+        measure(tiny_model().to("meta"), batches)
+    with pytest.raises(LayerPruneError, match="no weights, it is on the device meta"):
+        measure(tiny_model(), batches, teacher=tiny_model().to("meta"))

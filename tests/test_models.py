@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import random_batches, tiny_model
 from families import pruned_qwen2
 from forked import run_without_package
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
 
@@ -222,6 +224,22 @@ def test_plans_that_do_not_fit_a_checkpoint_are_refused(tmp_path):
     edit_checkpoint(tmp_path / "plain", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
         load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (2, 3)), 5))
+
+
+@pytest.mark.parametrize("adapters", [LoraConfig(r=2, target_modules=["q_proj"]), IA3Config(), "in place", "wrapper"])
+@pytest.mark.parametrize("blocks", [[[0], [1], [2, 3]], [[0], [1], [2], [3]]])
+def test_models_in_adapters_or_wrappers_are_refused_in_one_line(adapters, blocks):
+    model = tiny_model(4)
+    if adapters == "in place":
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    elif adapters == "wrapper":
+        model = torch.compile(model)
+    else:
+        wrapped = get_peft_model(model, replace(adapters, task_type="CAUSAL_LM"))
+        with pytest.raises(ValueError, match=r"carries adapters or a wrapper \(.*merge or unwrap them first"):
+            PrunedQwen2ForCausalLM.from_plain(wrapped, LayerPlan(blocks))
+    with pytest.raises(ValueError, match=r"carries adapters or a wrapper \(.*merge or unwrap them first"):
+        PrunedQwen2ForCausalLM.from_plain(model, LayerPlan(blocks))
 
 
 @pytest.mark.parametrize("pairs", [False, True])

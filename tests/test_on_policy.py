@@ -118,21 +118,29 @@ def test_a_chat_template_makes_texts_messages(tokenizer, tmp_path):
     rows = Dataset.from_dict({"prompt": ["why?", ""]})
     args = tiny_config(tmp_path, on_policy_steps=1)
     plain = on_policy.prompts_to_answer(rows, tokenizer, tiny_model(), args)
-    assert plain.to_dict() == {"prompt": ["why?"]}
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert tokenizer.batch_decode([*plain["prompt"]]) == ["why?"]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     chats = on_policy.prompts_to_answer(rows, tokenizer, tiny_model(), args)
-    assert chats.to_dict() == {"prompt": [[{"content": "why?", "role": "user"}]]}
+    assert tokenizer.batch_decode([*chats["prompt"]]) == ["user: why?"]
 
 
-def test_what_the_template_would_be_given_for_one_row_is_refused_by_name(tokenizer, tmp_path):
-    tokenizer, args = copy.deepcopy(tokenizer), tiny_config(tmp_path, on_policy_steps=1)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    turns = [{"role": "user", "content": "why?"}]
-    rows = [{"prompt": turns, "tools": None}, {"prompt": turns, "tools": [{"name": "look_up"}]}]
-    with pytest.raises(LayerPruneError, match="prompts: row 1 has tools, which on-policy steps cannot give"):
-        on_policy.prompts_to_answer(Dataset.from_list(rows), tokenizer, tiny_model(), args)
-    kept = on_policy.prompts_to_answer(Dataset.from_list(rows[:1]), tokenizer, tiny_model(), args)
-    assert kept.to_dict() == {"prompt": [[{"content": "why?", "role": "user"}]]}
+def test_the_student_reads_what_the_template_is_given_for_each_row(make, tokenizer, monkeypatch):
+    template = "{% for m in messages %}{{ tools[0].name if tools }}{{ style }}{{ m.keys() | list }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    read, generate = [], DistillationTrainer._generate_single_turn
+
+    def remember(self, prompt_ids, *args):
+        read.extend(tokenizer.batch_decode(prompt_ids))
+        return generate(self, prompt_ids, *args)
+
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", remember)
+    turn = {"role": "user", "content": "why?"}
+    rows = [
+        {"prompt": [turn], "tools": None, "chat_template_kwargs": None},
+        {"prompt": [turn | {"name": "Ann"}], "tools": [{"name": "look_up"}], "chat_template_kwargs": {"style": " S"}},
+    ]
+    make(prompt_dataset=Dataset.from_list(rows), **on_policy_settings()).train()
+    assert {*read} == {"['role', 'content']", "look_up S['role', 'content', 'name']"}
 
 
 @pytest.mark.parametrize("steps, given", [(2, False), (0, True)])

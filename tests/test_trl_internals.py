@@ -12,7 +12,7 @@ from datasets import Dataset
 from packaging.version import Version
 from torch import nn
 from transformers import Trainer
-from trl import SFTTrainer
+from trl import DistillationTrainer, SFTTrainer
 
 from hf_layerprune._trl import redirect_forward, restore_forward, set_model
 
@@ -34,6 +34,10 @@ def test_sft_trainer_puts_its_head_in_the_instance_and_it_can_be_removed(tmp_pat
     assert trainer.model is other and trainer.callback_handler.model is other
     for name in ("_prepare_dataset", "_formatting_func", "maybe_activation_offload_context"):
         assert hasattr(trainer, name), name
+
+
+def test_the_on_policy_trainer_has_the_method_that_takes_token_ids():
+    assert [*inspect.signature(DistillationTrainer._tokenize_prompts).parameters] == ["self", "prompts"]
 
 
 def test_trainer_scales_for_accumulation_by_what_the_healing_says():

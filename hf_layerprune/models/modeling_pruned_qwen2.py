@@ -261,12 +261,13 @@ class PrunedQwen2Loading:
         config.tie_word_embeddings = is_tied(model)
         if getattr(model.config, "quantization_config", None) is not None:
             raise ValueError("the model is quantized; rearrange the original and quantize the result")
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise ValueError("the model carries adapters; merge them into it first")
         if len(devices := {parameter.device for parameter in model.parameters()}) > 1:
             raise ValueError(f"the model is spread over {len(devices)} devices or is offloaded; load it on one")
         with torch.device("meta"):
             rebuilt = cls(config)
+        names, given = ({re.sub(r"\d+", "", name) for name in one.state_dict()} for one in (rebuilt, model))
+        if other := sorted(given ^ names):
+            raise ValueError(f"the model carries adapters or a wrapper ({other[0]}); merge or unwrap them first")
         tensors = rearrange(model.state_dict(), plan_in(model.config)["blocks"], config.layer_plan["blocks"])
         adopt_weights(rebuilt, model, tensors)
         return rebuilt

@@ -54,6 +54,10 @@ class OnPolicyTrainer(DistillationTrainer):
             )
         return loss
 
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """They are token ids already: TRL would give no row's own tools to the chat template."""
+        return prompts, None, {}
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save none, whoever asks for one, such as an interrupt: a run that resumes begins this healing again."""
 
@@ -64,21 +68,15 @@ def prompts_to_answer(
     model: PreTrainedModel,
     args: IterativeLayerDistillConfig,
 ) -> Dataset | None:
-    """The prompts in a data set, as TRL's trainer takes them, that leave room for the longest answer; where the
-    tokenizer has a chat template, texts are a user's message."""
+    """The token ids of the prompts in a data set that leave room for the longest answer; where the tokenizer has a
+    chat template, texts are a user's message."""
     if bool(args.on_policy_steps) != (rows is not None):
         raise LayerPruneError("on_policy_steps and prompt_dataset (--prompts) belong together; give both or neither")
     if rows is None:
         return None
     config = HealingDataConfig(as_chat=tokenizer.chat_template is not None, max_new_tokens=args.on_policy_tokens)
     prompts, _ = read_prompts(rows, tokenizer, config, num_positions(model.config))
-    for prompt in prompts:
-        if found := [name for name, value in prompt.of_template.items() if value]:
-            raise LayerPruneError(
-                f"prompts: row {prompt.row} has {found[0]}, which on-policy steps cannot give to the chat template; "
-                "leave out such rows, or the column"
-            )
-    return Dataset.from_list([{"prompt": prompt.content} for prompt in prompts])
+    return Dataset.from_list([{"prompt": prompt.ids} for prompt in prompts])
 
 
 def heal_on_policy(
