@@ -448,6 +448,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_text_is_read(name, mess
     assert run("--output_file", tmp_path / name) == 2 and message in errors_of(capsys)
 
 
+def test_a_file_in_use_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.jsonl"
+    monkeypatch.setattr("hf_layerprune.cli.generate.read_dataset", pytest.fail)
+    monkeypatch.setattr("hf_layerprune.healing_data.load_model", pytest.fail)
+    with FileLock(f"{path}.lock"):
+        assert run("--output_file", path) == 2 and "out.jsonl is in use: another run is wr" in errors_of(capsys)
+        with pytest.raises(LayerPruneError, match="is in use"):
+            generate_healing_data("embedded", "embedded:healing", path)
+
+
 def test_ctrl_c_keeps_what_is_done(tmp_path, model_folder, write, capsys, monkeypatch):
     def interrupted(self, **_):
         raise KeyboardInterrupt
