@@ -24,6 +24,19 @@ OF_TRL = (
 )  # fmt: skip
 """Settings of TRL's `SFTConfig` that `compress` and `estimate` take; the others are for Python."""
 
+OF_TRAINING = {
+    "lora_r", "lora_alpha", "trained_layers", "gradient_checkpointing", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "logging_steps", "activation_offloading",
+    "dataloader_num_workers",
+}  # fmt: skip
+"""Settings of healing, on the data and on policy."""
+OF_HEALING = {
+    "learning_rate", "max_steps", "num_train_epochs", "kl_weight", "beta", "hidden_weight", "lm_weight", "temperature",
+    "loss_preset", "compile_layers", "save_strategy", "save_steps", "save_total_limit",
+}  # fmt: skip
+"""Settings of healing on the data alone."""
+
 
 def default_depth(depth: int) -> int:
     """Three quarters of a model's layers, for a run without a target; at least one goes."""
