@@ -51,6 +51,11 @@ def recipe(tmp_path):
         (["compress", "--model_init_kwargs", "subfolder=x"], "model_init_kwargs=subfolder=x is not JSON: "),
         (["compress", "--model_init_kwargs", "5"], "model_init_kwargs=5 is not a mapping; write it as {{"),
         (["compress", "--lora_alpha", "16"], "lora_alpha=16 has no effect without lora_r; leave it out"),
+        (["compress", "--hub_model_id", "a/b"], "hub_model_id=a/b has no effect without push_to_hub; leave it out"),
+        (
+            ["compress", "--project", "p", "--report_to", "none"],
+            "project=p has no effect without report_to; leave it out",
+        ),
         (
             ["compress", "--on_policy_tokens", "9"],
             "on_policy_tokens=9 has no effect without on_policy_steps; leave it",
@@ -136,6 +141,9 @@ def test_a_run_that_does_not_heal_takes_no_settings_of_healing(tmp_path):
     with pytest.raises(LayerPruneError, match="heal=False leaves no use for max_steps"):
         parser.read(["--config", str(recipe)])
     parser.read(["--config", str(recipe), "--heal", "true"])
+    recipe.write_text("report_to: trackio\nproject: mine\non_policy_steps: 3\nprompts: a.jsonl\n")
+    parser.read(["--config", str(recipe), "--report_to", "none", "--on_policy_steps", "0"])
+    assert parser.given == {"report_to": "none", "on_policy_steps": 0}
 
 
 def test_tasks_and_criterion_on_the_command_line_replace_those_of_a_recipe(tmp_path):

@@ -17,7 +17,7 @@ from trl import TrlParser
 
 from ..errors import LayerPruneError, first_line
 from . import arguments
-from .arguments import OF_HEALING, OF_TRAINING, OF_TRL, TARGETS
+from .arguments import NEEDS, OF_HEALING, OF_TRAINING, OF_TRL, TARGETS
 
 UNSET = object()
 MOST_USED = {"output_dir", "max_steps", "max_length"}
@@ -94,8 +94,7 @@ class Parser(TrlParser):
                 raise LayerPruneError(f"--config {file}: {first_line(error)}") from error
         replaced = {*TARGETS} if TARGETS & line.keys() else set()
         replaced |= {"dataset_config"} if "dataset" in line else set()  # it is of the recipe's own data
-        if line.get("on_policy_steps") == 0:
-            replaced |= {"prompts", "on_policy_tokens", "on_policy_learning_rate"}
+        replaced |= {name for name, needed in NEEDS.items() if needed in line and _is_off(line[needed])}
         if "tasks" in line:
             replaced |= {"criterion"}
         elif line.get("criterion", "tasks") != "tasks":
@@ -109,6 +108,9 @@ class Parser(TrlParser):
                 f"heal=False leaves no use for {', '.join(sorted(found))}; leave them out, or give --heal false on "
                 "the command line, which leaves out what a recipe says of healing"
             )
+        for name, needed in NEEDS.items():
+            if name in self.given and _is_off(self.given.get(needed)):
+                raise LayerPruneError(f"{name}={self.given[name]} has no effect without {needed}; leave it out")
         if self.given.get("tasks") and self.given.get("criterion", "tasks") != "tasks":
             raise LayerPruneError(f"tasks are for criterion='tasks', not {self.given['criterion']!r}; leave out one")
         for name, value in self.given.items():
@@ -210,6 +212,10 @@ def _kinds(hint: Any) -> set[type]:
     """The types that a type hint allows."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return {get_origin(kind) or kind for kind in kinds}
+
+
+def _is_off(value: Any) -> bool:
+    return not value or value in ("none", ["none"])
 
 
 def _is_positional(item: Field) -> bool:
