@@ -431,6 +431,7 @@ def test_the_command_says_when_a_chat_model_is_not_asked_as_one(tmp_path, write,
         (["--output_file", "{folder}/out.txt"], "must end in .jsonl"),
         (["--output_file", "{folder}/texts.txt/out.jsonl"], "texts.txt"),
         (["--sampling", "1"], "--sampling"),
+        (["--prompt_tokens", "9", "--as_chat", "true"], "prompt_tokens=9 has no effect: column 'text' is asked whole"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(tmp_path, model_folder, write, capsys, extra, message):

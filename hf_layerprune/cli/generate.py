@@ -5,16 +5,18 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from ..errors import LayerPruneError
 from ..healing_data import answer_prompts, column_of_prompts, locked, processes
 from ..loading import load_model, load_tokenizer
 from ..progress import Phases, say
 from .common import check_sources, read_dataset, writable
-from .parsing import parse
+from .parsing import Parser
 
 
 def generate(argv: list[str]) -> None:
     """Write the file, or what is missing of it; see [`generate_healing_data`]."""
-    arguments, config = parse("generate", argv)
+    parser = Parser("generate")
+    arguments, config = parser.read(argv)
     check_sources(arguments)
     path = Path(arguments.output_file)
     state = processes()
@@ -22,6 +24,10 @@ def generate(argv: list[str]) -> None:
         phases.phase("reading the prompts")
         prompts = read_dataset(arguments, arguments.dataset or "embedded:healing")
         column = column_of_prompts(prompts, config)
+        if "prompt_tokens" in parser.given and (config.as_chat or column in ("prompt", "messages", "conversations")):
+            raise LayerPruneError(
+                f"prompt_tokens={config.prompt_tokens} has no effect: column {column!r} is asked whole; leave it out"
+            )
         phases.phase(f"loading {arguments.model}")
         model = load_model(arguments.model, arguments.dtype, state.device).to(state.device)
         tokenizer = load_tokenizer(arguments.model)
