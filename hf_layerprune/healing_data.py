@@ -87,8 +87,20 @@ def generate_healing_data(
         [`LayerPruneError`]: if model, prompts and settings do not fit together, `output_file` holds rows of another
             run, or all answers are blank.
     """
-    config, state, path = config or HealingDataConfig(), processes(), Path(output_file)
-    check_output_file(path)
+    with locked(path := Path(output_file)):
+        return answer_prompts(model, prompts, path, config or HealingDataConfig(), tokenizer, on_rows)
+
+
+def answer_prompts(
+    model: str | Path | PreTrainedModel,
+    prompts: str | Path | Dataset,
+    path: Path,
+    config: HealingDataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    on_rows: Callable[[int, int], None],
+) -> HealingDataReport:
+    """Write or continue a file that is [`locked`]; see [`generate_healing_data`]."""
+    state = processes()
     name = str(model) if isinstance(model, (str, Path)) else name_of(model)
     tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
     dataset = load_text_dataset(prompts) if isinstance(prompts, (str, Path)) else prompts
@@ -99,21 +111,12 @@ def generate_healing_data(
     check_tokenizer(tokenizer, model, name)
     sampling = _sampling(model, tokenizer, config)
     asked, num_too_long = read_prompts(dataset, tokenizer, config, num_positions(model.config))
-    with _locked(path):
-        rows = _answer_all(model, tokenizer, asked, sampling, config, path, on_rows)
+    rows = _answer_all(model, tokenizer, asked, sampling, config, path, on_rows)
     state.wait_for_everyone()
     if not rows:
         raise LayerPruneError("all answers are blank; sample at another temperature, or give other prompts")
     num_truncated, num_tokens = (sum(row[key] for row in rows) for key in ("truncated", "num_tokens"))
     return HealingDataReport(len(rows), len(asked) - len(rows), num_truncated, num_tokens, num_too_long)
-
-
-def check_output_file(path: Path) -> None:
-    """Raise [`LayerPruneError`] if a path cannot be that of a file of JSON lines."""
-    if path.is_dir():
-        raise LayerPruneError(f"output_file={path} is a folder; name a file in it")
-    if path.suffix != ".jsonl":
-        raise LayerPruneError(f"output_file={path} must end in .jsonl")
 
 
 def processes() -> PartialState:
@@ -266,8 +269,12 @@ def _answer_all(
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other runs from writing to a file, as the rows of both would mix."""
+def locked(path: Path) -> Iterator[None]:
+    """Keep other runs from writing to a file of JSON lines, as the rows of both would mix."""
+    if path.is_dir():
+        raise LayerPruneError(f"output_file={path} is a folder; name a file in it")
+    if path.suffix != ".jsonl":
+        raise LayerPruneError(f"output_file={path} must end in .jsonl")
     lock, is_free = FileLock(f"{path}.lock"), True
     if processes().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,9 +38,9 @@ class Console(rich.console.Console):
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # what the stream still holds goes there
 
-    def print(self, *objects: Any, **options: Any) -> None:
+    def __exit__(self, *error: Any) -> None:  # where lines and bars are written
         try:
-            super().print(*objects, **options)
+            super().__exit__(*error)
         except OSError as error:
             if not self.stderr:
                 Console.lost = error

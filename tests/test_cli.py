@@ -15,11 +15,14 @@ from hf_layerprune import LayerPlan, cli, load_tokenizer, prune
 from hf_layerprune.cli.arguments import default_depth
 from hf_layerprune.cli.compress import resume_line
 
+UNHEALED = [
+    "--target_num_layers", "4", "--num_calibration_samples", "2", "--num_eval_samples", "2",
+    "--per_device_eval_batch_size", "2", "--max_length", "32", "--packing", "true", "--packing_strategy", "wrapped",
+    "--report_to", "none", "--measure_speed", "false",
+]  # fmt: skip
 QUICK = [
-    "--target_num_layers", "4", "--max_steps", "2", "--num_calibration_samples", "2", "--num_eval_samples", "2",
-    "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--max_length", "32",
-    "--packing", "true", "--packing_strategy", "wrapped", "--save_strategy", "no", "--report_to", "none",
-    "--learning_rate", "1e-3", "--measure_speed", "false",
+    *UNHEALED, "--max_steps", "2", "--per_device_train_batch_size", "2", "--save_strategy", "no",
+    "--learning_rate", "1e-3",
 ]  # fmt: skip
 
 
@@ -63,12 +66,12 @@ def test_compress_writes_everything_and_its_recipe_repeats_it(tmp_path, model_fo
 
 def test_the_recipe_stores_what_was_given_and_nothing_that_was_derived(tmp_path, model_folder, text_file, monkeypatch):
     monkeypatch.setattr("hf_layerprune.trainer.config.has_bf16", lambda use_cpu: False)
-    mine, flags = tmp_path / "mine.yaml", (*QUICK, "--heal", "false", "--criterion", "tail")
-    mine.write_text(f"model: {model_folder}\ndataset: {text_file}\nlayers_per_round: 2\nkl_weight: 1.0\n")
+    mine, flags = tmp_path / "mine.yaml", (*UNHEALED, "--criterion", "tail", "--heal", "false")
+    mine.write_text(f"model: {model_folder}\ndataset: {text_file}\nlayers_per_round: 2\nkl_weight: 1.0\nseed: 3\n")
     assert run("compress", "--config", mine, "--output_dir", tmp_path / "out", *flags) == 0
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     expected = {flag[2:] for flag in flags if flag.startswith("--")}
-    assert set(recipe) == expected | {"model", "dataset", "layers_per_round", "kl_weight", "output_dir"}
+    assert set(recipe) == expected | {"model", "dataset", "layers_per_round", "seed", "output_dir"}
     assert type(recipe["layers_per_round"]) is int and recipe["heal"] is False
     assert json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["bf16"] is None
 
@@ -127,7 +130,7 @@ def test_a_criterion_that_reads_no_text_asks_for_none(tmp_path, model_folder, mo
         assert run("score", "--model", model_folder, "--criterion", criterion, "--output_dir", out) == 0
         assert json.loads((out / "scores.json").read_text())["num_tokens"] == 0
     assert run("score", "--model", model_folder, "--criterion", "tail", "--dataset", "embedded:healing") == 2
-    assert "--criterion tail reads no text; leave out --dataset" in capsys.readouterr().err
+    assert "criterion tail reads no text; leave out dataset" in capsys.readouterr().err
 
 
 def test_evaluate(tmp_path, model_folder, text_file, capsys):
@@ -364,7 +367,7 @@ def test_every_verb_that_reads_text_reads_chats(tmp_path, model_folder, capsys, 
     Dataset.from_list([CHATS[form]] * 8 + [dict.fromkeys(CHATS[form])]).save_to_disk(saved)
     base = ("--model", model_folder, "--dataset", saved)
     few = ("--max_length", 32, "--num_samples", 4)
-    assert run("compress", *base, "--eval_dataset", saved, "--heal", "false", *QUICK, "--packing", "false",
+    assert run("compress", *base, "--eval_dataset", saved, "--heal", "false", *UNHEALED, "--packing", "false",
                "--num_eval_samples", 4, "--output_dir", tmp_path / "run") == 0, capsys.readouterr().err  # fmt: skip
     assert run("score", *base, *few, "--output_dir", tmp_path / "scores") == 0
     assert run("evaluate", *base, *few, "--output_dir", tmp_path / "evaluated") == 0

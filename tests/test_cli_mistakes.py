@@ -51,6 +51,11 @@ def recipe(tmp_path):
         (["compress", "--model_init_kwargs", "subfolder=x"], "model_init_kwargs=subfolder=x is not JSON: "),
         (["compress", "--model_init_kwargs", "5"], "model_init_kwargs=5 is not a mapping; write it as {{"),
         (["compress", "--lora_alpha", "16"], "lora_alpha=16 has no effect without lora_r; leave it out"),
+        (["compress", "--hub_model_id", "a/b"], "hub_model_id=a/b has no effect without push_to_hub; leave it out"),
+        (
+            ["compress", "--project", "p", "--report_to", "none"],
+            "project=p has no effect without report_to; leave it out",
+        ),
         (
             ["compress", "--on_policy_tokens", "9"],
             "on_policy_tokens=9 has no effect without on_policy_steps; leave it",
@@ -107,12 +112,12 @@ def test_yaml_is_read_as_the_command_line_is(tmp_path):
         "lr_scheduler_kwargs: {min_lr: 0.1}\nlearning_rate: 1e-3\nteacher: 7\n"
     )
     parser = Parser("compress")
-    arguments, config = parser.read([f"--config={settings}", "--target-latency", "0.5", "--no_heal"])
+    arguments, config = parser.read([f"--config={settings}", "--target-latency", "0.5", "--no_measure_speed"])
     assert (config.trained_layers, config.max_steps, config.max_length) == ((3, 4), -1, None)
-    assert (config.target_num_layers, config.target_latency, config.heal) == (None, 0.5, False)
+    assert (config.target_num_layers, config.target_latency, config.measure_speed) == (None, 0.5, False)
     assert arguments.teacher == "7"
     assert parser.given == {
-        "trained_layers": "3,4", "max_steps": -1, "max_length": None, "target_latency": 0.5, "heal": False,
+        "trained_layers": "3,4", "max_steps": -1, "max_length": None, "target_latency": 0.5, "measure_speed": False,
         "warmup_steps": 4, "lr_scheduler_kwargs": {"min_lr": 0.1}, "learning_rate": 1e-3, "teacher": "7",
     }  # fmt: skip
     assert str(parser.given["warmup_steps"]) == "4"  # as it was given
@@ -120,6 +125,41 @@ def test_yaml_is_read_as_the_command_line_is(tmp_path):
         settings.write_text(text)
         with pytest.raises(LayerPruneError, match=f"--config {settings}: argument --.*{message}"):
             parse("compress", ["--config", str(settings)])
+
+
+def test_a_run_that_does_not_heal_takes_no_settings_of_healing(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_steps: 3\nkl_weight: 2.0\noptim: sgd\nlayers_per_round: 2\n")
+    parser = Parser("compress")
+    parser.read(["--config", str(recipe), "--heal", "false"])  # one recipe for both
+    assert parser.given == {"layers_per_round": 2, "heal": False}
+    parser.read(["--config", str(recipe), "--heal", "false", "--on_policy_steps", "4"])
+    assert parser.given == {"layers_per_round": 2, "optim": "sgd", "heal": False, "on_policy_steps": 4}
+    with pytest.raises(LayerPruneError, match="heal=False leaves no use for learning_rate, warmup_steps; leave"):
+        parser.read(["--no_heal", "--learning_rate", "1", "--warmup_steps", "2"])
+    recipe.write_text("max_steps: 3\nheal: false\n")
+    with pytest.raises(LayerPruneError, match="heal=False leaves no use for max_steps"):
+        parser.read(["--config", str(recipe)])
+    parser.read(["--config", str(recipe), "--heal", "true"])
+    recipe.write_text("report_to: trackio\nproject: mine\non_policy_steps: 3\nprompts: a.jsonl\n")
+    parser.read(["--config", str(recipe), "--report_to", "none", "--on_policy_steps", "0"])
+    assert parser.given == {"report_to": "none", "on_policy_steps": 0}
+
+
+def test_tasks_and_criterion_on_the_command_line_replace_those_of_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("criterion: loss\n")
+    assert parse("compress", ["--config", str(recipe), "--tasks", "paper"])[1].criterion == "tasks"
+    recipe.write_text("criterion: tasks\ntasks: paper\n")
+    config = parse("compress", ["--config", str(recipe), "--criterion", "kl"])[1]
+    assert (config.criterion, config.tasks) == ("kl", None)
+
+
+def test_a_setting_that_a_recipe_has_twice_is_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 3\nmax_steps: 3\nseed: 4\n")
+    with pytest.raises(LayerPruneError, match="recipe.yaml: seed is there twice; leave one out"):
+        parse("compress", ["--config", str(recipe)])
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

@@ -58,10 +58,24 @@ def test_score_takes_rows_by_the_batch_size_and_tells_cut_prompts(run, tasks_fil
     assert "task long: prompts too long for the model lost their beginning (12)" in caplog.text
 
 
-@pytest.mark.parametrize("arguments", [["--criterion", "loss"], ["--dataset", "mine.txt"]], ids=lambda words: words[0])
-def test_score_refuses_what_tasks_have_no_use_for(run, tasks_file, tmp_path, arguments):
-    status, _, error = run("score", "--tasks", tasks_file("pairs"), *arguments)
-    assert status == 2 and "--tasks bring their own text and criterion" in error and error.count("\n") == 1
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["score", "--criterion", "loss"], "tasks are for criterion='tasks', not 'loss'; leave out one"),
+        (["score", "--criterion", "kl"], "tasks are for criterion='tasks', not 'kl'; leave out one"),
+        (["compress", "--criterion", "kl"], "tasks are for criterion='tasks', not 'kl'; leave out one"),
+        (["score", "--dataset", "mine.txt"], "tasks bring their own text; leave out dataset"),
+        (["score", "--criterion", "tasks", "--num_samples", "8"], "tasks bring their own text; leave out num_"),
+        (
+            ["evaluate", "--num_samples", "8", "--max_length", "9"],
+            "leave out max_length, num_samples",
+        ),
+    ],
+    ids=lambda words: " ".join(words[:3]) if isinstance(words, list) else "",
+)
+def test_what_tasks_have_no_use_for_is_refused(run, tasks_file, tmp_path, arguments, message):
+    status, _, error = run(*arguments, "--tasks", tasks_file("pairs"))
+    assert status == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -218,6 +218,12 @@ def test_what_follows_from_a_setting_follows_its_change(tmp_path):
     args = tiny_config(tmp_path)
     args.tasks = ["a.yaml", "b.yaml"]
     assert (settled(args).criterion, settled(args).tasks) == ("tasks", "a.yaml,b.yaml")
+    for tasks in ("default", "a.yaml"):  # what was given is not dropped for what is given later
+        for criterion in ("kl", "loss"):
+            args = tiny_config(tmp_path, tasks=tasks)
+            args.criterion = criterion
+            with pytest.raises(LayerPruneError, match=f"tasks='{tasks}' are for criterion='tasks', not '{criterion}'"):
+                settled(args)
 
 
 def test_a_student_may_be_narrower_than_its_teacher(tmp_path, tokenizer, texts):

@@ -431,6 +431,7 @@ def test_the_command_says_when_a_chat_model_is_not_asked_as_one(tmp_path, write,
         (["--output_file", "{folder}/out.txt"], "must end in .jsonl"),
         (["--output_file", "{folder}/texts.txt/out.jsonl"], "texts.txt"),
         (["--sampling", "1"], "--sampling"),
+        (["--prompt_tokens", "9", "--as_chat", "true"], "prompt_tokens=9 has no effect: column 'text' is asked whole"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(tmp_path, model_folder, write, capsys, extra, message):
@@ -446,6 +447,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_text_is_read(name, mess
     (tmp_path / "folder.jsonl").mkdir()
     monkeypatch.setattr("hf_layerprune.cli.generate.read_dataset", pytest.fail)
     assert run("--output_file", tmp_path / name) == 2 and message in errors_of(capsys)
+
+
+def test_a_file_in_use_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.jsonl"
+    monkeypatch.setattr("hf_layerprune.cli.generate.read_dataset", pytest.fail)
+    monkeypatch.setattr("hf_layerprune.healing_data.load_model", pytest.fail)
+    with FileLock(f"{path}.lock"):
+        assert run("--output_file", path) == 2 and "out.jsonl is in use: another run is wr" in errors_of(capsys)
+        with pytest.raises(LayerPruneError, match="is in use"):
+            generate_healing_data("embedded", "embedded:healing", path)
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, model_folder, write, capsys, monkeypatch):

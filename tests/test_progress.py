@@ -1,4 +1,5 @@
 import io
+import os
 
 import pytest
 from conftest import tiny_config, tiny_model
@@ -106,3 +107,16 @@ def test_every_verb_says_what_it_is_doing_and_counts_its_steps(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(said) and all(line.startswith(begin) for line, begin in zip(lines, said, strict=True))
     assert ends[-1].completed == pytest.approx(ends[-1].total)
+
+
+def test_a_terminal_that_vanishes_stops_no_work():
+    terminal, end = os.openpty()
+    with open(end, "w") as file, Phases(module.Console(file=file, force_terminal=True)) as phases:
+        phases.phase("scoring", 2)
+        os.close(terminal)
+        for name in ("scoring", "healing"):
+            phases.phase(name, 2)
+            phases.step()
+            phases.bar.refresh()
+        phases.phase("writing")
+        assert phases.console.quiet

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from hf_layerprune import LayerDistillCallback, LayerPlan, LayerPruneError
+from hf_layerprune.hub import load_run
 from hf_layerprune.trainer import rounds
 from hf_layerprune.trainer import run as run_module
 
@@ -303,6 +304,21 @@ def test_another_target_within_a_round(make, tmp_path):
     for record in rounds:
         plan = LayerPlan.from_dict(record["plan"])
         assert plan.depth == record["num_layers"] and set(record["removed_layers"]) <= set(plan.removed_layers)
+
+
+def test_a_finished_run_that_is_continued_is_not_finished_until_it_ends(make, tmp_path):
+    settings = {"max_steps": 1, "heal": False}
+    make(target_num_layers=4, **settings).train()
+    assert load_run(tmp_path / "run").is_finished
+    make(target_num_layers=4, **settings).train(resume_from_checkpoint=True)
+    assert load_run(tmp_path / "run").is_finished
+    with pytest.raises(Killed):
+        make(callbacks=[KillAt("on_round_begin", 1)], target_num_layers=3, **settings).train(
+            resume_from_checkpoint=True
+        )
+    assert not load_run(tmp_path / "run").is_finished
+    make(target_num_layers=3, **settings).train(resume_from_checkpoint=True)
+    assert load_run(tmp_path / "run").is_finished
 
 
 def test_weights_ruined_by_the_very_last_step_are_noticed(make, tmp_path):

@@ -1,4 +1,5 @@
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -377,10 +378,24 @@ def test_too_few_rows(tokenizer, tmp_path):
         (PerplexityTask, {"text": "q"}, LayerPruneError, "task rows: text 'q' must name a column in braces"),
         (GenerationTask, {"reference": "answer"}, LayerPruneError, "reference 'answer' must name a column"),
         (MultipleChoiceTask, {"choice": "letter"}, LayerPruneError, "choice 'letter' must name a column"),
+        (
+            MultipleChoiceTask,
+            {"prompt": "Q: {text"},
+            LayerPruneError,
+            "prompt 'Q: {text' has a brace",
+        ),
+        (PerplexityTask, {"text": "{text} {}"}, LayerPruneError, "text '{text} {}' has a brace that is not closed or"),
+        (
+            GenerationTask,
+            {"reference": "{text} }"},
+            LayerPruneError,
+            "reference '{text} }' has a brace",
+        ),
+        (GenerationTask, {"description": "{{{text}"}, None, ""),
     ],
 )
 def test_a_setting_that_cannot_work(task, settings, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) if error else nullcontext():
         task(Dataset.from_dict({"text": ["a"]}), name="rows", **settings)
 
 

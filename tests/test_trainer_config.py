@@ -2,11 +2,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import tiny_model
 from trl import SFTConfig, TrlParser
 
 from hf_layerprune import IterativeLayerDistillConfig, LayerPruneError
 from hf_layerprune.budget import Budget
 from hf_layerprune.scoring import Race
+from hf_layerprune.trainer.trainable import make_trainable
 
 
 def own_fields():
@@ -80,6 +82,15 @@ def test_kernels_that_are_not_installed_are_missed_before_a_layer_is_scored(monk
 def test_checkpointing_is_never_reentrant():
     config = IterativeLayerDistillConfig(output_dir="x", gradient_checkpointing_kwargs={"use_reentrant": True})
     assert config.gradient_checkpointing_kwargs == config.activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.filterwarnings("error")
+def test_checkpointing_gives_no_warning_of_its_names():
+    student = tiny_model().train()
+    assert IterativeLayerDistillConfig(output_dir="x", gradient_checkpointing=True).gradient_checkpointing is True
+    assert IterativeLayerDistillConfig(output_dir="x").gradient_checkpointing is False
+    getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)({"use_reentrant": True})
+    make_trainable(student, [1], everything=False)
 
 
 def test_settings_are_values():

@@ -11,6 +11,7 @@ import gc
 import logging
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
@@ -123,6 +124,7 @@ def _silence_libraries() -> None:
     import transformers
     from huggingface_hub.utils import logging as hub_logging
 
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)  # PEFT's to follow
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

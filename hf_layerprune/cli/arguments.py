@@ -24,6 +24,25 @@ OF_TRL = (
 )  # fmt: skip
 """Settings of TRL's `SFTConfig` that `compress` and `estimate` take; the others are for Python."""
 
+NEEDS = {
+    "lora_alpha": "lora_r", "prompts": "on_policy_steps", "on_policy_tokens": "on_policy_steps",
+    "on_policy_learning_rate": "on_policy_steps", "hub_model_id": "push_to_hub", "hub_private_repo": "push_to_hub",
+    "project": "report_to", "trackio_space_id": "report_to",
+}  # fmt: skip
+"""Settings to the one that they have no effect without."""
+OF_TRAINING = {
+    "lora_r", "lora_alpha", "trained_layers", "gradient_checkpointing", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "logging_steps", "activation_offloading",
+    "dataloader_num_workers",
+}  # fmt: skip
+"""Settings of healing, on the data and on policy."""
+OF_HEALING = {
+    "learning_rate", "max_steps", "num_train_epochs", "kl_weight", "beta", "hidden_weight", "lm_weight", "temperature",
+    "loss_preset", "compile_layers", "save_strategy", "save_steps", "save_total_limit",
+}  # fmt: skip
+"""Settings of healing on the data alone."""
+
 
 def default_depth(depth: int) -> int:
     """Three quarters of a model's layers, for a run without a target; at least one goes."""
@@ -73,8 +92,6 @@ class CompressArguments(DataArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, {"lora_r": 1, "lora_alpha": 1})
-        if self.lora_r is None and self.lora_alpha != type(self).lora_alpha:
-            raise LayerPruneError(f"lora_alpha={self.lora_alpha} has no effect without lora_r; leave it out")
 
 
 @dataclass

@@ -60,6 +60,12 @@ def check_sources(arguments: DataArguments, *others: str | None) -> None:
         raise LayerPruneError(f"dataset_config={name!r}: {text} has no configurations; leave it out")
 
 
+def check_no_text(given: Iterable[str], reader: str) -> None:
+    """Refuse settings of text where `reader` reads none."""
+    if found := sorted({"dataset", "dataset_text_field", "max_length", "num_samples"}.intersection(given)):
+        raise LayerPruneError(f"{reader}; leave out {', '.join(found)}")
+
+
 def check_text(arguments: MeasureArguments, config: PretrainedConfig, *others: str | None) -> None:
     """Like [`check_sources`], and refuse rows that are longer than the model can read."""
     check_sources(arguments, *others)

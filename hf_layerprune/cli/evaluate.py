@@ -14,14 +14,17 @@ from ..progress import Console, Phases, say
 from ..surgery import plan_of
 from ..tasks import KLTask, Task, TaskReport, evaluate_tasks, load_tasks, prepare_tasks
 from .arguments import EvaluateArguments
-from .common import check_text, load_on_device, print_table, text_batches, writable
-from .parsing import parse
+from .common import check_no_text, check_text, load_on_device, print_table, text_batches, writable
+from .parsing import Parser
 
 
 def evaluate(argv: list[str]) -> None:
     """Print perplexity and, against a teacher, KL and top-1 agreement."""
-    (arguments,) = parse("evaluate", argv)
+    parser = Parser("evaluate")
+    (arguments,) = parser.read(argv)
     tasks = load_tasks(arguments.tasks) if arguments.tasks else []
+    if tasks and arguments.dataset is None:
+        check_no_text(parser.given, "tasks bring their own text, and no dataset is given")
     if arguments.teacher is None:
         tasks = _without_teacher(tasks)
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)

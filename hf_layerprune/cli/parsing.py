@@ -17,7 +17,7 @@ from trl import TrlParser
 
 from ..errors import LayerPruneError, first_line
 from . import arguments
-from .arguments import OF_TRL, TARGETS
+from .arguments import NEEDS, OF_HEALING, OF_TRAINING, OF_TRL, TARGETS
 
 UNSET = object()
 MOST_USED = {"output_dir", "max_steps", "max_length"}
@@ -94,9 +94,25 @@ class Parser(TrlParser):
                 raise LayerPruneError(f"--config {file}: {first_line(error)}") from error
         replaced = {*TARGETS} if TARGETS & line.keys() else set()
         replaced |= {"dataset_config"} if "dataset" in line else set()  # it is of the recipe's own data
-        if line.get("on_policy_steps") == 0:
-            replaced |= {"prompts", "on_policy_tokens", "on_policy_learning_rate"}
+        replaced |= {name for name, needed in NEEDS.items() if needed in line and _is_off(line[needed])}
+        if "tasks" in line:
+            replaced |= {"criterion"}
+        elif line.get("criterion", "tasks") != "tasks":
+            replaced |= {"tasks"}
+        idle = OF_HEALING | (set() if (recipe | line).get("on_policy_steps") else OF_TRAINING)
+        if line.get("heal") is False:
+            replaced |= idle
         self.given = {name: value for name, value in recipe.items() if name not in replaced} | line
+        if self.given.get("heal") is False and (found := idle & self.given.keys()):
+            raise LayerPruneError(
+                f"heal=False leaves no use for {', '.join(sorted(found))}; leave them out, or give --heal false on "
+                "the command line, which leaves out what a recipe says of healing"
+            )
+        for name, needed in NEEDS.items():
+            if name in self.given and _is_off(self.given.get(needed)):
+                raise LayerPruneError(f"{name}={self.given[name]} has no effect without {needed}; leave it out")
+        if self.given.get("tasks") and self.given.get("criterion", "tasks") != "tasks":
+            raise LayerPruneError(f"tasks are for criterion='tasks', not {self.given['criterion']!r}; leave out one")
         for name, value in self.given.items():
             if isinstance(value, str) and dict in self.kinds[name]:
                 _check_json(name, value)
@@ -128,9 +144,13 @@ class Parser(TrlParser):
     def _read_file(self, path: Path) -> dict[str, Any]:
         """Read each setting as if it stood on the command line; a null, a mapping or a list stays what it is where the
         type of the setting allows it."""
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
         if not isinstance(content, dict):
             raise LayerPruneError("the file must hold settings, a line each: `name: value`")
+        names = [key.value for key, _ in yaml.compose(text).value]
+        if twice := sorted(name for name in {*names} if names.count(name) > 1):
+            raise LayerPruneError(f"{', '.join(twice)} is there twice; leave one out")
         words, as_it_is = [], {}
         for name, value in content.items():
             if name not in self.settings:
@@ -192,6 +212,10 @@ def _kinds(hint: Any) -> set[type]:
     """The types that a type hint allows."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return {get_origin(kind) or kind for kind in kinds}
+
+
+def _is_off(value: Any) -> bool:
+    return not value or value in ("none", ["none"])
 
 
 def _is_positional(item: Field) -> bool:

@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..errors import LayerPruneError
 from ..files import to_json, write_atomically
 from ..loading import load_config, load_tokenizer
 from ..progress import Console, Phases, say
@@ -17,8 +16,8 @@ from ..report import has_plots, plot_scores, save_plot
 from ..scoring import CRITERION_UNITS, Race, Scores, criterion_of, score_layers
 from ..tasks import Task, load_tasks, prepare_tasks
 from .arguments import ScoreArguments
-from .common import check_text, device, load_on_device, print_table, say_files, text_batches, writable
-from .parsing import parse
+from .common import check_no_text, check_text, device, load_on_device, print_table, say_files, text_batches, writable
+from .parsing import Parser
 
 WITHOUT_TEXT = ("tail", "random")
 """Criteria that look at no data."""
@@ -26,16 +25,15 @@ WITHOUT_TEXT = ("tail", "random")
 
 def score(argv: list[str]) -> None:
     """Print and plot what each layer costs."""
-    (arguments,) = parse("score", argv)
+    parser, tasks = Parser("score"), []
+    (arguments,) = parser.read(argv)
     criterion_of(arguments.criterion)
-    if arguments.tasks and (arguments.dataset or arguments.criterion not in ("kl", "tasks")):
-        raise LayerPruneError("--tasks bring their own text and criterion; leave out --dataset and --criterion")
-    if arguments.dataset and arguments.criterion in WITHOUT_TEXT:
-        raise LayerPruneError(f"--criterion {arguments.criterion} reads no text; leave out --dataset")
-    tasks = []
     if arguments.tasks or arguments.criterion == "tasks":
+        check_no_text(parser.given, "tasks bring their own text")
         tasks, arguments.criterion = load_tasks(arguments.tasks or "default"), "tasks"
-    elif arguments.criterion not in WITHOUT_TEXT:
+    elif arguments.criterion in WITHOUT_TEXT:
+        check_no_text(parser.given, f"criterion {arguments.criterion} reads no text")
+    else:
         check_text(arguments, load_config(arguments.model))
     folder, console = Path(arguments.output_dir), Console()
     with writable(folder), Phases() as phases:

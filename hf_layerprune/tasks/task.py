@@ -121,8 +121,13 @@ class PromptedTask(Task):
             raise LayerPruneError(
                 f"task {self.name}: config_name={self.config_name!r}, but its data has no configurations; leave it out"
             )
-        for name in self.templates:
-            if not any(FIELD.findall(text := getattr(self, name))):
+        for name in ("prompt", "description", *self.templates):
+            if re.search("[{}]", FIELD.sub("", text := getattr(self, name))):
+                raise LayerPruneError(
+                    f"task {self.name}: {name} {text!r} has a brace that is not closed or holds no column; write a "
+                    "plain brace twice"
+                )
+            if name in self.templates and not any(FIELD.findall(text)):
                 raise LayerPruneError(f"task {self.name}: {name} {text!r} must name a column in braces: {{column}}")
 
     def ask(self, row: Row) -> tuple[str, list[str], int]:

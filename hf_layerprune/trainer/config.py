@@ -157,11 +157,13 @@ class IterativeLayerDistillConfig(SFTConfig):
     gradient_checkpointing: bool | None = option(None, "Recompute activations in the backward pass to save memory.")
 
     def __post_init__(self) -> None:
-        self.given_bf16, self._given_greater, self._tasks_by_default = self.bf16, self.greater_is_better, False
+        self.given_bf16, self._given_greater, self._settled_tasks = self.bf16, self.greater_is_better, None
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         self.report_to = self.report_to or "none"  # `null` in a recipe
+        if getattr(self, "activation_checkpointing", None) is None:  # what transformers 5.23 calls it
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         self.include_num_input_tokens_seen = "non_padding"  # the report says how much text each healing took
         # the reentrant kind gives layers after frozen ones no gradient; transformers reads the second name
@@ -219,8 +221,10 @@ class IterativeLayerDistillConfig(SFTConfig):
             for name in ("on_policy_tokens", "on_policy_learning_rate"):
                 if (value := getattr(self, name)) != getattr(type(self), name):
                     raise LayerPruneError(f"{name}={value} has no effect without on_policy_steps; leave it out")
-        if self.loss_preset == "paper" and (self.beta or self.lm_weight):
-            raise LayerPruneError("loss_preset='paper' is the authors' own loss; leave out beta and lm_weight")
+        if self.loss_preset == "paper":
+            for name in ("kl_weight", "beta", "hidden_weight", "lm_weight"):
+                if (value := getattr(self, name)) != getattr(type(self), name):
+                    raise LayerPruneError(f"loss_preset='paper' is the authors' own loss; leave out {name}={value}")
         if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
             raise LayerPruneError("kl_weight, hidden_weight and lm_weight are all 0; healing needs one of them")
         if self.num_repair_samples is not None and self.compensation == "none" and "merge" not in self.edits:
@@ -243,7 +247,7 @@ class IterativeLayerDistillConfig(SFTConfig):
             )
 
     def _settle_criterion(self) -> None:
-        """Let `tasks` imply their criterion, and check that the criterion can choose as asked."""
+        """Let new `tasks` imply their criterion, and check that the criterion can choose as asked."""
         if callable(self.criterion):
             name = getattr(self.criterion, "__name__", type(self.criterion).__name__)
             raise LayerPruneError(
@@ -251,14 +255,10 @@ class IterativeLayerDistillConfig(SFTConfig):
             )
         criterion_of(self.criterion)
         self.tasks = self.tasks and as_words(self.tasks)
-        if self._tasks_by_default and self.criterion != "tasks":  # which it was when the settings were made
-            self.tasks = None
-        if self.tasks is not None and self.criterion == type(self).criterion:
+        if self.tasks not in (None, self._settled_tasks) and self.criterion == type(self).criterion:
             self.criterion = "tasks"
-        if self.criterion == "tasks":
-            self._tasks_by_default = self.tasks in (None, "default")
-            self.tasks = self.tasks or "default"
-        elif self.tasks is not None:
+        self._settled_tasks = self.tasks
+        if self.tasks is not None and self.criterion != "tasks":
             raise LayerPruneError(f"tasks={self.tasks!r} are for criterion='tasks', not {self.criterion!r}")
         asked = [f"race_confidence={self.race_confidence}"] if self.race else []
         asked += [f"edits={','.join(self.edits)!r}"] if self.edits != ("remove",) else []

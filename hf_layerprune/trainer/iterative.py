@@ -159,7 +159,8 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         callbacks[:] = [TrackioRounds() if type(one) is TrackioCallback else one for one in callbacks]
         self._make_batches(self.eval_dataset or {})
         self.prompts = prompts_to_answer(prompt_dataset, self.processing_class, self.start, args)
-        named, size = args.tasks, args.per_device_eval_batch_size
+        named = args.tasks or ("default" if args.criterion == "tasks" else None)
+        size = args.per_device_eval_batch_size
         self.tasks = prepare_tasks(named, self.start, processing_class, size) if named else []
         self.seconds_before = time.perf_counter() - began
 

@@ -25,7 +25,7 @@ from ..environment import environment, fingerprint, fingerprint_model, native_dt
 from ..errors import LayerPruneError
 from ..files import replace_folder, write_atomically
 from ..plan import LayerPlan
-from ..record import STATE_FILE, RunRecord, Speed, read_state
+from ..record import PLAN_FILE, STATE_FILE, RunRecord, Speed, read_state
 from ..report import write_report
 from ..surgery import apply_plan, plan_of, prune
 from ..tasks import PreparedTask
@@ -90,6 +90,8 @@ class RunFile:
         left = settings["on_policy_steps"] and not on_policy
         self.is_done = bool(run.rounds) and current is None and is_there and not left
         self.save(latency=goal.latency, settings=run.settings if self.is_done else settings)
+        if self._writes and not self.is_done:
+            (self.folder / PLAN_FILE).unlink(missing_ok=True)  # the mark of a finished run
 
     def close(self) -> None:
         if self._lock is not None:

@@ -70,7 +70,8 @@ def make_trainable(
     student.get_input_embeddings().padding_idx = None
     if any(getattr(part, "gradient_checkpointing", False) for part in student.modules()):
         # the reentrant kind gives layers after frozen ones no gradient
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     in_blocks = [p for position in blocks for p in student.base_model.layers[position].parameters()]
     trained = list(student.parameters()) if everything and peft_config is None else in_blocks
     unshare_parameters(trained)  # merging adapters changes them in place too
