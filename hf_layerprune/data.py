@@ -41,9 +41,6 @@ from .rows import column_names, select_text_column, warn_of_dropped_rows
 ASSETS = Path(str(files("hf_layerprune"))) / "assets"
 EMBEDDED_MODEL = str(ASSETS / "teacher")
 """Folder of the small real teacher that comes with the package: 16 layers, 7.1M parameters, English books."""
-EMBEDDED_TEXTS = ("calibration", "healing", "held_out")
-EMBEDDED_PAIRS = "minimal_pairs"
-"""Name of the embedded minimal pairs: some of BLiMP."""
 FILE_BUILDERS = {
     ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"
 }  # fmt: skip
@@ -130,12 +127,11 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
 def embedded_dataset(name: str) -> Dataset:
     """The embedded text `"calibration"`, `"healing"` or `"held_out"`, with a column `text`; or `"minimal_pairs"`, with
     BLiMP's columns `sentence_good`, `sentence_bad`, `linguistics_term` and `UID`."""
-    names = (*EMBEDDED_TEXTS, EMBEDDED_PAIRS)
-    if name not in names:
-        raise LayerPruneError(f"no embedded text {name!r}; choose one of {', '.join(names)}")
-    kind = "jsonl" if name == EMBEDDED_PAIRS else "txt"
-    text = lzma.decompress((ASSETS / "text" / f"{name}.{kind}.xz").read_bytes()).decode()
-    if name == EMBEDDED_PAIRS:
+    kinds = {"calibration": "txt", "healing": "txt", "held_out": "txt", "minimal_pairs": "jsonl"}
+    if name not in kinds:
+        raise LayerPruneError(f"no embedded text {name!r}; choose one of {', '.join(kinds)}")
+    text = lzma.decompress((ASSETS / "text" / f"{name}.{kinds[name]}.xz").read_bytes()).decode()
+    if kinds[name] == "jsonl":
         return Dataset.from_list([json.loads(line) for line in text.splitlines()])
     return Dataset.from_dict({"text": text.split("\n\n")})
 
@@ -152,11 +148,6 @@ def may_have(source: str, split: str) -> bool:
     return not is_one_split(source) or split.partition("[")[0] == "train"
 
 
-def of_train(split: str) -> str:
-    """The same slices of the split `"train"`."""
-    return re.sub(r"[^+\[]+(\[[^+]*)?", r"train\1", split)
-
-
 def load_text_dataset(source: str | Path, split: str = "train", config_name: str | None = None) -> Dataset:
     """A [`~datasets.Dataset`] from what a user names: an embedded text, a local file or folder, or a Hub id.
 
@@ -171,9 +162,11 @@ def load_text_dataset(source: str | Path, split: str = "train", config_name: str
         config_name (`str`, *optional*): configuration of a data set that has some.
     """
     source, verbosity = str(source), datasets_logging.get_verbosity()
+    if not may_have(source, split):
+        split = re.sub(r"[^+\[]+(\[[^+]*)?", r"train\1", split)
     try:
         datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what it raises is said below, once
-        dataset = _open_dataset(source, split if may_have(source, split) else of_train(split), config_name)
+        dataset = _open_dataset(source, split, config_name)
     except (DatasetsError, OSError, ValueError, RuntimeError, ImportError, StopIteration, EOFError) as error:
         cause = error.__cause__ or error  # datasets itself only says that an error occurred
         reason = _fault(Path(source)) or first_line(cause)

@@ -155,7 +155,6 @@ def check_special_tokens(
 
 
 def _text_columns(columns: Sequence[str], text_field: str, name: str) -> list[str]:
-    """The columns that TRL reads."""
     if any(text_field in chat for chat in CHAT_COLUMNS):
         raise LayerPruneError(
             f"dataset_text_field={text_field!r} is read as part of a chat; rename that column of {name} to 'text'"

@@ -48,8 +48,7 @@ def compress(argv: list[str]) -> None:
             changed = {"model_init_kwargs": kept} if init_kwargs else {}
             write_recipe(folder, parser.given, model=arguments.model, **changed)
         _train(trainer, folder, phases)
-        files = {"student": folder / "model", "report": folder / "report.md", "plot": folder / "quality.png"}
-        print_run(trainer.run, phases.out, files)
+        print_run(trainer.run, phases.out, folder, "student")
 
 
 def with_default_recipe(argv: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ from ..data import check_length
 from ..errors import LayerPruneError
 from ..estimate import SPARE, Estimate, HealingSetting, RunSizes, estimate_run, parse_size
 from ..files import to_json, write_atomically
-from ..loading import is_gguf, load_config
+from ..loading import load_config
 from ..plan import LayerPlan
 from ..progress import Console, Phases, say
 from ..report import millions
@@ -71,9 +71,7 @@ def _memory(given: str | None) -> int:
 def _config(name: str) -> PretrainedConfig:
     """Read the config of a folder, a file or a Hub id, without its weights; or that of a shape, unless a folder has
     its name."""
-    path = Path(name)
-    is_shape = not path.exists() and short_name(name) in SHAPES
-    return load_shape(name) if is_shape or (path.is_file() and not is_gguf(name)) else load_config(name)
+    return load_shape(name) if not Path(name).exists() and short_name(name) in SHAPES else load_config(name)
 
 
 def _check(name: str, run: RunSizes, original: LayerPlan) -> None:
@@ -130,7 +128,6 @@ def _fitting(found: Estimate, memory: int) -> str:
 
 
 def _costs(found: Estimate, rate: str) -> Iterator[str]:
-    """Say what the run takes of disk, tokens and time."""
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in found.disk.items())
     yield f"Disk: {_gib(sum(found.disk.values()))} GiB{'' if found.rounds else ' for one round'} ({parts})"
     tokens, steps = found.tokens_per_step, found.steps_per_round
@@ -145,7 +142,6 @@ def _costs(found: Estimate, rate: str) -> Iterator[str]:
 
 
 def _gib(size: float) -> str:
-    """Three digits of GiB."""
     return f"{size / 2**30:.0f}" if size >= 100 * 2**30 else f"{size / 2**30:#.3g}"
 
 

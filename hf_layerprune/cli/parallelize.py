@@ -91,8 +91,7 @@ def parallelize(argv: list[str]) -> None:
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"{folder} is complete except for the speed") from None
             _write_pages(folder, run)
-        files = {"model": folder / "model", "report": folder / "report.md", "plot": folder / "quality.png"}
-        print_run(run, phases.out, files)
+        print_run(run, phases.out, folder, "model")
 
 
 def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Batch], list[Batch]]:

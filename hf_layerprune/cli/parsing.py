@@ -189,7 +189,6 @@ def _check_json(name: str, value: str) -> None:
 
 
 def _kinds(hint: Any) -> set[type]:
-    """The types that a type hint allows."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return {get_origin(kind) or kind for kind in kinds}
 

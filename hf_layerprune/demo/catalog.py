@@ -139,8 +139,13 @@ def _open(entry: ModelEntry, limits: Limits) -> Pairing:
     name = str(entry.teacher) if run is None else teacher_of(entry, run)
     config, own = load_config(name), _generation_config(name)
     context, teacher = config.max_position_embeddings, DemoModel(name, plan_of(config))
-    students = [_student(entry, teacher)] if run is None else _students(run)
-    if entry.teacher is not None and students[0].base is None:
+    if run is not None:
+        students = _students(run)
+    elif entry.plan is not None:
+        students = [DemoModel(name, LayerPlan(entry.plan, teacher.plan.num_teacher_layers), base=teacher)]
+    else:
+        students = [DemoModel(str(entry.student), plan_of(load_config(str(entry.student))))]
+    if entry.teacher is not None and entry.plan is None:
         _check_vocabulary(students[0].name, name, config)
     by_depth = {student.plan.depth: student for student in (teacher, *students)}  # of one depth the later
     return Pairing(
@@ -155,13 +160,6 @@ def _open(entry: ModelEntry, limits: Limits) -> Pairing:
         description=entry.description,
         examples=tuple(entry.examples),
     )
-
-
-def _student(entry: ModelEntry, teacher: DemoModel) -> DemoModel:
-    """The one student of an entry without a run."""
-    if entry.plan is not None:
-        return DemoModel(teacher.name, LayerPlan(entry.plan, teacher.plan.num_teacher_layers), base=teacher)
-    return DemoModel(str(entry.student), plan_of(load_config(str(entry.student))))
 
 
 def _check_vocabulary(student: str, teacher: str, config: PretrainedConfig) -> None:

@@ -110,13 +110,9 @@ class Answer:
     dtype: str | None = None
     ending: str = ""  # "end" of the model's own, "length", "time", "stopped" or "not run"; empty while it may grow
 
-    @property
-    def ended(self) -> bool:
-        return bool(self.ending)
-
     def stopped(self) -> Answer:
         """The answer after a visitor's Stop."""
-        return self if self.ended else replace(self, ending="stopped" if self.num_tokens else "not run")
+        return self if self.ending else replace(self, ending="stopped" if self.num_tokens else "not run")
 
 
 def sample(model: PreTrainedModel, prompt: Tensor, sampling: Sampling) -> Iterator[int]:
@@ -200,7 +196,7 @@ def write_in_turn(answers: list[Answer], writers: dict[int, Iterator[Answer]]) -
                         if stop.is_set():
                             return
                         answers[side] = next(writer)
-                        if answers[side].ended:
+                        if answers[side].ending:
                             del running[side]
         except Exception as error:  # for the thread that reads
             failures.append(error)
