@@ -302,7 +302,8 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
     config.layer_plan = wanted.to_dict()
     vars(config).pop("auto_map", None)  # names code that is not saved; a class of remote code writes its own
     config.tie_word_embeddings = is_tied(student)
-    _write_rope_twice(config)
+    if not isinstance(config, PrunedQwen2Config):  # which does this itself
+        vars(config).update(older_rope(config))  # past the property that sets `rope_parameters`
     return student
 
 
@@ -331,11 +332,5 @@ def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
     with torch.device("meta"):
         plain = architecture.model_class(config)
     adopt_weights(plain, model, model.state_dict())
-    _write_rope_twice(config)
+    vars(config).update(older_rope(config))
     return plain
-
-
-def _write_rope_twice(config: PretrainedConfig) -> None:
-    """Let `config` be saved with the older names of `rope_parameters` too, in place."""
-    if not isinstance(config, PrunedQwen2Config):  # which does this itself
-        vars(config).update(older_rope(config))  # past the property that sets `rope_parameters`
