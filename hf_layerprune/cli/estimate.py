@@ -38,7 +38,13 @@ def estimate(argv: list[str]) -> None:
     arguments, args = parser.read([*with_default_recipe(argv), "--use_cpu", "true"])
     if parser.given.get("bf16") is None:
         args.bf16 = not args.fp16  # as on a GPU
-    config, memory = _config(arguments.model), _memory(arguments.gpu_memory)
+    config = _config(arguments.model)
+    if arguments.gpu_memory is not None:
+        memory = parse_size(arguments.gpu_memory)
+    elif torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        raise LayerPruneError("how much memory is there? give --gpu_memory, such as 24GiB; this machine has no GPU")
     set_default_target(args, config.num_hidden_layers)
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
     run = RunSizes(config, args, teacher)
@@ -58,14 +64,6 @@ def estimate(argv: list[str]) -> None:
     if path is not None:
         write_atomically(path, to_json({"model": arguments.model, "memory": memory} | asdict(found)))
         say(console, f"numbers: {path}")
-
-
-def _memory(given: str | None) -> int:
-    if given is not None:
-        return parse_size(given)
-    if not torch.cuda.is_available():
-        raise LayerPruneError("how much memory is there? give --gpu_memory, such as 24GiB; this machine has no GPU")
-    return torch.cuda.get_device_properties(0).total_memory
 
 
 def _config(name: str) -> PretrainedConfig:

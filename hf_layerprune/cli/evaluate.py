@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,12 @@ def evaluate(argv: list[str]) -> None:
     """Print perplexity and, against a teacher, KL and top-1 agreement."""
     (arguments,) = parse("evaluate", argv)
     tasks = load_tasks(arguments.tasks) if arguments.tasks else []
-    if arguments.teacher is None:
-        tasks = _without_teacher(tasks)
+    if arguments.teacher is None and (left_out := [task for task in tasks if isinstance(task, KLTask)]):
+        names = ", ".join(task.name for task in left_out)
+        if len(left_out) == len(tasks):
+            raise LayerPruneError(f"task {names}: KL needs a teacher to compare with; name it with --teacher")
+        say(Console(stderr=True), f"left out: {names}; KL needs a teacher to compare with (--teacher)")
+        tasks = [task for task in tasks if not isinstance(task, KLTask)]
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     with writable(folder), Phases() as phases:
         report, of_tasks = _measure(arguments, tasks, phases)
@@ -34,7 +37,12 @@ def evaluate(argv: list[str]) -> None:
             write_atomically(folder / "evaluation.json", to_json(results))
     finally:  # a full disk does not take both
         if of_tasks is not None:
-            print_table(("task", "measure", "quality", "cost", "error", "examples"), _rows(of_tasks))
+            rows = []
+            for name, result in of_tasks.results.items():
+                error = "" if result.standard_error is None else f"± {result.standard_error:.4f}"
+                numbers = [f"{result.quality:.4f}", f"{result.cost:.4f}", error, f"{result.num_examples:,}"]
+                rows.append([name, result.measure, *numbers])
+            print_table(("task", "measure", "quality", "cost", "error", "examples"), rows)
         for name, value in report.items():
             if value is not None:
                 say(Console(), f"{name:12} {value:,}" if isinstance(value, int) else f"{name:12} {value:.5f}")
@@ -64,21 +72,3 @@ def _measure(
         phases.phase("evaluating tasks", sum(len(task.chunks) for task in prepared))
         of_tasks = evaluate_tasks(model, prepared, tokenizer, teacher, on_chunk=phases.step)
     return report, of_tasks
-
-
-def _without_teacher(tasks: list[Task]) -> list[Task]:
-    """The tasks that need no teacher; a line on stderr names those that do."""
-    left_out = [task for task in tasks if isinstance(task, KLTask)]
-    names = ", ".join(task.name for task in left_out)
-    if left_out and len(left_out) == len(tasks):
-        raise LayerPruneError(f"task {names}: KL needs a teacher to compare with; name it with --teacher")
-    if left_out:
-        say(Console(stderr=True), f"left out: {names}; KL needs a teacher to compare with (--teacher)")
-    return [task for task in tasks if not isinstance(task, KLTask)]
-
-
-def _rows(report: TaskReport) -> Iterator[list[str]]:
-    for name, result in report.results.items():
-        error = "" if result.standard_error is None else f"± {result.standard_error:.4f}"
-        numbers = [f"{result.quality:.4f}", f"{result.cost:.4f}", error, f"{result.num_examples:,}"]
-        yield [name, result.measure, *numbers]

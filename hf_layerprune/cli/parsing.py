@@ -98,8 +98,14 @@ class Parser(TrlParser):
             replaced |= {"prompts", "on_policy_tokens", "on_policy_learning_rate"}
         self.given = {name: value for name, value in recipe.items() if name not in replaced} | line
         for name, value in self.given.items():
-            if isinstance(value, str) and dict in self.kinds[name]:
-                _check_json(name, value)
+            if not isinstance(value, str) or dict not in self.kinds[name]:
+                continue
+            try:  # transformers would not say which setting it is
+                content = json.loads(value)
+            except ValueError as error:
+                raise LayerPruneError(f"{name}={value} is not JSON: {error}") from error
+            if not isinstance(content, dict):
+                raise LayerPruneError(f'{name}={value} is not a mapping; write it as {{"name": value}}')
         try:
             return tuple(
                 kind(**{item.name: self.given[item.name] for item in fields(kind) if item.name in self.given})
@@ -176,16 +182,6 @@ def _expanded(settings: dict[str, Any]) -> dict[str, Any]:
         return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
     return {name: one(name, value) for name, value in settings.items()}
-
-
-def _check_json(name: str, value: str) -> None:
-    """Raise [`LayerPruneError`] if a mapping is not JSON: transformers would not say which setting it is."""
-    try:
-        content = json.loads(value)
-    except ValueError as error:
-        raise LayerPruneError(f"{name}={value} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LayerPruneError(f'{name}={value} is not a mapping; write it as {{"name": value}}')
 
 
 def _kinds(hint: Any) -> set[type]:

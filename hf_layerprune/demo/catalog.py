@@ -137,7 +137,10 @@ def open_catalog(settings: DemoSettings, on_message: Callable[[str], None] = lam
 def _open(entry: ModelEntry, limits: Limits) -> Pairing:
     run = None if entry.run is None else load_run(entry.run)
     name = str(entry.teacher) if run is None else teacher_of(entry, run)
-    config, own = load_config(name), _generation_config(name)
+    config, own = load_config(name), GenerationConfig()  # where the checkpoint has none
+    with suppress(OSError, ValueError):
+        if not is_gguf(name):
+            own = GenerationConfig.from_pretrained(resolve(name), revision=split_revision(name)[1] or "main")
     context, teacher = config.max_position_embeddings, DemoModel(name, plan_of(config))
     if run is not None:
         students = _students(run)
@@ -205,14 +208,6 @@ def public_name(name: str) -> str:
     """The Hub id in a name, without its revision; of a model on this machine the last part of its folder."""
     on_hub = None if Path(name).exists() else hub_id(name)
     return on_hub or Path(name).name
-
-
-def _generation_config(name: str) -> GenerationConfig:
-    """The checkpoint's, or an empty one where it has none."""
-    with suppress(OSError, ValueError):
-        if not is_gguf(name):
-            return GenerationConfig.from_pretrained(resolve(name), revision=split_revision(name)[1] or "main")
-    return GenerationConfig()
 
 
 class ModelStore:
