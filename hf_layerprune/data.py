@@ -200,8 +200,13 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
     path = Path(source)
     suffix = Path(source.lower().removesuffix(".gz")).suffix
     if suffix in FILE_BUILDERS and not path.is_dir():
-        if suffix in (".json", ".jsonl") and path.is_file():
-            _check_encoding(path)
+        if suffix in (".json", ".jsonl") and path.is_file():  # `datasets` may find out when a row is read
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        line.decode()
+                    except UnicodeDecodeError as error:
+                        raise LayerPruneError(f"line {number} is not UTF-8: {error.reason}") from None
         pattern = escape(source) if path.is_file() else source  # the name of a file may have [brackets]
         options = {"encoding": "utf-8-sig"} if suffix == ".txt" else {}  # the others leave out the mark themselves
         dataset = load_dataset(FILE_BUILDERS[suffix], data_files=pattern, split=split, **options)
@@ -220,16 +225,6 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
         return dataset
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
-
-
-def _check_encoding(path: Path) -> None:
-    """Raise [`LayerPruneError`] unless a file of JSON is UTF-8, which `datasets` may find out when a row is read."""
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                raise LayerPruneError(f"line {number} is not UTF-8: {error.reason}") from None
 
 
 def _check_fields(dataset: Dataset, pattern: str) -> None:

@@ -22,7 +22,6 @@ from ..plan import LayerPlan
 from ..progress import Console, Phases, say
 from ..report import millions
 from ..surgery import plan_of
-from ..trainer import IterativeLayerDistillConfig
 from ..trainer.config import as_words
 from ..trainer.run import check_budget
 from ..trainer.trainable import check_trained_layers
@@ -56,7 +55,11 @@ def estimate(argv: list[str]) -> None:
         phases.phase("measuring on tensors without memory")
         found = estimate_run(run, memory, arguments.dtype, arguments.lora_r, arguments.device_tflops)
     console = Console()
-    say(console, f"{arguments.model}: {config.num_hidden_layers} layers, {_target(found, args)}")
+    start, budget = f"{config.num_hidden_layers} layers, {millions(found.parameters)} parameters", args.budget
+    end = f"{budget.unit} {budget.target:g}; how many rounds that takes, only measuring tells"
+    if found.rounds is not None:
+        end = f"{millions(found.student_parameters)} in {found.rounds} round{'s' * (found.rounds > 1)}"
+    say(console, f"{arguments.model}: {start} -> {end}")
     _print_settings(found.settings, memory)
     say(console, _fitting(found, memory))
     for line in _costs(found, "assumed; see --device_tflops" if arguments.device_tflops is None else "as given"):
@@ -83,13 +86,6 @@ def _check(name: str, run: RunSizes, original: LayerPlan) -> None:
     elif "parallelize" in args.edit_space.kinds:
         check_parallel(run.config)
     check_length(args.max_length, run.config, name)
-
-
-def _target(found: Estimate, args: IterativeLayerDistillConfig) -> str:
-    start, budget = f"{millions(found.parameters)} parameters", args.budget
-    if found.rounds is None:
-        return f"{start} -> {budget.unit} {budget.target:g}; how many rounds that takes, only measuring tells"
-    return f"{start} -> {millions(found.student_parameters)} in {found.rounds} round{'s' * (found.rounds > 1)}"
 
 
 def _print_settings(settings: list[HealingSetting], memory: int) -> None:
