@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
-from transformers.generation import StoppingCriteria
 from transformers.initialization import no_init_weights
 
 from .architectures import architecture_of, check_supported
@@ -175,23 +174,10 @@ def _compiling(models: Sequence[PreTrainedModel]) -> Iterator[None]:
         torch.compiler.reset()
 
 
-class Stopwatch(StoppingCriteria):
-    """Stamps the time of every token inside `generate` and never stops it."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        if input_ids.is_cuda:
-            torch.cuda.synchronize(input_ids.device)
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 def _time_generate(model: PreTrainedModel, load: Load, cache: StaticCache | None) -> tuple[float, float]:
     """Measure the seconds to the first new token, and those of the rest."""
     ids = torch.randint(model.config.vocab_size, (load.batch_size, load.prompt_tokens), device=model.device)
-    watch, options = Stopwatch(), {}
+    times: list[float] = []
     config = GenerationConfig(max_new_tokens=load.new_tokens, do_sample=False, disable_compile=not load.compile)
     config.eos_token_id, config.pad_token_id = None, 0  # every run is equally long
     if load.compile:
@@ -200,16 +186,21 @@ def _time_generate(model: PreTrainedModel, load: Load, cache: StaticCache | None
         config.compile_config._compile_all_devices = True  # else a CPU would be left out
     if cache is not None:
         cache.reset()
-        options["past_key_values"] = cache
     own, model.generation_config = model.generation_config, config
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    start = time.perf_counter()
+
+    def stamp(input_ids: Tensor, scores: Tensor | None = None) -> Tensor:
+        """Note the time; of a token, as a criterion that never stops."""
+        if input_ids.is_cuda:
+            torch.cuda.synchronize(input_ids.device)
+        times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    stamp(ids)
     try:
-        model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[watch], **options)
+        model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[stamp], past_key_values=cache)
     finally:
         model.generation_config = own
-    return watch.times[0] - start, watch.times[-1] - watch.times[0]
+    return times[1] - times[0], times[-1] - times[1]
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:

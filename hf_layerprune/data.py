@@ -41,9 +41,6 @@ from .rows import column_names, select_text_column, warn_of_dropped_rows
 ASSETS = Path(str(files("hf_layerprune"))) / "assets"
 EMBEDDED_MODEL = str(ASSETS / "teacher")
 """Folder of the small real teacher that comes with the package: 16 layers, 7.1M parameters, English books."""
-EMBEDDED_TEXTS = ("calibration", "healing", "held_out")
-EMBEDDED_PAIRS = "minimal_pairs"
-"""Name of the embedded minimal pairs: some of BLiMP."""
 FILE_BUILDERS = {
     ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"
 }  # fmt: skip
@@ -130,12 +127,11 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
 def embedded_dataset(name: str) -> Dataset:
     """The embedded text `"calibration"`, `"healing"` or `"held_out"`, with a column `text`; or `"minimal_pairs"`, with
     BLiMP's columns `sentence_good`, `sentence_bad`, `linguistics_term` and `UID`."""
-    names = (*EMBEDDED_TEXTS, EMBEDDED_PAIRS)
-    if name not in names:
-        raise LayerPruneError(f"no embedded text {name!r}; choose one of {', '.join(names)}")
-    kind = "jsonl" if name == EMBEDDED_PAIRS else "txt"
-    text = lzma.decompress((ASSETS / "text" / f"{name}.{kind}.xz").read_bytes()).decode()
-    if name == EMBEDDED_PAIRS:
+    kinds = {"calibration": "txt", "healing": "txt", "held_out": "txt", "minimal_pairs": "jsonl"}
+    if name not in kinds:
+        raise LayerPruneError(f"no embedded text {name!r}; choose one of {', '.join(kinds)}")
+    text = lzma.decompress((ASSETS / "text" / f"{name}.{kinds[name]}.xz").read_bytes()).decode()
+    if kinds[name] == "jsonl":
         return Dataset.from_list([json.loads(line) for line in text.splitlines()])
     return Dataset.from_dict({"text": text.split("\n\n")})
 
@@ -152,11 +148,6 @@ def may_have(source: str, split: str) -> bool:
     return not is_one_split(source) or split.partition("[")[0] == "train"
 
 
-def of_train(split: str) -> str:
-    """The same slices of the split `"train"`."""
-    return re.sub(r"[^+\[]+(\[[^+]*)?", r"train\1", split)
-
-
 def load_text_dataset(source: str | Path, split: str = "train", config_name: str | None = None) -> Dataset:
     """A [`~datasets.Dataset`] from what a user names: an embedded text, a local file or folder, or a Hub id.
 
@@ -171,9 +162,11 @@ def load_text_dataset(source: str | Path, split: str = "train", config_name: str
         config_name (`str`, *optional*): configuration of a data set that has some.
     """
     source, verbosity = str(source), datasets_logging.get_verbosity()
+    if not may_have(source, split):
+        split = re.sub(r"[^+\[]+(\[[^+]*)?", r"train\1", split)
     try:
         datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # what it raises is said below, once
-        dataset = _open_dataset(source, split if may_have(source, split) else of_train(split), config_name)
+        dataset = _open_dataset(source, split, config_name)
     except (DatasetsError, OSError, ValueError, RuntimeError, ImportError, StopIteration, EOFError) as error:
         cause = error.__cause__ or error  # datasets itself only says that an error occurred
         reason = _fault(Path(source)) or first_line(cause)
@@ -207,8 +200,13 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
     path = Path(source)
     suffix = Path(source.lower().removesuffix(".gz")).suffix
     if suffix in FILE_BUILDERS and not path.is_dir():
-        if suffix in (".json", ".jsonl") and path.is_file():
-            _check_encoding(path)
+        if suffix in (".json", ".jsonl") and path.is_file():  # `datasets` may find out when a row is read
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        line.decode()
+                    except UnicodeDecodeError as error:
+                        raise LayerPruneError(f"line {number} is not UTF-8: {error.reason}") from None
         pattern = escape(source) if path.is_file() else source  # the name of a file may have [brackets]
         options = {"encoding": "utf-8-sig"} if suffix == ".txt" else {}  # the others leave out the mark themselves
         dataset = load_dataset(FILE_BUILDERS[suffix], data_files=pattern, split=split, **options)
@@ -227,16 +225,6 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
         return dataset
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
-
-
-def _check_encoding(path: Path) -> None:
-    """Raise [`LayerPruneError`] unless a file of JSON is UTF-8, which `datasets` may find out when a row is read."""
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                raise LayerPruneError(f"line {number} is not UTF-8: {error.reason}") from None
 
 
 def _check_fields(dataset: Dataset, pattern: str) -> None:

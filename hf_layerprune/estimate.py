@@ -102,7 +102,6 @@ class RunSizes:
         return [self._step(way, edits) for edits in dict.fromkeys((0, last))]
 
     def _step(self, way: Way, before: int) -> StepShape:
-        """Describe a round after `before` edits of other rounds."""
         gone, edits, width = before * self.removed, self.edits_of_round, 1
         copies = min(2 * before, max(0, len(self.layers) - gone - 2 * self.args.layers_per_round))
         reach = len(self.layers) - gone - edits * self.removed

@@ -329,16 +329,12 @@ def _answer(
     rows = []
     for prompt, written in zip(prompts, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
         end = next((n for n, token in enumerate(written) if token in (sampling.eos_token_id or ())), len(written))
-        truncated, text = end == sampling.max_new_tokens, _decoded(tokenizer, prompt, written[:end])
+        truncated, is_text = end == sampling.max_new_tokens, isinstance(prompt.content, str)
+        before = prompt.ids if is_text else []  # SentencePiece drops the space that a text begins with
+        text = tokenizer.decode(before + written[:end])[len(tokenizer.decode(before)) :]
         text = text.rstrip("\ufffd") if truncated else text
         if text.strip():
-            completion = text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
+            completion = text if is_text else [{"role": "assistant", "content": text}]
             row = {"prompt": prompt.content, **prompt.of_template, "completion": completion}
             rows.append(row | {"truncated": truncated, "num_tokens": end, "first_row": prompts[0].row})
     return rows
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, written: list[int]) -> str:
-    """An answer as text: SentencePiece drops the space that a text begins with, which a continuation is to keep."""
-    before = prompt.ids if isinstance(prompt.content, str) else []
-    return tokenizer.decode(before + written)[len(tokenizer.decode(before)) :]

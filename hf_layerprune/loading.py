@@ -157,7 +157,6 @@ def load_config(name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
 
 
 def _reason(error: Exception, source: str, options: Mapping[str, Any]) -> str:
-    """Explain why a model cannot be loaded."""
     folder = Path(source, options.get("subfolder", ""))
     if not folder.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
         return "the folder does not exist"

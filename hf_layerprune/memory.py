@@ -120,16 +120,6 @@ class StepMeter:
 
     def needs(self, way: Way, shape: StepShape, rows: int, accumulates: bool) -> StepNeeds:
         """Solve for a step; one that `accumulates` begins with the gradients of other micro-batches."""
-        weights, trained, live, peak, of_last_block = map(int, self._solve(way, shape, rows))
-        embedding = self.config.vocab_size * self.config.hidden_size * getattr(torch, way.dtype).itemsize
-        logits = self.logits(rows * (self.length - 1), way.dtype, way.everything)
-        most = max(live + logits, peak + way.everything * embedding)
-        return StepNeeds(
-            weights, trained, weights + 2 * trained + max(most + accumulates * trained, of_last_block + trained)
-        )
-
-    def _solve(self, way: Way, shape: StepShape, rows: int) -> np.ndarray:
-        """Add what further blocks and layers take to what a step of one trained and one frozen block does."""
         full = replace(way, trained="neighbours", lora_r=None)
         (base, layer), (two, _) = (self.step(full, blocks, shape.width, rows) for blocks in (1, 2))
         of_layer, block = base[1] // shape.width, two - base
@@ -137,12 +127,19 @@ class StepMeter:
             adapted, _ = self.step(replace(full, lora_r=way.lora_r), 1, shape.width, rows)
             block = block + (adapted - base)[[0, 1, 2, 2]]  # on the way back, one block at a time takes more
             base = adapted
+        # what further blocks and layers take is added to what a step of one trained and one frozen block does
         values = base + (shape.trained - 1) * block + (shape.frozen - 1) * np.array([of_layer, 0, layer, layer])
         values[0] += shape.idle * of_layer
         if way.everything:
             outside = base[0] - (2 * shape.width + 1) * of_layer  # embedding, head and norm
             values[:2] += outside
-        return np.append(values, base[3])
+        weights, trained, live, peak, of_last_block = map(int, (*values, base[3]))
+        embedding = self.config.vocab_size * self.config.hidden_size * getattr(torch, way.dtype).itemsize
+        logits = self.logits(rows * (self.length - 1), way.dtype, way.everything)
+        most = max(live + logits, peak + way.everything * embedding)
+        return StepNeeds(
+            weights, trained, weights + 2 * trained + max(most + accumulates * trained, of_last_block + trained)
+        )
 
     def step(self, way: Way, blocks: int, width: int, rows: int) -> tuple[np.ndarray, int]:
         """Evaluate a step of `blocks` trained blocks below a frozen layer, whose gradients are in memory before.

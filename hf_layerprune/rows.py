@@ -68,7 +68,9 @@ def select_text_column(
         first, dataset = with_messages(first), dataset.map(with_messages, remove_columns=kept)
         kept = ["messages"]
     is_chat = isinstance(first["prompt"], list) if "prompt" in kept else kept != [text_field]
-    if is_chat and (may_differ or _has_parts(first, kept)):
+    turns = [turn for column in kept if isinstance(first[column], list) for turn in first[column]]
+    has_parts = any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns)
+    if is_chat and (may_differ or has_parts):
 
         def as_text(row: dict[str, Any]) -> dict[str, Any]:
             with located(name):
@@ -92,12 +94,6 @@ def as_messages(turns: Any) -> Any:
         turns = [{SHAREGPT.get(key, key): part for key, part in turn.items() if part is not None} for turn in turns]
         turns = [turn | {"role": SHAREGPT_ROLES.get(turn.get("role"), turn.get("role"))} for turn in turns]
     return turns
-
-
-def _has_parts(row: dict[str, Any], columns: Sequence[str]) -> bool:
-    """Whether messages of a row hold parts instead of text."""
-    turns = [turn for column in columns if isinstance(row[column], list) for turn in row[column]]
-    return any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in turns)
 
 
 def joined_parts(messages: Any) -> Any:
@@ -155,7 +151,6 @@ def check_special_tokens(
 
 
 def _text_columns(columns: Sequence[str], text_field: str, name: str) -> list[str]:
-    """The columns that TRL reads."""
     if any(text_field in chat for chat in CHAT_COLUMNS):
         raise LayerPruneError(
             f"dataset_text_field={text_field!r} is read as part of a chat; rename that column of {name} to 'text'"

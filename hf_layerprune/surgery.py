@@ -8,7 +8,6 @@ on data, and is in `merging.py`.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 
@@ -31,7 +30,8 @@ def check_model(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is not a plain causal language model; unwrap it, merge its adapters into it "
             "(merge_and_unload), or load one by name with hf_layerprune.load_model"
         )
-    if getattr(model, "_hf_peft_config_loaded", False) or _has_adapters(model):
+    # PEFT puts its layers around those of the model in place: also the base of a `PeftModel` has them
+    if getattr(model, "_hf_peft_config_loaded", False) or any(hasattr(m, "base_layer") for m in model.modules()):
         raise LayerPruneError("the model carries adapters; merge them into it first (PEFT's merge_and_unload)")
     check_supported(model.config)
     if (found := len(model.base_model.layers)) != model.config.num_hidden_layers:
@@ -39,15 +39,6 @@ def check_model(model: PreTrainedModel) -> None:
             f"the model has {found} layers but its config says num_hidden_layers={model.config.num_hidden_layers}; "
             "take layers out with prune, or correct the config (layer_types too)"
         )
-
-
-def _has_adapters(model: PreTrainedModel) -> bool:
-    """Whether PEFT has put adapters into `model`, which it does in place: also the base of a `PeftModel` has them."""
-    if "peft" not in sys.modules:
-        return False
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def plan_of(model: PreTrainedModel | PretrainedConfig) -> LayerPlan:
@@ -311,7 +302,8 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
     config.layer_plan = wanted.to_dict()
     vars(config).pop("auto_map", None)  # names code that is not saved; a class of remote code writes its own
     config.tie_word_embeddings = is_tied(student)
-    _write_rope_twice(config)
+    if not isinstance(config, PrunedQwen2Config):  # which does this itself
+        vars(config).update(older_rope(config))  # past the property that sets `rope_parameters`
     return student
 
 
@@ -340,11 +332,5 @@ def to_plain(model: PrunedQwen2ForCausalLM) -> PreTrainedModel:
     with torch.device("meta"):
         plain = architecture.model_class(config)
     adopt_weights(plain, model, model.state_dict())
-    _write_rope_twice(config)
+    vars(config).update(older_rope(config))
     return plain
-
-
-def _write_rope_twice(config: PretrainedConfig) -> None:
-    """Let `config` be saved with the older names of `rope_parameters` too, in place."""
-    if not isinstance(config, PrunedQwen2Config):  # which does this itself
-        vars(config).update(older_rope(config))  # past the property that sets `rope_parameters`

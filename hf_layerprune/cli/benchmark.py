@@ -45,7 +45,12 @@ def benchmark(argv: list[str]) -> None:
         for load in loads:
             runs = num_runs(len(models), load.repeats, load.compile)
             phases.phase(f"measuring speed of {len(models)} models, batch {load.batch_size}", runs)
-            entries += _measure(models, load, phases)
+            reports = benchmark_models([model for _, model in models], **vars(load), on_run=phases.step)
+            for (name, model), report in zip(models, reports, strict=True):
+                plan, dtype = plan_of(model), str(model.dtype).removeprefix("torch.")
+                layers = f"{len(plan.layers)}/{plan.depth}" if plan.parallel_pairs else str(plan.depth)
+                facts = {"model": name, "num_layers": plan.depth, "layers": layers, "dtype": dtype}
+                entries.append(facts | report.to_dict())
             if folder is not None:  # after every batch size: the next one may be too much for the memory
                 content = {"settings": settings, "environment": environment(), "reports": entries}
                 write_atomically(folder / "benchmark.json", to_json(content))
@@ -64,25 +69,14 @@ def _models(arguments: BenchmarkArguments, phases: Phases) -> Iterator[tuple[str
     config, name = load_shape(arguments.shape), Path(short_name(arguments.shape)).name
     own = native_dtype(config.dtype or torch.float32, device())
     dtype = own if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    for model in random_models(config, [_layers_and_blocks(text) for text in arguments.layers], dtype, device()):
+    sizes = []
+    for text in arguments.layers:  # "36" or "36/29": layers, and the blocks that hold them
+        match = re.fullmatch(r"(\d+)(?:/(\d+))?", text)
+        if match is None:
+            raise LayerPruneError(f"--layers {text!r} is not a depth; give N layers, or N/B for N layers in B blocks")
+        sizes.append((int(match[1]), match[2] and int(match[2])))
+    for model in random_models(config, sizes, dtype, device()):
         yield name, model
-
-
-def _layers_and_blocks(text: str) -> tuple[int, int | None]:
-    """Read `"36"` or `"36/29"`: layers, and the blocks that hold them."""
-    match = re.fullmatch(r"(\d+)(?:/(\d+))?", text)
-    if match is None:
-        raise LayerPruneError(f"--layers {text!r} is not a depth; give N layers, or N/B for N layers in B blocks")
-    return int(match[1]), match[2] and int(match[2])
-
-
-def _measure(models: list[tuple[str, PreTrainedModel]], load: Load, phases: Phases) -> Iterator[dict[str, Any]]:
-    """Make an entry of `benchmark.json` for each model."""
-    reports = benchmark_models([model for _, model in models], **vars(load), on_run=phases.step)
-    for (name, model), report in zip(models, reports, strict=True):
-        plan, dtype = plan_of(model), str(model.dtype).removeprefix("torch.")
-        layers = f"{len(plan.layers)}/{plan.depth}" if plan.parallel_pairs else str(plan.depth)
-        yield {"model": name, "num_layers": plan.depth, "layers": layers, "dtype": dtype} | report.to_dict()
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:

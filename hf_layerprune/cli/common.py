@@ -148,11 +148,11 @@ def print_table(
     (console or Console()).print(table)
 
 
-def print_run(run: RunRecord, console: Console, files: dict[str, Path]) -> None:
-    """Print what came of a run, and where its `files` are."""
+def print_run(run: RunRecord, console: Console, folder: Path, what: str) -> None:
+    """Print what came of a run, and where its files are; `what` names the model in `folder`."""
     rows = table_rows(run)
     print_table(list(rows[0]), [list(row.values()) for row in rows], perplexity_caption(run), "edit", console)
-    say_files(console, files)
+    say_files(console, {what: folder / "model", "report": folder / "report.md", "plot": folder / "quality.png"})
 
 
 def say_files(console: Console, files: dict[str, Path]) -> None:

@@ -47,9 +47,18 @@ def compress(argv: list[str]) -> None:
             kept = {name: value for name, value in init_kwargs.items() if name != "token"}  # that is the user's alone
             changed = {"model_init_kwargs": kept} if init_kwargs else {}
             write_recipe(folder, parser.given, model=arguments.model, **changed)
-        _train(trainer, folder, phases)
-        files = {"student": folder / "model", "report": folder / "report.md", "plot": folder / "quality.png"}
-        print_run(trainer.run, phases.out, files)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(RunProgress(trainer, phases))
+        with StopOnSignal() as stop:
+            trainer.add_callback(stop)
+            try:
+                trainer.train()
+            except KeyboardInterrupt:
+                if not trainer.is_world_process_zero():
+                    raise
+                line = resume_line(folder, trainer.accelerator.num_processes)
+                raise KeyboardInterrupt(f"what is done is kept; to continue: {line}") from None
+        print_run(trainer.run, phases.out, folder, "student")
 
 
 def with_default_recipe(argv: list[str]) -> list[str]:
@@ -128,18 +137,3 @@ def _datasets(arguments: CompressArguments, text_field: str, seed: int) -> tuple
         raise LayerPruneError(f"dataset {arguments.dataset} has one row; give more, or --eval_dataset")
     split = train.train_test_split(test_size=max(1, min(1000, len(train) // 10)), seed=seed)
     return split["train"], split["test"], calibration
-
-
-def _train(trainer: IterativeLayerDistillTrainer, folder: Path, phases: Phases) -> None:
-    """Run the rounds; Ctrl-C saves a checkpoint and prints the command that resumes the run."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RunProgress(trainer, phases))
-    with StopOnSignal() as stop:
-        trainer.add_callback(stop)
-        try:
-            trainer.train()
-        except KeyboardInterrupt:
-            if not trainer.is_world_process_zero():
-                raise
-            line = resume_line(folder, trainer.accelerator.num_processes)
-            raise KeyboardInterrupt(f"what is done is kept; to continue: {line}") from None

@@ -17,12 +17,11 @@ from ..data import check_length
 from ..errors import LayerPruneError
 from ..estimate import SPARE, Estimate, HealingSetting, RunSizes, estimate_run, parse_size
 from ..files import to_json, write_atomically
-from ..loading import is_gguf, load_config
+from ..loading import load_config
 from ..plan import LayerPlan
 from ..progress import Console, Phases, say
 from ..report import millions
 from ..surgery import plan_of
-from ..trainer import IterativeLayerDistillConfig
 from ..trainer.config import as_words
 from ..trainer.run import check_budget
 from ..trainer.trainable import check_trained_layers
@@ -38,7 +37,13 @@ def estimate(argv: list[str]) -> None:
     arguments, args = parser.read([*with_default_recipe(argv), "--use_cpu", "true"])
     if parser.given.get("bf16") is None:
         args.bf16 = not args.fp16  # as on a GPU
-    config, memory = _config(arguments.model), _memory(arguments.gpu_memory)
+    config = _config(arguments.model)
+    if arguments.gpu_memory is not None:
+        memory = parse_size(arguments.gpu_memory)
+    elif torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        raise LayerPruneError("how much memory is there? give --gpu_memory, such as 24GiB; this machine has no GPU")
     set_default_target(args, config.num_hidden_layers)
     teacher = None if arguments.teacher is None else _config(arguments.teacher)
     run = RunSizes(config, args, teacher)
@@ -50,7 +55,11 @@ def estimate(argv: list[str]) -> None:
         phases.phase("measuring on tensors without memory")
         found = estimate_run(run, memory, arguments.dtype, arguments.lora_r, arguments.device_tflops)
     console = Console()
-    say(console, f"{arguments.model}: {config.num_hidden_layers} layers, {_target(found, args)}")
+    start, budget = f"{config.num_hidden_layers} layers, {millions(found.parameters)} parameters", args.budget
+    end = f"{budget.unit} {budget.target:g}; how many rounds that takes, only measuring tells"
+    if found.rounds is not None:
+        end = f"{millions(found.student_parameters)} in {found.rounds} round{'s' * (found.rounds > 1)}"
+    say(console, f"{arguments.model}: {start} -> {end}")
     _print_settings(found.settings, memory)
     say(console, _fitting(found, memory))
     for line in _costs(found, "assumed; see --device_tflops" if arguments.device_tflops is None else "as given"):
@@ -60,20 +69,10 @@ def estimate(argv: list[str]) -> None:
         say(console, f"numbers: {path}")
 
 
-def _memory(given: str | None) -> int:
-    if given is not None:
-        return parse_size(given)
-    if not torch.cuda.is_available():
-        raise LayerPruneError("how much memory is there? give --gpu_memory, such as 24GiB; this machine has no GPU")
-    return torch.cuda.get_device_properties(0).total_memory
-
-
 def _config(name: str) -> PretrainedConfig:
     """Read the config of a folder, a file or a Hub id, without its weights; or that of a shape, unless a folder has
     its name."""
-    path = Path(name)
-    is_shape = not path.exists() and short_name(name) in SHAPES
-    return load_shape(name) if is_shape or (path.is_file() and not is_gguf(name)) else load_config(name)
+    return load_shape(name) if not Path(name).exists() and short_name(name) in SHAPES else load_config(name)
 
 
 def _check(name: str, run: RunSizes, original: LayerPlan) -> None:
@@ -87,13 +86,6 @@ def _check(name: str, run: RunSizes, original: LayerPlan) -> None:
     elif "parallelize" in args.edit_space.kinds:
         check_parallel(run.config)
     check_length(args.max_length, run.config, name)
-
-
-def _target(found: Estimate, args: IterativeLayerDistillConfig) -> str:
-    start, budget = f"{millions(found.parameters)} parameters", args.budget
-    if found.rounds is None:
-        return f"{start} -> {budget.unit} {budget.target:g}; how many rounds that takes, only measuring tells"
-    return f"{start} -> {millions(found.student_parameters)} in {found.rounds} round{'s' * (found.rounds > 1)}"
 
 
 def _print_settings(settings: list[HealingSetting], memory: int) -> None:
@@ -130,7 +122,6 @@ def _fitting(found: Estimate, memory: int) -> str:
 
 
 def _costs(found: Estimate, rate: str) -> Iterator[str]:
-    """Say what the run takes of disk, tokens and time."""
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in found.disk.items())
     yield f"Disk: {_gib(sum(found.disk.values()))} GiB{'' if found.rounds else ' for one round'} ({parts})"
     tokens, steps = found.tokens_per_step, found.steps_per_round
@@ -145,7 +136,6 @@ def _costs(found: Estimate, rate: str) -> Iterator[str]:
 
 
 def _gib(size: float) -> str:
-    """Three digits of GiB."""
     return f"{size / 2**30:.0f}" if size >= 100 * 2**30 else f"{size / 2**30:#.3g}"
 
 

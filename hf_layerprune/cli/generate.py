@@ -37,8 +37,5 @@ def generate(argv: list[str]) -> None:
     cut = f", {report.num_truncated:,} cut at {config.max_new_tokens} tokens" if report.num_truncated else ""
     empty = f", {report.num_empty:,} empty and left out" if report.num_empty else ""
     empty += f", {report.num_too_long:,} prompts too long and left out" if report.num_too_long else ""
-    say(
-        phases.out,
-        f"answers: {path}   {report.num_rows:,} rows, {report.num_tokens:,} tokens{cut}{empty}",
-    )
+    say(phases.out, f"answers: {path}   {report.num_rows:,} rows, {report.num_tokens:,} tokens{cut}{empty}")
     state.destroy_process_group()

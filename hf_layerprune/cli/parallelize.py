@@ -91,8 +91,7 @@ def parallelize(argv: list[str]) -> None:
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"{folder} is complete except for the speed") from None
             _write_pages(folder, run)
-        files = {"model": folder / "model", "report": folder / "report.md", "plot": folder / "quality.png"}
-        print_run(run, phases.out, files)
+        print_run(run, phases.out, folder, "model")
 
 
 def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Batch], list[Batch]]:
@@ -118,7 +117,11 @@ def _batches(arguments: ParallelizeArguments, tokenizer: PreTrainedTokenizerBase
 def _named_plan(arguments: ParallelizeArguments, plan: LayerPlan) -> LayerPlan | None:
     """The plan that `--pairs` or `--plan` names for a model of another plan."""
     if arguments.pairs:
-        return plan.with_pairs([_pair(text) for words in arguments.pairs for text in words.split()])
+        groups = " ".join(arguments.pairs).split()
+        for text in groups:
+            if not re.fullmatch(r"\d+([,|]\d+)+", text):
+                raise LayerPruneError(f"--pairs {text!r} is not a group of layers; write it as 4,5")
+        return plan.with_pairs([int(layer) for layer in re.split(r"[,|]", text)] for text in groups)
     wanted = read_plan(arguments.plan) if arguments.plan else None
     if wanted is not None and (new := sorted({*wanted.merged} - {*plan.merged})):
         raise LayerPruneError(
@@ -141,21 +144,8 @@ def _steps(
         phases.phase("measuring every range of pairs", len(batches))
         found = find_parallel_range(model, batches, on_batch=phases.step)
         wanted = next(plan for plan in found.ranking if plan.depth == budget.target)
-    elif wanted is None:
-        return _searched(arguments, model, batches, budget, phases), None
-    return [(tuple(edits_between(plan, wanted)), (), wanted)], found
-
-
-def _pair(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+([,|]\d+)+", text):
-        raise LayerPruneError(f"--pairs {text!r} is not a group of layers; write it as 4,5")
-    return [int(layer) for layer in re.split(r"[,|]", text)]
-
-
-def _searched(
-    arguments: ParallelizeArguments, model: PreTrainedModel, batches: list[Batch], budget: Budget, phases: Phases
-) -> list[Step]:
-    """The steps of a greedy search, each with a bar of its own."""
+    if wanted is not None:
+        return [(tuple(edits_between(plan, wanted)), (), wanted)], found
 
     def on_step(step: SearchStep) -> None:
         say(phases.out, f"{step.edit}: {step.plan.depth} layers, {arguments.criterion} {step.cost:.4f}")
@@ -163,7 +153,7 @@ def _searched(
             phases.phase(f"searching, {step.plan.depth} layers", len(batches))
 
     measuring = "measuring what a block takes, then " * (budget.unit == "latency")
-    phases.phase(f"{measuring}searching, {plan_of(model).depth} layers", len(batches))
+    phases.phase(f"{measuring}searching, {plan.depth} layers", len(batches))
     result = search_plan(
         model,
         batches,
@@ -176,7 +166,7 @@ def _searched(
         on_step=on_step,
         on_batch=phases.step,
     )
-    return [((step.edit,), (step.scores,), step.plan) for step in result.steps]
+    return [((step.edit,), (step.scores,), step.plan) for step in result.steps], None
 
 
 def _as_saved(model: PreTrainedModel, plan: LayerPlan, dtype: torch.dtype) -> PreTrainedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,7 +46,14 @@ def score(argv: list[str]) -> None:
         unit = "examples" if scores.criterion == "tasks" else "tokens"
         seen = f", {scores.num_tokens:,} {unit}" if scores.num_tokens else ""
         title = CRITERION_UNITS.get(scores.criterion, scores.criterion) + seen
-        print_table(("layer", "cost", "error", ""), _rows(scores), title)
+        rows = []
+        for layer, value in sorted(scores.values.items()):
+            error = scores.standard_errors.get(layer, math.nan)
+            note = "safest" * (layer == scores.safest)
+            if layer in scores.dropped:
+                note = f"dropped at {scores.dropped[layer]:.0%}"
+            rows.append([str(layer), f"{value:.5f}", "" if math.isnan(error) else f"± {error:.5f}", note])
+        print_table(("layer", "cost", "error", ""), rows, title)
         if scores.certainty:
             say(console, scores.certainty)
     say_files(console, {"scores": folder / "scores.json", "plot": folder / "scores.png"})
@@ -81,12 +87,3 @@ def device_map(name: str, where: torch.device) -> dict[str, str]:
     depth = load_config(name).num_hidden_layers
     rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
     return dict.fromkeys(rest, str(where)) | {f"model.layers.{n}": "disk" for n in range(depth)}
-
-
-def _rows(scores: Scores[int]) -> Iterator[list[str]]:
-    for layer, value in sorted(scores.values.items()):
-        error = scores.standard_errors.get(layer, math.nan)
-        note = "safest" * (layer == scores.safest)
-        if layer in scores.dropped:
-            note = f"dropped at {scores.dropped[layer]:.0%}"
-        yield [str(layer), f"{value:.5f}", "" if math.isnan(error) else f"± {error:.5f}", note]

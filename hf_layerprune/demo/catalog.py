@@ -137,10 +137,18 @@ def open_catalog(settings: DemoSettings, on_message: Callable[[str], None] = lam
 def _open(entry: ModelEntry, limits: Limits) -> Pairing:
     run = None if entry.run is None else load_run(entry.run)
     name = str(entry.teacher) if run is None else teacher_of(entry, run)
-    config, own = load_config(name), _generation_config(name)
+    config, own = load_config(name), GenerationConfig()  # where the checkpoint has none
+    with suppress(OSError, ValueError):
+        if not is_gguf(name):
+            own = GenerationConfig.from_pretrained(resolve(name), revision=split_revision(name)[1] or "main")
     context, teacher = config.max_position_embeddings, DemoModel(name, plan_of(config))
-    students = [_student(entry, teacher)] if run is None else _students(run)
-    if entry.teacher is not None and students[0].base is None:
+    if run is not None:
+        students = _students(run)
+    elif entry.plan is not None:
+        students = [DemoModel(name, LayerPlan(entry.plan, teacher.plan.num_teacher_layers), base=teacher)]
+    else:
+        students = [DemoModel(str(entry.student), plan_of(load_config(str(entry.student))))]
+    if entry.teacher is not None and entry.plan is None:
         _check_vocabulary(students[0].name, name, config)
     by_depth = {student.plan.depth: student for student in (teacher, *students)}  # of one depth the later
     return Pairing(
@@ -155,13 +163,6 @@ def _open(entry: ModelEntry, limits: Limits) -> Pairing:
         description=entry.description,
         examples=tuple(entry.examples),
     )
-
-
-def _student(entry: ModelEntry, teacher: DemoModel) -> DemoModel:
-    """The one student of an entry without a run."""
-    if entry.plan is not None:
-        return DemoModel(teacher.name, LayerPlan(entry.plan, teacher.plan.num_teacher_layers), base=teacher)
-    return DemoModel(str(entry.student), plan_of(load_config(str(entry.student))))
 
 
 def _check_vocabulary(student: str, teacher: str, config: PretrainedConfig) -> None:
@@ -207,14 +208,6 @@ def public_name(name: str) -> str:
     """The Hub id in a name, without its revision; of a model on this machine the last part of its folder."""
     on_hub = None if Path(name).exists() else hub_id(name)
     return on_hub or Path(name).name
-
-
-def _generation_config(name: str) -> GenerationConfig:
-    """The checkpoint's, or an empty one where it has none."""
-    with suppress(OSError, ValueError):
-        if not is_gguf(name):
-            return GenerationConfig.from_pretrained(resolve(name), revision=split_revision(name)[1] or "main")
-    return GenerationConfig()
 
 
 class ModelStore:

@@ -25,7 +25,7 @@ class Comparison:
 
     @property
     def ended(self) -> bool:
-        return self.original.ended and self.compressed.ended
+        return bool(self.original.ending and self.compressed.ending)
 
     @property
     def smaller_by(self) -> float | None:
@@ -70,15 +70,12 @@ class Comparison:
             parts.append(
                 f"It has {student.num_layers} layers instead of {teacher.num_layers}, and {share} parameters."
             )
-        return " ".join([*parts, self.difference])
-
-    @property
-    def difference(self) -> str:
-        """Where the answers part, in words."""
-        one, other = self.original.text, self.compressed.text
-        if (spans := first_difference(one, other)) is None:
-            return "Both gave the same answer." if one == other else "Both answers have the same words."
-        return f"The answers part at word {len(WORD.findall(one[: spans[0][0]])) + 1}."
+        if spans := first_difference(teacher.text, student.text):
+            parts.append(f"The answers part at word {len(WORD.findall(teacher.text[: spans[0][0]])) + 1}.")
+        else:
+            same = teacher.text == student.text
+            parts.append("Both gave the same answer." if same else "Both answers have the same words.")
+        return " ".join(parts)
 
     def stopped(self) -> Comparison:
         """The comparison after a visitor's Stop."""

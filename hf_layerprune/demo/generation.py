@@ -82,19 +82,6 @@ class Sampling:
             changes[name] = int(value) if whole else float(value)
         return replace(self, **changes)
 
-    def processors(self) -> LogitsProcessorList:
-        """What changes the scores of the next token, in the order of `generate`."""
-        processors = LogitsProcessorList()
-        if self.repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature > 0:
-            processors.append(TemperatureLogitsWarper(self.temperature))
-            if self.top_k:
-                processors.append(TopKLogitsWarper(self.top_k))
-            if self.top_p < 1.0:
-                processors.append(TopPLogitsWarper(self.top_p))
-        return processors
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -110,13 +97,9 @@ class Answer:
     dtype: str | None = None
     ending: str = ""  # "end" of the model's own, "length", "time", "stopped" or "not run"; empty while it may grow
 
-    @property
-    def ended(self) -> bool:
-        return bool(self.ending)
-
     def stopped(self) -> Answer:
         """The answer after a visitor's Stop."""
-        return self if self.ended else replace(self, ending="stopped" if self.num_tokens else "not run")
+        return self if self.ending else replace(self, ending="stopped" if self.num_tokens else "not run")
 
 
 def sample(model: PreTrainedModel, prompt: Tensor, sampling: Sampling) -> Iterator[int]:
@@ -124,7 +107,15 @@ def sample(model: PreTrainedModel, prompt: Tensor, sampling: Sampling) -> Iterat
 
     They are those of `generate`, which cannot pause after each for another model.
     """
-    cache, processors = DynamicCache(config=model.config), sampling.processors()
+    cache, processors = DynamicCache(config=model.config), LogitsProcessorList()  # in the order of `generate`
+    if sampling.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            processors.append(TopPLogitsWarper(sampling.top_p))
     chance = torch.Generator(model.device).manual_seed(sampling.seed)
     ids = new = prompt
     while True:
@@ -200,7 +191,7 @@ def write_in_turn(answers: list[Answer], writers: dict[int, Iterator[Answer]]) -
                         if stop.is_set():
                             return
                         answers[side] = next(writer)
-                        if answers[side].ended:
+                        if answers[side].ending:
                             del running[side]
         except Exception as error:  # for the thread that reads
             failures.append(error)

@@ -28,12 +28,9 @@ OWN = dict.fromkeys(map(ord, (BEGIN, END)), "\ufffd")  # a text that holds them 
 MARKS = str.maketrans({BEGIN: '<mark title="first difference">', END: "</mark>"})
 
 
-def code_block(code: str, *_: str) -> str:
-    """A block of code as HTML, without attributes, which a mark could break."""
-    return f"<pre><code>{escape(code)}</code></pre>"
-
-
-MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True, "highlight": code_block}).enable("table")
+MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table")
+# without attributes, which a mark could break
+MARKDOWN.options["highlight"] = lambda code, *_: f"<pre><code>{escape(code)}</code></pre>"
 MARKDOWN.disable(["link", "image", "autolink", "reference"])
 ENVIRONMENT = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 ENVIRONMENT.filters |= {"millions": millions, "rate": rate}

@@ -120,7 +120,7 @@ class DemoPage:
 
     def __init__(self, service: DemoService) -> None:
         self.service, first = service, service.pairing()
-        shown, *widgets = self._look(first, first.depths[-1], first.can_chat)
+        shown, *widgets = self._look(first.name, first.depths[-1], CHAT if first.can_chat else TEXT)
         self.shown = gr.State(shown, render=False)
         self.wanted = gr.State({}, render=False)  # the depth chosen last, by which an older answer knows to stop
         self.headline, self.answers, self.told, *widgets = widgets
@@ -128,10 +128,11 @@ class DemoPage:
         self.model, self.depth, self.mode, self.prompt, self.again, self.examples, *self.sampling = widgets
 
     def _look(
-        self, pairing: Pairing, depth: int, chat: bool, prompt: str | None = None, sampling: Sampling | None = None
+        self, model: str, depth: int, mode: str, prompt: str | None = None, sampling: Sampling | None = None
     ) -> list[Any]:
         """All that depends on what was chosen: what is shown, and the widgets. With a `prompt` nobody answered yet;
         without, the first example is shown with its answers where they are known."""
+        pairing, chat = self.service.pairing(model), mode == CHAT
         shown, own = Shown(comparison=self.service.blank(pairing, depth), chat=chat), pairing.samplings[chat]
         if prompt is None:
             shown, prompt = self._stored(pairing, depth, chat) or shown, "" if chat else pairing.prompts(chat)[0]
@@ -145,7 +146,7 @@ class DemoPage:
         writing = {"info": KEYS, "lines": 1, "max_lines": 8, "max_length": length}
         samples: dict[str, Any] = {"components": ["textbox"], "component_props": [{}], "headers": [""]}
         samples["samples"] = [[text] for text in pairing.prompts(chat)]
-        mode, off = (CHAT if chat else TEXT), {"render": False}
+        off = {"render": False}
         choice = {"min_width": 200, **off}  # below each other on a phone
         return [
             shown,
@@ -232,7 +233,7 @@ class DemoPage:
         ends = [  # what runs is cancelled first: its last words would be shown over what follows
             (self.stop.click, self._stop, [*chosen, self.shown], answered),
             (self.fresh.click, self._empty, chosen, everything),
-            (self.mode.input, self._on_mode, chosen, everything),
+            (self.mode.input, self._look, chosen, everything),
             (self.model.input, self._on_model, self.model, everything),
         ]
         for happens, follow, inputs, outputs in ends:
@@ -293,7 +294,7 @@ class DemoPage:
     def _on_depth(self, model: str, depth: int, mode: str, shown: Shown, wanted: dict[str, int]) -> list[Any]:
         """Show the other student at once, without its words; the original's answer stays."""
         wanted |= {"depth": depth, "number": wanted.get("number", 0) + 1}
-        _, *look = self._look(pairing := self.service.pairing(model), depth, mode == CHAT, "")
+        pairing, (_, *look) = self.service.pairing(model), self._look(model, depth, mode, "")
         turns = tuple((prompt, said, "") for prompt, said, _ in shown.turns)
         comparison = replace(self.service.blank(pairing, depth), original=shown.comparison.original)
         return [*self._view(pairing, depth, replace(shown, turns=turns, comparison=comparison)), *look[3:8]]
@@ -324,14 +325,11 @@ class DemoPage:
         return self._view(self.service.pairing(model), depth, stopped)
 
     def _empty(self, model: str, depth: int, mode: str) -> list[Any]:
-        return self._look(self.service.pairing(model), depth, mode == CHAT, "")
-
-    def _on_mode(self, model: str, depth: int, mode: str) -> list[Any]:
-        return self._look(self.service.pairing(model), depth, mode == CHAT)
+        return self._look(model, depth, mode, "")
 
     def _on_model(self, model: str) -> list[Any]:
         pairing = self.service.pairing(model)
-        return self._look(pairing, pairing.depths[-1], pairing.can_chat)
+        return self._look(model, pairing.depths[-1], CHAT if pairing.can_chat else TEXT)
 
     def _from_link(self, request: gr.Request) -> list[Any] | None:
         """Everything as a link to a comparison says, which the visitor may then ask for."""
@@ -348,7 +346,7 @@ class DemoPage:
             gr.Warning("This link is of another list of models.")
             return gr.skip()
         prompt = given["prompt"][: self.service.limits.max_prompt_characters]
-        return self._look(pairing, depth, chat, prompt, sampling)
+        return self._look(pairing.name, depth, CHAT if chat else TEXT, prompt, sampling)
 
     def _inspect(self, text: str, model: str, depth: int, mode: str) -> list[Any]:
         try:

@@ -176,7 +176,7 @@ class DemoService:
             seconds = min(seconds, (seconds_on_gpu(sampling.max_new_tokens) - 5) / 2)
         writers = {}
         for side, model in enumerate(pairing.models(depth)):
-            if not answers[side].ended:
+            if not answers[side].ending:
                 load, rest = partial(self.store.get, model), (prompts[side], sampling, seconds, answers[side])
                 writers[side] = write(load, pairing.tokenizer, *rest)
         with closing(write_in_turn(answers, writers)) as growing:

@@ -78,23 +78,20 @@ def read_settings(path: str | Path) -> DemoSettings:
     """Read the list of models, `models.yaml`. Folders in it are relative to the file."""
     path = Path(path)
     try:
-        return _settings(yaml.safe_load(path.read_text(encoding="utf-8")), path.parent)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("models"), list):
+            raise LayerPruneError('it needs a list "models"')
+        models = [_fields(ModelEntry, item, f"models[{n}]") for n, item in enumerate(content["models"])]
+        for entry in models:
+            for key in ("run", "teacher", "student"):
+                if (name := getattr(entry, key)) and (path.parent / name).is_dir():
+                    setattr(entry, key, str(path.parent / name))
+        limits = _fields(Limits, content.get("limits", {}), "limits")
+        return _fields(DemoSettings, content | {"models": models, "limits": limits}, "the list")
     except OSError as error:
         raise LayerPruneError(f"{path} cannot be read: {error.strerror or error}") from None
     except (TypeError, ValueError, yaml.YAMLError, StrictDataclassError) as error:
         raise LayerPruneError(f"{path}: {' '.join(str(error).split())}") from None
-
-
-def _settings(content: Any, folder: Path) -> DemoSettings:
-    if not isinstance(content, dict) or not isinstance(content.get("models"), list):
-        raise LayerPruneError('it needs a list "models"')
-    models = [_fields(ModelEntry, item, f"models[{n}]") for n, item in enumerate(content["models"])]
-    for entry in models:
-        for key in ("run", "teacher", "student"):
-            if (name := getattr(entry, key)) and (folder / name).is_dir():
-                setattr(entry, key, str(folder / name))
-    limits = _fields(Limits, content.get("limits", {}), "limits")
-    return _fields(DemoSettings, content | {"models": models, "limits": limits}, "the list")
 
 
 def _fields(kind: type, values: Any, where: str) -> Any:

@@ -86,10 +86,14 @@ def write_space(
     # a Space is built from its requirements alone, before it has its other files
     source = f" @ {hf_hub_url(repo_id, wheel.name, repo_type='space')}" if wheel else f">={__version__}"
     extras = "demo,gguf" if any(map(is_gguf, names)) else "demo"
+    content = {"title": settings.title} | _changed(settings)  # as `read_settings` takes it, without the defaults
+    content["models"] = [_changed(entry) for entry in settings.models]
+    if "limits" in content:
+        content["limits"] = _changed(settings.limits)
     files = {
         "app.py": (TEMPLATES / "app.py.jinja").read_text(encoding="utf-8"),
         "requirements.txt": f"hf-layerprune[{extras}]{source}\n",
-        MODELS_FILE: models_yaml(settings),
+        MODELS_FILE: yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None),
         "README.md": str(card).rstrip() + "\n",
     }
     for name, text in files.items():
@@ -104,15 +108,6 @@ def _checked_wheel(wheel: Path, private: bool | None) -> Path:
     if private:
         raise LayerPruneError("a private Space cannot install a wheel it holds; make it public, or leave out wheel")
     return wheel
-
-
-def models_yaml(settings: DemoSettings) -> str:
-    """The list of models as `read_settings` takes it, without the defaults."""
-    content = {"title": settings.title} | _changed(settings)
-    content["models"] = [_changed(entry) for entry in settings.models]
-    if "limits" in content:
-        content["limits"] = _changed(settings.limits)
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
 
 
 def _changed(settings: Any) -> dict[str, Any]:

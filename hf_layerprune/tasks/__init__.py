@@ -5,34 +5,19 @@ A [`Task`] says where its rows are and how to ask; `prepare` turns it into chunk
 candidates.
 """
 
-from .chunks import GenerationChunk, PreparedTask
-from .evaluation import TaskReport, TaskResult, evaluate_tasks, load_tasks, prepare_tasks
-from .kinds import (
-    TASK_KINDS,
-    GenerationTask,
-    KLTask,
-    LmEvalChunk,
-    LmEvalTask,
-    MultipleChoiceTask,
-    PerplexityTask,
-)
-from .task import PromptedTask, Task
-
-__all__ = [
-    "TASK_KINDS",
-    "GenerationChunk",
-    "GenerationTask",
-    "KLTask",
-    "LmEvalChunk",
-    "LmEvalTask",
-    "MultipleChoiceTask",
-    "PerplexityTask",
-    "PreparedTask",
-    "PromptedTask",
-    "Task",
-    "TaskReport",
-    "TaskResult",
-    "evaluate_tasks",
-    "load_tasks",
-    "prepare_tasks",
-]
+from .chunks import GenerationChunk as GenerationChunk
+from .chunks import PreparedTask as PreparedTask
+from .evaluation import TaskReport as TaskReport
+from .evaluation import TaskResult as TaskResult
+from .evaluation import evaluate_tasks as evaluate_tasks
+from .evaluation import load_tasks as load_tasks
+from .evaluation import prepare_tasks as prepare_tasks
+from .kinds import TASK_KINDS as TASK_KINDS
+from .kinds import GenerationTask as GenerationTask
+from .kinds import KLTask as KLTask
+from .kinds import LmEvalChunk as LmEvalChunk
+from .kinds import LmEvalTask as LmEvalTask
+from .kinds import MultipleChoiceTask as MultipleChoiceTask
+from .kinds import PerplexityTask as PerplexityTask
+from .task import PromptedTask as PromptedTask
+from .task import Task as Task

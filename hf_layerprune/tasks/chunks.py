@@ -235,9 +235,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, m
     ids = encode_prompt(tokenizer, prompt + continuation)
     if not prompt and tokenizer.bos_token_id is None:
         ids = before + ids
-    start = 0
-    while start < min(len(before), len(ids)) and before[start] == ids[start]:
-        start += 1
+    start = len(os.path.commonprefix([before, ids]))
     num_scored = len(ids) - start if continuation else 0
     if not 0 < num_scored < max_length:
         raise LayerPruneError(f"there are {num_scored} tokens to score; the model can score 1 to {max_length - 1}")

@@ -163,31 +163,24 @@ def evaluate_tasks(
     of_kl = [task.name for task in prepared if task.statistic == "kl"]
     if teacher is None and of_kl:
         raise LayerPruneError(f"task {of_kl[0]}: KL needs a teacher to compare with; give one or leave out the task")
+    results = {}
     with inference(*(one for one in (model, teacher) if one is not None)):
-        return TaskReport({task.name: _evaluate(model, task, tokenizer, teacher, on_chunk) for task in prepared})
-
-
-def _evaluate(
-    model: PreTrainedModel,
-    task: PreparedTask,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: PreTrainedModel | None,
-    on_chunk: Callable[[], None],
-) -> TaskResult:
-    found = []
-    for chunk in task.chunks:
-        if isinstance(chunk, ModelChunk):
-            found.append(chunk.reduce([model], tokenizer))
-        else:
-            rows, places = distinct_rows(chunk.batch)
-            rows, batch = (to_device(part, model.device) for part in (rows, chunk.batch))
-            states = [final_states(model, rows)[places]]
-            found.append(chunk.reduce(*sums_by_row(model, states, batch, task.statistic, teacher)))
-        on_chunk()
-    costs, weights = torch.cat([cost[0] for cost, _ in found]), torch.cat([weight for _, weight in found])
-    mean, error = (costs.sum() / weights.sum()).item(), standard_error(costs, weights)
-    quality = {"perplexity": perplexity_of(mean), "kl": mean}.get(task.measure, 1 - mean)
-    return TaskResult(task.measure, quality, mean, error, len(costs), task.weight)
+        for task in prepared:
+            found = []
+            for chunk in task.chunks:
+                if isinstance(chunk, ModelChunk):
+                    found.append(chunk.reduce([model], tokenizer))
+                else:
+                    rows, places = distinct_rows(chunk.batch)
+                    rows, batch = (to_device(part, model.device) for part in (rows, chunk.batch))
+                    states = [final_states(model, rows)[places]]
+                    found.append(chunk.reduce(*sums_by_row(model, states, batch, task.statistic, teacher)))
+                on_chunk()
+            costs, weights = torch.cat([cost[0] for cost, _ in found]), torch.cat([weight for _, weight in found])
+            mean, error = (costs.sum() / weights.sum()).item(), standard_error(costs, weights)
+            quality = {"perplexity": perplexity_of(mean), "kl": mean}.get(task.measure, 1 - mean)
+            results[task.name] = TaskResult(task.measure, quality, mean, error, len(costs), task.weight)
+    return TaskReport(results)
 
 
 def standard_error(costs: Tensor, weights: Tensor) -> float | None:

@@ -130,17 +130,16 @@ class MultipleChoiceTask(PromptedTask):
         return render(self.prompt, row), texts, _index(cell(row, self.answer), pairs) if right is None else right
 
     def chunk(self, examples: Sequence[Example], padding: int) -> Chunk:
-        pairs = [pair for example in examples for pair in zip(example.rows, example.texts, strict=True)]
+        divisors = []
+        for row, text in (pair for example in examples for pair in zip(example.rows, example.texts, strict=True)):
+            sizes = {"none": 1, "tokens": len(row.ids) - row.start, "bytes": len(text.strip().encode())}
+            divisors.append(sizes[self.normalize])
         return ChoiceChunk(
             scored(examples, padding),
             sizes=tuple(len(example.rows) for example in examples),
             answers=tuple(example.answer for example in examples),
-            divisors=tuple(self._divisor(*pair) for pair in pairs),
+            divisors=tuple(divisors),
         )
-
-    def _divisor(self, row: Encoded, text: str) -> int:
-        sizes = {"none": 1, "tokens": len(row.ids) - row.start, "bytes": len(text.strip().encode())}
-        return sizes[self.normalize]
 
 
 def _index(answer: object, pairs: Sequence[tuple[str, str]]) -> int:

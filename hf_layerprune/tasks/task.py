@@ -21,8 +21,6 @@ from .chunks import Chunk, Encoded, Example, PreparedTask, TokenChunk, batched, 
 
 logger = logging.get_logger(__name__)
 
-LEAST = {"limit": 1, "weight": 0.0, "num_few_shot": 0, "max_length": 2, "max_new_tokens": 1}
-"""The least value of settings of tasks."""
 FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 """A column in a template, such as `{question}`, or a plain brace, which is written twice."""
 
@@ -65,7 +63,8 @@ class Task:
             setattr(self, item.name, value)
         self.name = self.name or (self.kind if isinstance(self.dataset, Dataset) else Path(self.dataset).stem)
         with located(f"task {self.name}"):
-            check_at_least(self, LEAST)
+            least = {"limit": 1, "weight": 0.0, "num_few_shot": 0, "max_length": 2, "max_new_tokens": 1}
+            check_at_least(self, least)
             if not self.weight:
                 raise LayerPruneError("weight=0 leaves the task without effect; leave the task out")
 
