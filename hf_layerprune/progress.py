@@ -38,9 +38,9 @@ class Console(rich.console.Console):
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # what the stream still holds goes there
 
-    def __exit__(self, *error: Any) -> None:  # where lines and bars are written
+    def __exit__(self, *raised: Any) -> None:  # where lines and bars are written
         try:
-            super().__exit__(*error)
+            super().__exit__(*raised)
         except OSError as error:
             if not self.stderr:
                 Console.lost = error

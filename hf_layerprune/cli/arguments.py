@@ -37,9 +37,11 @@ OF_TRAINING = {
     "dataloader_num_workers",
 }  # fmt: skip
 """Settings of healing, on the data and on policy."""
-OF_HEALING = {
-    "learning_rate", "max_steps", "num_train_epochs", "kl_weight", "beta", "hidden_weight", "lm_weight", "temperature",
-    "loss_preset", "compile_layers", "save_strategy", "save_steps", "save_total_limit",
+OF_LOSS = {"kl_weight", "beta", "hidden_weight", "lm_weight"}
+"""Settings that the loss of the paper does without."""
+OF_HEALING = OF_LOSS | {
+    "learning_rate", "max_steps", "num_train_epochs", "temperature", "loss_preset", "compile_layers", "save_strategy",
+    "save_steps", "save_total_limit",
 }  # fmt: skip
 """Settings of healing on the data alone."""
 

@@ -17,7 +17,7 @@ from trl import TrlParser
 
 from ..errors import LayerPruneError, first_line
 from . import arguments
-from .arguments import NEEDS, OF_HEALING, OF_TRAINING, OF_TRL, TARGETS
+from .arguments import NEEDS, OF_HEALING, OF_LOSS, OF_TRAINING, OF_TRL, TARGETS
 
 UNSET = object()
 MOST_USED = {"output_dir", "max_steps", "max_length"}
@@ -92,27 +92,9 @@ class Parser(TrlParser):
                 recipe = _expanded(self._read_file(Path(file)))
             except (ValueError, yaml.YAMLError) as error:
                 raise LayerPruneError(f"--config {file}: {first_line(error)}") from error
-        replaced = {*TARGETS} if TARGETS & line.keys() else set()
-        replaced |= {"dataset_config"} if "dataset" in line else set()  # it is of the recipe's own data
-        replaced |= {name for name, needed in NEEDS.items() if needed in line and _is_off(line[needed])}
-        if "tasks" in line:
-            replaced |= {"criterion"}
-        elif line.get("criterion", "tasks") != "tasks":
-            replaced |= {"tasks"}
-        idle = OF_HEALING | (set() if (recipe | line).get("on_policy_steps") else OF_TRAINING)
-        if line.get("heal") is False:
-            replaced |= idle
+        replaced = _replaced(recipe, line)
         self.given = {name: value for name, value in recipe.items() if name not in replaced} | line
-        if self.given.get("heal") is False and (found := idle & self.given.keys()):
-            raise LayerPruneError(
-                f"heal=False leaves no use for {', '.join(sorted(found))}; leave them out, or give --heal false on "
-                "the command line, which leaves out what a recipe says of healing"
-            )
-        for name, needed in NEEDS.items():
-            if name in self.given and _is_off(self.given.get(needed)):
-                raise LayerPruneError(f"{name}={self.given[name]} has no effect without {needed}; leave it out")
-        if self.given.get("tasks") and self.given.get("criterion", "tasks") != "tasks":
-            raise LayerPruneError(f"tasks are for criterion='tasks', not {self.given['criterion']!r}; leave out one")
+        _check_effect(self.given)
         for name, value in self.given.items():
             if isinstance(value, str) and dict in self.kinds[name]:
                 _check_json(name, value)
@@ -212,6 +194,43 @@ def _kinds(hint: Any) -> set[type]:
     """The types that a type hint allows."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return {get_origin(kind) or kind for kind in kinds}
+
+
+def _replaced(recipe: dict[str, Any], line: dict[str, Any]) -> set[str]:
+    """The settings of a recipe that those of the command line take the place of, or leave without a use."""
+    replaced = {name for name, needed in NEEDS.items() if needed in line and _is_off(line[needed])}
+    if TARGETS & line.keys():
+        replaced |= TARGETS
+    if "dataset" in line:
+        replaced.add("dataset_config")  # it is of the recipe's own data
+    if "tasks" in line:
+        replaced.add("criterion")
+    elif line.get("criterion", "tasks") != "tasks":
+        replaced.add("tasks")
+    if line.get("loss_preset") == "paper":
+        replaced |= OF_LOSS
+    if line.get("heal") is False:
+        replaced |= _without_healing(recipe | line)
+    return replaced
+
+
+def _without_healing(given: dict[str, Any]) -> set[str]:
+    """The settings that have no use where rounds do not heal."""
+    return OF_HEALING if given.get("on_policy_steps") else OF_HEALING | OF_TRAINING
+
+
+def _check_effect(given: dict[str, Any]) -> None:
+    """Raise [`LayerPruneError`] for a setting that would have no effect."""
+    if given.get("heal") is False and (found := _without_healing(given) & given.keys()):
+        raise LayerPruneError(
+            f"heal=False leaves no use for {', '.join(sorted(found))}; leave them out, or give --heal false on "
+            "the command line, which leaves out what a recipe says of healing"
+        )
+    for name, needed in NEEDS.items():
+        if name in given and _is_off(given.get(needed)):
+            raise LayerPruneError(f"{name}={given[name]} has no effect without {needed}; leave it out")
+    if given.get("tasks") and given.get("criterion", "tasks") != "tasks":
+        raise LayerPruneError(f"tasks are for criterion='tasks', not {given['criterion']!r}; leave out one")
 
 
 def _is_off(value: Any) -> bool:
