@@ -155,6 +155,16 @@ def test_tasks_and_criterion_on_the_command_line_replace_those_of_a_recipe(tmp_p
     assert (config.criterion, config.tasks) == ("kl", None)
 
 
+def test_the_loss_of_the_paper_takes_the_place_of_a_recipes_weights(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("hidden_weight: 0.0\nlm_weight: 0.1\ntemperature: 2.0\n")
+    config = parse("compress", ["--config", str(recipe), "--loss_preset", "paper"])[1]
+    assert (config.hidden_weight, config.lm_weight, config.temperature) == (10.0, 0.0, 2.0)
+    recipe.write_text("hidden_weight: 0.0\nloss_preset: paper\n")
+    with pytest.raises(LayerPruneError, match="leave out hidden_weight=0.0"):
+        parse("compress", ["--config", str(recipe)])
+
+
 def test_a_setting_that_a_recipe_has_twice_is_refused(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 3\nmax_steps: 3\nseed: 4\n")
