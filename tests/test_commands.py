@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qw
 
 from hf_layerprune import embedded_dataset
 from hf_layerprune.cli import VERBS
+from hf_layerprune.cli.arguments import OF_HEALING, OF_TRAINING
 from hf_layerprune.data import EMBEDDED_MODEL
 from hf_layerprune.surgery import plan_of
 
@@ -229,7 +230,10 @@ def short(verb: str, rest: list[str], recipe: dict, desk: Path) -> dict:
             settings |= {"eval_dataset": "rows.jsonl"} if "eval_dataset" in recipe else {}
         few = {"tasks": "my_tasks.yaml", "num_repair_samples": 4}
         settings |= {name: value for name, value in few.items() if name in recipe}
-    return {} if verb == "score" and "--tasks" in rest else settings
+    if value_of(rest, "--heal") == "false":
+        settings = {name: value for name, value in settings.items() if name not in OF_HEALING | OF_TRAINING}
+    only_tasks = verb in ("score", "evaluate") and "--tasks" in rest and "--dataset" not in rest
+    return {} if only_tasks else settings  # they bring their own text
 
 
 def typed(worker: Worker, desk: Path, words: list[str]) -> None:

@@ -28,7 +28,8 @@ ALONE = [
 
 def ready(tmp_path, tokenizer, lora=False, **changes):
     """A trainer in the middle of a round, with layer 2 removed and the layers beside the gap trained."""
-    settings = {"packing": False, "trained_layers": "neighbours", "kl_weight": 0.7, "hidden_weight": 0.4}
+    settings = {"packing": False, "trained_layers": "neighbours"}
+    settings |= {} if changes.get("loss_preset") else {"kl_weight": 0.7, "hidden_weight": 0.4}
     settings |= {"max_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e9}
     everything = (settings | changes).get("trained_layers") == "all"
     blocks = list(range(4)) if everything else [1, 2]
