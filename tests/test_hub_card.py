@@ -91,7 +91,8 @@ def told_of(value):
 def test_every_number_of_the_card_is_from_the_report():
     measured = f"{100 * recovery(RECORD, RECORD.rounds[-1]):.0f}"
     known = told_of(json.loads(RECORD.to_json())) | numbers_in(TEMPLATE.read_text()) | {measured}
-    assert numbers_in((EXAMPLE / "README.md").read_text()) <= known
+    card = (EXAMPLE / "README.md").read_text().replace("apache-2.0", "")
+    assert numbers_in(card) <= known
     assert "1.84" not in known and "51.86" not in known  # else anything would pass
 
 
