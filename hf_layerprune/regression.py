@@ -38,8 +38,8 @@ class Inputs:
         return self.left.T @ self.left if self.few_tokens else self.left
 
     def leverage(self, ridge: float) -> Tensor:
-        """Ridge leverage scores `(I,)`, with a penalty of `ridge` mean eigenvalues of A'A: how little of each input
-        the others can stand in for. It is the diagonal of A'A (A'A + c)^-1 = A' (AA' + c)^-1 A.
+        """Ridge leverage scores `(I,)`: how little of each input the others can replace, with a penalty of `ridge`
+        mean eigenvalues of A'A. They are the diagonal of A'A (A'A + c)^-1 = A' (AA' + c)^-1 A.
         """
         left = self.left.to(_device(self.left), torch.float64)
         factor, penalty = _factor(left @ left.T if self.few_tokens else left, ridge, self.num_inputs)
@@ -96,7 +96,7 @@ def solve_ridge(gram: Tensor, right: Tensor, ridge: float, num_tokens: int) -> T
 
 
 def _factor(gram: Tensor, ridge: float, count: int) -> tuple[Tensor, float]:
-    """The Cholesky factor of G + c, in float64, and c = ridge trace(G) / `count`; if that is 0, there is no factor."""
+    """Return the Cholesky factor of G + c I in float64, and c = ridge trace(G) / `count`; if c is 0, G itself."""
     regular = gram.to(_device(gram), torch.float64, copy=True)
     if penalty := ridge * regular.trace().item() / count:
         regular.diagonal().add_(penalty)

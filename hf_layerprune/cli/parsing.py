@@ -223,8 +223,8 @@ def _check_effect(given: dict[str, Any]) -> None:
     """Raise [`LayerPruneError`] for a setting that would have no effect."""
     if given.get("heal") is False and (found := _without_healing(given) & given.keys()):
         raise LayerPruneError(
-            f"heal=False leaves no use for {', '.join(sorted(found))}; leave them out, or give --heal false on "
-            "the command line, which leaves out what a recipe says of healing"
+            f"heal=False leaves no use for {', '.join(sorted(found))}; leave them out (--heal false on "
+            "the command line leaves out those of a recipe)"
         )
     for name, needed in NEEDS.items():
         if name in given and _is_off(given.get(needed)):
