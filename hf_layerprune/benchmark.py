@@ -31,7 +31,7 @@ from transformers.initialization import no_init_weights
 from .architectures import architecture_of, check_supported
 from .data import ASSETS
 from .errors import LayerPruneError
-from .forward import check_causal, inference
+from .forward import CACHE, check_causal, inference
 from .loading import load_config
 from .plan import LayerPlan
 from .settings import check_at_least
@@ -197,7 +197,7 @@ def _time_generate(model: PreTrainedModel, load: Load, cache: StaticCache | None
 
     stamp(ids)
     try:
-        model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[stamp], past_key_values=cache)
+        model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=[stamp], **{CACHE: cache})
     finally:
         model.generation_config = own
     return times[1] - times[0], times[-1] - times[1]
@@ -208,7 +208,7 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
     cache = DynamicCache(config=model.config)
     with inference(model):
         ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, **{CACHE: cache}, use_cache=True)
     return _cache_bytes(cache)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -17,13 +18,15 @@ import torch.distributed as dist
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from .architectures import architecture_of
 from .data import Batch
 from .errors import LayerPruneError
 
 Key = TypeVar("Key")
+CACHE = "cache" if "cache" in signature(Qwen2ForCausalLM.forward).parameters else "past_key_values"
+"""What models call the argument that is their KV cache: since transformers 5.24 `cache`."""
 
 
 def to_device(batch: Mapping[Key, Tensor], device: torch.device) -> dict[Key, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from conftest import random_batches, tiny_model
 from families import pruned_qwen2
 from forked import run_without_package
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
 
@@ -231,7 +231,7 @@ def test_plans_that_do_not_fit_a_checkpoint_are_refused(tmp_path):
 def test_models_in_adapters_or_wrappers_are_refused_in_one_line(adapters, blocks):
     model = tiny_model(4)
     if adapters == "in place":
-        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
     elif adapters == "wrapper":
         model = torch.compile(model)
     else:

@@ -7,10 +7,11 @@ import torch
 from conftest import random_batches, tiny_model
 from families import pruned_qwen2
 from parallel_reference import literal
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import Qwen2ForCausalLM, StaticCache
 
 from hf_layerprune import LayerPlan, LayerPruneError, PrunedQwen2ForCausalLM, parallelize, prune, unparallelize
+from hf_layerprune.forward import CACHE
 from hf_layerprune.surgery import apply_plan, plan_of
 
 SHAPES = {
@@ -132,8 +133,8 @@ def test_compiles_to_one_graph():
     cache = StaticCache(config=student.config, max_cache_len=16)
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, student(ids).logits)
-        first = compiled(ids[:, :-1], past_key_values=cache).logits[:, -1]
-        second = compiled(ids[:, -1:], past_key_values=cache).logits[:, -1]
+        first = compiled(ids[:, :-1], **{CACHE: cache}).logits[:, -1]
+        second = compiled(ids[:, -1:], **{CACHE: cache}).logits[:, -1]
         expected = student(ids).logits
     torch.testing.assert_close(first, expected[:, -2], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(second, expected[:, -1], atol=1e-5, rtol=1e-5)
@@ -222,7 +223,7 @@ def test_what_cannot_be_rearranged_is_refused():
     with pytest.raises(LayerPruneError, match="PeftModelForCausalLM is not a plain causal"):
         parallelize(get_peft_model(model_of(), lora), [(2, 3)])
     adapted = model_of()
-    adapted.add_adapter(lora)
+    inject_adapter_in_model(lora, adapted)
     with pytest.raises(LayerPruneError, match="carries adapters"):
         parallelize(adapted, [(2, 3)])
     quantized = model_of()

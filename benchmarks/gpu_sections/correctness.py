@@ -36,6 +36,7 @@ from hf_layerprune import (
 )
 from hf_layerprune.benchmark import Load, benchmark_models
 from hf_layerprune.compensation import DEFAULT_RIDGE
+from hf_layerprune.forward import CACHE
 from hf_layerprune.surgery import plan_of
 
 GROUPS = ((1, 2), (3, 4, 5))
@@ -150,8 +151,8 @@ def compile_step(run: Run, model: PreTrainedModel) -> Any:
 def cached_logits(model: PreTrainedModel, ids: torch.Tensor, step: Any) -> torch.Tensor:
     """Logits of the last three tokens, each a step of a static cache."""
     cache, prompt = StaticCache(config=model.config, max_cache_len=ids.shape[1]), ids.shape[1] - 3
-    model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
-    steps = [step(input_ids=ids[:, n : n + 1], past_key_values=cache, use_cache=True).logits.clone()
+    model(input_ids=ids[:, :prompt], **{CACHE: cache}, use_cache=True)
+    steps = [step(input_ids=ids[:, n : n + 1], **{CACHE: cache}, use_cache=True).logits.clone()
              for n in range(prompt, ids.shape[1])]  # fmt: skip
     return torch.cat(steps, 1)
 

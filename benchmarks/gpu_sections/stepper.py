@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from hf_layerprune.forward import CACHE
+
 WARMUP = 3  # steps before the capture, in which libraries choose kernels and take their memory
 
 
@@ -29,7 +31,7 @@ class Stepper:
         self.mask = torch.zeros(rows, 1, 1, length + steps + 1, dtype=torch.bool, device=device)
         self.position = torch.full((rows, 1), length, device=device)
         with torch.no_grad():
-            logits = model(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=prompt, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1).logits
         self.token = logits[:, -1:].argmax(-1)  # (B, 1)
         if device.type == "cuda":
             self._capture()
@@ -37,7 +39,7 @@ class Stepper:
     def _step(self) -> None:
         torch.le(self.slots, self.position[:, None, None], out=self.mask)
         inputs = {"input_ids": self.token, "position_ids": self.position, "attention_mask": self.mask}
-        logits = self.model(**inputs, past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(**inputs, **{CACHE: self.cache}, use_cache=True).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
         self.position.add_(1)
 

@@ -24,6 +24,7 @@ from transformers import (
 
 from ..benchmark import kv_bytes_per_token
 from ..errors import LayerPruneError
+from ..forward import CACHE
 from ..surgery import plan_of
 from .settings import Limits
 
@@ -119,7 +120,7 @@ def sample(model: PreTrainedModel, prompt: Tensor, sampling: Sampling) -> Iterat
     chance = torch.Generator(model.device).manual_seed(sampling.seed)
     ids = new = prompt
     while True:
-        logits = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=new, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
         scores = processors(ids, logits.float())
         if sampling.temperature > 0:
             new = torch.multinomial(scores.softmax(-1), 1, generator=chance)
