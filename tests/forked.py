@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import multiprocessing.util
 import os
 import pickle
 import runpy
@@ -108,6 +109,8 @@ def _main(folder: Path, code: str | Path, arguments: tuple[str, ...], environmen
         if isinstance(stop.code, str):
             sys.stderr.write(f"{stop.code}\n")
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        multiprocessing.util._exit_function()  # give semaphores back, as an interpreter does
     return 0
 
 

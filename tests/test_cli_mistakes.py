@@ -1,6 +1,8 @@
 """A user's mistake is one line that says what to do; an error of ours keeps its traceback."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -298,3 +300,18 @@ def test_the_configuration_of_a_recipes_own_data_is_not_that_of_other_data(tmp_p
     )
     assert (own.dataset, own.dataset_config, own.dataset_split) == ("user/texts", "main", "test")
     assert (other.dataset, other.dataset_config, other.dataset_split) == ("mine.jsonl", None, "test")
+
+
+def test_what_was_imported_is_collected_in_the_end_where_triton_would_call_it_leaked():
+    code = """if True:
+        import atexit, gc, sys
+        sys.argv[0] = "hf-layerprune"
+        from hf_layerprune.cli import main
+        atexit.register(lambda: print(gc.get_freeze_count()))  # runs last
+        main(["export", "--help"])
+        print(gc.get_freeze_count())
+        sys.modules["triton"] = gc
+        """
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    during, last = map(int, shown.splitlines()[-2:])
+    assert during > 0 and last == 0

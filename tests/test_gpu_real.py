@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -110,6 +111,16 @@ def test_a_method_that_fails_does_not_stop_the_others(clone):
     assert len([words for words in of_the_package(commands) if words[0] == "compress"]) == 2
 
 
+def alive(group):
+    """The processes of a group that have not ended."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 def test_a_script_that_is_stopped_stops_its_methods(clone):
     (clone / "python").write_text(
         RECORDER.format(python=sys.executable)
@@ -123,12 +134,13 @@ def test_a_script_that_is_stopped_stops_its_methods(clone):
     log, group = clone / "commands.jsonl", script.pid
     while not log.exists() or log.read_text().count('"compress"') < 2:
         time.sleep(0.1)
-    inner = subprocess.run(["pgrep", "-g", str(group), "-f", "real_model.sh"], capture_output=True, text=True)
-    os.kill(int(inner.stdout.split()[0]), signal.SIGTERM)
+    inner = min(
+        (process for process in alive(group) if "real_model.sh" in " ".join(process.cmdline())), key=lambda p: p.pid
+    )
+    inner.terminate()
     script.wait(20)
     time.sleep(1)
-    alive = ["pgrep", "-r", "R,S,D", "-g", str(group)]  # no zombies
-    assert not subprocess.run(alive, capture_output=True).stdout
+    assert not alive(group)
 
 
 def test_the_recipe_alone_is_as_it_was(clone):

@@ -564,7 +564,7 @@ def test_folders_that_hold_no_finished_run(hub, worker, runs, tmp_path):
     shutil.rmtree(tmp_path / "cut" / "rounds" / "01")
     refused(hub, worker.push(tmp_path / "cut", round=1), "no longer holds the student of round 1")
     (tmp_path / "cut" / "report.json").write_text("[" * 100_000)
-    refused(hub, worker.push(tmp_path / "cut", round=1), "report.json: maximum recursion depth exceeded")
+    refused(hub, worker.push(tmp_path / "cut", round=1), "cut/report.json: ")
 
 
 def test_what_would_leak_is_refused(hub, worker, runs, tmp_path):
