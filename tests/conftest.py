@@ -36,6 +36,7 @@ from hf_layerprune.trainer.healing import HealingTrainer
 atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 torch.set_num_threads(1)
 gc.freeze()  # what the imports made is not looked through at every later collection, nor what a file of tests left
+atexit.register(gc.unfreeze)  # else Triton reports it as leaked
 
 END = "<|endoftext|>"
 VOCAB_SIZE = 257  # the bytes and the end token
