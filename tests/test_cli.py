@@ -328,6 +328,18 @@ def test_out_of_memory_is_one_line(error, tmp_path, model_folder, text_file, mon
     assert told.startswith("hf-layerprune: out of memory: ") and told.count("\n") == 1 and "batch_size" in told
 
 
+@pytest.mark.parametrize(
+    "found", ["InvalidCxxCompiler: No working C++ compiler found in\n\nSet", "Failed to find C compiler"]
+)
+def test_a_missing_compiler_is_one_line(found, tmp_path, monkeypatch, capsys):
+    def fail(_):
+        raise RuntimeError(found)
+
+    monkeypatch.setattr("hf_layerprune.cli.compress.compress", fail)
+    assert run("compress") == 2
+    assert errors_of(capsys).endswith("to compile layers install gcc and g++, or leave compilation out\n")
+
+
 def test_any_other_error_is_no_users_mistake(tmp_path, model_folder, text_file, monkeypatch):
     monkeypatch.setattr("hf_layerprune.cli.score.score_layers", lambda *_, **__: 1 / 0)
     arguments = ["--model", model_folder, "--dataset", text_file, "--max_length", 32]

@@ -36,6 +36,7 @@ VERBS = {
 """Verb to what it does; a file here, and the function in it, have its name."""
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS)
 """Errors that need no name of a file to be the user's: a full disk, no permission. Those of a connection are not."""
+NO_COMPILER = ("No working C++ compiler", "Failed to find C compiler")  # of torch.compile on a CPU, of Triton
 USAGE = """\
 usage: hf-layerprune <verb> [--config recipe.yaml] [--setting value ...]
 
@@ -123,6 +124,8 @@ def _users_mistake(error: Exception) -> str | None:
             "compress keeps its rounds and resumes with --resume --gradient_checkpointing true"
         )
         return f"out of memory: {first_line(error)}; {advice}"
+    if any(part in str(error) for part in NO_COMPILER):
+        return f"{first_line(error)}; to compile layers install gcc and g++, or leave compilation out"
     return None
 
 
