@@ -1,18 +1,35 @@
-"""Write files and folders so that a reader never sees half of one, even after a kill."""
+"""Write files and folders so that a reader never sees half of one, even after a kill; read YAML."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def to_json(value: Any) -> str:
     """JSON that every reader accepts: NaN and infinity become null."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=1) + "\n"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-5 as a number, as YAML 1.2 and JSON do; in YAML 1.1 it is text unless it has a point and a sign."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+)
+
+
+def load_yaml(text: str) -> Any:
+    """What a user wrote in YAML."""
+    return yaml.load(text, _Loader)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -302,6 +302,14 @@ def test_the_configuration_of_a_recipes_own_data_is_not_that_of_other_data(tmp_p
     assert (other.dataset, other.dataset_config, other.dataset_split) == ("mine.jsonl", None, "test")
 
 
+def test_a_recipe_may_write_numbers_as_json_does(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lr_scheduler_kwargs: {min_lr: 1e-6, names: [2E3, 1e-, '1e-6']}\nlearning_rate: 1e-5\n")
+    _, args = parse("compress", ["--config", str(recipe), "--lr_scheduler_type", "cosine_with_min_lr"])
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6, "names": [2000.0, "1e-", "1e-6"]}
+    assert args.learning_rate == 1e-5
+
+
 def test_what_was_imported_is_collected_in_the_end_where_triton_would_call_it_leaked():
     code = """if True:
         import atexit, gc, sys

@@ -16,6 +16,7 @@ import yaml
 from trl import TrlParser
 
 from ..errors import LayerPruneError, first_line
+from ..files import load_yaml
 from . import arguments
 from .arguments import NEEDS, OF_HEALING, OF_LOSS, OF_TRAINING, OF_TRL, TARGETS
 
@@ -127,7 +128,7 @@ class Parser(TrlParser):
         """Read each setting as if it stood on the command line; a null, a mapping or a list stays what it is where the
         type of the setting allows it."""
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = load_yaml(text)
         if not isinstance(content, dict):
             raise LayerPruneError("the file must hold settings, a line each: `name: value`")
         names = [key.value for key, _ in yaml.compose(text).value]

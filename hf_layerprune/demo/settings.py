@@ -13,6 +13,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from ..errors import LayerPruneError
+from ..files import load_yaml
 from ..hub.paths import hub_id
 from ..hub.runs import run_of
 from ..loading import EMBEDDED
@@ -78,7 +79,7 @@ def read_settings(path: str | Path) -> DemoSettings:
     """Read the list of models, `models.yaml`. Folders in it are relative to the file."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not isinstance(content.get("models"), list):
             raise LayerPruneError('it needs a list "models"')
         models = [_fields(ModelEntry, item, f"models[{n}]") for n, item in enumerate(content["models"])]

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError  # of the HTTP library that the cli
 
 from ..budget import TARGETS
 from ..errors import LayerPruneError, first_line
-from ..files import round_folder
+from ..files import load_yaml, round_folder
 from ..loading import load_config, one_revision, resolve
 from ..plan import LayerPlan
 from ..record import PLAN_FILE, REPORT_FILE, RunRecord, read_plan, read_run
@@ -133,6 +133,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return dict(load_yaml(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise LayerPruneError(f"{path} is not a list of settings: {first_line(error)}") from None

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import ASSETS, check_batches
 from ..errors import LayerPruneError, first_line, located
 from ..evaluation import distinct_rows, sums_by_row
+from ..files import load_yaml
 from ..forward import check_same_vocabulary, final_states, inference, to_device
 from ..losses import perplexity_of
 from .chunks import ModelChunk, PreparedTask
@@ -79,7 +80,7 @@ def _load(spec: str) -> Iterator[Task]:
         known = ", ".join(sorted(presets))
         raise LayerPruneError(f"tasks {spec!r} must be a preset ({known}), a YAML file or {LM_EVAL}NAME")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise LayerPruneError(f"tasks {path} cannot be read as YAML: {first_line(error)}") from error
     if not isinstance(content, list) or not content:
