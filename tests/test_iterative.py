@@ -69,6 +69,23 @@ def test_two_rounds_end_to_end(make, tmp_path):
     assert "| 3 |" in (folder / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "changes, is_harmed",
+    [
+        ({"learning_rate": 0.05}, True),
+        ({"learning_rate": 1e-3, "max_steps": 20}, False),
+        ({"learning_rate": 0.05, "lm_weight": 1.0}, False),
+    ],
+)
+def test_a_healing_that_makes_it_worse_is_reported(changes, is_harmed, make, caplog):
+    trainer = make(tiny_model(), target_num_layers=4, **changes)
+    trainer.train()
+    (record,) = trainer.file.record.rounds
+    assert (record.quality.kl > record.before_healing.kl) == (changes["learning_rate"] == 0.05)
+    assert ("round 1: healing raised KL to the teacher from" in caplog.text) == is_harmed
+    assert not is_harmed or "lower learning_rate (now 0.05)" in caplog.text
+
+
 def test_the_first_choice_is_the_one_score_layers_makes(make):
     teacher = tiny_model()
     trainer = make(teacher, target_num_layers=4)

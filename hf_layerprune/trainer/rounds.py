@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput, set_seed
+from transformers.utils import logging
 
 from .._trl import set_model
 from ..compensation import compensate
@@ -38,6 +39,7 @@ from .trainable import round_weights, trained_blocks
 if TYPE_CHECKING:
     from .iterative import IterativeLayerDistillTrainer
 
+logger = logging.get_logger(__name__)
 
 Heal = Callable[[PreTrainedModel, LayerPlan], tuple[PreTrainedModel, Healing]]
 
@@ -278,6 +280,18 @@ class Rounds:
         self.file.save(order=self.run.order if self.args.one_shot else ())
         self.file.report()
         self._event("on_round_end", record=record)
+        self._warn_of_harm(record)
+
+    def _warn_of_harm(self, record: RoundRecord) -> None:
+        """Say so if healing, which was to bring the student nearer to the teacher, has done the opposite."""
+        before = record.before_healing
+        is_meant = record.is_on_policy or self.args.lm_weight or not self.args.should_save
+        if before is None or is_meant or record.quality.kl <= before.kl:
+            return
+        logger.warning(
+            f"round {record.number}: healing raised KL to the teacher from {before.kl:.3g} to "
+            f"{record.quality.kl:.3g}; lower learning_rate (now {self.args.learning_rate:g}), or heal for more steps"
+        )
 
     def _finish(self) -> None:
         """Measure the speed of every depth, and fill in what a user looks for first: the final model and its plan."""
