@@ -17,7 +17,7 @@ from .surgery import apply_plan, plan_of
 
 TARGETS = {"depth": "target_num_layers", "latency": "target_latency", "parameters": "target_num_parameters"}
 """The unit of a budget, and the setting of a run that gives it."""
-MOST_BLOCKS = 8  # of one width at a time: enough to average over, and bounds the copies that are made
+MOST_BLOCKS = 8  # of one width at a time: enough for an average, and limits memory
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Goal:
     ) -> Goal:
         """Measure block latencies on `model` if the budget needs them and they are not given."""
         plan = plan_of(model)
-        if budget.unit == "parameters":  # of which a pair keeps all but its norms'
+        if budget.unit == "parameters":  # a parallel pair saves only those of one set of norms
             space = replace(space, kinds=[kind for kind in space.kinds if kind != "parallelize"] or space.kinds)
         if space.kinds != ("remove",):
             check_parallel(model.config)

@@ -70,7 +70,7 @@ def apply_plan_and_repair(model: PreTrainedModel, plan: LayerPlan, repair: Repai
     """`model` after one edit that leads to `plan`, weights shared but for those that `repair` has."""
     current, before = plan_of(model), plan
     for block in set(plan.merged) - set(current.merged) if repair else ():
-        first = current.blocks[repair.position]  # whose weights those of `repair` take the place of
+        first = current.blocks[repair.position]  # whose weights `repair` replaces
         blocks = tuple(first if other == block else other for other in plan.blocks)
         merged = tuple(other for other in (*plan.merged, first) if other in blocks and len(other) > 1)
         before = LayerPlan(blocks, plan.num_teacher_layers, merged)

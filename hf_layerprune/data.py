@@ -208,7 +208,7 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
                     except UnicodeDecodeError as error:
                         raise LayerPruneError(f"line {number} is not UTF-8: {error.reason}") from None
         pattern = escape(source) if path.is_file() else source  # the name of a file may have [brackets]
-        options = {"encoding": "utf-8-sig"} if suffix == ".txt" else {}  # the others leave out the mark themselves
+        options = {"encoding": "utf-8-sig"} if suffix == ".txt" else {}  # the other readers strip the byte-order mark
         dataset = load_dataset(FILE_BUILDERS[suffix], data_files=pattern, split=split, **options)
         _check_fields(dataset, pattern)
         return dataset.filter(lambda row: bool(row["text"].strip())) if suffix == ".txt" else dataset
@@ -228,8 +228,8 @@ def _open_dataset(source: str, split: str, config_name: str | None) -> Dataset:
 
 
 def _check_fields(dataset: Dataset, pattern: str) -> None:
-    """Raise [`LayerPruneError`] if the rows of CSV files have more fields than the header, as a text with commas that
-    is not in quotes has: pandas takes the first of them for an index, and the last piece for the text."""
+    """Raise [`LayerPruneError`] if the rows of CSV files have more fields than the header, as commas in a text without
+    quotes make them: pandas takes the first field for an index, and the last piece for the text."""
     if dataset.info.builder_name != "csv" or (index := "__index_level_0__") not in dataset.column_names:
         return
     for path in (paths := glob(pattern, recursive=True)):

@@ -46,7 +46,7 @@ def final_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 @dataclass
 class Recording:
-    """What a forward pass called the parts of a model with."""
+    """The states, and keyword arguments, that parts of a model received in a forward pass."""
 
     states: dict[int, Tensor] = field(default_factory=dict)  # (B, T, H), by number
     arguments: dict[int, dict[str, Any]] = field(default_factory=dict)  # of the blocks that read them

@@ -54,7 +54,7 @@ EMBEDDED = "embedded"
 """Name of the model that comes with the package, wherever a model is named."""
 
 CLEARLY_NEARER = 0.7
-"""Largest distance to the nearest layer of the teacher, as a share of that to the next; unrelated layers are at 1."""
+"""Largest distance to the nearest layer of the teacher, over that to the second nearest; unrelated layers: about 1."""
 NUMBERS_PER_TENSOR = 2**16  # that are compared, from all over it
 
 

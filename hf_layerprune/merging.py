@@ -185,7 +185,7 @@ def _kept_part(
     wide = join_layers([{name: tensor.detach() for name, tensor in layer.named_parameters()} for layer in layers])
     output, head_dim = wide["self_attn.o_proj.weight"], layers[0].self_attn.head_dim
     num_groups = len(wide["self_attn.k_proj.weight"]) // head_dim  # each a head of keys and values, and its queries
-    has_norms = "self_attn.k_norm.weight" in wide  # whose gains a layer has once
+    has_norms = "self_attn.k_norm.weight" in wide  # of which a layer has only one set
     groups = _strongest_groups(heads, output, num_groups, len(layers), of_one_layer=has_norms)
     keys, queries = (
         (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()

@@ -30,7 +30,7 @@ SPEED_SECONDS = 600  # the time left is estimated from the speed of the last ten
 
 
 class Console(rich.console.Console):
-    """A console that no work stops for: where its stream is closed or full it goes quiet."""
+    """A console whose write errors never stop the work: where its stream is closed or full it goes quiet."""
 
     lost: ClassVar[OSError | None] = None  # why results were not printed, unless nobody reads them
 

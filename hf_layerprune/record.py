@@ -142,7 +142,7 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase, over all sessions of the run
     environment: dict[str, str] = field(default_factory=dict)  # hardware and versions it was measured with
     tags: tuple[str, ...] = ()  # of a model on the Hub: `hf_jobs`, `trackio` and `trackio:URL`
-    verb: Literal["compress", "parallelize"] = "compress"  # what made it; of the latter no run resumes
+    verb: Literal["compress", "parallelize"] = "compress"  # what made it; a run of `parallelize` cannot resume
 
     @property
     def edits(self) -> tuple[Edit, ...]:

@@ -193,7 +193,7 @@ def check_in_memory(*models: PreTrainedModel) -> None:
 def check_made_from(student: PreTrainedModel, teacher: PreTrainedModel, *, by_layers: bool = False) -> None:
     """Raise [`LayerPruneError`] unless both are in memory, and alike in all but the layers that the student lacks.
 
-    `by_layers` alone, those it has may be narrower.
+    With `by_layers` only the numbering of the layers must match; layers may be narrower.
     """
     names = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     found, names = [], names[:2] if by_layers else names
@@ -286,7 +286,7 @@ def _keep_blocks(model: PreTrainedModel, plan: LayerPlan, wanted: LayerPlan, sha
     student = copy.deepcopy(model, memo)
     for module in student.modules():
         bound = getattr(vars(module).get("forward"), "__self__", None) is module and module is not student
-        if not (bound or hasattr(module, "_hf_hook")):  # these know the module that they were copied with
+        if not (bound or hasattr(module, "_hf_hook")):  # these are bound to the copy
             vars(module).pop("forward", None)  # put there by TRL or a user, it would go on to run the original's
             vars(module).pop("_original_forward", None)
 

@@ -37,7 +37,7 @@ from hf_layerprune._trl import redirect_forward
 from hf_layerprune.trainer.engines import fill_outline, frozen_head, outline
 from hf_layerprune.trainer.healing import HealingTrainer, compared_states, shared_depth
 from hf_layerprune.trainer.run import save_student
-from hf_layerprune.trainer.trainable import merge_and_round, make_trainable
+from hf_layerprune.trainer.trainable import fold_adapters, make_trainable
 
 dist.init_process_group("gloo")
 mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -83,8 +83,8 @@ for name, gradient in expected.items():
 for model in (plain, split):
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01).step()
 before = [p.data_ptr() for p in empty.parameters() if not p.requires_grad]
-healed = merge_and_round(fill_outline(empty, split, torch.device("cpu")), torch.float32)
-plain = merge_and_round(plain, torch.float32)
+healed = fold_adapters(fill_outline(empty, split, torch.device("cpu")), torch.float32)
+plain = fold_adapters(plain, torch.float32)
 assert type(healed) is type(plain) and not any(isinstance(p, DTensor) for p in healed.parameters())
 assert before == [p.data_ptr() for name, p in healed.named_parameters() if name not in expected]  # still the teacher's
 for (name, a), b in zip(healed.named_parameters(), plain.parameters(), strict=True):

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from hf_layerprune import LayerPruneError, load_model, prune
 from hf_layerprune.files import write_atomically
-from hf_layerprune.trainer.run import check_saving, make_unpruned_student, save_student
+from hf_layerprune.trainer.run import check_saving, save_student, student_to_begin_with
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_generation_settings_that_are_ignored_anyway_keep_no_student_from_being_
     teacher.generation_config.update(**ignored, max_new_tokens=7, eos_token_id=[5, 6])
     with pytest.raises(LayerPruneError, match="cannot be saved.*generation_config"):
         check_saving(teacher, tokenizer)
-    student = prune(make_unpruned_student(teacher), [1])
+    student = prune(student_to_begin_with(teacher), [1])
     check_saving(student, tokenizer)
     save_student(student, tokenizer, torch.bfloat16, tmp_path / "student")
     saved = GenerationConfig.from_pretrained(tmp_path / "student")
@@ -40,7 +40,7 @@ def test_generation_settings_that_are_ignored_anyway_keep_no_student_from_being_
 def test_settings_of_a_model_that_samples_are_saved(tmp_path, tokenizer):
     teacher = tiny_model()
     teacher.generation_config.update(do_sample=True, temperature=0.6, top_k=20)
-    save_student(prune(make_unpruned_student(teacher), [1]), tokenizer, torch.float32, tmp_path / "student")
+    save_student(prune(student_to_begin_with(teacher), [1]), tokenizer, torch.float32, tmp_path / "student")
     saved = GenerationConfig.from_pretrained(tmp_path / "student")
     assert (saved.do_sample, saved.temperature, saved.top_k) == (True, 0.6, 20)
 

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(verb: str, argv: list[str]) -> None:
     name, wants_help = verb.replace("-", "_"), {"-h", "--help", "--help-all"} & set(argv)
     is_first = "torch" not in sys.modules  # else what is garbage now would be kept too
-    gc.disable()  # to look through what imports make takes a third of their time, and seconds when the process ends
+    gc.disable()  # collecting garbage takes a third of the time of imports, and seconds when the process ends
     try:
         if wants_help:
             parser = import_module(".parsing", __name__).Parser(verb)

@@ -29,7 +29,7 @@ NEEDS = {
     "on_policy_learning_rate": "on_policy_steps", "hub_model_id": "push_to_hub", "hub_private_repo": "push_to_hub",
     "project": "report_to", "trackio_space_id": "report_to",
 }  # fmt: skip
-"""Settings to the one that they have no effect without."""
+"""Maps a setting to the one that it has no effect without."""
 OF_TRAINING = {
     "lora_r", "lora_alpha", "trained_layers", "gradient_checkpointing", "per_device_train_batch_size",
     "gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",

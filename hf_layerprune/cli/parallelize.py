@@ -28,7 +28,7 @@ from ..search import SearchStep, find_parallel_range, parallel_ranges, search_pl
 from ..surgery import apply_plan, plan_of, prune
 from ..trainer.callbacks import hub_tags
 from ..trainer.run import check_saving, save_student, speed_runs, with_speed
-from ..trainer.trainable import round_weights
+from ..trainer.trainable import cast_weights
 from .arguments import ParallelizeArguments, default_depth
 from .common import check_new_folder, check_text, load_on_device, print_run, text_batches, writable, write_recipe
 from .parsing import Parser
@@ -172,7 +172,7 @@ def _steps(
 def _as_saved(model: PreTrainedModel, plan: LayerPlan, dtype: torch.dtype) -> PreTrainedModel:
     """`model` by a plan, with the weights that its file will hold."""
     student = apply_plan(model, plan, share_weights=True)
-    round_weights(student, dtype)
+    cast_weights(student, dtype)
     return student
 
 

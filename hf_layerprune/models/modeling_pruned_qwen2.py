@@ -120,7 +120,7 @@ def adopt_weights(rebuilt, model, tensors):
     rebuilt.load_state_dict(tensors, strict=True, assign=True)
     rebuilt.tie_weights()
     rotary = model.base_model.rotary_emb  # its buffers are in no state dict
-    # Cloned here: the copy that a tensor without memory makes of itself brings a mode of its own, and crashes Python.
+    # Cloned here: a deep copy of a fake tensor brings a fake mode of its own, and crashes Python.
     rebuilt.base_model.rotary_emb = deepcopy(rotary, {id(buffer): buffer.clone() for buffer in rotary.buffers()})
     if model.can_generate():
         rebuilt.generation_config = deepcopy(model.generation_config)

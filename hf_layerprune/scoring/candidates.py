@@ -87,8 +87,7 @@ def separate_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
 class CandidateRuns:
     """Runs a model as it is, index 0, and by other plans made of its layers, index 1, 2, ..., inside `inference`.
 
-    `repairs` has for each fold of the data what makes up for the layer that a plan leaves out, or is the layer that it
-    merges others into.
+    `repairs` maps, for each fold of the data, a plan to its repair or to its merged layer.
     """
 
     model: PreTrainedModel

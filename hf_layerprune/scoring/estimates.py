@@ -75,7 +75,7 @@ def estimate(
     seed: int,
     on_batch: Callable[[], None],
 ) -> Scores[Key]:
-    """What a criterion that runs no candidate says of removing layers that run alone."""
+    """Score removals of layers that run alone, by a criterion that runs no candidate."""
     plan, blocks = plan_of(model), []
     name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
     for key, after in candidates.items():

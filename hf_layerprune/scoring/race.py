@@ -95,7 +95,7 @@ def _beaten(
 ) -> list[int]:
     """Which of `alive` are worse than the best of them beyond doubt; `unseen` is the share of each kind still to come.
 
-    The doubt is shared out over all candidates, not over the looks at the data, which depend on each other:
+    The probability of error is shared out over the candidates, not over the successive tests, which are dependent:
     `benchmarks/scoring.py` counts how often the choice is another.
     """
     rows = min(len(counts) for counts, share in zip(evidence.counts, unseen, strict=True) if share > 0)

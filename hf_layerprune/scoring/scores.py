@@ -70,8 +70,8 @@ class Evidence:
     ) -> tuple[Tensor, Tensor]:
         """The price of each candidate, and the standard error of its paired difference to the lowest: `(C,)` each.
 
-        A price is `(value - value of the unchanged model) x factor`, see [`price_factors`], row by row: what moves all
-        alike cancels out. With `unseen`, the share of each kind of data that is still to come, errors are relative to
+        A price is `(value - value of the unchanged model) x factor`, see [`price_factors`], row by row: noise common
+        to all cancels. With `unseen`, the share of each kind of data that is still to come, errors are relative to
         what all of the data will show.
         """
         costs = torch.tensor([self.value(index) - self.value(0) for index in candidates], dtype=torch.float64)

@@ -37,7 +37,7 @@ from ..record import Healing
 from ..surgery import plan_of
 from .config import IterativeLayerDistillConfig
 from .engines import autocast, fill_outline, frozen_head, outline, splits_model, without_adapters
-from .trainable import make_trainable, merge_and_round
+from .trainable import fold_adapters, make_trainable
 
 if TYPE_CHECKING:
     from .iterative import IterativeLayerDistillTrainer
@@ -114,11 +114,11 @@ class HealingTrainer(Trainer):
         self.accelerator.free_memory()
         if self.args.compile_layers:
             compile_layers([self.model, self.teacher])
-        rounds_before = self.owner.state.log_history
+        log_before = self.owner.state.log_history
         try:
             output = self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
-            self.state.log_history = rounds_before + self.state.log_history
+            self.state.log_history = log_before + self.state.log_history
             self.owner.state, self.owner.control = self.state, self.control
             if self.args.compile_layers:
                 uncompile_layers([self.accelerator.unwrap_model(self.model), self.teacher])
@@ -129,7 +129,7 @@ class HealingTrainer(Trainer):
         self.model = self.model_wrapped = self.optimizer = self.lr_scheduler = self.deepspeed = None
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.accelerator.free_memory()
-        return merge_and_round(healed, save_dtype), output
+        return fold_adapters(healed, save_dtype), output
 
     @property
     def so_far(self) -> Healing:
@@ -200,7 +200,7 @@ class HealingTrainer(Trainer):
         """What [`~losses.parts_of_loss`] gives for a batch."""
         student = without_adapters(student)
         valid, labels = valid_next_tokens(inputs)
-        places = valid.nonzero(as_tuple=True)  # once: a GPU is waited for whenever a mask selects
+        places = valid.nonzero(as_tuple=True)  # once: each selection by a mask synchronizes with the GPU
         towers = run_towers(student, self.teacher, inputs, places, self.compared, self.shared_depth)
         return parts_of_loss(towers, self.frozen_head or student.lm_head, self.teacher.lm_head, labels, self.args)
 
@@ -253,7 +253,7 @@ def compile_layers(models: Sequence[nn.Module]) -> None:
 
 
 def uncompile_layers(models: Sequence[nn.Module]) -> None:
-    """Undo [`compile_layers`]: scores and measurements need no compiling, nor does what is saved."""
+    """Undo [`compile_layers`]: scoring, evaluation and saving use the layers as they are."""
     for model in models:
         for layer in without_adapters(model).base_model.layers:
             layer._compiled_call_impl = None

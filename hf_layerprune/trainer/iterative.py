@@ -52,7 +52,7 @@ from .engines import broadcast_from_main, check_engine, on_main, splits_model, w
 from .healing import check_overrides
 from .on_policy import prompts_to_answer
 from .rounds import Rounds
-from .run import RunFile, check_budget, check_saving, decisive_settings, make_unpruned_student
+from .run import RunFile, check_budget, check_saving, decisive_settings, student_to_begin_with
 from .trainable import check_healing, check_optimizer, check_trained_layers
 
 Model = str | Path | PreTrainedModel
@@ -296,7 +296,7 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         """
         args, start, teacher = self.args, self.start, self.teacher
         self.file = RunFile(Path(args.output_dir), args.should_save, args.device, self.seconds_before)
-        on_main(self.accelerator, lambda: check_saving(make_unpruned_student(start), self.processing_class))
+        on_main(self.accelerator, lambda: check_saving(student_to_begin_with(start), self.processing_class))
         batches = {"calibration": self.calibration_batches, "repair": self.repair_batches}
         batches["evaluation"] = self.eval_batches
         settings = decisive_settings(args, start, teacher, self.all_train_rows, batches, self.tasks, self._peft_config)

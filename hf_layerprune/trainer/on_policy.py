@@ -25,7 +25,7 @@ from ..healing_data import read_prompts
 from ..record import Healing
 from ..settings import HealingDataConfig
 from .config import IterativeLayerDistillConfig
-from .trainable import make_trainable, merge_and_round
+from .trainable import fold_adapters, make_trainable
 
 if TYPE_CHECKING:
     from .iterative import IterativeLayerDistillTrainer
@@ -104,14 +104,12 @@ def heal_on_policy(
     with forward_put_back(owner.teacher):
         trainer = OnPolicyTrainer(trained, owner.teacher, settings, owner.prompts, processing_class=tokenizer)
         trainer.callback_handler.callbacks = owner.callback_handler.callbacks
-        began, rounds_before = time.perf_counter(), owner.state.log_history
+        began, log_before = time.perf_counter(), owner.state.log_history
         try:
             trainer.train()
         finally:
-            trainer.state.log_history = rounds_before + trainer.state.log_history
+            trainer.state.log_history = log_before + trainer.state.log_history
             owner.state, owner.control = trainer.state, trainer.control
-    healed = merge_and_round(
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), owner.save_dtype
-    )
+    healed = fold_adapters(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), owner.save_dtype)
     healed.config, healed.generation_config = config, generation  # the trainer sets tokens there
     return healed, Healing(int(trainer.state.num_input_tokens_seen), time.perf_counter() - began, on_policy=True)

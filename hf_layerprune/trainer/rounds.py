@@ -33,8 +33,8 @@ from .callbacks import LayerDistillCallback, hub_tags
 from .engines import autocast, broadcast_from_main, on_main
 from .healing import HealingTrainer
 from .on_policy import heal_on_policy
-from .run import make_unpruned_student, publish_student, save_student, speed_runs, with_speed
-from .trainable import round_weights, trained_blocks
+from .run import publish_student, save_student, speed_runs, student_to_begin_with, with_speed
+from .trainable import cast_weights, trained_blocks
 
 if TYPE_CHECKING:
     from .iterative import IterativeLayerDistillTrainer
@@ -98,7 +98,7 @@ class Rounds:
             folder = round_folder(self.file.folder, number)
             student = load_model(str(folder), dtype=self.trainer.start.dtype).to(self.args.device)
         else:
-            student = make_unpruned_student(self.trainer.start)
+            student = student_to_begin_with(self.trainer.start)
         share_equal_weights(student, self.teacher)
         set_model(self.trainer, student)
         return student
@@ -183,7 +183,7 @@ class Rounds:
             if repairs:
                 options = {"gaps": edit.layers, "on_batch": self._phase_step, "share_weights": True}
                 student = compensate(student, batches, self.args.compensation, self.teacher, **options)
-        round_weights(student, self.trainer.save_dtype)
+        cast_weights(student, self.trainer.save_dtype)
         return student
 
     def _edited_teacher(self, plan: LayerPlan) -> PreTrainedModel:
@@ -195,7 +195,7 @@ class Rounds:
             batches, options = self.trainer.repair_batches, {"on_batch": self._phase_step, "share_weights": True}
             with autocast(self.trainer.accelerator):
                 model = merge(model, new, batches, self.teacher, **options)
-            round_weights(model, self.trainer.save_dtype)
+            cast_weights(model, self.trainer.save_dtype)
         return model
 
     def _evaluate_unhealed(self, student: PreTrainedModel, plan: LayerPlan) -> None:

@@ -59,7 +59,7 @@ class RunFile:
     def __init__(self, folder: Path, writes: bool, device: torch.device, seconds: float = 0.0) -> None:
         self.folder, self.record = folder, RunRecord(environment=environment(device))
         self.phase = "starting"
-        self.is_done = False  # nothing is left of the run but to write it
+        self.is_done = False  # all rounds are done; at most the final files are missing
         self._writes, self._lock = writes, None
         self._since = time.perf_counter() - seconds
 
@@ -198,7 +198,7 @@ def decisive_settings(
     peft_config: Any | None,
 ) -> dict[str, Any]:
     """The settings of a run's record, and short fingerprints of models and data, as JSON values; `batches` by their
-    use. Of the rows to heal on some from all over enter, of a stream the first."""
+    use. The healing rows are sampled evenly; a stream contributes its first rows."""
     values = {name: getattr(args, name, None) for name in (*DECISIVE, *CHANGEABLE, *ON_POLICY)}
     values |= {
         "bf16": args.given_bf16,  # what was derived from the hardware here is nothing to repeat elsewhere
@@ -219,7 +219,7 @@ def decisive_settings(
 
 
 def _to_text(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)  # a set prints otherwise in every process
+    return sorted(value) if isinstance(value, set) else str(value)  # the order of a set differs between processes
 
 
 def _sample(rows: Dataset | IterableDataset) -> list[Any]:
@@ -272,7 +272,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def make_unpruned_student(model: PreTrainedModel) -> PreTrainedModel:
+def student_to_begin_with(model: PreTrainedModel) -> PreTrainedModel:
     """A student that holds every layer of `model`, in the same memory, and can be saved.
 
     The generation settings that transformers ignores, such as a temperature of greedy decoding, are unset: it saves

@@ -145,8 +145,8 @@ def _with_adapters(student: PreTrainedModel, blocks: list[int], peft_config: Any
     return get_peft_model(student, replace(peft_config, **changes))
 
 
-def round_weights(student: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round weights to the dtype they will be saved in; those that change get memory of their own."""
+def cast_weights(student: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast weights to the dtype they will be saved in, and back; those that change get memory of their own."""
     for parameter in student.parameters():
         rounded = parameter.data.to(dtype).to(parameter.dtype)
         if not torch.equal(rounded, parameter.data):
@@ -154,8 +154,8 @@ def round_weights(student: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def merge_and_round(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
-    """Merge adapters into the healed student, and round its trained weights to `dtype`, in which they will be saved.
+def fold_adapters(student: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
+    """Merge adapters into the healed student, and cast its trained weights to `dtype`, in which they will be saved.
 
     The result is a plain model without gradients. Raises [`NotANumber`] if a weight is not finite.
     """
