@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..budget import TARGETS, Budget
-from ..data import Batch, split_rows
+from ..data import Batch, check_batches, split_rows
 from ..environment import environment
 from ..errors import LayerPruneError
 from ..evaluation import evaluate_model
@@ -184,6 +184,7 @@ def _measured(
     batches: list[Batch],
     phases: Phases,
 ) -> RunRecord:
+    batches = check_batches(batches, model.config.vocab_size, "evaluation data")
     phases.phase("evaluating the model and every step", len(batches) * (1 + len(steps)))
     quality = evaluate_model(model, batches, on_batch=phases.step)
     name = without_local_paths(absolute_if_local(arguments.model))

@@ -188,7 +188,7 @@ class IterativeLayerDistillConfig(SFTConfig):
         targets = {unit: getattr(self, name) for unit, name in TARGETS.items() if getattr(self, name) is not None}
         self.budget = Budget.of(targets) if targets else None
         self.race = None if self.race_confidence is None else Race(self.race_confidence, self.seed)
-        self._settle_criterion()
+        self._settle_choice()
 
     def init_kwargs(self, is_loaded: bool) -> dict[str, Any]:
         """How models given by name are loaded; refuse `model_init_kwargs` where all are loaded already."""
@@ -227,11 +227,6 @@ class IterativeLayerDistillConfig(SFTConfig):
                     raise LayerPruneError(f"loss_preset='paper' is the authors' own loss; leave out {name}={value}")
         if self.loss_preset is None and not (self.kl_weight or self.hidden_weight or self.lm_weight):
             raise LayerPruneError("kl_weight, hidden_weight and lm_weight are all 0; healing needs one of them")
-        if self.num_repair_samples is not None and self.compensation == "none" and "merge" not in self.edits:
-            raise LayerPruneError(
-                f"num_repair_samples={self.num_repair_samples} has no effect without compensation='least_squares' or "
-                "edits='merge'"
-            )
         template = self.chat_template_path or ""
         if template.endswith((".jinja", ".j2")) and not Path(template).is_file():  # TRL would look for it on the Hub
             raise LayerPruneError(f"chat_template_path={template!r} does not exist; give a file, or a model with one")
@@ -246,8 +241,8 @@ class IterativeLayerDistillConfig(SFTConfig):
                 "for both models; leave it out, or set trained_layers='all'"
             )
 
-    def _settle_criterion(self) -> None:
-        """Let new `tasks` imply their criterion, and check that the criterion can choose as asked."""
+    def _settle_choice(self) -> None:
+        """Let new `tasks` imply their criterion, and check that criterion, edits and repairs go together."""
         if callable(self.criterion):
             name = getattr(self.criterion, "__name__", type(self.criterion).__name__)
             raise LayerPruneError(
@@ -262,6 +257,11 @@ class IterativeLayerDistillConfig(SFTConfig):
             raise LayerPruneError(f"tasks={self.tasks!r} are for criterion='tasks', not {self.criterion!r}")
         asked = [f"race_confidence={self.race_confidence}"] if self.race else []
         asked += [f"edits={','.join(self.edits)!r}"] if self.edits != ("remove",) else []
+        if self.num_repair_samples is not None and self.compensation == "none" and "merge" not in self.edits:
+            raise LayerPruneError(
+                f"num_repair_samples={self.num_repair_samples} has no effect without compensation='least_squares' or "
+                "edits='merge'"
+            )
         if self.compensation != "none" and "remove" not in self.edits:
             raise LayerPruneError(f"compensation repairs removals, but edits={','.join(self.edits)!r} makes none")
         if self.one_shot and self.criterion == "angular_distance" and self.budget and self.budget.unit != "depth":
