@@ -80,7 +80,7 @@ def test_in_a_terminal_a_phase_has_a_bar(monkeypatch):
         (["evaluate", "--num_samples", "4"], ["reading the text", "loading", "evaluating"]),
         (
             ["benchmark", "--prompt_tokens", "4", "--new_tokens", "3"],
-            ["loading", "measuring speed of 1 models, batch 1"],
+            ["loading", "measuring speed, batch 1"],
         ),
         (
             ["parallelize", "--num_samples", "4", "--num_eval_samples", "4", "--measure_speed", "true"],

@@ -44,7 +44,7 @@ def benchmark(argv: list[str]) -> None:
         models = list(_models(arguments, phases))
         for load in loads:
             runs = num_runs(len(models), load.repeats, load.compile)
-            phases.phase(f"measuring speed of {len(models)} models, batch {load.batch_size}", runs)
+            phases.phase(f"measuring speed, batch {load.batch_size}", runs)
             reports = benchmark_models([model for _, model in models], **vars(load), on_run=phases.step)
             for (name, model), report in zip(models, reports, strict=True):
                 plan, dtype = plan_of(model), str(model.dtype).removeprefix("torch.")
