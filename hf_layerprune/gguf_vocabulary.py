@@ -24,6 +24,16 @@ PRE_TOKENIZERS = {
     ("smollm", False): "smollm",
 }
 """How text is split, and whether whole words ignore the merges, to llama.cpp's name for both."""
+SPLITS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+}
+"""Patterns that split text, as tokenizer.json has them, to the way they do it; newer transformers list them too."""
 SPACE = "▁"
 PREFIXED = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 
@@ -74,9 +84,6 @@ def _refused(why: str) -> LayerPruneError:
 
 def _pre_tokenizer(content: dict[str, Any]) -> str:
     """llama.cpp's name for how a byte-level tokenizer splits text."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    splits = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in ("qwen2", "llama-bpe", "tekken")}
     whole = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     parts = content["pre_tokenizer"] or {}
     parts = [
@@ -89,7 +96,7 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
         case [{"type": "Digits", "individual_digits": True}, last] if last == whole:
             way = "smollm"
         case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}, last]:
-            way = splits.get(regex) if last == whole | {"use_regex": False} else None
+            way = SPLITS.get(regex) if last == whole | {"use_regex": False} else None
         case _:
             way = None
     normalizer = (content["normalizer"] or {}).get("type", "NFC")  # NFC is Qwen's, and llama.cpp leaves it out

@@ -9,10 +9,11 @@ from conftest import errors_of, random_batches, tiny_model
 from families import FAMILIES, family_model, pruned_qwen2
 from trained_tokenizers import SIZE, byte_level, sentencepiece, texts
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 from hf_layerprune import LayerPruneError, cli, load_model, load_tokenizer, merge, parallelize, prune
 from hf_layerprune.export import export_gguf
-from hf_layerprune.gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, vocabulary_of
+from hf_layerprune.gguf_vocabulary import CONTROL, NORMAL, SPLITS, UNUSED, USER_DEFINED, vocabulary_of
 from hf_layerprune.modelfile import chat_format, modelfile
 
 COMMON = {"vocab_size": SIZE, "eos_token_id": 2}
@@ -150,6 +151,14 @@ def changed(change):
     backend = Tokenizer.from_str(original.backend_tokenizer.to_str())
     change(backend)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+
+
+@pytest.mark.skipif(
+    not hasattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS"), reason="this release has no such table"
+)
+def test_the_patterns_are_those_of_transformers():
+    theirs = gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
+    assert {theirs[way]: way for way in ("qwen2", "llama-bpe", "tekken")} == SPLITS
 
 
 def test_tokenizers_that_llama_cpp_lacks_are_refused():

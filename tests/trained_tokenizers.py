@@ -12,9 +12,9 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Sp
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from hf_layerprune import embedded_dataset
+from hf_layerprune.gguf_vocabulary import SPLITS
 
 SIZE = 500
 SPECIAL = [END, "<|im_start|>", "<|im_end|>"]
@@ -39,7 +39,8 @@ TEXTS = (
 
 
 def split(name: str) -> Sequence:
-    regex = Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[name]), behavior="isolated")
+    (pattern,) = [pattern for pattern, way in SPLITS.items() if way == name]
+    regex = Split(Regex(pattern), behavior="isolated")
     return Sequence([regex, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
