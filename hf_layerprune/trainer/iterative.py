@@ -347,10 +347,10 @@ class IterativeLayerDistillTrainer(SFTTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Find the repository this run will be pushed to, or make it."""
+    def init_hf_repo(self, *args: Any, **options: Any) -> None:
+        """Find the repository this run will be pushed to, or make it; arguments as in `Trainer`."""
         with hub_errors("push_to_hub"):
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **options)
 
     def push_to_hub(
         self,
