@@ -88,7 +88,7 @@ def test_checkpointing_is_never_reentrant():
 def test_checkpointing_gives_no_warning_of_its_names():
     student = tiny_model().train()
     assert IterativeLayerDistillConfig(output_dir="x", gradient_checkpointing=True).gradient_checkpointing is True
-    assert IterativeLayerDistillConfig(output_dir="x").gradient_checkpointing is False
+    assert not IterativeLayerDistillConfig(output_dir="x").gradient_checkpointing
     getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)({"use_reentrant": True})
     make_trainable(student, [1], everything=False)
 
