@@ -3,9 +3,9 @@
     python -m torch.distributed.run --standalone --nproc_per_node 2 benchmarks/all_reduces.py \
         --output benchmarks/results/all_reduces.json
 
-The split is transformers' own tensor-parallel plan (`tp_plan="auto"`): the rows of a pair's first half, which are the
-heads and neurons of its first layer, lie on the first device, those of its second layer on the second. One all-reduce
-of every forward pass belongs to the embedding, two to each block.
+The split is transformers' own tensor-parallel plan: the rows of a pair's first half, which are the heads and neurons
+of its first layer, lie on the first device, those of its second layer on the second. One all-reduce of every forward
+pass belongs to the embedding, two to each block.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from hf_layerprune import parallelize, prune
 from hf_layerprune.environment import environment
@@ -32,7 +33,9 @@ def measure(model: PreTrainedModel, folder: Path, ids: torch.Tensor) -> dict[str
     if dist.get_rank() == 0:
         model.save_pretrained(folder)
     dist.barrier()
-    split = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", trust_remote_code=False)
+    split = AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(tp_plan="auto"), trust_remote_code=False
+    )
     with torch.no_grad(), CommDebugMode() as counter:
         logits = split(ids, use_cache=False).logits
     counts = {str(operation): count for operation, count in counter.get_comm_counts().items()}

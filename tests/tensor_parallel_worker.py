@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from families import BLOCKS, FAMILIES, family_model
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_layerprune import LayerPlan
 from hf_layerprune.surgery import apply_plan
@@ -24,7 +25,9 @@ def main(folder: Path) -> None:
         if dist.get_rank() == 0:
             model.save_pretrained(folder / family)
         dist.barrier()
-        split = AutoModelForCausalLM.from_pretrained(folder / family, tp_plan="auto")
+        split = AutoModelForCausalLM.from_pretrained(
+            folder / family, distributed_config=DistributedConfig(tp_plan="auto")
+        )
         with torch.no_grad():
             difference = (whole(split(ids, use_cache=False).logits) - model(ids).logits).abs().max()
             assert difference < 1e-4, (family, difference)

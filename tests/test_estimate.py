@@ -74,7 +74,7 @@ def test_the_estimated_peak_is_that_of_a_run(tmp_path, tokenizer, texts, trained
             model, args, texts, processing_class=tokenizer, peft_config=peft, callbacks=[watch]
         ).train()
     run = RunSizes(model.config, args)
-    way = Way(args.trained_layers, lora_r, "float32", gradient_checkpointing=False)
+    way = Way(args.trained_layers, lora_r, "float32", bool(args.gradient_checkpointing))
     setting = run.setting(way, rows, StepMeter(model.config, args))
     assert len(watch.peaks) == run.rounds == 2 and setting.accumulation == 4 // rows
     assert setting.peak == pytest.approx(max(watch.peaks), rel=0.05), (trained, watch.peaks, setting)

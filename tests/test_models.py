@@ -9,6 +9,7 @@ from forked import run_without_package
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
+from transformers.distributed import DistributedConfig
 
 from hf_layerprune import (
     LayerPlan,
@@ -218,6 +219,9 @@ def test_plans_that_do_not_fit_a_checkpoint_are_refused(tmp_path):
         load(tmp_path / "plain", layer_plan=[(2, 3)])
     with pytest.raises(ValueError, match="tp_plan do not go together"):
         load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (2, 3)), 5), tp_plan="auto")
+    with pytest.raises(ValueError, match="distributed_config do not go together"):
+        config = DistributedConfig(tp_plan="auto")
+        load(tmp_path / "plain", layer_plan=LayerPlan(((0,), (2, 3)), 5), distributed_config=config)
     GPT2Config().save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="gpt2"):
         load(tmp_path / "other", layer_plan=LayerPlan(((0,), (2, 3)), 5))

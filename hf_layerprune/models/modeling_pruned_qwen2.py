@@ -236,7 +236,7 @@ class PrunedQwen2Loading:
             model.config.tie_word_embeddings = is_tied(model)
         else:
             checked_plan(layer_plan)
-            for name in ("tp_plan", "device_mesh", "quantization_config"):
+            for name in ("tp_plan", "distributed_config", "device_mesh", "quantization_config"):
                 if kwargs.get(name) is not None:
                     raise ValueError(f"layer_plan and {name} do not go together; save the model with its plan first")
             loaders = dict.fromkeys(PLAIN_MODELS, cls.plain_class.from_pretrained)
