@@ -31,9 +31,7 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
     """Raise [`LayerPruneError`] if a run cannot work in the engine it was launched with."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise LayerPruneError("FSDP1 flattens weights that are trained with those that are not; set fsdp_version: 2")
-    if (
-        accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-    ):  # and accelerate would remove a DDP wrapper permanently
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:  # accelerate would also remove a DDP wrapper
         raise LayerPruneError("torch_compile (--dynamo_backend) compiles a whole model; set compile_layers instead")
     needs_whole = ["eval_strategy"] if args.eval_strategy != "no" else []
     needs_whole += [name for name in ("compile_layers", "on_policy_steps") if getattr(args, name)]

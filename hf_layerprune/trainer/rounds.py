@@ -280,13 +280,13 @@ class Rounds:
         self.file.save(order=self.run.order if self.args.one_shot else ())
         self.file.report()
         self._event("on_round_end", record=record)
-        self._warn_of_harm(record)
+        if self.args.should_save and not self.args.lm_weight:  # which may lead away from the teacher on purpose
+            self._warn_of_harm(record)
 
     def _warn_of_harm(self, record: RoundRecord) -> None:
         """Say so if healing, which was to bring the student nearer to the teacher, has done the opposite."""
         before = record.before_healing
-        is_meant = record.is_on_policy or self.args.lm_weight or not self.args.should_save
-        if before is None or is_meant or record.quality.kl <= before.kl:
+        if before is None or record.is_on_policy or record.quality.kl <= before.kl:
             return
         logger.warning(
             f"round {record.number}: healing raised KL to the teacher from {before.kl:.3g} to "
